@@ -48,6 +48,11 @@ class Transport(StrEnum):
     GLOO = "gloo"
 
 
+class SyncMode(StrEnum):
+    GATHER = "gather"
+    DIRECT = "direct"
+
+
 class Advantage(StrEnum):
     GRPO = "grpo"
     DR_GRPO = "dr_grpo"
@@ -264,6 +269,9 @@ class OptimizerConfig(Section):
 
 
 class SyncConfig(Section):
+    mode: SyncMode = SyncMode.GATHER
+    """`gather` brings each tensor together on one rank of its stage and sends it whole; `direct` sends every rank's own
+    shard to the engine ranks that need it."""
     transport: Transport = Transport.AUTO
     bucket_bytes: Positive = 256 << 20
     probe: bool = True
@@ -395,6 +403,9 @@ class Config(Section):
                    f"({self.prompt.max_tokens} + {r.max_response_tokens} tokens); raise it to at least {room}")
         if self.model.fp8 and self.cluster.device == Device.CPU:
             yield "model.fp8: true needs CUDA; set it to false or cluster.device to cuda"
+        if self.sync.mode == SyncMode.DIRECT and p.tensor % r.tensor_parallel and r.tensor_parallel % p.tensor:
+            yield (f"sync.mode: direct needs parallel.tensor ({p.tensor}) and rollout.tensor_parallel ({r.tensor_parallel}) "
+                   f"to divide one another; change one of them or set it to gather")
         if self.sync.transport == Transport.NCCL and self.cluster.device == Device.CPU:
             yield "sync.transport: nccl needs CUDA; set it to gloo or auto"
         if (self.evaluation.before or self.evaluation.after or self.evaluation.every) and not self.evaluation.files:

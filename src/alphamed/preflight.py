@@ -101,9 +101,11 @@ def _check_hardware(config: Config) -> None:
 def _check_model(config: Config, folder: Path) -> ModelShape:
     from alphamed.rollout.spec import engine_specs
     from alphamed.weights.folder import check_weights
+    from alphamed.weights.routes import check_sync
 
     shape = read_shape(folder)
     check_layout(shape, config.parallel, config.rollout)
+    check_sync(config, shape)
     check_context(shape, config.max_model_tokens)
     if not config.rollout.replay:
         engine_specs(config, folder, shape, eos_ids=())

@@ -16,6 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from alphamed.config import ParallelConfig
+from alphamed.model import read_shape
+from alphamed.weights.buckets import box_of
+from alphamed.weights.plan import Slice
+from alphamed.weights.routes import holders
 from tiny import tiny_hf
 
 HERE = Path(__file__).parent
@@ -59,7 +64,7 @@ class Job:
         for layout, parallel in LAYOUTS[world].items():
             for model, options in MODELS.items():
                 name, folder = f"{layout}.{model}", self.models[model]
-                steps = [["load_hf", folder], ["save_hf", self.path(name, "hf"), None]]
+                steps = [["load_hf", folder], ["save_hf", self.path(name, "hf"), None], ["parts", self.path(name, "parts")]]
                 if model != "bf16":
                     steps.append(["logprobs", self.path(name, "logprobs")])
                 if layout in ("single", "tp2") and model != "bf16":
@@ -182,6 +187,21 @@ def test_round_trip_is_exact(done, layout, model):
     for name, tensor in before.items():
         assert tensor.dtype == after[name].dtype and tensor.shape == after[name].shape, name
         assert torch.equal(tensor.view(torch.uint8), after[name].view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("done, layout", every(LAYOUTS), indirect=["done"])
+def test_ranks_hold_what_the_sync_plan_says(request, done, layout, model):
+    """And may send it as it lies: every slice is that part of the model's own tensor."""
+    world = request.node.callspec.params["done"]
+    stored, planned = tensors(done.models[model]), holders(read_shape(Path(done.models[model])),
+                                                          ParallelConfig(**LAYOUTS[world][layout]))
+    assert list(planned) == list(range(world))
+    for rank, slices in planned.items():
+        found = torch.load(f"{done.path(f'{layout}.{model}', 'parts')}.{rank}")
+        assert [Slice(*piece) for piece, _ in found] == slices
+        for piece, (_, tensor) in zip(slices, found, strict=True):
+            assert torch.equal(tensor, stored[piece.name][box_of(piece)]), (rank, piece)
 
 
 @pytest.mark.parametrize("model", [m for m in MODELS if m != "bf16"])

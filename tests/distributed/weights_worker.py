@@ -71,6 +71,13 @@ class Rank:
         save_hf(Path(folder), self.source, policy.model_chunks(), self.shape, self.runtime.layout, policy.tensor_group,
                 policy.pipeline_group, dtype=getattr(torch, dtype) if dtype else None, max_file_bytes=100_000)
 
+    def parts(self, file: str) -> None:
+        """What this rank would send of its own in a direct push: [(slice, tensor)]."""
+        from alphamed.weights.source import PolicySource
+        source = PolicySource(self.policy, self.shape)
+        assert source.rank == self.runtime.rank, f"{source.rank} is planned for rank {self.runtime.rank}"
+        torch.save([(tuple(piece), tensor.clone()) for piece, tensor in source.parts()], f"{file}.{source.rank}")
+
     def logprobs(self, file: str) -> None:
         """Log-probs by (group, sample), from the last stage."""
         layout, found = self.runtime.layout, {}

@@ -9,14 +9,17 @@ from tiny import tiny_hf
 from transformers import AutoModelForCausalLM
 
 from alphamed.cluster.control import Control
-from alphamed.config import Config
+from alphamed.config import Config, ParallelConfig
 from alphamed.config_file import build_config
 from alphamed.model import read_shape
 from alphamed.records import GenerationTask, Question, Sampling
 from alphamed.rollout import pool as pool_module
 from alphamed.rollout.pool import EnginePool
 from alphamed.rollout.spec import engine_environment, engine_specs
+from alphamed.weights.buckets import box_of
+from alphamed.weights.families import hf_shapes
 from alphamed.weights.probe import Probe
+from alphamed.weights.routes import holders, make_plan
 from alphamed.weights.sync import WeightSync
 
 EOS = 2
@@ -32,11 +35,11 @@ def tiny(folder: Path, seed: int, tied: bool, family: str = "llama") -> Path:
                    hidden=128 if family == "qwen2" else 64)
 
 
-def config(**rollout) -> Config:
+def config(mode: str = "gather", **rollout) -> Config:
     dtype = rollout.get("dtype", "fp32")
     return build_config({
         "model": {"path": "m", "dtype": dtype}, "data": {"train": ["d.jsonl"]}, "cluster": {"device": "cpu"},
-        "prompt": {"max_tokens": 100}, "sync": {"bucket_bytes": 50_000},
+        "prompt": {"max_tokens": 100}, "sync": {"mode": mode, "bucket_bytes": 50_000},
         "rollout": {"dtype": dtype, "max_response_tokens": 28, "max_concurrent_requests": 32, "deterministic": True,
                     "kv_cache_bytes": 64 << 20} | rollout})
 
@@ -60,20 +63,25 @@ def start_engines(wanted: Sequence[tuple[Config, Path]]) -> EnginePool:
 
 
 class ModelSource:
-    """A transformers model in the place of the policy."""
-    stages, stage, exports, sends = 1, 0, True, True
+    """A transformers model in the place of the policy, on one rank."""
+    rank, exports, scores = 0, True, True
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32):
-        self.model = load(folder, dtype)
+        self.model, self._shape = load(folder, dtype), read_shape(folder)
+
+    def plan(self, engines, wire):
+        return make_plan(self._shape, ParallelConfig(), engines, wire)
 
     def make_current(self):
         pass
 
-    def manifest(self):
-        return [(name, tuple(p.shape)) for name, p in self.model.named_parameters()]
-
     def tensors(self):
-        return ((name, p.detach()) for name, p in self.model.named_parameters())
+        own = dict(self.model.named_parameters())
+        return ((name, own[name].detach()) for name in hf_shapes(self._shape))
+
+    def parts(self):
+        own = dict(self.model.named_parameters())
+        return ((part, own[part.name].detach()[box_of(part)]) for part in holders(self._shape, ParallelConfig())[0])
 
 
 def sync_of(config: Config, pool: EnginePool, source: ModelSource, tmp_path: Path, probed: bool = False) -> WeightSync:

@@ -1,5 +1,5 @@
-"""Pushes into real engines: TP 1 with tied weights beside a twin that loaded the same from disk, TP 2 tied and untied,
-both in bf16.
+"""Pushes into real engines, of whole tensors and of shards: TP 1 with tied weights beside a twin that loaded the same from
+disk, TP 2 tied and untied, both in bf16.
 
 (TP 1 untied is pushed to in test_engine.py.) transformers' log-probs are the judge.
 """
@@ -57,10 +57,13 @@ def test_engines_begin_with_what_they_loaded(twins, fresh, old, new):
     assert largest_difference(two, logprobs(load(new), TEXT)) < 2e-4
 
 
-def test_after_a_push_an_engine_says_what_a_fresh_one_says(twins, fresh, old, new, tmp_path):
-    before = said(generate(twins.engines[0], TASKS, 0))
+@pytest.mark.parametrize("mode", ["gather", "direct"])
+def test_after_a_push_an_engine_says_what_a_fresh_one_says(twins, fresh, old, new, tmp_path, mode):
+    if twins.version:
+        sync_of(config(), twins, ModelSource(old), tmp_path).push()
+    before = said(generate(twins.engines[0], TASKS, twins.version))
     source = ModelSource(new)
-    version = sync_of(config(), twins, source, tmp_path, probed=True).push()
+    version = sync_of(config(mode), twins, source, tmp_path, probed=True).push()
     pushed = said(generate(twins.engines[0], TASKS, version))
     assert_said_alike(pushed, fresh[0])
     assert [tokens for tokens, _ in pushed] != [tokens for tokens, _ in before]
@@ -69,12 +72,13 @@ def test_after_a_push_an_engine_says_what_a_fresh_one_says(twins, fresh, old, ne
     assert_said_alike(said(generate(twins.engines[1], TASKS, version)), fresh[0])
 
 
-def test_a_stale_tied_head_shows(twins, fresh, old, new, tmp_path):
+@pytest.mark.parametrize("mode", ["gather", "direct"])
+def test_a_stale_tied_head_shows(twins, fresh, old, new, tmp_path, mode):
     """Without the refresh vLLM multiplies by the old output layer: what the comparisons above are able to see."""
     sync_of(config(), twins, ModelSource(old), tmp_path).push()
     hook(twins.engines[0], "stale_head", stale=True)
     source = ModelSource(new)
-    sync_of(config(), twins, source, tmp_path).push()
+    sync_of(config(mode), twins, source, tmp_path).push()
     stale, good = score(twins)
     assert largest_difference(stale, logprobs(source.model, TEXT)) > 0.1 and good == fresh[1]
     hook(twins.engines[0], "stale_head", stale=False)
@@ -93,7 +97,7 @@ def test_a_bucket_damaged_on_its_way_is_caught_by_its_digest(ray_session, twins,
     with pytest.raises(RunFailed) as caught:
         sync_of(config(), twins, ModelSource(old), tmp_path).push()
     assert caught.value.culprit == "engine 1 worker 0"
-    assert caught.value.message.startswith("received other weights than were sent: bucket 2 of stage 0 (model.layers.")
+    assert caught.value.message.startswith("received other weights than were sent: bucket 2 of stage 0 (model.embed_tokens.")
     assert caught.value.message.endswith("at engine 1 worker 0")
     assert twins.version == version
     with pytest.raises(ray_session.exceptions.RayTaskError, match="holds no complete weights"):
@@ -119,7 +123,11 @@ def test_a_push_in_bf16(ray_session, old, new, tmp_path):
         expected = torch.tensor(logprobs(source.model, TEXT))
         before = (torch.tensor(score(pool, 0)) - expected).abs()            # [engine, token]
         sync_of(config(dtype="bf16"), pool, source, tmp_path, probed=True).push()
-        after = (torch.tensor(score(pool)) - expected).abs()
+        gathered = score(pool)
+        sync_of(config(dtype="bf16"), pool, ModelSource(old, torch.bfloat16), tmp_path).push()
+        sync_of(config("direct", dtype="bf16"), pool, source, tmp_path, probed=True).push()
+        assert score(pool) == gathered
+        after = (torch.tensor(gathered) - expected).abs()
     finally:
         pool.stop()
     assert before.mean(1).min() > 0.3
@@ -135,15 +143,21 @@ def test_two_tensor_ranks_take_a_push(ray_session, tmp_path, family, tied):
     try:
         before = score(pool, 0)[0]
         source = ModelSource(tiny(tmp_path / "new", 1, tied, family))
-        sync = sync_of(config(tensor_parallel=2), pool, source, tmp_path, probed=True)
-        assert sync.push() == 1
+        old, gather = ModelSource(tmp_path / "old"), config(tensor_parallel=2)
+        assert sync_of(gather, pool, source, tmp_path, probed=True).push() == 1
         after = score(pool)[0]
         assert largest_difference(after, logprobs(source.model, TEXT)) < 2e-4 < 0.1 < largest_difference(after, before)
+        for mode, weights, expected in (("direct", old, before), ("direct", source, after), ("gather", old, before)):
+            sync_of(config(mode, tensor_parallel=2), pool, weights, tmp_path).push()
+            assert score(pool)[0] == expected               # to the last bit
+        sync = sync_of(gather, pool, source, tmp_path)
+        sync.push()
+        assert score(pool)[0] == after
         hook(pool.engines[0], "damage", bucket_index=1, tensor_rank=1)
         with pytest.raises(RunFailed, match="bucket 1 of stage 0 .* at engine 0 worker 1"):
             sync.push()
         hook(pool.engines[0], "damage", bucket_index=-1, tensor_rank=0)
-        sync = sync_of(config(tensor_parallel=2), pool, source, tmp_path)       # a run ends with its first failure
+        sync = sync_of(gather, pool, source, tmp_path)          # a run ends with its first failure
         sync.push()
         name, pid = next((name, pid) for name, pid in pool.engines[0].processes.items() if "Worker" in name and "1" in name)
         os.kill(pid, signal.SIGKILL)

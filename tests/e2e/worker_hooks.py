@@ -23,8 +23,8 @@ class HookedReceiver(WeightReceiver):
     def alphamed_hook_misload(self, name: str | None) -> None:
         """Load zeros in place of this tensor, after its digest was taken."""
         def unpack(bucket, flat):
-            for own, tensor in UNPACK(bucket, flat):
-                yield own, torch.zeros_like(tensor) if own == name else tensor
+            for piece, tensor in UNPACK(bucket, flat):
+                yield piece, torch.zeros_like(tensor) if piece.name == name else tensor
         receiver.unpack = unpack
 
 

@@ -14,13 +14,15 @@ from alphamed.planner.batch import batch_of, in_flight
 from alphamed.planner.calibration import GPU
 from alphamed.planner.hardware import gpu
 from alphamed.planner.job import Job
-from alphamed.planner.memory import engine_cache, layer_bytes, stage_use, static_bytes, trainer_use
+from alphamed.planner.memory import _receiving_bytes, engine_cache, layer_bytes, stage_use, static_bytes, trainer_use
 from alphamed.planner.parameters import buffer_elements, count, layers_of, stage_parameters
 from alphamed.planner.plan import job_of, make_plan, to_json
 from alphamed.planner.shapes import find_shape
 from alphamed.planner.shapes import published as shapes
 from alphamed.planner.time import decay_scale, step_time
 from alphamed.planner.topology import axis_groups, place
+from alphamed.weights import routes
+from alphamed.weights.plan import Wire
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
@@ -69,6 +71,16 @@ def test_ranks_hold_every_parameter_once(name):
         layers = [layer for stage in range(pipeline) for chunk in range(virtual)
                   for layer in layers_of(stage, chunk, shape.layers, pipeline, virtual)]
         assert sorted(layers) == list(range(shape.layers))
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "engine"), [(1, 1, 1), (4, 4, 4), (8, 2, 2), (2, 4, 8)])
+def test_room_for_a_direct_push_is_what_the_sync_plan_takes(tensor, pipeline, engine):
+    one = job(LLAMA_70B, parallel={"tensor": tensor, "pipeline": pipeline}, rollout={"tensor_parallel": engine},
+              sync={"mode": "direct"})
+    wire = Wire("direct", "nccl", "bfloat16", one.config.sync.bucket_bytes)
+    plan = routes.make_plan(one.shape, one.parallel, (engine,), wire)
+    largest = max(plan.buffer_bytes(worker) for worker in range(engine))
+    assert 0.85 * _receiving_bytes(one) < largest <= _receiving_bytes(one)         # buckets end between tensors
 
 
 def test_vocabulary_is_padded_to_the_tensor_ranks_and_buffers_to_their_alignment():

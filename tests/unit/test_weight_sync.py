@@ -6,41 +6,55 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_hf_io import megatron_like
+from test_sync_routes import SMALL, engine_like, fill, vllm_parameter
 
 from alphamed.cluster.failure import RunFailed
+from alphamed.config import ParallelConfig
 from alphamed.config_file import build_config
+from alphamed.records import Layout
 from alphamed.rollout.failures import Peer
 from alphamed.weights import receiver
+from alphamed.weights.families import hf_shapes
+from alphamed.weights.hf_io import hf_parts
+from alphamed.weights.plan import Link, Slice, SyncPlan, members
 from alphamed.weights.probe import Probe
 from alphamed.weights.receiver import WeightReceiver
+from alphamed.weights.routes import make_plan
 from alphamed.weights.sync import WeightSync
 
 DEADLINE_S = 60
 
 
-def config(dtype="fp32", bucket_bytes=64):
+def config(dtype="fp32", bucket_bytes=64, mode="gather"):
     return build_config({"model": {"path": "m", "dtype": "fp32"}, "data": {"train": ["d.jsonl"]}, "cluster": {
-        "device": "cpu"}, "sync": {"bucket_bytes": bucket_bytes}, "rollout": {"dtype": dtype}})
+        "device": "cpu"}, "sync": {"bucket_bytes": bucket_bytes, "mode": mode}, "rollout": {"dtype": dtype}})
 
 
 class Source:
-    """The weights of one stage's sender, or of a tensor rank that only takes part in the export."""
+    """The weights of one stage's sender, or of a tensor rank that only takes part in the gathering. `everything`: the
+    tensors of each stage, whose senders are ranks 0, 1, ..."""
+    exports = True
 
-    def __init__(self, tensors, stage=0, stages=1, sends=True):
-        self._tensors, self.stage, self.stages = tensors, stage, stages
-        self.exports, self.sends = True, sends
+    def __init__(self, *everything, rank=0, stage=0):
+        self._stages, self._tensors, self.rank = everything, everything[stage], rank
+        self.scores = rank == len(everything) - 1
         self.exported = 0
+
+    def plan(self, engines, wire):
+        workers = members(engines)
+        return SyncPlan(wire.mode, tuple(
+            Link(f"stage {stage}", stage, stage, tuple(range(len(workers))), wire.transport, wire.dtype, wire.bucket_bytes,
+                 tuple(Slice.all_of(name, tuple(tensor.shape)) for name, tensor in tensors.items()))
+            for stage, tensors in enumerate(self._stages)), workers)
 
     def make_current(self):
         pass
 
-    def manifest(self):
-        return [(name, tuple(tensor.shape)) for name, tensor in self._tensors.items()]
-
     def tensors(self):
         for name, tensor in self._tensors.items():
             self.exported += 1
-            yield name, tensor if self.sends else None
+            yield name, tensor if self.rank < len(self._stages) else None
 
 
 class Worker(WeightReceiver):
@@ -125,6 +139,7 @@ class Control:
 def no_vllm(monkeypatch):
     monkeypatch.setattr(receiver, "begin_reload", lambda worker: None)
     monkeypatch.setattr(receiver, "end_reload", lambda worker: None)
+    monkeypatch.setattr(receiver, "settle", lambda worker: None)
 
 
 def weights(prefix, sizes=(3, 4, 20, 2, 9), seed=0):
@@ -165,7 +180,7 @@ def three_ranks(pool):
     """Two stages; the second has a tensor rank that does not send."""
     control = Control(3)
     one, two = weights("a"), weights("b", sizes=(30, 1), seed=1)
-    sources = [Source(one, 0, 2), Source(two, 1, 2), Source(two, 1, 2, sends=False)]
+    sources = [Source(one, two), Source(one, two, rank=1, stage=1), Source(one, two, rank=2, stage=1)]
     return one | two, sources, [WeightSync(config(), source, pool if rank == 0 else None, control.of(rank))
                                 for rank, source in enumerate(sources)]
 
@@ -175,7 +190,8 @@ def test_two_stages_send_over_links_of_their_own():
     tensors, sources, syncs = three_ranks(pool)
     assert run_ranks(*syncs) == [1, 1, 1]
     for worker in pool.workers[0]:
-        assert worker.order == ["a0", "a1", "b0", "a2", "b1", "a3", "a4"]       # buckets of 16 elements, in turns
+        # buckets of 16 elements, in turns: a2 has 20, b0 30 of them and is there when its second part has come
+        assert worker.order == ["a0", "a1", "b0", "b1", "a2", "a3", "a4"]
         assert all(torch.equal(worker.loaded[name], tensor) for name, tensor in tensors.items())
     assert sources[2].exported == 2                                             # the export is a collective
 
@@ -199,7 +215,7 @@ def test_damage_on_a_second_stages_link_is_named(monkeypatch):
     monkeypatch.setattr(receiver, "arrived", damage)
     first, *others = run_ranks(*syncs)
     assert isinstance(first, RunFailed) and first.culprit == "engine 1 worker 0"
-    assert first.message == "received other weights than were sent: bucket 1 of stage 1 (b1 .. b1) at engine 1 worker 0"
+    assert first.message == "received other weights than were sent: bucket 1 of stage 1 (b0 .. b1) at engine 1 worker 0"
     assert others == [first, first] and pool.committed == [] and pool.version == 0
 
 
@@ -212,6 +228,46 @@ def test_a_tensor_that_can_not_be_loaded_fails_the_push_but_leaves_no_sender_wai
     assert source.exported == len(tensors) and pool.workers[0][0].order == ["w0"]
 
 
+class ShardSource:
+    """A tensor rank that sends what it holds."""
+    exports = scores = True
+
+    def __init__(self, model, truth, size, rank):
+        self.rank, self._model, self._size = rank, model, size
+        self._layout = Layout(size, tensor_rank=rank)
+        self._chunk = megatron_like(model, self._layout)
+        fill(self._chunk, model, truth, size, rank)
+
+    def plan(self, engines, wire):
+        return make_plan(self._model, ParallelConfig(tensor=self._size), engines, wire)
+
+    def make_current(self):
+        pass
+
+    def parts(self):
+        return hf_parts([self._chunk], self._model, self._layout)
+
+
+@pytest.mark.parametrize("trainer, engines", [(2, (2, 2)), (1, (2, 1)), (4, (2,))])
+def test_tensor_ranks_send_their_own_shards_to_the_parameters_that_they_belong_to(trainer, engines):
+    model = SMALL[2]
+    generator = torch.Generator().manual_seed(3)
+    truth = {name: torch.randn(size, generator=generator) for name, size in hf_shapes(model).items()}
+    pool, control = Pool(*engines), Control(trainer)
+    for engine in pool.workers:
+        for worker in engine:
+            worker.model_runner.model = engine_like(model, len(engine), worker.rank)
+    syncs = [WeightSync(config(bucket_bytes=4096, mode="direct"), ShardSource(model, truth, trainer, rank),
+                        pool if rank == 0 else None, control.of(rank)) for rank in range(trainer)]
+    assert run_ranks(*syncs) == [1] * trainer
+    assert sorted(pool.committed) == [(engine, 1) for engine in range(len(engines))]
+    for engine in pool.workers:
+        for worker in engine:
+            for name, parameter in worker.model_runner.model.named_parameters():
+                module, _, leaf = name.rpartition(".")
+                assert torch.equal(parameter, vllm_parameter(model, truth, len(engine), worker.rank, module, leaf)), name
+
+
 def test_a_lost_receiver_breaks_the_link_and_the_export_is_carried_to_its_end():
     tensors, pool = weights("w"), Pool(1)
     source = Source(tensors)
@@ -219,10 +275,10 @@ def test_a_lost_receiver_breaks_the_link_and_the_export_is_carried_to_its_end():
     sync.push()
 
     def gone(**_):
-        pool.workers[0][0]._alphamed.links.clear()              # what the death of its process does
-        return [[0, 0]] * 3
+        pool.workers[0][0]._alphamed.groups.clear()             # what the death of its process does
+        return {}
     pool.workers[0][0].alphamed_receive = gone
-    with pytest.raises(RuntimeError, match="the weight link of stage 0 broke"):
+    with pytest.raises(RuntimeError, match="a weight link of trainer rank 0 broke"):
         sync.push()
     assert source.exported == 2 * len(tensors) and pool.version == 1
 

@@ -15,14 +15,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from alphamed.config import Recompute
+from alphamed.config import Recompute, SyncMode
 from alphamed.planner import parameters
 from alphamed.planner.batch import Micro, fullest_row, in_flight
 from alphamed.planner.hardware import GIB
 from alphamed.planner.job import Job
 
-SENDING = 2
-"""Buckets of a sender at once (weights/sync.py, IN_FLIGHT)."""
 CONTEXT_BYTES = 3 * GIB // 4
 """A CUDA context with cuBLAS, cuDNN and the kernels' code: 0.5 to 0.8 GiB on Hopper."""
 COMMUNICATOR_BYTES = 3 * GIB // 10
@@ -86,8 +84,8 @@ def stage_use(job: Job, stage: int, row: Micro | None = None, rows: int | None =
         # gloo reduces and scatters through a copy of the gradients, when the activations are gone
         causes["reduction copy"] = max(0, causes["gradients"] - layers - head)
     if not job.gpu.is_cpu:
-        biggest = max(held.elements for chunk in stages[stage] for held in chunk) * p.tensor * job.engine_bytes
-        causes["sync buckets"] = SENDING * max(job.config.sync.bucket_bytes, biggest)
+        biggest = max(held.elements for chunk in stages[stage] for held in chunk) * p.tensor * job.trainer_bytes
+        causes["sync buckets"] = _sending_bytes(job, biggest)
         causes["NCCL and CUDA"] = CONTEXT_BYTES + COMMUNICATOR_BYTES * _communicators(job)
     share = 1.0 if job.gpu.is_cpu else 1 - ALLOCATOR_SHARE
     first = stage * p.tensor * p.data
@@ -224,10 +222,21 @@ def _engine_causes(job: Job) -> dict[str, int]:
             "NCCL and CUDA": CONTEXT_BYTES + COMMUNICATOR_BYTES * (1 + (r.tensor_parallel > 1))}
 
 
+def _sending_bytes(job: Job, biggest: int) -> int:
+    """What a sender holds beside its parameters (weights/sender.py): a bucket on the way over each of its links and one that
+    is being packed; gathered parameters as shards of all tensor ranks and as whole tensors, at most `biggest` each."""
+    p, bucket = job.parallel, job.config.sync.bucket_bytes
+    if job.config.sync.mode == SyncMode.DIRECT:
+        return (1 + max(1, job.rollout.tensor_parallel // p.tensor)) * bucket
+    return 2 * bucket + (1 + (p.tensor > 1)) * biggest
+
+
 def _receiving_bytes(job: Job) -> int:
-    """Buckets of a receiver at once: one posted per stage and the one being loaded. Embedding and output layer, on the first
-    and the last stage, are buckets of their own."""
-    s, stages, bucket = job.shape, job.parallel.pipeline, job.config.sync.bucket_bytes
-    large = max(bucket, s.vocab * s.hidden * job.engine_bytes)
-    ends = 1 if s.tied or stages == 1 else 2
-    return (ends + 1) * large + (stages - ends) * bucket
+    """What a worker holds beside its parameters (SyncPlan.buffer_bytes): a bucket posted on each of its links and the one
+    that is being loaded; whole tensors that come in several buckets until their last: embedding and output layer."""
+    s, p, bucket = job.shape, job.parallel, job.config.sync.bucket_bytes
+    if job.config.sync.mode == SyncMode.DIRECT:
+        return (1 + p.pipeline * max(1, p.tensor // job.rollout.tensor_parallel)) * bucket
+    table = s.vocab * s.hidden * job.engine_bytes
+    ends = 1 if s.tied or p.pipeline == 1 else 2
+    return (1 + p.pipeline) * bucket + (ends * table if table > bucket else 0)

@@ -1,12 +1,13 @@
-"""Flat buckets: tensors packed into one, cut out of it again, and digested."""
+"""Flat buckets: slices packed into one tensor, cut out of it again, joined to whole tensors, and digested."""
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from alphamed.weights.plan import Bucket
+from alphamed.weights.plan import Bucket, Slice
 
 DIGEST_WORDS = {"cpu": 1 << 15, "cuda": 1 << 24}
 """Digested at a time: on CPU what stays in its cache (7 times as fast as 2^20 words), on CUDA enough to fill it."""
@@ -19,22 +20,45 @@ def empty_flat(bucket: Bucket, device: torch.device | str) -> Tensor:
     return flat
 
 
-def pack(bucket: Bucket, tensors: Iterable[Tensor], device: torch.device | str) -> Tensor:
-    """The bucket's tensors, in its order, as one flat tensor in the wire's dtype."""
+def pack(bucket: Bucket, parts: Iterable[Tensor], device: torch.device | str) -> Tensor:
+    """The bucket's slices, in its order, as one flat tensor in the wire's dtype."""
     flat, at = empty_flat(bucket, device), 0
-    for spec, tensor in zip(bucket.tensors, tensors, strict=True):
-        assert tuple(tensor.shape) == spec.shape, f"{spec.name}: announced as {spec.shape}, exported as {tuple(tensor.shape)}"
-        flat[at:at + spec.elements].copy_(tensor.reshape(-1))
-        at += spec.elements
+    for piece, part in zip(bucket.slices, parts, strict=True):
+        assert tuple(part.shape) == piece.shape, f"{piece.name}: planned as {piece.shape}, exported as {tuple(part.shape)}"
+        flat[at:at + piece.elements].view(piece.shape).copy_(part)
+        at += piece.elements
     return flat
 
 
-def unpack(bucket: Bucket, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """(name, view) of each tensor of a packed bucket."""
+def unpack(bucket: Bucket, flat: Tensor) -> Iterator[tuple[Slice, Tensor]]:
+    """Each slice of a packed bucket, a view."""
     at = 0
-    for spec in bucket.tensors:
-        yield spec.name, flat[at:at + spec.elements].view(spec.shape)
-        at += spec.elements
+    for piece in bucket.slices:
+        yield piece, flat[at:at + piece.elements].view(piece.shape)
+        at += piece.elements
+
+
+def box_of(piece: Slice) -> tuple[slice, ...]:
+    """The index that takes a slice out of its tensor."""
+    return tuple(slice(start, start + size) for start, size in zip(piece.start, piece.shape, strict=True))
+
+
+class Assembly:
+    """Joins tensors that come in parts. Holds those that are not complete yet."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, tuple[Tensor, int]] = {}
+
+    def add(self, piece: Slice, part: Tensor) -> Tensor | None:
+        """The whole tensor when its last part has come, else None. One that comes whole is passed on without a copy."""
+        if piece.is_whole:
+            return part
+        whole, missing = self._open.pop(piece.name, None) or (part.new_empty(piece.whole), math.prod(piece.whole))
+        whole[box_of(piece)] = part
+        if missing > piece.elements:
+            self._open[piece.name] = whole, missing - piece.elements
+            return None
+        return whole
 
 
 def digest(flat: Tensor) -> Tensor:

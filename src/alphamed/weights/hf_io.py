@@ -7,7 +7,7 @@ Chunks are unwrapped GPTModels, told apart by their parameters' names only: no M
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,8 +18,10 @@ from torch.nn import Module, Parameter
 from alphamed.config import ConfigError
 from alphamed.model import ModelShape
 from alphamed.records import Layout
-from alphamed.weights.families import Entry, Kind, entries, shard_shape
+from alphamed.weights.cuts import held
+from alphamed.weights.families import Entry, Kind, cut_dimension, entries, shard_shape
 from alphamed.weights.folder import WeightFiles, check_tensor
+from alphamed.weights.plan import Slice
 from alphamed.weights.tensors import to_hf, to_shard
 
 LAYER = "decoder.layers."
@@ -94,6 +96,24 @@ def hf_manifest(chunks: Sequence[Module], shape: ModelShape) -> list[tuple[str, 
             for item in zip(entry.hf, entry.shapes, strict=True)]
 
 
+def hf_parts(chunks: Sequence[Module], shape: ModelShape, layout: Layout) -> Iterator[tuple[Slice, Tensor]]:
+    """What this rank holds of the Hugging Face tensors: views into its parameters, in the order of the forward pass. No
+    communication. Vocabulary padding and a tied model's second copy are left out."""
+    return parts_of(stage_entries(chunks, shape), layout)
+
+
+def parts_of(own: Iterable[tuple[Entry, Tensor]], layout: Layout) -> Iterator[tuple[Slice, Tensor]]:
+    """`hf_parts` of these parameters."""
+    for entry, parameter in own:
+        if entry.copy:
+            continue
+        dimension, at = cut_dimension(entry), 0
+        for source, box in held(entry, layout.tensor, layout.tensor_rank):
+            length = box.shape[dimension]
+            yield Slice(entry.hf[source], entry.shapes[source], *box), parameter.detach().narrow(dimension, at, length)
+            at += length
+
+
 def hf_tensors(chunks: Sequence[Module], shape: ModelShape, layout: Layout,
                tensor_group: dist.ProcessGroup | None) -> Iterator[tuple[str, Tensor | None]]:
     """Yield (Hugging Face name, tensor) for every tensor of this pipeline stage, in the order of the forward pass.
@@ -103,7 +123,13 @@ def hf_tensors(chunks: Sequence[Module], shape: ModelShape, layout: Layout,
     replicated parameter is yielded as it is, so do not change it. `tensor_group` may be None without tensor
     parallelism.
     """
-    for entry, parameter in stage_entries(chunks, shape):
+    return gathered(stage_entries(chunks, shape), layout, tensor_group)
+
+
+def gathered(own: Iterable[tuple[Entry, Tensor]], layout: Layout,
+             tensor_group: dist.ProcessGroup | None) -> Iterator[tuple[str, Tensor | None]]:
+    """`hf_tensors` of these parameters."""
+    for entry, parameter in own:
         if entry.copy:
             continue
         whole = layout.tensor == 1 or entry.kind == Kind.REPLICATED

@@ -1,139 +1,199 @@
-"""Who sends which tensor in which bucket over which link (pure: no tensors, no communication).
+"""A push as a whole, cut into links, slices and buckets (pure: no tensors, no communication). `routes.py` makes it.
 
-A link joins the source rank of one pipeline stage (tensor rank 0, data rank 0) with every worker of every engine. The source
-is member 0 of its link; the workers follow in the order of engines and tensor ranks. Over a link the stage's tensors travel
-in flat buckets, in the order of the forward pass. Stages send at the same time.
+A link is a communicator of its own: a source rank of the trainer, which is member 0, and workers of the engines. Slices of
+Hugging Face tensors travel over it in flat buckets, in the order of the forward pass. All links are busy at the same time.
+Rank 0 hands the plan to the workers as text; both ends cut the same buckets out of it.
 """
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 FLOOR_S, SLOWEST_BYTES_PER_S = 30.0, 50e6
 
 
 @dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """A Hugging Face tensor by name and shape."""
+class Wire:
+    """How weights travel."""
+    mode: str                        # "gather" (whole tensors, gathered to one rank of each stage) | "direct" (shards)
+    transport: str                   # "gloo" | "nccl"
+    dtype: str                       # the engines': "float32" | "bfloat16"
+    bucket_bytes: int                # limit of a bucket
+
+
+class Slice(NamedTuple):
+    """A rectangular part of a Hugging Face tensor."""
     name: str
+    whole: tuple[int, ...]           # shape of the tensor
+    start: tuple[int, ...]
     shape: tuple[int, ...]
+
+    @classmethod
+    def all_of(cls, name: str, shape: tuple[int, ...]) -> Slice:
+        return cls(name, shape, (0,) * len(shape), shape)
 
     @property
     def elements(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def is_whole(self) -> bool:
+        return self.shape == self.whole
+
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Consecutive tensors of a stage that travel as one flat tensor."""
-    stage: int
-    index: int                       # within the stage
-    dtype: str                       # on the wire, which is the engines' dtype
-    tensors: tuple[TensorSpec, ...]
+    """Consecutive slices of a link that travel as one flat tensor."""
+    link: str
+    index: int                       # within the link
+    dtype: str
+    slices: tuple[Slice, ...]
 
     @property
     def elements(self) -> int:
         """Length of the flat tensor: padded to whole 32-bit words, which digests are taken of."""
         words = 4 // ELEMENT_BYTES[self.dtype]
-        return -(-sum(tensor.elements for tensor in self.tensors) // words) * words
+        return -(-sum(part.elements for part in self.slices) // words) * words
 
     @property
     def bytes(self) -> int:
         return self.elements * ELEMENT_BYTES[self.dtype]
 
     def __str__(self) -> str:
-        return f"bucket {self.index} of stage {self.stage} ({self.tensors[0].name} .. {self.tensors[-1].name})"
+        return f"bucket {self.index} of {self.link} ({self.slices[0].name} .. {self.slices[-1].name})"
 
 
 @dataclass(frozen=True, slots=True)
-class Manifest:
-    """What one stage sends: enough for both ends to cut the same buckets."""
+class Link:
+    """One communicator and what it carries."""
+    name: str                        # unique in a plan; names the link in messages and in the store
     stage: int
+    source: int                      # rank of the trainer, member 0
+    receivers: tuple[int, ...]       # ranks in `SyncPlan.members`; the i-th is member 1 + i
+    transport: str
     dtype: str
     bucket_bytes: int
-    tensors: tuple[TensorSpec, ...]
+    slices: tuple[Slice, ...]
+
+    @property
+    def size(self) -> int:
+        """Members of the communicator."""
+        return 1 + len(self.receivers)
+
+    @property
+    def bytes(self) -> int:
+        """What leaves the source, and what every receiver gets, without the padding of buckets."""
+        return sum(part.elements for part in self.slices) * ELEMENT_BYTES[self.dtype]
 
     def buckets(self) -> tuple[Bucket, ...]:
-        """Cut greedily: a bucket ends where the next tensor would make it larger than `bucket_bytes`. A larger tensor gets
-        a bucket of its own."""
-        found: list[tuple[TensorSpec, ...]] = []
-        open_bucket: list[TensorSpec] = []
-        room = self.bucket_bytes // ELEMENT_BYTES[self.dtype]
+        """Cut greedily: a bucket ends where the next slice would make it larger than `bucket_bytes`. A slice that is larger
+        than a bucket is cut into blocks of rows, which begin in a bucket of their own."""
+        found: list[tuple[Slice, ...]] = []
+        open_bucket: list[Slice] = []
+        words = 4 // ELEMENT_BYTES[self.dtype]
+        room = self.bucket_bytes // ELEMENT_BYTES[self.dtype] // words * words
         used = 0
-        for tensor in self.tensors:
-            if open_bucket and used + tensor.elements > room:
-                found.append(tuple(open_bucket))
-                open_bucket, used = [], 0
-            open_bucket.append(tensor)
-            used += tensor.elements
+        for whole in self.slices:
+            for part in (whole,) if whole.elements <= room else _row_blocks(whole, room):
+                if open_bucket and used + part.elements > room:
+                    found.append(tuple(open_bucket))
+                    open_bucket, used = [], 0
+                open_bucket.append(part)
+                used += part.elements
         if open_bucket:
             found.append(tuple(open_bucket))
-        return tuple(Bucket(self.stage, index, self.dtype, tensors) for index, tensors in enumerate(found))
+        return tuple(Bucket(self.name, index, self.dtype, slices) for index, slices in enumerate(found))
 
-    def to_json(self) -> str:
-        return json.dumps({"stage": self.stage, "dtype": self.dtype, "bucket_bytes": self.bucket_bytes,
-                           "tensors": [[tensor.name, tensor.shape] for tensor in self.tensors]})
 
-    @classmethod
-    def from_json(cls, text: str) -> Manifest:
-        tree = json.loads(text)
-        return cls(tree["stage"], tree["dtype"], tree["bucket_bytes"],
-                   tuple(TensorSpec(name, tuple(shape)) for name, shape in tree["tensors"]))
+def _row_blocks(large: Slice, room: int) -> Iterable[Slice]:
+    rows, row = large.shape[0], large.elements // large.shape[0]
+    step = room // row
+    assert step, f"{large.name}: a row of {row} elements does not fit into a bucket of {room}"
+    return (large._replace(start=(large.start[0] + at, *large.start[1:]), shape=(min(step, rows - at), *large.shape[1:]))
+            for at in range(0, rows, step))
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A worker as a link sees it: its engine, its tensor rank there, its rank in every link."""
+    """A worker: its engine and its tensor rank there."""
     engine: int
     worker: int
-    rank: int
 
     def __str__(self) -> str:
         return f"engine {self.engine} worker {self.worker}"
 
 
 def members(tensor_parallel: Sequence[int]) -> tuple[Member, ...]:
-    """The workers of all engines, given each engine's tensor-parallel size. Rank 0 is the source."""
-    found: list[Member] = []
-    for engine, size in enumerate(tensor_parallel):
-        found += [Member(engine, worker, 1 + len(found) + worker) for worker in range(size)]
-    return tuple(found)
+    """The workers of all engines, given each engine's tensor-parallel size."""
+    return tuple(Member(engine, worker) for engine, size in enumerate(tensor_parallel) for worker in range(size))
 
 
 @dataclass(frozen=True, slots=True)
 class SyncPlan:
-    """A push as a whole. `transport` ("gloo" | "nccl") is that of every link, one link per manifest."""
-    transport: str
-    manifests: tuple[Manifest, ...]
+    """All links of a push. Everyone joins links, posts receives and sends in the order of this plan, each its own part of
+    it: so nobody waits for a peer that waits for another."""
+    mode: str                        # as in Wire
+    links: tuple[Link, ...]
     members: tuple[Member, ...]
 
-    def buckets(self) -> tuple[Bucket, ...]:
-        """All buckets in the order in which workers take them: the stages' in turn, so that all stages make progress."""
-        per_stage = [manifest.buckets() for manifest in self.manifests]
-        depth = max(map(len, per_stage), default=0)
-        return tuple(buckets[i] for i in range(depth) for buckets in per_stage if i < len(buckets))
+    def links_to(self, member: int) -> tuple[Link, ...]:
+        return tuple(link for link in self.links if member in link.receivers)
+
+    def links_from(self, rank: int) -> tuple[Link, ...]:
+        return tuple(link for link in self.links if link.source == rank)
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """Trainer ranks that send."""
+        return tuple(sorted({link.source for link in self.links}))
 
     @property
     def bytes(self) -> int:
-        return sum(bucket.bytes for bucket in self.buckets())
+        return sum(link.bytes for link in self.links)
 
     @property
     def deadline_s(self) -> float:
         """Time a push may take, in seconds."""
         return FLOOR_S + self.bytes / SLOWEST_BYTES_PER_S
 
-    def corrupted(self, sent: Sequence[Sequence[int]], received: Sequence[Sequence[Sequence[int]]]) -> list[str]:
-        """What arrived otherwise than it was sent, by name. `sent`: a digest per bucket; `received`: the same for each
-        member; both in the order of `buckets()`."""
-        return [f"{bucket} at {member}" for member, digests in zip(self.members, received, strict=True)
-                for bucket, before, after in zip(self.buckets(), sent, digests, strict=True) if list(before) != list(after)]
+    def buffer_bytes(self, member: int) -> int:
+        """What a worker holds beside its parameters while it receives: the posted bucket of every link, and the one that is
+        being loaded."""
+        largest = [max(bucket.bytes for bucket in link.buckets()) for link in self.links_to(member)]
+        return sum(largest) + max(largest, default=0)
+
+    def corrupted(self, sent: Mapping[str, Sequence[Sequence[int]]],
+                  received: Sequence[Mapping[str, Sequence[Sequence[int]]]]) -> list[str]:
+        """What arrived otherwise than it was sent, by name. `sent`: the digests of each link's buckets; `received`: the same
+        for each member, of the links that it belongs to."""
+        return [f"{bucket} at {member}" for number, (member, digests) in enumerate(zip(self.members, received, strict=True))
+                for link in self.links_to(number)
+                for bucket, before, after in zip(link.buckets(), sent[link.name], digests[link.name], strict=True)
+                if list(before) != list(after)]
+
+    def to_json(self) -> str:
+        return json.dumps({
+            "mode": self.mode, "members": [[member.engine, member.worker] for member in self.members],
+            "links": [[link.name, link.stage, link.source, link.receivers, link.transport, link.dtype, link.bucket_bytes,
+                       link.slices] for link in self.links]}, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> SyncPlan:
+        tree = json.loads(text)
+        return cls(tree["mode"], tuple(
+            Link(name, stage, source, tuple(receivers), transport, dtype, bucket_bytes,
+                 tuple(Slice(n, tuple(whole), tuple(start), tuple(shape)) for n, whole, start, shape in slices))
+            for name, stage, source, receivers, transport, dtype, bucket_bytes, slices in tree["links"]),
+            tuple(Member(*member) for member in tree["members"]))
 
 
-def check_complete(manifests: Iterable[Manifest]) -> None:
-    """Assert that no tensor is sent twice."""
-    names = [tensor.name for manifest in manifests for tensor in manifest.tensors]
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-    assert not twice, f"sent by two stages: {', '.join(twice)}"
+def in_turns(links: Iterable[Link]) -> tuple[Bucket, ...]:
+    """All buckets of some links in the order in which they are sent and taken: the links' in turn, so that all make
+    progress."""
+    per_link = [link.buckets() for link in links]
+    depth = max(map(len, per_link), default=0)
+    return tuple(buckets[i] for i in range(depth) for buckets in per_link if i < len(buckets))

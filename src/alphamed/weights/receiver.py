@@ -1,12 +1,14 @@
 """The vLLM side of a push: mixed into vLLM's workers (`worker_extension_cls`), called through `collective_rpc`.
 
-vLLM keeps weights in the layout its kernels want (fused, cut over tensor ranks, packed), so tensors go through the model's own
-`load_weights`, inside vLLM's layer-wise reload, which repacks each layer when it is complete.
+vLLM keeps weights in the layout its kernels want (fused, cut over tensor ranks, packed). Whole tensors go through the
+model's own `load_weights`, inside vLLM's layer-wise reload, which repacks each layer when it is complete; shards are written
+where they belong (`writer.py`), and a layer is repacked when its last one has come.
 """
 from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -16,73 +18,111 @@ import torch.distributed as dist
 from torch import Tensor
 
 from alphamed.weights import links
-from alphamed.weights.buckets import digest, empty_flat, unpack
-from alphamed.weights.plan import Bucket, Manifest, SyncPlan
+from alphamed.weights.buckets import Assembly, digest, empty_flat, unpack
+from alphamed.weights.plan import Bucket, Link, SyncPlan, in_turns
+from alphamed.weights.writer import ParameterWriter
 
 
 @dataclass
 class Membership:
     """This worker's place in the links of one epoch."""
     store: dist.TCPStore
-    links: list[dist.ProcessGroup]          # by stage
-    plan: SyncPlan
+    mode: str
+    links: tuple[Link, ...]
+    groups: dict[str, dist.ProcessGroup]        # by link
 
 
 class WeightReceiver:
     """Methods that every worker gets. `self` is vLLM's worker; names are prefixed so that they meet none of its own."""
 
-    def alphamed_join(self, address: str, port: int, transport: str, stages: int, rank_offset: int, size: int,
-                      deadline_s: float) -> None:
-        """Read the manifests from the store and join every stage's link, of `size` members, as member
-        `rank_offset` + tensor rank."""
+    def alphamed_join(self, address: str, port: int, first_member: int, deadline_s: float) -> None:
+        """Read the plan from the store and join the links of member `first_member` + tensor rank."""
         self._alphamed = None                   # an older epoch's links close here
         store = links.reach_store(address, port, deadline_s)
-        manifests = tuple(Manifest.from_json(store.get(f"manifest/{stage}").decode()) for stage in range(stages))
-        rank = rank_offset + self.rank
-        joined = [links.open_link(transport, store, address, f"stage{stage}", rank, size, deadline_s)
-                  for stage in range(stages)]
-        self._alphamed = Membership(store, joined, SyncPlan(transport, manifests, ()))
+        plan = SyncPlan.from_json(store.get("plan").decode())
+        member = first_member + self.rank
+        own = plan.links_to(member)
+        groups = {link.name: links.open_link(link.transport, store, address, link.name, 1 + link.receivers.index(member),
+                                             link.size, deadline_s) for link in own}
+        self._alphamed = Membership(store, plan.mode, own, groups)
 
-    def alphamed_receive(self, version: int, deadline_s: float) -> list[list[int]]:
-        """Take and load one push. Returns the digest of each bucket, in the order of the plan.
+    def alphamed_receive(self, version: int, deadline_s: float) -> dict[str, list[list[int]]]:
+        """Take and load one push. Returns the digest of each bucket, by link.
 
         When loading fails the rest is still received, so that the senders are not left waiting; then it is raised.
         """
-        buckets = self._alphamed.plan.buckets()
-        found, failure = [], None
-        begin_reload(self)
-        for bucket, flat in _arrivals(self._alphamed, buckets, self.device, deadline_s):
+        membership, failure = self._alphamed, None
+        found: dict[str, list[Tensor]] = {link.name: [] for link in membership.links}
+        loader = WholeLoader(self) if membership.mode == "gather" else ShardLoader(self, membership.links)
+        for bucket, flat in arrivals(membership, self.device, deadline_s):
             flat = arrived(bucket, flat)
-            found.append(digest(flat))
+            found[bucket.link].append(digest(flat))
             try:
-                failure or self.model_runner.model.load_weights(unpack(bucket, flat))
+                failure or loader.load(bucket, flat)
             except Exception as error:          # noqa: BLE001 - re-raised below, when the link is empty
                 failure = RuntimeError(f"loading {bucket} of version {version}: {type(error).__name__}: {error}")
         if failure:
             raise failure
-        end_reload(self)
-        return [pair.tolist() for pair in found]
+        loader.finish()
+        return {name: [pair.tolist() for pair in digests] for name, digests in found.items()}
 
 
-def _arrivals(membership: Membership, buckets: tuple[Bucket, ...], device: torch.device, deadline_s: float):
-    """Yield (bucket, flat tensor) in the plan's order, with the next receive of every stage already posted."""
+class WholeLoader:
+    """Whole tensors, through the model's own loading."""
+
+    def __init__(self, worker: Any):
+        self._worker, self._assembly = worker, Assembly()
+        begin_reload(worker)
+
+    def load(self, bucket: Bucket, flat: Tensor) -> None:
+        self._worker.model_runner.model.load_weights(self._complete(bucket, flat))
+
+    def _complete(self, bucket: Bucket, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
+        for piece, part in unpack(bucket, flat):
+            whole = self._assembly.add(piece, part)
+            if whole is not None:
+                yield piece.name, whole
+
+    def finish(self) -> None:
+        end_reload(self._worker)
+
+
+class ShardLoader:
+    """This worker's shards, straight into its parameters."""
+
+    def __init__(self, worker: Any, own: tuple[Link, ...]):
+        self._worker = worker
+        self._writer = ParameterWriter(worker.model_runner.model, [piece for link in own for piece in link.slices], repack)
+
+    @torch.no_grad()
+    def load(self, bucket: Bucket, flat: Tensor) -> None:
+        for piece, part in unpack(bucket, flat):
+            self._writer.write(piece, part)
+
+    def finish(self) -> None:
+        self._writer.check_complete()
+        settle(self._worker)
+
+
+def arrivals(membership: Membership, device: torch.device, deadline_s: float) -> Iterator[tuple[Bucket, Tensor]]:
+    """Yield (bucket, flat tensor) in the plan's order, with the next receive of every link already posted."""
     end = time.monotonic() + deadline_s
-    waiting = {stage: deque(b for b in buckets if b.stage == stage) for stage in range(len(membership.links))}
-    posted: dict[int, tuple[Bucket, Tensor, dist.Work]] = {}
+    waiting = {link.name: deque(link.buckets()) for link in membership.links}
+    posted: dict[str, tuple[Bucket, Tensor, dist.Work]] = {}
 
-    def post(stage: int) -> None:
-        if waiting[stage]:
-            bucket = waiting[stage].popleft()
+    def post(link: str) -> None:
+        if waiting[link]:
+            bucket = waiting[link].popleft()
             flat = empty_flat(bucket, device)
-            posted[stage] = bucket, flat, links.broadcast(membership.links[stage], flat)
+            posted[link] = bucket, flat, links.broadcast(membership.groups[link], flat)
 
-    for stage in waiting:
-        post(stage)
-    for bucket in buckets:
-        expected, flat, work = posted.pop(bucket.stage)
+    for link in waiting:
+        post(link)
+    for bucket in in_turns(membership.links):
+        expected, flat, work = posted.pop(bucket.link)
         assert expected == bucket, f"{bucket} is due, {expected} was posted"
         work.wait(timedelta(seconds=max(1.0, end - time.monotonic())))
-        post(bucket.stage)
+        post(bucket.link)
         yield bucket, flat
 
 
@@ -102,6 +142,18 @@ def end_reload(worker: Any) -> None:
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
     finalize_layerwise_reload(worker.model_runner.model, worker.model_config)
+    settle(worker)
+
+
+def repack(module: torch.nn.Module) -> None:
+    """Bring a layer's new weights into the form that its kernel takes. On CPU that packs them and drops the originals; on
+    CUDA unquantised weights stay as they are."""
+    if quant_method := getattr(module, "quant_method", None):
+        quant_method.process_weights_after_loading(module)
+
+
+def settle(worker: Any) -> None:
+    """What is left to do when all layers are loaded."""
     refresh_tied_head(worker.model_runner.model)
     if worker.device.type != "cpu":
         torch.accelerator.synchronize()

@@ -1,13 +1,15 @@
 """Where a push takes its tensors from: the small protocol that WeightSync knows, and the Megatron policy behind it."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
 from alphamed.model import ModelShape
-from alphamed.weights.hf_io import hf_manifest, hf_tensors
+from alphamed.weights.hf_io import hf_parts, hf_tensors
+from alphamed.weights.plan import Slice, SyncPlan, Wire
+from alphamed.weights.routes import make_plan, trainer_rank
 
 if TYPE_CHECKING:
     from alphamed.megatron.policy import Policy
@@ -15,20 +17,22 @@ if TYPE_CHECKING:
 
 class WeightSource(Protocol):
     """One rank's view of the trainer's weights."""
-    stages: int                 # pipeline stages
-    stage: int                  # this rank's
+    rank: int                   # in the trainer
     exports: bool               # whether this rank takes part in `tensors` (data rank 0)
-    sends: bool                 # whether it is the one of its stage that gets the tensors (tensor rank 0 of those)
+    scores: bool                # whether it hands over the probe's log-probs (one rank of the last stage)
+
+    def plan(self, engines: Sequence[int], wire: Wire) -> SyncPlan:
+        """The push to engines of these tensor-parallel sizes; the same on every rank."""
 
     def make_current(self) -> None:
         """Complete parameters that are still being gathered. Called on every rank."""
 
-    def manifest(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Names and shapes of what `tensors` yields, in its order, without communication."""
-
     def tensors(self) -> Iterator[tuple[str, Tensor | None]]:
-        """Hugging Face names and whole tensors of this stage (None where the rank does not send). The exporting ranks of
-        a stage iterate together."""
+        """Hugging Face names and whole tensors of this stage, in the plan's order (None where the rank is not the stage's
+        source). The exporting ranks of a stage iterate together."""
+
+    def parts(self) -> Iterator[tuple[Slice, Tensor]]:
+        """What this rank holds of the Hugging Face tensors, as views, without communication."""
 
 
 class PolicySource:
@@ -36,16 +40,19 @@ class PolicySource:
 
     def __init__(self, policy: Policy, shape: ModelShape):
         layout = policy.layout
-        self._policy, self._shape = policy, shape
-        self.stages, self.stage = layout.pipeline, layout.pipeline_rank
+        self._policy, self._shape, self._parallel = policy, shape, policy.config.parallel
+        self.rank = trainer_rank(self._parallel, layout.pipeline_rank, layout.data_rank, layout.tensor_rank)
         self.exports = layout.data_rank == 0
-        self.sends = self.exports and layout.tensor_rank == 0
+        self.scores = self.exports and layout.tensor_rank == 0 and layout.pipeline_rank == layout.pipeline - 1
+
+    def plan(self, engines: Sequence[int], wire: Wire) -> SyncPlan:
+        return make_plan(self._shape, self._parallel, engines, wire)
 
     def make_current(self) -> None:
         self._policy.make_current()
 
-    def manifest(self) -> list[tuple[str, tuple[int, ...]]]:
-        return hf_manifest(self._policy.model_chunks(), self._shape)
-
     def tensors(self) -> Iterator[tuple[str, Tensor | None]]:
         return hf_tensors(self._policy.model_chunks(), self._shape, self._policy.layout, self._policy.tensor_group)
+
+    def parts(self) -> Iterator[tuple[Slice, Tensor]]:
+        return hf_parts(self._policy.model_chunks(), self._shape, self._policy.layout)

@@ -1,57 +1,19 @@
 """Cutting Hugging Face tensors into tensor-parallel shards of Megatron parameters, and joining them again.
 
 Both directions follow one description: a shard is the concatenation, along one dimension, of slices of the source
-tensors (`pieces`). Loading reads those slices, exporting writes them back, so the two can not disagree. Pure; torch
+tensors (`cuts.pieces`). Loading reads those slices, exporting writes them back, so the two can not disagree. Pure; torch
 only.
 """
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from alphamed.weights.cuts import pieces
 from alphamed.weights.families import Entry, Kind, cut_dimension, shard_shape
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Rows (columns where the cut is along dimension 1) start..stop of source tensor `source`."""
-    source: int
-    start: int
-    stop: int
-
-
-def pieces(entry: Entry, tp_size: int, tp_rank: int) -> list[Piece]:
-    """The slices of the source tensors that make up the shard of `tp_rank`, in order. Vocabulary padding, which no
-    source holds, is missing at the end of the last shards."""
-    dimension = cut_dimension(entry)
-    sizes = [size[dimension] for size in entry.shapes]
-    if entry.kind == Kind.REPLICATED:
-        return [Piece(0, 0, sizes[0])]
-    if entry.kind == Kind.QKV:
-        rows = [size // entry.groups for size in sizes]          # of q (all its heads), k and v in one KV group
-        order = [Piece(i, g * rows[i], (g + 1) * rows[i]) for g in range(entry.groups) for i in range(3)]
-    elif entry.kind == Kind.GATE_UP:
-        rows = [size // tp_size for size in sizes]
-        order = [Piece(i, r * rows[i], (r + 1) * rows[i]) for r in range(tp_size) for i in range(2)]
-    else:
-        order = [Piece(0, 0, sizes[0])]
-    length = shard_shape(entry, tp_size)[dimension]
-    return _window(order, tp_rank * length, (tp_rank + 1) * length)
-
-
-def _window(order: list[Piece], start: int, stop: int) -> list[Piece]:
-    """What of the concatenation of `order` lies in start..stop."""
-    found, at = [], 0
-    for piece in order:
-        low, high = max(start, at), min(stop, at + piece.stop - piece.start)
-        if low < high:
-            found.append(Piece(piece.source, piece.start + low - at, piece.start + high - at))
-        at += piece.stop - piece.start
-    return found
 
 
 def to_shard(entry: Entry, sources: Sequence[Any], tp_size: int, tp_rank: int) -> Tensor:

@@ -1,0 +1,154 @@
+"""The plan of a push for any model, trainer layout and engines: who sends what to whom, and what is gathered before (pure).
+
+gather: the source of a stage (tensor rank 0, data rank 0) gathers every parameter from its tensor ranks and broadcasts whole
+tensors to all workers: one link per stage. direct: every tensor rank sends what it holds itself. One link joins it with the
+same tensor rank of all engines and carries what the one holds and the other needs, so nothing is gathered and nothing
+arrives that is not needed. What every trainer rank holds (norms) comes from one of them.
+
+Imports nothing heavy. Sizes are those of model.py; the ranks' order is that of records.Layout.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from alphamed.config import Config, ConfigError, Dtype, ParallelConfig
+from alphamed.model import ModelShape
+from alphamed.weights.cuts import held, needed
+from alphamed.weights.families import Entry, Kind, entries, shard_shape
+from alphamed.weights.plan import ELEMENT_BYTES, Link, Slice, SyncPlan, Wire, members
+
+WIRE_DTYPE = {Dtype.FP32: "float32", Dtype.BF16: "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """A parameter whose shards are brought together on the first of `ranks` before it is sent."""
+    parameter: str
+    ranks: tuple[int, ...]
+    elements: int                    # that the first rank receives
+
+
+class _Route(NamedTuple):
+    """A box of source tensor `source` of an entry, from a tensor rank of the trainer to one of every engine."""
+    tensor_rank: int
+    worker: int
+    source: int
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def make_plan(shape: ModelShape, parallel: ParallelConfig, engines: Sequence[int], wire: Wire) -> SyncPlan:
+    """`engines`: the tensor-parallel size of each. The same on every rank that asks."""
+    make = {"gather": _gathering, "direct": _direct}[wire.mode]
+    return SyncPlan(wire.mode, make(shape, parallel, tuple(engines), wire), members(engines))
+
+
+def trainer_rank(parallel: ParallelConfig, stage: int, data_rank: int, tensor_rank: int) -> int:
+    """Global rank in Megatron's order `tp-cp-ep-dp-pp`."""
+    return tensor_rank + parallel.tensor * (data_rank + parallel.data * stage)
+
+
+def stage_of(entry: Entry, shape: ModelShape, parallel: ParallelConfig) -> int:
+    """The pipeline stage that holds a parameter. Chunks of layers are dealt out to the stages in turn, once for each virtual
+    stage; the embedding stands before the first, final norm and output layer after the last."""
+    name = entry.megatron[0]
+    if not name.startswith("decoder.layers."):
+        return 0 if name.startswith("embedding.") else parallel.pipeline - 1
+    layers_per_chunk = shape.layers // (parallel.pipeline * (parallel.virtual_pipeline or 1))
+    return int(name.split(".")[2]) // layers_per_chunk % parallel.pipeline
+
+
+def holders(shape: ModelShape, parallel: ParallelConfig) -> dict[int, list[Slice]]:
+    """What each rank of the trainer holds of the Hugging Face tensors, in the order of the forward pass. A tied model's
+    output layer, a copy of its embedding, is not among it."""
+    found: dict[int, list[Slice]] = {}
+    for stage, own in enumerate(_stages(shape, parallel)):
+        for tensor_rank in range(parallel.tensor):
+            slices = [Slice(entry.hf[source], entry.shapes[source], *box) for entry in own
+                      for source, box in held(entry, parallel.tensor, tensor_rank)]
+            for data_rank in range(parallel.data):
+                found[trainer_rank(parallel, stage, data_rank, tensor_rank)] = slices
+    return found
+
+
+def gathers(shape: ModelShape, parallel: ParallelConfig, mode: str) -> tuple[Gather, ...]:
+    """The parameters that a push gathers, stage by stage in the order of sending. Stages gather at the same time."""
+    if mode == "direct" or parallel.tensor == 1:
+        return ()
+    found = []
+    for stage, own in enumerate(_stages(shape, parallel)):
+        ranks = tuple(trainer_rank(parallel, stage, 0, t) for t in range(parallel.tensor))
+        for entry in own:
+            if entry.kind != Kind.REPLICATED:
+                rows, *rest = shard_shape(entry, parallel.tensor)
+                found.append(Gather(entry.megatron[0], ranks, (parallel.tensor - 1) * rows * (rest[0] if rest else 1)))
+    return tuple(found)
+
+
+def check_sync(config: Config, shape: ModelShape) -> None:
+    """Refuse buckets that can not hold one row of the model's largest tensors. Raises ConfigError."""
+    widest = max(size[-1] for entry in _entries(shape) for size in entry.shapes if len(size) > 1)
+    row_bytes = widest * ELEMENT_BYTES[WIRE_DTYPE[config.rollout.dtype]]
+    if config.sync.bucket_bytes < row_bytes:
+        raise ConfigError(f"sync.bucket_bytes: {config.sync.bucket_bytes} can not hold one row of the model's widest tensor "
+                          f"({row_bytes} bytes); raise it to at least that")
+
+
+# ------------------------------------------------------------------------------------------------------------------ links
+def _gathering(shape: ModelShape, parallel: ParallelConfig, engines: tuple[int, ...], wire: Wire) -> tuple[Link, ...]:
+    everyone = tuple(range(sum(engines)))
+    return tuple(
+        Link(f"stage {stage}", stage, trainer_rank(parallel, stage, 0, 0), everyone, wire.transport, wire.dtype,
+             wire.bucket_bytes, tuple(Slice.all_of(name, size) for entry in own
+                                      for name, size in zip(entry.hf, entry.shapes, strict=True)))
+        for stage, own in enumerate(_stages(shape, parallel)))
+
+
+def _direct(shape: ModelShape, parallel: ParallelConfig, engines: tuple[int, ...], wire: Wire) -> tuple[Link, ...]:
+    alike: dict[tuple[int, int], list[int]] = {}        # workers that are cut alike, by tensor-parallel size and rank
+    for number, member in enumerate(members(engines)):
+        alike.setdefault((engines[member.engine], member.worker), []).append(number)
+    links = []
+    for stage, own in enumerate(_stages(shape, parallel)):
+        carried: dict[tuple[int, int, int], list[Slice]] = {}
+        for entry in own:
+            for size in dict.fromkeys(engines):
+                for route in _routes(entry.kind, entry.shapes, entry.groups, parallel.tensor, size):
+                    carried.setdefault((route.tensor_rank, size, route.worker), []).append(
+                        Slice(entry.hf[route.source], entry.shapes[route.source], route.start, route.shape))
+        links += [Link(f"stage {stage} from tensor rank {rank} to worker {worker} of {size}", stage,
+                       trainer_rank(parallel, stage, 0, rank), tuple(alike[size, worker]), wire.transport, wire.dtype,
+                       wire.bucket_bytes, tuple(slices)) for (rank, size, worker), slices in sorted(carried.items())]
+    return tuple(links)
+
+
+@lru_cache(maxsize=4096)
+def _routes(kind: Kind, shapes: tuple[tuple[int, ...], ...], groups: int, tensor: int, engine: int) -> tuple[_Route, ...]:
+    """How any parameter of this kind and size gets from `tensor` trainer ranks to the `engine` ranks of an engine."""
+    entry = Entry(kind, ("",), ("",) * len(shapes), shapes, groups)
+    found = []
+    for worker in range(engine):
+        ranks = (worker * tensor // engine,) if kind == Kind.REPLICATED else range(tensor)
+        for rank in ranks:
+            for source, box in held(entry, tensor, rank):
+                if common := box.meet(needed(entry, source, engine, worker)):
+                    found.append(_Route(rank, worker, source, *common))
+    return tuple(found)
+
+
+# ----------------------------------------------------------------------------------------------------------------- stages
+@lru_cache(maxsize=8)
+def _entries(shape: ModelShape) -> tuple[Entry, ...]:
+    return tuple(entry for entry in entries(shape) if not entry.copy)
+
+
+@lru_cache(maxsize=64)
+def _stages(shape: ModelShape, parallel: ParallelConfig) -> tuple[tuple[Entry, ...], ...]:
+    """The parameters that each pipeline stage exports, in the order of the forward pass."""
+    found: tuple[list[Entry], ...] = tuple([] for _ in range(parallel.pipeline))
+    for entry in _entries(shape):
+        found[stage_of(entry, shape, parallel)].append(entry)
+    return tuple(map(tuple, found))

@@ -1,0 +1,102 @@
+"""One trainer rank's part in a transfer: take the slices of its buckets from the source, pack, digest and broadcast them."""
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from alphamed.weights import links
+from alphamed.weights.buckets import box_of, digest, pack
+from alphamed.weights.cuts import Box
+from alphamed.weights.plan import Slice, SyncPlan, in_turns
+from alphamed.weights.source import WeightSource
+
+Digests = dict[str, list[list[int]]]
+"""By link, of each of its buckets."""
+
+
+class Sender:
+    """Joins the links that begin at this rank; `send` fills them. Closed by dropping it."""
+
+    def __init__(self, plan: SyncPlan, source: WeightSource, store: dist.TCPStore, address: str, device: torch.device,
+                 join_deadline_s: float):
+        self._plan, self._source, self._device = plan, source, device
+        self.groups = {link.name: links.open_link(link.transport, store, address, link.name, 0, link.size, join_deadline_s)
+                        for link in plan.links_from(source.rank)}
+
+    def send(self) -> tuple[Digests, Exception | None]:
+        """Send the buckets of all own links, in turns. Returns their digests, and the error that stopped the sending, if
+        any: gathering is a collective and is carried to its end all the same."""
+        part = _Gathered(self._source.tensors()) if self._plan.mode == "gather" else held_parts(self._source.parts())
+        try:
+            return self._broadcast(part), None
+        except RuntimeError as error:           # what torch.distributed raises for a lost or late peer
+            return {}, error
+        finally:
+            if isinstance(part, _Gathered):
+                part.drain()
+
+    def _broadcast(self, part: Callable[[Slice], Tensor]) -> Digests:
+        end = time.monotonic() + self._plan.deadline_s
+        found: dict[str, list[Tensor]] = {name: [] for name in self.groups}
+        under_way: deque[tuple[dist.Work, Tensor]] = deque()
+
+        def finish_oldest() -> None:
+            work, _ = under_way.popleft()
+            work.wait(timedelta(seconds=max(1.0, end - time.monotonic())))
+
+        for bucket in in_turns(self._plan.links_from(self._source.rank)):
+            flat = pack(bucket, map(part, bucket.slices), self._device)
+            under_way.append((links.broadcast(self.groups[bucket.link], flat), flat))
+            found[bucket.link].append(digest(flat))
+            if len(under_way) > len(self.groups):      # one travels on every link while the next is packed
+                finish_oldest()
+        while under_way:
+            finish_oldest()
+        return {name: [pair.tolist() for pair in digests] for name, digests in found.items()}
+
+
+def take_part(source: WeightSource, mode: str) -> None:
+    """What an exporting rank without links of its own does in a transfer: its part of the gathering."""
+    if mode == "gather":
+        _Gathered(source.tensors()).drain()
+
+
+class _Gathered:
+    """Slices of the tensors of a collective export, which must be asked for in its order."""
+
+    def __init__(self, tensors: Iterator[tuple[str, Tensor | None]]):
+        self._tensors = tensors
+        self._name, self._tensor = "", None
+
+    def __call__(self, piece: Slice) -> Tensor:
+        if piece.name != self._name:
+            self._name, self._tensor = next(self._tensors)
+            assert self._name == piece.name, f"the export gave {self._name} where the plan has {piece.name}"
+        assert tuple(self._tensor.shape) == piece.whole, \
+            f"{piece.name}: planned as {piece.whole}, exported as {tuple(self._tensor.shape)}"
+        return self._tensor[box_of(piece)]
+
+    def drain(self) -> None:
+        for _ in self._tensors:
+            pass
+
+
+def held_parts(parts: Iterator[tuple[Slice, Tensor]]) -> Callable[[Slice], Tensor]:
+    """Slices of what this rank holds, in any order."""
+    by_name: dict[str, list[tuple[Slice, Tensor]]] = {}
+    for piece, tensor in parts:
+        by_name.setdefault(piece.name, []).append((piece, tensor))
+
+    def part(wanted: Slice) -> Tensor:
+        for piece, tensor in by_name.get(wanted.name, ()):
+            if Box(piece.start, piece.shape).meet(Box(wanted.start, wanted.shape)) == (wanted.start, wanted.shape):
+                return tensor[tuple(slice(start - own, start - own + size)
+                                    for start, own, size in zip(wanted.start, piece.start, wanted.shape, strict=True))]
+        raise AssertionError(f"this rank does not hold {wanted}")
+    return part
