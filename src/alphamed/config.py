@@ -78,8 +78,17 @@ class Aggregation(StrEnum):
 
 
 class Correction(StrEnum):
+    AUTO = "auto"
     NONE = "none"
     TIS = "tis"
+    MIS = "mis"
+    MIS_SEQUENCE = "mis_sequence"
+
+
+class OnPush(StrEnum):
+    WAIT = "wait"
+    KEEP = "keep"
+    ABORT = "abort"
 
 
 class PromptTemplate(StrEnum):
@@ -194,9 +203,36 @@ class RolloutConfig(Section):
     """Seed every sample with hash(run, question, sample, step), switch prefix cache and chunked prefill off."""
     replay: Path | None = None
     """A run directory whose recorded rollouts are trained on in place of engines."""
+    max_staleness: NonNegative = 0
+    """Pushes by which the weights that sampled a response may be older than those it trains. 0: generation and training take
+    turns. Above: engines work this many steps ahead while the policy trains; older samples are dropped and counted."""
+    on_push: OnPush = OnPush.KEEP
+    """What becomes of requests that a push finds under way (max_staleness > 0): they end first (`wait`), go on with the new
+    weights (`keep`), or begin anew (`abort`)."""
     start_deadline_s: PositiveFloat = 600.0
     step_deadline_s: PositiveFloat = 1800.0
     """A step's generation must finish within this time; what is missing is named."""
+
+
+class DynamicSamplingConfig(Section):
+    """Groups whose rewards do not differ (all right, all wrong) teach nothing: replace them, ask fewer of them."""
+    refills: NonNegative = 0
+    """Rounds in which the groups of a step that teach nothing are replaced by others; 9 is DAPO's limit. Ahead of the policy
+    (rollout.max_staleness > 0) as many groups as that many whole rounds. Places still empty then keep what was dropped."""
+    choose: bool = False
+    """Pass over questions that are unlikely to teach, by their level and by what this run has seen of them."""
+    half_life_steps: PositiveFloat = 30.0
+    """Steps after which an observation counts half, for the policy has changed."""
+    annotation_weight: NonNegativeFloat = 5.0
+    """Samples that a question's level counts as when the run begins. Levels come from five samples of another model."""
+    max_passes: Positive = 10
+    """Times in a row that a question can be passed over at most; then it is asked whatever is believed of it."""
+    search: Positive = 10
+    """Questions looked at for one round of questions, at most, as a multiple of rollout.questions_per_step."""
+
+    @property
+    def active(self) -> bool:
+        return self.refills > 0 or self.choose
 
 
 class RewardConfig(Section):
@@ -204,6 +240,9 @@ class RewardConfig(Section):
     """A built-in reward (`correct`, `correct_and_format`) or `module:function`."""
     truncated: TruncatedReward = TruncatedReward.NOTHING
     """What a response that hit the token limit may earn."""
+    overlong_buffer_tokens: NonNegative = 0
+    """Tokens below rollout.max_response_tokens over which a penalty falls from 0 to -1 (DAPO's soft overlong punishment); 0:
+    none."""
     timeout_s: PositiveFloat = 10.0
     workers: Positive = 2
     """Processes that run a user's reward function."""
@@ -222,9 +261,13 @@ class AlgorithmConfig(Section):
     aggregation: Aggregation = Aggregation.TOKEN_MEAN
     constant_tokens: Positive | None = None
     """What `aggregation: constant` divides each response's sum by; None: rollout.max_response_tokens."""
-    correction: Correction = Correction.NONE
-    """Correction for the difference between the engine's and the trainer's log-probs."""
+    correction: Correction = Correction.AUTO
+    """Importance correction for sampling from other log-probs than the trainer's. `auto`: `tis` where rollout.max_staleness
+    is above 0, else `none`."""
     correction_cap: PositiveFloat = 2.0
+    """Largest ratio: `tis` cuts larger ones to it, `mis` masks their tokens, `mis_sequence` their responses."""
+    correction_floor: NonNegativeFloat = 0.5
+    """Smallest ratio that `mis` and `mis_sequence` do not mask."""
     mini_batches: Positive = 1
     """Optimizer steps per batch of rollouts."""
     old_logprobs: OldLogprobs = OldLogprobs.AUTO
@@ -277,7 +320,8 @@ class SyncConfig(Section):
     probe: bool = True
     """After the first push compare the engines' log-probs of a fixed text with the policy's."""
     max_logprob_diff: PositiveFloat | None = None
-    """Limit on policy/logprob_diff_mean that stops the run; None: 0.15 where either side is bf16, 1e-3 in FP32."""
+    """Limit on policy/logprob_diff_mean that stops the run; None: 0.15 where either side is bf16, 1e-3 in FP32, 1 where
+    samples may be stale: the policy's own movement is in the difference then."""
 
 
 class CheckpointConfig(Section):
@@ -335,6 +379,7 @@ class Config(Section):
     run: RunConfig = RunConfig()
     prompt: PromptConfig = PromptConfig()
     rollout: RolloutConfig = RolloutConfig()
+    dynamic_sampling: DynamicSamplingConfig = DynamicSamplingConfig()
     reward: RewardConfig = RewardConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -353,7 +398,12 @@ class Config(Section):
     @property
     def max_logprob_diff(self) -> float:
         exact = self.model.dtype == self.rollout.dtype == Dtype.FP32
-        return self.sync.max_logprob_diff or (1e-3 if exact else 0.15)
+        return self.sync.max_logprob_diff or (1.0 if self.rollout.max_staleness else 1e-3 if exact else 0.15)
+
+    @property
+    def correction(self) -> Correction:
+        chosen = self.algorithm.correction
+        return chosen if chosen != Correction.AUTO else Correction.TIS if self.rollout.max_staleness else Correction.NONE
 
     @property
     def max_model_tokens(self) -> int:
@@ -392,6 +442,15 @@ class Config(Section):
         if r.questions_per_step // a.mini_batches < p.data:
             yield (f"rollout.questions_per_step: {r.questions_per_step} gives {p.data} data ranks less than one question "
                    f"per update; raise it to at least {p.data * a.mini_batches} or lower parallel.data")
+        if r.max_staleness and r.deterministic:
+            yield (f"rollout.max_staleness: {r.max_staleness} makes samples depend on when weights arrive, "
+                   f"rollout.deterministic can not be true; set one of them to 0 or false")
+        if self.reward.overlong_buffer_tokens > r.max_response_tokens:
+            yield (f"reward.overlong_buffer_tokens: {self.reward.overlong_buffer_tokens} exceeds "
+                   f"rollout.max_response_tokens ({r.max_response_tokens}); lower it")
+        if self.correction in (Correction.MIS, Correction.MIS_SEQUENCE) and a.correction_floor >= a.correction_cap:
+            yield (f"algorithm.correction_floor: {a.correction_floor} is not below algorithm.correction_cap "
+                   f"({a.correction_cap}); lower it")
         if o.min_lr > o.lr:
             yield f"optimizer.min_lr: {o.min_lr} is above optimizer.lr ({o.lr}); lower it"
         if o.warmup_steps >= self.run.steps and o.warmup_steps:

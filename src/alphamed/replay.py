@@ -80,8 +80,9 @@ def config_of_run(run_dir: Path) -> Config:
 
 def _grade(groups: tuple[ScoredGroup, ...], config: Config) -> tuple[ScoredGroup, ...]:
     from alphamed.reward.grader import GraderPool
-    from alphamed.reward.process import advantages
+    from alphamed.reward.process import advantages, shaped
     from alphamed.reward.rules import grade, resolve_rule
+    from alphamed.reward.shaping import Overlong
 
     reward = config.reward
     rule = resolve_rule(reward.name, timeout_s=reward.timeout_s, workers=1)
@@ -90,6 +91,7 @@ def _grade(groups: tuple[ScoredGroup, ...], config: Config) -> tuple[ScoredGroup
         for scored in groups:
             found = [grade(scored.group.question, rollout.text, rollout.finish_reason, rule, reward.truncated)
                      for rollout in scored.group.rollouts]
+            found = shaped(found, scored.group.rollouts, Overlong.of(config))
             regraded.append(ScoredGroup(
                 scored.group, tuple(g.outcome for g in found), tuple(g.reward for g in found),
                 advantages(found, str(config.algorithm.advantage)), tuple(g.letter for g in found)))

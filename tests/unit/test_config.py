@@ -82,3 +82,29 @@ def test_values_that_follow_from_others():
     assert not config.recompute_old_logprobs
     assert build_config(SMALL | {"algorithm": {"mini_batches": 2}}).recompute_old_logprobs
     assert build_config(SMALL | {"run": {"steps": 10, "stop_after": 4}}).run.last_step == 4
+
+
+def test_importance_correction_is_on_where_samples_may_be_stale():
+    def correction(staleness, **algorithm):
+        return build_config(SMALL | {"rollout": {"max_staleness": staleness}, "algorithm": algorithm}).correction
+
+    assert (correction(0), correction(1), correction(3)) == ("none", "tis", "tis")
+    assert (correction(1, correction="none"), correction(0, correction="mis")) == ("none", "mis")
+
+
+def test_where_samples_may_be_stale_the_policys_own_movement_does_not_stop_the_run():
+    exact = {"model": {"path": "m", "dtype": "fp32"}, "rollout": {"dtype": "fp32", "max_staleness": 1}}
+    assert build_config(SMALL | exact).max_logprob_diff == 1.0
+    assert build_config(SMALL | exact | {"sync": {"max_logprob_diff": 0.2}}).max_logprob_diff == 0.2
+
+
+@pytest.mark.parametrize("tree, problem", [
+    ({"rollout": {"max_staleness": 1, "deterministic": True}},
+     "rollout.max_staleness: 1 makes samples depend on when weights arrive"),
+    ({"algorithm": {"correction": "mis", "correction_floor": 2.0}},
+     "algorithm.correction_floor: 2.0 is not below algorithm.correction_cap (2.0); lower it"),
+    ({"rollout": {"max_staleness": -1}}, "rollout.max_staleness: -1 is not valid")])
+def test_settings_of_rollouts_that_do_not_go_together(tree, problem):
+    with pytest.raises(ConfigError) as caught:
+        build_config(SMALL | tree)
+    assert str(caught.value).startswith(problem)

@@ -204,3 +204,88 @@ def test_past_the_deadline_the_engines_and_groups_that_are_missing_are_named():
             "step 1: 4 of 4 groups were not done after 0 s: a (engine 0 (pid 100)), b (reward process (pid 99)), "
             "c (engine 1 (pid 101)), d (waiting for an engine)")
     asyncio.run(run())
+
+
+# ------------------------------------------------------------------------------------------------------------------ feeds
+async def feed(coordinator, names, version=3):
+    await coordinator.feed("rollouts", [task(name) for name in names], version)
+    await settle()
+
+
+def ids(arrivals):
+    return [one.group.group_id for one in arrivals.groups]
+
+
+def test_a_feed_hands_groups_out_as_they_come_and_each_once():
+    async def run():
+        (engine,), _, coordinator = scene(concurrent=8)
+        await coordinator.start()
+        await feed(coordinator, "abc")
+        engine.answer("b")
+        await settle()
+        first = await coordinator.deliver("rollouts", 10.0, 60.0)
+        assert ids(first) == ["b"] and first.response_tokens == 6
+        assert ids(await coordinator.deliver("rollouts", 0.0, 60.0)) == []
+        engine.answer("c"), engine.answer("a")
+        await settle()
+        assert sorted(ids(await coordinator.deliver("rollouts", 0.0, 60.0))) == ["a", "c"]
+        await feed(coordinator, "d")                            # a feed that ran dry goes on
+        engine.answer("d")
+        await settle()
+        assert ids(await coordinator.deliver("rollouts", 10.0, 60.0)) == ["d"]
+    asyncio.run(run())
+
+
+def test_tasks_of_a_feed_are_asked_with_the_version_of_the_latest_feeding():
+    """A task that waited for an engine while weights came asks for the new ones: an engine would serve it anyway."""
+    async def run():
+        (engine,), _, coordinator = scene(concurrent=2)
+        await coordinator.start()
+        await feed(coordinator, "ab", version=3)
+        await feed(coordinator, "c", version=4)
+        for name in "abc":
+            engine.answer(name)
+            await settle()
+        arrivals = await coordinator.deliver("rollouts", 10.0, 60.0)
+        versions = {one.group.group_id: one.group.rollouts[0].policy_version for one in arrivals.groups}
+        assert versions == {"a": 3, "b": 4, "c": 4}
+    asyncio.run(run())
+
+
+def test_an_engines_failure_reaches_the_next_delivery_of_a_feed():
+    async def run():
+        (engine,), _, coordinator = scene(concurrent=8)
+        await coordinator.start()
+        await feed(coordinator, "ab")
+        engine.answer("a")
+        engine.answers["b"].set_exception(EngineDied("engine 0 (pid 100)", "its process X ended"))
+        await settle()
+        with pytest.raises(EngineDied, match="engine 0"):
+            await coordinator.deliver("rollouts", 10.0, 60.0)
+    asyncio.run(run())
+
+
+def test_a_feed_that_brings_nothing_in_time_names_what_is_missing():
+    async def run():
+        (engine,), _, coordinator = scene(concurrent=2)
+        await coordinator.start()
+        await feed(coordinator, "ab")
+        missing = r"rollouts: 2 of 2 groups .*: a \(engine 0 \(pid 100\)\), b \(waiting for an engine\)"
+        with pytest.raises(Overdue, match=missing):
+            await coordinator.deliver("rollouts", 10.0, 0.05)
+    asyncio.run(run())
+
+
+def test_evaluation_runs_beside_a_feed():
+    async def run():
+        (engine,), _, coordinator = scene(concurrent=8)
+        await coordinator.start()
+        await feed(coordinator, "a")
+        await coordinator.submit("evaluation", [task("x")], 3)
+        await settle()
+        engine.answer("x")
+        assert (await coordinator.collect("evaluation", 10.0)).groups[0].group.group_id == "x"
+        engine.answer("a")
+        await settle()
+        assert ids(await coordinator.deliver("rollouts", 10.0, 60.0)) == ["a"]
+    asyncio.run(run())

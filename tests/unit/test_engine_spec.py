@@ -24,6 +24,12 @@ def specs(config):
     return engine_specs(config, "folder", SHAPE, (2, 7))
 
 
+def test_only_where_samples_may_be_stale_does_a_push_meet_requests():
+    assert [(one.asynchronous, one.on_push) for one in specs(config(on_push="abort"))] == [(False, "wait")]
+    assert [(one.asynchronous, one.on_push) for one in specs(config(max_staleness=1))] == [(True, "keep")]
+    assert [(one.asynchronous, one.on_push) for one in specs(config(max_staleness=2, on_push="abort"))] == [(True, "abort")]
+
+
 @pytest.fixture
 def four_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})

@@ -14,9 +14,9 @@ from alphamed.megatron.attention import masked_attention, rotary_frequencies, ro
 from alphamed.megatron.layers import SwiGlu, rms_norm
 from alphamed.megatron.logprobs import VocabShard, label_logprobs
 from alphamed.megatron.prefix_attention import prefix_attention
-from alphamed.megatron.step import learning_rate
+from alphamed.megatron.step import SUM_NAMES, learning_rate, micro_loss
 from alphamed.model import ModelShape, RopeScaling
-from alphamed.records import Segment
+from alphamed.records import MicroBatch, Segment
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -180,3 +180,24 @@ def test_learning_rate(schedule, expected):
     config = build_config({"model": {"path": "m"}, "data": {"train": ["q.jsonl"]}, "run": {"steps": 6},
                            "optimizer": {"lr": 1.0, "min_lr": 0.2, "schedule": schedule, "warmup_steps": 2}})
     assert [learning_rate(step, config) for step in range(6)] == pytest.approx(expected, abs=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------------------- loss
+@pytest.mark.parametrize("kind, weights, changed", [
+    ("none", [1, 1, 1], 0), ("tis", [1, 2, 2], 1), ("mis", [1, 2, 0], 1), ("mis_sequence", [2, 2, 0], 1)])
+def test_importance_weights_reach_the_loss_and_its_counts(kind, weights, changed):
+    """Ratios to the rollout's policy 1, 2 (one response) and 4 (another), bounds 0.5 and 2; ratios to the old policy are 1,
+    so the loss is -sum(weight * advantage) / divisor. The row begins with a prompt token."""
+    config = build_config({"model": {"path": "m"}, "data": {"train": ["d"]}, "algorithm": {"correction": kind}})
+    logprobs = torch.tensor([0.25, 0.5, 0.5]).log()
+    rollout = torch.tensor([1.0, 0.25, 0.25, 0.125]).log()
+    advantages = torch.tensor([0.0, 1.0, 1.0, -3.0])
+    zero, mask = torch.zeros(4, dtype=torch.int64), torch.tensor([False, True, True, True])
+    micro = MicroBatch(tokens=zero, labels=zero, positions=zero, mask=mask, sequence=torch.tensor([-1, 0, 0, 1]),
+                       rollout_logprobs=rollout, advantages=advantages, segments=(), samples=((0, 0), (0, 1)))
+    loss, sums = micro_loss(micro, logprobs, torch.zeros(3), 4.0, config)
+    expected = -(weights[0] + weights[1] - 3 * weights[2]) / 4
+    assert float(loss) == pytest.approx(expected)
+    found = dict(zip(SUM_NAMES, sums.tolist(), strict=True))
+    assert (found["corrected"], found["tokens"]) == (changed, 3)
+    assert found["logprob_diff_max"] == pytest.approx(2 * 0.6931472)

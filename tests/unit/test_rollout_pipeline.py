@@ -8,8 +8,8 @@ from alphamed.config_file import build_config
 from alphamed.observe.rollout_files import rollout_path, write_rollouts
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, Sampling, ScoredGroup
 from alphamed.rollout.coordinator import Progress
-from alphamed.rollout.pipeline import (LiveRollouts, ReplayedRollouts, flatten, greedy_tasks, to_token_group, training_tasks,
-                                       unflatten)
+from alphamed.rollout.pipeline import LiveRollouts, ReplayedRollouts, flatten, to_token_group, unflatten
+from alphamed.rollout.tasks import greedy_tasks, training_tasks
 
 
 def config(**rollout):

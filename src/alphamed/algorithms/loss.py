@@ -167,7 +167,7 @@ def _exp(log_ratio: Tensor) -> Tensor:
     return _bounded(log_ratio).exp()
 
 
-def _sequence_sum(values: Tensor, sequence: Tensor) -> Tensor:
+def sequence_sum(values: Tensor, sequence: Tensor) -> Tensor:
     """Sum of `values` over each response, repeated over its tokens; 0 outside."""
     mask, index = sequence >= 0, sequence.clamp(min=0)
     bins = values.new_zeros(len(sequence))       # every response has a token, so T labels hold at most T responses
@@ -177,12 +177,12 @@ def _sequence_sum(values: Tensor, sequence: Tensor) -> Tensor:
 
 def _lengths(sequence: Tensor, dtype: torch.dtype) -> Tensor:
     """Tokens of the response each label belongs to; 1 outside, so that it can be divided by."""
-    return _sequence_sum(torch.ones_like(sequence, dtype=dtype), sequence).clamp(min=1)
+    return sequence_sum(torch.ones_like(sequence, dtype=dtype), sequence).clamp(min=1)
 
 
 def _sequence_mean(values: Tensor, sequence: Tensor) -> Tensor:
     """Mean of `values` over each response, repeated over its tokens; 0 outside."""
-    return _sequence_sum(values, sequence) / _lengths(sequence, values.dtype)
+    return sequence_sum(values, sequence) / _lengths(sequence, values.dtype)
 
 
 @torch.no_grad()

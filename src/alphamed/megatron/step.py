@@ -18,7 +18,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from alphamed.algorithms.correction import tis_weights
+from alphamed.algorithms.correction import importance_weights
 from alphamed.algorithms.loss import kl_penalty, normalizer, policy_loss, token_weights, weighted_sum
 from alphamed.config import Config, Correction, Schedule
 from alphamed.megatron.gpt import to_device
@@ -36,6 +36,7 @@ class Sums:
     ratio: float = 0.0
     drift: float = 0.0               # KL(old policy || policy)
     logprob_diff: float = 0.0        # |trainer's old - rollout's|
+    corrected: float = 0.0           # tokens whose importance weight was cut or masked
     logprob_diff_max: float = 0.0
     ratio_max: float = 0.0
 
@@ -62,7 +63,9 @@ def micro_loss(micro: MicroBatch, logprobs: Tensor, entropy: Tensor, divisor: fl
     # Without recomputed ones this is the first update of the step: the old policy is the current one, the ratio 1.
     old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs[mask]
     weights = token_weights(sequence, a.aggregation, config.constant_tokens)
-    correction = tis_weights(old, rollout, a.correction_cap) if a.correction == Correction.TIS else None
+    correction, cut = None, logprobs.new_zeros(())
+    if config.correction != Correction.NONE:
+        correction, cut = importance_weights(old, rollout, sequence, config.correction, a.correction_floor, a.correction_cap)
     terms = policy_loss(logprobs, old, micro.advantages[mask], weights, sequence, a.loss, a.clip_low, a.clip_high, correction)
     total, kl_sum = terms.loss_sum, logprobs.new_zeros(())
     if micro.reference_logprobs is not None:
@@ -73,7 +76,7 @@ def micro_loss(micro: MicroBatch, logprobs: Tensor, entropy: Tensor, divisor: fl
     difference = (old - rollout).abs()
     worst = difference.max() if len(difference) else difference.new_zeros(())
     sums = (loss, terms.tokens, kl_sum, entropy.sum(), terms.clipped_tokens, terms.ratio_sum, terms.drift_sum,
-            difference.sum(), worst, terms.ratio_max)
+            difference.sum(), cut.sum(), worst, terms.ratio_max)
     return loss, torch.stack([x.detach().double() for x in sums])
 
 

@@ -42,6 +42,10 @@ _CURVES: tuple[tuple[str, str, str, dict[str, str], str, Value, bool], ...] = (
      {"mean": "response/tokens_mean", "longest": "response/tokens_max"}, "", None, False),
     ("signal", "Questions that teach", "Share of questions whose responses earned different rewards: only these move "
      "the policy.", {"": "reward/effective_groups"}, "share", 1.0, False),
+    ("refill", "Groups per kept one", "Groups that were graded for each one that teaches: what replacing the others costs.",
+     {"": "sampling/groups_per_kept"}, "", None, False),
+    ("staleness", "Staleness", "Pushes since the weights that sampled a step's groups.",
+     {"mean": "staleness/mean", "largest": "staleness/max"}, "", None, False),
     ("bare_box", "Bare boxes", "Share of boxed responses with fewer than 5 words before the box: withered reasoning.",
      {"": "reward/bare_box"}, "share", 1.0, False),
     ("entropy", "Entropy", "Nats per response token; a fall to 0 means that the policy says one thing only.",

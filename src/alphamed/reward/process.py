@@ -22,6 +22,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from alphamed.cluster.failure import RunFailed
@@ -29,6 +30,7 @@ from alphamed.config import Config, RewardConfig
 from alphamed.records import Outcome, Question, Rollout, RolloutGroup, ScoredGroup
 from alphamed.reward.grader import GraderPool
 from alphamed.reward.rules import Graded, Reward, grade, resolve_rule
+from alphamed.reward.shaping import Overlong
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -57,14 +59,16 @@ def start(config: Config) -> ActorHandle:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=here)(RewardProcess)
     step_samples = config.rollout.questions_per_step * config.rollout.samples_per_question
-    return actor.remote(config.reward, str(config.algorithm.advantage), step_samples, [os.getcwd(), *sys.path])
+    return actor.remote(config.reward, str(config.algorithm.advantage), step_samples, [os.getcwd(), *sys.path],
+                        Overlong.of(config))
 
 
 class RewardProcess:
     """Grades in threads of its own, so that the event loop is always free for the next group."""
 
-    def __init__(self, reward: RewardConfig, advantage: str, step_samples: int, search_path: Sequence[str] = ()):
-        self._reward, self._advantage, self._search_path = reward, advantage, search_path
+    def __init__(self, reward: RewardConfig, advantage: str, step_samples: int, search_path: Sequence[str] = (),
+                 overlong: Overlong = Overlong(0, 0)):
+        self._reward, self._advantage, self._search_path, self._overlong = reward, advantage, search_path, overlong
         self._recent: deque[Outcome] = deque(maxlen=step_samples)
         self._first_problem: str | None = None
         self._failure: RunFailed | None = None
@@ -95,6 +99,7 @@ class RewardProcess:
             raise
         self._count(graded)
         await self.check()
+        graded = shaped(graded, group.rollouts, self._overlong)
         return ScoredGroup(
             group=group, outcomes=tuple(g.outcome for g in graded), rewards=tuple(g.reward for g in graded),
             advantages=advantages(graded, self._advantage), letters=tuple(g.letter for g in graded),
@@ -141,6 +146,12 @@ class RewardProcess:
                 f"failed for {timeouts + crashes} of the last {len(self._recent)} samples ({crashes} crashes, "
                 f"{timeouts} time-outs; reward.max_failure_share allows {self._reward.max_failure_share:.1%} of a "
                 f"step's {self._recent.maxlen}). The first failure:\n{self._first_problem}")
+
+
+def shaped(graded: Sequence[Graded], rollouts: Sequence[Rollout], overlong: Overlong) -> list[Graded]:
+    """The samples with the penalty on their lengths in the reward; a failed grading keeps its meaningless 0."""
+    return [one if one.outcome in FAILED else replace(one, reward=one.reward + overlong.penalty(len(r.response_token_ids)))
+            for one, r in zip(graded, rollouts, strict=True)]
 
 
 def advantages(graded: Sequence[Graded], kind: str) -> tuple[float, ...]:

@@ -21,6 +21,8 @@ from alphamed.rollout.pool import Engine, EnginePool
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
+GRADER = "reward process"
+QUEUED = "waiting for an engine"
 START_DEADLINE_S = 60.0
 POLL_S = 1.0
 GRADER_DEADLINE_S = 20.0
@@ -40,12 +42,20 @@ class Progress:
     groups: tuple[ScoredGroup, ...] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """What a feed has brought since it was asked last, in the order in which it came."""
+    groups: tuple[ScoredGroup, ...]
+    response_tokens: int                # of groups that left their engine meanwhile, graded or not
+
+
 @dataclass
 class Job:
-    """The tasks of one step, or of one evaluation."""
+    """The tasks of one step, or of one evaluation; or a feed, which gets more of them as it goes."""
     key: str
-    tasks: Sequence[GenerationTask]
+    tasks: dict[int, GenerationTask]
     version: int
+    feed: bool = False
     began: float = field(default_factory=time.monotonic)
     generated_at: float = 0.0
     response_tokens: int = 0
@@ -53,6 +63,8 @@ class Job:
     scored: dict[int, ScoredGroup] = field(default_factory=dict)
     failure: RunFailed | None = None
     over: asyncio.Event = field(default_factory=asyncio.Event)
+    news: asyncio.Event = field(default_factory=asyncio.Event)  # something to collect, or the end
+    added: int = 0                                              # tasks so far, those handed out included
     work: set[asyncio.Task] = field(default_factory=set)
 
     def progress(self) -> Progress:
@@ -65,15 +77,28 @@ class Job:
             generate_s=end_of_generation - self.began, reward_s=now - end_of_generation,
             groups=tuple(self.scored[i] for i in range(len(self.tasks))) if finished else None)
 
+    def add(self, tasks: Sequence[GenerationTask]) -> range:
+        """Take tasks in; returns their numbers."""
+        numbers = range(self.added, self.added + len(tasks))
+        self.added += len(tasks)
+        self.tasks |= zip(numbers, tasks)
+        self.places |= dict.fromkeys(numbers, QUEUED)
+        return numbers
+
+    def hand_out(self) -> Arrivals:
+        """What is finished; it is forgotten here."""
+        scored, tokens = self.scored, self.response_tokens
+        self.scored, self.response_tokens = {}, 0
+        for number in scored:
+            del self.tasks[number]
+        self.news.clear()
+        return Arrivals(tuple(scored.values()), tokens)
+
     def overdue(self, deadline_s: float) -> Overdue:
         missing = [f"{self.tasks[i].group_id} ({place})" for i, place in sorted(self.places.items())]
         return Overdue(", ".join(sorted(set(self.places.values()))),
                        f"{self.key}: {len(missing)} of {len(self.tasks)} groups were not done after {deadline_s:.0f} s: "
                        f"{', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''}")
-
-
-GRADER = "reward process"
-QUEUED = "waiting for an engine"
 
 
 class RolloutCoordinator:
@@ -95,11 +120,35 @@ class RolloutCoordinator:
     async def submit(self, key: str, tasks: Sequence[GenerationTask], version: int) -> None:
         """Begin a job. `key` ("step 3") names it in `collect` and in errors."""
         assert key not in self._jobs, f"{key} was submitted before"
-        job = self._jobs[key] = Job(key, tuple(tasks), version, places=dict.fromkeys(range(len(tasks)), QUEUED))
+        job = self._jobs[key] = Job(key, {}, version)
         if not tasks:
             job.over.set()
-        for index in range(len(tasks)):
-            self._spawn(job, self._serve(job, index))
+        self._begin(job, tasks)
+
+    async def feed(self, key: str, tasks: Sequence[GenerationTask], version: int) -> None:
+        """Add tasks to the feed `key`, to be answered with weights of `version` or newer ones. A feed has no end but a
+        failure; `deliver` hands its groups out as they come."""
+        job = self._jobs.setdefault(key, Job(key, {}, version, feed=True))
+        job.version = version
+        self._begin(job, tasks)
+
+    def _begin(self, job: Job, tasks: Sequence[GenerationTask]) -> None:
+        for number in job.add(tasks):
+            self._spawn(job, self._serve(job, number))
+
+    async def deliver(self, key: str, timeout_s: float, left_s: float) -> Arrivals:
+        """The groups of a feed that are done, after at most `timeout_s` of waiting for one. Raises RunFailed as `collect`
+        does, Overdue where none came in the `left_s` that the caller still gives it."""
+        job = self._jobs[key]
+        await self._check_grader(job)
+        try:
+            await asyncio.wait_for(job.news.wait(), min(timeout_s, left_s))
+        except TimeoutError:
+            if left_s <= timeout_s and not job.news.is_set():
+                self._end(job, job.overdue(self._deadline_s))
+        if job.failure:
+            raise job.failure
+        return job.hand_out()
 
     async def collect(self, key: str, timeout_s: float) -> Progress:
         """Wait at most `timeout_s` for the job's end and say how far it is. Raises RunFailed where an engine or the reward
@@ -145,7 +194,8 @@ class RolloutCoordinator:
         job.response_tokens += sum(len(rollout.response_token_ids) for rollout in group.rollouts)
         job.scored[index] = await ask(self._grader.grade.remote(group), self._grading, f"grading {task.group_id}")
         del job.places[index]
-        if not job.places:
+        job.news.set()
+        if not job.places and not job.feed:
             self._end(job)
 
     async def _reserve(self, samples: int) -> Engine:
@@ -175,6 +225,7 @@ class RolloutCoordinator:
         if not job.over.is_set():
             job.failure = failure
             job.over.set()
+            job.news.set()
             for task in tuple(job.work):
                 if failure:
                     task.cancel()
@@ -209,6 +260,20 @@ class Coordinator:
                 on_progress(progress)
             if progress.groups is not None:
                 return progress
+
+    @property
+    def version(self) -> int:
+        """Of the weights that the engines hold."""
+        return self._pool.version
+
+    def feed(self, key: str, tasks: Sequence[GenerationTask]) -> None:
+        """Have the engines answer `tasks` in the background, with the weights that they hold then; see `deliver`."""
+        self._ask(self._actor.feed.remote(key, tuple(tasks), self._pool.version), f"feeding {key}")
+
+    def deliver(self, key: str, left_s: float, wait: bool) -> Arrivals:
+        """Groups of a feed that are done, perhaps none: with `wait` it waits for one about a second. Raises RunFailed as
+        `run` does, and Overdue where none came within `left_s`."""
+        return self._ask(self._actor.deliver.remote(key, POLL_S if wait else 0.0, left_s), f"collecting {key}")
 
     def _ask(self, reference, what: str):
         return gather([reference], [self.peer], what, ANSWER_DEADLINE_S)[0]

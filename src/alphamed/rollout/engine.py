@@ -32,7 +32,8 @@ FROM_FOLDER = 0
 
 
 class RolloutEngine:
-    """One engine. It serves requests of the version that it acknowledged last, and of no other."""
+    """One engine. It serves requests of the version that it acknowledged last, and of no other; an asynchronous one serves
+    requests of older versions too, with that one, and has those wait that come during a push."""
 
     def __init__(self, spec: EngineSpec):
         self._spec = spec
@@ -50,6 +51,7 @@ class RolloutEngine:
         self._tokenizer = load_tokenizer(self._spec.folder)
         self._drained, self._death = asyncio.Event(), asyncio.get_running_loop().create_future()
         self._drained.set()
+        self._serving = asyncio.Event()
         try:
             self._llm = _start_vllm(self._spec)
         except RuntimeError as error:           # vLLM's own says no more than "see above"
@@ -57,6 +59,7 @@ class RolloutEngine:
         self._processes = _engine_processes()
         self._watch = asyncio.create_task(self._watch_processes())
         self._version = FROM_FOLDER
+        self._serving.set()
         return {"actor": os.getpid()} | {name: process.pid for name, process in self._processes.items()}
 
     async def stop(self) -> None:
@@ -67,12 +70,19 @@ class RolloutEngine:
 
     # ------------------------------------------------------------------------------------------------------- answering
     async def generate(self, task: GenerationTask, version: int) -> RolloutGroup:
-        """Sample all responses to a task. Raises StaleEngine for a version other than the acknowledged one, EngineDied
-        when a process of the engine ends."""
-        self._require(version)
+        """Sample all responses to a task. They carry the version that they were begun with: with `on_push: keep` their later
+        tokens may be of a newer one. Raises StaleEngine for a version that is not served, EngineDied when a process of the
+        engine ends."""
         params = _sampling_params(task.sampling, self._spec.eos_ids)
-        output = await self._run(task.prompt_token_ids, params)
-        rollouts = tuple(self._rollout(task, index, version, completion) for index, completion in enumerate(output.outputs))
+        while True:
+            if self._spec.asynchronous:
+                await self._while_alive(self._serving.wait())
+            self._require(version)
+            begun = self._version
+            output = await self._run(task.prompt_token_ids, params)
+            if all(completion.finish_reason != FinishReason.ABORT for completion in output.outputs):
+                break                           # else a push came: the whole group begins anew, short answers not favoured
+        rollouts = tuple(self._rollout(task, index, begun, completion) for index, completion in enumerate(output.outputs))
         return RolloutGroup(task.group_id, task.question, task.prompt_token_ids, rollouts)
 
     async def score(self, tokens: Sequence[int], version: int) -> list[float]:
@@ -101,7 +111,8 @@ class RolloutEngine:
     def _require(self, version: int) -> None:
         if self._death.done():
             raise EngineDied(self._culprit(), f"{self._death.result()} ended")
-        if self._version != version:
+        newer = self._spec.asynchronous and self._version is not None and self._version > version
+        if self._version != version and not newer:
             held = "no complete weights" if self._version is None else f"version {self._version}"
             raise StaleEngine(self._culprit(), f"was asked to answer with policy version {version} but holds {held}")
 
@@ -110,13 +121,22 @@ class RolloutEngine:
         """Have the workers join the links over which weights come (`WeightReceiver.alphamed_join`)."""
         await self.call_workers("alphamed_join", **rendezvous)
 
+    async def pause(self) -> None:
+        """Serve nothing from here to `commit`. Requests under way end first, are frozen, or aborted, as `on_push` says."""
+        self._version = self._pushed = None
+        self._serving.clear()
+        if self._spec.on_push == "wait":
+            await self._while_alive(self._drained.wait())
+        else:
+            await self._while_alive(self._llm.pause_generation(mode=self._spec.on_push))
+
     async def receive(self, version: int, deadline_s: float) -> list[list[list[int]]]:
-        """Take the weights of `version`: from here to `commit` the engine serves nothing. Requests under way end first.
+        """Take the weights of `version`, after a `pause`: its own where there was none.
 
         Returns each worker's digests, in the order of the plan's buckets.
         """
-        self._version = self._pushed = None
-        await self._while_alive(self._drained.wait())
+        if self._serving.is_set() or self._pushed is not None:
+            await self.pause()
         digests = await self.call_workers("alphamed_receive", version=version, deadline_s=deadline_s)
         self._pushed = version
         return digests
@@ -125,7 +145,10 @@ class RolloutEngine:
         """Acknowledge a received version, forget what was computed with older weights, serve again."""
         assert self._pushed == version, f"version {version} is committed, {self._pushed} was received"
         assert await self._while_alive(self._llm.reset_prefix_cache()), "the prefix cache is in use"
+        if self._spec.on_push != "wait":        # frozen requests compute their keys and values again, with the new weights
+            await self._while_alive(self._llm.resume_generation())
         self._version, self._pushed = version, None
+        self._serving.set()
 
     async def call_workers(self, method: str, **arguments: Any) -> list[Any]:
         """Call a method of every tensor rank's worker; their answers in order."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from alphamed.cluster.environment import SILENT
 from alphamed.cluster.hardware import cores, memory_bytes, wants_cuda
-from alphamed.config import Config, ConfigError, Dtype
+from alphamed.config import Config, ConfigError, Dtype, OnPush
 from alphamed.model import ModelShape
 
 RECEIVER = "alphamed.weights.receiver.WeightReceiver"
@@ -35,6 +35,8 @@ class EngineSpec:
     deterministic: bool
     seed: int
     eos_ids: tuple[int, ...]
+    asynchronous: bool = False          # pushes come while requests are under way
+    on_push: str = "wait"               # what becomes of those: "wait" | "keep" | "abort"
     worker_extension: str = RECEIVER
 
     @property
@@ -63,7 +65,9 @@ def engine_specs(config: Config, folder: Path, shape: ModelShape, eos_ids: tuple
         max_model_tokens=config.max_model_tokens, max_prompt_tokens=config.prompt.max_tokens, max_sequences=sequences,
         kv_cache_bytes=cache_bytes // r.tensor_parallel if cache_bytes else None,
         gpu_memory_utilization=r.gpu_memory_utilization, deterministic=r.deterministic,
-        seed=stable_hash(config.run.seed, "engine", index) % 2**31, eos_ids=tuple(eos_ids)) for index in range(r.engines))
+        seed=stable_hash(config.run.seed, "engine", index) % 2**31, eos_ids=tuple(eos_ids),
+        asynchronous=r.max_staleness > 0, on_push=str(r.on_push if r.max_staleness else OnPush.WAIT))
+        for index in range(r.engines))
 
 
 def engine_cores(config: Config) -> tuple[tuple[int, ...], ...]:

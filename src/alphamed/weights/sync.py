@@ -85,6 +85,8 @@ class WeightSync:
     def _announce(self) -> Order:
         pool = self._pool
         assert pool is not None, "rank 0 needs the engine pool"
+        if self._config.rollout.max_staleness:         # here, where the other ranks wait outside of any transfer
+            pool.call("pause", [{} for _ in pool.engines], "pausing for new weights", self._config.rollout.step_deadline_s)
         if pool.epoch != self._epoch:
             self._sender = None
             self._store, self._port = links.host_store(pool.address, JOIN_DEADLINE_S)

@@ -1,0 +1,79 @@
+"""Which questions are asked next: those of the stream in its order, without those that are unlikely to teach.
+
+The stream gives the order, and with it the epochs, the letters of options and any curriculum; here questions are only
+passed over. One is asked at once if its group is at least as likely to teach as that of a question nothing is known of, or
+if it was passed over `max_passes` times in a row (some sooner), so that none starves. Where a search does not find enough of
+these, the likeliest of the others are asked.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from alphamed.config import DynamicSamplingConfig
+from alphamed.records import Question, ScoredGroup
+from alphamed.rollout.belief import PassRates
+
+
+class Stream(Protocol):
+    """Seeded, resumable questions (`data.stream.QuestionStream`)."""
+    def take(self, n: int) -> list[Question]: ...
+    def state(self) -> dict[str, Any]: ...
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+class Chooser:
+    """The questions of a run whose steps hold `per_step` groups of `samples` answers. With `choose` off they are the
+    stream's, all of them."""
+
+    def __init__(self, config: DynamicSamplingConfig, stream: Stream, samples: int, per_step: int):
+        self._config, self._stream = config, stream
+        self._look_at = config.search * per_step
+        self._rates = PassRates(config, samples)
+        self.passed_over = 0
+        """Questions passed over so far."""
+
+    def take(self, n: int, step: int) -> list[Question]:
+        """The next n questions to ask in `step`, in the order of the stream."""
+        if not self._config.choose:
+            return self._stream.take(n)
+        chosen: dict[int, Question] = {}                    # place in the walk -> question
+        others: dict[int, tuple[bool, float, Question]] = {}        # (met before in this walk, -chance, question)
+        met: set[str] = set()
+        for place in range(max(n, self._look_at)):
+            question, = self._stream.take(1)
+            chance = self._rates.chance(question, step)
+            due = chance >= self._rates.of_unknown or self._rates.is_due(question.id)
+            if due and question.id not in met:
+                chosen[place] = question
+            else:
+                others[place] = question.id in met, -chance, question
+            met.add(question.id)
+            if len(chosen) == n:
+                break
+        likeliest = sorted(others, key=lambda place: (*others[place][:2], place))[:n - len(chosen)]
+        chosen |= {place: others.pop(place)[2] for place in likeliest}
+        self._note({question.id for question in chosen.values()}, met)
+        return [chosen[place] for place in sorted(chosen)]
+
+    def _note(self, asked: set[str], met: set[str]) -> None:
+        for question_id in asked:
+            self._rates.note_asked(question_id)
+        for question_id in met - asked:
+            self._rates.note_pass(question_id)
+        self.passed_over += len(met - asked)
+
+    def observe(self, groups: Sequence[ScoredGroup], step: int) -> None:
+        """Learn from all groups graded in `step`, those that are dropped included."""
+        if self._config.choose:
+            self._rates.observe(groups, step)
+
+    def state(self) -> dict[str, Any]:
+        """Place in the stream and beliefs, JSON-ready."""
+        found = {"stream": self._stream.state()}
+        return found | {"pass_rates": self._rates.state()} if self._config.choose else found
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state()` was taken; without beliefs in it (choosing was off) with none."""
+        self._stream.load_state(state["stream"])
+        self._rates.load_state(state.get("pass_rates", {}))

@@ -1,0 +1,83 @@
+"""Which groups of a step are trained on and which are replaced: pure bookkeeping over graded groups."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from alphamed.records import Outcome, ScoredGroup
+from alphamed.reward.shaping import Overlong
+
+EQUAL = 1e-9
+"""Rewards that differ by less are the same: taking the length penalty off again leaves rounding errors."""
+
+
+def teaches(scored: ScoredGroup, overlong: Overlong) -> bool:
+    """Whether the rewards of the group differ, the penalty on lengths left aside: a group that is all right or all wrong
+    says nothing about answers, however long these are."""
+    rewards = [reward - overlong.penalty(len(rollout.response_token_ids))
+               for reward, outcome, rollout in zip(scored.rewards, scored.outcomes, scored.group.rollouts, strict=True)
+               if outcome not in (Outcome.TIMEOUT, Outcome.CRASH)]
+    return bool(rewards) and max(rewards) - min(rewards) > EQUAL
+
+
+@dataclass(slots=True)
+class Tally:
+    """What became of the groups of one step."""
+    asked: int = 0
+    graded: int = 0
+    kept: int = 0                       # they teach, or are trained on because nothing is replaced
+    dropped: int = 0                    # they teach nothing
+    stale: int = 0                      # sampled with weights that are too old; found so when graded or later
+    bound_hit: bool = False             # the step went on with groups that teach nothing
+    rewards: float = 0.0                # sum over the graded groups of their mean rewards
+
+    def count(self, scored: ScoredGroup, *, kept: bool = False, stale: bool = False) -> None:
+        """Count a group that was graded now."""
+        self.graded += 1
+        self.rewards += sum(scored.rewards) / len(scored.rewards)
+        self.stale += stale
+        self.kept += kept and not stale
+        self.dropped += not (kept or stale)
+
+    def metrics(self, passed_over: int) -> Mapping[str, float]:
+        found = {"sampling/asked": self.asked, "sampling/kept": self.kept, "sampling/dropped": self.dropped,
+                 "sampling/bound_hit": float(self.bound_hit), "sampling/passed_over": passed_over}
+        if self.graded:
+            found["sampling/reward_mean"] = self.rewards / self.graded
+        if self.kept:
+            found["sampling/groups_per_kept"] = self.graded / self.kept
+        return found
+
+
+class Places:
+    """The places of a step. Each holds the group that was put there last; those without one that teaches are open, and are
+    filled again for at most `refills` rounds. So groups that teach nothing and stay at the end are spread over the step."""
+
+    def __init__(self, wanted: int, refills: int, overlong: Overlong):
+        self._groups: list[ScoredGroup | None] = [None] * wanted
+        self._refills, self._overlong = refills, overlong
+        self._rounds = 0
+        self.tally = Tally()
+
+    def rounds(self) -> Iterator[int]:
+        """How many groups to ask for in each round; `fill` must have taken those of one before the next."""
+        while self._open() and self._rounds <= self._refills:
+            self.tally.asked += len(self._open())
+            yield len(self._open())
+        self.tally.bound_hit = bool(self._open())
+
+    def fill(self, groups: Sequence[ScoredGroup]) -> None:
+        """Put the groups of a round into the open places, in order."""
+        self._rounds += 1
+        for place, scored in zip(self._open(), groups, strict=True):
+            self._groups[place] = scored
+            self.tally.count(scored, kept=not self._refills or teaches(scored, self._overlong))
+
+    def _open(self) -> list[int]:
+        return [place for place, scored in enumerate(self._groups)
+                if scored is None or (self._refills and not teaches(scored, self._overlong))]
+
+    @property
+    def groups(self) -> tuple[ScoredGroup, ...]:
+        assert None not in self._groups, "a round is still to come"
+        return tuple(self._groups)

@@ -1,0 +1,208 @@
+"""Where rank 0 takes a step's groups from: `OnDemand` asks and waits, `Ahead` has them made while the policy trains.
+
+Both choose questions, drop and replace groups that teach nothing, and know what a checkpoint must keep to go on from there.
+"""
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from alphamed.config import Config
+from alphamed.observe.rollout_files import question_from_json, question_json
+from alphamed.records import Question, ScoredGroup
+from alphamed.reward.shaping import Overlong
+from alphamed.rollout.choice import Chooser
+from alphamed.rollout.refill import Places, Tally, teaches
+from alphamed.rollout.tasks import Prompts, training_tasks
+
+if TYPE_CHECKING:
+    from alphamed.rollout.coordinator import Arrivals, Coordinator, Progress
+
+FEED = "rollouts"
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    groups: tuple[ScoredGroup, ...]
+    metrics: Mapping[str, float]
+
+
+class OnDemand:
+    """Rounds of questions, each answered and graded before the next: the same questions give the same step."""
+
+    def __init__(self, config: Config, chooser: Chooser, prompts: Prompts, coordinator: Coordinator,
+                 on_progress: Callable[[Progress], None] | None):
+        self._config, self._chooser, self._prompts = config, chooser, prompts
+        self._coordinator, self._on_progress = coordinator, on_progress
+
+    def gather(self, step: int) -> Gathered:
+        """The groups of a step. Raises RunFailed naming what kept them from coming."""
+        c = self._config
+        places = Places(c.rollout.questions_per_step, c.dynamic_sampling.refills, Overlong.of(c))
+        passed_over, rounds = self._chooser.passed_over, []
+        for missing in places.rounds():
+            first = places.tally.asked - missing
+            tasks = training_tasks(c, step, self._chooser.take(missing, step), self._prompts, first)
+            key = f"step {step}" if not rounds else f"step {step}, refill {len(rounds)}"
+            rounds.append(self._coordinator.run(key, tasks, self._on_progress))
+            places.fill(rounds[-1].groups)
+            self._chooser.observe(rounds[-1].groups, step)
+        metrics = _metrics(rounds)
+        if c.dynamic_sampling.active:
+            metrics |= places.tally.metrics(self._chooser.passed_over - passed_over)
+        return Gathered(places.groups, metrics)
+
+    def state(self) -> dict[str, Any]:
+        return self._chooser.state()
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self._chooser.load_state(state)
+
+
+def _metrics(rounds: Sequence[Progress]) -> dict[str, float]:
+    seconds = sum(done.generate_s for done in rounds)
+    return {"time/generate_s": seconds, "time/reward_s": sum(done.reward_s for done in rounds),
+            "throughput/generated_tokens_per_s": sum(done.response_tokens for done in rounds) / max(seconds, 1e-9)}
+
+
+class Ahead:
+    """Groups made up to `max_staleness` steps before they are trained on.
+
+    When a step begins, groups for it and the `max_staleness` steps after it are ready or asked for, counted by how many of
+    late taught something. The step takes those asked first that are ready; it does not wait for stragglers while others are.
+    A group whose weights are more than `max_staleness` pushes old is dropped. What was asked but not trained on is part of
+    the state, and is asked first after a resume.
+    """
+
+    def __init__(self, config: Config, chooser: Chooser, prompts: Prompts, coordinator: Coordinator,
+                 on_progress: Callable[[Progress], None] | None):
+        self._config, self._chooser, self._prompts = config, chooser, prompts
+        self._coordinator, self._on_progress = coordinator, on_progress
+        self._overlong = Overlong.of(config)
+        self._asked: dict[str, Question] = {}               # by group id, in the order asked: not graded yet
+        self._ready: dict[str, ScoredGroup] = {}            # graded, not trained on
+        self._spare: dict[str, ScoredGroup] = {}            # of this step, teach nothing
+        self._order: dict[str, int] = {}                    # of all of these
+        self._again: list[Question] = []                    # to be asked first, after a resume
+        self._numbers = 0
+        self._share = 1.0                                   # of the groups that teach, of late
+        self._began = time.monotonic()                      # of the last step's gathering
+
+    # ------------------------------------------------------------------------------------------------------------- a step
+    def gather(self, step: int) -> Gathered:
+        """The groups of a step; the engines go on with those of the next. Raises RunFailed naming what kept them from
+        coming."""
+        began, passed_over = time.monotonic(), self._chooser.passed_over
+        tally, tokens = Tally(), 0
+        self._drop_stale(tally)
+        if self._asked:
+            tokens += self._receive(step, tally, left_s=self._config.rollout.step_deadline_s, wait=False)
+        self._ask(step, tally)
+        while not self._enough(tally):
+            left_s = began + self._config.rollout.step_deadline_s - time.monotonic()
+            tokens += self._receive(step, tally, left_s, wait=True)
+            self._ask(step, tally)
+        groups = self._take(tally)
+        elapsed, self._began = time.monotonic() - self._began, time.monotonic()
+        if tally.graded:
+            self._share += (tally.kept / tally.graded - self._share) / 2
+        return Gathered(groups, self._metrics(groups, tally, time.monotonic() - began, tokens / max(elapsed, 1e-9),
+                                              self._chooser.passed_over - passed_over))
+
+    def _ask(self, step: int, tally: Tally) -> None:
+        """Ask for as many groups as this step and those after it may still lack."""
+        c = self._config
+        steps = 1 + min(c.rollout.max_staleness, c.run.last_step - step)
+        share = max(self._share, 1 / (1 + c.dynamic_sampling.refills))
+        lacking = math.ceil((c.rollout.questions_per_step * steps - len(self._ready)) / share - len(self._asked))
+        if lacking <= 0:
+            return
+        questions, self._again = self._again[:lacking], self._again[lacking:]
+        if len(questions) < lacking:
+            questions += self._chooser.take(lacking - len(questions), step)
+        tasks = training_tasks(c, step, questions, self._prompts, tally.asked)
+        tally.asked += len(tasks)
+        for task in tasks:
+            self._asked[task.group_id] = task.question
+            self._order[task.group_id] = self._numbers
+            self._numbers += 1
+        self._coordinator.feed(FEED, tasks)
+
+    def _receive(self, step: int, tally: Tally, left_s: float, wait: bool) -> int:
+        """Sort what has come; returns the tokens that were generated."""
+        arrivals: Arrivals = self._coordinator.deliver(FEED, max(left_s, 0.0), wait)
+        self._chooser.observe(arrivals.groups, step)
+        for scored in arrivals.groups:
+            name = scored.group.group_id
+            del self._asked[name]
+            kept = not self._config.dynamic_sampling.refills or teaches(scored, self._overlong)
+            stale = self._staleness(scored) > self._config.rollout.max_staleness
+            tally.count(scored, kept=kept, stale=stale)
+            if stale:
+                del self._order[name]
+            else:
+                (self._ready if kept else self._spare)[name] = scored
+        if self._on_progress:
+            self._on_progress(self._progress())
+        return arrivals.response_tokens
+
+    def _drop_stale(self, tally: Tally) -> None:
+        """Forget ready groups that a push has made too old."""
+        limit = self._config.rollout.max_staleness
+        for name in [name for name, scored in self._ready.items() if self._staleness(scored) > limit]:
+            del self._ready[name], self._order[name]
+            tally.stale += 1
+
+    def _staleness(self, scored: ScoredGroup) -> int:
+        return self._coordinator.version - min(rollout.policy_version for rollout in scored.group.rollouts)
+
+    def _enough(self, tally: Tally) -> bool:
+        wanted = self._config.rollout.questions_per_step
+        if len(self._ready) >= wanted:
+            return True
+        bound = self._config.dynamic_sampling.refills * wanted
+        return 0 < bound <= tally.dropped and len(self._ready) + len(self._spare) >= wanted
+
+    def _take(self, tally: Tally) -> tuple[ScoredGroup, ...]:
+        """The groups asked first, of those that teach; where the bound was hit others take the places left."""
+        wanted = self._config.rollout.questions_per_step
+        ready = sorted(self._ready, key=self._order.__getitem__)[:wanted]
+        spare = sorted(self._spare, key=self._order.__getitem__)[:wanted - len(ready)]
+        tally.bound_hit = bool(spare)
+        groups = self._ready | self._spare
+        taken = tuple(groups[name] for name in sorted(ready + spare, key=self._order.__getitem__))
+        for name in [*ready, *self._spare]:
+            del self._order[name]
+        self._ready = {name: scored for name, scored in self._ready.items() if name in self._order}
+        self._spare = {}
+        return taken
+
+    def _progress(self) -> Progress:
+        from alphamed.rollout.coordinator import Progress
+
+        total = self._config.rollout.questions_per_step
+        done = min(len(self._ready), total)
+        return Progress(done, total, done, 0, time.monotonic() - self._began, 0.0)
+
+    def _metrics(self, groups: Sequence[ScoredGroup], tally: Tally, waited_s: float, tokens_per_s: float,
+                 passed_over: int) -> dict[str, float]:
+        ages = [self._staleness(scored) for scored in groups]
+        found = {"time/generate_s": waited_s, "throughput/generated_tokens_per_s": tokens_per_s,
+                 "staleness/mean": sum(ages) / len(ages), "staleness/max": float(max(ages)),
+                 "staleness/dropped": float(tally.stale)}
+        return found | tally.metrics(passed_over) if self._config.dynamic_sampling.active else found
+
+    # -------------------------------------------------------------------------------------------------------------- resume
+    def state(self) -> dict[str, Any]:
+        """Beside the chooser's: the questions under way as they were asked, some 500 bytes each."""
+        waiting = self._asked | {name: scored.group.question for name, scored in self._ready.items()}
+        questions = [waiting[name] for name in sorted(waiting, key=self._order.__getitem__)] + self._again
+        return self._chooser.state() | {"under_way": [question_json(one) for one in questions], "share": self._share}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self._chooser.load_state(state)
+        self._again = [question_from_json(text) for text in state.get("under_way", ())]
+        self._share = state.get("share", 1.0)
