@@ -25,7 +25,7 @@ import torch.multiprocessing
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from alphamed.config import ParallelConfig
+from alphamed.config_sections import ParallelConfig
 from alphamed.model import ModelShape
 from alphamed.records import Layout
 from alphamed.weights import links

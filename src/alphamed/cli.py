@@ -205,7 +205,7 @@ def _export(options: argparse.Namespace) -> int:
 def _model(options: argparse.Namespace) -> int:
     import shutil
 
-    from alphamed.config import ModelConfig
+    from alphamed.config_sections import ModelConfig
     from alphamed.model import read_shape, resolve
     from alphamed.weights.folder import check_weights
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from alphamed.config import ConfigError, ParallelConfig
+from alphamed.config import ConfigError
+from alphamed.config_sections import ParallelConfig
 
 
 def main(run_dir: Path, out: Path) -> int:

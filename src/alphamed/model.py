@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alphamed.config import ConfigError, ParallelConfig, RolloutConfig
+from alphamed.config import ConfigError
+from alphamed.config_sections import ParallelConfig, RolloutConfig
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 QWEN3_HEAD_DIM = 128            # what transformers takes where config.json is silent

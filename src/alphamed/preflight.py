@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from alphamed.config import Config, ConfigError, Device
+from alphamed.config import Config, ConfigError
+from alphamed.config_choices import Device
 from alphamed.data.mcq import RowProblem
 from alphamed.data.sources import load_questions
 from alphamed.data.text import normalised, option_set

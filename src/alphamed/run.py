@@ -21,7 +21,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from alphamed.config import Config, WandbMode
+from alphamed.config import Config
+from alphamed.config_choices import WandbMode
 from alphamed.observe import metrics as names
 from alphamed.observe import provenance
 from alphamed.observe.directory import RunDirectory

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alphamed.config import ParallelConfig
+from alphamed.config_sections import ParallelConfig
 from alphamed.model import read_shape
 from alphamed.weights.buckets import box_of
 from alphamed.weights.plan import Slice

@@ -9,7 +9,8 @@ from tiny import tiny_hf
 from transformers import AutoModelForCausalLM
 
 from alphamed.cluster.control import Control
-from alphamed.config import Config, ParallelConfig
+from alphamed.config import Config
+from alphamed.config_sections import ParallelConfig
 from alphamed.config_file import build_config
 from alphamed.model import read_shape
 from alphamed.records import GenerationTask, Question, Sampling

@@ -22,7 +22,7 @@ from alphamed.data.prompts import PromptBuilder
 from alphamed.data.tokenizer import load_tokenizer
 from alphamed.observe.rollout_files import read_rollouts, rollout_path, write_rollouts
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
-from alphamed.rollout.pipeline import greedy_tasks, training_tasks
+from alphamed.rollout.tasks import greedy_tasks, training_tasks
 
 pytestmark = pytest.mark.slow
 STEPS = 4

@@ -13,7 +13,8 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alphamed.config import PromptConfig, PromptTemplate
+from alphamed.config_choices import PromptTemplate
+from alphamed.config_sections import PromptConfig
 from alphamed.data.prompts import PromptBuilder
 from alphamed.data.tokenizer import load_tokenizer
 from alphamed.records import Question

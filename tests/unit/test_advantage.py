@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from alphamed.algorithms.advantage import ADVANTAGES, group_advantages
-from alphamed.config import Advantage
+from alphamed.config_choices import Advantage
 
 EPSILON = 1e-6
 

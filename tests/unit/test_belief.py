@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from alphamed.config import DynamicSamplingConfig
+from alphamed.config_sections import DynamicSamplingConfig
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
 from alphamed.rollout.belief import PassRates, signal_chance
 from alphamed.rollout.choice import Chooser

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from alphamed.config import ConfigError, Dtype, WandbMode
+from alphamed.config import ConfigError
+from alphamed.config_choices import Dtype, WandbMode
 from alphamed.config_file import build_config, dump_config, load_config
 
 SMALL = {"model": {"path": "m"}, "data": {"train": ["a.jsonl"]}}

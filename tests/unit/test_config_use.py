@@ -27,7 +27,7 @@ def reads(source: str) -> set[str]:
     for _ in range(2):                                  # a name may be given to what has got its own name only below
         known |= dict(_names_of_sections(tree, known))
     found = set(_read_in(tree, known))
-    for node in ast.walk(tree):                         # config.py itself: what follows from a section's own fields
+    for node in ast.walk(tree):                         # the sections themselves: what follows from a section's own fields
         if isinstance(node, ast.ClassDef) and node.name in KINDS:
             found |= set(_read_in(node, {"self": KINDS[node.name]}))
     return found

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 import yaml
 
-from alphamed.config import BadRows
+from alphamed.config_choices import BadRows
 from alphamed.data.decontaminate import Rule, find_hits, report
 from alphamed.data.matching import similar_pairs
 from alphamed.data.sources import load_questions

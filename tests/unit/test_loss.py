@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from alphamed.algorithms.loss import LOSSES, kl_penalty, normalizer, policy_loss, token_weights, weighted_sum
-from alphamed.config import Aggregation, KlEstimator, Loss
+from alphamed.config_choices import Aggregation, KlEstimator, Loss
 
 NAN, INF = math.nan, math.inf
 F64 = torch.float64

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from alphamed.config import BadRows
+from alphamed.config_choices import BadRows
 from alphamed.data import medfacts
 from alphamed.data.medfacts_table import parse, table
 from alphamed.data.sources import load_questions

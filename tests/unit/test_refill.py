@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from alphamed.config import DynamicSamplingConfig
+from alphamed.config_sections import DynamicSamplingConfig
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
 from alphamed.reward.shaping import Overlong
 from alphamed.rollout.choice import Chooser

@@ -5,7 +5,8 @@ from types import MappingProxyType
 
 import pytest
 
-from alphamed.config import ConfigError, TruncatedReward
+from alphamed.config import ConfigError
+from alphamed.config_choices import TruncatedReward
 from alphamed.records import FinishReason, Outcome, Question
 from alphamed.reward.grader import GraderDied, GraderPool
 from alphamed.reward.rules import RULES, check_rule, grade, resolve_rule

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from alphamed.config import BadRows
+from alphamed.config_choices import BadRows
 from alphamed.evaluation.runner import (QuestionSet, evaluate, load_sets, read_items, read_scores, summary,
                                         write_evaluation)
 from alphamed.evaluation.score import Change, Score, Share, change, score, verdict

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 from test_reward_process import RIGHT, WRONG, group_of
 
-from alphamed.config import ConfigError, RewardConfig
+from alphamed.config import ConfigError
+from alphamed.config_sections import RewardConfig
 from alphamed.config_file import build_config
 from alphamed.reward.process import RewardProcess
 from alphamed.reward.shaping import Overlong

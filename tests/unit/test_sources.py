@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from alphamed.config import BadRows
+from alphamed.config_choices import BadRows
 from alphamed.data.sources import DataError, load_questions
 
 REAL = Path(__file__).parents[3] / "shared" / "data"

@@ -3,7 +3,8 @@ import json
 
 import pytest
 
-from alphamed.config import BadRows, ConfigError
+from alphamed.config import ConfigError
+from alphamed.config_choices import BadRows
 from alphamed.config_file import dump_tree, load_tree, validated
 from alphamed.data.decisions import Decision, Decisions, Verdict, apply_decisions, merged, read_decisions
 from alphamed.data.sources import DataError

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from alphamed.cluster.ledger import run_id
 from alphamed.cluster.processes import TAG
-from alphamed.config import Config, WandbMode
+from alphamed.config import Config
+from alphamed.config_choices import WandbMode
 
 TORCHRUN_VARIABLES = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME",

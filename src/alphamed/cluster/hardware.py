@@ -6,7 +6,8 @@ import re
 import subprocess
 from pathlib import Path
 
-from alphamed.config import Config, Device
+from alphamed.config import Config
+from alphamed.config_choices import Device
 
 DRIVER_DEADLINE_S = 20
 

@@ -11,7 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from alphamed.config import BadRows, ConfigError
+from alphamed.config import ConfigError
+from alphamed.config_choices import BadRows
 from alphamed.data import adapters
 from alphamed.data.card import describe, file_sha256, licences, markdown
 from alphamed.data.catalogue import SOURCES

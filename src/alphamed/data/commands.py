@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from alphamed.config import BadRows, ConfigError
+from alphamed.config import ConfigError
+from alphamed.config_choices import BadRows
 
 Verb = Callable[..., argparse.ArgumentParser]
 

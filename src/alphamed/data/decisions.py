@@ -26,7 +26,8 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from alphamed.config import ConfigError, Positive, Section
+from alphamed.config import ConfigError
+from alphamed.config_sections import Positive, Section
 from alphamed.config_file import dump_tree, load_tree, validated
 from alphamed.data.text import fingerprint, normalised_option
 from alphamed.records import Question

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from alphamed.config import ConfigError, PromptConfig, PromptTemplate
+from alphamed.config import ConfigError
+from alphamed.config_choices import PromptTemplate
+from alphamed.config_sections import PromptConfig
 from alphamed.data.chat_template import Message
 from alphamed.data.mcq import short
 from alphamed.data.sources import DataError

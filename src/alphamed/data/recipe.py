@@ -7,7 +7,8 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from alphamed.config import BadRows, DottedName, Fraction, NonNegative, Positive, Section
+from alphamed.config_choices import BadRows
+from alphamed.config_sections import DottedName, Fraction, NonNegative, Positive, Section
 from alphamed.data.adapters import AnswerForm
 
 Level = Annotated[int, Field(ge=1, le=6)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alphamed.config import BadRows
+from alphamed.config_choices import BadRows
 from alphamed.data.mcq import Row, RowProblem, check_questions, short
 from alphamed.records import Question
 

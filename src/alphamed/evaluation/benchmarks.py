@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from alphamed.config import BadRows
+from alphamed.config_choices import BadRows
 from alphamed.data import adapters
 from alphamed.data.mcq import RowProblem, check_questions
 from alphamed.data.sources import DataError, load_questions

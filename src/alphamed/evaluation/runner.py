@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alphamed.config import BadRows, ConfigError
+from alphamed.config import ConfigError
+from alphamed.config_choices import BadRows
 from alphamed.evaluation.score import Score, Share, percent, score
 from alphamed.observe.files import read_json_lines, replace_json, replace_json_lines
 from alphamed.records import GenerationTask, Question, Sampling, ScoredGroup

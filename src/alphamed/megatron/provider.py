@@ -14,7 +14,8 @@ from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megat
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
-from alphamed.config import Config, Dtype, Recompute
+from alphamed.config import Config
+from alphamed.config_choices import Dtype, Recompute
 from alphamed.megatron.gpt import HeadOptions, PolicyModel
 from alphamed.megatron.layers import layers_spec
 from alphamed.megatron.runtime import Runtime, pick_device

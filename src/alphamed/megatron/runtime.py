@@ -9,7 +9,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from alphamed.config import Config, ConfigError, Device
+from alphamed.config import Config, ConfigError
+from alphamed.config_choices import Device
 from alphamed.records import Layout
 
 CUDA_TRAINER_THREADS = 8        # of a rank that computes on a GPU: enough for its data and its collectives on CPU tensors

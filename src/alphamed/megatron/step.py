@@ -20,7 +20,8 @@ from torch import Tensor
 
 from alphamed.algorithms.correction import importance_weights
 from alphamed.algorithms.loss import kl_penalty, normalizer, policy_loss, token_weights, weighted_sum
-from alphamed.config import Config, Correction, Schedule
+from alphamed.config import Config
+from alphamed.config_choices import Correction, Schedule
 from alphamed.megatron.gpt import to_device
 from alphamed.records import Layout, MicroBatch, MiniBatch, Segment
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alphamed.config import BadRows
+from alphamed.config_choices import BadRows
 from alphamed.data.card import describe, file_sha256
 from alphamed.data.checks import Finding, check_set
 from alphamed.data.mixture import length_words

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from alphamed.config import Config, WandbMode
+from alphamed.config import Config
+from alphamed.config_choices import WandbMode
 from alphamed.observe.files import append_json
 
 Metrics = Mapping[str, float]

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from alphamed.config import ConfigError, Recompute
+from alphamed.config import ConfigError
+from alphamed.config_choices import Recompute
 from alphamed.config_file import changed_config
 from alphamed.model import tensor_sizes
 from alphamed.planner.job import Job

@@ -4,7 +4,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from alphamed.config import AlgorithmConfig, Config, Dtype, ParallelConfig, RolloutConfig
+from alphamed.config import Config
+from alphamed.config_choices import Dtype
+from alphamed.config_sections import AlgorithmConfig, ParallelConfig, RolloutConfig
 from alphamed.model import ModelShape
 from alphamed.planner.hardware import Gpu
 

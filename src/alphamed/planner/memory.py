@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from alphamed.config import Recompute, SyncMode
+from alphamed.config_choices import Recompute, SyncMode
 from alphamed.planner import parameters
 from alphamed.planner.batch import Micro, fullest_row, in_flight
 from alphamed.planner.hardware import GIB

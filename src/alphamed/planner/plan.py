@@ -4,7 +4,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from alphamed.config import Config, Device
+from alphamed.config import Config
+from alphamed.config_choices import Device
 from alphamed.model import ModelShape
 from alphamed.planner import hardware, parameters
 from alphamed.planner.batch import Batch, batch_of

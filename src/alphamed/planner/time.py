@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from alphamed.config import Recompute
+from alphamed.config_choices import Recompute
 from alphamed.planner import parameters
 from alphamed.planner.batch import Batch, batch_of
 from alphamed.planner.calibration import CPU, GPU, Efficiency

@@ -26,7 +26,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from alphamed.cluster.failure import RunFailed
-from alphamed.config import Config, RewardConfig
+from alphamed.config import Config
+from alphamed.config_sections import RewardConfig
 from alphamed.records import Outcome, Question, Rollout, RolloutGroup, ScoredGroup
 from alphamed.reward.grader import GraderPool
 from alphamed.reward.rules import Graded, Reward, grade, resolve_rule

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alphamed.config import ConfigError, TruncatedReward
+from alphamed.config import ConfigError
+from alphamed.config_choices import TruncatedReward
 from alphamed.records import FinishReason, Outcome, Question
 from alphamed.reward.extraction import extract_answer
 from alphamed.reward.grader import GraderPool, RewardCrash, RewardTimeout

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from alphamed.config import DynamicSamplingConfig
+from alphamed.config_sections import DynamicSamplingConfig
 from alphamed.records import Outcome, Question, ScoredGroup
 from alphamed.rollout.spec import stable_hash
 

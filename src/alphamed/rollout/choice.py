@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from alphamed.config import DynamicSamplingConfig
+from alphamed.config_sections import DynamicSamplingConfig
 from alphamed.records import Question, ScoredGroup
 from alphamed.rollout.belief import PassRates
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from alphamed.cluster.environment import SILENT
 from alphamed.cluster.hardware import cores, memory_bytes, wants_cuda
-from alphamed.config import Config, ConfigError, Dtype, OnPush
+from alphamed.config import Config, ConfigError
+from alphamed.config_choices import Dtype, OnPush
 from alphamed.model import ModelShape
 
 RECEIVER = "alphamed.weights.receiver.WeightReceiver"

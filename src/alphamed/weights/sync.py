@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from alphamed.cluster.failure import RunFailed
 from alphamed.cluster.hardware import wants_cuda
-from alphamed.config import Config, Dtype, Transport
+from alphamed.config import Config
+from alphamed.config_choices import Dtype, Transport
 from alphamed.weights import links
 from alphamed.weights.plan import SyncPlan, Wire
 from alphamed.weights.probe import Difference, Probe

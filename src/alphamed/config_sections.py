@@ -1,0 +1,269 @@
+"""The sections of a run's configuration: every knob with its type, limits, default and meaning.
+
+Defaults live on the fields and nowhere else. Checks across sections, and what follows from several of them, are in `config`.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from alphamed.config_choices import (Advantage, Aggregation, BadRows, Correction, Device, Dtype, KlEstimator, Loss,
+                                     OldLogprobs, OnPush, PromptTemplate, Recompute, Schedule, SyncMode, Transport,
+                                     TruncatedReward, WandbMode)
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+DottedName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=False,
+                              allow_inf_nan=False)
+
+
+class RunConfig(Section):
+    name: DottedName = "run"
+    """Name of the run; its directory is `root/name`."""
+    root: Path = Path("runs")
+    seed: NonNegative = 1234
+    steps: Positive = 100
+    """Length of the whole run; learning-rate schedules end here."""
+    stop_after: Positive | None = None
+    """End after this step although `steps` says more: a run in parts, with the schedule of the whole."""
+    time_limit_s: PositiveFloat | None = None
+    """No step begins later than this many seconds after the run (or its resume) started."""
+
+    @property
+    def last_step(self) -> int:
+        return min(self.steps, self.stop_after or self.steps)
+
+
+class ModelConfig(Section):
+    path: str
+    """A local Hugging Face folder or a hub name."""
+    revision: str | None = None
+    """Hub revision (a commit) when `path` is a hub name."""
+    cache: Path = Path(".cache/models")
+    """Where fetched models are kept."""
+    dtype: Dtype = Dtype.BF16
+    """Parameter and activation type of the trainer. Optimizer state and gradients are FP32 in either case."""
+    fp8: bool = False
+    """FP8 matrix products (Transformer Engine, Hopper or newer)."""
+
+
+class DataConfig(Section):
+    train: tuple[Path, ...] = Field(min_length=1)
+    """JSONL or Parquet files of questions."""
+    bad_rows: BadRows = BadRows.REFUSE
+    shuffle_options: bool = True
+    """Give the options new letters every epoch, so that a letter can not be learnt in place of an answer."""
+
+
+class Shot(Section):
+    """A worked example put before every question."""
+    question: str
+    options: dict[str, str]
+    response: str
+
+
+class PromptConfig(Section):
+    template: PromptTemplate = PromptTemplate.CHAT
+    system: str | None = None
+    instruction: str = "Please reason step by step, and put the final answer in \\boxed{}"
+    shots: tuple[Shot, ...] = ()
+    max_tokens: Positive = 1024
+    """Longer prompts are refused when the data is loaded."""
+
+
+class RolloutConfig(Section):
+    questions_per_step: Positive = 256
+    samples_per_question: Annotated[int, Field(ge=2)] = 8
+    temperature: Annotated[float, Field(ge=0.01, allow_inf_nan=False)] = 1.0      # what vLLM makes of less
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: int = -1
+    max_response_tokens: Positive = 2048
+    engines: Positive = 1
+    tensor_parallel: Positive = 1
+    dtype: Dtype = Dtype.BF16
+    kv_cache_bytes: Positive | None = None
+    """Size of an engine's KV cache; None lets vLLM take `gpu_memory_utilization` of its GPU."""
+    gpu_memory_utilization: Fraction = 0.85
+    max_concurrent_requests: Positive = 256
+    """Requests an engine works on at once; the coordinator holds the rest."""
+    deterministic: bool = False
+    """Seed every sample with hash(run, question, sample, step), switch prefix cache and chunked prefill off."""
+    replay: Path | None = None
+    """A run directory whose recorded rollouts are trained on in place of engines."""
+    max_staleness: NonNegative = 0
+    """Pushes by which the weights that sampled a response may be older than those it trains. 0: generation and training take
+    turns. Above: engines work this many steps ahead while the policy trains; older samples are dropped and counted."""
+    on_push: OnPush = OnPush.KEEP
+    """What becomes of requests that a push finds under way (max_staleness > 0): they end first (`wait`), go on with the new
+    weights (`keep`), or begin anew (`abort`)."""
+    start_deadline_s: PositiveFloat = 600.0
+    step_deadline_s: PositiveFloat = 1800.0
+    """A step's generation must finish within this time; what is missing is named."""
+
+
+class DynamicSamplingConfig(Section):
+    """Groups whose rewards do not differ (all right, all wrong) teach nothing: replace them, ask fewer of them."""
+    refills: NonNegative = 0
+    """Rounds in which the groups of a step that teach nothing are replaced by others; 9 is DAPO's limit. Ahead of the policy
+    (rollout.max_staleness > 0) as many groups as that many whole rounds. Places still empty then keep what was dropped."""
+    choose: bool = False
+    """Pass over questions that are unlikely to teach, by their level and by what this run has seen of them."""
+    half_life_steps: PositiveFloat = 30.0
+    """Steps after which an observation counts half, for the policy has changed."""
+    annotation_weight: NonNegativeFloat = 5.0
+    """Samples that a question's level counts as when the run begins. Levels come from five samples of another model."""
+    max_passes: Positive = 10
+    """Times in a row that a question can be passed over at most; then it is asked whatever is believed of it."""
+    search: Positive = 10
+    """Questions looked at for one round of questions, at most, as a multiple of rollout.questions_per_step."""
+
+    @property
+    def active(self) -> bool:
+        return self.refills > 0 or self.choose
+
+
+class RewardConfig(Section):
+    name: str = "correct"
+    """A built-in reward (`correct`, `correct_and_format`) or `module:function`."""
+    truncated: TruncatedReward = TruncatedReward.NOTHING
+    """What a response that hit the token limit may earn."""
+    overlong_buffer_tokens: NonNegative = 0
+    """Tokens below rollout.max_response_tokens over which a penalty falls from 0 to -1 (DAPO's soft overlong punishment); 0:
+    none."""
+    timeout_s: PositiveFloat = 10.0
+    workers: Positive = 2
+    """Processes that run a user's reward function."""
+    max_failure_share: Fraction = 0.02
+    """Crashes and time-outs above this share of a step's samples stop the run."""
+
+
+class AlgorithmConfig(Section):
+    advantage: Advantage = Advantage.GRPO
+    loss: Loss = Loss.CLIP
+    clip_low: PositiveFloat = 0.2
+    clip_high: PositiveFloat = 0.28
+    kl_coefficient: NonNegativeFloat = 0.0
+    """0 builds no reference model."""
+    kl_estimator: KlEstimator = KlEstimator.K3
+    aggregation: Aggregation = Aggregation.TOKEN_MEAN
+    constant_tokens: Positive | None = None
+    """What `aggregation: constant` divides each response's sum by; None: rollout.max_response_tokens."""
+    correction: Correction = Correction.AUTO
+    """Importance correction for sampling from other log-probs than the trainer's. `auto`: `tis` where rollout.max_staleness
+    is above 0, else `none`."""
+    correction_cap: PositiveFloat = 2.0
+    """Largest ratio: `tis` cuts larger ones to it, `mis` masks their tokens, `mis_sequence` their responses."""
+    correction_floor: NonNegativeFloat = 0.5
+    """Smallest ratio that `mis` and `mis_sequence` do not mask."""
+    mini_batches: Positive = 1
+    """Optimizer steps per batch of rollouts."""
+    old_logprobs: OldLogprobs = OldLogprobs.AUTO
+    """`auto` recomputes them only where a batch gets more than one update; with one they equal the current ones."""
+
+
+class ParallelConfig(Section):
+    """Layout of the trainer."""
+    tensor: Positive = 1
+    pipeline: Positive = 1
+    virtual_pipeline: Annotated[int, Field(ge=2)] | None = None
+    """Model chunks per pipeline stage (interleaved schedule)."""
+    data: Positive = 1
+    sequence: bool = False
+    """Sequence parallelism: activations between tensor-parallel regions are split over the tensor ranks."""
+    distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    recompute: Recompute = Recompute.NONE
+    micro_batch_tokens: Positive = 8192
+    """Token budget of a packed micro-batch."""
+    share_prompts: bool = True
+    """The samples of a question share one copy of their prompt (where the attention implementation can)."""
+    logprob_chunk_tokens: NonNegative = 0
+    """Compute log-probs in chunks of this many tokens, never holding all logits; 0 = off."""
+
+    @property
+    def world(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+
+class OptimizerConfig(Section):
+    lr: PositiveFloat = 1e-6
+    min_lr: NonNegativeFloat = 0.0
+    schedule: Schedule = Schedule.CONSTANT
+    warmup_steps: NonNegative = 0
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.01
+    clip_grad: PositiveFloat = 1.0
+    max_skipped_steps: NonNegative = 3
+    """Consecutive updates that may be skipped for a non-finite gradient before the run stops."""
+
+
+class SyncConfig(Section):
+    mode: SyncMode = SyncMode.GATHER
+    """`gather` brings each tensor together on one rank of its stage and sends it whole; `direct` sends every rank's own
+    shard to the engine ranks that need it."""
+    transport: Transport = Transport.AUTO
+    bucket_bytes: Positive = 256 << 20
+    probe: bool = True
+    """After the first push compare the engines' log-probs of a fixed text with the policy's."""
+    max_logprob_diff: PositiveFloat | None = None
+    """Limit on policy/logprob_diff_mean that stops the run; None: 0.15 where either side is bf16, 1e-3 in FP32, 1 where
+    samples may be stale: the policy's own movement is in the difference then."""
+
+
+class CheckpointConfig(Section):
+    every: NonNegative = 10
+    """Steps between checkpoints; 0: only at the end."""
+    keep: Positive = 2
+
+
+class EvaluationConfig(Section):
+    files: tuple[Path, ...] = ()
+    questions: Positive | None = None
+    """At most this many questions of each file, by seed."""
+    decisions: tuple[Path, ...] = ()
+    """Decisions on suspect questions: quarantined ones are left out, fixed keys used (`alphamed data suspects`)."""
+    allow_overlap: bool = False
+    """Evaluate on questions that data.train holds too; refused otherwise."""
+    before: bool = False
+    after: bool = False
+    every: NonNegative = 0
+    max_response_tokens: Positive | None = None
+    """None: rollout.max_response_tokens."""
+
+
+class LoggingConfig(Section):
+    wandb: WandbMode = WandbMode.OFFLINE
+    wandb_project: str = "alphamed"
+    rollout_files: bool = True
+    report: bool = True
+    export_hf: bool = True
+    """Write the trained model as a Hugging Face folder when the run ends."""
+
+
+class ClusterConfig(Section):
+    device: Device = Device.AUTO
+    gpus_per_node: Positive = 8
+    gpu: str = "h100-80g"
+    """What `alphamed plan` reckons with: a100-80g, h100-80g, h200-141g, b200-180g."""
+    nodes: Positive | None = None
+    """How many the run may take, for `alphamed plan`; None: as many as it needs."""
+    start_unfit: bool = False
+    """Start although the plan says that memory does not suffice."""
+    trainer_threads: Positive | None = None
+    """CPU threads of a trainer rank; None: cores / local ranks on CPU, 8 on CUDA."""
+    engine_cores: str | None = None
+    """CPU backend: cores an engine binds its threads to (`0-1`; one list per tensor rank, `0|1`); None: all cores."""
+    rank_timeout_s: PositiveFloat = 600.0
+    """Deadline of a collective between trainer ranks."""
+    heartbeat_timeout_s: PositiveFloat = 30.0
+    """A rank that has not been heard of for this long is given up."""
