@@ -4,6 +4,7 @@ Invariants of `pack` (tests hold it to each of them):
   - every response of every group is in exactly one micro-batch of exactly one data rank;
   - the samples of a question stand in one segment behind one copy of their prompt; a group over the token budget is
     split, and only then is its prompt repeated;
+  - what all prompts begin with (the stem: system prompt, worked examples) stands once at the head of each row;
   - no micro-batch exceeds the token budget, all data ranks get the same number of micro-batches (an idle one is a dummy
     that trains nothing), and rows hold a multiple of `layout.token_multiple` tokens;
   - `response_tokens` and `sequences` count the whole mini-batch over all data ranks.
@@ -21,6 +22,8 @@ from alphamed.records import Batch, Layout, MicroBatch, MiniBatch, Segment, Toke
 # Cost of a token pair in attention relative to a token in the dense layers, per layer: a pair takes 4 * heads * head_dim
 # FLOPs where a token takes about 24 * hidden^2 (dense Llama shapes), so with heads * head_dim = hidden = 4096 about 1/24576.
 ATTENTION_PAIR_COST = 1 / 24576
+# Fewer common tokens are repeated: reading them takes every row one more call of the attention kernel in every layer.
+SHORTEST_STEM = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +31,9 @@ class Unit:
     """What is never cut further: some samples of one group behind one copy of their prompt."""
     group: int
     samples: tuple[int, ...]
-    prefix: int                       # tokens before the first continuation; 0 continuations when prompts are not shared
-    continuations: tuple[int, ...]
+    stem: int                         # tokens of the row's stem that this prompt begins with; 0: it stands here whole
+    prefix: int                       # tokens from there to the first continuation
+    continuations: tuple[int, ...]    # none when prompts are not shared
 
     @property
     def tokens(self) -> int:
@@ -37,7 +41,8 @@ class Unit:
 
     @property
     def cost(self) -> float:
-        pairs = self.prefix ** 2 / 2 + sum(n * (self.prefix + n / 2) for n in self.continuations)
+        before = self.stem + self.prefix
+        pairs = self.prefix * (self.stem + self.prefix / 2) + sum(n * (before + n / 2) for n in self.continuations)
         return self.tokens + ATTENTION_PAIR_COST * pairs
 
 
@@ -51,10 +56,11 @@ def pack(groups: Sequence[TokenGroup], layout: Layout, *, token_budget: int, min
     if len(groups) < mini_batches:
         raise ValueError(f"algorithm.mini_batches: {mini_batches} updates, but the step has only {len(groups)} groups; "
                          f"lower it or raise rollout.questions_per_step")
-    budget = token_budget - (layout.token_multiple - 1)          # room to round a row up
+    stem = _stem(groups) if share_prompts else 0
+    budget = token_budget - (layout.token_multiple - 1) - stem   # room to round a row up
     minis, rows, imbalance = [], [], []
     for chunk in _chunks(len(groups), mini_batches):
-        units = [u for g in chunk for u in _units(groups[g], g, budget, share_prompts)]
+        units = [u for g in chunk for u in _units(groups[g], g, stem, budget, share_prompts)]
         plan = _assign(units, budget, layout.data)
         mine = [_materialise(row, groups, layout.token_multiple) for row in plan[layout.data_rank]]
         lengths = [len(r) for g in chunk for r in groups[g].responses]
@@ -79,27 +85,40 @@ def _chunks(n: int, parts: int) -> list[range]:
     return [range(a, b) for a, b in zip(edges, edges[1:])]
 
 
-def _units(group: TokenGroup, index: int, budget: int, share_prompts: bool) -> list[Unit]:
+def _stem(groups: Sequence[TokenGroup]) -> int:
+    """Tokens that all prompts begin with, the last of each prompt not counted: it begins the continuations."""
+    first = groups[0].prompt
+    common = min((_common(first, g.prompt) for g in groups[1:]), default=0)
+    return common if common >= SHORTEST_STEM else 0
+
+
+def _common(one: torch.Tensor, two: torch.Tensor) -> int:
+    n = min(len(one), len(two)) - 1
+    differ = (one[:n] != two[:n]).nonzero()
+    return int(differ[0]) if len(differ) else n
+
+
+def _units(group: TokenGroup, index: int, stem: int, budget: int, share_prompts: bool) -> list[Unit]:
+    """budget: tokens of a row behind its stem."""
     prompt, lengths = len(group.prompt), [len(r) for r in group.responses]
     if prompt < 2:
         raise ValueError(f"group {index}: a prompt of {prompt} tokens; at least 2 are needed")
     if min(lengths) < 1:
         raise ValueError(f"group {index}: holds an empty response; an engine returns at least one token")
-    longest = max(lengths)
-    if prompt - 1 + longest > budget:
-        raise ValueError(f"parallel.micro_batch_tokens: {budget} can not hold a prompt of {prompt} and a response of "
+    longest, prefix = max(lengths), prompt - 1 - stem
+    if prefix + longest > budget:
+        raise ValueError(f"parallel.micro_batch_tokens: {budget + stem} can not hold a prompt of {prompt} and a response of "
                          f"{longest} tokens; raise it")
     if not share_prompts:
-        return [Unit(index, (j,), prompt + n - 1, ()) for j, n in enumerate(lengths)]
-    units, samples, used = [], [], prompt - 1
+        return [Unit(index, (j,), 0, prefix + n, ()) for j, n in enumerate(lengths)]
+    cuts, used = [0], prefix
     for j, n in enumerate(lengths):
         if used + n > budget:
-            units.append(Unit(index, tuple(samples), prompt - 1, tuple(lengths[i] for i in samples)))
-            samples, used = [], prompt - 1
-        samples.append(j)
+            cuts.append(j)
+            used = prefix
         used += n
-    units.append(Unit(index, tuple(samples), prompt - 1, tuple(lengths[i] for i in samples)))
-    return units
+    parts = [tuple(range(a, b)) for a, b in zip(cuts, [*cuts[1:], len(lengths)])]
+    return [Unit(index, samples, stem, prefix, tuple(lengths[j] for j in samples)) for samples in parts]
 
 
 def _assign(units: list[Unit], budget: int, ranks: int) -> list[list[list[Unit]]]:
@@ -145,16 +164,25 @@ def _spread(rows: list[list[Unit]], per_rank: int, ranks: int) -> list[list[list
 # --------------------------------------------------------------------------------------------------------------- tensors
 def _materialise(row: list[Unit], groups: Sequence[TokenGroup], multiple: int) -> MicroBatch:
     tokens, labels, positions, sequence, logprobs, advantages, segments, samples = [], [], [], [], [], [], [], []
+
+    def read(context: torch.Tensor, first: int) -> None:
+        """Tokens that are read and not trained on, at the positions from `first` on."""
+        blank = torch.zeros(len(context))
+        tokens.append(context)
+        labels.append(torch.zeros_like(context))
+        positions.append(torch.arange(first, first + len(context)))
+        sequence.append(torch.full_like(context, -1))
+        logprobs.append(blank)
+        advantages.append(blank)
+
+    stem = row[0].stem if row else 0
+    if stem:
+        read(groups[row[0].group].prompt[:stem], 0)
+        segments.append(Segment(stem))
     for unit in row:
         group = groups[unit.group]
         head, last = group.prompt[:-1], group.prompt[-1:]
-        blank = torch.zeros(len(head))
-        tokens.append(head)
-        labels.append(torch.zeros_like(head))
-        positions.append(torch.arange(len(head)))
-        sequence.append(torch.full_like(head, -1))
-        logprobs.append(blank)
-        advantages.append(blank)
+        read(head[stem:], stem)
         for j in unit.samples:
             response = group.responses[j]
             n = len(response)
@@ -165,14 +193,11 @@ def _materialise(row: list[Unit], groups: Sequence[TokenGroup], multiple: int) -
             logprobs.append(group.rollout_logprobs[j])
             advantages.append(group.advantages[j].expand(n))
             samples.append((unit.group, j))
-        segments.append(Segment(unit.prefix, unit.continuations))
+        segments.append(Segment(unit.prefix, unit.continuations, behind_stem=stem > 0))
     length = sum(s.tokens for s in segments)
     padding = max(multiple, -(-length // multiple) * multiple) - length
     if padding:
-        zero, none = torch.zeros(padding, dtype=torch.int64), torch.zeros(padding)
-        for column, value in ((tokens, zero), (labels, zero), (positions, torch.arange(padding)),
-                              (sequence, zero - 1), (logprobs, none), (advantages, none)):
-            column.append(value)
+        read(torch.zeros(padding, dtype=torch.int64), 0)
         segments.append(Segment(padding))
     ids = torch.cat(sequence)
     return MicroBatch(tokens=torch.cat(tokens), labels=torch.cat(labels), positions=torch.cat(positions), mask=ids >= 0,
@@ -183,8 +208,8 @@ def _materialise(row: list[Unit], groups: Sequence[TokenGroup], multiple: int) -
 def _metrics(groups: Sequence[TokenGroup], rows: list[list[Unit]], layout: Layout, imbalance: float) -> dict[str, float]:
     """`rows`: of all data ranks, each of which has as many."""
     multiple = layout.token_multiple
-    real = sum(u.tokens for row in rows for u in row)
-    padded = sum(max(multiple, -(-sum(u.tokens for u in row) // multiple) * multiple) for row in rows)
+    filled = [row[0].stem + sum(u.tokens for u in row) if row else 0 for row in rows]
+    real, padded = sum(filled), sum(max(multiple, -(-n // multiple) * multiple) for n in filled)
     unshared = sum(len(g.prompt) - 1 + len(r) for g in groups for r in g.responses)
     return {"batch/micro_batches": len(rows) / layout.data, "batch/padding_fraction": 1 - real / padded,
             "batch/shared_fraction": 1 - real / unshared, "batch/dp_imbalance": imbalance}

@@ -158,9 +158,11 @@ class Layout:
 @dataclass(frozen=True, slots=True)
 class Segment:
     """A run of packed tokens: a prefix of `prefix` tokens, then continuations, each of which attends to the prefix and to
-    itself. A plain sequence is a segment without continuations."""
+    itself. A plain sequence is a segment without continuations. Behind a stem, all its tokens attend to the row's first
+    segment as well: what all prompts of the row begin with (system prompt, worked examples)."""
     prefix: int
     continuations: tuple[int, ...] = ()
+    behind_stem: bool = False
 
     @property
     def tokens(self) -> int:

@@ -39,6 +39,9 @@ SEGMENTS = {
     "unequal continuations": (Segment(6, (1, 9, 3)),),
     "several segments": (Segment(3), Segment(4, (2, 5)), Segment(1, (3,)), Segment(2)),
     "no prefix": (Segment(0, (3, 2)),),
+    "a stem": (Segment(5), Segment(3, (2, 4), behind_stem=True), Segment(2, (3, 3), behind_stem=True), Segment(2)),
+    "a stem and nothing more of the prompt": (Segment(4), Segment(0, (2, 3), behind_stem=True)),
+    "a stem and plain sequences": (Segment(4), Segment(3, behind_stem=True), Segment(6, behind_stem=True)),
 }
 
 
@@ -47,6 +50,8 @@ def plain_attention(q, k, v, segments, scale):
     visible, start = torch.zeros(len(q), len(q), dtype=torch.bool), 0
     for segment in segments:
         n = start + segment.prefix
+        if segment.behind_stem:
+            visible[start:start + segment.tokens, :segments[0].tokens] = True
         visible[start:n, start:n] = torch.ones(segment.prefix, segment.prefix).tril().bool()
         at = n
         for length in segment.continuations:
@@ -70,8 +75,8 @@ def test_attention_of_a_packed_row(function, heads, kv_heads, segments):
 
 def test_attention_over_several_blocks_of_the_kernel():
     """Longer than the 32 to 256 queries and 512 keys that the kernel takes at a time, with large scores."""
-    segments = (Segment(600, (70, 33)),)
-    q, k, v = random(703, 2, 16), random(703, 1, 16, seed=1), random(703, 1, 16, seed=2)
+    segments = (Segment(550), Segment(600, (70, 33), behind_stem=True), Segment(10, (5,), behind_stem=True))
+    q, k, v = random(1268, 2, 16), random(1268, 1, 16, seed=1), random(1268, 1, 16, seed=2)
     agree(prefix_attention(q * 4, k, v, segments, 0.25), plain_attention(q * 4, k, v, segments, 0.25), (q, k, v), 1e-5)
 
 

@@ -45,8 +45,8 @@ def packed_sequences(micro: MicroBatch) -> PackedSeqParams:
 
 
 class SegmentAttention(torch.nn.Module):
-    """Megatron core attention: within each segment the prefix is causal, and every continuation reads the prefix and,
-    causally, itself. Queries and keys come without rotary positions. Needs a PackedRow."""
+    """Megatron core attention: within each segment the prefix is causal, every continuation reads the prefix and, causally,
+    itself, and segments behind a stem read that as well. Queries and keys come without rotary positions. Needs a PackedRow."""
 
     def __init__(self, config, layer_number, attn_mask_type, attention_type, cp_comm_type=None, softmax_scale=None,
                  pg_collection=None) -> None:
@@ -76,17 +76,22 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, segments: tuple[Segment, .
                                               enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
     out, start = [], 0
+    stems = [x[:segments[0].tokens] for x in (k, v)]
     for segment in segments:
         n, lengths = segment.prefix, list(segment.continuations)
         qs, ks, vs = (x[start:start + segment.tokens] for x in (q, k, v))
         start += segment.tokens
+        if segment.behind_stem:         # keys and values of what comes before the segment, then its own
+            ks, vs = (torch.cat([stem, x]) for stem, x in zip(stems, (ks, vs)))
+        read = n + len(ks) - len(qs)    # what each continuation reads besides itself
         if n:
-            out.append(attend(qs[None, :n], ks[None, :n], vs[None, :n])[0])
+            mask = torch.ones(n, read, dtype=torch.bool, device=q.device).tril(read - n) if read > n else None
+            out.append(attend(qs[None, :n], ks[None, :read], vs[None, :read], mask)[0])
         if lengths:
             rows, longest = len(lengths), max(lengths)
-            own = [pad_sequence(x[n:].split(lengths), batch_first=True) for x in (qs, ks, vs)]
-            keys, values = (torch.cat([x[:n].expand(rows, *x[:n].shape), y], 1) for x, y in ((ks, own[1]), (vs, own[2])))
-            mask = torch.ones(longest, n + longest, dtype=torch.bool, device=q.device).tril(n)
+            own = [pad_sequence(x.split(lengths), batch_first=True) for x in (qs[n:], ks[read:], vs[read:])]
+            keys, values = (torch.cat([x[:read].expand(rows, *x[:read].shape), y], 1) for x, y in ((ks, own[1]), (vs, own[2])))
+            mask = torch.ones(longest, read + longest, dtype=torch.bool, device=q.device).tril(read)
             mixed = attend(own[0], keys, values, mask)
             out += [mixed[i, :length] for i, length in enumerate(lengths)]
     return torch.cat(out)

@@ -1,7 +1,8 @@
 """Attention of packed rows with shared prompts on the CPU, without a copy of a prefix's keys for each continuation.
 
-A continuation's token attends to the prefix and to its own continuation. Both parts run through torch's flash kernel, the
-prefix part for all continuations at once, and are merged by their log-sum-exps. The backward pass needs no such merge: the
+A continuation's token attends to the row's stem, to its prefix and to its own continuation. Each part runs through torch's
+flash kernel, the stem part for the whole row at once, the prefix part for all its continuations, and they are merged by
+their log-sum-exps. The backward pass needs no such merge: the
 kernel's backward computes exp(score - log-sum-exp) and rowsum(grad * output) from what it is given, so given the merged
 output and log-sum-exp it yields each part's share of the exact gradient.
 
@@ -62,17 +63,21 @@ class _Part(NamedTuple):
 
 
 def _parts(segments: tuple[Segment, ...]) -> Iterator[_Part]:
+    behind = sum(s.tokens for s in segments if s.behind_stem)          # they follow the stem, without a gap
+    stem = _Block(0, (segments[0].tokens,))
     start = 0
-    for segment in segments:
+    for i, segment in enumerate(segments):
+        if i == 1 and behind:           # one row of all that stands behind the stem: it reads the same keys
+            yield _Part(_Block(start, (behind,)), stem, causal=False)
         prefix = _Block(start, (segment.prefix,))
         if segment.prefix:
-            yield _Part(prefix, prefix, causal=True)
+            yield _Part(prefix, prefix, causal=True, merge=segment.behind_stem)
         if segment.continuations:
             first = start + segment.prefix
-            if segment.prefix:          # one row of all continuations: they read the same keys
-                yield _Part(_Block(first, (sum(segment.continuations),)), prefix, causal=False)
+            if segment.prefix:          # one row of all continuations, likewise
+                yield _Part(_Block(first, (sum(segment.continuations),)), prefix, causal=False, merge=segment.behind_stem)
             own = _Block(first, segment.continuations)
-            yield _Part(own, own, causal=True, merge=segment.prefix > 0)
+            yield _Part(own, own, causal=True, merge=segment.prefix > 0 or segment.behind_stem)
         start += segment.tokens
 
 
