@@ -20,10 +20,12 @@ NAMES_OF_THE_ISSUE = """step policy_version reward/mean reward/correct reward/un
 C, W, U, T, X = Outcome.CORRECT, Outcome.WRONG, Outcome.UNPARSEABLE, Outcome.TRUNCATED, Outcome.CRASH
 
 
-def group(name, outcomes, rewards, lengths, texts=None):
+def group(name, outcomes, rewards, lengths, texts=None, cut=()):
+    """`cut`: samples that the token limit cut beside those whose outcome says so."""
     question = Question(name, "?", {"A": "a", "B": "b"}, "A")
     texts = texts or ["one two three four five \\boxed{A}"] * len(outcomes)
-    rollouts = tuple(Rollout(name, name, i, tuple(range(n)), (-0.5,) * n, text, FinishReason.STOP, 3)
+    ends = [FinishReason.LENGTH if outcome == T or i in cut else FinishReason.STOP for i, outcome in enumerate(outcomes)]
+    rollouts = tuple(Rollout(name, name, i, tuple(range(n)), (-0.5,) * n, text, ends[i], 3)
                      for i, (n, text) in enumerate(zip(lengths, texts)))
     return ScoredGroup(RolloutGroup(name, question, (1, 2), rollouts), tuple(outcomes), tuple(rewards),
                        tuple(r - sum(rewards) / len(rewards) for r in rewards), (None,) * len(outcomes))
@@ -43,6 +45,11 @@ def test_reduction_of_two_groups_by_hand():
 def test_the_outcome_shares_add_up_to_one():
     found = reduce_groups([group("a", list(Outcome), [0.0] * 6, [1] * 6)])
     assert sum(found[f"reward/{kind}"] for kind in ("boxed", "unparseable", "truncated", "failed")) == pytest.approx(1)
+
+
+def test_a_response_that_was_cut_and_graded_all_the_same_counts_as_cut():
+    """reward.truncated: grade."""
+    assert reduce_groups([group("a", [C, W, U, T], [1.0, 0.0, 0.0, 0.0], [9] * 4, cut=(0, 2))])["reward/truncated"] == 3 / 4
 
 
 def test_groups_of_different_size_count_by_sample():
@@ -147,4 +154,4 @@ def test_a_dumped_batch_reads_back_without_our_classes(tmp_path):
     assert read["rollouts"] == "rollouts/step_000007.parquet"
     kept = read["batch"]["mini_batches"][0]["micro_batches"][0]
     assert torch.equal(kept["rollout_logprobs"], torch.tensor([0.0, -0.25])) and kept["old_logprobs"] is None
-    assert kept["segments"] == [{"prefix": 1, "continuations": [1]}] and kept["samples"] == [[0, 0]]
+    assert kept["segments"] == [{"prefix": 1, "continuations": [1], "behind_stem": False}] and kept["samples"] == [[0, 0]]

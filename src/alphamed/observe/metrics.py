@@ -11,7 +11,7 @@ from pathlib import Path
 
 from alphamed.config import ConfigError
 from alphamed.observe.files import read_json_lines
-from alphamed.records import Outcome, ScoredGroup
+from alphamed.records import FinishReason, Outcome, ScoredGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ def reduce_groups(groups: Sequence[ScoredGroup]) -> dict[str, float]:
         "reward/correct": share(Outcome.CORRECT),
         "reward/boxed": share(Outcome.CORRECT, Outcome.WRONG),
         "reward/unparseable": share(Outcome.UNPARSEABLE),
-        "reward/truncated": share(Outcome.TRUNCATED),
+        "reward/truncated": sum(r.finish_reason != FinishReason.STOP for r in rollouts) / len(rollouts),
         "reward/failed": share(Outcome.TIMEOUT, Outcome.CRASH),
         "reward/effective_groups": sum(group.has_signal for group in groups) / len(groups),
         "reward/bare_box": sum(map(is_bare_box, boxed)) / len(boxed) if boxed else 0.0,
