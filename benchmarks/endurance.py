@@ -28,7 +28,8 @@ STEP_S, END_S = 600.0, 60.0
 VICTIMS = {                                         # pattern of the process's command -> what the last line must name
     "engine": (r"EngineCore", r"engine 0"),
     "actor": (r"^ray::RolloutEngine", r"engine 0"),
-    "rank": (r"alphamed\.cli worker", r"rank 0"),
+    "rank": (r"-u -m alphamed\.cli worker", r"rank 0"),          # its agent's command ends with the worker's
+    "agent": (r"alphamed\.cluster\.agent", r"torchrun's agent"),
     "reward": (r"^ray::RewardProcess", r"reward"),
 }
 

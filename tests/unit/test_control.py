@@ -260,10 +260,15 @@ def test_a_worker_killed_later_by_the_agent_is_not_the_first():
 def test_a_death_by_signal_outranks_what_others_recorded(tmp_path):
     failure.record(tmp_path, failure.RunFailed("rank 0 (pid 5)", "Connection closed by peer"))
     failure.record(tmp_path, failure.RunFailed("rank 2 (pid 7)", "came second"))
-    assert str(failure.verdict(tmp_path)) == "rank 0 (pid 5): Connection closed by peer"
+    assert str(failure.verdict(tmp_path, 1)) == "rank 0 (pid 5): Connection closed by peer"
     failure.write_workers(tmp_path / failure.WORKERS_FILE, [failure.DeadWorker(1, 6, -9, 50.0),
                                                             failure.DeadWorker(0, 5, 1, 50.0)])
-    assert str(failure.verdict(tmp_path)).startswith("rank 1 (pid 6): was killed by signal 9 (SIGKILL")
+    assert str(failure.verdict(tmp_path, 1)).startswith("rank 1 (pid 6): was killed by signal 9 (SIGKILL")
+
+
+def test_an_agent_that_died_alone_is_named_with_what_ended_it(tmp_path):
+    assert str(failure.verdict(tmp_path, -9)).startswith("torchrun's agent: was killed by signal 9 (SIGKILL")
+    assert "exit code 3" in str(failure.verdict(tmp_path, 3))
 
 
 def test_mistakes_in_configuration_and_data_are_the_users():

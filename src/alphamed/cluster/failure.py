@@ -98,8 +98,8 @@ def first_dead(workers: list[DeadWorker]) -> DeadWorker | None:
     return min(early, key=lambda worker: (worker.status == -signal.SIGTERM, worker.status > 0, worker.rank))
 
 
-def verdict(run_dir: Path) -> RunFailed:
-    """Why the run failed, from all that was recorded."""
+def verdict(run_dir: Path, agent_status: int) -> RunFailed:
+    """Why the run failed, from all that was recorded and how torchrun's agent ended (as subprocess gives it)."""
     dead, told = first_dead(read_workers(run_dir)), recorded(run_dir)
     if dead and dead.status < 0 and dead.status != -signal.SIGTERM:
         return RunFailed(f"rank {dead.rank} (pid {dead.pid})", f"was killed by {signal_name(-dead.status)}")
@@ -108,7 +108,9 @@ def verdict(run_dir: Path) -> RunFailed:
     if dead:
         how = f"was ended by {signal_name(-dead.status)}" if dead.status < 0 else f"ended with exit code {dead.status}"
         return RunFailed(f"rank {dead.rank} (pid {dead.pid})", how)
-    return RunFailed("torchrun", "ended without a word; see the logs")
+    if agent_status < 0:
+        return RunFailed("torchrun's agent", f"was killed by {signal_name(-agent_status)}")
+    return RunFailed("torchrun's agent", f"ended with exit code {agent_status} and without a word; see the logs")
 
 
 def signal_name(number: int) -> str:

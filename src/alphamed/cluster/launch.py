@@ -158,7 +158,7 @@ def report(run_dir: Path, ended: Ended) -> int:
         return 128 + ended.stopped_by
     if ended.status == 0:
         return 0
-    verdict = failure.verdict(run_dir)
+    verdict = failure.verdict(run_dir, ended.status)
     if verdict.user_error:
         print(f"error: {verdict}", file=sys.stderr)
         return 2
