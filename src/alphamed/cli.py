@@ -72,6 +72,7 @@ def _find_user_code() -> None:
 # ------------------------------------------------------------------------------------------------------------ arguments
 def _parser() -> argparse.ArgumentParser:
     from alphamed.data.commands import add_verbs
+    from alphamed.evaluation.command import add_arguments as add_evaluation
 
     parser = _Parser(prog="alphamed", description="Rule-based reinforcement learning for medical reasoning.")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=_Parser)
@@ -106,9 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--script", type=Path)
     sub.add_argument("--config", type=Path)
     sub.add_argument("overrides", nargs="*", metavar="key=value")
-    sub = verb("eval", _eval, "Evaluate a model on the evaluation files of a configuration.", config=True)
-    sub.add_argument("--model", metavar="FOLDER", help="a model folder in place of model.path, for instance RUN/hf")
-    sub.add_argument("--out", type=Path, metavar="DIR", help="where the answers go (default: RUN/eval)")
+    add_evaluation(verb("eval", _eval, "Evaluate a model on benchmarks; grade or compare evaluations."))
     add_verbs(verb("data", None, "Build, clean, check and show training sets."))
     sub = verb("export", _export, "Write the last checkpoint of a run as a Hugging Face folder.")
     sub.add_argument("run_dir", type=Path, metavar="RUN")
@@ -189,11 +188,9 @@ def _worker(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from alphamed.config_file import load_config
-    from alphamed.evaluation import alone
+    from alphamed.evaluation import command
 
-    overrides = [*options.overrides, *([f"model.path={json.dumps(options.model)}"] if options.model is not None else [])]
-    return alone.main(load_config(options.config, overrides), options.out)
+    return command.main(options)
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -38,7 +38,7 @@ def validate(config: Config) -> Checked:
     training = load_questions(config.data.train, config.data.bad_rows)
     evaluation = [load_questions((path,), config.data.bad_rows) for path in config.evaluation.files]
     if not config.evaluation.allow_overlap:
-        _refuse_overlap(training.questions, [q for file in evaluation for q in file.questions])
+        refuse_overlap(training.questions, [q for file in evaluation for q in file.questions])
     if len(training.questions) < config.rollout.questions_per_step:
         raise ConfigError(f"rollout.questions_per_step: {config.rollout.questions_per_step} is more than the "
                           f"{len(training.questions)} questions of data.train; lower it or add data")
@@ -50,7 +50,7 @@ def validate(config: Config) -> Checked:
                    sum((file.skipped for file in evaluation), training.skipped))
 
 
-def _refuse_overlap(training: Sequence[Question], evaluation: Sequence[Question]) -> None:
+def refuse_overlap(training: Sequence[Question], evaluation: Sequence[Question]) -> None:
     """Refuse questions that are the same but for case, punctuation and letters; reworded ones are `alphamed data
     decontaminate`'s to find."""
     trained = {_content(question): question.id for question in training}

@@ -14,7 +14,7 @@ run: {{root: {root}, name: e}}
 prompt: {{max_tokens: {prompt}}}
 rollout: {{max_response_tokens: 16, dtype: fp32}}
 reward: {{name: {reward}}}
-evaluation: {{files: {files}}}
+evaluation: {{files: {files}, allow_overlap: true}}
 cluster: {{device: cpu}}
 """
 ROW = '{"id": "q", "question": "Which?", "options": {"A": "a", "B": "b"}, "answer": "A"}\n'

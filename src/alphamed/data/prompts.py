@@ -80,7 +80,7 @@ class PromptBuilder:
     def _block(self, question: str, options: Mapping[str, str], context: str | None = None) -> str:
         lines = "\n".join(f"{letter}: {text}" for letter, text in options.items())
         front = f"Context: {context}\n\n" if context else ""
-        return f"{front}Question: {question}\n\nOptions:\n{lines}"
+        return f"{front}Question: {question}\n\nOptions:\n{lines}" if options else f"{front}Question: {question}"
 
     def _assemble(self, block: str) -> str:
         """The prompt around the block of one question."""

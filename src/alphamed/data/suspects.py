@@ -103,7 +103,8 @@ def read_models(paths: Iterable[Path]) -> dict[str, list[dict[str, Any]]]:
             if not isinstance(row, dict) or not {"id", "letter", "options"} <= row.keys():
                 raise DataError(f"{path}:{number}: no graded answer (it needs id, letter and options); give an items.jsonl "
                                 f"of `alphamed eval`")
-            found.setdefault(str(row.get("model") or default), []).append(row)
+            if not row.get("variant"):          # a changed form of a question says nothing of its key
+                found.setdefault(str(row.get("model") or default), []).append(row)
     return found
 
 

@@ -59,11 +59,12 @@ def load_sets(files: Sequence[Path], limit: int | None, seed: int, bad_rows: Bad
     """
     from alphamed.data.decisions import apply_files
     from alphamed.data.sources import load_questions
+    from alphamed.data.text import draw
 
     sets: list[QuestionSet] = []
     for file in files:
         questions, applied = apply_files(load_questions([file], bad_rows).questions, decisions)
-        chosen = sorted(questions, key=lambda question: _draw(seed, question.id))[:limit]
+        chosen = sorted(questions, key=lambda question: draw(seed, question.id))[:limit]
         ids = {question.id for question in chosen}
         name = file.stem
         if any(other.name == name for other in sets):
@@ -168,6 +169,3 @@ def _asked(questions: QuestionSet, max_tokens: int | None) -> str:
     told = [[q.id, q.question, q.context, dict(q.options), q.answer] for q in questions.questions]
     return hashlib.sha256(json.dumps([max_tokens, told]).encode()).hexdigest()
 
-
-def _draw(seed: int, question_id: str) -> str:
-    return hashlib.sha256(f"{seed}/{question_id}".encode()).hexdigest()

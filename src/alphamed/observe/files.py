@@ -47,12 +47,17 @@ def replace_json(path: Path, value: Any) -> None:
 def append_json(path: Path, row: Mapping[str, Any]) -> None:
     """Add one line to a JSONL file, on the disk when this returns. A kill can leave a last line without its end, which
     `read_json_lines` leaves out and the next `append_json` first cuts off."""
-    line = (json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n").encode()
+    append_json_lines(path, [row])
+
+
+def append_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add lines as `append_json` does, in one write. A kill, or a full disk, can leave the first of them."""
+    lines = _json_lines(rows).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         if _ends_amid_line(file):
             file.truncate(_last_line_end(path))
-        file.write(line)
+        file.write(lines)
         file.flush()
         os.fsync(file.fileno())
 
@@ -74,8 +79,11 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def replace_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    text = "".join(json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    replace_text(path, text)
+    replace_text(path, _json_lines(rows))
+
+
+def _json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
 
 def finite(value: Any) -> Any:

@@ -37,6 +37,13 @@ def extract_answer(text: str, options: Mapping[str, str]) -> str | None:
     return None if content is None else _read(content, options)
 
 
+def boxed_text(text: str) -> str | None:
+    """What the last closed box of `text` holds, folded and peeled, in lower case; None without a box. For answers that are
+    no letters."""
+    content = _last_box(text)
+    return None if content is None else _canonical(content)
+
+
 def _last_box(text: str) -> str | None:
     """The content of the closed box that opens last. One pass: every brace is pushed and popped at most once."""
     open_braces: list[int] = []      # where the content of a box starts, or -1 for a brace that opens no box

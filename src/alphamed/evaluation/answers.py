@@ -1,0 +1,147 @@
+"""Answers of a model folder without training: Ray, engines and graders are started for it and taken down again.
+
+Evaluation and `alphamed data difficulty` share this. Groups come one by one as they are done, so that whoever writes them
+down loses to a kill only what the engines were at work on.
+"""
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from alphamed.cluster import guard, placement
+from alphamed.cluster.environment import enter, run_environment
+from alphamed.cluster.launch import owned
+from alphamed.config import Config, ConfigError
+from alphamed.data.prompts import PromptBuilder
+from alphamed.data.tokenizer import load_tokenizer
+from alphamed.model import ModelShape, check_context, read_shape, resolve
+from alphamed.records import GenerationTask, Question, ScoredGroup
+from alphamed.rollout.spec import engine_specs
+from alphamed.weights.folder import check_weights
+
+if TYPE_CHECKING:
+    from alphamed.rollout.coordinator import Arrivals
+
+Answer = Callable[[Iterable[GenerationTask]], Iterator[ScoredGroup]]
+"""Tasks -> their groups, in the order in which they are done."""
+
+FEED = "evaluation"
+WAITING_PER_PLACE = 2
+"""Questions given to the engines at once, for each that they can work on: none of them ever idles, and a hundred thousand
+prompts need not lie in the coordinator."""
+ENGINES_FOLDER = "engines"
+TOLD_EVERY_S = 10.0
+
+
+class Feed(Protocol):
+    """What `stream` needs of a coordinator."""
+
+    def feed(self, key: str, tasks: tuple[GenerationTask, ...]) -> None: ...
+
+    def deliver(self, key: str, left_s: float, wait: bool) -> Arrivals: ...
+
+
+class Prompted:
+    """A model folder that is known to be usable with a configuration, and its prompts. Starts nothing.
+
+    Raises ConfigError for a mistake in configuration or model, DataError for a prompt that is too long."""
+
+    def __init__(self, config: Config, questions: Iterable[Question]):
+        self.folder: Path = resolve(config.model.path, config.model.revision, config.model.cache)
+        self.shape: ModelShape = read_shape(self.folder)
+        check_context(self.shape, config.max_model_tokens)
+        engine_specs(config, self.folder, self.shape, eos_ids=())
+        check_weights(self.folder, self.shape)
+        self.tokenizer = load_tokenizer(self.folder)
+        self.prompts = PromptBuilder(self.tokenizer, config.prompt)
+        self.prompts.require_lengths(questions)
+
+
+def engine_tree(config: Config, place: Path, samples: int, max_tokens: int) -> Config:
+    """The configuration of engines that answer `samples` times a question in at most `max_tokens`, with lock, logs and ledger
+    in `place`/engines. What only training has is left as it is, unless it would be refused."""
+    from alphamed.config_file import build_config
+
+    tree = config.model_dump(mode="json")
+    tree["run"] |= {"root": str(place), "name": ENGINES_FOLDER}
+    tree["rollout"] |= {"samples_per_question": max(2, samples), "max_response_tokens": max_tokens, "replay": None,
+                        "max_staleness": 0}
+    tree["reward"] |= {"name": "correct", "overlong_buffer_tokens": 0}     # outcomes follow from letters, not from rewards
+    tree["evaluation"] |= {"before": False, "after": False, "every": 0, "max_response_tokens": None}
+    tree["parallel"] |= {"micro_batch_tokens": max(config.parallel.micro_batch_tokens,
+                                                   config.prompt.max_tokens + max_tokens + config.parallel.tensor)}
+    return build_config(tree)
+
+
+@contextlib.contextmanager
+def answering(config: Config, model: Prompted) -> Iterator[Answer]:
+    """Start what answers and grades; end it on the way out. A guard cleans up where this process is killed. Raises
+    RunFailed naming what failed."""
+    from alphamed.reward import process
+    from alphamed.rollout.coordinator import Coordinator
+    from alphamed.rollout.pool import EnginePool
+
+    with contextlib.ExitStack() as stack:
+        ledger = stack.enter_context(owned(config.run_dir))
+        enter(run_environment(config, ledger.make_temporary_folder()))
+        guard.start(config.run_dir, os.getpid())
+        stack.callback(ledger.clean_up)
+        placement.start_ray(config)
+        stack.callback(placement.stop_ray)
+        grader = process.start(config)
+        pool = EnginePool.start(config, model.folder, model.shape, model.tokenizer.eos_ids)
+        stack.callback(pool.stop)
+        coordinator = Coordinator.start(config, pool, grader)
+        window = WAITING_PER_PLACE * config.rollout.max_concurrent_requests * config.rollout.engines
+        yield lambda tasks: stream(coordinator, tasks, window, config.rollout.step_deadline_s)
+
+
+def stream(coordinator: Feed, tasks: Iterable[GenerationTask], window: int, deadline_s: float) -> Iterator[ScoredGroup]:
+    """The groups of `tasks` as they are done, with at most `window` of them given out at a time. Raises Overdue where none
+    came for `deadline_s`, RunFailed where an engine or the grading failed."""
+    waiting, out, last = iter(tasks), 0, time.monotonic()
+    while True:
+        more = tuple(itertools.islice(waiting, window - out))
+        if more:
+            coordinator.feed(FEED, more)
+            out += len(more)
+        if not out:
+            return
+        groups = coordinator.deliver(FEED, max(0.0, last + deadline_s - time.monotonic()), wait=True).groups
+        out -= len(groups)
+        yield from groups
+        if groups:
+            last = time.monotonic()             # what the caller does with them is not the engines' time
+
+
+class Told:
+    """Says on stderr how far a long job is, every few seconds and at its end."""
+
+    def __init__(self, what: str, total: int, already: int = 0):
+        self._what, self._total, self._already = what, total, already
+        self._done, self._began, self._last = 0, time.monotonic(), 0.0
+
+    def one_more(self) -> None:
+        self._done += 1
+        now = time.monotonic()
+        if now - self._last < TOLD_EVERY_S and self._done + self._already < self._total:
+            return
+        self._last = now
+        rate = self._done / max(now - self._began, 1e-9)
+        left = (self._total - self._already - self._done) / rate
+        print(f"{self._what}: {self._already + self._done:,}/{self._total:,} questions, {rate:.2g} a second, "
+              f"{left / 60:.0f} min left", file=sys.stderr, flush=True)
+
+
+def require_place(out: Path) -> None:
+    """Make the output folder before anything is started. Raises ConfigError where that can not be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out: {out} can not be made ({error.strerror}); choose another folder") from None

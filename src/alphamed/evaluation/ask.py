@@ -1,0 +1,95 @@
+"""Which questions an evaluation asks: benchmarks and their variants, decisions and the part chosen by seed applied."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from alphamed.config import Config, ConfigError
+from alphamed.config_choices import BadRows
+from alphamed.data.sources import DataError, load_questions
+from alphamed.data.text import draw
+from alphamed.evaluation.benchmarks import LoadedBenchmark, load_benchmark
+from alphamed.evaluation.items import Asked
+from alphamed.evaluation.variants import VARIANTS
+from alphamed.records import Question
+
+
+def asked_sets(names: Sequence[str], variants: Sequence[str], config: Config, strict: bool = False,
+               ) -> tuple[list[Asked], dict[str, dict[str, Any]]]:
+    """All questions of all sets, and per set where it is from: place, expected and available count, complaint (None where all
+    is as expected), the number of questions that have no such variant, decisions, the ids that are asked.
+
+    `strict`: the names are files of the configuration, and its data.bad_rows holds. Raises ConfigError and DataError.
+    """
+    for variant in variants:
+        if variant not in VARIANTS:
+            raise ConfigError(f"--variants: {variant!r} is not known; choose from {', '.join(VARIANTS)}")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--benchmarks: {next(n for n in names if names.count(n) > 1)!r} stands twice; give each once")
+    asked: list[Asked] = []
+    sets: dict[str, dict[str, Any]] = {}
+    for name in names:
+        loaded = _loaded(name, config, strict)
+        if loaded.name in sets:                 # two files of the same name
+            loaded = replace(loaded, name=name)
+        questions, decisions = _chosen(loaded, config)
+        about = {"place": loaded.place, "expected": loaded.source.expected if loaded.source else None,
+                 "available": len(loaded.questions), "complaint": loaded.complaint, "decisions": decisions}
+        for variant in (None, *dict.fromkeys(variants)):
+            changed = list(_changed(loaded.name, variant, questions, config.run.seed))
+            if not changed:
+                raise DataError(f"{loaded.name}: none of its {len(questions)} questions has a variant {variant}; leave it "
+                                f"out")
+            asked += changed
+            sets[changed[0].set] = about | {"benchmark": loaded.name, "variant": variant,
+                                            "without_variant": len(questions) - len(changed),
+                                            "ids": [one.question.id for one in changed]}
+    return asked, sets
+
+
+def _loaded(name: str, config: Config, strict: bool) -> LoadedBenchmark:
+    loaded = load_benchmark(name)
+    if strict and loaded.problems and config.data.bad_rows == BadRows.REFUSE:
+        load_questions([name], BadRows.REFUSE)  # says what is wrong
+    return loaded
+
+
+def _chosen(loaded: LoadedBenchmark, config: Config) -> tuple[list[Question], list[Any]]:
+    """The questions that decisions leave, at most evaluation.questions of them, by seed and id as in training."""
+    from alphamed.data.decisions import apply_files
+
+    wanted = config.evaluation
+    questions, applied = apply_files(loaded.questions, wanted.decisions)
+    if not questions:
+        raise DataError(f"{loaded.name}: evaluation.decisions leave none of its {len(loaded.questions)} questions; mend them")
+    ids = {q.id for q in sorted(questions, key=lambda q: draw(config.run.seed, q.id))[:wanted.questions]}
+    return [q for q in questions if q.id in ids], list(applied)
+
+
+def _changed(name: str, variant: str | None, questions: Sequence[Question], seed: int) -> Iterator[Asked]:
+    for question in questions:
+        changed = VARIANTS[variant].change(question, seed) if variant else question
+        if changed is not None:
+            yield Asked(name, variant, changed)
+
+
+def refuse_overlap(asked: Sequence[Asked], config: Config, train: Sequence[Path] | None, model: Path) -> None:
+    """Refuse questions that the model was trained on, where that is known: from the configuration's data.train, else from
+    that of the run whose exported model this is (RUN/hf). Raises ConfigError unless evaluation.allow_overlap is set."""
+    from alphamed.preflight import refuse_overlap as refuse
+
+    if config.evaluation.allow_overlap:
+        return
+    files = [file for file in (_trained_on(model) if train is None else train) if file.is_file()]
+    if files:
+        trained = load_questions(files, BadRows.SKIP).questions
+        refuse(trained, [one.question for one in asked if one.variant is None])
+
+
+def _trained_on(model: Path) -> Sequence[Path]:
+    from alphamed.config_file import load_config
+
+    run = model.parent / "config.yaml"
+    return load_config(run).data.train if model.name == "hf" and run.is_file() else ()

@@ -1,0 +1,228 @@
+"""`alphamed eval`: its arguments, and the way from them to items.jsonl and results.json."""
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alphamed.config import Config, ConfigError
+from alphamed.config_choices import PromptTemplate
+
+if TYPE_CHECKING:
+    from alphamed.evaluation.items import Asked, Item, Key
+
+UNUSED = "unused.jsonl"
+"""Stands for data.train where no configuration is given: an evaluation trains on nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One start of `alphamed eval`, its input read and checked."""
+    config: Config                  # of the engines
+    out: Path
+    asked: tuple[Asked, ...]
+    sets: Mapping[str, Mapping[str, Any]]
+    samples: int
+    temperature: float
+    top_p: float
+    max_tokens: int
+    command: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", metavar="FOLDER", help="a model folder, for instance RUN/hf, or a hub name (default: model.path)")
+    add("--benchmarks", nargs="+", default=[], metavar="BENCHMARK",
+        help="NAME (`alphamed data sources` lists them), NAME=PATH of a local copy, or FILE (default: evaluation.files)")
+    add("--out", type=Path, metavar="DIR", help="where the answers go, and are taken up again (default: RUN/eval/MODEL)")
+    add("--config", type=Path, metavar="FILE", help="YAML file of a run: prompt, engines, evaluation.files")
+    add("--samples", type=int, default=1, metavar="N", help="responses a question: majority vote, pass@k (default 1)")
+    add("--temperature", type=float, metavar="T", help="default: 0 (greedy), with several samples 1")
+    add("--top-p", type=float, default=1.0, metavar="P", help="default 1")
+    add("--max-tokens", type=int, metavar="N", help="limit of a response (default: evaluation.max_response_tokens)")
+    add("--template", choices=[str(one) for one in PromptTemplate], help="chat or raw prompts (default: prompt.template)")
+    add("--shots", type=Path, metavar="FILE", help="JSONL of worked examples: question, options, response")
+    add("--variants", nargs="+", default=[], metavar="VARIANT", help="also ask changed forms of every question: shuffled, "
+        "none_of_the_others, one_removed, free")
+    add("--against", type=Path, metavar="DIR", help="compare with the evaluation in DIR: McNemar's test, flipped questions")
+    add("--regrade", type=Path, metavar="DIR", help="grade the answers in DIR again; generates nothing")
+    add("overrides", nargs="*", metavar="key=value", help="last: dotted settings over the configuration")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Returns the exit code. Raises ConfigError or DataError for a mistake in the input, before anything is started."""
+    from alphamed.evaluation.regrade import regrade, told
+
+    if options.against:
+        from alphamed.evaluation.items import read_items
+        if not read_items(options.against):
+            raise ConfigError(f"--against: {options.against} holds no answers (items.jsonl); give the --out of an "
+                              f"evaluation")
+    if options.regrade:
+        _refuse_with_regrade(options)
+        regrade(options.regrade)
+        return told(options.regrade, options.against)
+    code = _evaluate(_wanted(options))
+    return code or told(_out(options), options.against)
+
+
+def _refuse_with_regrade(options: argparse.Namespace) -> None:
+    for name in ("model", "benchmarks", "config", "variants", "overrides", "out", "shots"):
+        if getattr(options, name):
+            raise ConfigError(f"--regrade: grades what is there, --{name} has no part in it; leave it out")
+
+
+# --------------------------------------------------------------------------------------------------------------- input
+def _wanted(options: argparse.Namespace) -> Wanted:
+    from alphamed.evaluation import ask
+    from alphamed.evaluation.answers import engine_tree
+    from alphamed.reward.rules import check_rule
+
+    names, overrides = _split(options.benchmarks)
+    config = _config(options, [*overrides, *options.overrides])
+    _check_sampling(options)
+    check_rule(config.reward.name)
+    if not names and not config.evaluation.files:
+        raise ConfigError("evaluation.files: [] leaves nothing to evaluate; name at least one file of questions there, or "
+                          "give --benchmarks")
+    from_config = not names
+    names = names or [str(file) for file in config.evaluation.files]
+    asked, sets = ask.asked_sets(names, options.variants, config, strict=from_config)
+    ask.refuse_overlap(asked, config, None if options.config is None else config.data.train, Path(config.model.path))
+    limit = options.max_tokens or config.evaluation.max_response_tokens or config.rollout.max_response_tokens
+    temperature = options.temperature if options.temperature is not None else float(options.samples > 1)
+    out = _out(options, config)
+    return Wanted(engine_tree(config, out, options.samples, limit), out, tuple(asked), sets, options.samples, temperature,
+                  options.top_p, limit, options.command)
+
+
+def _split(benchmarks: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names and overrides: `--benchmarks medqa=copy rollout.dtype=fp32` takes all that follows it."""
+    is_override = [item.partition("=")[0].partition(".")[0] in Config.model_fields and "." in item.partition("=")[0]
+                   for item in benchmarks]
+    return ([item for item, other in zip(benchmarks, is_override) if not other],
+            [item for item, other in zip(benchmarks, is_override) if other])
+
+
+def _config(options: argparse.Namespace, overrides: Sequence[str]) -> Config:
+    from alphamed.config_file import build_config, load_tree, override
+
+    if options.config:
+        tree = load_tree(options.config)
+    elif options.model is None:
+        raise ConfigError("--model: no model is given; name a folder, or a --config that does")
+    else:
+        tree = {"data": {"train": [UNUSED]}}
+    for section, key, value in (("model", "path", options.model), ("prompt", "template", options.template),
+                                ("prompt", "shots", _shots(options.shots) if options.shots else None),
+                                ("evaluation", "max_response_tokens", options.max_tokens)):
+        if value is not None:
+            tree[section] = (tree.get(section) or {}) | {key: value}
+    for item in overrides:
+        override(tree, item)
+    return build_config(tree)
+
+
+def _shots(file: Path) -> list[dict[str, Any]]:
+    from alphamed.observe.files import read_json_lines
+
+    shots = read_json_lines(file)
+    if not shots:
+        raise ConfigError(f"--shots: {file} holds no example; give a JSONL file with question, options and response a line")
+    return [{key: value for key, value in shot.items() if key in ("question", "options", "response")} for shot in shots]
+
+
+def _check_sampling(options: argparse.Namespace) -> None:
+    if options.samples < 1:
+        raise ConfigError(f"--samples: {options.samples} is no number of samples; give 1 or more")
+    if options.temperature is not None and not 0 <= options.temperature <= 10:
+        raise ConfigError(f"--temperature: {options.temperature} is not between 0 and 10; 0 is greedy")
+    if options.samples > 1 and options.temperature == 0:
+        raise ConfigError(f"--temperature: 0 gives the same response {options.samples} times; raise it or leave --samples "
+                          f"out")
+    if not 0 < options.top_p <= 1:
+        raise ConfigError(f"--top-p: {options.top_p} is not above 0 and at most 1; leave it out for 1")
+    if options.max_tokens is not None and options.max_tokens < 1:
+        raise ConfigError(f"--max-tokens: {options.max_tokens} leaves no room for an answer; give 1 or more")
+
+
+def _out(options: argparse.Namespace, config: Config | None = None) -> Path:
+    """Where this evaluation lies; the configuration is only asked where --out is not given."""
+    from alphamed.evaluation.settings import label
+
+    if options.out is None and config is not None:
+        if options.config is None:
+            raise ConfigError("--out: is needed where no --config names a run; give a folder")
+        options.out = config.run_dir / "eval" / label(Path(config.model.path))
+    return options.out
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+def _evaluate(wanted: Wanted) -> int:
+    """Ask what has no answer yet; returns the exit code."""
+    from alphamed.cluster.failure import RunFailed
+    from alphamed.evaluation import settings
+    from alphamed.evaluation.answers import Prompted, require_place
+    from alphamed.evaluation.items import finished, read_items
+
+    config, truncated = wanted.config, wanted.config.reward.truncated
+    model = Prompted(config, (asked.shown for asked in wanted.asked))
+    how = settings.asked(config, model.folder, wanted.samples, wanted.temperature, wanted.top_p, wanted.max_tokens)
+    settings.require_same(wanted.out, how)
+    found = read_items(wanted.out)
+    if found and settings.read(wanted.out) is None:
+        raise ConfigError(f"--out: {wanted.out} holds answers without their settings ({settings.SETTINGS}); choose another "
+                          f"folder")
+    kept = finished(wanted.asked, found, wanted.samples, truncated)
+    require_place(wanted.out)
+    settings.write(wanted.out, str(model.folder), how, {"truncated": str(truncated)}, wanted.sets, wanted.command)
+    todo = [asked for asked in wanted.asked if asked.key not in kept]
+    if kept:
+        print(f"{wanted.out}: {len(kept):,} of {len(wanted.asked):,} questions are answered already", file=sys.stderr)
+    _write(wanted.out, found | kept, dropped={asked.key for asked in todo})
+    try:
+        _generate(wanted, model, todo)
+    except RunFailed as error:
+        print(f"{'error' if error.user_error else 'evaluation failed'}: {error}", file=sys.stderr)
+        return 2 if error.user_error else 1
+    return 0
+
+
+def _generate(wanted: Wanted, model: Any, todo: Sequence[Asked]) -> None:
+    """Answer the questions and add each one's items to the file as it is done."""
+    from alphamed.evaluation.answers import Told, answering
+    from alphamed.evaluation.items import ITEMS, graded, row
+    from alphamed.observe.files import append_json_lines
+    from alphamed.records import GenerationTask, Sampling
+    from alphamed.rollout.spec import stable_hash
+
+    if not todo:
+        return
+    by_id = {f"evaluation/{asked.set}/{asked.question.id}": asked for asked in todo}
+    config, told = wanted.config, Told("evaluation", len(wanted.asked), len(wanted.asked) - len(todo))
+
+    def task(name: str, asked: Asked) -> GenerationTask:
+        seed = stable_hash(config.run.seed, name) % 2**31 if config.rollout.deterministic and wanted.temperature else None
+        sampling = Sampling(wanted.samples, wanted.temperature, wanted.top_p, -1, wanted.max_tokens, seed)
+        return GenerationTask(name, asked.shown, tuple(model.prompts.render(asked.shown)), sampling)
+
+    with answering(config, model) as answer:
+        for scored in answer(task(name, asked) for name, asked in by_id.items()):
+            group, asked = scored.group, by_id[scored.group.group_id]
+            append_json_lines(wanted.out / ITEMS, [
+                row(graded(asked, j, one.text, one.finish_reason, len(one.response_token_ids), config.reward.truncated))
+                for j, one in enumerate(group.rollouts)])
+            told.one_more()
+
+
+def _write(out: Path, items: Mapping[Key, Sequence[Item]], dropped: set[Key]) -> None:
+    """The items without those that are to be made again, whole lines only."""
+    from alphamed.evaluation.items import ITEMS, row
+    from alphamed.observe.files import replace_json_lines
+
+    kept = [row(item) for key, of_question in items.items() if key not in dropped for item in of_question]
+    if kept or (out / ITEMS).exists():
+        replace_json_lines(out / ITEMS, kept)

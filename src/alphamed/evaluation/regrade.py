@@ -1,0 +1,103 @@
+"""From items.jsonl to results.json: grade the answers of a folder (again), add them up, compare them, say what was found."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from alphamed.config import ConfigError
+from alphamed.config_choices import TruncatedReward
+from alphamed.evaluation import paired, results, settings
+from alphamed.evaluation.items import ITEMS, Item, Key, read_items, regraded, row
+from alphamed.observe.files import replace_json, replace_json_lines
+
+RESULTS, COMPARISON = "results.json", "comparison.json"
+
+
+def regrade(folder: Path) -> None:
+    """Grade all answers in `folder` with today's grader and write items.jsonl anew. Says how many outcomes changed."""
+    items, truncated = _items(folder), _truncated(folder)
+    again = {key: [regraded(item, truncated) for item in of_question] for key, of_question in items.items()}
+    changed = [item for key, of_question in items.items() for item, new in zip(of_question, again[key])
+               if (item.letter, item.outcome) != (new.letter, new.outcome)]
+    replace_json_lines(folder / ITEMS, [row(item) for of_question in again.values() for item in of_question])
+    total = sum(map(len, items.values()))
+    print(f"{folder}: {total:,} answers graded again, {len(changed):,} changed"
+          + (f" (the first: {changed[0].asked.set}/{changed[0].asked.question.id})" if changed else ""))
+
+
+def told(folder: Path, against: Path | None) -> int:
+    """Write results.json (and comparison.json where there is something to compare with) and print both; returns the exit
+    code."""
+    found = write_results(folder)
+    for name, one in found["benchmarks"].items():
+        print(results.line(name, one))
+        if one["complaint"]:
+            print(f"  warning: {name}: {one['complaint']}")
+        if one["change"]:
+            print(f"  against the questions as they are: {paired.line(one['benchmark'], one['change'])}")
+    if found["mean"]:
+        mean = found["mean"]
+        print(f"mean of {len(mean['benchmarks'])} benchmarks: {100 * mean['accuracy']:.1f}% "
+              f"[{100 * mean['questions']['ci_low']:.1f}%, {100 * mean['questions']['ci_high']:.1f}%]")
+    print(folder / RESULTS)
+    if against:
+        _tell_comparison(folder, against)
+    return 0
+
+
+def write_results(folder: Path) -> dict[str, Any]:
+    """results.json of the items in `folder`, also returned. Of each set the questions count that were asked last and have
+    all their samples; how many have not is part of its complaint."""
+    items, about = _items(folder), settings.read(folder)
+    assert about is not None
+    samples = about["asked"]["sampling"]["samples"]
+    found: dict[str, Any] = {}
+    answered: dict[str, dict[str, Sequence[Item]]] = {}
+    for name, of_set in about["sets"].items():
+        answered[name] = {i: items[name, i] for i in of_set["ids"] if len(items.get((name, i), ())) == samples}
+        if answered[name]:
+            found[name] = results.set_result(list(answered[name].values())) | _told(of_set, len(answered[name]))
+    for one in found.values():
+        plain = answered.get(one["benchmark"]) if one["variant"] else None
+        change = paired.compare_sets(plain, answered[f"{one['benchmark']}+{one['variant']}"]) if plain else None
+        one["change"] = change and {key: value for key, value in change.items() if key != "flipped"}
+    mean = results.mean_result({name: list(answered[name].values()) for name, one in found.items() if not one["variant"]})
+    told = {"format": settings.FORMAT, "model": about["model"], "asked": about["asked"], "grading": about["grading"],
+            "benchmarks": found, "mean": mean}
+    replace_json(folder / RESULTS, told)
+    return told
+
+
+def _told(of_set: Mapping[str, Any], answered: int) -> dict[str, Any]:
+    """What was written down of a set, with unanswered questions in its complaint."""
+    missing = len(of_set["ids"]) - answered
+    unanswered = f"{missing:,} of {len(of_set['ids']):,} questions have no answer yet" if missing else None
+    complaint = "; ".join(filter(None, [of_set["complaint"], unanswered])) or None
+    return {key: value for key, value in of_set.items() if key != "ids"} | {"complaint": complaint}
+
+
+def _tell_comparison(folder: Path, against: Path) -> None:
+    found = paired.compare(read_items(against), read_items(folder))
+    if not found:
+        raise ConfigError(f"--against: {against} has no question in common with {folder}; give an evaluation of the same "
+                          f"benchmarks")
+    replace_json(folder / COMPARISON, {"before": str(against), "after": str(folder), "benchmarks": found})
+    print(f"compared with {against}:")
+    for name, one in found.items():
+        print(f"  {paired.line(name, one)}")
+    print(folder / COMPARISON)
+
+
+def _items(folder: Path) -> Mapping[Key, Sequence[Item]]:
+    items = read_items(folder)
+    if not items or settings.read(folder) is None:
+        raise ConfigError(f"{folder}: holds no evaluation ({ITEMS} and {settings.SETTINGS}); give the --out of `alphamed "
+                          f"eval`")
+    return items
+
+
+def _truncated(folder: Path) -> TruncatedReward:
+    about = settings.read(folder)
+    assert about is not None
+    return TruncatedReward(about["grading"]["truncated"])

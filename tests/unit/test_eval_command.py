@@ -1,0 +1,258 @@
+"""`alphamed eval` but for the engines: what is asked, kept, graded, refused and written. Answers come from a script."""
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+from tiny import tiny_hf
+
+from alphamed import cli
+from alphamed.evaluation import answers
+from alphamed.evaluation.command import _out, _split
+from alphamed.records import FinishReason, Outcome, Rollout, RolloutGroup, ScoredGroup
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_hf(tmp_path_factory.mktemp("model") / "run" / "hf", head_dim=32)
+
+
+class Script:
+    """In place of the engines: says `says(question, sample)`, notes what it was asked, dies after `dies_after` questions."""
+
+    def __init__(self, says, dies_after=None):
+        self.says, self.dies_after, self.tasks = says, dies_after, []
+
+    @contextlib.contextmanager
+    def answering(self, config, model):
+        yield self.answer
+
+    def answer(self, tasks):
+        for task in tasks:
+            if len(self.tasks) == self.dies_after:
+                raise KeyboardInterrupt
+            self.tasks.append(task)
+            rollouts = []
+            for j in range(task.sampling.n):
+                text = self.says(task.question, j)
+                reason = FinishReason.LENGTH if text.endswith("...") else FinishReason.STOP
+                rollouts.append(Rollout(task.group_id, task.question.id, j, tuple(range(len(text.split()))), (), text, reason, 0))
+            group = RolloutGroup(task.group_id, task.question, task.prompt_token_ids, tuple(rollouts))
+            n = len(rollouts)
+            yield ScoredGroup(group, (Outcome.WRONG,) * n, (0.0,) * n, (0.0,) * n, (None,) * n)     # not read
+
+
+def script(monkeypatch, says, dies_after=None):
+    one = Script(says, dies_after)
+    monkeypatch.setattr(answers, "answering", one.answering)
+    return one
+
+
+def questions(folder, name="e.jsonl", count=4):
+    rows = [{"id": f"q{i}", "question": f"Which is {i}?", "options": {"A": f"one {i}", "B": f"two {i}", "C": f"three {i}"},
+             "answer": "ABC"[i % 3], "source": "s/even" if i % 2 == 0 else "s/odd", "level": 1 + i} for i in range(count)]
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / name
+
+
+def evaluate(model, out, *rest):
+    arguments = ["eval", "--model", str(model), "--out", str(out), *map(str, rest), "rollout.max_response_tokens=16",
+                 "prompt.max_tokens=512", "rollout.dtype=fp32", "cluster.device=cpu"]
+    return cli.main(arguments)
+
+
+def items(out):
+    return [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
+
+
+def results(out):
+    return json.loads((out / "results.json").read_text())
+
+
+def test_scores_of_four_answers_by_hand(tmp_path, model, monkeypatch, capsys):
+    said = {"q0": "so \\boxed{A}", "q1": "\\boxed{C}", "q2": "I do not know", "q3": "\\boxed{A} and then ..."}
+    asked = script(monkeypatch, lambda question, j: said[question.id])
+    assert evaluate(model, tmp_path / "out", "--benchmarks", questions(tmp_path)) == 0
+    found = results(tmp_path / "out")["benchmarks"]["e"]
+    assert all(task.sampling.temperature == 0 and task.sampling.n == 1 for task in asked.tasks)
+    assert (found["n"], found["accuracy"], found["unparseable"], found["truncated"]) == (4, 0.25, 0.25, 0.25)
+    assert (found["boxed"], found["accuracy_among_boxed"]) == (0.5, 0.5)
+    # Wilson, 1 of 4: (p + z2/2n -+ z sqrt(p(1-p)/n + z2/4n2)) / (1 + z2/n) with z2 = 3.8415
+    assert (found["ci_low"], found["ci_high"]) == pytest.approx((0.0456, 0.6994), abs=5e-4)
+    assert found["tokens"] == {"mean": 2.75, "median": 3.0, "p90": 4, "max": 4}           # the script counts words: 2, 1, 4, 4
+    assert found["by_source"]["s/even"]["n"] == 2 and found["by_source"]["s/even"]["accuracy"] == 0.5
+    assert found["by_level"]["1"]["accuracy"] == 1.0 and found["by_level"]["4"]["truncated"] == 1.0
+    assert "accuracy 25.0%" in capsys.readouterr().out
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(tmp_path, model, monkeypatch, capsys):
+    """Killed after two questions, the last line torn: those two are not asked again, nor is anything once all is there."""
+    file, out = questions(tmp_path), tmp_path / "out"
+    script(monkeypatch, lambda question, j: "\\boxed{A}", dies_after=2)
+    assert evaluate(model, out, "--benchmarks", file) == 130
+    with (out / "items.jsonl").open("a") as lines:
+        lines.write('{"set": "e", "id": "q2", "te')
+    second = script(monkeypatch, lambda question, j: "\\boxed{B}")
+    assert evaluate(model, out, "--benchmarks", file) == 0
+    assert [task.question.id for task in second.tasks] == ["q2", "q3"]
+    assert [(item["id"], item["letter"]) for item in items(out)] == [("q0", "A"), ("q1", "A"), ("q2", "B"), ("q3", "B")]
+    third = script(monkeypatch, lambda question, j: "never")
+    assert evaluate(model, out, "--benchmarks", file) == 0 and third.tasks == []
+
+
+def test_a_question_with_some_of_its_samples_is_asked_anew(tmp_path, model, monkeypatch):
+    file, out = questions(tmp_path), tmp_path / "out"
+    script(monkeypatch, lambda question, j: "\\boxed{A}")
+    assert evaluate(model, out, "--benchmarks", file, "--samples", "3") == 0
+    lines = (out / "items.jsonl").read_text().splitlines(keepends=True)
+    (out / "items.jsonl").write_text("".join(lines[:-1]))
+    again = script(monkeypatch, lambda question, j: "\\boxed{C}")
+    assert evaluate(model, out, "--benchmarks", file, "--samples", "3") == 0
+    assert [task.question.id for task in again.tasks] == ["q3"]
+    assert [item["letter"] for item in items(out)] == ["A"] * 9 + ["C"] * 3
+
+
+def test_several_samples_vote_and_pass(tmp_path, model, monkeypatch):
+    """q0 (key A): A A B. q1 (key B): A B C, a tie of three. q2 (key C): never. q3 (key A): B, B, A."""
+    said = {"q0": "AAB", "q1": "ABC", "q2": "AAB", "q3": "BBA"}
+    asked = script(monkeypatch, lambda question, j: f"\\boxed{{{said[question.id][j]}}}")
+    assert evaluate(model, tmp_path / "out", "--benchmarks", questions(tmp_path), "--samples", "3", "--temperature", "0.6") == 0
+    assert {(task.sampling.n, task.sampling.temperature) for task in asked.tasks} == {(3, 0.6)}
+    found = results(tmp_path / "out")["benchmarks"]["e"]
+    assert found["n"] == 4 and found["accuracy"] == pytest.approx((2 + 1 + 0 + 1) / 12)
+    assert found["majority"]["accuracy"] == pytest.approx((1 + 1 / 3 + 0 + 0) / 4)
+    assert found["pass_at_k"] == pytest.approx({"1": 4 / 12, "2": (1 + 2 / 3 + 0 + 2 / 3) / 4, "3": 3 / 4})
+    assert found["runs"]["accuracy"] == [0.25, 0.5, 0.25]
+
+
+def test_regrading_reads_the_texts_and_generates_nothing(tmp_path, model, monkeypatch, capsys):
+    out = tmp_path / "out"
+    script(monkeypatch, lambda question, j: "\\boxed{A}")
+    assert evaluate(model, out, "--benchmarks", questions(tmp_path)) == 0
+    before = results(out)
+    rows = [item | {"letter": "B", "outcome": "wrong"} for item in items(out)]            # as an older grader saw them
+    (out / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    nothing = script(monkeypatch, lambda question, j: "never")
+    assert cli.main(["eval", "--regrade", str(out)]) == 0 and nothing.tasks == []
+    assert "4 answers graded again, 4 changed (the first: e/q0)" in capsys.readouterr().out
+    assert results(out) == before and [item["letter"] for item in items(out)] == ["A"] * 4
+
+
+def test_a_wrong_count_is_said_in_the_results_and_on_the_terminal(tmp_path, model, monkeypatch, capsys):
+    script(monkeypatch, lambda question, j: "\\boxed{A}")
+    assert evaluate(model, tmp_path / "out", "--benchmarks", f"medqa={questions(tmp_path)}") == 0
+    assert results(tmp_path / "out")["benchmarks"]["medqa"]["complaint"] == "4 questions, 1,273 were expected"
+    assert results(tmp_path / "out")["benchmarks"]["medqa"]["expected"] == 1273
+    assert "warning: medqa: 4 questions, 1,273 were expected" in capsys.readouterr().out
+
+
+def test_variants_stand_beside_their_benchmark(tmp_path, model, monkeypatch):
+    """A model that always boxes the first letter: the key never stays where it was, so shuffling undoes it."""
+    rows = [json.loads(line) | {"answer": "A"} for line in questions(tmp_path).read_text().splitlines()]
+    (tmp_path / "e.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = script(monkeypatch, lambda question, j: "\\boxed{A}" if question.options else "\\boxed{One 1!}")
+    assert evaluate(model, tmp_path / "out", "--benchmarks", tmp_path / "e.jsonl", "--variants", "shuffled", "free") == 0
+    found = results(tmp_path / "out")["benchmarks"]
+    assert {name: (one["n"], one["accuracy"]) for name, one in found.items()} == {
+        "e": (4, 1.0), "e+shuffled": (4, 0.0), "e+free": (4, 0.25)}
+    change = found["e+shuffled"]["change"]
+    assert (change["lost"], change["gained"], change["p_mcnemar"]) == (4, 0, 0.125)       # 2 * (1/2)^4
+    assert results(tmp_path / "out")["mean"] is None                                      # one benchmark, variants are none
+    assert all("Options" not in "".join(map(chr, task.prompt_token_ids)) for task in asked.tasks if not task.question.options)
+
+
+def test_two_evaluations_are_compared(tmp_path, model, monkeypatch, capsys):
+    file = questions(tmp_path)
+    script(monkeypatch, lambda question, j: "no box")
+    assert evaluate(model, tmp_path / "before", "--benchmarks", file) == 0
+    script(monkeypatch, lambda question, j: "\\boxed{A}")
+    assert evaluate(model, tmp_path / "after", "--benchmarks", file, "--against", tmp_path / "before") == 0
+    found = json.loads((tmp_path / "after" / "comparison.json").read_text())["benchmarks"]["e"]
+    assert (found["gain"], found["gain_from_boxed"], found["gain_from_accuracy_among_boxed"]) == (0.5, 0.5, 0.0)
+    assert [(flip["id"], flip["way"], flip["before"][0]["outcome"]) for flip in found["flipped"]] == [
+        ("q0", "gained", "unparseable"), ("q3", "gained", "unparseable")]
+    assert "+50.0 points = +50.0 boxed more often +0.0 right among boxed" in capsys.readouterr().out
+
+
+def test_two_models_called_hf_get_folders_of_their_own(tmp_path):
+    from argparse import Namespace
+
+    from alphamed.config_file import build_config
+
+    def place(model):
+        config = build_config({"model": {"path": str(model)}, "data": {"train": ["d.jsonl"]}})
+        return _out(Namespace(out=None, config=Path("c.yaml")), config)
+
+    models = [tmp_path / name for name in ("a/one/hf", "a/two/hf", "b/one/hf", "plain")]
+    assert len({place(model) for model in models}) == 4
+    assert place(models[0]).name.startswith("one-hf-") and place(models[3]).name.startswith("plain-")
+    assert place(models[0]) == place(models[0])                                           # found again on a second start
+
+
+@pytest.mark.parametrize("rest, message", [
+    (["--samples", "2", "--temperature", "0"], "--temperature: 0 gives the same response 2 times"),
+    (["--samples", "0"], "--samples: 0 is no number of samples"),
+    (["--variants", "shufled"], "--variants: 'shufled' is not known; choose from shuffled"),
+    (["--against", "nowhere"], "--against: nowhere holds no answers"),
+    (["--max-tokens", "0"], "--max-tokens: 0 leaves no room"),
+    (["--top-p", "0"], "--top-p: 0.0 is not above 0"),
+    (["--shots", "nowhere.jsonl"], "--shots: nowhere.jsonl holds no example"),
+    (["--regrade", "x"], "--regrade: grades what is there, --model has no part in it")])
+def test_mistakes_are_one_line_and_write_nothing(tmp_path, model, monkeypatch, capsys, rest, message):
+    script(monkeypatch, lambda question, j: "never")
+    assert evaluate(model, tmp_path / "out", "--benchmarks", questions(tmp_path), *rest) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_other_settings_is_refused(tmp_path, model, monkeypatch, capsys):
+    file = questions(tmp_path)
+    script(monkeypatch, lambda question, j: "\\boxed{A}")
+    assert evaluate(model, tmp_path / "out", "--benchmarks", file) == 0
+    assert evaluate(model, tmp_path / "out", "--benchmarks", file, "--template", "raw") == 2
+    assert "holds an evaluation with prompt.template 'chat', now it is 'raw'; choose another folder" in capsys.readouterr().err
+    other = tiny_hf(tmp_path / "other", head_dim=32, seed=7)
+    assert evaluate(other, tmp_path / "out", "--benchmarks", file) == 2
+    assert "holds an evaluation with another model" in capsys.readouterr().err
+
+
+def test_a_second_benchmark_joins_and_the_mean_is_over_both(tmp_path, model, monkeypatch):
+    out = tmp_path / "out"
+    script(monkeypatch, lambda question, j: "\\boxed{A}")
+    assert evaluate(model, out, "--benchmarks", questions(tmp_path)) == 0                  # 2 of 4
+    second = script(monkeypatch, lambda question, j: "\\boxed{A}")
+    assert evaluate(model, out, "--benchmarks", questions(tmp_path, "f.jsonl", 3)) == 0    # 1 of 3
+    assert len(second.tasks) == 3
+    found = results(out)
+    assert list(found["benchmarks"]) == ["e", "f"] and found["mean"]["accuracy"] == pytest.approx((1 / 2 + 1 / 3) / 2)
+    assert found["mean"]["runs"] is None and found["mean"]["questions"]["ci_low"] < found["mean"]["accuracy"]
+
+
+def test_a_benchmark_of_the_training_set_is_refused(tmp_path, model, monkeypatch, capsys):
+    """The model is RUN/hf: its run says what it was trained on."""
+    file = questions(tmp_path)
+    script(monkeypatch, lambda question, j: "\\boxed{A}")
+    (model.parent / "config.yaml").write_text(f"model: {{path: m}}\ndata: {{train: [{file}]}}\n")
+    try:
+        assert evaluate(model, tmp_path / "out", "--benchmarks", file) == 2
+        assert "4 of 4 questions are in data.train too (the first: q0 is q0)" in capsys.readouterr().err
+        assert evaluate(model, tmp_path / "out", "--benchmarks", file, "evaluation.allow_overlap=true") == 0
+    finally:
+        (model.parent / "config.yaml").unlink()
+
+
+def test_shots_and_template_reach_the_prompt(tmp_path, model, monkeypatch):
+    (tmp_path / "shots.jsonl").write_text(json.dumps(
+        {"question": "Which organ?", "options": {"A": "x", "B": "y"}, "response": "It is \\boxed{B}", "id": "s"}) + "\n")
+    asked = script(monkeypatch, lambda question, j: "\\boxed{A}")
+    assert evaluate(model, tmp_path / "out", "--benchmarks", questions(tmp_path), "--shots", tmp_path / "shots.jsonl",
+                    "--template", "raw") == 0
+    from alphamed.data.tokenizer import load_tokenizer
+    text = load_tokenizer(model).decode(asked.tasks[0].prompt_token_ids)
+    assert text.startswith("Question: Which organ?") and "Answer: It is \\boxed{B}" in text and text.endswith("Answer:")
+
+
+def test_settings_among_benchmarks_are_told_apart():
+    assert _split(["medqa=copy/e.jsonl", "rollout.dtype=fp32", "x.jsonl"]) == (["medqa=copy/e.jsonl", "x.jsonl"],
+                                                                              ["rollout.dtype=fp32"])
