@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 # ------------------------------------------------------------------------------------------------ questions and rollouts
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One multiple-choice question. `options` is ordered: letter -> text. `level` is the difficulty 1 (easy) .. 6."""
+    """One multiple-choice question. `options` is ordered: letter -> text. `level` is the difficulty 1 (easy) .. 6,
+    `informativeness` a bin from 1 (little)."""
     id: str
     question: str
     options: Mapping[str, str]
@@ -33,6 +34,7 @@ class Question:
     context: str | None = None
     source: str | None = None
     level: int | None = None
+    informativeness: int | None = None
 
 
 class FinishReason(StrEnum):

@@ -197,6 +197,7 @@ def test_two_models_called_hf_get_folders_of_their_own(tmp_path):
     (["--max-tokens", "0"], "--max-tokens: 0 leaves no room"),
     (["--top-p", "0"], "--top-p: 0.0 is not above 0"),
     (["--shots", "nowhere.jsonl"], "--shots: nowhere.jsonl holds no example"),
+    (["--model", "nowhere"], "model.path: 'nowhere'"),
     (["--regrade", "x"], "--regrade: grades what is there, --model has no part in it")])
 def test_mistakes_are_one_line_and_write_nothing(tmp_path, model, monkeypatch, capsys, rest, message):
     script(monkeypatch, lambda question, j: "never")

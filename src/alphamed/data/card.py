@@ -18,6 +18,7 @@ def describe(questions: Sequence[Question]) -> dict[str, Any]:
     return {"questions": len(questions), "content_sha256": content_sha256(questions),
             "sources": _counts(q.source or "unknown" for q in questions),
             "levels": _counts(str(q.level) if q.level else "none" for q in questions),
+            "informativeness": _counts(str(q.informativeness) if q.informativeness else "none" for q in questions),
             "options": _counts(str(len(q.options)) for q in questions),
             "answers": _counts(q.answer for q in questions),
             "with_context": sum(q.context is not None for q in questions),
@@ -48,8 +49,8 @@ def markdown(card: Mapping[str, Any]) -> str:
     lines += [f"| {name} | {source['place']} | {source['read']:,} | {source['bad_rows']:,} | {source['kept']:,} | "
               f"{'; '.join(f'{licence} ({count:,})' for licence, count in source['licences'].items()) or '-'} |"
               for name, source in card["sources"].items()]
-    for title, key in (("By source", "sources"), ("By level", "levels"), ("By number of options", "options"),
-                       ("By answer", "answers")):
+    for title, key in (("By source", "sources"), ("By level", "levels"), ("By informativeness", "informativeness"),
+                       ("By number of options", "options"), ("By answer", "answers")):
         lines += ["", f"## {title}", "", "| | questions | share |", "|---|---|---|"]
         lines += [f"| {name} | {count:,} | {count / max(about['questions'], 1):.1%} |" for name, count in about[key].items()]
     lines += ["", "## What was left out and changed", ""]

@@ -16,6 +16,8 @@ Verb = Callable[..., argparse.ArgumentParser]
 
 def add_verbs(parser: argparse.ArgumentParser) -> None:
     """Hang the verbs below `alphamed data`."""
+    from alphamed.data.difficulty import add_arguments as add_difficulty
+
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=type(parser))
 
     def verb(name: str, run, text: str) -> argparse.ArgumentParser:
@@ -42,6 +44,9 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("--report", type=Path, required=True, metavar="FILE.json", help="every hit with its evidence")
     sub.add_argument("--flag", action="store_true", help="keep the hits and mark them in a column `overlaps`")
     sub.add_argument("--similarity", type=float, default=0.6, metavar="S", help="of stems, 0..1 (default 0.6)")
+    _bad_rows(sub)
+    sub = verb("difficulty", _difficulty, "Sample a model's answers to every question: pass rate, level, informativeness.")
+    add_difficulty(sub)
     _bad_rows(sub)
     sub = verb("suspects", _suspects, "Find questions whose key may be wrong; write a file of decisions.")
     sub.add_argument("--questions", type=Path, action="append", required=True, metavar="FILE")
@@ -164,6 +169,12 @@ def _decontaminate(options: argparse.Namespace) -> int:
 
 def _repeated(names: Sequence[str]) -> str:
     return next(name for name in names if names.count(name) > 1)
+
+
+def _difficulty(options: argparse.Namespace) -> int:
+    from alphamed.data import difficulty
+
+    return difficulty.main(options)
 
 
 def _suspects(options: argparse.Namespace) -> int:

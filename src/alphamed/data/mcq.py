@@ -1,8 +1,8 @@
 """The schema of a multiple-choice question: one row of data becomes a `Question` or a plain statement of what is wrong.
 
 A row is an object with `id`, `question`, `options` (letter -> text, letters A, B, C ... in this order), `answer` (one
-of the letters) and, where known, `context`, `source` and `level` (1 easy .. 6 hard). Optional keys may be null. Other
-keys are allowed and ignored: public data sets carry licence, split, origin and the like.
+of the letters) and, where known, `context`, `source`, `level` (1 easy .. 6 hard) and `informativeness` (a bin, from 1).
+Optional keys may be null. Other keys are allowed and ignored: public data sets carry licence, split, origin and the like.
 """
 from __future__ import annotations
 
@@ -67,6 +67,7 @@ def parse_question(row: object, where: str) -> Question:
         context=(row.get("context") or "").strip() or None,
         source=(row.get("source") or "").strip() or None,
         level=row.get("level"),
+        informativeness=row.get("informativeness"),
     )
 
 
@@ -114,6 +115,9 @@ def _problems(row: object) -> Iterator[str]:
     level = row.get("level")
     if level is not None and (type(level) is not int or level not in LEVELS):
         yield f"level {short(level)} is not a whole number from {LEVELS[0]} to {LEVELS[-1]}"
+    bin_ = row.get("informativeness")
+    if bin_ is not None and (type(bin_) is not int or bin_ < 1):
+        yield f"informativeness {short(bin_)} is not a whole number from 1 on"
 
 
 def _text_problems(row: Mapping[str, Any], key: str, optional: bool = False) -> Iterator[str]:

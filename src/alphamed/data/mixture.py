@@ -52,6 +52,8 @@ def _reason(question: Question, wanted: FilterRecipe, patterns: Sequence[re.Patt
         return "source"
     if wanted.levels and question.level not in wanted.levels:
         return "level"
+    if wanted.informativeness and question.informativeness not in wanted.informativeness:
+        return "informativeness"
     if not wanted.min_options <= len(question.options) <= wanted.max_options:
         return "options"
     if wanted.min_words or wanted.max_words:

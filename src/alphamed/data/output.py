@@ -22,7 +22,8 @@ Writer = Callable[[Path], None]
 def question_row(question: Question) -> dict[str, Any]:
     """The question as a row of the schema; what it lacks is left out."""
     row = {"id": question.id, "question": question.question, "options": dict(question.options), "answer": question.answer,
-           "context": question.context, "source": question.source, "level": question.level}
+           "context": question.context, "source": question.source, "level": question.level,
+           "informativeness": question.informativeness}
     return {key: value for key, value in row.items() if value is not None}
 
 
@@ -86,11 +87,15 @@ def _write_parquet(path: Path, rows: Sequence[Extra]) -> None:
     fields = {"id": pa.string(), "question": pa.string(),
               "options": pa.struct([(letter, pa.string()) for letter in letters]), "answer": pa.string(),
               "context": pa.string(), "source": pa.string(), "level": pa.int64()}
-    schema = pa.schema(list(fields.items()) + [pa.field(key, pa.string()) for key in _extra_keys(rows, fields)])
+    if any("informativeness" in row for row in rows):
+        fields["informativeness"] = pa.int64()
+    types = {str: pa.string(), int: pa.int64(), float: pa.float64()}
+    schema = pa.schema(list(fields.items()) + [pa.field(key, types[kind]) for key, kind in _extra_kinds(rows, fields)])
     with pq.ParquetWriter(path, schema) as writer:
         for first in range(0, len(rows), ROW_GROUP):
             writer.write_table(pa.Table.from_pylist(list(rows[first:first + ROW_GROUP]), schema=schema))
 
 
-def _extra_keys(rows: Iterable[Extra], known: Mapping[str, Any]) -> list[str]:
-    return list(dict.fromkeys(key for row in rows for key in row if key not in known))
+def _extra_kinds(rows: Iterable[Extra], known: Mapping[str, Any]) -> list[tuple[str, type]]:
+    """The further columns in the order of their first appearance, each with the type of its values."""
+    return list({key: type(value) for row in rows for key, value in row.items() if key not in known}.items())

@@ -55,6 +55,8 @@ class FilterRecipe(Section):
     max_options: Annotated[int, Field(ge=2)] = 26
     levels: tuple[Level, ...] = ()
     """Empty: all, questions without a level too."""
+    informativeness: tuple[Positive, ...] = ()
+    """Bins of `alphamed data difficulty`; empty: all, questions without one too."""
     exclude: tuple[str, ...] = ()
     """Leave out questions whose text matches one of these regular expressions, without regard to case."""
 

@@ -11,7 +11,7 @@ from alphamed.config_choices import BadRows
 from alphamed.data.mcq import Row, RowProblem, check_questions, short
 from alphamed.records import Question
 
-COLUMNS = ("id", "question", "options", "answer", "context", "source", "level")
+COLUMNS = ("id", "question", "options", "answer", "context", "source", "level", "informativeness")
 REQUIRED_COLUMNS = COLUMNS[:4]
 EXTRA_COLUMNS = ("licence",)      # read where present, no part of a Question
 _BOM = b"\xef\xbb\xbf"      # what some editors put in front of UTF-8
@@ -150,9 +150,10 @@ def _parquet_row(batch: Any, i: int, file: str, number: int) -> Row:
         row["options"] = _parquet_options(row["options"])
     except ValueError as e:
         return Row(file, number, problem=f"options can not be used: {e}")
-    level = row.get("level")
-    if isinstance(level, float):     # pandas stores a column of whole numbers with gaps as floats, the gaps as NaN
-        row["level"] = None if level != level else int(level) if level.is_integer() else level
+    for name in ("level", "informativeness"):
+        value = row.get(name)
+        if isinstance(value, float):     # pandas stores a column of whole numbers with gaps as floats, the gaps as NaN
+            row[name] = None if value != value else int(value) if value.is_integer() else value
     return Row(file, number, row)
 
 

@@ -64,8 +64,8 @@ class Prompted:
 
 
 def engine_tree(config: Config, place: Path, samples: int, max_tokens: int) -> Config:
-    """The configuration of engines that answer `samples` times a question in at most `max_tokens`, with lock, logs and ledger
-    in `place`/engines. What only training has is left as it is, unless it would be refused."""
+    """The configuration of engines that answer `samples` times a question in at most `max_tokens`, with lock and ledger in
+    `place`/engines. What only training has is left as it is, unless it would be refused."""
     from alphamed.config_file import build_config
 
     tree = config.model_dump(mode="json")

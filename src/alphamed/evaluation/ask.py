@@ -18,8 +18,8 @@ from alphamed.records import Question
 
 def asked_sets(names: Sequence[str], variants: Sequence[str], config: Config, strict: bool = False,
                ) -> tuple[list[Asked], dict[str, dict[str, Any]]]:
-    """All questions of all sets, and per set where it is from: place, expected and available count, complaint (None where all
-    is as expected), the number of questions that have no such variant, decisions, the ids that are asked.
+    """All questions of all sets, and per set where it is from: place, expected and available count, complaint (None where
+    all is as expected), the number of questions that have no such variant, decisions, the ids that are asked.
 
     `strict`: the names are files of the configuration, and its data.bad_rows holds. Raises ConfigError and DataError.
     """
@@ -63,7 +63,8 @@ def _chosen(loaded: LoadedBenchmark, config: Config) -> tuple[list[Question], li
     wanted = config.evaluation
     questions, applied = apply_files(loaded.questions, wanted.decisions)
     if not questions:
-        raise DataError(f"{loaded.name}: evaluation.decisions leave none of its {len(loaded.questions)} questions; mend them")
+        raise DataError(f"{loaded.name}: evaluation.decisions leave none of its {len(loaded.questions)} questions; mend "
+                        f"them")
     ids = {q.id for q in sorted(questions, key=lambda q: draw(config.run.seed, q.id))[:wanted.questions]}
     return [q for q in questions if q.id in ids], list(applied)
 

@@ -34,21 +34,27 @@ class Wanted:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", metavar="FOLDER", help="a model folder, for instance RUN/hf, or a hub name (default: model.path)")
     add("--benchmarks", nargs="+", default=[], metavar="BENCHMARK",
         help="NAME (`alphamed data sources` lists them), NAME=PATH of a local copy, or FILE (default: evaluation.files)")
     add("--out", type=Path, metavar="DIR", help="where the answers go, and are taken up again (default: RUN/eval/MODEL)")
-    add("--config", type=Path, metavar="FILE", help="YAML file of a run: prompt, engines, evaluation.files")
     add("--samples", type=int, default=1, metavar="N", help="responses a question: majority vote, pass@k (default 1)")
     add("--temperature", type=float, metavar="T", help="default: 0 (greedy), with several samples 1")
     add("--top-p", type=float, default=1.0, metavar="P", help="default 1")
-    add("--max-tokens", type=int, metavar="N", help="limit of a response (default: evaluation.max_response_tokens)")
-    add("--template", choices=[str(one) for one in PromptTemplate], help="chat or raw prompts (default: prompt.template)")
-    add("--shots", type=Path, metavar="FILE", help="JSONL of worked examples: question, options, response")
     add("--variants", nargs="+", default=[], metavar="VARIANT", help="also ask changed forms of every question: shuffled, "
         "none_of_the_others, one_removed, free")
     add("--against", type=Path, metavar="DIR", help="compare with the evaluation in DIR: McNemar's test, flipped questions")
     add("--regrade", type=Path, metavar="DIR", help="grade the answers in DIR again; generates nothing")
+    add_model_arguments(parser)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model is asked, and how: what `config_of` reads."""
+    add = parser.add_argument
+    add("--model", metavar="FOLDER", help="a model folder, for instance RUN/hf, or a hub name (default: model.path)")
+    add("--config", type=Path, metavar="FILE", help="YAML file of a run: prompt, engines, evaluation.files")
+    add("--max-tokens", type=int, metavar="N", help="limit of a response (default: as in the configuration)")
+    add("--template", choices=[str(one) for one in PromptTemplate], help="chat or raw prompts (default: prompt.template)")
+    add("--shots", type=Path, metavar="FILE", help="JSONL of worked examples: question, options, response")
     add("overrides", nargs="*", metavar="key=value", help="last: dotted settings over the configuration")
 
 
@@ -81,16 +87,16 @@ def _wanted(options: argparse.Namespace) -> Wanted:
     from alphamed.evaluation.answers import engine_tree
     from alphamed.reward.rules import check_rule
 
-    names, overrides = _split(options.benchmarks)
-    config = _config(options, [*overrides, *options.overrides])
+    (names, overrides), (variants, more) = _split(options.benchmarks), _split(options.variants)
     _check_sampling(options)
+    config = config_of(options, [*overrides, *more, *options.overrides])
     check_rule(config.reward.name)
     if not names and not config.evaluation.files:
         raise ConfigError("evaluation.files: [] leaves nothing to evaluate; name at least one file of questions there, or "
                           "give --benchmarks")
     from_config = not names
     names = names or [str(file) for file in config.evaluation.files]
-    asked, sets = ask.asked_sets(names, options.variants, config, strict=from_config)
+    asked, sets = ask.asked_sets(names, variants, config, strict=from_config)
     ask.refuse_overlap(asked, config, None if options.config is None else config.data.train, Path(config.model.path))
     limit = options.max_tokens or config.evaluation.max_response_tokens or config.rollout.max_response_tokens
     temperature = options.temperature if options.temperature is not None else float(options.samples > 1)
@@ -99,17 +105,20 @@ def _wanted(options: argparse.Namespace) -> Wanted:
                   options.top_p, limit, options.command)
 
 
-def _split(benchmarks: Sequence[str]) -> tuple[list[str], list[str]]:
+def _split(given: Sequence[str]) -> tuple[list[str], list[str]]:
     """Names and overrides: `--benchmarks medqa=copy rollout.dtype=fp32` takes all that follows it."""
-    is_override = [item.partition("=")[0].partition(".")[0] in Config.model_fields and "." in item.partition("=")[0]
-                   for item in benchmarks]
-    return ([item for item, other in zip(benchmarks, is_override) if not other],
-            [item for item, other in zip(benchmarks, is_override) if other])
+    def is_override(item: str) -> bool:
+        section, dot, _ = item.partition("=")[0].partition(".")
+        return "=" in item and bool(dot) and section in Config.model_fields
+    return [item for item in given if not is_override(item)], [item for item in given if is_override(item)]
 
 
-def _config(options: argparse.Namespace, overrides: Sequence[str]) -> Config:
+def config_of(options: argparse.Namespace, overrides: Sequence[str]) -> Config:
+    """The configuration that `add_model_arguments` and overrides describe. Raises ConfigError."""
     from alphamed.config_file import build_config, load_tree, override
 
+    if options.max_tokens is not None and options.max_tokens < 1:
+        raise ConfigError(f"--max-tokens: {options.max_tokens} leaves no room for an answer; give 1 or more")
     if options.config:
         tree = load_tree(options.config)
     elif options.model is None:
@@ -145,8 +154,6 @@ def _check_sampling(options: argparse.Namespace) -> None:
                           f"out")
     if not 0 < options.top_p <= 1:
         raise ConfigError(f"--top-p: {options.top_p} is not above 0 and at most 1; leave it out for 1")
-    if options.max_tokens is not None and options.max_tokens < 1:
-        raise ConfigError(f"--max-tokens: {options.max_tokens} leaves no room for an answer; give 1 or more")
 
 
 def _out(options: argparse.Namespace, config: Config | None = None) -> Path:
