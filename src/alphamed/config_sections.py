@@ -228,6 +228,8 @@ class CheckpointConfig(Section):
 
 class EvaluationConfig(Section):
     files: tuple[Path, ...] = ()
+    development: Path | None = None
+    """A further file, by whose accuracy the best checkpoint is chosen and kept beside the newest ones; never a test set."""
     questions: Positive | None = None
     """At most this many questions of each file, by seed."""
     decisions: tuple[Path, ...] = ()
@@ -239,6 +241,11 @@ class EvaluationConfig(Section):
     every: NonNegative = 0
     max_response_tokens: Positive | None = None
     """None: rollout.max_response_tokens."""
+
+    @property
+    def all_files(self) -> tuple[Path, ...]:
+        """The files that are asked in training, the development set last."""
+        return (*self.files, self.development) if self.development else self.files
 
 
 class LoggingConfig(Section):

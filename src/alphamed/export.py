@@ -1,4 +1,4 @@
-"""`alphamed export`: the last checkpoint of a run as a Hugging Face folder, whatever layout the run has.
+"""`alphamed export`: the last checkpoint of a run, or its best, as a Hugging Face folder, whatever layout the run has.
 
 One process holds the whole model, so this needs as much memory as the weights take. (A run that ends by itself has
 exported its model already, all ranks together.)
@@ -11,15 +11,17 @@ from alphamed.config import ConfigError
 from alphamed.config_sections import ParallelConfig
 
 
-def main(run_dir: Path, out: Path) -> int:
-    """Write the model to `out` (replaced if it exists) and print where it lies. Raises ConfigError for a folder that is
-    no run, or one without a checkpoint."""
+def main(run_dir: Path, out: Path, best: bool = False) -> int:
+    """Write the model to `out` (replaced if it exists) and print where it lies; with `best` that of the checkpoint that did
+    best on the development set. Raises ConfigError for a folder that is no run, or one without such a checkpoint."""
     from alphamed.megatron import checkpoint_folder
     from alphamed.model import read_shape, resolve
     from alphamed.replay import config_of_run
 
     config = config_of_run(run_dir)
-    last = checkpoint_folder.latest(run_dir / "checkpoints")
+    last = (checkpoint_folder.best if best else checkpoint_folder.latest)(run_dir / "checkpoints")
+    if last is None and best:
+        raise ConfigError(f"run directory {run_dir}: no checkpoint is marked as the best; train with evaluation.development")
     if last is None:
         raise ConfigError(f"run directory {run_dir}: holds no checkpoint to export; let the run reach one "
                           f"(checkpoint.every)")

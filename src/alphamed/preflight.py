@@ -36,7 +36,7 @@ def validate(config: Config) -> Checked:
     _check_hardware(config)
     check_rule(config.reward.name)
     training = load_questions(config.data.train, config.data.bad_rows)
-    evaluation = [load_questions((path,), config.data.bad_rows) for path in config.evaluation.files]
+    evaluation = [load_questions((path,), config.data.bad_rows) for path in config.evaluation.all_files]
     if not config.evaluation.allow_overlap:
         refuse_overlap(training.questions, [q for file in evaluation for q in file.questions])
     if len(training.questions) < config.rollout.questions_per_step:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from alphamed.config import Config
 from alphamed.config_choices import WandbMode
+from alphamed.observe import looks
 from alphamed.observe import metrics as names
 from alphamed.observe import provenance
 from alphamed.observe.directory import RunDirectory
@@ -214,10 +215,25 @@ class Run:
             return False
         self.note(f"evaluating after {self.state.step} steps ...")
         found = evaluate()
+        self._look(found)
         write_evaluation(self._directory.evaluations, f"step_{self.state.step:06d}", self.state.step, found)
         for line in summary(found):
             self.note(line)
         return True
+
+    def _look(self, found: Evaluation) -> None:
+        """Log which sets were looked at; by the development set's accuracy, mark the checkpoint of this step as the best."""
+        from alphamed.megatron import checkpoint_folder
+
+        development = self.config.evaluation.development
+        roles = [looks.DEVELOPMENT if one.questions.file == development else looks.TEST for one in found.results]
+        looks.record(self.dir, self.state.step, "training", [
+            (one.questions.name, role, one.score.n) for one, role in zip(found.results, roles)])
+        for one, role in zip(found.results, roles):
+            accuracy = one.score.accuracy.value
+            if role == looks.DEVELOPMENT and checkpoint_folder.offer_best(self.checkpoints, self.state.step, accuracy,
+                                                                          one.score.n):
+                self.note(f"best checkpoint so far: step {self.state.step}, {one.score.accuracy} of {one.questions.name}")
 
     # ------------------------------------------------------------------------------------------------------------ end
     def note(self, text: str) -> None:

@@ -192,7 +192,7 @@ def _evaluation(config: Config, prompts: PromptBuilder, engines: Engines | None,
     """On rank 0 of a run that evaluates: answers and grades the evaluation files with the engines' weights."""
     wanted, sets = config.evaluation, []
     control.from_rank0("loading the evaluation", lambda: sets.extend(
-        load_sets(wanted.files, wanted.questions, config.run.seed, config.data.bad_rows, wanted.decisions)))
+        load_sets(wanted.all_files, wanted.questions, config.run.seed, config.data.bad_rows, wanted.decisions)))
     if engines is None or not sets:
         return None
     limit = wanted.max_response_tokens or config.rollout.max_response_tokens

@@ -43,7 +43,8 @@ def alphamed(*arguments):
 
 def test_a_folder_is_evaluated_and_nothing_stays_behind(tmp_path):
     workplace(tmp_path)
-    command = alphamed("eval", "--config", tmp_path / "c.yaml", "--out", tmp_path / "out", "--samples", 3, "--variants", "free")
+    command = alphamed("eval", "--config", tmp_path / "c.yaml", "--out", tmp_path / "out", "--samples", 3,
+                       "--variants", "free")
     with clean_temporary() as environment:
         done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -60,8 +61,8 @@ def test_a_folder_is_evaluated_and_nothing_stays_behind(tmp_path):
 def test_an_annotation_killed_at_work_goes_on_and_repeats_nothing(tmp_path):
     workplace(tmp_path, concurrent=2)
     out, work = tmp_path / "out.jsonl", tmp_path / "out.jsonl.work"
-    command = alphamed("data", "difficulty", "--config", tmp_path / "c.yaml", "--questions", tmp_path / "e.jsonl", "--out", out,
-                       "--samples", 2)
+    command = alphamed("data", "difficulty", "--config", tmp_path / "c.yaml", "--questions", tmp_path / "e.jsonl",
+                       "--out", out, "--samples", 2)
     with clean_temporary() as environment:
         first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         shard, deadline = work / "shard-1-of-1.jsonl", time.monotonic() + DEADLINE_S

@@ -64,7 +64,8 @@ def test_two_options_can_not_lose_one():
     assert one_removed(question(options={"A": "yes", "B": "no"}, answer="A"), 1) is None
 
 
-@pytest.mark.parametrize("text", ["Which of the following is true?", "All occur in scurvy EXCEPT:", "Which statement holds?"])
+@pytest.mark.parametrize("text", ["Which of the following is true?", "All occur in scurvy EXCEPT:",
+                                  "Which statement holds?"])
 def test_questions_about_their_options_are_not_asked_without_them(text):
     assert free(question(text=text), 1) is None
     assert free(question(text="Which of the following is the most likely diagnosis?"), 1) is not None

@@ -105,8 +105,8 @@ def read_work(work: Path, questions: Sequence[Question], samples: int) -> dict[s
                 one = Annotated(row["id"], row["content"], tuple(row["outcomes"]), tuple(row["letters"]),
                                 tuple(row["tokens"]), row["question_tokens"])
             except (KeyError, TypeError) as error:
-                raise ConfigError(f"{file}: line {number} is no annotation ({type(error).__name__}: {error}); remove it, and "
-                                  f"its question is asked again") from None
+                raise ConfigError(f"{file}: line {number} is no annotation ({type(error).__name__}: {error}); remove it, "
+                                  f"then its question is asked again") from None
             if contents.get(one.id) == one.content and len(one.outcomes) == samples:
                 found[one.id] = one
     return found

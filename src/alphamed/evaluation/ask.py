@@ -93,4 +93,4 @@ def _trained_on(model: Path) -> Sequence[Path]:
     from alphamed.config_file import load_config
 
     run = model.parent / "config.yaml"
-    return load_config(run).data.train if model.name == "hf" and run.is_file() else ()
+    return load_config(run).data.train if model.name.startswith("hf") and run.is_file() else ()

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,6 +217,7 @@ def _generate(wanted: Wanted, model: Any, todo: Sequence[Asked]) -> None:
         sampling = Sampling(wanted.samples, wanted.temperature, wanted.top_p, -1, wanted.max_tokens, seed)
         return GenerationTask(name, asked.shown, tuple(model.prompts.render(asked.shown)), sampling)
 
+    _log_look(wanted, model.folder, todo)
     with answering(config, model) as answer:
         for scored in answer(task(name, asked) for name, asked in by_id.items()):
             group, asked = scored.group, by_id[scored.group.group_id]
@@ -223,6 +225,15 @@ def _generate(wanted: Wanted, model: Any, todo: Sequence[Asked]) -> None:
                 row(graded(asked, j, one.text, one.finish_reason, len(one.response_token_ids), config.reward.truncated))
                 for j, one in enumerate(group.rollouts)])
             told.one_more()
+
+
+def _log_look(wanted: Wanted, model: Path, todo: Sequence[Asked]) -> None:
+    """Where the model is the export of a run, the run's log of looks gets a line a set."""
+    from alphamed.observe import looks
+
+    if model.name.startswith("hf") and (model.parent / "config.yaml").is_file():
+        counts = Counter(asked.set for asked in todo)
+        looks.record(model.parent, None, "alphamed eval", [(name, looks.TEST, n) for name, n in counts.items()])
 
 
 def _write(out: Path, items: Mapping[Key, Sequence[Item]], dropped: set[Key]) -> None:

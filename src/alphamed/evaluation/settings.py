@@ -74,7 +74,7 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def label(folder: Path) -> str:
     """A name for a model's evaluation that no other folder has: runs/a/hf and runs/b/hf are two models. The folder's own
-    name, its parent's where that says nothing ("hf"), and six digits of the whole path."""
+    name, its parent's where that says nothing ("hf", "hf-best"), and six digits of the whole path."""
     folder = folder.resolve()
-    name = f"{folder.parent.name}-{folder.name}" if folder.name == "hf" else folder.name
+    name = f"{folder.parent.name}-{folder.name}" if folder.name.startswith("hf") else folder.name
     return f"{name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:6]}"

@@ -1,6 +1,7 @@
 """The checkpoints of a run on the disk: which one is the latest, how one becomes visible, which ones are kept.
 
     checkpoints/latest            name of the newest complete checkpoint, replaced atomically
+    checkpoints/best.json         the step that did best on the development set, and how well; its checkpoint is kept
     checkpoints/step_000010/      complete: a folder has this name only after all in it was flushed to the disk
     checkpoints/.step_000020.*    being written or being deleted; ignored, cleared by the next save
 
@@ -19,7 +20,7 @@ from typing import Any
 
 from alphamed.config import ConfigError
 
-LATEST, MANIFEST = "latest", "manifest.json"
+LATEST, BEST, MANIFEST = "latest", "best.json", "manifest.json"
 FORMAT = 1
 _COMPLETE = re.compile(r"step_(\d{6,})")
 
@@ -57,6 +58,34 @@ def latest(directory: Path) -> Path | None:
     return named if named in found else found[-1] if found else None
 
 
+def best(directory: Path) -> Path | None:
+    """The complete checkpoint that did best on the development set so far; None where none was marked."""
+    marked = _marked(directory)
+    folder = folder_of(directory, marked["step"]) if marked else None
+    return folder if folder in complete(directory) else None
+
+
+def offer_best(directory: Path, step: int, accuracy: float, questions: int) -> bool:
+    """Mark the checkpoint of `step` as the best where it is complete and more accurate than the one marked. A tie keeps the
+    earlier one. Returns whether it was marked."""
+    before = _marked(directory) if best(directory) else None
+    if folder_of(directory, step) not in complete(directory) or (before and accuracy <= before["accuracy"]):
+        return False
+    _write(directory / f".{BEST}", json.dumps({"step": step, "accuracy": accuracy, "questions": questions}) + "\n")
+    (directory / f".{BEST}").replace(directory / BEST)
+    return True
+
+
+def _marked(directory: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((directory / BEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {directory / BEST}: can not be read ({error}); remove it, the best one is then "
+                              f"chosen among those to come") from None
+
+
 def begin(directory: Path, step: int, needed_bytes: int) -> Path:
     """An empty folder to write checkpoint `step` into; leftovers of killed saves are cleared. Raises CheckpointError
     where the disk has less room than `needed_bytes`."""
@@ -79,14 +108,16 @@ def discard(partial: Path) -> None:
 
 def publish(partial: Path, step: int, contents: Mapping[str, Any], keep: int) -> Path:
     """Complete the folder with its manifest, give it its name, point `latest` to it. Then delete all but the newest
-    `keep` checkpoints up to this step, and those of later steps: the run went back behind them."""
+    `keep` checkpoints up to this step and the best one, and those of later steps: the run went back behind them."""
     directory = partial.parent
     sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
     _write(partial / MANIFEST, json.dumps({"format": FORMAT, **contents, "files": sizes}, indent=1) + "\n")
     for name in sizes:
         _flush(partial / name)
     _flush(partial)
-    folder = folder_of(directory, step)
+    folder, kept = folder_of(directory, step), best(directory)
+    if kept and kept >= folder:                      # of a past that is gone: this step is done anew
+        (directory / BEST).unlink()
     _delete(folder)                                  # of an earlier attempt at the same step
     partial.rename(folder)
     _write(directory / f".{LATEST}", folder.name + "\n")
@@ -94,7 +125,8 @@ def publish(partial: Path, step: int, contents: Mapping[str, Any], keep: int) ->
     _flush(directory)
     everything = complete(directory)
     here = everything.index(folder)
-    for other in everything[:max(0, here + 1 - keep)] + everything[here + 1:]:
+    older = [other for other in everything[:max(0, here + 1 - keep)] if other != kept]
+    for other in older + everything[here + 1:]:
         _delete(other)
     return folder
 

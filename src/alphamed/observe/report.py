@@ -15,7 +15,7 @@ from alphamed.config import ConfigError
 from alphamed.config_file import dump_config, load_config
 from alphamed.evaluation.runner import read_asked, read_items, read_scores
 from alphamed.evaluation.score import Score, Share, percent, verdict
-from alphamed.observe import provenance
+from alphamed.observe import looks, provenance
 from alphamed.observe.figures import SMOOTH, SMOOTH_FROM, Figure, Row, figures
 from alphamed.observe.files import replace_text
 from alphamed.observe.metrics import read_rows
@@ -80,7 +80,7 @@ def write_report(run_dir: Path) -> Path:
         name=run_dir.resolve().name, config=config.model_dump(mode="json"), config_text=dump_config(config), steps=len(rows),
         wall_s=next((row["time/wall_s"] for row in reversed(rows) if row.get("time/wall_s")), None),
         training=training_sentences(rows), tiles=tiles(rows, run_dir, sets), sets=sets, figures=found,
-        examples=rollout_examples(run_dir), smooth=SMOOTH, smooth_from=SMOOTH_FROM,
+        looks=looks.sentences(run_dir), examples=rollout_examples(run_dir), smooth=SMOOTH, smooth_from=SMOOTH_FROM,
         starts=_starts(run_dir), files=_files(run_dir), chart_style=STYLE,
         style=(folder / "report.css").read_text(encoding="utf-8"))
     replace_text(run_dir / "report.html", html)
