@@ -76,20 +76,18 @@ def _changed(name: str, variant: str | None, questions: Sequence[Question], seed
             yield Asked(name, variant, changed)
 
 
-def refuse_overlap(asked: Sequence[Asked], config: Config, train: Sequence[Path] | None, model: Path) -> None:
-    """Refuse questions that the model was trained on, where that is known: from the configuration's data.train, else from
-    that of the run whose exported model this is (RUN/hf). Raises ConfigError unless evaluation.allow_overlap is set."""
-    from alphamed.preflight import refuse_overlap as refuse
+def refuse_overlap(asked: Sequence[Asked], trained_on: Sequence[Path]) -> None:
+    """Raise ConfigError where the model was trained on questions of a benchmark. Absent files are passed over."""
+    from alphamed import preflight
 
-    if config.evaluation.allow_overlap:
-        return
-    files = [file for file in (_trained_on(model) if train is None else train) if file.is_file()]
+    files = [file for file in trained_on if file.is_file()]
     if files:
         trained = load_questions(files, BadRows.SKIP).questions
-        refuse(trained, [one.question for one in asked if one.variant is None])
+        preflight.refuse_overlap(trained, [one.question for one in asked if one.variant is None])
 
 
-def _trained_on(model: Path) -> Sequence[Path]:
+def trained_on(model: Path) -> tuple[Path, ...]:
+    """The training files of the run whose exported model this is (RUN/hf, RUN/hf-best); none for other folders."""
     from alphamed.config_file import load_config
 
     run = model.parent / "config.yaml"

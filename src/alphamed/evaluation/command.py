@@ -26,6 +26,7 @@ class Wanted:
     out: Path
     asked: tuple[Asked, ...]
     sets: Mapping[str, Mapping[str, Any]]
+    trained_on: tuple[Path, ...]    # as far as it is known
     samples: int
     temperature: float
     top_p: float
@@ -77,9 +78,10 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _refuse_with_regrade(options: argparse.Namespace) -> None:
-    for name in ("model", "benchmarks", "config", "variants", "overrides", "out", "shots"):
+    for name in ("model", "benchmarks", "config", "variants", "out", "shots", "template", "max_tokens", "overrides"):
         if getattr(options, name):
-            raise ConfigError(f"--regrade: grades what is there, --{name} has no part in it; leave it out")
+            shown = "key=value" if name == "overrides" else f"--{name.replace('_', '-')}"
+            raise ConfigError(f"--regrade: grades what is there, {shown} has no part in it; leave it out")
 
 
 # --------------------------------------------------------------------------------------------------------------- input
@@ -98,12 +100,12 @@ def _wanted(options: argparse.Namespace) -> Wanted:
     from_config = not names
     names = names or [str(file) for file in config.evaluation.files]
     asked, sets = ask.asked_sets(names, variants, config, strict=from_config)
-    ask.refuse_overlap(asked, config, None if options.config is None else config.data.train, Path(config.model.path))
+    trained_on = config.data.train if options.config else ask.trained_on(Path(config.model.path))
     limit = options.max_tokens or config.evaluation.max_response_tokens or config.rollout.max_response_tokens
     temperature = options.temperature if options.temperature is not None else float(options.samples > 1)
     out = _out(options, config)
-    return Wanted(engine_tree(config, out, options.samples, limit), out, tuple(asked), sets, options.samples, temperature,
-                  options.top_p, limit, options.command)
+    return Wanted(engine_tree(config, out, options.samples, limit), out, tuple(asked), sets, tuple(trained_on),
+                  options.samples, temperature, options.top_p, limit, options.command)
 
 
 def _split(given: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -172,12 +174,14 @@ def _out(options: argparse.Namespace, config: Config | None = None) -> Path:
 def _evaluate(wanted: Wanted) -> int:
     """Ask what has no answer yet; returns the exit code."""
     from alphamed.cluster.failure import RunFailed
-    from alphamed.evaluation import settings
+    from alphamed.evaluation import ask, settings
     from alphamed.evaluation.answers import Prompted, require_place
     from alphamed.evaluation.items import finished, read_items
 
     config, truncated = wanted.config, wanted.config.reward.truncated
     model = Prompted(config, (asked.shown for asked in wanted.asked))
+    if not config.evaluation.allow_overlap:
+        ask.refuse_overlap(wanted.asked, wanted.trained_on)
     how = settings.asked(config, model.folder, wanted.samples, wanted.temperature, wanted.top_p, wanted.max_tokens)
     settings.require_same(wanted.out, how)
     found = read_items(wanted.out)

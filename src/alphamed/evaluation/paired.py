@@ -12,8 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alphamed.evaluation.items import Item, Key
+from alphamed.evaluation.items import Item
 from alphamed.evaluation.sampling import vote
+
+Sets = Mapping[str, Mapping[str, Sequence[Item]]]
+"""Set -> question id -> its items in the order of samples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +73,10 @@ def compare_sets(before: Mapping[str, Sequence[Item]], after: Mapping[str, Seque
             "flipped": [_flip(i, before[i], after[i], "gained" if now[i] else "lost") for i in (*gained, *lost)]}
 
 
-def compare(before: Mapping[Key, Sequence[Item]], after: Mapping[Key, Sequence[Item]]) -> dict[str, dict[str, Any]]:
+def compare(before: Sets, after: Sets) -> dict[str, dict[str, Any]]:
     """Set -> comparison, for the sets that both evaluations hold with some question in common."""
-    sets = [name for name in _by_set(after) if name in _by_set(before)]
-    found = {}
-    for name in sets:
-        one, other = _by_set(before)[name], _by_set(after)[name]
-        if any(i in other and _alike(one[i][0], other[i][0]) for i in one):
-            found[name] = compare_sets(one, other)
-    return found
+    return {name: compare_sets(before[name], other) for name, other in after.items()
+            if any(i in other and _alike(items[0], other[i][0]) for i, items in before.get(name, {}).items())}
 
 
 def line(name: str, found: Mapping[str, Any]) -> str:
@@ -89,13 +87,6 @@ def line(name: str, found: Mapping[str, Any]) -> str:
             f"{100 * found['gain_from_accuracy_among_boxed']:+.1f} right among boxed; {found['gained']} gained, "
             f"{found['lost']} lost, McNemar p = {found['p_mcnemar']:.3g}"
             + (f"; {found['left_out']} questions are not in both" if found["left_out"] else ""))
-
-
-def _by_set(items: Mapping[Key, Sequence[Item]]) -> dict[str, dict[str, Sequence[Item]]]:
-    found: dict[str, dict[str, Sequence[Item]]] = {}
-    for (name, i), of_question in items.items():
-        found.setdefault(name, {})[i] = of_question
-    return found
 
 
 def _alike(one: Item, other: Item) -> bool:

@@ -16,7 +16,7 @@ RESULTS, COMPARISON = "results.json", "comparison.json"
 
 def regrade(folder: Path) -> None:
     """Grade all answers in `folder` with today's grader and write items.jsonl anew. Says how many outcomes changed."""
-    items, truncated = _items(folder), _truncated(folder)
+    items, truncated = _items(folder), TruncatedReward(_settings(folder)["grading"]["truncated"])
     again = {key: [regraded(item, truncated) for item in of_question] for key, of_question in items.items()}
     changed = [item for key, of_question in items.items() for item, new in zip(of_question, again[key])
                if (item.letter, item.outcome) != (new.letter, new.outcome)]
@@ -49,24 +49,29 @@ def told(folder: Path, against: Path | None) -> int:
 def write_results(folder: Path) -> dict[str, Any]:
     """results.json of the items in `folder`, also returned. Of each set the questions count that were asked last and have
     all their samples; how many have not is part of its complaint."""
-    items, about = _items(folder), settings.read(folder)
-    assert about is not None
-    samples = about["asked"]["sampling"]["samples"]
+    about, answered = _settings(folder), _answered(folder)
     found: dict[str, Any] = {}
-    answered: dict[str, dict[str, Sequence[Item]]] = {}
     for name, of_set in about["sets"].items():
-        answered[name] = {i: items[name, i] for i in of_set["ids"] if len(items.get((name, i), ())) == samples}
-        if answered[name]:
-            found[name] = results.set_result(list(answered[name].values())) | _told(of_set, len(answered[name]))
-    for one in found.values():
-        plain = answered.get(one["benchmark"]) if one["variant"] else None
-        change = paired.compare_sets(plain, answered[f"{one['benchmark']}+{one['variant']}"]) if plain else None
-        one["change"] = change and {key: value for key, value in change.items() if key != "flipped"}
+        if not answered[name]:
+            print(f"warning: {name}: none of its {len(of_set['ids']):,} questions has an answer yet")
+            continue
+        found[name] = results.set_result(list(answered[name].values())) | _told(of_set, len(answered[name]))
+        plain = answered.get(of_set["benchmark"]) if of_set["variant"] else None
+        change = paired.compare_sets(plain, answered[name]) if plain and plain.keys() & answered[name].keys() else None
+        found[name]["change"] = change and {key: value for key, value in change.items() if key != "flipped"}
     mean = results.mean_result({name: list(answered[name].values()) for name, one in found.items() if not one["variant"]})
     told = {"format": settings.FORMAT, "model": about["model"], "asked": about["asked"], "grading": about["grading"],
             "benchmarks": found, "mean": mean}
     replace_json(folder / RESULTS, told)
     return told
+
+
+def _answered(folder: Path) -> dict[str, dict[str, Sequence[Item]]]:
+    """Set -> question id -> its items, of the questions that were asked last and have all their samples."""
+    items, about = _items(folder), _settings(folder)
+    samples = about["asked"]["sampling"]["samples"]
+    return {name: {i: items[name, i] for i in of_set["ids"] if len(items.get((name, i), ())) == samples}
+            for name, of_set in about["sets"].items()}
 
 
 def _told(of_set: Mapping[str, Any], answered: int) -> dict[str, Any]:
@@ -78,7 +83,7 @@ def _told(of_set: Mapping[str, Any], answered: int) -> dict[str, Any]:
 
 
 def _tell_comparison(folder: Path, against: Path) -> None:
-    found = paired.compare(read_items(against), read_items(folder))
+    found = paired.compare(_answered(against), _answered(folder))
     if not found:
         raise ConfigError(f"--against: {against} has no question in common with {folder}; give an evaluation of the same "
                           f"benchmarks")
@@ -91,13 +96,13 @@ def _tell_comparison(folder: Path, against: Path) -> None:
 
 def _items(folder: Path) -> Mapping[Key, Sequence[Item]]:
     items = read_items(folder)
-    if not items or settings.read(folder) is None:
-        raise ConfigError(f"{folder}: holds no evaluation ({ITEMS} and {settings.SETTINGS}); give the --out of `alphamed "
-                          f"eval`")
+    if not items:
+        raise ConfigError(f"{folder}: holds no answers ({ITEMS}); give the --out of `alphamed eval`")
     return items
 
 
-def _truncated(folder: Path) -> TruncatedReward:
+def _settings(folder: Path) -> dict[str, Any]:
     about = settings.read(folder)
-    assert about is not None
-    return TruncatedReward(about["grading"]["truncated"])
+    if about is None:
+        raise ConfigError(f"{folder}: holds no {settings.SETTINGS}; give the --out of `alphamed eval`")
+    return about
