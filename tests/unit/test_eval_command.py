@@ -198,7 +198,7 @@ def test_two_models_called_hf_get_folders_of_their_own(tmp_path):
     (["--samples", "2", "--temperature", "0"], "--temperature: 0 gives the same response 2 times"),
     (["--samples", "0"], "--samples: 0 is no number of samples"),
     (["--variants", "shufled"], "--variants: 'shufled' is not known; choose from shuffled"),
-    (["--against", "nowhere"], "--against: nowhere holds no answers"),
+    (["--against", "nowhere"], "--against: nowhere holds no evaluation"),
     (["--max-tokens", "0"], "--max-tokens: 0 leaves no room"),
     (["--top-p", "0"], "--top-p: 0.0 is not above 0"),
     (["--shots", "nowhere.jsonl"], "--shots: nowhere.jsonl holds no example"),

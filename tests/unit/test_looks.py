@@ -2,6 +2,7 @@
 from pathlib import Path
 
 import pytest
+from test_report import evaluate, run_dir                                   # run_dir is a fixture
 from test_run import STATS, Alone, config_of, rollouts_of
 
 from alphamed.config import ConfigError
@@ -10,6 +11,8 @@ from alphamed.evaluation.score import Score, Share
 from alphamed.megatron import checkpoint_folder as folders
 from alphamed.observe import looks
 from alphamed.observe.files import read_json_lines
+from alphamed.observe.report import write_report
+from alphamed.records import Outcome
 from alphamed.run import Run
 
 
@@ -89,6 +92,13 @@ def test_a_look_of_the_exported_model_is_told_too(tmp_path):
     assert looks.sentences(tmp_path) == ["Test set medqa was looked at 2 times (steps 5, after export).",
                                          "Test set gpqa was looked at once (step after export)."]
     assert looks.sentences(tmp_path / "nowhere") == []
+
+
+def test_the_report_says_how_often_sets_were_looked_at(run_dir):
+    evaluate(run_dir, 0, [Outcome.CORRECT, Outcome.WRONG])
+    looks.record(run_dir, 0, "training", [("wording", looks.TEST, 2)])
+    looks.record(run_dir, 40, "training", [("wording", looks.TEST, 2)])
+    assert "Test set wording was looked at 2 times (steps 0, 40)." in write_report(run_dir).read_text()
 
 
 @pytest.mark.parametrize("evaluation, message", [

@@ -62,19 +62,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Returns the exit code. Raises ConfigError or DataError for a mistake in the input, before anything is started."""
-    from alphamed.evaluation.regrade import regrade, told
+    from alphamed.evaluation.regrade import regrade, require_evaluation, told
 
     if options.against:
-        from alphamed.evaluation.items import read_items
-        if not read_items(options.against):
-            raise ConfigError(f"--against: {options.against} holds no answers (items.jsonl); give the --out of an "
-                              f"evaluation")
+        require_evaluation("--against", options.against)
     if options.regrade:
         _refuse_with_regrade(options)
+        require_evaluation("--regrade", options.regrade)
         regrade(options.regrade)
         return told(options.regrade, options.against)
-    code = _evaluate(_wanted(options))
-    return code or told(_out(options), options.against)
+    wanted = _wanted(options)
+    return _evaluate(wanted) or told(wanted.out, options.against)
 
 
 def _refuse_with_regrade(options: argparse.Namespace) -> None:
@@ -159,15 +157,15 @@ def _check_sampling(options: argparse.Namespace) -> None:
         raise ConfigError(f"--top-p: {options.top_p} is not above 0 and at most 1; leave it out for 1")
 
 
-def _out(options: argparse.Namespace, config: Config | None = None) -> Path:
-    """Where this evaluation lies; the configuration is only asked where --out is not given."""
+def _out(options: argparse.Namespace, config: Config) -> Path:
+    """--out, or a folder of the model's own in the run."""
     from alphamed.evaluation.settings import label
 
-    if options.out is None and config is not None:
-        if options.config is None:
-            raise ConfigError("--out: is needed where no --config names a run; give a folder")
-        options.out = config.run_dir / "eval" / label(Path(config.model.path))
-    return options.out
+    if options.out:
+        return options.out
+    if options.config is None:
+        raise ConfigError("--out: is needed where no --config names a run; give a folder")
+    return config.run_dir / "eval" / label(Path(config.model.path))
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation

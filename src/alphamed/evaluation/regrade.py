@@ -8,15 +8,22 @@ from typing import Any
 from alphamed.config import ConfigError
 from alphamed.config_choices import TruncatedReward
 from alphamed.evaluation import paired, results, settings
-from alphamed.evaluation.items import ITEMS, Item, Key, read_items, regraded, row
+from alphamed.evaluation.items import ITEMS, Item, read_items, regraded, row
 from alphamed.observe.files import replace_json, replace_json_lines
 
 RESULTS, COMPARISON = "results.json", "comparison.json"
 
 
+def require_evaluation(option: str, folder: Path) -> None:
+    """Raises ConfigError where `folder` holds no evaluation."""
+    if not (folder / ITEMS).is_file() or settings.read(folder) is None:
+        raise ConfigError(f"{option}: {folder} holds no evaluation ({ITEMS} and {settings.SETTINGS}); give the --out of "
+                          f"`alphamed eval`")
+
+
 def regrade(folder: Path) -> None:
     """Grade all answers in `folder` with today's grader and write items.jsonl anew. Says how many outcomes changed."""
-    items, truncated = _items(folder), TruncatedReward(_settings(folder)["grading"]["truncated"])
+    items, truncated = read_items(folder), TruncatedReward(_settings(folder)["grading"]["truncated"])
     again = {key: [regraded(item, truncated) for item in of_question] for key, of_question in items.items()}
     changed = [item for key, of_question in items.items() for item, new in zip(of_question, again[key])
                if (item.letter, item.outcome) != (new.letter, new.outcome)]
@@ -68,7 +75,7 @@ def write_results(folder: Path) -> dict[str, Any]:
 
 def _answered(folder: Path) -> dict[str, dict[str, Sequence[Item]]]:
     """Set -> question id -> its items, of the questions that were asked last and have all their samples."""
-    items, about = _items(folder), _settings(folder)
+    items, about = read_items(folder), _settings(folder)
     samples = about["asked"]["sampling"]["samples"]
     return {name: {i: items[name, i] for i in of_set["ids"] if len(items.get((name, i), ())) == samples}
             for name, of_set in about["sets"].items()}
@@ -94,15 +101,7 @@ def _tell_comparison(folder: Path, against: Path) -> None:
     print(folder / COMPARISON)
 
 
-def _items(folder: Path) -> Mapping[Key, Sequence[Item]]:
-    items = read_items(folder)
-    if not items:
-        raise ConfigError(f"{folder}: holds no answers ({ITEMS}); give the --out of `alphamed eval`")
-    return items
-
-
 def _settings(folder: Path) -> dict[str, Any]:
     about = settings.read(folder)
-    if about is None:
-        raise ConfigError(f"{folder}: holds no {settings.SETTINGS}; give the --out of `alphamed eval`")
+    assert about is not None, f"{folder} has answers without {settings.SETTINGS}"
     return about
