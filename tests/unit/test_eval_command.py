@@ -114,6 +114,38 @@ def test_a_question_with_some_of_its_samples_is_asked_anew(tmp_path, model, monk
     assert [item["letter"] for item in items(out)] == ["A"] * 9 + ["C"] * 3
 
 
+def test_a_part_can_be_evaluated_first_and_only_what_was_asked_last_counts(tmp_path, model, monkeypatch):
+    file, out = questions(tmp_path), tmp_path / "out"
+    part = script(monkeypatch, lambda question, j: "\\boxed{A}")
+    assert evaluate(model, out, "--benchmarks", file, "evaluation.questions=2") == 0
+    rest = script(monkeypatch, lambda question, j: "\\boxed{A}")
+    assert evaluate(model, out, "--benchmarks", file) == 0
+    assert sorted(task.question.id for task in part.tasks + rest.tasks) == ["q0", "q1", "q2", "q3"] and len(part.tasks) == 2
+    assert results(out)["benchmarks"]["e"]["n"] == 4
+    nothing = script(monkeypatch, lambda question, j: "never")
+    assert evaluate(model, out, "--benchmarks", file, "evaluation.questions=2") == 0 and nothing.tasks == []
+    assert results(out)["benchmarks"]["e"]["n"] == 2 and len(items(out)) == 4
+
+
+def test_a_key_that_was_put_right_is_graded_without_asking_again(tmp_path, model, monkeypatch):
+    file, out = questions(tmp_path), tmp_path / "out"
+    script(monkeypatch, lambda question, j: "\\boxed{A}")
+    assert evaluate(model, out, "--benchmarks", file) == 0
+    file.write_text(file.read_text().replace('"answer": "B"', '"answer": "A"'))
+    nothing = script(monkeypatch, lambda question, j: "never")
+    assert evaluate(model, out, "--benchmarks", file) == 0 and nothing.tasks == []
+    assert results(out)["benchmarks"]["e"]["accuracy"] == 0.75
+
+
+def test_what_a_killed_evaluation_has_can_be_graded_and_says_what_is_missing(tmp_path, model, monkeypatch, capsys):
+    out = tmp_path / "out"
+    script(monkeypatch, lambda question, j: "\\boxed{A}", dies_after=3)
+    assert evaluate(model, out, "--benchmarks", questions(tmp_path)) == 130 and not (out / "results.json").exists()
+    assert cli.main(["eval", "--regrade", str(out)]) == 0
+    assert "warning: e: 1 of 4 questions have no answer yet" in capsys.readouterr().out
+    assert results(out)["benchmarks"]["e"]["n"] == 3
+
+
 def test_several_samples_vote_and_pass(tmp_path, model, monkeypatch):
     """q0 (key A): A A B. q1 (key B): A B C, a tie of three. q2 (key C): never. q3 (key A): B, B, A."""
     said = {"q0": "AAB", "q1": "ABC", "q2": "AAB", "q3": "BBA"}
@@ -158,6 +190,7 @@ def test_variants_stand_beside_their_benchmark(tmp_path, model, monkeypatch):
     found = results(tmp_path / "out")["benchmarks"]
     assert {name: (one["n"], one["accuracy"]) for name, one in found.items()} == {
         "e": (4, 1.0), "e+shuffled": (4, 0.0), "e+free": (4, 0.25)}
+    assert found["e+shuffled"]["chance"] == pytest.approx(1 / 3) and found["e+free"]["chance"] is None
     change = found["e+shuffled"]["change"]
     assert (change["lost"], change["gained"], change["p_mcnemar"]) == (4, 0, 0.125)       # 2 * (1/2)^4
     assert results(tmp_path / "out")["mean"] is None                                      # one benchmark, variants are none

@@ -77,7 +77,15 @@ def _shares(answers: Answers) -> dict[str, Any]:
     return {"n": n, "accuracy": accuracy, "ci_low": low, "ci_high": high, "unparseable": share[Outcome.UNPARSEABLE],
             "truncated": share[Outcome.TRUNCATED], "boxed": boxed / len(items),
             "accuracy_among_boxed": right / boxed if boxed else None,
-            "chance": statistics.fmean(1 / len(of_question[0].asked.question.options) for of_question in answers)}
+            "chance": _chance(answers)}
+
+
+def _chance(answers: Answers) -> float | None:
+    """What picking letters blindly gives; None where no options are shown."""
+    asked = [of_question[0].asked for of_question in answers]
+    if not all(one.shown.options for one in asked):
+        return None
+    return statistics.fmean(1 / len(one.question.options) for one in asked)
 
 
 def _lengths(answers: Answers) -> dict[str, float]:
