@@ -147,6 +147,7 @@ def _reference(config: Config, shape: ModelShape, here: runtime.Runtime, folder:
         return NoReference()
     reference = Reference.build(config, shape, here)
     control.everywhere("loading the reference", lambda: load_hf(folder, reference.model_chunks(), shape, here.layout))
+    reference.weights_changed()
     return reference
 
 
