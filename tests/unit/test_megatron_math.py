@@ -206,3 +206,23 @@ def test_importance_weights_reach_the_loss_and_its_counts(kind, weights, changed
     found = dict(zip(SUM_NAMES, sums.tolist(), strict=True))
     assert (found["corrected"], found["tokens"]) == (changed, 3)
     assert found["logprob_diff_max"] == pytest.approx(2 * 0.6931472)
+
+
+# --------------------------------------------------------------------------------------------------- weights that are swapped
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swapped_weights_hold_their_values_inside_the_block_only(dtype):
+    from alphamed.megatron.swapping import SwappedWeights
+
+    model = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 7)).to(dtype)
+    model[2].weight = model[0].weight                                   # a tied output layer
+    model.requires_grad_(False)
+    ids = torch.arange(7)
+    expected, size = model(ids), sum(p.nbytes for p in model.parameters())
+    swapped = SwappedWeights([model])
+    for _ in range(2):
+        assert [p.numel() for p in model.parameters()] == [0, 0, 0, 0]
+        with swapped:
+            assert torch.equal(model(ids), expected)
+            assert model[2].weight is model[0].weight
+    assert [p.numel() for p in model.parameters()] == [0, 0, 0, 0]
+    assert swapped.bytes == size                                        # the shared matrix once
