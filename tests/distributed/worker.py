@@ -31,6 +31,7 @@ class Case:
     expect: str
     parallel: dict = field(default_factory=dict)
     algorithm: dict = field(default_factory=dict)
+    optimizer: dict = field(default_factory=dict)
     budget: int = 400
     mini_batches: int = 1
     device: str = "cpu"
@@ -45,7 +46,7 @@ def config_of(case: Case, folder: Path):
                       "mini_batches": case.mini_batches, **case.algorithm},
         "parallel": case.parallel, "prompt": {"max_tokens": 32},
         "optimizer": {"lr": oracle.LR, "betas": oracle.BETAS, "eps": oracle.EPS, "weight_decay": oracle.WEIGHT_DECAY,
-                      "clip_grad": oracle.CLIP_GRAD},
+                      "clip_grad": oracle.CLIP_GRAD, **case.optimizer},
         "cluster": {"device": case.device, "trainer_threads": 1, "rank_timeout_s": 120.0}})
 
 

@@ -1,6 +1,6 @@
 """Frozen weights that lie in host memory and are on the device only while they are used.
 
-The host's copy is pinned where the device is a GPU, so that a layer's transfer runs at the speed of the bus. Weights that
+The host's copy is pinned where the device is a GPU, so that they travel at the speed of the bus. Weights that
 nobody trains never travel back: leaving the device frees its memory and copies nothing.
 """
 from __future__ import annotations
@@ -30,7 +30,7 @@ class SwappedWeights:
         return sum(home.nbytes for _, home in self._homes)
 
     def __enter__(self) -> None:
-        # on the stream that computes, so that the first layer waits for its own weights only
+        # on the stream that computes, which therefore waits for them
         for parameter, home in self._homes:
             parameter.data = home.to(parameter.device, non_blocking=True, copy=True)
 
