@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/generation.py [--questions 48] [--repeats 5] [--config FILE] [key=value ...]
 
-Both sides get the same model, prompts, sampling (with the log-probs that training needs), vLLM arguments and cores: bare vLLM
-is `vllm.LLM.generate` with all questions at once, this project everything between a submitted step and its graded groups. By
-default the model and prompts of benchmarks/step.yaml with one engine; more engines are held against one bare engine each.
+Both sides get the same model, prompts, sampling (with the log-probs that training needs), vLLM arguments and cores: bare
+vLLM is `vllm.LLM.generate` with all questions at once, this project everything between a submitted step and its graded
+groups. By default the model and prompts of benchmarks/step.yaml with one engine; more engines count as so many bare ones.
 Each side runs in a process of its own, one after the other, `--repeats` rounds after one that does not count. Tokens are
 response tokens; numbers are medians.
 """

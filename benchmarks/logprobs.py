@@ -57,13 +57,14 @@ def main() -> None:
     for _ in range(1 + options.repeats):
         for method in methods:
             method.seconds.append(_timed(method, hidden, weight))
-    print(f"{options.tokens} tokens, vocabulary {options.vocab}, hidden {options.hidden}, {options.dtype} on {device}: logits of "
-          f"{options.tokens * options.vocab * 4 / 2**20:,.0f} MiB; medians of {options.repeats}")
+    print(f"{options.tokens} tokens, vocabulary {options.vocab}, hidden {options.hidden}, {options.dtype} on {device}: logits "
+          f"of {options.tokens * options.vocab * 4 / 2**20:,.0f} MiB; medians of {options.repeats}")
     print(f"{'method':<16}{'seconds':>9}{'of at once':>12}{'peak MiB':>10}{'of at once':>12}")
     seconds = [statistics.median(method.seconds[1:]) for method in methods]
     peaks = [_peak_bytes(method, hidden, weight) for method in methods]
     for method, own, peak in zip(methods, seconds, peaks):
-        print(f"{method.name:<16}{own:>9.3f}{own / seconds[1]:>12.2f}{peak / 2**20:>10,.0f}{peak / peaks[1]:>12.2f}", flush=True)
+        print(f"{method.name:<16}{own:>9.3f}{own / seconds[1]:>12.2f}{peak / 2**20:>10,.0f}{peak / peaks[1]:>12.2f}",
+              flush=True)
 
 
 def _plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

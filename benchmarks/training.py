@@ -1,11 +1,11 @@
-"""Trained tokens per second, forward and backward, of the same model and batches: transformers, and this trainer with prompts
-shared and not.
+"""Trained tokens per second, forward and backward, of the same model and batches: transformers, and this trainer with
+prompts shared and not.
 
-    .venv/bin/python benchmarks/training.py [--model FOLDER] [--prompts 32 300] [--questions 2] [--samples 8] [--responses 64]
+    .venv/bin/python benchmarks/training.py [--model FOLDER] [--prompts 32 300] [--questions 2] [--samples 8]
 
-One process, the same number of threads, the same loss (GRPO's at ratio 1), FP32 on a CPU and bf16 on a GPU. transformers gets
-one question at a time, its samples padded to the longest and logits at the responses only (SDPA attention); the trainer packs
-what `--budget` tokens hold. Neither takes an optimizer step. The methods run in turn, `--repeats` times after one that does
+One process, the same number of threads, the same loss (GRPO's at ratio 1), FP32 on a CPU and bf16 on a GPU. transformers
+gets one question at a time, its samples padded to the longest and logits at the responses only (SDPA attention); the trainer
+packs what `--budget` tokens hold. Neither takes an optimizer step. The methods run in turn, `--repeats` times after one that does
 not count; gradient norms must agree. Tokens are response tokens; numbers are medians. `--model`: by default the model of
 benchmarks/step.yaml, SmolLM2-135M.
 """
@@ -52,8 +52,8 @@ def main() -> None:
     config, shape = _config(folder, options), read_shape(folder)
     runtime = runtimes.start(config)
     print(f"{folder.name}: {shape.parameters:,} parameters, {config.model.dtype} on {runtime.device}, "
-          f"{torch.get_num_threads()} threads; {options.questions} x {options.samples} responses of {options.responses // 2} to "
-          f"{options.responses} tokens; medians of {options.repeats}")
+          f"{torch.get_num_threads()} threads; {options.questions} x {options.samples} responses of {options.responses // 2} "
+          f"to {options.responses} tokens; medians of {options.repeats}")
     print(f"{'prompt':>6}  {'method':<24}{'seconds':>9}{'tokens/s':>10}{'of transformers':>17}")
     theirs = _Transformers(folder, runtime.device, config)
     ours = {share: _Trainer(config, shape, runtime, folder, share) for share in (False, True)}
@@ -68,7 +68,8 @@ def main() -> None:
 def _config(folder: Path, options: argparse.Namespace) -> Config:
     dtype = "bf16" if torch.cuda.is_available() else "fp32"
     return build_config({
-        "model": {"path": str(folder), "dtype": dtype}, "data": {"train": ["-"]}, "prompt": {"max_tokens": max(options.prompts)},
+        "model": {"path": str(folder), "dtype": dtype}, "data": {"train": ["-"]},
+        "prompt": {"max_tokens": max(options.prompts)},
         "rollout": {"questions_per_step": options.questions, "samples_per_question": options.samples,
                     "max_response_tokens": options.responses},
         "parallel": {"micro_batch_tokens": options.budget, "distributed_optimizer": False}})

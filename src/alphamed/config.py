@@ -82,11 +82,11 @@ class Config(Section):
             yield (f"parallel.virtual_pipeline: {p.virtual_pipeline} needs parallel.pipeline > 1; "
                    f"remove it or raise parallel.pipeline")
         if p.context > 1:
-            yield (f"parallel.context: {p.context} would cut sequences over ranks, which needs Transformer Engine's attention on "
-                   f"CUDA and is not built; set it to 1, and spread long rows with parallel.tensor and parallel.sequence")
+            yield (f"parallel.context: {p.context} would cut sequences over ranks, which needs Transformer Engine's attention "
+                   f"on CUDA and is not built; set it to 1, and spread long rows with parallel.tensor and parallel.sequence")
         if p.reference == ReferencePlace.SWAPPED and self.model.fp8:
-            yield ("parallel.reference: swapped leaves Transformer Engine's FP8 copies of the weights on the device; set it to "
-                   "resident or model.fp8 to false")
+            yield ("parallel.reference: swapped leaves Transformer Engine's FP8 copies of the weights on the device; set it "
+                   "to resident or model.fp8 to false")
         if r.top_p != 1.0 or r.top_k != -1:
             name, value, full = ("top_p", r.top_p, 1.0) if r.top_p != 1.0 else ("top_k", r.top_k, -1)
             yield (f"rollout.{name}: {value} would sample from another distribution than the one the loss uses; "

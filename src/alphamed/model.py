@@ -231,8 +231,8 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig, rollout: RolloutCo
             raise ConfigError(f"{field}: {tensor} and the model's {shape.kv_heads} KV heads do not divide one another; "
                               f"choose one of {tensor_sizes(shape)}")
     if -(-shape.vocab // parallel.tensor) * (parallel.tensor - 1) >= shape.vocab:
-        raise ConfigError(f"parallel.tensor: {parallel.tensor} ranks are too many for a vocabulary of {shape.vocab} tokens: the "
-                          f"last would hold padding alone; choose at most {math.isqrt(shape.vocab)}")
+        raise ConfigError(f"parallel.tensor: {parallel.tensor} ranks are too many for a vocabulary of {shape.vocab} tokens: "
+                          f"the last would hold padding alone; choose at most {math.isqrt(shape.vocab)}")
     chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
     if shape.layers % chunks:
         field = "parallel.pipeline" if shape.layers % parallel.pipeline else "parallel.virtual_pipeline"

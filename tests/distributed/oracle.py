@@ -14,8 +14,8 @@ from alphamed.records import TokenGroup
 
 TEMPERATURE, CLIP_LOW, CLIP_HIGH, KL_COEFFICIENT, CAP = 0.7, 0.2, 0.28, 0.05, 2.0
 SMOOTH_LR, SMOOTH_CLIP = 3e-5, (0.9, 9.0)
-"""For comparisons in bf16: bounds that no ratio reaches, for a rounded ratio falls on the other side of a bound now and then,
-and its token's whole gradient with it; smaller steps, for Adam's first ones are signs, which rounding turns."""
+"""For comparisons in bf16: bounds that no ratio reaches, for a rounded ratio falls on the other side of a bound now and
+then, and its token's whole gradient with it; smaller steps, for Adam's first ones are signs, which rounding turns."""
 LR, BETAS, EPS, WEIGHT_DECAY, CLIP_GRAD = 1e-4, (0.9, 0.95), 1e-8, 0.01, 1.0
 Sample = tuple[int, int]                  # (index of the group, index of the response)
 

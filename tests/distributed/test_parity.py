@@ -28,7 +28,8 @@ pytestmark = pytest.mark.slow
 MODELS = {"llama": {"family": "llama", "tied": True, "llama3_rope": True}, "qwen2": {"family": "qwen2"},
           "qwen3": {"family": "qwen3", "tied": True}}
 TRACES = {"plain": {}, "sequence": {"aggregation": "sequence_mean"}, "constant": {"aggregation": "constant"},
-          "corrected": {"correction": True}, "two": {"mini_batches": [[0, 1], [2, 3]]}, "four": {"mini_batches": [[0], [1], [2], [3]]},
+          "corrected": {"correction": True}, "two": {"mini_batches": [[0, 1], [2, 3]]},
+          "four": {"mini_batches": [[0], [1], [2], [3]]},
           "bf16": {"dtype": torch.bfloat16, "lr": oracle.SMOOTH_LR, "clip": oracle.SMOOTH_CLIP}}
 SMOOTH = {"algorithm": dict(zip(("clip_low", "clip_high"), oracle.SMOOTH_CLIP)), "optimizer": {"lr": oracle.SMOOTH_LR}}
 TP2, PP2, DP2 = {"tensor": 2}, {"pipeline": 2}, {"data": 2}

@@ -208,7 +208,20 @@ def test_importance_weights_reach_the_loss_and_its_counts(kind, weights, changed
     assert found["logprob_diff_max"] == pytest.approx(2 * 0.6931472)
 
 
-# --------------------------------------------------------------------------------------------------- weights that are swapped
+# ---------------------------------------------------------------------------------------------------------------- schedules
+@pytest.mark.parametrize("virtual, batched", [(None, True), (2, False)])
+def test_virtual_stages_never_batch_their_messages(virtual, batched):
+    """Batched, the interleaved schedule is silently wrong over gloo (loss off by 0.13)."""
+    from alphamed.megatron.provider import transformer_config
+    from alphamed.records import Layout
+
+    config = build_config({"model": {"path": "m", "dtype": "fp32"}, "data": {"train": ["a"]}, "cluster": {"device": "cpu"},
+                           "parallel": {"pipeline": 2, "virtual_pipeline": virtual}})
+    found = transformer_config(config, shape_of(layers=4), Layout(pipeline=2, virtual_pipeline=virtual))
+    assert (found.batch_p2p_comm, found.overlap_p2p_comm) == (batched, not batched)
+
+
+# ------------------------------------------------------------------------------------------------- weights that are swapped
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_swapped_weights_hold_their_values_inside_the_block_only(dtype):
     from alphamed.megatron.swapping import SwappedWeights

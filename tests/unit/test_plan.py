@@ -124,8 +124,8 @@ def test_a_swapped_reference_by_hand():
     assert before["reference"] == held and after["reference"] == 0
     assert {**before, "reference": 0} == after
     # full recompute keeps 32 inputs of 16,384 x 2,048 bytes: the reference and its output layer need more than an update
-    small = job(parallel={"tensor": 4, "sequence": True, "micro_batch_tokens": 4096, "recompute": "full", "reference": "swapped"},
-                algorithm={"kl_coefficient": 0.1})
+    small = job(parallel={"tensor": 4, "sequence": True, "micro_batch_tokens": 4096, "recompute": "full",
+                          "reference": "swapped"}, algorithm={"kl_coefficient": 0.1})
     causes = stage_use(small, 0).causes
     logits = 4096 * 32064 * (4 + 2) + 4096 * 4096 * 2 + 32064 * 4096 * 2                    # whole, with their gradient
     assert causes["reference"] == held + logits - causes["activations"] - causes["logits"]

@@ -51,7 +51,8 @@ def transformer_config(config: Config, shape: ModelShape, layout: Layout) -> Tra
         hidden_dropout=0.0, attention_dropout=0.0,
         params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=layout.tensor, pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual_pipeline, sequence_parallel=layout.sequence_parallel, context_parallel_size=config.parallel.context,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline, sequence_parallel=layout.sequence_parallel,
+        context_parallel_size=config.parallel.context,
         # Packed rows differ in length, so stages announce shapes to one another. Megatron couples this to a dispatcher of
         # mixture-of-experts tokens even in dense models.
         variable_seq_lengths=layout.pipeline > 1, moe_token_dispatcher_type="alltoall",

@@ -49,8 +49,9 @@ def _layout_problems(job: Job) -> Iterator[Problem]:
     if job.config.model.fp8 and job.gpu.fp8_flops is None:
         yield Problem(f"model.fp8: {job.gpu.name} computes no FP8", ("model.fp8=false",))
     if p.recompute == Recompute.SELECTIVE and not p.share_prompts and not job.gpu.is_cpu:
-        yield Problem("parallel.recompute: selective computes attention again, but rows without shared prompts take Transformer "
-                      "Engine's fused attention, which keeps nothing that this would save", ("parallel.recompute=none",))
+        yield Problem("parallel.recompute: selective computes attention again, but rows without shared prompts take "
+                      "Transformer Engine's fused attention, which keeps nothing that this would save",
+                      ("parallel.recompute=none",))
     if p.micro_batch_tokens < p.tensor and p.sequence:
         yield Problem(f"parallel.micro_batch_tokens: {p.micro_batch_tokens} leaves tensor ranks without a token")
 

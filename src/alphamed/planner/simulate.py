@@ -135,9 +135,9 @@ def layout_lines(config: Config, small: Config, shape: ModelShape) -> Iterator[s
 
     p, full, r = small.parallel, config.parallel, small.rollout
     virtual = f", VPP {full.virtual_pipeline} -> {p.virtual_pipeline}" if p.virtual_pipeline else ""
-    yield (f"\nSIMULATION {config.run.name}: TP {full.tensor} -> {p.tensor}, PP {full.pipeline} -> {p.pipeline}{virtual}, DP "
-           f"{full.data} -> {p.data}; {r.engines} engines of TP {r.tensor_parallel}; {shape.family} of {shape.layers} layers, "
-           f"{shape.parameters:,} parameters")
+    yield (f"\nSIMULATION {config.run.name}: TP {full.tensor} -> {p.tensor}, PP {full.pipeline} -> {p.pipeline}{virtual}, "
+           f"DP {full.data} -> {p.data}; {r.engines} engines of TP {r.tensor_parallel}; {shape.family} of {shape.layers} "
+           f"layers, {shape.parameters:,} parameters")
     for rank in range(p.world):
         tensor, data, stage = coordinates(rank, p.tensor, p.data)
         chunks = [parameters.layers_of(stage, chunk, shape.layers, p.pipeline, p.virtual_pipeline or 1)
@@ -239,8 +239,8 @@ def _step_outcome(row: dict[str, Any], limit: float) -> Outcome:
     loss, norm, difference = (row.get(f"policy/{name}") for name in ("loss", "grad_norm", "logprob_diff_mean"))
     sound = all(value is not None and math.isfinite(value) for value in (loss, norm, difference))
     return Outcome(f"step {row['step']}: loss {_shown(loss)}, gradient norm {_shown(norm)}, engines' log-probs differ by "
-                   f"{_shown(difference)} in the mean (limit {limit:g}), {_shown(row.get('batch/micro_batches'))} micro-batches "
-                   f"a data rank, push {_shown(row.get('time/sync_s'))} s",
+                   f"{_shown(difference)} in the mean (limit {limit:g}), {_shown(row.get('batch/micro_batches'))} "
+                   f"micro-batches a data rank, push {_shown(row.get('time/sync_s'))} s",
                    passed=sound and norm > 0 and difference <= limit)
 
 
