@@ -14,6 +14,7 @@ from alphamed.model import check_context, check_layout, read_shape
 from alphamed.planner import miniature, simulate
 from alphamed.planner.plan import job_of
 from alphamed.planner.shapes import published
+from alphamed.records import Layout
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
@@ -85,7 +86,8 @@ def done(tmp_path):
     for name in ("logs", "checkpoints/step_000001", "checkpoints/step_000002", "hf"):
         (small.run_dir / name).mkdir(parents=True)
     for rank in range(2):
-        (small.run_dir / "logs" / f"rank_{rank}.log").touch()
+        place = Layout(tensor=2, sequence_parallel=True, tensor_rank=rank)
+        (small.run_dir / "logs" / f"rank_{rank}.log").write_text(f"a warning\n{place}\n")
     (small.run_dir / "hf" / "config.json").touch()
     rows = [{"step": step, "policy_version": step, "policy/loss": 0.1, "policy/grad_norm": 2.0,
              "policy/logprob_diff_mean": 0.01, "batch/micro_batches": 2.0, "time/sync_s": 0.5} for step in (1, 2)]
@@ -113,7 +115,7 @@ def test_a_step_that_did_not_train_fails(done, field, value):
 
 def test_what_is_missing_fails(done):
     small, rows = done
-    (small.run_dir / "logs" / "rank_1.log").unlink()
+    (small.run_dir / "logs" / "rank_1.log").write_text(str(Layout(tensor=2, sequence_parallel=True)))      # rank 0's place
     (small.run_dir / "checkpoints" / "step_000001").rmdir()
     (small.run_dir / "hf" / "config.json").unlink()
     assert [line.split(":")[0] for line in judged(small, rows[:1])] == [

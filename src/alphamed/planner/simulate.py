@@ -25,6 +25,7 @@ from alphamed.model import ModelShape
 from alphamed.planner import miniature, parameters
 from alphamed.planner.hardware import GIB
 from alphamed.planner.topology import coordinates
+from alphamed.records import Layout
 
 DEADLINE_S = 480.0
 """Of the whole simulation."""
@@ -221,8 +222,9 @@ def judge(small: Config) -> Iterator[Outcome]:
     """What the run that ended well has to show for itself."""
     from alphamed.observe.metrics import read_rows
 
-    logs = sorted(small.run_dir.glob("logs/rank_*.log"))
-    yield Outcome(f"ranks: {len(logs)} of {small.parallel.world} trained", passed=len(logs) == small.parallel.world)
+    wrong = _misplaced(small)
+    yield Outcome("ranks: " + ("; ".join(wrong) if wrong else f"all {small.parallel.world} stand where they should"),
+                  passed=not wrong)
     rows = read_rows(small.run_dir / "metrics.jsonl")
     yield Outcome(f"steps: {len(rows)} of {STEPS} recorded, rollouts sampled by weights "
                   f"{', '.join(_shown(row.get('policy_version')) for row in rows)}", passed=len(rows) == STEPS)
@@ -232,6 +234,18 @@ def judge(small: Config) -> Iterator[Outcome]:
     yield Outcome(f"checkpoints: {', '.join(kept) or 'none'}", passed=len(kept) == STEPS)
     exported = (small.run_dir / "hf" / "config.json").is_file()
     yield Outcome(f"export: the trained model is {'' if exported else 'not '}a Hugging Face folder", passed=exported)
+
+
+def _misplaced(small: Config) -> list[str]:
+    """Ranks whose logs do not say that Megatron has put them where the plan has them."""
+    p, wrong = small.parallel, []
+    for rank in range(p.world):
+        tensor, data, stage = coordinates(rank, p.tensor, p.data)
+        expected = Layout(p.tensor, p.pipeline, p.data, p.virtual_pipeline, p.sequence, tensor, stage, data)
+        log = small.run_dir / "logs" / f"rank_{rank}.log"
+        if not log.is_file() or str(expected) not in log.read_text(encoding="utf-8", errors="replace"):
+            wrong.append(f"rank {rank} is not at {expected}")
+    return wrong
 
 
 def _step_outcome(row: dict[str, Any], limit: float) -> Outcome:
