@@ -123,7 +123,8 @@ def launch(job: dict, world: int) -> Path:
                 "behaviours": BEHAVIOURS.get(world, ())}, job["root"] / f"job{world}.pt")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}",
                str(HERE / "worker.py"), str(job["root"] / f"job{world}.pt"), str(results)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}:{HERE.parent}", "CUDA_VISIBLE_DEVICES": ""}
+    search = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": search, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"torchrun with {world} ranks failed:\n{done.stderr[-6000:]}"
     return results
