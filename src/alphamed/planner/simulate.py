@@ -36,6 +36,7 @@ STEPS = 2
 PROMPT_TOKENS, RESPONSE_TOKENS, QUESTIONS, SAMPLES = 1024, 16, 4, 4
 """The longest prompt; questions of a data rank and update. A token of the small model's tokenizer is a byte."""
 CHUNK_TOKENS = 64
+MARKS = {None: "", True: "PASSED   ", False: "FAILED   "}
 REWARD = '''
 def share_of_vowels(question, text, letter):
     """A random model answers in random letters, of which some answers have more than others."""
@@ -50,7 +51,7 @@ class Outcome:
     passed: bool | None = None
 
     def __str__(self) -> str:
-        return f"{ {None: '', True: 'PASSED   ', False: 'FAILED   '}[self.passed]}{self.text}"
+        return MARKS[self.passed] + self.text
 
 
 def main(config: Config, shape: ModelShape) -> int:
@@ -64,7 +65,7 @@ def main(config: Config, shape: ModelShape) -> int:
 
 
 def simulate(config: Config, shape: ModelShape, folder: Path) -> Iterator[Outcome]:
-    """Prepare and run in `folder`; yields the report line by line and ends after the first failure."""
+    """Prepare and run in `folder`; yields the report line by line, a short one where training itself fails."""
     began = time.monotonic()
     small = small_config(config, shape, folder)
     small_shape = prepare(small, config, shape, folder)
