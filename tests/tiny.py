@@ -10,15 +10,10 @@ folder from its test, or puts tests/ on its own path.
 """
 from __future__ import annotations
 
-import itertools
 import json
-import string
 from pathlib import Path
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")          # ids 0, 1, 2
-CHATML = ("{% for message in messages %}"
-          "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+from alphamed.planner.miniature import write_tokenizer
 
 
 def tiny_hf(folder: Path, family: str = "llama", *, vocab: int = 509, tied: bool = False, layers: int = 4,
@@ -53,22 +48,8 @@ def tiny_hf(folder: Path, family: str = "llama", *, vocab: int = 509, tied: bool
 
 
 def tiny_tokenizer(folder: Path, vocab: int = 509) -> Path:
-    """Write a byte-level tokenizer of exactly `vocab` ids (at least 259) with a ChatML template into `folder`: 3
-    special tokens, 256 bytes, then letter groups ("aa", "ab", ...) that decode to text but are never produced by
-    encoding."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    assert vocab >= 259, f"a byte-level vocabulary needs 259 ids, {vocab} given"
-    groups = ("".join(p) for n in itertools.count(2) for p in itertools.product(string.ascii_lowercase, repeat=n))
-    words = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    words += itertools.islice(groups, vocab - len(words))
-    core = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=SPECIAL[1], eos_token=SPECIAL[2],
-                                        pad_token=SPECIAL[0], chat_template=CHATML, clean_up_tokenization_spaces=False)
-    tokenizer.save_pretrained(folder)
+    """Write the byte-level tokenizer of `alphamed plan --simulate`, of exactly `vocab` ids, into `folder`."""
+    write_tokenizer(Path(folder), vocab)
     return Path(folder)
 
 

@@ -7,12 +7,14 @@ Invariants of `pack` (tests hold it to each of them):
   - what all prompts begin with (the stem: system prompt, worked examples) stands once at the head of each row;
   - no micro-batch exceeds the token budget, all data ranks get the same number of micro-batches (an idle one is a dummy
     that trains nothing), and rows hold a multiple of `layout.token_multiple` tokens;
+  - with virtual pipeline stages the number of micro-batches is a multiple of the stages, as the interleaved schedule wants;
+  - the cost of rows and of ranks is even: a stage waits for the dearest row, the optimizer for the dearest rank;
   - `response_tokens` and `sequences` count the whole mini-batch over all data ranks.
 """
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,17 +60,19 @@ def pack(groups: Sequence[TokenGroup], layout: Layout, *, token_budget: int, min
                          f"lower it or raise rollout.questions_per_step")
     stem = _stem(groups) if share_prompts else 0
     budget = token_budget - (layout.token_multiple - 1) - stem   # room to round a row up
-    minis, rows, imbalance = [], [], []
+    minis, rows, imbalance, unevenness = [], [], [], []
     for chunk in _chunks(len(groups), mini_batches):
         units = [u for g in chunk for u in _units(groups[g], g, stem, budget, share_prompts)]
-        plan = _assign(units, budget, layout.data)
+        plan = _assign(units, budget, layout.data, layout.pipeline if layout.virtual_pipeline else 1)
         mine = [_materialise(row, groups, layout.token_multiple) for row in plan[layout.data_rank]]
         lengths = [len(r) for g in chunk for r in groups[g].responses]
         minis.append(MiniBatch(tuple(mine), response_tokens=sum(lengths), sequences=len(lengths)))
         rows += [row for rank in plan for row in rank]
-        costs = [sum(u.cost for row in rank for u in row) for rank in plan]
-        imbalance.append(max(costs) * len(costs) / sum(costs) - 1)
-    return Batch(tuple(minis), _metrics(groups, rows, layout, max(imbalance)))
+        costs = [[sum(u.cost for u in row) for row in rank] for rank in plan]
+        imbalance.append(_excess([sum(rank) for rank in costs]))
+        unevenness.append(max(_excess(rank) for rank in costs))
+    return Batch(tuple(minis), _metrics(groups, rows, layout) | {"batch/dp_imbalance": max(imbalance),
+                                                                 "batch/row_imbalance": max(unevenness)})
 
 
 def attach(batch: Batch, field: str, values: Sequence[Sequence[torch.Tensor]]) -> Batch:
@@ -76,6 +80,11 @@ def attach(batch: Batch, field: str, values: Sequence[Sequence[torch.Tensor]]) -
     return replace(batch, mini_batches=tuple(
         replace(mini, micro_batches=tuple(replace(m, **{field: v}) for m, v in zip(mini.micro_batches, row, strict=True)))
         for mini, row in zip(batch.mini_batches, values, strict=True)))
+
+
+def _excess(costs: Sequence[float]) -> float:
+    """How far the largest lies above the mean, as a share of it; 0 where there is none (a rank of dummies)."""
+    return max(costs) * len(costs) / sum(costs) - 1 if any(costs) else 0.0
 
 
 # ------------------------------------------------------------------------------------------------------------------ plan
@@ -121,29 +130,33 @@ def _units(group: TokenGroup, index: int, stem: int, budget: int, share_prompts:
     return [Unit(index, samples, stem, prefix, tuple(lengths[j] for j in samples)) for samples in parts]
 
 
-def _assign(units: list[Unit], budget: int, ranks: int) -> list[list[list[Unit]]]:
-    """plan[rank][row] = units. As few rows as found, the same number on every rank, costs of ranks balanced.
+def _assign(units: list[Unit], budget: int, ranks: int, multiple: int) -> list[list[list[Unit]]]:
+    """plan[rank][row] = units. As few rows as found, the same number on every rank and a multiple of `multiple`, costs of
+    rows and of ranks balanced.
 
-    Longest first into the emptiest row. If that row can not take a unit then all rows are more than half full, so
-    twice the least possible number of rows always suffices and a few attempts find a number that does.
+    Dearest first into the cheapest row. Where that row has no room, longest first into the shortest: if that one has none
+    then all rows are more than half full, so twice the least possible number of rows always suffices and a few attempts find
+    a number that does.
     """
     least = max(1, -(-sum(u.tokens for u in units) // (budget * ranks)))
-    order = sorted(range(len(units)), key=lambda i: (-units[i].tokens, i))
-    for rows in sorted({*range(least, least + 3), -(-least * 5 // 4), -(-least * 3 // 2), 2 * least}):
-        filled = _fill(units, order, rows * ranks, budget)
-        if filled is not None:
-            return _spread(filled, rows, ranks)
+    enough = {*range(least, least + 3), -(-least * 5 // 4), -(-least * 3 // 2), 2 * least}
+    for rows in sorted({-(-n // multiple) * multiple for n in enough}):
+        for weight in (lambda u: u.cost, lambda u: u.tokens):
+            filled = _fill(units, weight, rows * ranks, budget)
+            if filled is not None:
+                return _spread(filled, rows, ranks)
     raise AssertionError(f"{len(units)} units of at most {budget} tokens did not fit {2 * least} rows a rank")
 
 
-def _fill(units: list[Unit], order: list[int], rows: int, budget: int) -> list[list[Unit]] | None:
-    heap = [(0, r) for r in range(rows)]
+def _fill(units: list[Unit], weight: Callable[[Unit], float], rows: int, budget: int) -> list[list[Unit]] | None:
+    """Heaviest first into the lightest row; None where that has no room."""
+    heap = [(0.0, 0, r) for r in range(rows)]               # weight, tokens, row
     content: list[list[int]] = [[] for _ in range(rows)]
-    for i in order:
-        load, r = heap[0]
-        if load + units[i].tokens > budget:
+    for i in sorted(range(len(units)), key=lambda i: (-weight(units[i]), i)):
+        load, tokens, r = heap[0]
+        if tokens + units[i].tokens > budget:
             return None
-        heapq.heapreplace(heap, (load + units[i].tokens, r))
+        heapq.heapreplace(heap, (load + weight(units[i]), tokens + units[i].tokens, r))
         content[r].append(i)
     return [[units[i] for i in sorted(row)] for row in content]
 
@@ -205,11 +218,11 @@ def _materialise(row: list[Unit], groups: Sequence[TokenGroup], multiple: int) -
                       segments=tuple(segments), samples=tuple(samples))
 
 
-def _metrics(groups: Sequence[TokenGroup], rows: list[list[Unit]], layout: Layout, imbalance: float) -> dict[str, float]:
+def _metrics(groups: Sequence[TokenGroup], rows: list[list[Unit]], layout: Layout) -> dict[str, float]:
     """`rows`: of all data ranks, each of which has as many."""
     multiple = layout.token_multiple
     filled = [row[0].stem + sum(u.tokens for u in row) if row else 0 for row in rows]
     real, padded = sum(filled), sum(max(multiple, -(-n // multiple) * multiple) for n in filled)
     unshared = sum(len(g.prompt) - 1 + len(r) for g in groups for r in g.responses)
     return {"batch/micro_batches": len(rows) / layout.data, "batch/padding_fraction": 1 - real / padded,
-            "batch/shared_fraction": 1 - real / unshared, "batch/dp_imbalance": imbalance}
+            "batch/shared_fraction": 1 - real / unshared}

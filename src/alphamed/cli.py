@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", type=Path, metavar="FILE", help="write the plan as JSON")
     sub.add_argument("--html", type=Path, metavar="FILE", help="write the plan as one page with pictures")
     sub.add_argument("--build", action="store_true", help="build every trainer rank on the meta device and compare")
+    sub.add_argument("--simulate", action="store_true", help="run two steps of the real program with a shrunken model, here")
     sub = verb("launch", _launch, "What the launchers examples/*.sh and Slurm call.")
     sub.add_argument("--script", type=Path, help="launcher whose .yaml of the same name is the configuration")
     sub.add_argument("--config", type=Path, metavar="FILE")

@@ -11,7 +11,7 @@ from typing import Self
 
 from pydantic import model_validator
 
-from alphamed.config_choices import Correction, Device, Dtype, OldLogprobs, SyncMode, Transport
+from alphamed.config_choices import Correction, Device, Dtype, OldLogprobs, ReferencePlace, SyncMode, Transport
 from alphamed.config_sections import (AlgorithmConfig, CheckpointConfig, ClusterConfig, DataConfig, DynamicSamplingConfig,
                                       EvaluationConfig, LoggingConfig, ModelConfig, OptimizerConfig, ParallelConfig,
                                       PromptConfig, RewardConfig, RolloutConfig, RunConfig, Section, SyncConfig)
@@ -81,6 +81,12 @@ class Config(Section):
         if p.virtual_pipeline is not None and p.pipeline == 1:
             yield (f"parallel.virtual_pipeline: {p.virtual_pipeline} needs parallel.pipeline > 1; "
                    f"remove it or raise parallel.pipeline")
+        if p.context > 1:
+            yield (f"parallel.context: {p.context} would cut sequences over ranks, which needs Transformer Engine's attention "
+                   f"on CUDA and is not built; set it to 1, and spread long rows with parallel.tensor and parallel.sequence")
+        if p.reference == ReferencePlace.SWAPPED and self.model.fp8:
+            yield ("parallel.reference: swapped leaves Transformer Engine's FP8 copies of the weights on the device; set it "
+                   "to resident or model.fp8 to false")
         if r.top_p != 1.0 or r.top_k != -1:
             name, value, full = ("top_p", r.top_p, 1.0) if r.top_p != 1.0 else ("top_k", r.top_k, -1)
             yield (f"rollout.{name}: {value} would sample from another distribution than the one the loss uses; "

@@ -88,6 +88,11 @@ class Recompute(StrEnum):
     FULL = "full"
 
 
+class ReferencePlace(StrEnum):
+    RESIDENT = "resident"
+    SWAPPED = "swapped"
+
+
 class Schedule(StrEnum):
     CONSTANT = "constant"
     LINEAR = "linear"

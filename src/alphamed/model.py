@@ -9,6 +9,7 @@ Light: json only. Every error is a ConfigError (a ValueError) of one line naming
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,7 +218,8 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig, rollout: RolloutCo
 
     Trainer (megatron-core 0.16.1): TP divides heads and FFN; KV heads divide TP or TP divides them (in the first case
     the fused QKV matrix is cut inside a KV group and gathered again in the forward pass); PP x VPP divides the layers.
-    The vocabulary is padded and never restricts TP. Engine (vLLM): the same rules for heads, KV heads and FFN.
+    The vocabulary is padded to a multiple of TP, so it restricts TP only where it has too few tokens for all ranks. Engine
+    (vLLM): the same rules for heads, KV heads and FFN.
     """
     for field, tensor in (("parallel.tensor", parallel.tensor), ("rollout.tensor_parallel", rollout.tensor_parallel)):
         sizes = {"attention heads": shape.heads, "FFN columns": shape.ffn}
@@ -228,6 +230,9 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig, rollout: RolloutCo
         if tensor not in tensor_sizes(shape):
             raise ConfigError(f"{field}: {tensor} and the model's {shape.kv_heads} KV heads do not divide one another; "
                               f"choose one of {tensor_sizes(shape)}")
+    if -(-shape.vocab // parallel.tensor) * (parallel.tensor - 1) >= shape.vocab:
+        raise ConfigError(f"parallel.tensor: {parallel.tensor} ranks are too many for a vocabulary of {shape.vocab} tokens: "
+                          f"the last would hold padding alone; choose at most {math.isqrt(shape.vocab)}")
     chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
     if shape.layers % chunks:
         field = "parallel.pipeline" if shape.layers % parallel.pipeline else "parallel.virtual_pipeline"

@@ -207,4 +207,4 @@ class MiniBatch:
 class Batch:
     """A step's data on this rank, cut into one mini-batch per optimizer step."""
     mini_batches: tuple[MiniBatch, ...]
-    metrics: Mapping[str, float] = field(default_factory=dict)   # batch/padding_fraction, batch/shared_fraction, batch/dp_imbalance
+    metrics: Mapping[str, float] = field(default_factory=dict)   # batch/... of observe/metrics.py

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -110,6 +111,7 @@ def open_session(config: Config) -> Iterator[Session]:
     with contextlib.ExitStack() as stack:
         here = runtime.start(config)
         stack.callback(runtime.stop, here)
+        print(here.layout, file=sys.stderr)                 # goes to the rank's log; `alphamed plan --simulate` reads it
         control = stack.enter_context(Control.open(here.cpu_group, config.run_dir, config.cluster.heartbeat_timeout_s))
         run = Run.open(config, control)
         stack.callback(run.close)
@@ -147,6 +149,7 @@ def _reference(config: Config, shape: ModelShape, here: runtime.Runtime, folder:
         return NoReference()
     reference = Reference.build(config, shape, here)
     control.everywhere("loading the reference", lambda: load_hf(folder, reference.model_chunks(), shape, here.layout))
+    reference.weights_changed()
     return reference
 
 

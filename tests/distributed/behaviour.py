@@ -83,6 +83,23 @@ def first_update(folder: Path, data: oracle.Data) -> dict:
     return found
 
 
+def swapped_reference(folder: Path, data: oracle.Data) -> dict:
+    """Log-probs of a reference that is swapped in, twice, and of one that stays; what the swapped one holds between."""
+    from alphamed.megatron.policy import Reference
+    from alphamed.weights.hf_io import load_hf
+
+    case, found = worker.Case("swapped", "llama", "", {"tensor": 2, "sequence": True}, budget=64), {}
+    for place in ("resident", "swapped"):
+        with worker.policy_of(case, folder, {"parallel": {"reference": place}}) as policy:
+            batch = worker.packed(case, policy, data.groups)
+            reference = Reference.build(policy.config, policy.shape, policy.runtime)
+            load_hf(folder, reference.model_chunks(), policy.shape, policy.layout)
+            reference.weights_changed()
+            found[place] = [worker.by_sample(reference.logprobs(batch), "reference_logprobs") for _ in range(2)]
+            found[f"{place} held"] = sum(p.numel() for chunk in reference.model_chunks() for p in chunk.parameters())
+    return found
+
+
 def bf16(folder: Path, data: oracle.Data) -> dict:
     """Three updates of the fixed batch in bf16."""
     case = worker.Case("bf16", "llama", "")

@@ -53,6 +53,8 @@ def measure(case: dict) -> dict:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         policy = Policy.build(config, shape, runtime)
         reference = Reference.build(config, shape, runtime) if config.algorithm.kl_coefficient else None
+        if reference:
+            reference.weights_changed()
         batch = pack(groups, policy.layout, token_budget=config.parallel.micro_batch_tokens,
                      share_prompts=config.parallel.share_prompts)
         if reference:

@@ -13,6 +13,9 @@ from torch import Tensor
 from alphamed.records import TokenGroup
 
 TEMPERATURE, CLIP_LOW, CLIP_HIGH, KL_COEFFICIENT, CAP = 0.7, 0.2, 0.28, 0.05, 2.0
+SMOOTH_LR, SMOOTH_CLIP = 3e-5, (0.9, 9.0)
+"""For comparisons in bf16: bounds that no ratio reaches, for a rounded ratio falls on the other side of a bound now and
+then, and its token's whole gradient with it; smaller steps, for Adam's first ones are signs, which rounding turns."""
 LR, BETAS, EPS, WEIGHT_DECAY, CLIP_GRAD = 1e-4, (0.9, 0.95), 1e-8, 0.01, 1.0
 Sample = tuple[int, int]                  # (index of the group, index of the response)
 
@@ -37,9 +40,9 @@ class Trace:
     kl: float
 
 
-def load(folder: Path):
+def load(folder: Path, dtype: torch.dtype = torch.float32):
     from transformers import AutoModelForCausalLM
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
 
 
 def make_data(folder: Path, seed: int = 3, vocab: int = 509) -> Data:
@@ -72,7 +75,7 @@ def scores(model, shapes) -> dict[Sample, tuple[Tensor, Tensor]]:
     rows = {(g, j): torch.cat([p, r]) for g, (p, rs) in enumerate(shapes) for j, r in enumerate(rs)}
     padded = torch.nn.utils.rnn.pad_sequence(list(rows.values()), batch_first=True)
     filled = torch.nn.utils.rnn.pad_sequence([torch.ones_like(r) for r in rows.values()], batch_first=True)
-    logits = model(input_ids=padded, attention_mask=filled).logits / TEMPERATURE
+    logits = model(input_ids=padded, attention_mask=filled).logits.float() / TEMPERATURE
     found = {}
     for i, ((g, j), row) in enumerate(rows.items()):
         start = len(shapes[g][0])
@@ -82,7 +85,8 @@ def scores(model, shapes) -> dict[Sample, tuple[Tensor, Tensor]]:
 
 
 def objective(found: dict[Sample, tuple[Tensor, Tensor]], data: Data, aggregation: str = "token_mean",
-              correction: bool = False, members: list[int] | None = None) -> tuple[Tensor, float, float]:
+              correction: bool = False, members: list[int] | None = None,
+              clip: tuple[float, float] = (CLIP_LOW, CLIP_HIGH)) -> tuple[Tensor, float, float]:
     """Clipped GRPO loss with a k3 KL term over the groups `members`; also the token means of entropy and KL."""
     terms, lengths, entropy, kls = [], [], 0.0, 0.0
     for (g, j), (logprobs, h) in found.items():
@@ -90,7 +94,7 @@ def objective(found: dict[Sample, tuple[Tensor, Tensor]], data: Data, aggregatio
             continue
         ratio = (logprobs - data.old[g, j]).exp()
         advantage = data.groups[g].advantages[j]
-        term = -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantage)
+        term = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip[0], 1 + clip[1]) * advantage)
         if correction:
             term = term * (data.old[g, j] - data.groups[g].rollout_logprobs[j]).exp().clamp(max=CAP)
         d = data.reference[g, j] - logprobs
@@ -108,28 +112,37 @@ def objective(found: dict[Sample, tuple[Tensor, Tensor]], data: Data, aggregatio
 
 
 def train(folder: Path, data: Data, updates: int = 3, aggregation: str = "token_mean", correction: bool = False,
-          mini_batches: list[list[int]] | None = None) -> Trace:
-    """AdamW on all groups at once, or on each of `mini_batches` (indices of groups) in turn, `updates` times."""
-    model = load(folder)
+          mini_batches: list[list[int]] | None = None, lr: float = LR,
+          clip: tuple[float, float] = (CLIP_LOW, CLIP_HIGH), dtype: torch.dtype = torch.float32) -> Trace:
+    """AdamW on all groups at once, or on each of `mini_batches` (indices of groups) in turn, `updates` times. The model
+    computes in `dtype`; the optimizer's parameters are FP32 in any case, the model's are taken from them."""
+    model = load(folder, dtype)
     shapes = [(g.prompt, list(g.responses)) for g in data.groups]
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim == 1]              # norms and biases
-    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=LR, betas=BETAS,
+    own = list(model.parameters())
+    masters = own if dtype == torch.float32 else [p.detach().float().requires_grad_() for p in own]
+    decayed = [p for p in masters if p.ndim > 1]
+    others = [p for p in masters if p.ndim == 1]                         # norms and biases
+    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=lr, betas=BETAS,
                                   eps=EPS, weight_decay=WEIGHT_DECAY, foreach=False)
     trace = Trace([], [], {}, {}, {}, 0.0, 0.0)
     for update in range(updates):
         for members in mini_batches or [None]:
-            optimizer.zero_grad()
+            model.zero_grad()
             found = scores(model, shapes)
-            loss, entropy, kl = objective(found, data, aggregation, correction, members)
+            loss, entropy, kl = objective(found, data, aggregation, correction, members, clip)
             loss.backward()
             if not trace.loss:
                 trace.before = {s: x.detach() for s, (x, _) in found.items()}
                 trace.gradient = {n: p.grad.clone() for n, p in model.named_parameters()}
                 trace.entropy, trace.kl = entropy, kl
             trace.loss.append(loss.item())
-            trace.grad_norm.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD).item())
+            for master, p in zip(masters, own):
+                master.grad = p.grad.float()
+            trace.grad_norm.append(torch.nn.utils.clip_grad_norm_(masters, CLIP_GRAD).item())
             optimizer.step()
+            with torch.no_grad():
+                for master, p in zip(masters, own):
+                    p.copy_(master)
     with torch.no_grad():
         trace.after = {s: x for s, (x, _) in scores(model, shapes).items()}
     return trace

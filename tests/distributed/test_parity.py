@@ -1,14 +1,16 @@
-"""Every layout of Policy against one plain process of transformers and torch.optim.AdamW, in FP32.
+"""Every layout of Policy against one plain process of transformers and torch.optim.AdamW, over three updates.
 
 One torchrun per world size runs all its cases (worker.py); the tests below only compare what it wrote. Tolerances are those
-of the project: |loss difference| <= 1e-5 + 1e-4 |loss|, gradient norm 1e-4 relative, log-probs 2e-5.
+of the project. FP32: |loss difference| <= 1e-5 + 1e-4 |loss|, gradient norm 1e-4 relative, log-probs 2e-5. bf16 on both
+sides, with FP32 masters: log-probs 0.02 in the mean, gradient norm 5%.
 """
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -26,13 +28,25 @@ pytestmark = pytest.mark.slow
 MODELS = {"llama": {"family": "llama", "tied": True, "llama3_rope": True}, "qwen2": {"family": "qwen2"},
           "qwen3": {"family": "qwen3", "tied": True}}
 TRACES = {"plain": {}, "sequence": {"aggregation": "sequence_mean"}, "constant": {"aggregation": "constant"},
-          "corrected": {"correction": True}, "two": {"mini_batches": [[0, 1], [2, 3]]}, "four": {"mini_batches": [[0], [1], [2], [3]]}}
+          "corrected": {"correction": True}, "two": {"mini_batches": [[0, 1], [2, 3]]},
+          "four": {"mini_batches": [[0], [1], [2], [3]]},
+          "bf16": {"dtype": torch.bfloat16, "lr": oracle.SMOOTH_LR, "clip": oracle.SMOOTH_CLIP}}
+SMOOTH = {"algorithm": dict(zip(("clip_low", "clip_high"), oracle.SMOOTH_CLIP)), "optimizer": {"lr": oracle.SMOOTH_LR}}
 TP2, PP2, DP2 = {"tensor": 2}, {"pipeline": 2}, {"data": 2}
-BEHAVIOURS = {1: ("logits", "size_135m", "first_update", "bf16"), 2: ("non_finite",)}
+BEHAVIOURS = {1: ("logits", "size_135m", "first_update", "bf16"), 2: ("non_finite", "swapped_reference")}
 SP, UNSHARED = {"sequence": True}, {"share_prompts": False}
+FULL, SELECTIVE, CHUNKED = {"recompute": "full"}, {"recompute": "selective"}, {"logprob_chunk_tokens": 7}
+VPP2, OVERLAP = PP2 | {"virtual_pipeline": 2}, {"overlap_grad_reduce": True}
 
 
 def cases(world: int) -> list[Case]:
+    """Those of one world size: each layout in FP32 and, with one model, in bf16."""
+    fp32 = fp32_cases(world)
+    one_model = [c for c in fp32 if c.expect == "plain" and not c.name.endswith(("-llama", "-qwen2"))]
+    return [*fp32, *(replace(c, name=f"{c.name}-bf16", dtype="bf16", expect="bf16", **SMOOTH) for c in one_model)]
+
+
+def fp32_cases(world: int) -> list[Case]:
     everywhere = lambda name, parallel, **more: [Case(f"{name}-{m}", m, "plain", parallel, **more) for m in MODELS]
     if world == 1:
         return [
@@ -55,6 +69,13 @@ def cases(world: int) -> list[Case]:
             *everywhere("tp2-sp", TP2 | SP),
             *everywhere("dp2", DP2, budget=64),
             Case("tp2-chunked", "llama", "plain", TP2 | {"logprob_chunk_tokens": 7}),
+            Case("tp2-sp-chunked", "llama", "plain", TP2 | SP | CHUNKED, budget=64),
+            Case("tp2-sp-selective", "qwen2", "plain", TP2 | SP | SELECTIVE, budget=64),
+            Case("pp2-recompute", "qwen2", "plain", PP2 | FULL, budget=48),
+            Case("pp2-selective-chunked", "llama", "plain", PP2 | SELECTIVE | CHUNKED, budget=48),
+            Case("vpp2-recompute", "qwen3", "plain", VPP2 | FULL, budget=48),
+            Case("vpp2-selective", "llama", "plain", VPP2 | SELECTIVE, budget=48),
+            Case("dp2-overlap-recompute", "llama", "plain", DP2 | OVERLAP | FULL, budget=48),
             Case("tp2-sp-recompute", "qwen3", "plain", TP2 | SP | {"recompute": "full"}, budget=48),
             Case("pp2-unshared", "qwen2", "plain", PP2 | UNSHARED, budget=64),
             Case("vpp2", "llama", "plain", PP2 | {"virtual_pipeline": 2}, budget=48),
@@ -73,6 +94,10 @@ def cases(world: int) -> list[Case]:
         Case("pp2-dp2", "llama", "plain", PP2 | DP2, budget=48),
         Case("vpp2-dp2-overlap", "qwen3", "plain", PP2 | DP2 | {"virtual_pipeline": 2, "overlap_grad_reduce": True}, budget=48),
         Case("tp4", "llama", "plain", {"tensor": 4}),
+        Case("tp4-sp-chunked", "qwen2", "plain", {"tensor": 4} | SP | CHUNKED, budget=64),
+        Case("tp2-vpp2-sp-recompute", "llama", "plain", TP2 | VPP2 | SP | FULL, budget=64),
+        Case("tp2-vpp2-sp-selective-chunked", "qwen3", "plain", TP2 | VPP2 | SP | SELECTIVE | CHUNKED, budget=64),
+        Case("tp2-sp-dp2-overlap-selective", "llama", "plain", TP2 | SP | DP2 | OVERLAP | SELECTIVE, budget=48),
     ]
 
 
@@ -98,8 +123,9 @@ def launch(job: dict, world: int) -> Path:
                 "behaviours": BEHAVIOURS.get(world, ())}, job["root"] / f"job{world}.pt")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}",
                str(HERE / "worker.py"), str(job["root"] / f"job{world}.pt"), str(results)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}:{HERE.parent}", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    search = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": search, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"torchrun with {world} ranks failed:\n{done.stderr[-6000:]}"
     return results
 
@@ -126,28 +152,41 @@ def ranks(results: Path, case: Case) -> list[dict]:
     return [torch.load(f, weights_only=False) for f in files]
 
 
+@dataclass(frozen=True)
+class Tolerance:
+    """`loss`: absolute and relative. `logprobs`: a limit of the mean or of the largest difference."""
+    loss: tuple[float, float]
+    grad_norm: float
+    token_means: float
+    logprobs: float
+    judge: Callable[[torch.Tensor], torch.Tensor]
+
+
+TOLERANCES = {"fp32": Tolerance((1e-5, 1e-4), 1e-4, 1e-4, 2e-5, torch.amax),
+              "bf16": Tolerance((0.02, 0.0), 0.05, 0.02, 0.02, torch.mean)}
+
+
 def compare(case: Case, found: list[dict], trace: oracle.Trace) -> None:
-    stats = found[0]["stats"]
+    stats, limit = found[0]["stats"], TOLERANCES[case.dtype]
     for other in found[1:]:
         assert other["stats"] == stats, "metrics differ between ranks"
     per_update = len(trace.loss) // len(stats)
     for i, stat in enumerate(stats):
         loss = sum(trace.loss[i * per_update:(i + 1) * per_update]) / per_update
         norm = sum(trace.grad_norm[i * per_update:(i + 1) * per_update]) / per_update
-        assert abs(stat["policy/loss"] - loss) <= 1e-5 + 1e-4 * abs(loss), f"update {i}: loss"
-        assert stat["policy/grad_norm"] == pytest.approx(norm, rel=1e-4), f"update {i}: gradient norm"
+        assert abs(stat["policy/loss"] - loss) <= limit.loss[0] + limit.loss[1] * abs(loss), f"update {i}: loss"
+        assert stat["policy/grad_norm"] == pytest.approx(norm, rel=limit.grad_norm), f"update {i}: gradient norm"
     if per_update == 1:
-        assert stats[0]["policy/entropy"] == pytest.approx(trace.entropy, abs=1e-4)
-        assert stats[0]["policy/kl"] == pytest.approx(trace.kl, abs=1e-4)
+        assert stats[0]["policy/entropy"] == pytest.approx(trace.entropy, abs=limit.token_means)
+        assert stats[0]["policy/kl"] == pytest.approx(trace.kl, abs=limit.token_means)
     for moment in ("before", "after"):
         expected, seen = getattr(trace, moment), {}
         for rank in found:
             for sample, logprobs in rank[moment].items():
                 seen.setdefault(sample, []).append(logprobs)
         assert seen.keys() == expected.keys(), f"{moment}: responses"
-        for sample, all_logprobs in seen.items():
-            for logprobs in all_logprobs:
-                torch.testing.assert_close(logprobs, expected[sample], atol=2e-5, rtol=0)
+        difference = torch.cat([logprobs - expected[sample] for sample, copies in seen.items() for logprobs in copies]).abs()
+        assert limit.judge(difference) <= limit.logprobs, f"{moment}: log-probs"
 
 
 def ids(case: Case) -> str:
@@ -169,7 +208,7 @@ def test_four_ranks(case, world4, traces):
     compare(case, ranks(world4, case), traces[case.model, case.expect])
 
 
-@pytest.mark.parametrize("case", [c for c in cases(1) if c.expect == "plain"], ids=ids)
+@pytest.mark.parametrize("case", [c for c in fp32_cases(1) if c.expect == "plain"], ids=ids)
 def test_gradients_equal_the_padded_unshared_model(case, world1, traces):
     """Every parameter's gradient, within 1e-5 of the largest one of that parameter."""
     found, expected = ranks(world1, case)[0]["gradient"], traces[case.model, "plain"].gradient
@@ -184,7 +223,7 @@ def test_the_layouts_are_what_they_claim(world1, world2):
     by_name = {c.name: c for c in [*cases(1), *cases(2)]}
     assert ranks(world1, by_name["single-llama"])[0]["micro_batches"] == [1]
     assert ranks(world1, by_name["cut"])[0]["micro_batches"][0] > 2
-    assert ranks(world2, by_name["vpp2-odd"])[0]["micro_batches"] == [1]       # the schedule needs a multiple of 2
+    assert ranks(world2, by_name["vpp2-odd"])[0]["micro_batches"] == [2]       # the schedule needs a multiple of 2
     tokens = [sum(len(x) for x in rank["before"].values()) for rank in ranks(world2, by_name["dp2-llama"])]
     assert tokens[0] != tokens[1], "data ranks were meant to hold different numbers of tokens"
     assert sum(rank["idle"] for rank in ranks(world2, by_name["dp2-idle-rank"])) == 4
@@ -237,6 +276,14 @@ def test_bf16_follows_fp32(world1, traces):
     moved = torch.cat([found["after"][s] - found["before"][s] for s in trace.before])
     expected = torch.cat([trace.after[s] - trace.before[s] for s in trace.before])
     assert torch.corrcoef(torch.stack([moved, expected]))[0, 1] > 0.9      # updates below a weight's rounding are kept in FP32
+
+
+def test_a_swapped_reference_is_the_resident_one(world2):
+    for rank in behaviour(world2, "swapped_reference"):
+        assert rank["swapped held"] == 0 < rank["resident held"], "outside its forward passes a swapped reference is empty"
+        for now in (*rank["swapped"], rank["resident"][1]):
+            assert now.keys() == rank["resident"][0].keys() and len(now) > 5
+            assert all(torch.equal(logprobs, rank["resident"][0][sample]) for sample, logprobs in now.items())
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])

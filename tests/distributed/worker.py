@@ -31,20 +31,22 @@ class Case:
     expect: str
     parallel: dict = field(default_factory=dict)
     algorithm: dict = field(default_factory=dict)
+    optimizer: dict = field(default_factory=dict)
     budget: int = 400
     mini_batches: int = 1
     device: str = "cpu"
+    dtype: str = "fp32"
 
 
 def config_of(case: Case, folder: Path):
     return build_config({
-        "model": {"path": str(folder), "dtype": "fp32"}, "data": {"train": ["none.jsonl"]}, "run": {"steps": 3},
+        "model": {"path": str(folder), "dtype": case.dtype}, "data": {"train": ["none.jsonl"]}, "run": {"steps": 3},
         "rollout": {"dtype": "fp32", "temperature": oracle.TEMPERATURE, "questions_per_step": 8, "max_response_tokens": 16},
         "algorithm": {"kl_coefficient": oracle.KL_COEFFICIENT, "clip_low": oracle.CLIP_LOW, "clip_high": oracle.CLIP_HIGH,
                       "mini_batches": case.mini_batches, **case.algorithm},
         "parallel": case.parallel, "prompt": {"max_tokens": 32},
         "optimizer": {"lr": oracle.LR, "betas": oracle.BETAS, "eps": oracle.EPS, "weight_decay": oracle.WEIGHT_DECAY,
-                      "clip_grad": oracle.CLIP_GRAD},
+                      "clip_grad": oracle.CLIP_GRAD, **case.optimizer},
         "cluster": {"device": case.device, "trainer_threads": 1, "rank_timeout_s": 120.0}})
 
 

@@ -138,6 +138,9 @@ CONFIGS = [
     Mistake("a single virtual stage", lambda run: run.set("parallel", {"pipeline": 2, "virtual_pipeline": 1}),
             ("parallel.virtual_pipeline", "1", "2")),
     setting("parallel.data", 4, "questions_per_step"),
+    setting("parallel.context", 2, "2", "Transformer Engine", "set it to 1"),
+    setting("parallel.reference", "away", "away", "resident", "swapped"),
+    setting("parallel.logprob_chunk_tokens", -1, "-1"),
     setting("parallel.micro_batch_tokens", 100, "100", "raise it"),
     Mistake("no room to round a row up", lambda run: run.set("parallel", {
         "tensor": 4, "sequence": True, "micro_batch_tokens": 512 + 16 + 2}), ("micro_batch_tokens", "at least 531")),

@@ -99,12 +99,15 @@ def test_invariants(seed):
               for _ in range(r.randint(2, 12))]
     data, tensor, minis = r.randint(1, 4), r.choice([1, 2, 4]), r.randint(1, 2)
     budget, share = r.randint(60, 200) + len(stem), r.random() < 0.7
-    layouts = [Layout(data=data, data_rank=d, tensor=tensor, sequence_parallel=tensor > 1) for d in range(data)]
+    stages = random.Random(seed + 1000).choice([1, 2, 3, 4])
+    layouts = [Layout(data=data, data_rank=d, tensor=tensor, sequence_parallel=tensor > 1, pipeline=stages,
+                      virtual_pipeline=2 if stages > 1 else None) for d in range(data)]
     batches = [pack(groups, la, token_budget=budget, mini_batches=minis, share_prompts=share) for la in layouts]
     seen = []
     for m in range(minis):
         per_rank = [b.mini_batches[m] for b in batches]
         assert len({len(x.micro_batches) for x in per_rank}) == 1
+        assert len(per_rank[0].micro_batches) % stages == 0
         assert len({(x.response_tokens, x.sequences) for x in per_rank}) == 1
         assert sum(int(row.mask.sum()) for x in per_rank for row in x.micro_batches) == per_rank[0].response_tokens
         assert sum(row.sequences for x in per_rank for row in x.micro_batches) == per_rank[0].sequences
@@ -128,6 +131,26 @@ def test_data_ranks_share_the_cost():
     batch = pack(groups, Layout(data=2), token_budget=600)
     assert batch.metrics["batch/micro_batches"] == len(rows(batch))         # of one rank
     assert batch.metrics["batch/dp_imbalance"] < 0.05
+
+
+def test_rows_are_spread_over_the_interleaved_schedule_and_not_filled_up_with_idle_ones():
+    groups = [group([1, 2, 3], [[4] * 8, [5] * 8]) for _ in range(4)]           # 2 + 16 tokens each: one row of 72 holds all
+    plain, = rows(pack(groups, Layout(pipeline=4), token_budget=100))
+    assert len(plain.tokens) == 72
+    virtual = rows(pack(groups, Layout(pipeline=4, virtual_pipeline=2), token_budget=100))
+    assert [len(row.tokens) for row in virtual] == [18] * 4 and all(row.samples for row in virtual)
+
+
+def test_rows_are_balanced_by_cost_and_not_by_tokens():
+    """A pair costs 1 / 24576: one sequence of 24,576 tokens costs 24576 + 24576 / 2, 320 of 96 tokens 30720 + 60 in all. So
+    the long one's row takes none of the others."""
+    long, short = 24576, 96
+    groups = [group([1, 2], [[3] * (long - 1)])] + [group([1, 2], [[3] * (short - 1)]) for _ in range(320)]
+    batch = pack(groups, Layout(), token_budget=40_000)
+    first, second = sorted(rows(batch), key=lambda row: -max(s.tokens for s in row.segments))
+    assert len(first.tokens) == 24576 and len(second.tokens) == 320 * 96        # by tokens: 64 short ones in the first
+    mean = (1.5 * 24576 + 320 * 96 * (1 + 48 / 24576)) / 2
+    assert batch.metrics["batch/row_imbalance"] == pytest.approx(1.5 * 24576 / mean - 1, rel=1e-3)
 
 
 def test_what_can_not_be_packed_says_so():

@@ -6,6 +6,7 @@ import pytest
 from alphamed.config import ConfigError
 from alphamed.config_choices import Dtype, WandbMode
 from alphamed.config_file import build_config, dump_config, load_config
+from alphamed.config_sections import ParallelConfig
 
 SMALL = {"model": {"path": "m"}, "data": {"train": ["a.jsonl"]}}
 
@@ -109,3 +110,16 @@ def test_settings_of_rollouts_that_do_not_go_together(tree, problem):
     with pytest.raises(ConfigError) as caught:
         build_config(SMALL | tree)
     assert str(caught.value).startswith(problem)
+
+
+@pytest.mark.parametrize("vocab, parallel, chunk", [
+    (128256, {"micro_batch_tokens": 16384}, 2048),                              # 16,384 x 128,256 x 4 bytes = 8.4 GB
+    (128256, {"micro_batch_tokens": 16384, "tensor": 8}, 0),                    # 1.05 GB, just below 1 GiB
+    (128256, {"micro_batch_tokens": 16896, "tensor": 8}, 2048),                 # 1.08 GB, just above
+    (49152, {"micro_batch_tokens": 2048}, 0),                                   # 0.4 GB
+    (152064, {"micro_batch_tokens": 2048}, 0),                                  # a chunk of 2,048 would be the whole row
+    (128256, {"micro_batch_tokens": 16384, "logprob_chunk_tokens": 0}, 0),      # as asked for
+    (49152, {"micro_batch_tokens": 2048, "logprob_chunk_tokens": 100}, 100),
+])
+def test_log_probs_are_cut_where_logits_would_take_a_gibibyte(vocab, parallel, chunk):
+    assert ParallelConfig(**parallel).logprob_chunk(vocab) == chunk

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from alphamed.fetch import convert_gguf
 from alphamed.model import read_shape
 from alphamed.weights.folder import check_weights
-from tiny import CHATML, SPECIAL
+from alphamed.planner.miniature import CHATML, SPECIAL
 
 HIDDEN, FFN, HEADS, KV_HEADS = 32, 64, 2, 1
 

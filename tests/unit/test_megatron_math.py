@@ -206,3 +206,36 @@ def test_importance_weights_reach_the_loss_and_its_counts(kind, weights, changed
     found = dict(zip(SUM_NAMES, sums.tolist(), strict=True))
     assert (found["corrected"], found["tokens"]) == (changed, 3)
     assert found["logprob_diff_max"] == pytest.approx(2 * 0.6931472)
+
+
+# ---------------------------------------------------------------------------------------------------------------- schedules
+@pytest.mark.parametrize("virtual, batched", [(None, True), (2, False)])
+def test_virtual_stages_never_batch_their_messages(virtual, batched):
+    """Batched, the interleaved schedule is silently wrong over gloo (loss off by 0.13)."""
+    from alphamed.megatron.provider import transformer_config
+    from alphamed.records import Layout
+
+    config = build_config({"model": {"path": "m", "dtype": "fp32"}, "data": {"train": ["a"]}, "cluster": {"device": "cpu"},
+                           "parallel": {"pipeline": 2, "virtual_pipeline": virtual}})
+    found = transformer_config(config, shape_of(layers=4), Layout(pipeline=2, virtual_pipeline=virtual))
+    assert (found.batch_p2p_comm, found.overlap_p2p_comm) == (batched, not batched)
+
+
+# ------------------------------------------------------------------------------------------------- weights that are swapped
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swapped_weights_hold_their_values_inside_the_block_only(dtype):
+    from alphamed.megatron.swapping import SwappedWeights
+
+    model = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 7)).to(dtype)
+    model[2].weight = model[0].weight                                   # a tied output layer
+    model.requires_grad_(False)
+    ids = torch.arange(7)
+    expected, size = model(ids), sum(p.nbytes for p in model.parameters())
+    swapped = SwappedWeights([model])
+    for _ in range(2):
+        assert [p.numel() for p in model.parameters()] == [0, 0, 0, 0]
+        with swapped:
+            assert torch.equal(model(ids), expected)
+            assert model[2].weight is model[0].weight
+    assert [p.numel() for p in model.parameters()] == [0, 0, 0, 0]
+    assert swapped.bytes == size                                        # the shared matrix once

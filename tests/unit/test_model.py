@@ -141,6 +141,9 @@ SMOL = LLAMA_31_8B | {"hidden_size": 576, "intermediate_size": 1536, "num_hidden
     (LLAMA_31_8B | {"num_attention_heads": 12, "num_key_value_heads": 6, "intermediate_size": 12288, "head_dim": 128},
      {"tensor": 4}, {},
      "parallel.tensor: 4 and the model's 6 KV heads do not divide one another; choose one of [1, 2, 3, 6, 12]"),
+    (LLAMA_31_8B | {"vocab_size": 9}, {"tensor": 4}, {},                # 3 + 3 + 3 + 0
+     "parallel.tensor: 4 ranks are too many for a vocabulary of 9 tokens: the last would hold padding alone; choose at most "
+     "3"),
 ))
 def test_layouts_refused(tmp_path, tree, parallel, rollout, message):
     with pytest.raises(ConfigError) as refused:

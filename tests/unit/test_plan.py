@@ -115,6 +115,33 @@ def test_activations_of_a_layer_by_hand():
     assert layer_bytes(one, "full") == (2048, 2048)
 
 
+def test_a_swapped_reference_by_hand():
+    """8B over 4 tensor ranks, bf16, one row of 16,384 tokens: 4.0 GB that an update's activations make room for."""
+    resident, swapped = (job(parallel={"tensor": 4, "sequence": True, "micro_batch_tokens": 16384, "reference": place},
+                             algorithm={"kl_coefficient": 0.1}) for place in ("resident", "swapped"))
+    held = 2 * ((8_030_261_248 - 65 * 4096) // 4 + 65 * 4096)
+    before, after = (stage_use(one, 0).causes for one in (resident, swapped))
+    assert before["reference"] == held and after["reference"] == 0
+    assert {**before, "reference": 0} == after
+    # full recompute keeps 32 inputs of 16,384 x 2,048 bytes: the reference and its output layer need more than an update
+    small = job(parallel={"tensor": 4, "sequence": True, "micro_batch_tokens": 4096, "recompute": "full",
+                          "reference": "swapped"}, algorithm={"kl_coefficient": 0.1})
+    causes = stage_use(small, 0).causes
+    logits = 4096 * 32064 * (4 + 2) + 4096 * 4096 * 2 + 32064 * 4096 * 2                    # whole, with their gradient
+    assert causes["reference"] == held + logits - causes["activations"] - causes["logits"]
+    # over PCIe 5 at 70% of 64 GB/s, once a step
+    more = step_time(swapped).logprobs - step_time(resident).logprobs
+    assert more == pytest.approx(held / (64e9 * 0.7))
+
+
+def test_chunks_of_their_own_accord_are_planned():
+    one = job(parallel={"micro_batch_tokens": 16384})
+    whole = replace(one, config=changed_config(one.config, ["parallel.logprob_chunk_tokens=0"]))
+    logits = 128256 * 6                                                     # FP32, and their gradient in bf16, of a token
+    assert stage_use(whole, 0).causes["logits"] - stage_use(one, 0).causes["logits"] == (16384 - 2048) * logits
+    assert step_time(one).update > step_time(whole).update
+
+
 @pytest.mark.parametrize(("virtual", "stage", "expected"), [(None, 0, 4), (None, 3, 1), (2, 0, (2 * 3 + 4 + 1) / 2),
                                                             (2, 3, (4 + 1) / 2)])
 def test_micro_batches_in_flight(virtual, stage, expected):
@@ -245,6 +272,8 @@ def test_the_first_examples_fit_as_well(name):
     ({"parallel": {"data": 12}}, "parallel: tensor x pipeline x data = 12", "parallel.data=16"),
     ({"parallel": {"data": 4}, "rollout": {"engines": 12}, "cluster": {"nodes": 2}}, "cluster.nodes", "rollout.engines=8"),
     ({"parallel": {"data": 4}, "rollout": {"engines": 8}, "cluster": {"nodes": 1}}, "cluster.nodes", "rollout.engines=4"),
+    ({"parallel": {"recompute": "selective", "share_prompts": False}}, "parallel.recompute: selective",
+     "parallel.recompute=none"),
     ({"prompt": {"max_tokens": 130000}, "parallel": {"micro_batch_tokens": 140000}}, "prompt.max_tokens",
      "rollout.max_response_tokens=1072"),
 ])

@@ -1,6 +1,7 @@
 """The policy that is trained and the frozen reference: log-probs of a batch, and updates from it."""
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -14,10 +15,12 @@ from megatron.core.optimizer import ChainedOptimizer
 
 from alphamed.batching import attach
 from alphamed.config import Config
+from alphamed.config_choices import ReferencePlace
 from alphamed.megatron import provider
 from alphamed.megatron.gpt import PolicyModel
 from alphamed.megatron.runtime import Runtime, memory_metrics
 from alphamed.megatron.step import Sums, apply_gradients, forward_backward, forward_logprobs, learning_rate
+from alphamed.megatron.swapping import SwappedWeights
 from alphamed.model import ModelShape
 from alphamed.records import Batch, Layout, MicroBatch, Segment
 
@@ -127,10 +130,13 @@ class Policy:
 
 
 class Reference:
-    """The frozen starting point: the same layout as the policy's, no gradients, no optimizer."""
+    """The frozen starting point: the same layout as the policy's, no gradients, no optimizer. With `parallel.reference:
+    swapped` its weights are on the device only while `logprobs` runs."""
 
     def __init__(self, config: Config, shape: ModelShape, runtime: Runtime) -> None:
         self.runtime = runtime
+        self._swaps = config.parallel.reference == ReferencePlace.SWAPPED
+        self._weights: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         self._chunks = provider.build_model(config, shape, runtime)
         for chunk in self._chunks:
             chunk.requires_grad_(False).eval()
@@ -138,15 +144,21 @@ class Reference:
 
     @classmethod
     def build(cls, config: Config, shape: ModelShape, runtime: Runtime) -> Reference:
-        """A reference with random weights, to be written into `model_chunks()`."""
+        """A reference with random weights. After writing others into `model_chunks()` call `weights_changed()`."""
         return cls(config, shape, runtime)
 
     def model_chunks(self) -> list[PolicyModel]:
         return self._chunks
 
+    def weights_changed(self) -> None:
+        """The weights are those to keep: where they are swapped they leave the device now, for good but for `logprobs`."""
+        if self._swaps:
+            self._weights = SwappedWeights(self._chunks)
+
     def logprobs(self, batch: Batch) -> Batch:
         """The batch with `reference_logprobs` as Policy.logprobs gives old ones."""
-        return attach(batch, "reference_logprobs", _logprobs(self._wrapped, batch, self.runtime))
+        with self._weights:
+            return attach(batch, "reference_logprobs", _logprobs(self._wrapped, batch, self.runtime))
 
 
 class NoReference:

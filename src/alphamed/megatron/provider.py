@@ -52,6 +52,7 @@ def transformer_config(config: Config, shape: ModelShape, layout: Layout) -> Tra
         params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=layout.tensor, pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline, sequence_parallel=layout.sequence_parallel,
+        context_parallel_size=config.parallel.context,
         # Packed rows differ in length, so stages announce shapes to one another. Megatron couples this to a dispatcher of
         # mixture-of-experts tokens even in dense models.
         variable_seq_lengths=layout.pipeline > 1, moe_token_dispatcher_type="alltoall",
@@ -74,7 +75,7 @@ def build_model(config: Config, shape: ModelShape, runtime: Runtime) -> list[Pol
     megatron = transformer_config(config, shape, layout)
     fused = transformer_engine_active(config)
     fused_attention = fused and not config.parallel.share_prompts
-    head = HeadOptions(config.rollout.temperature, config.parallel.logprob_chunk_tokens, shape.vocab, fused_attention)
+    head = HeadOptions(config.rollout.temperature, config.parallel.logprob_chunk(shape.vocab), shape.vocab, fused_attention)
     chunks = []
     for stage in range(layout.virtual_pipeline or 1):
         virtual = stage if layout.virtual_pipeline else None

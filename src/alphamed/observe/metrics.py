@@ -69,6 +69,7 @@ METRICS: Mapping[str, Metric] = _table(
     ("batch/padding_fraction", "share", "packed tokens that are padding"),
     ("batch/shared_fraction", "share", "prompt tokens saved because samples share their prompt"),
     ("batch/dp_imbalance", "", "largest over mean load of the data ranks, less 1"),
+    ("batch/row_imbalance", "", "dearest over mean row of a data rank, less 1: what pipeline stages wait for"),
     # ------------------------------------------------------------------------------------------- where time goes
     ("time/step_s", "s", "the whole step, without checkpoint and evaluation"),
     ("time/generate_s", "s", "from the step's first request to its last response; ahead of the policy, the wait for groups"),

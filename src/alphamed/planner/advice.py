@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from alphamed.config import ConfigError
 from alphamed.config_choices import Recompute
 from alphamed.config_file import changed_config
+from alphamed.config_sections import AUTO_CHUNK_TOKENS
 from alphamed.model import tensor_sizes
 from alphamed.planner.job import Job
 from alphamed.planner.legality import layout_problems, memory_problems
@@ -114,7 +115,7 @@ def neighbours(job: Job, gpus: int) -> Iterator[Overrides]:
             yield (f"parallel.recompute={recompute.value}",)
     for tokens in (2 * p.micro_batch_tokens, p.micro_batch_tokens // 2):
         yield (f"parallel.micro_batch_tokens={tokens}",)
-    yield (f"parallel.logprob_chunk_tokens={0 if p.logprob_chunk_tokens else 2048}",)
+    yield (f"parallel.logprob_chunk_tokens={0 if p.logprob_chunk(job.shape.vocab) else AUTO_CHUNK_TOKENS}",)
     yield (f"rollout.max_concurrent_requests={2 * r.max_concurrent_requests}",)
     yield (f"rollout.max_concurrent_requests={max(1, r.max_concurrent_requests // 2)}",)
     for field in ("distributed_optimizer", "overlap_grad_reduce", "share_prompts"):
@@ -122,6 +123,8 @@ def neighbours(job: Job, gpus: int) -> Iterator[Overrides]:
             yield (f"parallel.{field}=true",)
     if p.tensor > 1 and not p.sequence:
         yield ("parallel.sequence=true",)
+    if job.reference:
+        yield (f"parallel.reference={'resident' if job.swapped_reference else 'swapped'}",)
 
 
 def _layouts(job: Job) -> Iterator[Overrides]:

@@ -18,6 +18,7 @@ class Gpu:
     hbm: float                      # its own memory
     nvlink: float                   # to the GPUs of its node
     network: float                  # its share of the node's network cards
+    host: float                     # to and from the host's memory
 
     @property
     def is_cpu(self) -> bool:
@@ -25,12 +26,12 @@ class Gpu:
 
 
 # NVIDIA data sheets: A100 80GB SXM (2020), H100 SXM5 (2023), H200 SXM (2024), HGX B200 (2025). Networks: DGX A100 has eight
-# 200 Gb/s cards, DGX H100, H200 and B200 eight 400 Gb/s cards.
+# 200 Gb/s cards, DGX H100, H200 and B200 eight 400 Gb/s cards. Hosts: 16 lanes of PCIe 4 (A100) or 5.
 _GPUS = (
-    Gpu("a100-80g", 81920 << 20, 312e12, None, 2.039e12, 300e9, 25e9),
-    Gpu("h100-80g", 81559 << 20, 989.4e12, 1978.9e12, 3.35e12, 450e9, 50e9),
-    Gpu("h200-141g", 143771 << 20, 989.4e12, 1978.9e12, 4.8e12, 450e9, 50e9),
-    Gpu("b200-180g", 183359 << 20, 2250e12, 4500e12, 7.7e12, 900e9, 50e9),
+    Gpu("a100-80g", 81920 << 20, 312e12, None, 2.039e12, 300e9, 25e9, 32e9),
+    Gpu("h100-80g", 81559 << 20, 989.4e12, 1978.9e12, 3.35e12, 450e9, 50e9, 64e9),
+    Gpu("h200-141g", 143771 << 20, 989.4e12, 1978.9e12, 4.8e12, 450e9, 50e9, 64e9),
+    Gpu("b200-180g", 183359 << 20, 2250e12, 4500e12, 7.7e12, 900e9, 50e9, 64e9),
 )
 GPUS = {gpu.name: gpu for gpu in _GPUS}
 
@@ -49,7 +50,7 @@ def gpu(name: str) -> Gpu:
 def cpu(cores: int, memory_bytes: int, sharers: int) -> Gpu:
     """A machine as the device of one of `sharers` processes: the whole memory, a share of cores and bandwidth."""
     return Gpu("cpu", memory_bytes, CORE_FLOPS * cores / sharers, None, CPU_MEMORY_BANDWIDTH / sharers,
-               CPU_MEMORY_BANDWIDTH / 2, 1e9)
+               CPU_MEMORY_BANDWIDTH / 2, 1e9, CPU_MEMORY_BANDWIDTH / 2)
 
 
 def with_memory(memory_bytes: int) -> Gpu:

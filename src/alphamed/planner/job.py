@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from alphamed.config import Config
-from alphamed.config_choices import Dtype
+from alphamed.config_choices import Dtype, ReferencePlace
 from alphamed.config_sections import AlgorithmConfig, ParallelConfig, RolloutConfig
 from alphamed.model import ModelShape
 from alphamed.planner.hardware import Gpu
@@ -80,6 +80,10 @@ class Job:
     @property
     def reference(self) -> bool:
         return self.algorithm.kl_coefficient > 0
+
+    @property
+    def swapped_reference(self) -> bool:
+        return self.reference and self.parallel.reference == ReferencePlace.SWAPPED
 
     @property
     def logprob_passes(self) -> int:

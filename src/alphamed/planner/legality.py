@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from alphamed.config import ConfigError
+from alphamed.config_choices import Recompute
 from alphamed.model import check_context, check_layout, divisors, tensor_sizes
 from alphamed.planner.hardware import GIB
 from alphamed.planner.job import Job
@@ -47,6 +48,10 @@ def _layout_problems(job: Job) -> Iterator[Problem]:
         yield Problem(str(error), (f"rollout.max_response_tokens={left}",) if left > 0 else ())
     if job.config.model.fp8 and job.gpu.fp8_flops is None:
         yield Problem(f"model.fp8: {job.gpu.name} computes no FP8", ("model.fp8=false",))
+    if p.recompute == Recompute.SELECTIVE and not p.share_prompts and not job.gpu.is_cpu:
+        yield Problem("parallel.recompute: selective computes attention again, but rows without shared prompts take "
+                      "Transformer Engine's fused attention, which keeps nothing that this would save",
+                      ("parallel.recompute=none",))
     if p.micro_batch_tokens < p.tensor and p.sequence:
         yield Problem(f"parallel.micro_batch_tokens: {p.micro_batch_tokens} leaves tensor ranks without a token")
 

@@ -28,9 +28,14 @@ def main(options: Namespace) -> int:
         from alphamed.planner.page import page
 
         _write(options.html, page(plan, found))
+    status = int(not plan.fits)
     if options.build and plan.found:
-        return max(_build(plan), int(not plan.fits))
-    return int(not plan.fits)
+        status = max(status, _build(plan))
+    if options.simulate and plan.found:
+        from alphamed.planner import simulate
+
+        status = max(status, simulate.main(config, job.shape))
+    return status
 
 
 def _write(path: Path, text: str) -> None:

@@ -80,6 +80,8 @@ def stage_use(job: Job, stage: int, row: Micro | None = None, rows: int | None =
     row = row or fullest_row(job)
     layers, head = _passing_bytes(job, stage, row, rows)
     causes |= {"activations": layers, "logits": head}
+    if job.swapped_reference:
+        causes["reference"] = causes.get("reference", 0) + _swapped_bytes(job, stage, row, layers + head)
     if job.gpu.is_cpu and p.distributed_optimizer:
         # gloo reduces and scatters through a copy of the gradients, when the activations are gone
         causes["reduction copy"] = max(0, causes["gradients"] - layers - head)
@@ -94,7 +96,7 @@ def stage_use(job: Job, stage: int, row: Micro | None = None, rows: int | None =
 
 
 def static_bytes(job: Job, stage: int) -> dict[str, int]:
-    """What a rank of this stage holds all the time: weights, gradients, optimizer state, the reference."""
+    """What a rank of this stage holds all the time: weights, gradients, optimizer state, a resident reference."""
     p, width = job.parallel, job.trainer_bytes
     chunks = parameters.stage_parameters(job.shape, p.tensor, p.pipeline, job.virtual)[stage]
     flat = parameters.buffer_elements(chunks, p.data, p.distributed_optimizer)
@@ -103,7 +105,7 @@ def static_bytes(job: Job, stage: int) -> dict[str, int]:
     # the distributed optimizer moves parameters into a flat buffer of the same layout as the gradients'
     found = {"weights": (flat if p.distributed_optimizer else count) * width, "gradients": flat * 4,
              "optimizer": owned * (8 if width == 4 else 12)}       # Adam's two moments, and FP32 copies of bf16 weights
-    if job.reference:
+    if job.reference and (job.gpu.is_cpu or not job.swapped_reference):     # a CPU's host copy lies in the same memory
         found["reference"] = count * width
     if job.config.model.fp8:
         # Transformer Engine keeps each layer matrix twice in FP8, as it is and transposed, the policy's and the reference's
@@ -158,12 +160,24 @@ def _passing_bytes(job: Job, stage: int, row: Micro, rows: int | None) -> tuple[
     return int(held + ends + max(0.0, backward - head)), int(head)
 
 
+def _swapped_bytes(job: Job, stage: int, row: Micro, update: int) -> int:
+    """A reference that is swapped in for its forward pass, when the policy keeps no activations: what it needs beyond
+    `update`, the bytes that an update needs at that place."""
+    s, p, width = job.shape, job.parallel, job.trainer_bytes
+    weights = parameters.count(parameters.stage_parameters(s, p.tensor, p.pipeline, job.virtual)[stage]) * width
+    along = p.tensor if p.sequence else 1
+    # a layer's forward pass: gate and up, their product, residual, its normalised copy; the output layer comes after it
+    layer = row.tokens * (3 * s.ffn / p.tensor + 3 * s.hidden / along) * width
+    forward = max(layer, _head_bytes(job, row) if stage == p.pipeline - 1 else 0)
+    return max(0, int(weights + forward) - update)
+
+
 def _head_bytes(job: Job, row: Micro) -> float:
     """Logits of one micro-batch, or of a chunk: FP32, their gradient in the trainer's type beside them, the hidden states'
     gradient, and the output layer's product before it is added to its gradient."""
     s, p, width = job.shape, job.parallel, job.trainer_bytes
     columns = -(-s.vocab // p.tensor)
-    at_once = min(row.responses, p.logprob_chunk_tokens or row.responses)
+    at_once = min(row.responses, p.logprob_chunk(s.vocab) or row.responses)
     product = columns * s.hidden * width if width == 2 else 0
     return at_once * columns * (4 + (width if width == 2 else 0)) + row.responses * s.hidden * width + product
 

@@ -40,7 +40,7 @@ def _step(name: str, model: str, tokens: float, seconds: float, parallel: dict[s
                     "tensor_parallel": engine_tp, "max_concurrent_requests": 256,
                     "gpu_memory_utilization": 0.8 if one_off else 0.6},
         "algorithm": {"kl_coefficient": 0.01, "mini_batches": 4, "old_logprobs": "recompute"},
-        "parallel": {"micro_batch_tokens": 4096, "share_prompts": False} | parallel})
+        "parallel": {"micro_batch_tokens": 4096, "share_prompts": False, "logprob_chunk_tokens": 0} | parallel})
     job = Job(config, published()[model], gpu("h100-80g"), 8, prompt_tokens=PROMPT_TOKENS,
               response_tokens=tokens - PROMPT_TOKENS, colocated=not one_off, overlapped=one_off)
     return Step(name, job, seconds, parts)

@@ -54,7 +54,7 @@ def step_time(job: Job, efficiency: Efficiency | None = None) -> StepTime:
     passes = job.logprob_passes * batch.updates
     return StepTime(
         generate=generate_seconds(job, e) if job.engines else 0.0,
-        logprobs=passes * _pass_seconds(job, batch, e, backward=False),
+        logprobs=passes * _pass_seconds(job, batch, e, backward=False) + _swap_seconds(job, e),
         update=batch.updates * (_pass_seconds(job, batch, e, backward=True) + _optimizer_seconds(job, batch, e)),
         sync=sync_seconds(job, e) if job.engines else 0.0, other=e.other_s,
         handover=handover_seconds(job, e) if job.colocated else 0.0, overlapped=job.overlapped,
@@ -90,7 +90,7 @@ def _pass_seconds(job: Job, batch: Batch, e: Efficiency, backward: bool) -> floa
     layers = per_stage * work / (p.tensor * _peak(job) * e.matmul)
     layers += per_stage * _tensor_seconds(job, batch, e) * ((2 + (p.recompute == Recompute.FULL)) if backward else 1)
     head = head_flops(job, batch) * (3 if backward else 1) / (p.tensor * job.gpu.flops * e.matmul)
-    if backward and p.logprob_chunk_tokens:
+    if backward and p.logprob_chunk(s.vocab):
         head *= 4 / 3
     # every stage waits for the slowest, which is the last: it has the output layer as well
     waiting = (p.pipeline - 1) / job.virtual
@@ -136,6 +136,15 @@ def _optimizer_seconds(job: Job, batch: Batch, e: Efficiency) -> float:
     reduce = share * count * 4 * (1 if p.distributed_optimizer else 2) / (link * e.link)
     gather = share * count * job.trainer_bytes / (link * e.link) if p.distributed_optimizer else 0.0
     return adam + gather + (reduce / batch.rows if p.overlap_grad_reduce else reduce)
+
+
+def _swap_seconds(job: Job, e: Efficiency) -> float:
+    """A swapped reference's weights from pinned host memory to the device, once a step; nothing travels back."""
+    p = job.parallel
+    if not job.swapped_reference:
+        return 0.0
+    stages = parameters.stage_parameters(job.shape, p.tensor, p.pipeline, job.virtual)
+    return max(parameters.count(stage) for stage in stages) * job.trainer_bytes / (job.gpu.host * e.link)
 
 
 def _peak(job: Job) -> float:
