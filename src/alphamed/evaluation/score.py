@@ -31,11 +31,9 @@ class Share:
     def interval(self) -> tuple[float, float]:
         if not self.total:
             return 0.0, 1.0
-        n, p, z2 = self.total, self.value, Z_95 ** 2
-        centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-        half = Z_95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+        low, high = wilson(self.value, self.total)
         # at 0 and n the bound is exact, rounding would leave 1e-18
-        return (0.0 if self.count == 0 else centre - half), (1.0 if self.count == n else centre + half)
+        return (0.0 if self.count == 0 else low), (1.0 if self.count == self.total else high)
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -54,6 +52,14 @@ class Score:
     tokens_mean: float
     tokens_max: int
     chance: float
+
+
+def wilson(share: float, n: float) -> tuple[float, float]:
+    """The 95% score interval of a share seen in n > 0 cases; n need not be whole (an effective number of cases)."""
+    z2 = Z_95 ** 2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 class Change(StrEnum):
