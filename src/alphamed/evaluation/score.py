@@ -16,6 +16,18 @@ Z_95 = 1.959963984540054
 """97.5% quantile of the normal distribution."""
 
 
+def wilson(value: float, n: int) -> tuple[float, float]:
+    """95% Wilson score interval of a share `value` of n cases; 0..1 without cases. Where each case is itself a mean of
+    several samples it is wider than it need be, never narrower: such a case varies less than a yes or no."""
+    if not n:
+        return 0.0, 1.0
+    z2 = Z_95 ** 2
+    centre = (value + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z_95 / (1 + z2 / n) * math.sqrt(value * (1 - value) / n + z2 / (4 * n * n))
+    # at 0 and 1 the bound is exact, rounding would leave 1e-18
+    return (0.0 if value == 0 else centre - half), (1.0 if value == 1 else centre + half)
+
+
 @dataclass(frozen=True, slots=True)
 class Share:
     """`count` of `total` cases with its 95% Wilson score interval (Wilson 1927; never leaves 0..1, holds at 0 and n).
@@ -29,11 +41,7 @@ class Share:
 
     @property
     def interval(self) -> tuple[float, float]:
-        if not self.total:
-            return 0.0, 1.0
-        low, high = wilson(self.value, self.total)
-        # at 0 and n the bound is exact, rounding would leave 1e-18
-        return (0.0 if self.count == 0 else low), (1.0 if self.count == self.total else high)
+        return wilson(self.value, self.total)
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -52,14 +60,6 @@ class Score:
     tokens_mean: float
     tokens_max: int
     chance: float
-
-
-def wilson(share: float, n: float) -> tuple[float, float]:
-    """The 95% score interval of a share seen in n > 0 cases; n need not be whole (an effective number of cases)."""
-    z2 = Z_95 ** 2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 class Change(StrEnum):
