@@ -48,7 +48,8 @@ def closed_boxes(text: str) -> list[tuple[int, int]]:
     and popped at most once."""
     found: list[tuple[int, int]] = []
     open_braces: list[int] = []      # where the content of a box starts, or -1 for a brace that opens no box
-    for mark in _MARK.finditer(text):
+    first = text.find("\\boxed")     # no brace before it closes a box; most of a response stands before it
+    for mark in _MARK.finditer(text, first) if first >= 0 else ():
         if mark["box"]:
             open_braces.append(mark.end())
         elif mark["brace"] == "{":
