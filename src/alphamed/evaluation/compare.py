@@ -40,9 +40,8 @@ class Answer:
     @property
     def right(self) -> bool:
         """Whether the question counts as answered right: most samples are right and no other letter is as common."""
-        votes = Counter(letter for letter, outcome in zip(self.letters, self.outcomes) if outcome in BOXED)
-        others = max((count for letter, count in votes.items() if letter != self.key), default=0)
-        return votes[self.key] > others
+        others = Counter(letter for letter, outcome in zip(self.letters, self.outcomes) if outcome is Outcome.WRONG)
+        return self.outcomes.count(Outcome.CORRECT) > max(others.values(), default=0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,12 +21,12 @@ from alphamed.observe.runs import ComparedRun, read_runs
 
 MOST_CURVES = 12
 MOST_PAIRS = 60
-CURVES = (("reward/mean", "Reward", "Mean reward of a step's responses. Runs with different rewards can not be compared here.",
-           "", None),
+CURVES = (("reward/mean", "Reward",
+           "Mean reward of a step's responses. Runs with different rewards can not be compared here.", "", None),
           ("reward/correct", "Accuracy in training", "Correct responses of a step.", "share", 1.0),
           ("response/tokens_mean", "Response length", "Tokens per response.", "", None))
-CSV_COLUMNS = ("set", "run", "control", "training_questions", "mean_level", "n", "before", "before_low", "before_high", "after",
-               "after_low", "after_high", "difference", "difference_low", "difference_high", "p_mcnemar", "from_boxed",
+CSV_COLUMNS = ("set", "run", "control", "training_questions", "mean_level", "n", "before", "before_low", "before_high",
+               "after", "after_low", "after_high", "difference", "difference_low", "difference_high", "p_mcnemar", "from_boxed",
                "from_among_boxed", "boxed_before", "boxed_after", "among_boxed_before", "among_boxed_after", "not_compared")
 
 
@@ -60,7 +60,7 @@ def render(runs: Sequence[ComparedRun], found: dict[str, Any]) -> str:
     return environment.get_template("compare.html.j2").render(
         found=found, runs={run["number"]: run for run in found["runs"]}, curves=training_curves(runs),
         gains={one["name"]: _gains(one, found) for one in found["sets"]},
-        sizes=_against(found, "questions", "questions"), levels=_against(found, "mean_level", "mean level"),
+        sizes=_against(found, "questions", "size"), levels=_against(found, "mean_level", "level"),
         pairs=shown, more_pairs=len(found["pairs"]) - len(shown), chart_style=STYLE,
         style=(folder / "report.css").read_text(encoding="utf-8"))
 
@@ -147,8 +147,10 @@ def _one_against(one: dict[str, Any], found: dict[str, Any], key: str, x_title: 
                           bool(run["control"])))
     if len({x for _, x, *_ in marks}) < 2:
         return None
-    return Figure(one["name"], one["name"], f"Accuracy after training, n = {marks and _n(one)}, with 95% intervals. Dotted: "
-                  f"picking letters blindly.", scatter(marks, x_title, one["chance"]))
+    least = " Sizes may be larger: some were not recorded." if any(
+        run["training"] and run["training"]["seen_only"] for run in found["runs"]) and key == "questions" else ""
+    return Figure(one["name"], one["name"], f"Accuracy after training, n = {_n(one)}, with 95% intervals; numbers are runs. "
+                  f"Dotted: picking letters blindly.{least}", scatter(marks, x_title, one["chance"]))
 
 
 def _n(one: dict[str, Any]) -> str:

@@ -99,8 +99,8 @@ def verdict(runs: Sequence[ComparedRun], names: Sequence[str]) -> list[str]:
     if not sentences:
         return ["No run that means to teach has an evaluation before and after; nothing can be said of gains."]
     if not any(run.control for run in runs):
-        sentences.append("No control is among these runs: rewards that teach no medicine (random, format_only, shuffled keys) "
-                         "lift some models too, so no gain here is shown to come from the questions.")
+        sentences.append("No control is among these runs: rewards that teach no medicine (random, format_only, shuffled "
+                         "keys) lift some models too, so no gain here is shown to come from the questions.")
     return sentences
 
 
@@ -109,8 +109,8 @@ def _claim(run: ComparedRun, name: str, runs: Sequence[ComparedRun]) -> str | No
     if change is None:
         return None
     low, high = change.interval
-    told = (f"{run.name} on {name}: {points(change.difference)} points [{points(low)}, {points(high)}], n = {change.n:,}, McNemar "
-            f"p = {change.p:.2g}; {points(change.split.from_boxed)} by boxing more answers, "
+    told = (f"{run.name} on {name}: {points(change.difference)} points [{points(low)}, {points(high)}], n = {change.n:,}, "
+            f"McNemar p = {change.p:.2g}; {points(change.split.from_boxed)} by boxing more answers, "
             f"{points(change.split.from_accuracy_among_boxed)} by being right more often when boxed.")
     if not _moved(change):
         return f"{told} No change is shown."

@@ -152,7 +152,7 @@ def gain_rows(rows: Sequence[tuple[str, float, float, float, bool]]) -> str:
     for tick in ticks:
         at = place(tick / 100)
         parts.append(f'<line class="{"grid" if tick else "axis"}" x1="{at:.1f}" x2="{at:.1f}" y1="6" y2="{height - 30}"/>'
-                     f'<text x="{at:.1f}" y="{height - 12}" text-anchor="middle">{tick:+g}</text>')
+                     f'<text x="{at:.1f}" y="{height - 12}" text-anchor="middle">{f"{tick:+g}" if tick else "0"}</text>')
     for k, (label, value, low, high, control) in enumerate(rows):
         at, colour = 6 + row_height * (k + 0.5), 4 if control else 0
         shown = label if len(label) <= 28 else label[:27] + "…"

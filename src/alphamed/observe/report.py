@@ -1,4 +1,4 @@
-"""A run directory becomes report.html: verdict, warnings, before and after, curves, quoted answers, configuration, provenance.
+"""A run directory becomes report.html: verdict, warnings, before and after, curves, quoted answers, how it was made.
 
 One file without scripts or requests (its content-security policy forbids both); model text is escaped by the template.
 Whatever a run lacks (evaluations, rollouts, all but one step) is left out. The numbers lie beside it: report.json, and
@@ -189,8 +189,8 @@ def _set_report(run_dir: Path, name: str, scores: Mapping[int, Score]) -> SetRep
               else {"before": getattr(before, key)} for label, key in ROWS.items()}
     table = [(label, *(str(share) for share in pair.values())) for label, pair in shares.items()]
     table.append(("Tokens, mean", *(f"{one.tokens_mean:.1f}" for one in ((before, after) if two else (before,)))))
-    last = _items(run_dir, steps[-1])
-    compared = changes(_items(run_dir, steps[0]), last, name) if two else None
+    last = read_set_items(run_dir, steps[-1])
+    compared = changes(read_set_items(run_dir, steps[0]), last, name) if two else None
     intervals = interval_rows([(label, {when: (share.value, *share.interval) for when, share in pair.items()
                                         if share.total}) for label, pair in shares.items()], before.chance)
     return SetReport(name, after.n, steps, tuple(verdict(before, after)) if two else (),
@@ -213,7 +213,8 @@ def _history(scores: Mapping[int, Score]) -> str:
     return line_chart(list(scores), series, unit="share", top=1.0)
 
 
-def _items(run_dir: Path, step: int) -> dict[tuple[str, str], dict[str, Any]]:
+def read_set_items(run_dir: Path, step: int) -> dict[tuple[str, str], dict[str, Any]]:
+    """The graded answers of the evaluation after `step`, by set and question."""
     return read_items(run_dir / "evaluations" / f"step_{step:06d}.items.jsonl")
 
 

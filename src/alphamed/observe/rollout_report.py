@@ -95,7 +95,8 @@ def rollout_figures(steps: Sequence[StepTally], past: History) -> list[Figure]:
     for key, title, caption, parts in (
             ("levels", "Accuracy by level", "Correct responses to questions of a level, 1 easy to 6 hard.",
              [one.levels for one in steps]),
-            ("sources", "Accuracy by source", "Correct responses to questions of a source.", [one.sources for one in steps])):
+            ("sources", "Accuracy by source", "Correct responses to questions of a source.",
+             [one.sources for one in steps])):
         if len({name for part in parts for name in part}) > 1:
             add(key, title, caption, _curves(parts))
     letters = sorted({letter for one in steps for letter in one.answers})
@@ -107,8 +108,8 @@ def rollout_figures(steps: Sequence[StepTally], past: History) -> list[Figure]:
         add("habits", "Habits", "Share of responses that reason after their answer, have several boxes, repeat themselves.",
             shares, top=None)
     if past.asked:
-        add("history", "Questions solved", "Questions asked so far and those of them solved at least once: more than half of "
-            "a group's responses right.", _history_curves(steps, past), unit="", top=None, smooth=1)
+        add("history", "Questions solved", "Questions asked so far and those of them solved at least once: more than half "
+            "of a group's responses right.", _history_curves(steps, past), unit="", top=None, smooth=1)
     return found
 
 
@@ -168,7 +169,8 @@ def _tables(found: Tally) -> list[Table]:
         parts = getattr(whole, key)
         if len(parts) > 1:
             first, last = (getattr(edge.first, key) if edge.first else None), getattr(edge.last, key)
-            tables.append(Table(name, f"{title}; 95% intervals count the questions, for responses to one question are alike.",
+            tables.append(Table(name, f"{title}; 95% intervals count the questions, for responses to one question are "
+                                "alike.",
                                 ("", "responses", "reward", "correct", "right among boxed", "tokens"),
                                 tuple(_part_row(part, parts, first, last) for part in sorted(parts))))
     tables.append(Table("Letters", "Share among boxed answers and among the keys of the same questions.",
@@ -206,7 +208,8 @@ def _watched(found: Tally) -> list[Watched]:
     edge = ends(found.steps)
     shown = []
     if (one := collapse(edge.last.answers, edge.last.keys)) is not None:
-        shown.append(Watched(f"One letter: {one.letter}", f"{percent(one.share)} of the last answers; wrong ones among them:",
+        shown.append(Watched(f"One letter: {one.letter}",
+                             f"{percent(one.share)} of the last answers; wrong ones among them:",
                              tuple(found.quotes.get(one.letter, ()))))
     for habit, (title, what) in HABITS.items():
         if quotes := found.quotes.get(habit):

@@ -106,8 +106,8 @@ def _read_run(path: Path, number: int, name: str) -> ComparedRun:
         after = before
     responses, warned = _responses(path, steps)
     return ComparedRun(
-        number, name, path, control_of(tree), str(_get(tree, "model", "path")), str(_get(tree, "reward", "name") or "correct"),
-        steps, json.dumps([_get(tree, "prompt"), _get(tree, "evaluation", "max_response_tokens")
+        number, name, path, control_of(tree), str(_get(tree, "model", "path")),
+        str(_get(tree, "reward", "name") or "correct"), steps, json.dumps([_get(tree, "prompt"), _get(tree, "evaluation", "max_response_tokens")
                            or _get(tree, "rollout", "max_response_tokens")], sort_keys=True),
         _training_set(path, responses), before, after, last if after else None, rows, tuple(warned),
         _reason(tree, found, steps))
@@ -117,7 +117,8 @@ def _read_evaluation(path: Path, number: int, name: str) -> ComparedRun:
     """A folder that `alphamed eval` wrote: one model, asked once."""
     sets = read_answered(path / ITEMS)
     if not sets:
-        raise ConfigError(f"compare {path}: holds neither config.yaml (a run) nor {ITEMS} (an evaluation); give such a folder")
+        raise ConfigError(f"compare {path}: holds neither config.yaml (a run) nor {ITEMS} (an evaluation); give such a "
+                          f"folder")
     return ComparedRun(number, name, path, None, "", "", 0, "", None, {}, sets, None, (), (),
                        "an evaluation of one model, not a run: it has no before")
 
@@ -138,8 +139,8 @@ def _reason(tree: Mapping[str, Any], found: Mapping[int, Mapping[str, AnsweredSe
     if not _get(tree, "evaluation", "files"):
         return "it was not evaluated: evaluation.files is empty"
     if not found:
-        return (f"it was not evaluated: no evaluation is recorded by step {steps} (evaluation.before, after and every say when "
-                f"one is due)")
+        return (f"it was not evaluated: no evaluation is recorded by step {steps} (evaluation.before, after and every say "
+                f"when one is due)")
     if 0 not in found:
         return "it has no evaluation before training (evaluation.before)"
     return f"it has no evaluation after training (evaluation.after); it stands at step {steps}"

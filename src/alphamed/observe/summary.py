@@ -9,6 +9,7 @@ from alphamed.observe.report import ROWS, evaluations, training_sentences
 
 PLACES = {
     "report.html": "the report, for a browser",
+    "report.json": "its numbers",
     "metrics.jsonl": "one line of numbers a step",
     "rollouts": "every response with its reward, a Parquet file a step",
     "evaluations": "answers to the held-out questions",
