@@ -142,8 +142,8 @@ def test_claims_stand_beside_controls(tmp_path):
     # boxed 70% -> 95%, among boxed 28.6% -> 47.4%
     assert found["verdict"] == [
         "true on wording: +25.0 points [+18.7, +30.8], n = 200, McNemar p = 1.8e-15; +9.5 by boxing more answers, +15.5 by "
-        "being right more often when boxed. More than the control coin (random reward): +20.0 points between them, p = 1.8e-12. "
-        "Not shown to be more than the control boxes (format-only reward): +2.5 points between them, p = 0.062."]
+        "being right more often when boxed. More than the control coin (random reward): +20.0 points between them, p = 1.8e-12"
+        ". Not shown to be more than the control boxes (format-only reward): +2.5 points between them, p = 0.062."]
     assert [(row["first"], row["second"], len(row["gained"]), len(row["lost"])) for row in found["pairs"]] == [
         (1, 2, 0, 40), (1, 3, 0, 5), (2, 3, 35, 0)]
     assert found["pairs"][1]["p_adjusted"] == 0.0625 and found["pairs"][0]["p_adjusted"] == 3 * 2 * 0.5 ** 40
@@ -237,8 +237,8 @@ def test_the_page_answers_three_questions_and_asks_for_nothing(page):
     assert found.addresses == [] and not found.tags & {"script", "img", "i", "b>a", "link", "iframe"}
     assert "default-src 'none'" in page and "prefers-color-scheme:dark" in page
     for text in ("1. Does reinforcement learning alone", "2. How do quantity", "3. How does difficulty", "1,200",
-                 "mean 6.00", "+25.0 points", "small on wording: -20.0 points", "It got worse.", "No control is among these runs",
-                 "+9.5", "50 / 0", "<script> 100.0%"):
+                 "mean 6.00", "+25.0 points", "small on wording: -20.0 points", "It got worse.",
+                 "No control is among these runs", "+9.5", "50 / 0", "<script> 100.0%"):
         assert text in found.text, text
     assert page.count("No two evaluated runs trained") == 0        # sizes and levels differ: both are drawn
 

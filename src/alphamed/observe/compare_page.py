@@ -26,8 +26,9 @@ CURVES = (("reward/mean", "Reward",
           ("reward/correct", "Accuracy in training", "Correct responses of a step.", "share", 1.0),
           ("response/tokens_mean", "Response length", "Tokens per response.", "", None))
 CSV_COLUMNS = ("set", "run", "control", "training_questions", "mean_level", "n", "before", "before_low", "before_high",
-               "after", "after_low", "after_high", "difference", "difference_low", "difference_high", "p_mcnemar", "from_boxed",
-               "from_among_boxed", "boxed_before", "boxed_after", "among_boxed_before", "among_boxed_after", "not_compared")
+               "after", "after_low", "after_high", "difference", "difference_low", "difference_high", "p_mcnemar",
+               "from_boxed", "from_among_boxed", "boxed_before", "boxed_after", "among_boxed_before", "among_boxed_after",
+               "not_compared")
 
 
 def main(paths: Sequence[Path], out: Path, as_json: bool) -> int:

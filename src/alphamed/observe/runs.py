@@ -105,10 +105,11 @@ def _read_run(path: Path, number: int, name: str) -> ComparedRun:
     if control_of(tree) == "unchanged model":
         after = before
     responses, warned = _responses(path, steps)
+    limit = _get(tree, "evaluation", "max_response_tokens") or _get(tree, "rollout", "max_response_tokens")
     return ComparedRun(
         number, name, path, control_of(tree), str(_get(tree, "model", "path")),
-        str(_get(tree, "reward", "name") or "correct"), steps, json.dumps([_get(tree, "prompt"), _get(tree, "evaluation", "max_response_tokens")
-                           or _get(tree, "rollout", "max_response_tokens")], sort_keys=True),
+        str(_get(tree, "reward", "name") or "correct"), steps,
+        json.dumps([_get(tree, "prompt"), limit], sort_keys=True),
         _training_set(path, responses), before, after, last if after else None, rows, tuple(warned),
         _reason(tree, found, steps))
 
