@@ -2,6 +2,7 @@
 import csv
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from test_report import Page, evaluate, graded
@@ -15,6 +16,7 @@ from alphamed.observe import provenance
 from alphamed.observe.compare_page import main
 from alphamed.observe.comparison import comparison
 from alphamed.observe.files import append_json, replace_json_lines, replace_text
+from alphamed.observe.plots import gain_rows, scatter
 from alphamed.observe.rollout_files import rollout_path, write_rollouts
 from alphamed.observe.runs import control_of, read_runs
 from alphamed.records import Outcome
@@ -142,8 +144,8 @@ def test_claims_stand_beside_controls(tmp_path):
     # boxed 70% -> 95%, among boxed 28.6% -> 47.4%
     assert found["verdict"] == [
         "true on wording: +25.0 points [+18.7, +30.8], n = 200, McNemar p = 1.8e-15; +9.5 by boxing more answers, +15.5 by "
-        "being right more often when boxed. More than the control coin (random reward): +20.0 points between them, p = 1.8e-12"
-        ". Not shown to be more than the control boxes (format-only reward): +2.5 points between them, p = 0.062."]
+        "being right more often when boxed. More than the control coin (random reward): +20.0 points between them, "
+        "p = 1.8e-12. Not shown to be more than the control boxes (format-only reward): +2.5 points between them, p = 0.062."]
     assert [(row["first"], row["second"], len(row["gained"]), len(row["lost"])) for row in found["pairs"]] == [
         (1, 2, 0, 40), (1, 3, 0, 5), (2, 3, 35, 0)]
     assert found["pairs"][1]["p_adjusted"] == 0.0625 and found["pairs"][0]["p_adjusted"] == 3 * 2 * 0.5 ** 40
@@ -241,6 +243,32 @@ def test_the_page_answers_three_questions_and_asks_for_nothing(page):
                  "No control is among these runs", "+9.5", "50 / 0", "<script> 100.0%"):
         assert text in found.text, text
     assert page.count("No two evaluated runs trained") == 0        # sizes and levels differ: both are drawn
+
+
+def test_a_damaged_evaluation_is_named(tmp_path):
+    run_dir = make_run(tmp_path, "a", before=BEFORE)
+    (run_dir / "evaluations" / "step_000000.json").write_text('{"sets": ')
+    with pytest.raises(ConfigError, match="step_000000.json: not readable .JSONDecodeError"):
+        read_runs([run_dir])
+
+
+def marks(svg, tag):
+    return [(one.get("class"), one) for one in ElementTree.fromstring(svg).findall(f".//{{*}}{tag}")]
+
+
+def test_gains_are_drawn_to_scale_and_controls_are_grey():
+    svg = gain_rows([("<a>", 0.1, 0.0, 0.2, False), ("coin", -0.05, -0.1, 0.0, True)])
+    (first, one), (second, other) = marks(svg, "circle")
+    zero = next(float(line.get("x1")) for kind, line in marks(svg, "line") if kind == "axis")
+    assert (first, second) == ("f0", "f4")
+    assert float(one.get("cx")) - zero == pytest.approx(2 * (zero - float(other.get("cx"))), abs=0.2)
+
+
+def test_points_of_equal_x_stand_side_by_side():
+    svg = scatter([("1", 300, 0.5, 0.4, 0.6, False), ("2", 300, 0.5, 0.4, 0.6, False), ("3", 1200, 1.0, 0.9, 1.0, True)], "size")
+    (_, one), (_, other), (kind, top) = marks(svg, "circle")
+    assert one.get("cy") == other.get("cy") and one.get("cx") != other.get("cx") and kind == "f4"
+    assert float(top.get("cy")) == pytest.approx(float(one.get("cy")) * 2 - 216, abs=0.2)      # the axis lies at 250 - 34
 
 
 def test_only_html_is_written(tmp_path):

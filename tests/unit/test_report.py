@@ -18,6 +18,7 @@ from alphamed.observe.plots import Series, line_chart, nice_ticks, number, sheet
 from alphamed.observe.report import edges, main, training_sentences, write_report
 from alphamed.observe.rollout_files import rollout_path, write_rollouts
 from alphamed.observe.samples import changes, marked
+from alphamed.observe.summary import summary
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
 
 C, W, U = Outcome.CORRECT, Outcome.WRONG, Outcome.UNPARSEABLE
@@ -158,6 +159,7 @@ def test_a_collapsed_run_is_called_one(run_dir):
     assert "Accuracy by level" in page.text and "Accuracy by source" in page.text and "One letter: B" in page.text
     assert "Answers without reasoning" in page.text and "onerror=alert(2)" in page.text and "script" not in page.tags
     assert "4 questions asked, 4 of them at more than one step" in page.text
+    assert any(line.startswith("  Warning. One letter for all questions: ") for line in summary(run_dir))
 
 
 def test_numbers_lie_beside_the_page(run_dir):

@@ -18,8 +18,8 @@ from alphamed.observe.rollout_report import tally_run
 from alphamed.observe.watch import warnings
 
 NOT_CLINICAL = ("**Not for clinical use.** This model answers examination questions for research on training. It has not "
-                "been validated for diagnosis, treatment or advice, its reasoning can be wrong where its answer is right, and "
-                "no clinician has reviewed it.")
+                "been validated for diagnosis, treatment or advice, its reasoning can be wrong where its answer is right, "
+                "and no clinician has reviewed it.")
 
 
 def write_card(run_dir: Path, config: Config, folder: Path, step: int | None = None) -> None:

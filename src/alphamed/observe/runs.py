@@ -128,10 +128,17 @@ def _evaluations(path: Path) -> dict[int, dict[str, AnsweredSet]]:
     """Step -> set name -> answers, of whole evaluations; of each set those that were asked like its last."""
     files = {int(file.stem.removeprefix("step_")): file for file in sorted((path / "evaluations").glob("step_*.json"))
              if file.stem.removeprefix("step_").isdecimal()}
-    asked = {step: read_asked(file) for step, file in files.items()}
+    asked = {step: _asked(file) for step, file in files.items()}
     last = {name: how for step in sorted(asked) for name, how in asked[step].items()}
     return {step: {name: one for name, one in read_answered(path / "evaluations" / f"step_{step:06d}.{ITEMS}").items()
                    if asked[step].get(name) == last.get(name)} for step in sorted(files)}
+
+
+def _asked(file: Path) -> dict[str, str | None]:
+    try:
+        return read_asked(file)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"evaluation {file}: not readable ({type(error).__name__}: {error}); evaluate again") from None
 
 
 def _reason(tree: Mapping[str, Any], found: Mapping[int, Mapping[str, AnsweredSet]], steps: int) -> str | None:
