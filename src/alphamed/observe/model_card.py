@@ -64,6 +64,8 @@ def _data(record: Mapping[str, Any]) -> list[str]:
                                                           in train["sources"].items()), "",
                   "| level (1 easy, 6 hard) | questions |", "|---|---|",
                   *(f"| {level} | {count:,} |" for level, count in train["levels"].items()), ""]
+    else:
+        lines += ["Number and sources of the questions were not recorded.", ""]
     if not files:
         return [*lines, "No training file is recorded."]
     return [*lines, "| file | bytes | SHA-256 |", "|---|---|---|",
