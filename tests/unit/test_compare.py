@@ -158,13 +158,28 @@ def test_runs_without_an_evaluation_are_listed_with_the_reason(tmp_path):
     assert reasons[0] == "it was not evaluated: evaluation.files is empty"
     assert reasons[1].startswith("it was not evaluated: no evaluation is recorded by step 3")
     assert reasons[2] == "it has no evaluation after training (evaluation.after); it stands at step 12"
-    assert reasons[3] == "it has no evaluation before training (evaluation.before)"
+    assert reasons[3] == "it has no evaluation before training of the same questions (evaluation.before)"
     main(paths, tmp_path / "c.html", False)
     page = Page((tmp_path / "c.html").read_text())
     assert all(reason in page.text for reason in reasons)
     rows = list(csv.DictReader((tmp_path / "c.csv").open()))
     assert {row["run"]: row["not_compared"] for row in rows} == dict(zip(("half", "late", "never", "dead"),
                                                                          (reasons[k] for k in (2, 3, 0, 1))))
+
+
+def test_other_questions_before_are_no_before(tmp_path):
+    run = read_runs([make_run(tmp_path, "resumed", before=[C, W, U], after=[C, W])])[0]
+    assert run.before == {} and run.reason.startswith("it has no evaluation before training of the same questions")
+
+
+def test_the_unchanged_model_is_a_control_with_one_evaluation(tmp_path):
+    runs = read_runs([make_run(tmp_path, "true", before=BEFORE, after=BETTER),
+                      make_run(tmp_path, "as_is", before=BEFORE, steps=0, run__stop_after=0)])
+    assert (runs[1].control, runs[1].reason, runs[1].after["wording"].n) == ("unchanged model", None, 200)
+    assert comparison(runs)["verdict"][0].endswith("More than the control as_is (unchanged model): +25.0 points between them, "
+                                                   "p = 1.8e-15.")
+    main([run.path for run in runs], tmp_path / "c.html", False)
+    assert "the model as it was" in Page((tmp_path / "c.html").read_text()).text
 
 
 def test_a_before_is_lent_to_runs_of_the_same_model_and_questions(tmp_path):

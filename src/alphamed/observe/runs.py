@@ -111,7 +111,7 @@ def _read_run(path: Path, number: int, name: str) -> ComparedRun:
         str(_get(tree, "reward", "name") or "correct"), steps,
         json.dumps([_get(tree, "prompt"), limit], sort_keys=True),
         _training_set(path, responses), before, after, last if after else None, rows, tuple(warned),
-        _reason(tree, found, steps))
+        _reason(tree, before, after, steps))
 
 
 def _read_evaluation(path: Path, number: int, name: str) -> ComparedRun:
@@ -125,13 +125,13 @@ def _read_evaluation(path: Path, number: int, name: str) -> ComparedRun:
 
 
 def _evaluations(path: Path) -> dict[int, dict[str, AnsweredSet]]:
-    """Step -> set name -> answers, of whole evaluations; of each set those that were asked like its last."""
+    """Step -> set name -> answers, of the first and the last whole evaluation; of each set those asked like its last."""
     files = {int(file.stem.removeprefix("step_")): file for file in sorted((path / "evaluations").glob("step_*.json"))
              if file.stem.removeprefix("step_").isdecimal()}
     asked = {step: _asked(file) for step, file in files.items()}
     last = {name: how for step in sorted(asked) for name, how in asked[step].items()}
     return {step: {name: one for name, one in read_answered(path / "evaluations" / f"step_{step:06d}.{ITEMS}").items()
-                   if asked[step].get(name) == last.get(name)} for step in sorted(files)}
+                   if asked[step].get(name) == last.get(name)} for step in sorted({min(files), max(files)} if files else ())}
 
 
 def _asked(file: Path) -> dict[str, str | None]:
@@ -141,16 +141,18 @@ def _asked(file: Path) -> dict[str, str | None]:
         raise ConfigError(f"evaluation {file}: not readable ({type(error).__name__}: {error}); evaluate again") from None
 
 
-def _reason(tree: Mapping[str, Any], found: Mapping[int, Mapping[str, AnsweredSet]], steps: int) -> str | None:
-    if 0 in found and max(found) > 0:
+def _reason(tree: Mapping[str, Any], before: Mapping[str, AnsweredSet], after: Mapping[str, AnsweredSet],
+            steps: int) -> str | None:
+    """Why a run has no before and after of any set; None where it has."""
+    if before.keys() & after.keys():
         return None
     if not _get(tree, "evaluation", "files"):
         return "it was not evaluated: evaluation.files is empty"
-    if not found:
+    if not before and not after:
         return (f"it was not evaluated: no evaluation is recorded by step {steps} (evaluation.before, after and every say "
                 f"when one is due)")
-    if 0 not in found:
-        return "it has no evaluation before training (evaluation.before)"
+    if not before:
+        return "it has no evaluation before training of the same questions (evaluation.before)"
     return f"it has no evaluation after training (evaluation.after); it stands at step {steps}"
 
 
