@@ -145,7 +145,8 @@ def test_claims_stand_beside_controls(tmp_path):
     assert found["verdict"] == [
         "true on wording: +25.0 points [+18.7, +30.8], n = 200, McNemar p = 1.8e-15; +9.5 by boxing more answers, +15.5 by "
         "being right more often when boxed. More than the control coin (random reward): +20.0 points between them, "
-        "p = 1.8e-12. Not shown to be more than the control boxes (format-only reward): +2.5 points between them, p = 0.062."]
+        "p = 1.8e-12. Not shown to be more than the control boxes (format-only reward): +2.5 points between them, p = "
+        "0.062."]
     assert [(row["first"], row["second"], len(row["gained"]), len(row["lost"])) for row in found["pairs"]] == [
         (1, 2, 0, 40), (1, 3, 0, 5), (2, 3, 35, 0)]
     assert found["pairs"][1]["p_adjusted"] == 0.0625 and found["pairs"][0]["p_adjusted"] == 3 * 2 * 0.5 ** 40
@@ -176,8 +177,8 @@ def test_the_unchanged_model_is_a_control_with_one_evaluation(tmp_path):
     runs = read_runs([make_run(tmp_path, "true", before=BEFORE, after=BETTER),
                       make_run(tmp_path, "as_is", before=BEFORE, steps=0, run__stop_after=0)])
     assert (runs[1].control, runs[1].reason, runs[1].after["wording"].n) == ("unchanged model", None, 200)
-    assert comparison(runs)["verdict"][0].endswith("More than the control as_is (unchanged model): +25.0 points between them, "
-                                                   "p = 1.8e-15.")
+    assert comparison(runs)["verdict"][0].endswith("More than the control as_is (unchanged model): +25.0 points between them"
+                                                   ", p = 1.8e-15.")
     main([run.path for run in runs], tmp_path / "c.html", False)
     assert "the model as it was" in Page((tmp_path / "c.html").read_text()).text
 
@@ -280,7 +281,8 @@ def test_gains_are_drawn_to_scale_and_controls_are_grey():
 
 
 def test_points_of_equal_x_stand_side_by_side():
-    svg = scatter([("1", 300, 0.5, 0.4, 0.6, False), ("2", 300, 0.5, 0.4, 0.6, False), ("3", 1200, 1.0, 0.9, 1.0, True)], "size")
+    svg = scatter([("1", 300, 0.5, 0.4, 0.6, False), ("2", 300, 0.5, 0.4, 0.6, False),
+                   ("3", 1200, 1.0, 0.9, 1.0, True)], "size")
     (_, one), (_, other), (kind, top) = marks(svg, "circle")
     assert one.get("cy") == other.get("cy") and one.get("cx") != other.get("cx") and kind == "f4"
     assert float(top.get("cy")) == pytest.approx(float(one.get("cy")) * 2 - 216, abs=0.2)      # the axis lies at 250 - 34
