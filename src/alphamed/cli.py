@@ -120,6 +120,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, metavar="DIR", help="copy the model here")
     sub = verb("report", _report, "Write report.html of a run.")
     sub.add_argument("run_dir", type=Path, metavar="RUN")
+    sub = verb("compare", _compare, "Set runs against each other: before and after, size and sources, levels, controls.")
+    sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, or a folder of `alphamed eval`")
+    sub.add_argument("--out", type=Path, metavar="FILE.html", help="default: compare.html; numbers beside as .json and .csv")
+    sub.add_argument("--json", action="store_true", help="print the numbers as JSON in place of a summary")
     sub = verb("replay", _replay, "Grade or train one recorded step of a run again.")
     sub.add_argument("run_dir", type=Path, metavar="RUN")
     sub.add_argument("--step", type=int, required=True, metavar="N")
@@ -228,6 +232,12 @@ def _report(options: argparse.Namespace) -> int:
     from alphamed.observe import report
 
     return report.main(options.run_dir)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from alphamed.observe import compare_page
+
+    return compare_page.main(options.runs, options.out or Path("compare.html"), options.json)
 
 
 def _replay(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`alphamed export`: the last checkpoint of a run, or its best, as a Hugging Face folder, whatever layout the run has.
+"""`alphamed export`: the last checkpoint of a run, or its best, as a Hugging Face folder with its card, in any layout.
 
 One process holds the whole model, so this needs as much memory as the weights take. (A run that ends by itself has
 exported its model already, all ranks together.)
@@ -16,6 +16,7 @@ def main(run_dir: Path, out: Path, best: bool = False) -> int:
     best on the development set. Raises ConfigError for a folder that is no run, or one without such a checkpoint."""
     from alphamed.megatron import checkpoint_folder
     from alphamed.model import read_shape, resolve
+    from alphamed.observe.model_card import write_card
     from alphamed.replay import config_of_run
 
     config = config_of_run(run_dir)
@@ -42,6 +43,7 @@ def main(run_dir: Path, out: Path, best: bool = False) -> int:
         chunks = Reference.build(alone, shape, here).model_chunks()
         checkpoint.load_weights(last, chunks, shape, here)
         save_hf(out, folder, chunks, shape, here.layout, None, None)
+        write_card(run_dir, config, out, int(last.name.removeprefix("step_")))
     finally:
         runtime.stop(here)
     print(f"{last} -> {out}")

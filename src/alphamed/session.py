@@ -25,6 +25,7 @@ from alphamed.evaluation.runner import Evaluation, evaluate, load_sets
 from alphamed.megatron import checkpoint, checkpoint_folder, runtime
 from alphamed.megatron.policy import NoReference, Policy, Reference
 from alphamed.model import ModelShape, read_shape, resolve
+from alphamed.observe.model_card import write_card
 from alphamed.reward import process
 from alphamed.rollout.coordinator import Coordinator
 from alphamed.rollout.pipeline import LiveRollouts, ReplayedRollouts
@@ -98,11 +99,12 @@ class Session:
                             f"raise sync.max_logprob_diff")
 
     def export(self) -> None:
-        """Write the policy as a Hugging Face folder, all ranks together."""
+        """Write the policy as a Hugging Face folder, all ranks together, and its card."""
         policy = self.policy
         self.control.everywhere("exporting the model", lambda: save_hf(
             self.run.hf, self.folder, policy.model_chunks(), policy.shape, policy.layout, policy.tensor_group,
             policy.pipeline_group))
+        self.control.from_rank0("the model card", lambda: write_card(self.run.dir, self.config, self.run.hf))
 
 
 @contextlib.contextmanager

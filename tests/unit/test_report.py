@@ -1,4 +1,5 @@
 """The report from whole and partial run directories: what it says, that it asks for nothing, that text stays text."""
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,6 +18,7 @@ from alphamed.observe.plots import Series, line_chart, nice_ticks, number, sheet
 from alphamed.observe.report import edges, main, training_sentences, write_report
 from alphamed.observe.rollout_files import rollout_path, write_rollouts
 from alphamed.observe.samples import changes, marked
+from alphamed.observe.summary import summary
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
 
 C, W, U = Outcome.CORRECT, Outcome.WRONG, Outcome.UNPARSEABLE
@@ -133,6 +135,59 @@ def test_the_page_is_one_file_that_asks_for_nothing(run_dir):
     assert set(re.findall(r"https?://[^\s\"'<]+", html)) <= {"http://www.w3.org/2000/svg"}
     assert "default-src 'none'; style-src 'unsafe-inline'" in html
     assert "prefers-color-scheme:dark" in html
+
+
+def collapsed(run_dir):
+    """Twelve steps in which every answer is B, and the key A."""
+    for step in range(1, 13):
+        append_json(run_dir / "metrics.jsonl", row(step))
+        write_rollouts(rollout_path(run_dir, step), step, [one_letter(f"q{k}", step) for k in range(4)])
+
+
+def one_letter(name, step):
+    found = graded(name, [W, W], "It is \\boxed{B} " + EVIL.replace("\\boxed{A}", ""))
+    question = Question(name, "Which?", {"A": "a", "B": "b"}, "A", None, f"source {step % 2}", 1 + step % 2)
+    return ScoredGroup(RolloutGroup(name, question, (1,), found.group.rollouts), found.outcomes, found.rewards,
+                       found.advantages, ("B", "B"))
+
+
+def test_a_collapsed_run_is_called_one(run_dir):
+    collapsed(run_dir)
+    page = Page(write_report(run_dir).read_text())
+    assert ("One letter for all questions: in the last 5 recorded steps 100.0% of the answers are B, which is the key of 0.0% "
+            "of these questions.") in page.text
+    assert "Accuracy by level" in page.text and "Accuracy by source" in page.text and "One letter: B" in page.text
+    assert "Answers without reasoning" in page.text and "onerror=alert(2)" in page.text and "script" not in page.tags
+    assert "4 questions asked, 4 of them at more than one step" in page.text
+    assert any(line.startswith("  Warning. One letter for all questions: ") for line in summary(run_dir))
+
+
+def test_numbers_lie_beside_the_page(run_dir):
+    fill(run_dir)
+    write_report(run_dir)
+    found = json.loads((run_dir / "report.json").read_text())
+    assert found["last_step"] == 40 and found["evaluations"]["wording"]["40"]["accuracy"]["count"] == 150
+    first, last = found["responses"]["recorded_steps"]
+    assert (first["step"], last["step"], first["responses"], first["correct"], first["boxed"]) == (1, 40, 3, 1, 2)
+    assert found["responses"]["questions"]["asked"] == 2 and found["warnings"] == []
+    lines = (run_dir / "report_questions.csv").read_text().splitlines()
+    assert lines[1] == "r1,,,1,1,1,0.3333,0.3333,,0" and len(lines) == 3
+
+
+def test_a_run_without_rollout_files_says_so_once(run_dir):
+    append_json(run_dir / "metrics.jsonl", row(1))
+    page = Page(write_report(run_dir).read_text())
+    assert page.text.count("No responses are recorded (logging.rollout_files: false") == 1
+    assert "Rewards without reasoning?" not in page.text and not (run_dir / "report_questions.csv").exists()
+    assert json.loads((run_dir / "report.json").read_text())["responses"] is None
+
+
+def test_one_letter_on_an_evaluation_set_is_told(run_dir):
+    evaluate(run_dir, 0, [C] * 30)                           # the key is A and so is every answer: no collapse
+    assert "One letter" not in Page(write_report(run_dir).read_text()).text
+    items = run_dir / "evaluations" / "step_000000.items.jsonl"
+    items.write_text(items.read_text().replace('"answer": "A"', '"answer": "B"').replace("correct", "wrong"))
+    assert "One letter for all questions: on wording after step 0 100.0%" in Page(write_report(run_dir).read_text()).text
 
 
 def without_steps(run_dir):

@@ -114,7 +114,7 @@ def write_evaluation(folder: Path, name: str, step: int, evaluation: Evaluation)
                                                          "available": result.questions.available,
                                                          "decisions": list(result.questions.decisions),
                                                          "asked": _asked(result.questions, evaluation.max_tokens)}
-                                 | _score_json(result.score) for result in evaluation.results}})
+                                 | score_json(result.score) for result in evaluation.results}})
     return path
 
 
@@ -153,7 +153,8 @@ def _item(name: str, scored: ScoredGroup) -> dict[str, Any]:
             "tokens": len(rollout.response_token_ids), "text": rollout.text}
 
 
-def _score_json(found: Score) -> dict[str, Any]:
+def score_json(found: Score) -> dict[str, Any]:
+    """A score as it is written: each share with its counts and interval."""
     return {"n": found.n, "tokens_mean": found.tokens_mean, "tokens_max": found.tokens_max, "chance": found.chance} | {
         key: _share_json(getattr(found, key)) for key in SHARES}
 

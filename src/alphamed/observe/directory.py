@@ -1,6 +1,6 @@
 """A run directory on disk: its paths, what a resume may change, and what it drops.
 
-    config.yaml  metrics.jsonl  provenance.json  report.html
+    config.yaml  metrics.jsonl  provenance.json  report.html  report.json
     rollouts/step_000012.parquet   evaluations/step_000000.json + step_000000.items.jsonl
     checkpoints/   hf/   dumps/step_000012/   wandb/
 """

@@ -137,6 +137,53 @@ def interval_rows(rows: Sequence[tuple[str, Mapping[str, tuple[float, float, flo
     return _svg(parts, width, height, "before and after")
 
 
+def gain_rows(rows: Sequence[tuple[str, float, float, float, bool]]) -> str:
+    """Changes of a share with their intervals on one axis in percentage points: `rows` is (label, value, low, high, whether
+    it is a control); controls are grey."""
+    left, right, row_height, width = 200, 84, 34, 720
+    height = row_height * len(rows) + 40
+    ticks = nice_ticks(100 * min([0.0, *(low for _, _, low, _, _ in rows)]), 100 * max([0.05, *(row[3] for row in rows)]))
+    scale = (width - left - right) / (ticks[-1] - ticks[0])
+
+    def place(value: float) -> float:
+        return left + (100 * value - ticks[0]) * scale
+
+    parts = []
+    for tick in ticks:
+        at = place(tick / 100)
+        parts.append(f'<line class="{"grid" if tick else "axis"}" x1="{at:.1f}" x2="{at:.1f}" y1="6" y2="{height - 30}"/>'
+                     f'<text x="{at:.1f}" y="{height - 12}" text-anchor="middle">{f"{tick:+g}" if tick else "0"}</text>')
+    for k, (label, value, low, high, control) in enumerate(rows):
+        at, colour = 6 + row_height * (k + 0.5), 4 if control else 0
+        shown = label if len(label) <= 28 else label[:27] + "…"
+        parts.append(f'<text class="strong" x="{left - 14}" y="{at + 4}" text-anchor="end">{escape(shown)}</text>'
+                     f'<line class="line l{colour}" x1="{place(low):.1f}" x2="{place(high):.1f}" y1="{at}" y2="{at}"/>'
+                     f'<circle class="f{colour}" cx="{place(value):.1f}" cy="{at}" r="5"><title>{escape(label)}: '
+                     f'{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]</title></circle>'
+                     f'<text x="{width - right + 14}" y="{at + 4}">{100 * value:+.1f}</text>')
+    return _svg(parts, width, height, "gains in percentage points")
+
+
+def scatter(points: Sequence[tuple[str, float, float, float, float, bool]], x_title: str, chance: Value = None) -> str:
+    """Shares with intervals over some number: `points` is (label, x, value, low, high, whether it is a control). Points of
+    equal x stand side by side; `chance` is a dotted line."""
+    y = _linear_axis([0.0, 1.0], 1.0)
+    plane = _plane([x for _, x, *_ in points], y, WIDTH, UNNAMED)
+    parts = [_frame(plane, "share", x_title)]
+    if chance is not None and math.isfinite(chance):
+        parts.append(f'<line class="axis" stroke-dasharray="2 4" x1="{LEFT}" x2="{plane.end}" y1="{y.place(chance):.1f}" '
+                     f'y2="{y.place(chance):.1f}"/>')
+    seen: dict[float, int] = {}
+    for label, x, value, low, high, control in points:
+        beside = seen[x] = seen.get(x, -1) + 1
+        at, colour = plane.place(x) + (beside + 1) // 2 * 17 * (1 if beside % 2 else -1), 4 if control else 0
+        parts.append(_whisker(at, y.place(low), y.place(high), colour)
+                     + f'<circle class="f{colour}" cx="{at:.1f}" cy="{y.place(value):.1f}" r="4.5"><title>{escape(label)}, '
+                     f'{x:g}: {number(value, "share")} [{number(low, "share")}, {number(high, "share")}]</title></circle>'
+                     f'<text class="f{colour}" x="{at + 7:.1f}" y="{y.place(value) - 6:.1f}">{escape(label)}</text>')
+    return _svg(parts, WIDTH, HEIGHT, x_title)
+
+
 def histogram(edges: Sequence[float], counts: Sequence[int], x_title: str) -> str:
     """Bars between neighbouring edges: counts[k] values lie in edges[k] .. edges[k + 1]."""
     y = _linear_axis(counts, None)

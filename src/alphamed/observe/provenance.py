@@ -32,13 +32,15 @@ MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 def record_start(run_dir: Path, command: Sequence[str], data: Sequence[Path], model: Path | None,
                  note: Mapping[str, Any]) -> dict[str, Any]:
     """Add this start to run_dir/provenance.json (made if absent) and return the whole record. `note` is merged into the
-    entry (the step it continued from, changed settings). Files are hashed when they were not before."""
+    entry (the step it continued from, changed settings). Files are hashed, and the questions in them counted, when they
+    were not before."""
     path = run_dir / "provenance.json"
     record = read(run_dir) or {"starts": [], "data": [], "model": []}
     record["starts"].append({
         "time": datetime.now(UTC).isoformat(timespec="seconds"), "command": list(command), **note,
         "git": git_state(run_dir), "python": platform.python_version(), "packages": packages(), "hardware": hardware()})
     record["data"] = record["data"] or [file_entry(file) for file in data]
+    record["train"] = record.get("train") or training_set(data)
     if model is not None:
         record["model"] = record["model"] or model_entries(model)
     replace_json(path, record)
@@ -125,6 +127,20 @@ def _processor() -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
+def training_set(data: Sequence[Path]) -> dict[str, Any] | None:
+    """Number, sources, levels and a hash of the questions in training files, bad rows left out; None where they hold none
+    (no run starts with such files)."""
+    from alphamed.config_choices import BadRows
+    from alphamed.data.card import describe
+    from alphamed.data.sources import DataError, load_questions
+
+    try:
+        about = describe(load_questions(data, BadRows.SKIP).questions) if data else None
+    except DataError:
+        return None
+    return about and {key: about[key] for key in ("questions", "content_sha256", "sources", "levels")}
+
+
 def model_entries(folder: Path) -> list[dict[str, Any]]:
     """Entries of a Hugging Face folder: configuration, tokenizer and weights."""
     files = sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern) if file.is_file()})

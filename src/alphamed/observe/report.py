@@ -1,11 +1,13 @@
-"""A run directory becomes report.html: verdict, before and after, curves, quoted answers, configuration, provenance.
+"""A run directory becomes report.html: verdict, warnings, before and after, curves, quoted answers, how it was made.
 
 One file without scripts or requests (its content-security policy forbids both); model text is escaped by the template.
-Whatever a run lacks (evaluations, rollouts, all but one step) is left out.
+Whatever a run lacks (evaluations, rollouts, all but one step) is left out. The numbers lie beside it: report.json, and
+report_questions.csv with the history of each question.
 """
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +15,18 @@ from typing import Any
 
 from alphamed.config import ConfigError
 from alphamed.config_file import dump_config, load_config
-from alphamed.evaluation.runner import read_asked, read_items, read_scores
+from alphamed.evaluation.runner import read_asked, read_items, read_scores, score_json
 from alphamed.evaluation.score import Score, Share, percent, verdict
 from alphamed.observe import looks, provenance
 from alphamed.observe.figures import SMOOTH, SMOOTH_FROM, Figure, Row, figures
-from alphamed.observe.files import replace_text
+from alphamed.observe.files import replace_json, replace_text
 from alphamed.observe.metrics import read_rows
 from alphamed.observe.plots import STYLE, Series, interval_rows, line_chart, number, sheet
-from alphamed.observe.samples import Changes, changes, marked, rollout_examples
+from alphamed.observe.rollout_report import ABSENT, RolloutReport, rollout_report
+from alphamed.observe.samples import Changes, Items, changes, marked, rollout_examples
 from alphamed.observe.sinks import spoken_time
+from alphamed.observe.watch import collapse, collapse_words
+from alphamed.records import Outcome
 
 EDGE_STEPS = 5
 """Steps at either end whose mean the summary compares."""
@@ -54,6 +59,7 @@ class SetReport:
     chance: str
     history: str | None                             # a chart, from three evaluations on
     changes: Changes | None
+    warning: str | None                             # of the last evaluation: one letter for all questions
 
 
 def main(run_dir: Path) -> int:
@@ -75,18 +81,35 @@ def write_report(run_dir: Path) -> Path:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True,
                                      lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"marked": marked, "number": number, "time": spoken_time}
-    sets = set_reports(run_dir)
+    sets, responses = set_reports(run_dir), rollout_report(run_dir)
+    training = training_sentences(rows)
+    warned = [*(responses.warnings if responses else ()), *(one.warning for one in sets if one.warning)]
     html = environment.get_template("report.html.j2").render(
         name=run_dir.resolve().name, config=config.model_dump(mode="json"), config_text=dump_config(config), steps=len(rows),
         wall_s=next((row["time/wall_s"] for row in reversed(rows) if row.get("time/wall_s")), None),
-        training=training_sentences(rows), tiles=tiles(rows, run_dir, sets), sets=sets, figures=found,
-        looks=looks.sentences(run_dir), examples=rollout_examples(run_dir), smooth=SMOOTH, smooth_from=SMOOTH_FROM,
+        training=training, warnings=warned, tiles=tiles(rows, run_dir, sets), sets=sets, figures=found,
+        looks=looks.sentences(run_dir), responses=responses, absent=ABSENT, examples=rollout_examples(run_dir),
+        smooth=SMOOTH, smooth_from=SMOOTH_FROM,
         starts=_starts(run_dir), files=_files(run_dir), chart_style=STYLE,
         style=(folder / "report.css").read_text(encoding="utf-8"))
     replace_text(run_dir / "report.html", html)
+    replace_json(run_dir / "report.json", _numbers(run_dir, rows, training, warned, responses))
+    if responses:
+        replace_text(run_dir / "report_questions.csv", responses.questions_csv)
     if found:
         replace_text(run_dir / "curves.svg", curves_sheet(found, run_dir.resolve().name))
     return run_dir / "report.html"
+
+
+def _numbers(run_dir: Path, rows: Sequence[Row], training: Sequence[str], warned: Sequence[str],
+             responses: RolloutReport | None) -> dict[str, Any]:
+    """What the page shows beyond metrics.jsonl and evaluations/, as plain values."""
+    return {"run": run_dir.resolve().name, "last_step": max((row["step"] for row in rows), default=0),
+            "sentences": list(training), "warnings": list(warned),
+            "evaluations": {name: {str(step): score_json(scores[name]) for step, scores in evaluations(run_dir).items()
+                                   if name in scores} for name in _set_names(run_dir)},
+            "responses": responses.numbers if responses else None,
+            "absent": None if responses else ABSENT}
 
 
 def curves_sheet(found: Sequence[Figure], title: str) -> str:
@@ -151,9 +174,12 @@ def evaluations(run_dir: Path) -> dict[int, dict[str, Score]]:
 def set_reports(run_dir: Path) -> list[SetReport]:
     """One report per evaluation set, comparing its first with its last evaluation."""
     found = evaluations(run_dir)
-    names = list(dict.fromkeys(name for scores in found.values() for name in scores))
     return [_set_report(run_dir, name, {step: scores[name] for step, scores in found.items() if name in scores})
-            for name in names]
+            for name in _set_names(run_dir)]
+
+
+def _set_names(run_dir: Path) -> list[str]:
+    return list(dict.fromkeys(name for scores in evaluations(run_dir).values() for name in scores))
 
 
 def _set_report(run_dir: Path, name: str, scores: Mapping[int, Score]) -> SetReport:
@@ -164,12 +190,21 @@ def _set_report(run_dir: Path, name: str, scores: Mapping[int, Score]) -> SetRep
               else {"before": getattr(before, key)} for label, key in ROWS.items()}
     table = [(label, *(str(share) for share in pair.values())) for label, pair in shares.items()]
     table.append(("Tokens, mean", *(f"{one.tokens_mean:.1f}" for one in ((before, after) if two else (before,)))))
-    compared = changes(_items(run_dir, steps[0]), _items(run_dir, steps[-1]), name) if two else None
+    last = read_set_items(run_dir, steps[-1])
+    compared = changes(read_set_items(run_dir, steps[0]), last, name) if two else None
     intervals = interval_rows([(label, {when: (share.value, *share.interval) for when, share in pair.items()
                                         if share.total}) for label, pair in shares.items()], before.chance)
     return SetReport(name, after.n, steps, tuple(verdict(before, after)) if two else (),
                      tuple(row if two else (*row, "") for row in table), intervals, percent(before.chance),
-                     _history(scores) if len(steps) > 2 else None, compared)
+                     _history(scores) if len(steps) > 2 else None, compared,
+                     one_letter(last, name, f"on {name} after step {steps[-1]}"))
+
+
+def one_letter(items: Items, name: str, where: str) -> str | None:
+    """A sentence where nearly all boxed answers to an evaluation set are one letter."""
+    boxed = [item for item in items.values() if item["set"] == name and item["outcome"] in (Outcome.CORRECT, Outcome.WRONG)]
+    found = collapse(Counter(item["letter"] for item in boxed), Counter(item["answer"] for item in boxed))
+    return collapse_words(found, where) if found else None
 
 
 def _history(scores: Mapping[int, Score]) -> str:
@@ -179,7 +214,8 @@ def _history(scores: Mapping[int, Score]) -> str:
     return line_chart(list(scores), series, unit="share", top=1.0)
 
 
-def _items(run_dir: Path, step: int) -> dict[tuple[str, str], dict[str, Any]]:
+def read_set_items(run_dir: Path, step: int) -> dict[tuple[str, str], dict[str, Any]]:
+    """The graded answers of the evaluation after `step`, by set and question."""
     return read_items(run_dir / "evaluations" / f"step_{step:06d}.items.jsonl")
 
 

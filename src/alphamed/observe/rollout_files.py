@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,18 @@ if TYPE_CHECKING:
     import pyarrow
 
 SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """The graded responses to one question of a step, without tokens and log-probs: what statistics need of a group."""
+    group_id: str
+    question: Question
+    texts: tuple[str, ...]
+    outcomes: tuple[Outcome, ...]
+    letters: tuple[str | None, ...]
+    rewards: tuple[float, ...]
+    tokens: tuple[int, ...]                 # length of each response
 
 
 class RolloutFileError(ConfigError):
@@ -51,20 +63,25 @@ def write_rollouts(path: Path, step: int, groups: Sequence[ScoredGroup]) -> None
 def read_rollouts(path: Path) -> tuple[ScoredGroup, ...]:
     """The groups that `write_rollouts` was given. RolloutFileError where the file is absent, no rollout file, or of
     another schema version."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if not path.is_file():
-        raise RolloutFileError(f"rollouts {path}: no such file; give a run directory recorded with "
-                               f"logging.rollout_files true and a step it holds")
-    try:
-        table = pq.ParquetFile(path).read()
-    except (pa.ArrowException, OSError) as error:
-        raise RolloutFileError(f"rollouts {path}: not readable as Parquet ({_one_line(error)}); "
-                               f"record the step again") from None
-    _check_schema(path, table.schema)
+    table = _read(path, None)
     rows = table.to_pylist()
     return tuple(_group(list(members)) for _, members in groupby(rows, key=lambda row: row["group_index"]))
+
+
+def read_answers(path: Path) -> tuple[Answers, ...]:
+    """What `read_rollouts` reads, but for tokens and log-probs: several times faster. RolloutFileError as there."""
+    import pyarrow.compute as pc
+
+    table = _read(path, ("group_index", "group_id", "question", "text", "outcome", "letter", "reward", "response_token_ids"))
+    lengths = pc.list_value_length(table["response_token_ids"]).to_pylist()
+    rows = zip(table.drop_columns(["response_token_ids"]).to_pylist(), lengths)
+    found = []
+    for _, members in groupby(rows, key=lambda row: row[0]["group_index"]):
+        group, tokens = zip(*members)
+        found.append(Answers(group[0]["group_id"], question_from_json(group[0]["question"]),
+                             tuple(row["text"] for row in group), tuple(Outcome(row["outcome"]) for row in group),
+                             tuple(row["letter"] for row in group), tuple(row["reward"] for row in group), tokens))
+    return tuple(found)
 
 
 def recorded_step(path: Path) -> int:
@@ -76,6 +93,22 @@ def recorded_step(path: Path) -> int:
         return int((pq.read_schema(path).metadata or {})[b"alphamed.step"])
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise RolloutFileError(f"rollouts {path}: carries no step number ({_one_line(error)}); "
+                               f"record the step again") from None
+
+
+def _read(path: Path, columns: Sequence[str] | None) -> pyarrow.Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        raise RolloutFileError(f"rollouts {path}: no such file; give a run directory recorded with "
+                               f"logging.rollout_files true and a step it holds")
+    try:
+        file = pq.ParquetFile(path)
+        _check_schema(path, file.schema_arrow)
+        return file.read(columns)
+    except (pa.ArrowException, OSError) as error:
+        raise RolloutFileError(f"rollouts {path}: not readable as Parquet ({_one_line(error)}); "
                                f"record the step again") from None
 
 

@@ -45,19 +45,27 @@ def boxed_text(text: str) -> str | None:
 
 
 def _last_box(text: str) -> str | None:
-    """The content of the closed box that opens last. One pass: every brace is pushed and popped at most once."""
+    """The content of the closed box that opens last."""
+    start, end = max(closed_boxes(text), default=(-1, -1))
+    return None if start < 0 else text[start:end]
+
+
+def closed_boxes(text: str) -> list[tuple[int, int]]:
+    """(start, end) of the content of every box that closes, in the order of their ends. One pass: every brace is pushed
+    and popped at most once."""
+    found: list[tuple[int, int]] = []
     open_braces: list[int] = []      # where the content of a box starts, or -1 for a brace that opens no box
-    start = end = -1
-    for mark in _MARK.finditer(text):
+    first = text.find("\\boxed")     # no brace before it closes a box; most of a response stands before it
+    for mark in _MARK.finditer(text, first) if first >= 0 else ():
         if mark["box"]:
             open_braces.append(mark.end())
         elif mark["brace"] == "{":
             open_braces.append(-1)
         elif mark["brace"] and open_braces:
             opened = open_braces.pop()
-            if opened > start:
-                start, end = opened, mark.start()
-    return None if start < 0 else text[start:end]
+            if opened >= 0:
+                found.append((opened, mark.start()))
+    return found
 
 
 def _read(content: str, options: Mapping[str, str]) -> str | None:

@@ -1,0 +1,134 @@
+"""Counts over recorded responses, question histories and warnings, against numbers worked out by hand."""
+from collections import Counter
+
+import pytest
+
+from alphamed.observe.habits import Habit
+from alphamed.observe.history import Past, history
+from alphamed.observe.rollout_files import Answers
+from alphamed.observe.tally import Count, Tally, together
+from alphamed.observe.watch import collapse, ends, warnings
+from alphamed.records import Outcome, Question
+
+C, W, U = Outcome.CORRECT, Outcome.WRONG, Outcome.UNPARSEABLE
+LONG = "because of this and of that it must be "
+
+
+def group(name, letters, key="A", *, level=None, source=None, text=LONG + "\\boxed{{{0}}}"):
+    """Responses that box these letters (None: no box); the reward is 1 for the key."""
+    question = Question(name, f"{name}?", dict.fromkeys("ABCD", "x"), key, None, source, level)
+    outcomes = tuple(U if letter is None else C if letter == key else W for letter in letters)
+    return Answers(name, question, tuple(text.format(letter) if letter else "no idea" for letter in letters), outcomes,
+                   tuple(letters), tuple(float(o is C) for o in outcomes), tuple(range(1, len(letters) + 1)))
+
+
+def count(*groups):
+    found = Count()
+    for hits, cases in groups:
+        found.add(hits, cases)
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------- counts
+@pytest.mark.parametrize("groups, effective", [
+    ([(4, 4), (0, 4), (4, 4), (0, 4)], 4),        # alike within groups: 3 by the formula, but 4 groups are 4 cases
+    ([(2, 4)] * 4, 16),                           # no spread between groups
+    # squared deviations 4 + 0 + 0 + 4; variance 4/3 x 8 / 16^2 = 1/24; of 16 independent cases 1/64; 16 x 24/64 = 6
+    ([(4, 4), (2, 4), (2, 4), (0, 4)], 6),
+    ([(4, 4), (4, 4)], 2), ([(3, 8)], 1)])
+def test_responses_to_one_question_count_as_fewer(groups, effective):
+    assert count(*groups).effective_cases == pytest.approx(effective)
+
+
+def test_the_interval_is_wilsons_for_the_effective_cases():
+    # 3 of 6: (0.5 + z2/12 -+ z sqrt(0.25/6 + z2/144)) / (1 + z2/6) with z2 = 3.8415
+    assert count((4, 4), (2, 4), (2, 4), (0, 4)).interval == pytest.approx((0.1876, 0.8124), abs=1e-4)
+    assert Count().interval == (0.0, 1.0) and Count().share is None
+
+
+def test_merging_counts_is_adding_their_groups():
+    one, other, both = count((1, 4), (3, 4)), count((0, 2)), count((1, 4), (3, 4), (0, 2))
+    one.merge(other)
+    assert one == both and one.effective_cases == both.effective_cases
+
+
+def test_a_step_is_counted_by_level_source_letter_and_habit():
+    tally = Tally()
+    tally.add(3, [group("a", "AABB", level=1, source="medqa"), group("b", ["A", None], "B", level=6)])
+    step = tally.steps[0]
+    assert (step.step, step.whole.responses, step.whole.correct.hits, step.whole.boxed.hits) == (3, 6, 2, 5)
+    assert step.whole.reward == 2.0 and step.whole.tokens == 10 + 3 and step.chance == 6 / 4
+    assert step.answers == Counter(A=3, B=2) and step.keys == Counter(A=4, B=1)
+    assert {name: part.correct.share for name, part in step.levels.items()} == {"level 1": 0.5, "level 6": 0.0}
+    assert {name: part.responses for name, part in step.sources.items()} == {"medqa": 4, "no source": 2}
+    assert step.habits[Habit.BARE].cases == 5 and step.habits[Habit.SEVERAL].cases == 6
+    assert {quote.letter for quote in tally.quotes["B"]} == {"B"} and len(tally.quotes["B"]) == 2
+    assert together([step, step]).whole.responses == 12
+
+
+def test_examples_are_those_of_the_last_step_that_has_any():
+    tally = Tally()
+    for step, text in ((1, "The answer is \\boxed{{{0}}}"), (2, "So \\boxed{{{0}}}"), (3, LONG + "\\boxed{{{0}}}")):
+        tally.add(step, [group("a", "AAAA", text=text)])
+    assert [quote.step for quote in tally.quotes["bare"]] == [2, 2]
+
+
+# -------------------------------------------------------------------------------------------------------------- history
+def test_first_solved_and_forgotten():
+    def past(*visits):
+        return Past(None, None, [(step, right, 8) for step, right in visits])
+
+    at_once, later, lost, never = past((1, 5)), past((1, 4), (9, 8)), past((2, 8), (5, 3)), past((1, 4), (7, 0))
+    assert [one.first_solved for one in (at_once, later, lost, never)] == [1, 9, 2, None]      # 4 of 8 is not solved
+    assert [one.forgotten for one in (at_once, later, lost, never)] == [False, False, True, False]
+    found = history([at_once, later, lost, never, past((2, 8), (5, 3), (8, 8))])
+    assert (found.asked, found.again, found.at_once, found.later, found.never) == (5, 4, 3, 1, 1)
+    assert (found.forgotten, found.tested) == (1, 2)
+    assert found.first_solved == {1: 1, 2: 2, 9: 1} and found.first_asked == {1: 3, 2: 2}
+
+
+# ------------------------------------------------------------------------------------------------------------- warnings
+@pytest.mark.parametrize("answers, keys, letter", [
+    (dict(A=98, B=2), dict(A=25, B=75), "A"), (dict(A=69, B=31), dict(A=25, B=75), None),
+    (dict(A=80, B=20), dict(A=56, B=44), None),             # yes and no with skewed keys: 24 points ahead
+    (dict(A=85, B=15), dict(A=55, B=45), "A"), (dict(A=19), dict(B=19), None), ({}, {}, None)])
+def test_one_letter_is_a_collapse_only_far_beyond_the_keys(answers, keys, letter):
+    found = collapse(Counter(answers), Counter(keys))
+    assert (found and found.letter) == letter
+
+
+def run(steps):
+    """A tally of steps, each a list of letters for four questions with the keys A, B, C and D."""
+    tally = Tally()
+    for number, letters in enumerate(steps, start=1):
+        tally.add(number, [group(key, letters, key) for key in "ABCD"])
+    return tally.steps
+
+
+def test_a_collapsed_run_is_told_in_plain_words():
+    assert warnings(run(["ABCD"] * 12)) == []
+    said = warnings(run(["ABCD"] * 6 + ["CCCC"] * 6))
+    assert said == ["One letter for all questions: in the last 5 recorded steps 100.0% of the answers are C, which is the "
+                    "key of 25.0% of these questions. What is earned that way is no knowledge."]
+
+
+def test_boxes_without_knowledge_are_told():
+    few = [None, None, None, "A"]
+    said = warnings(run([few] * 8 + ["ABCD"] * 8))
+    assert len(said) == 1 and said[0].startswith("More boxes, not more knowledge: 25.0% [")
+    assert said[0].endswith("Picking letters blindly gives 25.0%.")
+
+
+def test_a_short_run_is_judged_by_its_end():
+    edge = ends(run(["ABCD"] * 3))
+    assert edge.first is None and edge.steps == 3 and edge.last.whole.responses == 48
+    assert warnings(run(["BBBB", "BBBB"])) != [] and warnings([]) == []
+
+
+def test_a_habit_that_spread_is_told():
+    tally = Tally()
+    for step in range(1, 11):
+        text = LONG + "\\boxed{{{0}}}" + (" or \\boxed{{{0}}}" if step > 5 else "")
+        tally.add(step, [group(key, "ABCD", key, text=text) for key in "ABCD"])
+    assert warnings(tally.steps) == ["Several boxes: in the last 5 recorded steps 100.0% of responses have more than one "
+                                     "box; the last one counts; in the first 5 it was 0.0%."]
