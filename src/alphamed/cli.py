@@ -72,6 +72,7 @@ def _find_user_code() -> None:
 # ------------------------------------------------------------------------------------------------------------ arguments
 def _parser() -> argparse.ArgumentParser:
     from alphamed.data.commands import add_verbs
+    from alphamed.study.arguments import add_arguments as add_study
 
     parser = _Parser(prog="alphamed", description="Rule-based reinforcement learning for medical reasoning.")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=_Parser)
@@ -110,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", metavar="FOLDER", help="a model folder in place of model.path, for instance RUN/hf")
     sub.add_argument("--out", type=Path, metavar="DIR", help="where the answers go (default: RUN/eval)")
     add_verbs(verb("data", None, "Build, clean, check and show training sets."))
+    add_study(verb("study", _study, "Run a grid of trainings, one after the other or over Slurm, and compare them."))
     sub = verb("export", _export, "Write the last checkpoint of a run as a Hugging Face folder.")
     sub.add_argument("run_dir", type=Path, metavar="RUN")
     sub.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/hf")
@@ -194,6 +196,12 @@ def _eval(options: argparse.Namespace) -> int:
 
     overrides = [*options.overrides, *([f"model.path={json.dumps(options.model)}"] if options.model is not None else [])]
     return alone.main(load_config(options.config, overrides), options.out)
+
+
+def _study(options: argparse.Namespace) -> int:
+    from alphamed.study import main as study
+
+    return study.main(options)
 
 
 def _export(options: argparse.Namespace) -> int:
