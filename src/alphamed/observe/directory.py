@@ -75,17 +75,21 @@ class RunDirectory:
                     file.unlink()
 
 
-def is_finished(config: Config) -> bool:
-    """Whether the run directory of `config` holds all that it asks for: a run that ended well after its last step, or when
-    its time was up."""
+def finished_step(run_dir: Path) -> int | None:
+    """The step after which the run ended well, None where it has not. Raises ConfigError where the note is damaged."""
+    path = run_dir / FINISHED
     try:
-        step = json.loads((config.run_dir / FINISHED).read_text(encoding="utf-8"))["step"]
+        return int(json.loads(path.read_text(encoding="utf-8"))["step"])
     except (FileNotFoundError, NotADirectoryError):
-        return False
+        return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{config.run_dir / FINISHED}: not readable ({type(error).__name__}); remove it, and the run is "
-                          f"continued") from None
-    return step >= config.run.last_step or config.run.time_limit_s is not None
+        raise ConfigError(f"{path}: not readable ({type(error).__name__}); remove it, and the run is continued") from None
+
+
+def is_finished(config: Config) -> bool:
+    """Whether the run directory holds all that `config` asks for: it ended well after the last step, or its time was up."""
+    step = finished_step(config.run_dir)
+    return step is not None and (step >= config.run.last_step or config.run.time_limit_s is not None)
 
 
 def check_resume(config: Config) -> dict[str, tuple[Any, Any]]:
