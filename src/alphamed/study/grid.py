@@ -1,5 +1,4 @@
-"""From a study to its runs: every combination of the axes with a name, its configuration and the set it is trained on (pure).
-"""
+"""From a study to its runs: every combination of the axes with its name, configuration and training set (pure)."""
 from __future__ import annotations
 
 import copy
