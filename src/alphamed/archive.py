@@ -22,7 +22,8 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_BYTES = 2 << 30
-"""Unpacked, and held in memory. A bundle holds questions and answers, no weights: 10,000 answers of 2,000 tokens are 0.1 GB."""
+"""Unpacked, and held in memory. A bundle holds questions and answers, no weights: 10,000 answers of 2,000 tokens are
+0.1 GB."""
 COMPRESSION = 6
 CHUNK = 1 << 20
 
@@ -56,7 +57,8 @@ def read_archive(path: Path) -> Archive:
     except FileNotFoundError:
         raise ConfigError(f"bundle {path}: no such file; give a .tar.gz made by `alphamed bundle`") from None
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, OSError) as error:
-        raise ConfigError(f"bundle {path}: damaged or not a .tar.gz ({' '.join(str(error).split())}); fetch it again") from None
+        raise ConfigError(f"bundle {path}: damaged or not a .tar.gz ({' '.join(str(error).split())}); fetch it "
+                          f"again") from None
 
 
 def _read(path: Path, tar: tarfile.TarFile) -> Archive:
@@ -102,8 +104,8 @@ def _manifest(path: Path, content: bytes) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"bundle {path}: {MANIFEST} is damaged ({type(error).__name__}); fetch it again") from None
     if not well_formed:
-        raise ConfigError(f"bundle {path}: its format is {tree['format']!r}, this version reads {FORMAT}; use the version that "
-                          f"made it")
+        raise ConfigError(f"bundle {path}: its format is {tree['format']!r}, this version reads {FORMAT}; use the version "
+                          f"that made it")
     return tree
 
 

@@ -1,4 +1,4 @@
-"""`alphamed bundle RUN`: configuration, provenance, hashes, metrics and evaluation of a run in one archive for a colleague."""
+"""`alphamed bundle RUN`: configuration, provenance, hashes, metrics and evaluation of a run in one archive."""
 from __future__ import annotations
 
 import json
@@ -28,8 +28,8 @@ def main(run_dir: Path, out: Path, with_questions: bool) -> int:
         raise ConfigError(f"--out: {str(out)!r} does not end in .tar.gz; call it so")
     config = config_of_run(run_dir)
     for path in provenance.changed_files(run_dir):
-        raise ConfigError(f"data.train: {path} is not what {run_dir} was trained on; put that file back (relative paths count "
-                          f"from where the run was started)")
+        raise ConfigError(f"data.train: {path} is not what {run_dir} was trained on; put that file back (relative paths "
+                          f"count from where the run was started)")
     entries = data_entries(config)
     told = manifest_of(run_dir, config, entries, with_questions)
     files = contents(run_dir, config, entries, with_questions)
@@ -41,7 +41,8 @@ def main(run_dir: Path, out: Path, with_questions: bool) -> int:
     return 0
 
 
-def manifest_of(run_dir: Path, config: Config, entries: Mapping[str, dict[str, Any]], with_questions: bool) -> dict[str, Any]:
+def manifest_of(run_dir: Path, config: Config, entries: Mapping[str, dict[str, Any]],
+                with_questions: bool) -> dict[str, Any]:
     """What a bundle says of itself beside its list of files: nothing that depends on when it is made."""
     record = provenance.read(run_dir)
     if record is None or not record["starts"]:

@@ -138,10 +138,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--only", choices=("reward", "update"), required=True)
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings to run the update with, for instance "
                      "parallel.tensor=2")
-    sub = verb("bundle", _bundle, "Pack configuration, provenance, hashes, metrics and evaluation of a run into one archive.")
+    sub = verb("bundle", _bundle, "Pack a run into one archive: configuration, hashes, metrics, evaluation.")
     sub.add_argument("run_dir", type=Path, metavar="RUN")
     sub.add_argument("--out", type=Path, required=True, metavar="FILE.tar.gz")
-    sub.add_argument("--without-questions", action="store_true", help="leave out question files, answers' texts and the report")
+    sub.add_argument("--without-questions", action="store_true",
+                     help="leave out question files, what answers quote, and the report")
     sub = verb("reproduce", _reproduce, "Check a bundle against this machine and start its run again.")
     sub.add_argument("bundle", type=Path, metavar="BUNDLE")
     sub.add_argument("--check", action="store_true", help="only check: hashes, versions, missing files")

@@ -137,5 +137,5 @@ class Config(Section):
             if sum(entry.weights) == 0:
                 yield f"data.levels.schedule: all weights of step {entry.step} are 0; give one level a weight"
             if entry.step > self.run.steps:
-                yield (f"data.levels.schedule: step {entry.step} is never reached, run.steps is {self.run.steps}; lower it or "
-                       f"raise run.steps")
+                yield (f"data.levels.schedule: step {entry.step} is never reached, run.steps is {self.run.steps}; lower it "
+                       f"or raise run.steps")

@@ -10,8 +10,8 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from alphamed.config_choices import (Advantage, Aggregation, AnswerKeys, BadRows, Correction, Device, Dtype, KlEstimator,
-                                     LevelsFrom, Loss, OldLogprobs, OnPush, PromptTemplate, Recompute, Schedule, SyncMode, Transport,
-                                     TruncatedReward, WandbMode)
+                                     LevelsFrom, Loss, OldLogprobs, OnPush, PromptTemplate, Recompute, Schedule, SyncMode,
+                                     Transport, TruncatedReward, WandbMode)
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]

@@ -92,7 +92,8 @@ def test_question_texts_can_be_left_out(run_dir):
     assert SECRET.encode() not in everything and b"vitamin" not in everything
     found = read_archive(path)
     item = json.loads(found.files["evaluations/step_000002.items.jsonl"])
-    assert item == {key: ITEM[key] for key in ("set", "id", "answer", "level", "letter", "outcome", "finish_reason", "tokens")}
+    assert list(item) == ["set", "id", "answer", "level", "letter", "outcome", "finish_reason", "tokens"]
+    assert item.items() <= ITEM.items()
     assert not any(name.startswith("data/") or name == "report.html" for name in found.files)
     assert found.manifest["data"]["evaluation.files.0"]["bytes"] == Path("exam.jsonl").stat().st_size
 
@@ -226,7 +227,8 @@ def test_other_versions_are_told_and_not_refused(run_dir, capfd, monkeypatch):
     monkeypatch.setattr(provenance, "commit_here", lambda: "f" * 40)
     assert main(["reproduce", str(path), "--check"]) == 0
     told = capfd.readouterr().out
-    assert "differs: torch: was" in told and "is 9.9" in told and "differs: commit: was" in told and "is ffffffffffff" in told
+    assert "differs: torch: was" in told and "is 9.9" in told
+    assert "differs: commit: was" in told and "is ffffffffffff" in told
 
 
 def test_a_reproduction_is_the_run_in_a_folder_of_its_own(run_dir, capfd, monkeypatch):

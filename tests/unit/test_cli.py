@@ -22,7 +22,7 @@ def test_help_lists_every_verb(capsys):
         main(["--help"])
     text = capsys.readouterr().out
     assert stopped.value.code == 0
-    assert [verb for verb in VERBS if f"    {verb} " not in text] == []
+    assert [verb for verb in VERBS if f"\n    {verb}" not in text] == []
 
 
 @pytest.mark.parametrize("arguments, word", [

@@ -16,11 +16,12 @@ def single(i, answer="A"):
 
 
 def yes_no_maybe(i, text):
-    return Question(f"p{i}", f"Is it {i}?", {"A": "yes", "B": "no", "C": "maybe"}, {"yes": "A", "no": "B", "maybe": "C"}[text])
+    options = {"A": "yes", "B": "no", "C": "maybe"}
+    return Question(f"p{i}", f"Is it {i}?", options, next(letter for letter in options if options[letter] == text))
 
 
 def test_options_that_occur_once_are_drawn_evenly():
-    """1,000 questions of 4 options: 250 each, standard deviation 13.7; 5 deviations are allowed. The truth is one of them."""
+    """1,000 questions of 4 options: 250 each, standard deviation 13.7; 5 are allowed. The truth is one of them."""
     before = [single(i, "ABCD"[i // 250]) for i in range(1000)]
     after = with_shuffled_keys(before, seed=3)
     assert [(q.id, q.question, q.options) for q in after] == [(q.id, q.question, q.options) for q in before]

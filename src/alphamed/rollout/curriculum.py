@@ -1,7 +1,7 @@
 """Which levels are asked how often: weights that move over the steps, of annotated levels or of those a run has observed.
 
-A question of the stream is asked with the chance weight / largest weight, else passed over, so that order, epochs and letters
-stay the stream's. The draws follow from seed and place in the walk: the same results give the same questions.
+A question of the stream is asked with the chance weight / largest weight, else passed over, so that order, epochs and
+letters stay the stream's. The draws follow from seed and place in the walk: the same results give the same questions.
 """
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ class Ended:
 
 
 def run_child(command: Sequence[str], log: Path, deadline_s: float) -> Ended:
-    """Run `command` with its output at the end of `log`. SIGINT and SIGTERM are passed on as SIGTERM, and so is the deadline;
-    a child that stays is killed after STOP_S. It ends with this process, however that ends."""
+    """Run `command` with its output at the end of `log`. SIGINT and SIGTERM are passed on as SIGTERM, and so is the
+    deadline; a child that stays is killed after STOP_S. It ends with this process, however that ends."""
     log.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     with log.open("a", encoding="utf-8") as output, _signals() as received:

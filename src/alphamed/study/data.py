@@ -20,7 +20,8 @@ def check_sources(study: Study, runs: Iterable[PlannedRun]) -> None:
             build.source_of(wanted)
             ours = study.data.medfacts is not None and wanted.name == "medfacts"
             if wanted.path is not None and not ours and not wanted.path.exists():
-                raise ConfigError(f"data.sources: {wanted.name}: {wanted.path}: no such file or folder; give an existing one")
+                raise ConfigError(f"data.sources: {wanted.name}: {wanted.path}: no such file or folder; give an "
+                                  f"existing one")
             if wanted.levels is not None and not wanted.levels.exists():
                 raise ConfigError(f"data.sources: {wanted.name}: {wanted.levels}: no such file of levels; annotate the set "
                                   f"(alphamed data difficulty)")

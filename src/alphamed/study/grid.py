@@ -56,8 +56,8 @@ def plan_runs(study: Study) -> list[PlannedRun]:
                 grids = tuple(dict.fromkeys((*known.grids, grid.name)))
                 found[run.name] = PlannedRun(run.name, grids, known.axes, known.control, known.config, known.set)
             else:
-                raise ConfigError(f"grids.{grid.name}: {run.name} is the name of another run of {', '.join(known.grids)} too, "
-                                  f"with other settings; write what differs as an axis")
+                raise ConfigError(f"grids.{grid.name}: {run.name} is the name of another run of {', '.join(known.grids)} "
+                                  f"too, with other settings; write what differs as an axis")
     return list(found.values())
 
 
@@ -165,8 +165,8 @@ def recipe_of(data: StudyData, folder: Path, sources: str, size: int | None, lev
         names = sources.split("+")
     for name in names:
         if name not in own and name not in SOURCES:
-            raise ConfigError(f"sources: {name!r} is not known; choose from {', '.join([*own, *SOURCES, *PRESETS])}, or add it "
-                              f"to data.sources")
+            raise ConfigError(f"sources: {name!r} is not known; choose from {', '.join([*own, *SOURCES, *PRESETS])}, or "
+                              f"add it to data.sources")
     tree["sources"] = [_with_folder(own.get(name, {"name": name}), folder) for name in names]
     if levels:
         tree["filter"] = tree.get("filter", {}) | {"levels": list(levels)}

@@ -64,8 +64,8 @@ def table(runs: Sequence[PlannedRun], states: Mapping[str, State]) -> list[str]:
     lines = [f"{len(runs)} runs"]
     for run in runs:
         state, c = states[run.name], run.config
-        steps = "evaluation only" if c.run.last_step == 0 else f"{c.run.last_step} steps of {c.rollout.questions_per_step} x " \
-            f"{c.rollout.samples_per_question}"
+        steps = (f"{c.run.last_step} steps of {c.rollout.questions_per_step} x {c.rollout.samples_per_question}"
+                 if c.run.last_step else "evaluation only")
         stand = f"broken after step {state.steps}" if state.stand == Stand.BROKEN else str(state.stand)
         said = f", {run.control} control" if run.control else ""
         why = f" ({state.why})" if state.why and state.stand == Stand.BROKEN else ""
@@ -78,8 +78,9 @@ def _write_configs(study: Study, runs: Sequence[PlannedRun]) -> dict[str, Path]:
     """A configuration file a run, and study.json in its directory: what a comparison puts on its axes."""
     files = {run.name: study.folder / "configs" / f"{run.name}.yaml" for run in runs}
     writers = {files[run.name]: text_writer(dump_config(run.config)) for run in runs}
-    writers |= {run.config.run_dir / "study.json": json_writer({
-        "study": study.name, "grids": run.grids, "axes": run.axes, "control": run.control and str(run.control)}) for run in runs}
+    writers |= {run.config.run_dir / "study.json": json_writer(
+        {"study": study.name, "grids": run.grids, "axes": run.axes, "control": run.control and str(run.control)})
+        for run in runs}
     write_all(writers)
     return files
 
@@ -154,5 +155,6 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({name: json.dumps(value) if isinstance(value, list | tuple) else value for name, value in row.items()})
+        writer.writerow({name: json.dumps(value) if isinstance(value, list | tuple) else value
+                         for name, value in row.items()})
     return text.getvalue()
