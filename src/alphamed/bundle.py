@@ -17,9 +17,12 @@ from alphamed.observe.metrics import read_rows
 from alphamed.replay import config_of_run
 
 CONFIG, DATA = "config.yaml", "data"
+EVALUATIONS = ("evaluations", "eval")
+"""Of the training itself, and what `alphamed eval` wrote into the run."""
 PLAIN = ("provenance.json", "metrics.jsonl", "study.json")
-TEXTS = ("question", "options", "context", "text")
-"""What an answer quotes of its question. The response goes too: models repeat what they are asked."""
+KEPT = ("set", "benchmark", "variant", "id", "sample", "answer", "source", "level", "letter", "outcome", "finish_reason",
+        "tokens")
+"""What is left of a graded answer without texts. The response goes too: models repeat what they are asked."""
 
 
 def main(run_dir: Path, out: Path, with_questions: bool) -> int:
@@ -53,7 +56,8 @@ def manifest_of(run_dir: Path, config: Config, entries: Mapping[str, dict[str, A
             "finished": finished_step(run_dir) is not None, "questions": with_questions, "data": dict(entries),
             "model": {"path": config.model.path,
                       "files": [entry | {"path": Path(entry["path"]).name} for entry in record["model"]]},
-            "python": last["python"], "packages": last["packages"], "git": last["git"] and last["git"]["commit"]}
+            "python": last["python"], "packages": last["packages"], "git": last["git"] and last["git"]["commit"],
+            "diff_sha256": last["git"] and last["git"]["diff_sha256"]}
 
 
 def data_entries(config: Config) -> dict[str, dict[str, Any]]:
@@ -80,10 +84,9 @@ def contents(run_dir: Path, config: Config, entries: Mapping[str, dict[str, Any]
     found = {CONFIG: dump_config(config).encode()}
     found |= {name: (run_dir / name).read_bytes() for name in PLAIN if (run_dir / name).is_file()}
     found |= {path.name: path.read_bytes() for path in run_dir.glob("uncommitted_*.patch")}
-    for path in (run_dir / "evaluations").glob("step_*"):
-        items = path.name.endswith(".items.jsonl")
-        found[f"evaluations/{path.name}"] = path.read_bytes() if with_questions or not items else without_texts(
-            read_json_lines(path))
+    for path in (path for folder in EVALUATIONS for path in (run_dir / folder).rglob("*.json*")):
+        whole = with_questions or path.suffix == ".json"
+        found[path.relative_to(run_dir).as_posix()] = path.read_bytes() if whole else without_texts(read_json_lines(path))
     if with_questions:
         report = run_dir / "report.html"
         found |= {report.name: report.read_bytes()} if report.is_file() else {}
@@ -93,5 +96,5 @@ def contents(run_dir: Path, config: Config, entries: Mapping[str, dict[str, Any]
 
 def without_texts(items: Iterable[Mapping[str, Any]]) -> bytes:
     """Graded answers as JSONL with ids, letters and outcomes, but nothing that quotes a question."""
-    return b"".join(json.dumps({key: value for key, value in item.items() if key not in TEXTS}, ensure_ascii=False).encode()
-                    + b"\n" for item in items)
+    rows = ({key: item[key] for key in KEPT if key in item} for item in items)
+    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)

@@ -1,6 +1,7 @@
 """`alphamed reproduce BUNDLE`: check a bundle against this machine, unpack it, and start its run again."""
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -59,6 +60,8 @@ class Manifest(Section):
     python: str
     packages: dict[str, str]
     git: str | None
+    diff_sha256: str | None
+    """Of the uncommitted changes; they are a patch in the bundle."""
 
 
 @dataclass
@@ -105,9 +108,12 @@ def inspect(told: Manifest, archive: Archive, data: Path | None, fetch: Callable
             found.differences.append(f"{package}: was {then or 'not installed'}, is {now or 'not installed'}")
     if told.python != platform.python_version():
         found.differences.append(f"Python: was {told.python}, is {platform.python_version()}")
-    commit = provenance.commit_here()
+    commit, diff = provenance.commit_here(), provenance.diff_here()
     if commit != told.git:
         found.differences.append(f"commit: was {(told.git or 'not known')[:12]}, is {(commit or 'not known')[:12]}")
+    if told.diff_sha256 != (hashlib.sha256(diff).hexdigest() if diff else None):
+        found.differences.append(f"uncommitted changes: were {'a patch, see the bundle' if told.diff_sha256 else 'none'}, "
+                                 f"are {'others' if diff else 'none'}")
     return found
 
 

@@ -61,10 +61,13 @@ def refused(capfd, arguments, *words):
 
 # --------------------------------------------------------------------------------------------------------------- writing
 def test_a_bundle_holds_the_run(run_dir, capfd):
+    (run_dir / "eval").mkdir()
+    (run_dir / "eval" / "results.json").write_text("{}")
     found = read_archive(bundle())
     assert sorted(found.files) == sorted([
         "config.yaml", "provenance.json", "metrics.jsonl", "report.html", "evaluations/step_000002.json",
-        "evaluations/step_000002.items.jsonl", "data/data.train.0.train.jsonl", "data/evaluation.files.0.exam.jsonl",
+        "evaluations/step_000002.items.jsonl", "eval/results.json", "data/data.train.0.train.jsonl",
+        "data/evaluation.files.0.exam.jsonl",
         *(path.name for path in run_dir.glob("*.patch"))])
     assert found.files["metrics.jsonl"] == (run_dir / "metrics.jsonl").read_bytes()
     told = found.manifest

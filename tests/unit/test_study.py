@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from alphamed.cli import main
-from alphamed.config import ConfigError
+from alphamed.cluster.ledger import Lock
 from alphamed.config_file import load_config
 from alphamed.study import child, slurm
 from alphamed.study.data import make_sets
@@ -228,7 +228,7 @@ def test_a_failing_run_is_named_and_the_others_go_on(trained, capfd):
     told = capfd.readouterr()
     assert asked() == ["s1", "s2", "s3"]
     assert "run s2 failed: engine 0: was killed by signal 9 (SIGKILL)" in told.err
-    assert told.err.splitlines()[-1] == "run failed: 1 of 3 runs: are not finished; the same command tries them again"
+    assert told.err.splitlines()[-1] == "study s: 1 of 3 runs are not finished; the same command tries them again"
     assert "no comparison page: this version has no `alphamed compare` yet" in told.out
     rows = list(csv.DictReader(Path("studies/s/results.csv").open()))
     assert [(row["run"], row["stand"], row["axis:seeds"]) for row in rows] == [
@@ -248,6 +248,16 @@ def test_what_is_finished_is_not_run_again(trained, capfd):
     assert asked() == ["s2"]
     assert main(["study", str(path)]) == 0
     assert asked() == []
+
+
+def test_a_study_is_run_once_at_a_time(trained, capfd):
+    path, _, asked = trained
+    Path("studies/s").mkdir(parents=True)
+    holder = Lock(Path("studies/s"))
+    holder.take()
+    assert main(["study", str(path)]) == 2
+    assert "studies/s: already running (pid" in capfd.readouterr().err and asked() == []
+    holder.release()
 
 
 def test_a_run_made_with_other_settings_is_refused(trained, capfd):

@@ -70,10 +70,9 @@ def changed_files(run_dir: Path) -> list[str]:
 def git_state(run_dir: Path) -> dict[str, Any] | None:
     """Commit of the checkout this package runs from, and its uncommitted changes as a patch beside provenance.json.
     None where the package is installed rather than checked out, or git is absent."""
-    package, commit = _package(), commit_here()
+    package, commit, diff = _package(), commit_here(), diff_here()
     if not commit:
         return None
-    diff = _git(package, "diff", "HEAD", "--binary", "--", ":/")
     state: dict[str, Any] = {"commit": commit, "diff_sha256": None, "diff_file": None,
                              "untracked": (_git(package, "ls-files", "--others", "--exclude-standard", ":/") or b"")
                              .decode(errors="replace").splitlines()[:100]}
@@ -89,6 +88,11 @@ def commit_here() -> str | None:
     if not _git(_package(), "ls-files", "config.py"):       # a foreign repository that merely contains the installation
         return None
     return (_git(_package(), "rev-parse", "HEAD") or b"").decode().strip() or None
+
+
+def diff_here() -> bytes | None:
+    """Uncommitted changes of that checkout as a patch; None or empty where there are none."""
+    return _git(_package(), "diff", "HEAD", "--binary", "--", ":/") if commit_here() else None
 
 
 def _package() -> Path:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alphamed.cluster.failure import RunFailed
+from alphamed.cluster.ledger import Lock
 from alphamed.config_file import dump_config
 from alphamed.data.output import json_writer, text_writer, write_all
 from alphamed.evaluation.runner import read_scores
@@ -40,6 +40,16 @@ def main(options: argparse.Namespace) -> int:
         return 0
     if options.collect:
         return _collect(study, runs, {})
+    study.folder.mkdir(parents=True, exist_ok=True)
+    lock = Lock(study.folder)
+    lock.take()
+    try:
+        return _carry_out(study, runs, states, options)
+    finally:
+        lock.release()
+
+
+def _carry_out(study: Study, runs: Sequence[PlannedRun], states: Mapping[str, State], options: argparse.Namespace) -> int:
     for file in data.make_sets(study, runs, options.command):
         print(f"made {file}")
     configs = _write_configs(study, runs)
@@ -121,8 +131,9 @@ def _collect(study: Study, runs: Sequence[PlannedRun], failures: Failures) -> in
         why = failures.get(run.name) or states[run.name].why or "has not been run to its end"
         print(f"run {run.name} failed: {why}", file=sys.stderr)
     if missing:
-        raise RunFailed(f"{len(missing)} of {len(runs)} runs", "are not finished; the same command tries them again")
-    return 0 if compared else 1
+        print(f"study {study.name}: {len(missing)} of {len(runs)} runs are not finished; the same command tries them again",
+              file=sys.stderr)
+    return 0 if compared and not missing else 1
 
 
 def _compare(study: Study, finished: Sequence[PlannedRun]) -> bool:
