@@ -197,7 +197,7 @@ if behaviour == "bad":
 if behaviour == "slow":
     time.sleep(100)
 (run_dir / "config.yaml").write_text(Path(sys.argv[3]).read_text())
-(run_dir / "finished.json").write_text(json.dumps({"step": tree["run"]["steps"]}))
+(run_dir / "finished.json").write_text(json.dumps({"step": tree["run"]["steps"]}) if behaviour == "good" else "{")
 '''
 
 
@@ -271,6 +271,16 @@ def test_a_run_made_with_other_settings_is_refused(trained, capfd):
     assert asked() == []
 
 
+def test_a_damaged_run_does_not_end_the_study(trained, capfd):
+    path, behave, asked = trained
+    behave(s1="damages")
+    assert main(["study", str(path)]) == 1
+    told = capfd.readouterr()
+    assert asked() == ["s1", "s2", "s3"] and "run s1 failed: studies/s/runs/s1/finished.json: not readable" in told.err
+    assert main(["study", str(path)]) == 2                                  # what stands there now is refused at once
+    assert asked() == []
+
+
 def test_a_run_past_its_deadline_is_stopped(trained, capfd, monkeypatch):
     path, behave, asked = trained
     behave(s1="slow")
@@ -292,7 +302,7 @@ def test_a_stopped_study_stops_its_run_and_goes_on_later(trained, capfd):
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop).start()
-    assert main(["study", str(path)]) == 130
+    assert main(["study", str(path)]) == 128 + signal.SIGTERM
     assert "stopped; the same command goes on from here" in capfd.readouterr().err
     asked()
     behave()

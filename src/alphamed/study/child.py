@@ -23,12 +23,12 @@ REASONS = ("error: ", "run failed: ")
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """`status`: exit code, or minus a signal's number. `why`: one line, empty where all is well. `stopped`: this process was
-    told to end, and passed it on."""
+    """`status`: exit code, or minus a signal's number. `why`: one line, empty where all is well. `stopped_by`: the
+    signal that told this process to end, which it passed on."""
     status: int
     seconds: float
     why: str
-    stopped: bool = False
+    stopped_by: int | None = None
 
 
 def run_child(command: Sequence[str], log: Path, deadline_s: float) -> Ended:
@@ -56,7 +56,7 @@ def run_child(command: Sequence[str], log: Path, deadline_s: float) -> Ended:
                 child.wait(POLL_S)
     seconds = time.monotonic() - began
     if received:
-        return Ended(child.returncode, seconds, "stopped", stopped=True)
+        return Ended(child.returncode, seconds, "stopped", stopped_by=received[0])
     if late:
         return Ended(child.returncode, seconds, f"took longer than deadline_s ({deadline_s:g} s)")
     return Ended(child.returncode, seconds, "" if child.returncode == 0 else reason(log, child.returncode))

@@ -19,7 +19,7 @@ from alphamed.reward.rules import check_rule
 from alphamed.study import child, data, slurm
 from alphamed.study.grid import PlannedRun, plan_runs
 from alphamed.study.spec import Study, load_study
-from alphamed.study.state import Stand, State, state_of
+from alphamed.study.state import Stand, State, found_state, state_of
 
 COMPARE_DEADLINE_S = 1800.0
 Failures = dict[str, str]
@@ -59,9 +59,9 @@ def _carry_out(study: Study, runs: Sequence[PlannedRun], states: Mapping[str, St
     failures: Failures = {}
     for run in left:
         ended = _train(study, run, configs[run.name], states[run.name], f"{runs.index(run) + 1}/{len(runs)}")
-        if ended.stopped:
+        if ended.stopped_by:
             print("stopped; the same command goes on from here", file=sys.stderr)
-            return 130
+            return 128 + ended.stopped_by
         if ended.why:
             failures[run.name] = ended.why
     return _collect(study, runs, failures)
@@ -100,8 +100,9 @@ def _train(study: Study, run: PlannedRun, config: Path, state: State, place: str
     log = study.folder / "logs" / f"{run.name}.log"
     print(f"[{place}] {run.name}{goes_on}; its output is in {log}", flush=True)
     ended = child.run_child(child.alphamed("train", "--config", str(config)), log, study.deadline_s)
-    if not ended.why and state_of(run).stand != Stand.FINISHED:
-        ended = child.Ended(ended.status, ended.seconds, "ended well, but before its last step")
+    now = found_state(run)
+    if not ended.why and now.stand != Stand.FINISHED:
+        ended = child.Ended(ended.status, ended.seconds, now.why or "ended well, but before its last step")
     print(f"[{place}] {run.name}: {ended.why or 'finished'}, {spoken_time(ended.seconds)}", flush=True)
     return ended
 
@@ -120,7 +121,7 @@ def _write_scripts(study: Study, study_file: Path, left: Sequence[PlannedRun], c
 # --------------------------------------------------------------------------------------------------------------- results
 def _collect(study: Study, runs: Sequence[PlannedRun], failures: Failures) -> int:
     """Write results.json and results.csv, have the finished runs compared, name what failed."""
-    states = {run.name: state_of(run) for run in runs}
+    states = {run.name: found_state(run) for run in runs}
     rows = [_result(run, states[run.name]) for run in runs]
     write_all({study.folder / "results.json": json_writer(rows), study.folder / "results.csv": text_writer(_csv(rows))})
     print(f"{study.folder / 'results.csv'} and .json: {len(rows)} runs")

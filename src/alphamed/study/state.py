@@ -39,3 +39,12 @@ def state_of(run: PlannedRun) -> State:
         return State(Stand.FINISHED, steps)
     recorded = failure.recorded(folder)
     return State(Stand.BROKEN if (folder / "config.yaml").exists() else Stand.NEW, steps, str(recorded) if recorded else "")
+
+
+def found_state(run: PlannedRun) -> State:
+    """Like `state_of`, of a run that has been tried: a directory that can not be used is a broken run with that as its
+    reason, so that the other runs go on."""
+    try:
+        return state_of(run)
+    except ConfigError as error:
+        return State(Stand.BROKEN, 0, str(error).removeprefix(f"run {run.name}: "))
