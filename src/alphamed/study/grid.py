@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from alphamed.config import Config, ConfigError
-from alphamed.config_file import build_config, dump_tree, load_tree, override, validated
+from alphamed.config_file import build_config, dump_tree, load_tree, put, validated
 from alphamed.data.catalogue import PRESETS, SOURCES
 from alphamed.data.mcq import LEVELS
 from alphamed.data.recipe import BuildRecipe
@@ -84,29 +84,24 @@ def _plan(study: Study, grid: Grid, base: Mapping[str, Any], axes: dict[str, Any
     name = run_name(axes, control)
     tree = copy.deepcopy(dict(base))
     for key, value in (study.settings | grid.settings).items():
-        _set(tree, key, _with_folder(value, study.folder))
+        put(tree, key, _with_folder(value, study.folder))
     for key, value in axes.items():
         if key in grid.axes.settings:
-            _set(tree, key, value)
+            put(tree, key, value)
     for key, value in (CONTROLS[control] if control else {}).items():
-        _set(tree, key, value)
+        put(tree, key, value)
     built = None
     try:
         if study.data is not None:
             built = _set_of(study.folder, study.data, axes)
-            _set(tree, "data.train", [str(built.file)])
+            put(tree, "data.train", [str(built.file)])
         run = {"root": str(study.folder / "runs"), "name": name} | ({"seed": axes["seeds"]} if "seeds" in axes else {})
         for key, value in run.items():
-            _set(tree, f"run.{key}", value)
+            put(tree, f"run.{key}", value)
         config = build_config(tree)
     except ConfigError as error:
         raise ConfigError(f"grids.{grid.name}: run {name}: {error}") from None
     return PlannedRun(name, (grid.name,), axes, control, config, built)
-
-
-def _set(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Put a value at a dotted key."""
-    override(tree, f"{key}={json.dumps(value)}")
 
 
 def _with_folder(value: Any, folder: Path) -> Any:
