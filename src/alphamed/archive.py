@@ -52,8 +52,11 @@ def write_archive(path: Path, told: Mapping[str, Any], files: Mapping[str, bytes
 def read_archive(path: Path) -> Archive:
     """Read and check an archive; nothing is written. Raises ConfigError naming the member and what is wrong with it."""
     try:
-        with tarfile.open(path, mode="r|gz") as tar:
-            return _read(path, tar)
+        with gzip.open(path) as packed, tarfile.open(fileobj=packed, mode="r|") as tar:
+            found = _read(path, tar)
+            while packed.read(CHUNK):                       # at the end gzip's own checksum, which the manifest needs
+                pass
+            return found
     except FileNotFoundError:
         raise ConfigError(f"bundle {path}: no such file; give a .tar.gz made by `alphamed bundle`") from None
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, OSError) as error:

@@ -78,8 +78,8 @@ def main(bundle: Path, out: Path | None, data: Path | None, check: bool, overrid
     """Check, and unless `check` only checks, unpack to `out` (default: NAME-reproduced) and train. Returns the exit code: 2
     where something is missing or other than recorded."""
     archive = read_archive(bundle)
-    told, config = _manifest(bundle, archive), _config(bundle, archive)
-    found = inspect(told, archive, data, fetch=None if check else lambda: _fetched(config))
+    told, config = _manifest(bundle, archive), _config(bundle, archive, overrides)
+    found = inspect(told, archive, data, config.model.path, fetch=None if check else lambda: _fetched(config))
     out = out or Path(f"{config.run.name}-reproduced")
     print(f"{bundle}: run {config.run.name} at step {told.step}, {len(archive.files)} files, all as listed")
     for mark, lines in (("ok", found.in_order), ("differs", found.differences), ("problem", found.problems)):
@@ -94,13 +94,14 @@ def main(bundle: Path, out: Path | None, data: Path | None, check: bool, overrid
 
 
 # ------------------------------------------------------------------------------------------------------------- checking
-def inspect(told: Manifest, archive: Archive, data: Path | None, fetch: Callable[[], Path] | None = None) -> Findings:
-    """Hold what the manifest records against this machine. `data`: a folder to look for question files in; `fetch` brings
-    the model here, else only a model that is here is checked."""
+def inspect(told: Manifest, archive: Archive, data: Path | None, model: str,
+            fetch: Callable[[], Path] | None = None) -> Findings:
+    """Hold what the manifest records against this machine. `data`: a folder to look for question files in; `model`: the
+    run's model.path; `fetch` brings it here, else only a model that is here is checked."""
     found = Findings()
     for name, entry in told.data.items():
         _check_data(found, name, entry, archive, data)
-    _check_model(found, told.model, fetch)
+    _check_model(found, told.model, model, fetch)
     here = provenance.packages()
     for package in COMPARED:
         then, now = told.packages.get(package), here.get(package)
@@ -134,19 +135,19 @@ def _check_data(found: Findings, name: str, entry: DataEntry, archive: Archive, 
         found.data[name] = here
 
 
-def _check_model(found: Findings, told: ModelEntry, fetch: Callable[[], Path] | None) -> None:
-    folder = Path(told.path)
+def _check_model(found: Findings, told: ModelEntry, path: str, fetch: Callable[[], Path] | None) -> None:
+    folder = Path(path)
     if not folder.is_dir():
         if fetch is None:
-            found.in_order.append(f"model: {told.path} is not a folder here; it is fetched and checked at the start")
+            found.in_order.append(f"model: {path} is not a folder here; it is fetched and checked at the start")
             return
         folder = fetch()
     for entry in told.files:
-        path = folder / PurePath(entry.path).name
-        if not path.is_file():
-            found.problems.append(f"model: {path} is missing; give the same model")
-        elif provenance.file_entry(path)["sha256"] != entry.sha256:
-            found.problems.append(f"model: {path} is another one (SHA-256); give the same model")
+        file = folder / PurePath(entry.path).name
+        if not file.is_file():
+            found.problems.append(f"model: {file} is missing; give the same model")
+        elif provenance.file_entry(file)["sha256"] != entry.sha256:
+            found.problems.append(f"model: {file} is another one (SHA-256); give the same model")
     if not any(problem.startswith("model") for problem in found.problems):
         found.in_order.append(f"model: {len(told.files)} files in {folder}")
 
@@ -157,12 +158,16 @@ def _fetched(config: Config) -> Path:
     return resolve(config.model.path, config.model.revision, config.model.cache)
 
 
-def _config(bundle: Path, archive: Archive) -> Config:
+def _config(bundle: Path, archive: Archive, overrides: Sequence[str]) -> Config:
     try:
-        return build_config(_tree(archive))
+        tree = _tree(archive)
+        build_config(tree)
     except (KeyError, ConfigError) as error:
         raise ConfigError(f"bundle {bundle}: its configuration can not be used by this version "
                           f"({' '.join(str(error).split())}); use the version that made it") from None
+    for item in overrides:
+        override(tree, item)
+    return build_config(tree)
 
 
 def _manifest(bundle: Path, archive: Archive) -> Manifest:
