@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import json
 import os
 import shlex
 import sys
@@ -35,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     _find_user_code()
     try:
-        options = _parser().parse_args(argv)
+        options = _parse(argv)
         options.command = shlex.join(["alphamed", *(sys.argv[1:] if argv is None else argv)])
         return options.run(options)
     except (ConfigError, DataError) as error:
@@ -52,6 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments in any order: argparse takes no `key=value` after an option where other words came before that."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if rest and hasattr(options, "overrides") and all("=" in word and not word.startswith("-") for word in rest):
+        options.overrides = [*options.overrides, *rest]
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
 
 
 def _place_problem(error: OSError) -> str | None:
@@ -73,6 +83,7 @@ def _find_user_code() -> None:
 def _parser() -> argparse.ArgumentParser:
     from alphamed.data.commands import add_verbs
     from alphamed.evaluation.command import add_arguments as add_evaluation
+    from alphamed.study.arguments import add_arguments as add_study
 
     parser = _Parser(prog="alphamed", description="Rule-based reinforcement learning for medical reasoning.")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=_Parser)
@@ -110,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("overrides", nargs="*", metavar="key=value")
     add_evaluation(verb("eval", _eval, "Evaluate a model on benchmarks; grade or compare evaluations."))
     add_verbs(verb("data", None, "Build, clean, check and show training sets."))
+    add_study(verb("study", _study, "Run a grid of trainings, one after the other or over Slurm, and compare them."))
     sub = verb("export", _export, "Write the last or the best checkpoint of a run as a Hugging Face folder.")
     sub.add_argument("run_dir", type=Path, metavar="RUN")
     sub.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/hf, RUN/hf-best with --best")
@@ -130,6 +142,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--only", choices=("reward", "update"), required=True)
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings to run the update with, for instance "
                      "parallel.tensor=2")
+    sub = verb("bundle", _bundle, "Pack a run into one archive: configuration, hashes, metrics, evaluation.")
+    sub.add_argument("run_dir", type=Path, metavar="RUN")
+    sub.add_argument("--out", type=Path, required=True, metavar="FILE.tar.gz")
+    sub.add_argument("--without-questions", action="store_true",
+                     help="leave out question files, what answers quote, and the report")
+    sub = verb("reproduce", _reproduce, "Check a bundle against this machine and start its run again.")
+    sub.add_argument("bundle", type=Path, metavar="BUNDLE")
+    sub.add_argument("--check", action="store_true", help="only check: hashes, versions, missing files")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="where it is unpacked and run (default: NAME-reproduced)")
+    sub.add_argument("--data", type=Path, metavar="DIR", help="where question files lie that the bundle leaves out")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the run's own")
     sub = verb("doctor", _doctor, "Show what is installed and active, and what is missing for what.")
     sub.add_argument("--json", action="store_true", help="machine-readable")
     return parser
@@ -199,6 +222,12 @@ def _eval(options: argparse.Namespace) -> int:
     return command.main(options)
 
 
+def _study(options: argparse.Namespace) -> int:
+    from alphamed.study import main as study
+
+    return study.main(options)
+
+
 def _export(options: argparse.Namespace) -> int:
     from alphamed import export
 
@@ -244,6 +273,18 @@ def _replay(options: argparse.Namespace) -> int:
     from alphamed import replay
 
     return replay.main(options.run_dir, options.step, options.only, options.overrides)
+
+
+def _bundle(options: argparse.Namespace) -> int:
+    from alphamed import bundle
+
+    return bundle.main(options.run_dir, options.out, with_questions=not options.without_questions)
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    from alphamed import reproduce
+
+    return reproduce.main(options.bundle, options.out, options.data, options.check, options.overrides)
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -122,6 +122,9 @@ class Config(Section):
                    f"to divide one another; change one of them or set it to gather")
         if self.sync.transport == Transport.NCCL and self.cluster.device == Device.CPU:
             yield "sync.transport: nccl needs CUDA; set it to gloo or auto"
+        yield from self._level_problems()
+        if self.run.last_step == 0 and not (self.evaluation.before or self.evaluation.after):
+            yield "run.stop_after: 0 evaluates and ends, but no evaluation is asked for; set evaluation.before=true"
         if (self.evaluation.before or self.evaluation.after or self.evaluation.every) and not self.evaluation.all_files:
             yield "evaluation.files: [] but evaluation is asked for; name at least one file"
         e, every = self.evaluation, self.checkpoint.every
@@ -136,3 +139,16 @@ class Config(Section):
         for i, shot in enumerate(self.prompt.shots):
             if extract_answer(shot.response, shot.options) is None:
                 yield f"prompt.shots.{i}.response: boxes none of its letters ({', '.join(shot.options)}); end with a boxed one"
+
+    def _level_problems(self):
+        schedule = self.data.levels.schedule
+        for earlier, later in zip(schedule, schedule[1:]):
+            if later.step <= earlier.step:
+                yield (f"data.levels.schedule: step {later.step} comes after step {earlier.step}; put the entries in the "
+                       f"order of their steps, each step once")
+        for entry in schedule:
+            if sum(entry.weights) == 0:
+                yield f"data.levels.schedule: all weights of step {entry.step} are 0; give one level a weight"
+            if entry.step > self.run.steps:
+                yield (f"data.levels.schedule: step {entry.step} is never reached, run.steps is {self.run.steps}; lower it "
+                       f"or raise run.steps")

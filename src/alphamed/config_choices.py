@@ -72,6 +72,16 @@ class BadRows(StrEnum):
     SKIP = "skip"
 
 
+class AnswerKeys(StrEnum):
+    GIVEN = "given"
+    SHUFFLED = "shuffled"
+
+
+class LevelsFrom(StrEnum):
+    ANNOTATED = "annotated"
+    OBSERVED = "observed"
+
+
 class TruncatedReward(StrEnum):
     NOTHING = "nothing"
     GRADE = "grade"

@@ -115,6 +115,11 @@ def override(tree: dict[str, Any], item: str) -> None:
         value = yaml.load(text, Loader=_Loader) if text else None
     except (yaml.YAMLError, ConfigError) as e:
         raise ConfigError(f"override {key}: {text!r} is not valid YAML ({_one_line(e)}); quote it") from None
+    put(tree, key, value)
+
+
+def put(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set `section.key` of a nested mapping. Raises ConfigError where a section is something else."""
     *parents, last = key.split(".")
     at = tree
     for name in parents:

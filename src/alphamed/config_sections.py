@@ -9,9 +9,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from alphamed.config_choices import (Advantage, Aggregation, BadRows, Correction, Device, Dtype, KlEstimator, Loss,
-                                     OldLogprobs, OnPush, PromptTemplate, Recompute, ReferencePlace, Schedule, SyncMode,
-                                     Transport, TruncatedReward, WandbMode)
+from alphamed.config_choices import (Advantage, Aggregation, AnswerKeys, BadRows, Correction, Device, Dtype, KlEstimator,
+                                     LevelsFrom, Loss, OldLogprobs, OnPush, PromptTemplate, Recompute, ReferencePlace,
+                                     Schedule, SyncMode, Transport, TruncatedReward, WandbMode)
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -41,14 +41,15 @@ class RunConfig(Section):
     seed: NonNegative = 1234
     steps: Positive = 100
     """Length of the whole run; learning-rate schedules end here."""
-    stop_after: Positive | None = None
-    """End after this step although `steps` says more: a run in parts, with the schedule of the whole."""
+    stop_after: NonNegative | None = None
+    """End after this step although `steps` says more: a run in parts, with the schedule of the whole. 0: evaluate the
+    unchanged model and end, a control."""
     time_limit_s: PositiveFloat | None = None
     """No step begins later than this many seconds after the run (or its resume) started."""
 
     @property
     def last_step(self) -> int:
-        return min(self.steps, self.stop_after or self.steps)
+        return self.steps if self.stop_after is None else min(self.steps, self.stop_after)
 
 
 class ModelConfig(Section):
@@ -64,10 +65,29 @@ class ModelConfig(Section):
     """FP8 matrix products (Transformer Engine, Hopper or newer)."""
 
 
+class LevelWeights(Section):
+    """How often questions of the levels 1 to 6 are asked from this step on, one relative to the other."""
+    step: Positive
+    weights: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=6, max_length=6)]
+
+
+class LevelsConfig(Section):
+    """A curriculum. Without a schedule every question is asked once an epoch."""
+    schedule: tuple[LevelWeights, ...] = ()
+    """One entry: fixed weights. Several: they move evenly from one entry to the next."""
+    by: LevelsFrom = LevelsFrom.ANNOTATED
+    """`annotated`: the level in the data. `observed`: the levels that the run's own answers make likely, the annotated one
+    counting as dynamic_sampling.annotation_weight of them."""
+
+
 class DataConfig(Section):
     train: tuple[Path, ...] = Field(min_length=1)
     """JSONL or Parquet files of questions."""
     bad_rows: BadRows = BadRows.REFUSE
+    levels: LevelsConfig = LevelsConfig()
+    answer_keys: AnswerKeys = AnswerKeys.GIVEN
+    """`shuffled`: every training question gets a key that says nothing about the truth, the same one in every epoch (a
+    control; evaluation keys are never touched)."""
     shuffle_options: bool = True
     """Give the options new letters every epoch, so that a letter can not be learnt in place of an answer."""
 
@@ -141,7 +161,7 @@ class DynamicSamplingConfig(Section):
 
 class RewardConfig(Section):
     name: str = "correct"
-    """A built-in reward (`correct`, `correct_and_format`) or `module:function`."""
+    """A built-in reward (`correct`, `correct_and_format`; as controls `format_only`, `random`) or `module:function`."""
     truncated: TruncatedReward = TruncatedReward.NOTHING
     """What a response that hit the token limit may earn."""
     overlong_buffer_tokens: NonNegative = 0

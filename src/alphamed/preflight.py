@@ -18,6 +18,7 @@ from alphamed.data.text import normalised, option_set
 from alphamed.model import ModelShape, check_context, check_layout, read_shape, resolve
 from alphamed.records import Question
 from alphamed.reward.rules import check_rule
+from alphamed.rollout.curriculum import check_levels
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ def validate(config: Config) -> Checked:
     _check_hardware(config)
     check_rule(config.reward.name)
     training = load_questions(config.data.train, config.data.bad_rows)
+    check_levels(config.data.levels, training.questions)
     evaluation = [load_questions((path,), config.data.bad_rows) for path in config.evaluation.all_files]
     if not config.evaluation.allow_overlap:
         refuse_overlap(training.questions, [q for file in evaluation for q in file.questions])

@@ -81,15 +81,15 @@ def config_of_run(run_dir: Path) -> Config:
 def _grade(groups: tuple[ScoredGroup, ...], config: Config) -> tuple[ScoredGroup, ...]:
     from alphamed.reward.grader import GraderPool
     from alphamed.reward.process import advantages, shaped
-    from alphamed.reward.rules import grade, resolve_rule
+    from alphamed.reward.rules import grade_rollout, resolve_rule
     from alphamed.reward.shaping import Overlong
 
     reward = config.reward
-    rule = resolve_rule(reward.name, timeout_s=reward.timeout_s, workers=1)
+    rule = resolve_rule(reward.name, seed=config.run.seed, timeout_s=reward.timeout_s, workers=1)
     regraded = []
     try:
         for scored in groups:
-            found = [grade(scored.group.question, rollout.text, rollout.finish_reason, rule, reward.truncated)
+            found = [grade_rollout(scored.group.question, rollout, rule, reward.truncated)
                      for rollout in scored.group.rollouts]
             found = shaped(found, scored.group.rollouts, Overlong.of(config))
             regraded.append(ScoredGroup(

@@ -107,6 +107,7 @@ class Run:
             self.note(f"continuing after step {self.state.step}: the records of steps {self.state.step + 1} to "
                       f"{recorded} are dropped, no checkpoint holds them")
         self._directory.drop_after(self.state.step)
+        self._directory.set_finished(None)
         for row in names.read_rows(self._directory.metrics_file):
             self._spikes.check(row)
         changed = {name: {"old": old, "new": new} for name, (old, new) in self._directory.changed.items()}
@@ -242,7 +243,7 @@ class Run:
             self._console.note(text)
 
     def finish(self) -> None:
-        """Close the logs, write report.html, say what was learnt."""
+        """Close the logs, write report.html, say what was learnt, note that the run is finished."""
         console = self._console
         self.close()
         self.control.from_rank0("the report", lambda: self._report(console))
@@ -255,6 +256,8 @@ class Run:
             write_report(self.dir)
         for line in summary(self.dir):
             console.note(line)
+        assert self._directory is not None
+        self._directory.set_finished(self.state.step)
 
     def close(self) -> None:
         """Close the logs; also after a failure. Calling it again does nothing."""

@@ -17,6 +17,8 @@ from alphamed.cluster import placement
 from alphamed.cluster.control import Control
 from alphamed.cluster.failure import RunFailed
 from alphamed.config import Config
+from alphamed.config_choices import AnswerKeys
+from alphamed.data.controls import with_shuffled_keys
 from alphamed.data.prompts import PromptBuilder
 from alphamed.data.sources import load_questions
 from alphamed.data.stream import QuestionStream
@@ -179,6 +181,8 @@ def _rollouts(config: Config, prompts: PromptBuilder, engines: Engines | None, c
     if config.rollout.replay is not None:
         return ReplayedRollouts(config, control)
     questions = load_questions(config.data.train, config.data.bad_rows).questions
+    if config.data.answer_keys == AnswerKeys.SHUFFLED:
+        questions = with_shuffled_keys(questions, config.run.seed)
     stream = QuestionStream(questions, config.run.seed, config.data.shuffle_options)
     return LiveRollouts(config, stream, prompts, engines and engines.coordinator, control, run.show_generation)
 

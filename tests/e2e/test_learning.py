@@ -7,12 +7,10 @@ new order: neither a letter nor a place can be learnt, only the remedy of each a
 recorded responses and the true key, over the last five steps: 5 x 24 questions x 8 samples.
 
 Learning. Right answers must exceed 0.8 (seed 1 went from 0.24 to 0.96).
-Control. The reward compares with a key drawn anew for each response. Noise moves the policy as well, at worst until it
-gives each question one answer for good: the right ones are then binomial(24, 1/4), 12 or more with a probability of 0.7%.
-So the share must stay below 0.5.
+Control. The same run with `data.answer_keys: shuffled`: it learns keys that say nothing about the truth. A key agrees with
+the true one with a probability of 1/4, for 24 questions 12 times or more with one of 0.7%; so right answers must stay below
+0.5, while the reward, which such keys can give as well as true ones, rises.
 """
-import json
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -32,21 +30,13 @@ pytestmark = pytest.mark.slow
 SEED = 1
 STEPS = 40
 SAMPLES = 8
-CHANCE_REWARDS = '''
-import random
-
-def any_letter(question, text, letter):
-    """1 where the response says a letter that is drawn now."""
-    return float(letter == random.choice(list(question["options"])))
-'''
 CONFIG = """
 model: {{path: model, dtype: fp32}}
-data: {{train: [questions.jsonl]}}
+data: {{train: [questions.jsonl], answer_keys: {keys}}}
 run: {{name: {name}, seed: {seed}, steps: {steps}}}
 prompt: {{template: {prompt.template}, instruction: "{prompt.instruction}", max_tokens: {prompt.max_tokens}}}
 rollout: {{questions_per_step: {questions}, samples_per_question: {samples}, max_response_tokens: 4, dtype: fp32,
           deterministic: true}}
-reward: {{name: {reward}}}
 optimizer: {{lr: 5e-4, weight_decay: 0.0}}
 checkpoint: {{every: 0}}
 logging: {{wandb: off, report: false, export_hf: false}}
@@ -56,18 +46,17 @@ cluster: {{device: cpu}}
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Path:
-    """A folder with the model, its questions and the control's reward function."""
+    """A folder with the model and its questions."""
     folder = tmp_path_factory.mktemp("learning")
     tiny_reader(folder / "model", SEED)
     (folder / "questions.jsonl").write_text("".join(question_json(q) + "\n" for q in unknown_questions(SEED)))
-    (folder / "chance_rewards.py").write_text(CHANCE_REWARDS)
     return folder
 
 
-def train(workplace: Path, name: str, reward: str) -> Path:
+def train(workplace: Path, name: str, keys: str) -> Path:
     """A run of all steps; returns its directory."""
     (workplace / f"{name}.yaml").write_text(CONFIG.format(
-        name=name, seed=SEED, steps=STEPS, prompt=PROMPT, questions=len(UNKNOWN), samples=SAMPLES, reward=reward))
+        name=name, seed=SEED, steps=STEPS, prompt=PROMPT, questions=len(UNKNOWN), samples=SAMPLES, keys=keys))
     done = subprocess.run([sys.executable, "-m", "alphamed.cli", "train", "--config", f"{name}.yaml"], cwd=workplace,
                           capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -91,7 +80,7 @@ def share_of_commonest_letter(answers: list[tuple[Question, str | None]]) -> flo
 
 
 def test_right_answers_rise_from_chance(workplace):
-    run = train(workplace, "learning", "correct")
+    run = train(workplace, "learning", "given")
     first, last = said(run, [1]), said(run, range(STEPS - 4, STEPS + 1))
     assert len(last) == 5 * len(UNKNOWN) * SAMPLES
     assert share_right(first) < 0.4
@@ -103,9 +92,9 @@ def test_right_answers_rise_from_chance(workplace):
     assert metrics[STEPS]["policy_version"] == STEPS        # the last step was sampled with the weights of all before
 
 
-def test_without_a_true_key_nothing_is_learnt(workplace):
-    run = train(workplace, "control", "chance_rewards:any_letter")
-    last = said(run, range(STEPS - 4, STEPS + 1))
-    metrics = list(read_json_lines(run / "metrics.jsonl"))
-    assert 0.15 < sum(row["reward/mean"] for row in metrics) / STEPS < 0.35       # rewards were given, by chance
+def test_without_a_true_key_nothing_true_is_learnt(workplace):
+    run = train(workplace, "control", "shuffled")
+    first, last = said(run, [1]), said(run, range(STEPS - 4, STEPS + 1))
     assert share_right(last) < 0.5
+    agree = [[letter == question.answer for question, letter in answers] for answers in (first, last)]   # recorded: shuffled
+    assert sum(agree[0]) / len(agree[0]) < 0.4 and sum(agree[1]) / len(agree[1]) > 0.8

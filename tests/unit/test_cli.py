@@ -13,7 +13,8 @@ from alphamed.cli import main
 from alphamed.cluster.failure import recorded
 
 ROOT = Path(__file__).parents[2]
-VERBS = ("train", "launch", "worker", "eval", "data", "export", "model", "report", "replay", "doctor")
+VERBS = ("train", "launch", "worker", "eval", "data", "study", "export", "model", "report", "replay", "bundle", "reproduce",
+         "doctor")
 
 
 def test_help_lists_every_verb(capsys):
@@ -21,7 +22,7 @@ def test_help_lists_every_verb(capsys):
         main(["--help"])
     text = capsys.readouterr().out
     assert stopped.value.code == 0
-    assert [verb for verb in VERBS if f"    {verb} " not in text] == []
+    assert [verb for verb in VERBS if f"\n    {verb}" not in text] == []
 
 
 @pytest.mark.parametrize("arguments, word", [
@@ -29,6 +30,10 @@ def test_help_lists_every_verb(capsys):
     (["model"], "path"), (["replay", "r", "--step", "x", "--only", "update"], "'x'"), (["launch"], "--script"),
     (["worker"], "--script"), (["export", "no/such/run"], "no/such/run"), (["report", "no/such/run"], "no/such/run"),
     (["replay", "no/such/run", "--step", "1", "--only", "reward"], "no/such/run"),
+    (["replay", "no/such/run", "--step", "1", "--only", "update", "parallel.tensor=2"], "no/such/run"),
+    (["train", "--config", "no/such", "--chekc"], "--chekc"), (["report", "no/such/run", "a.b=1"], "a.b=1"),
+    (["study", "no/such.yaml"], "no/such.yaml"), (["study", "x.yaml", "--slurm", "--dry-run"], "not allowed"),
+    (["bundle", "no/such/run", "--out", "b.tar.gz"], "no/such/run"), (["reproduce", "no/such.tar.gz"], "no/such.tar.gz"),
     (["model", "no/such/folder"], "no/such"),
 ])
 def test_wrong_arguments_are_one_line(capsys, arguments, word):

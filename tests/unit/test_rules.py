@@ -1,4 +1,5 @@
 """Rewards by name: what each pays, the outcome of each kind of response, names that can not be used."""
+import hashlib
 import re
 import sys
 from types import MappingProxyType
@@ -7,9 +8,9 @@ import pytest
 
 from alphamed.config import ConfigError
 from alphamed.config_choices import TruncatedReward
-from alphamed.records import FinishReason, Outcome, Question
+from alphamed.records import FinishReason, Outcome, Question, Rollout
 from alphamed.reward.grader import GraderDied, GraderPool
-from alphamed.reward.rules import RULES, check_rule, grade, resolve_rule
+from alphamed.reward.rules import NAMES, RULES, check_rule, grade, grade_rollout, resolve_rule
 
 QUESTION = Question("q1", "Scurvy is a lack of which vitamin?", MappingProxyType({"A": "Vitamin C", "B": "Vitamin D"}),
                     "A", source="made up", level=1)
@@ -18,28 +19,57 @@ STOP, LENGTH, ABORT = FinishReason.STOP, FinishReason.LENGTH, FinishReason.ABORT
 NOTHING, GRADE = TruncatedReward.NOTHING, TruncatedReward.GRADE
 
 
-@pytest.mark.parametrize("text, finish, truncated, outcome, letter, correct, with_format", [
-    (RIGHT, STOP, NOTHING, Outcome.CORRECT, "A", 1.0, 1.0),
-    (WRONG, STOP, NOTHING, Outcome.WRONG, "B", 0.0, 0.1),
-    (BARE, STOP, NOTHING, Outcome.UNPARSEABLE, None, 0.0, 0.0),
-    (OTHER, STOP, NOTHING, Outcome.UNPARSEABLE, None, 0.0, 0.0),
-    ("", STOP, NOTHING, Outcome.UNPARSEABLE, None, 0.0, 0.0),
-    (RIGHT, LENGTH, NOTHING, Outcome.TRUNCATED, "A", 0.0, 0.0),
-    (BARE, LENGTH, NOTHING, Outcome.TRUNCATED, None, 0.0, 0.0),
-    (RIGHT, ABORT, NOTHING, Outcome.TRUNCATED, "A", 0.0, 0.0),
-    (RIGHT, LENGTH, GRADE, Outcome.CORRECT, "A", 1.0, 1.0),
-    (WRONG, LENGTH, GRADE, Outcome.WRONG, "B", 0.0, 0.1),
-    (BARE, LENGTH, GRADE, Outcome.UNPARSEABLE, None, 0.0, 0.0),
-    (RIGHT, STOP, GRADE, Outcome.CORRECT, "A", 1.0, 1.0),
+@pytest.mark.parametrize("text, finish, truncated, outcome, letter, correct, with_format, format_only", [
+    (RIGHT, STOP, NOTHING, Outcome.CORRECT, "A", 1.0, 1.0, 1.0),
+    (WRONG, STOP, NOTHING, Outcome.WRONG, "B", 0.0, 0.1, 1.0),
+    (BARE, STOP, NOTHING, Outcome.UNPARSEABLE, None, 0.0, 0.0, 0.0),
+    (OTHER, STOP, NOTHING, Outcome.UNPARSEABLE, None, 0.0, 0.0, 0.0),
+    ("", STOP, NOTHING, Outcome.UNPARSEABLE, None, 0.0, 0.0, 0.0),
+    (RIGHT, LENGTH, NOTHING, Outcome.TRUNCATED, "A", 0.0, 0.0, 0.0),
+    (BARE, LENGTH, NOTHING, Outcome.TRUNCATED, None, 0.0, 0.0, 0.0),
+    (RIGHT, ABORT, NOTHING, Outcome.TRUNCATED, "A", 0.0, 0.0, 0.0),
+    (RIGHT, LENGTH, GRADE, Outcome.CORRECT, "A", 1.0, 1.0, 1.0),
+    (WRONG, LENGTH, GRADE, Outcome.WRONG, "B", 0.0, 0.1, 1.0),
+    (BARE, LENGTH, GRADE, Outcome.UNPARSEABLE, None, 0.0, 0.0, 0.0),
+    (RIGHT, STOP, GRADE, Outcome.CORRECT, "A", 1.0, 1.0, 1.0),
 ])
-def test_table(text, finish, truncated, outcome, letter, correct, with_format):
-    for name, reward in (("correct", correct), ("correct_and_format", with_format)):
+def test_table(text, finish, truncated, outcome, letter, correct, with_format, format_only):
+    for name, reward in (("correct", correct), ("correct_and_format", with_format), ("format_only", format_only)):
         graded = grade(QUESTION, text, finish, resolve_rule(name), truncated)
         assert (graded.outcome, graded.reward, graded.letter, graded.problem) == (outcome, reward, letter, None)
 
 
 def test_every_built_in_reward_has_a_row_above():
-    assert set(RULES) == {"correct", "correct_and_format"}
+    assert set(RULES) == {"correct", "correct_and_format", "format_only"}
+
+
+# ------------------------------------------------------------------------------------------------------------ the random one
+def tosses(seed, groups, samples=8, text=RIGHT, finish=STOP):
+    rule = resolve_rule("random", seed=seed)
+    return [grade_rollout(QUESTION, Rollout(group, "q1", i, (), (), text, finish, 1), rule)
+            for group in groups for i in range(samples)]
+
+
+def test_a_coin_is_fair_and_each_sample_has_its_own():
+    """2,000 tosses: 1,000 heads, standard deviation 22; 5 deviations are allowed. Of pairs a quarter is (1, 1): 250 of 1,000
+    with 14."""
+    found = [one.reward for one in tosses(7, [f"{step}:0:q1" for step in range(250)])]
+    assert set(found) == {0.0, 1.0} and abs(sum(found) - 1000) < 5 * 22.4
+    assert abs(sum(a == b == 1 for a, b in zip(found[::2], found[1::2])) - 250) < 5 * 13.7
+
+
+def test_a_coin_knows_run_group_and_sample_and_nothing_else():
+    """Written down once: another coin would give a resumed run other rewards."""
+    assert [one.reward for one in tosses(7, ["3:0:q1"])] == [one.reward for one in tosses(7, ["3:0:q1"], text=BARE)]
+    assert [int(one.reward) for one in tosses(7, ["3:0:q1", "4:0:q1"])] == [
+        hashlib.sha256(f"coin\x1f7\x1f{step}:0:q1#{i}".encode()).digest()[0] % 2 for step in (3, 4) for i in range(8)]
+    assert tosses(8, ["3:0:q1"]) != tosses(7, ["3:0:q1"]) != tosses(7, ["3:1:q1"])
+
+
+def test_a_coin_is_tossed_for_what_the_limit_cut():
+    cut = tosses(7, ["3:0:q1"], finish=LENGTH)
+    assert [one.reward for one in cut] == [one.reward for one in tosses(7, ["3:0:q1"])]
+    assert {one.outcome for one in cut} == {Outcome.TRUNCATED}
 
 
 # ----------------------------------------------------------------------------------------------- a user's own function
@@ -106,7 +136,7 @@ def test_the_users_module_is_not_imported_here(user_rewards):
 @pytest.mark.parametrize("name, problem", [
     ("corect", "'corect' is not a reward; did you mean 'correct'?"),
     ("correct_format", "did you mean 'correct_and_format'?"),
-    ("accuracy", "known: correct, correct_and_format; or give module:function"),
+    ("accuracy", "known: correct, correct_and_format, format_only, random; or give module:function"),
     ("", "'' is not a reward"),
     ("a:b:c", "not of the form module:function"),
     ("module:", "not of the form module:function"),
@@ -128,5 +158,5 @@ def test_refused_in_one_line(user_rewards, name, problem):
 
 
 def test_good_names_pass(user_rewards):
-    for name in (*RULES, f"{user_rewards}:half"):
+    for name in (*NAMES, f"{user_rewards}:half"):
         check_rule(name)

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from alphamed.config import ConfigError
-from alphamed.config_file import build_config, dump_config, load_config
+from alphamed.config_file import build_config, changed_config, dump_config, load_config
 from alphamed.evaluation.runner import Evaluation, QuestionSet, SetResult
 from alphamed.evaluation.score import score
-from alphamed.observe.directory import check_resume
+from alphamed.observe.directory import check_resume, finished_step, is_finished
 from alphamed.observe.files import append_json, read_json_lines, replace_text
 from alphamed.observe.metrics import undeclared
 from alphamed.observe.rollout_files import read_rollouts, recorded_steps
@@ -93,6 +93,33 @@ def train(config, stop_after=99, saved=None):
 
 def lines(config):
     return read_json_lines(config.run_dir / "metrics.jsonl")
+
+
+def test_a_run_is_finished_when_nothing_is_left_to_do(tmp_path):
+    config = config_of(tmp_path)
+    assert finished_step(config.run_dir) is None
+    states = train(config, stop_after=2)                                    # killed
+    assert finished_step(config.run_dir) is None and not is_finished(config)
+    train(config, saved=states[-1])
+    assert finished_step(config.run_dir) == 4 and is_finished(config)
+    longer = changed_config(config, ["run.steps=6"])
+    assert not is_finished(longer)
+    assert is_finished(changed_config(longer, ["run.time_limit_s=60"]))     # its time was up
+    train(longer, stop_after=5, saved={"step": 4})
+    assert finished_step(config.run_dir) is None                            # begun again, and killed
+
+
+def test_a_run_of_no_steps_evaluates_and_is_finished(tmp_path):
+    config = config_of(tmp_path, run={"stop_after": 0}, evaluation={"files": ["e.jsonl"], "before": True, "after": True})
+    run = Run.open(config, Alone())
+    run.begin(None)
+    assert run.evaluate(evaluation)
+    assert list(run.steps()) == [] and not run.checkpoint(lambda state: None, last=True)
+    assert not run.evaluate(evaluation, last=True)              # the same weights: once is enough
+    run.finish()
+    assert is_finished(config) and finished_step(config.run_dir) == 0
+    assert [path.name for path in (config.run_dir / "evaluations").iterdir() if path.suffix == ".json"] == [
+        "step_000000.json"]
 
 
 # ---------------------------------------------------------------------------------------------------------- fresh start

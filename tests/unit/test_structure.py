@@ -24,6 +24,7 @@ LIGHT = ("alphamed.config", "alphamed.records", "alphamed.model", "alphamed.cli"
          "alphamed.data.medfacts", "alphamed.data.build", "alphamed.data.commands", "alphamed.data.decontaminate",
          "alphamed.data.matching", "alphamed.data.suspects", "alphamed.evaluation.benchmarks",
          "alphamed.observe.dataset_page", "alphamed.reward.extraction", "alphamed.reward.rules",
+         "alphamed.bundle", "alphamed.reproduce", "alphamed.rollout.curriculum", "alphamed.study.main",
          "alphamed.planner.main", "alphamed.planner.forecast", "alphamed.weights.routes")
 
 

@@ -20,6 +20,7 @@ TAG = "ALPHAMED_RUN_ID"
 
 SHARED_MEMORY = Path("/dev/shm")
 
+_PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -152,6 +153,11 @@ def _child_pids() -> list[int]:
 def become_subreaper() -> None:
     """Orphaned descendants become children of this process in place of init's, so that none is lost from sight."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with_parent() -> None:
+    """This process is sent SIGTERM when the thread that started it ends; for `preexec_fn`, from a thread that stays."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _prctl(option: int, value: int) -> None:

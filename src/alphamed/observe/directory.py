@@ -2,17 +2,18 @@
 
     config.yaml  metrics.jsonl  provenance.json  report.html  report.json
     rollouts/step_000012.parquet   evaluations/step_000000.json + step_000000.items.jsonl
-    checkpoints/   hf/   dumps/step_000012/   wandb/
+    checkpoints/   hf/   dumps/step_000012/   wandb/   finished.json (when nothing is left to do)
 """
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from alphamed.config import Config, ConfigError
 from alphamed.config_file import dump_config, load_config
 from alphamed.observe import provenance
-from alphamed.observe.files import replace_json_lines, replace_text
+from alphamed.observe.files import replace_json, replace_json_lines, replace_text
 from alphamed.observe.metrics import read_rows
 
 CHANGEABLE = (
@@ -21,6 +22,9 @@ CHANGEABLE = (
     "rollout.gpu_memory_utilization", "rollout.max_concurrent_requests", "rollout.start_deadline_s",
     "rollout.step_deadline_s", "reward.timeout_s", "reward.workers", "reward.max_failure_share")
 """Fields and sections that a resume may set anew: where and how long it runs, not what it computes."""
+
+
+FINISHED = "finished.json"
 
 
 class RunDirectory:
@@ -48,6 +52,13 @@ class RunDirectory:
                               f"choose another") from None
         return cls(config.run_dir, changed)
 
+    def set_finished(self, step: int | None) -> None:
+        """Note that the run has ended well after `step`, its export, evaluation and report done; None: that it has not."""
+        if step is None:
+            (self.root / FINISHED).unlink(missing_ok=True)
+        else:
+            replace_json(self.root / FINISHED, {"step": step})
+
     def last_step(self) -> int:
         """The last step in metrics.jsonl, 0 without any."""
         return max((row["step"] for row in read_rows(self.metrics_file)), default=0)
@@ -62,6 +73,23 @@ class RunDirectory:
             for file in sorted(folder.glob("step_*")):
                 if _step_of(file) > step:
                     file.unlink()
+
+
+def finished_step(run_dir: Path) -> int | None:
+    """The step after which the run ended well, None where it has not. Raises ConfigError where the note is damaged."""
+    path = run_dir / FINISHED
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["step"])
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: not readable ({type(error).__name__}); remove it, and the run is continued") from None
+
+
+def is_finished(config: Config) -> bool:
+    """Whether the run directory holds all that `config` asks for: it ended well after the last step, or its time was up."""
+    step = finished_step(config.run_dir)
+    return step is not None and (step >= config.run.last_step or config.run.time_limit_s is not None)
 
 
 def check_resume(config: Config) -> dict[str, tuple[Any, Any]]:

@@ -44,6 +44,8 @@ METRICS: Mapping[str, Metric] = _table(
     ("sampling/bound_hit", "", "1 where the limit on refills was hit, so that the step trains on dropped groups as well"),
     ("sampling/groups_per_kept", "", "graded groups per kept one"),
     ("sampling/passed_over", "questions", "not asked because they were unlikely to teach"),
+    ("sampling/level_mean", "", "mean level of the questions that the curriculum gave (data.levels)"),
+    ("sampling/level_passed_over", "questions", "of the stream that the weight of their level left out"),
     ("sampling/reward_mean", "", "mean reward of all groups graded for the step, dropped ones included"),
     ("staleness/mean", "pushes", "age of the weights that sampled the step's groups, mean"),
     ("staleness/max", "pushes", "age of the weights that sampled the step's groups, largest"),

@@ -72,14 +72,10 @@ def changed_files(run_dir: Path) -> list[str]:
 def git_state(run_dir: Path) -> dict[str, Any] | None:
     """Commit of the checkout this package runs from, and its uncommitted changes as a patch beside provenance.json.
     None where the package is installed rather than checked out, or git is absent."""
-    package = Path(__file__).resolve().parents[1]
-    if not _git(package, "ls-files", "config.py"):          # a foreign repository that merely contains the installation
-        return None
-    commit = _git(package, "rev-parse", "HEAD")
+    package, commit, diff = _package(), commit_here(), diff_here()
     if not commit:
         return None
-    diff = _git(package, "diff", "HEAD", "--binary", "--", ":/")
-    state: dict[str, Any] = {"commit": commit.decode().strip(), "diff_sha256": None, "diff_file": None,
+    state: dict[str, Any] = {"commit": commit, "diff_sha256": None, "diff_file": None,
                              "untracked": (_git(package, "ls-files", "--others", "--exclude-standard", ":/") or b"")
                              .decode(errors="replace").splitlines()[:100]}
     if diff:
@@ -87,6 +83,22 @@ def git_state(run_dir: Path) -> dict[str, Any] | None:
         state["diff_file"] = f"uncommitted_{state['diff_sha256'][:12]}.patch"
         replace_file(run_dir / state["diff_file"], lambda partial: partial.write_bytes(diff))
     return state
+
+
+def commit_here() -> str | None:
+    """Commit of the checkout this package runs from, None where it is installed rather than checked out."""
+    if not _git(_package(), "ls-files", "config.py"):       # a foreign repository that merely contains the installation
+        return None
+    return (_git(_package(), "rev-parse", "HEAD") or b"").decode().strip() or None
+
+
+def diff_here() -> bytes | None:
+    """Uncommitted changes of that checkout as a patch; None or empty where there are none."""
+    return _git(_package(), "diff", "HEAD", "--binary", "--", ":/") if commit_here() else None
+
+
+def _package() -> Path:
+    return Path(__file__).resolve().parents[1]
 
 
 def _git(folder: Path, *command: str) -> bytes | None:

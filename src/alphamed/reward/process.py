@@ -30,7 +30,7 @@ from alphamed.config import Config
 from alphamed.config_sections import RewardConfig
 from alphamed.records import Outcome, Question, Rollout, RolloutGroup, ScoredGroup
 from alphamed.reward.grader import GraderPool
-from alphamed.reward.rules import Graded, Reward, grade, resolve_rule
+from alphamed.reward.rules import CoinToss, Graded, Reward, grade_rollout, resolve_rule
 from alphamed.reward.shaping import Overlong
 
 if TYPE_CHECKING:
@@ -61,19 +61,20 @@ def start(config: Config) -> ActorHandle:
     actor = ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=here)(RewardProcess)
     step_samples = config.rollout.questions_per_step * config.rollout.samples_per_question
     return actor.remote(config.reward, str(config.algorithm.advantage), step_samples, [os.getcwd(), *sys.path],
-                        Overlong.of(config))
+                        Overlong.of(config), config.run.seed)
 
 
 class RewardProcess:
     """Grades in threads of its own, so that the event loop is always free for the next group."""
 
     def __init__(self, reward: RewardConfig, advantage: str, step_samples: int, search_path: Sequence[str] = (),
-                 overlong: Overlong = Overlong(0, 0)):
+                 overlong: Overlong = Overlong(0, 0), seed: int = 0):
         self._reward, self._advantage, self._search_path, self._overlong = reward, advantage, search_path, overlong
+        self._seed = seed
         self._recent: deque[Outcome] = deque(maxlen=step_samples)
         self._first_problem: str | None = None
         self._failure: RunFailed | None = None
-        self._rule: Reward | None = None
+        self._rule: Reward | CoinToss | None = None
         self._opening: asyncio.Future[None] | None = None
         self._threads = ThreadPoolExecutor(reward.workers, thread_name_prefix="grading")
 
@@ -124,15 +125,15 @@ class RewardProcess:
         import torch
 
         torch.set_num_threads(1)                   # its tensors hold one number per sample
-        self._rule = resolve_rule(self._reward.name, timeout_s=self._reward.timeout_s, workers=self._reward.workers,
-                                  search_path=self._search_path)
+        self._rule = resolve_rule(self._reward.name, seed=self._seed, timeout_s=self._reward.timeout_s,
+                                  workers=self._reward.workers, search_path=self._search_path)
 
     @property
     def _pool(self) -> GraderPool | None:
         return self._rule if isinstance(self._rule, GraderPool) else None
 
     def _grade_one(self, question: Question, rollout: Rollout) -> Graded:
-        return grade(question, rollout.text, rollout.finish_reason, self._rule, self._reward.truncated)
+        return grade_rollout(question, rollout, self._rule, self._reward.truncated)
 
     def _count(self, graded: Sequence[Graded]) -> None:
         for sample in graded:

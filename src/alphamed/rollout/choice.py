@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from alphamed.config_sections import DynamicSamplingConfig
+from alphamed.config_choices import LevelsFrom
+from alphamed.config_sections import DynamicSamplingConfig, LevelsConfig
 from alphamed.records import Question, ScoredGroup
 from alphamed.rollout.belief import PassRates
+from alphamed.rollout.curriculum import Curriculum
 
 
 class Stream(Protocol):
@@ -24,24 +26,27 @@ class Stream(Protocol):
 
 class Chooser:
     """The questions of a run whose steps hold `per_step` groups of `samples` answers. With `choose` off they are the
-    stream's, all of them."""
+    stream's, all of them, or what the curriculum of `levels` takes of it."""
 
-    def __init__(self, config: DynamicSamplingConfig, stream: Stream, samples: int, per_step: int):
+    def __init__(self, config: DynamicSamplingConfig, stream: Stream, samples: int, per_step: int,
+                 levels: LevelsConfig = LevelsConfig(), seed: int = 0):
         self._config, self._stream = config, stream
         self._look_at = config.search * per_step
         self._rates = PassRates(config, samples)
+        self._curriculum = Curriculum(levels, stream, self._rates, seed) if levels.schedule else None
+        self._observes = config.choose or (self._curriculum is not None and levels.by == LevelsFrom.OBSERVED)
         self.passed_over = 0
         """Questions passed over so far."""
 
     def take(self, n: int, step: int) -> list[Question]:
         """The next n questions to ask in `step`, in the order of the stream."""
         if not self._config.choose:
-            return self._stream.take(n)
+            return self._next(n, step)
         chosen: dict[int, Question] = {}                    # place in the walk -> question
         others: dict[int, tuple[bool, float, Question]] = {}        # (met before in this walk, -chance, question)
         met: set[str] = set()
         for place in range(max(n, self._look_at)):
-            question, = self._stream.take(1)
+            question, = self._next(1, step)
             chance = self._rates.chance(question, step)
             due = chance >= self._rates.of_unknown or self._rates.is_due(question.id)
             if due and question.id not in met:
@@ -56,6 +61,13 @@ class Chooser:
         self._note({question.id for question in chosen.values()}, met)
         return [chosen[place] for place in sorted(chosen)]
 
+    def _next(self, n: int, step: int) -> list[Question]:
+        return self._curriculum.take(n, step) if self._curriculum else self._stream.take(n)
+
+    def level_metrics(self) -> dict[str, float]:
+        """Of the questions that the curriculum gave since the last call."""
+        return self._curriculum.metrics() if self._curriculum else {}
+
     def _note(self, asked: set[str], met: set[str]) -> None:
         for question_id in asked:
             self._rates.note_asked(question_id)
@@ -65,15 +77,18 @@ class Chooser:
 
     def observe(self, groups: Sequence[ScoredGroup], step: int) -> None:
         """Learn from all groups graded in `step`, those that are dropped included."""
-        if self._config.choose:
+        if self._observes:
             self._rates.observe(groups, step)
 
     def state(self) -> dict[str, Any]:
         """Place in the stream and beliefs, JSON-ready."""
         found = {"stream": self._stream.state()}
-        return found | {"pass_rates": self._rates.state()} if self._config.choose else found
+        found |= {"pass_rates": self._rates.state()} if self._observes else {}
+        return found | {"curriculum": self._curriculum.state()} if self._curriculum else found
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue where `state()` was taken; without beliefs in it (choosing was off) with none."""
         self._stream.load_state(state["stream"])
         self._rates.load_state(state.get("pass_rates", {}))
+        if self._curriculum:
+            self._curriculum.load_state(state["curriculum"])

@@ -24,7 +24,8 @@ class LiveRollouts:
     def __init__(self, config: Config, stream: Stream, prompts: Prompts, coordinator: Coordinator | None, control: Control,
                  on_progress: Callable[[Progress], None] | None = None):
         r = config.rollout
-        chooser = Chooser(config.dynamic_sampling, stream, r.samples_per_question, r.questions_per_step)
+        chooser = Chooser(config.dynamic_sampling, stream, r.samples_per_question, r.questions_per_step, config.data.levels,
+                          config.run.seed)
         kind = Ahead if r.max_staleness else OnDemand
         self._supply = kind(config, chooser, prompts, coordinator, on_progress)
         self._control = control

@@ -50,7 +50,7 @@ class OnDemand:
             rounds.append(self._coordinator.run(key, tasks, self._on_progress))
             places.fill(rounds[-1].groups)
             self._chooser.observe(rounds[-1].groups, step)
-        metrics = _metrics(rounds)
+        metrics = _metrics(rounds) | self._chooser.level_metrics()
         if c.dynamic_sampling.active:
             metrics |= places.tally.metrics(self._chooser.passed_over - passed_over)
         return Gathered(places.groups, metrics)
@@ -192,7 +192,7 @@ class Ahead:
         ages = [self._staleness(scored) for scored in groups]
         found = {"time/generate_s": waited_s, "throughput/generated_tokens_per_s": tokens_per_s,
                  "staleness/mean": sum(ages) / len(ages), "staleness/max": float(max(ages)),
-                 "staleness/dropped": float(tally.stale)}
+                 "staleness/dropped": float(tally.stale)} | self._chooser.level_metrics()
         return found | tally.metrics(passed_over) if self._config.dynamic_sampling.active else found
 
     # -------------------------------------------------------------------------------------------------------------- resume

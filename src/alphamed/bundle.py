@@ -1,0 +1,100 @@
+"""`alphamed bundle RUN`: configuration, provenance, hashes, metrics and evaluation of a run in one archive."""
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from alphamed.archive import write_archive
+from alphamed.config import Config, ConfigError
+from alphamed.config_file import dump_config
+from alphamed.data.output import write_all
+from alphamed.observe import provenance
+from alphamed.observe.directory import finished_step
+from alphamed.observe.files import read_json_lines
+from alphamed.observe.metrics import read_rows
+from alphamed.replay import config_of_run
+
+CONFIG, DATA = "config.yaml", "data"
+EVALUATIONS = ("evaluations", "eval")
+"""Of the training itself, and what `alphamed eval` wrote into the run."""
+PLAIN = ("provenance.json", "metrics.jsonl", "study.json")
+KEPT = ("set", "benchmark", "variant", "id", "sample", "answer", "source", "level", "letter", "outcome", "finish_reason",
+        "tokens")
+"""What is left of a graded answer without texts. The response goes too: models repeat what they are asked."""
+
+
+def main(run_dir: Path, out: Path, with_questions: bool) -> int:
+    """Write the bundle; returns the exit code. ConfigError for a folder that is no run, DataError for a full disk."""
+    if not out.name.endswith(".tar.gz"):
+        raise ConfigError(f"--out: {str(out)!r} does not end in .tar.gz; call it so")
+    config = config_of_run(run_dir)
+    for path in provenance.changed_files(run_dir):
+        raise ConfigError(f"data.train: {path} is not what {run_dir} was trained on; put that file back (relative paths "
+                          f"count from where the run was started)")
+    entries = data_entries(config)
+    told = manifest_of(run_dir, config, entries, with_questions)
+    files = contents(run_dir, config, entries, with_questions)
+    write_all({out: lambda path: write_archive(path, told, files)})
+    texts = "with" if with_questions else "without"
+    print(f"{out}: {len(files)} files of {run_dir}, {texts} question texts, {out.stat().st_size:,} bytes")
+    if not told["finished"]:
+        print(f"the run stands at step {told['step']} of {config.run.last_step}: it is not finished")
+    return 0
+
+
+def manifest_of(run_dir: Path, config: Config, entries: Mapping[str, dict[str, Any]],
+                with_questions: bool) -> dict[str, Any]:
+    """What a bundle says of itself beside its list of files: nothing that depends on when it is made."""
+    record = provenance.read(run_dir)
+    if record is None or not record["starts"]:
+        raise ConfigError(f"{run_dir}: holds no provenance.json; give the directory of a run that has been started")
+    last = record["starts"][-1]
+    rows = read_rows(run_dir / "metrics.jsonl")
+    return {"run": config.run.name, "step": max((int(row["step"]) for row in rows), default=0),
+            "finished": finished_step(run_dir) is not None, "questions": with_questions, "data": dict(entries),
+            "model": {"path": config.model.path,
+                      "files": [entry | {"path": Path(entry["path"]).name} for entry in record["model"]]},
+            "python": last["python"], "packages": last["packages"], "git": last["git"] and last["git"]["commit"],
+            "diff_sha256": last["git"] and last["git"]["diff_sha256"]}
+
+
+def data_entries(config: Config) -> dict[str, dict[str, Any]]:
+    """Setting -> path as configured, size and SHA-256 of every file of questions or decisions that the run reads. Raises
+    ConfigError where one is gone."""
+    found = {}
+    for setting, paths in _files_of(config).items():
+        for number, path in enumerate(paths):
+            if not path.is_file():
+                raise ConfigError(f"{setting}: {path} is not there; put it back, or give the command where the run was "
+                                  f"started")
+            found[f"{setting}.{number}"] = provenance.file_entry(path) | {
+                "file": f"{DATA}/{setting}.{number}.{path.name}"}
+    return found
+
+
+def _files_of(config: Config) -> dict[str, tuple[Path, ...]]:
+    return {"data.train": config.data.train, "evaluation.files": config.evaluation.files,
+            "evaluation.decisions": config.evaluation.decisions}
+
+
+def contents(run_dir: Path, config: Config, entries: Mapping[str, dict[str, Any]], with_questions: bool) -> dict[str, bytes]:
+    """Name in the bundle -> bytes, each file read once."""
+    found = {CONFIG: dump_config(config).encode()}
+    found |= {name: (run_dir / name).read_bytes() for name in PLAIN if (run_dir / name).is_file()}
+    found |= {path.name: path.read_bytes() for path in run_dir.glob("uncommitted_*.patch")}
+    for path in (path for folder in EVALUATIONS for path in (run_dir / folder).rglob("*.json*")):
+        whole = with_questions or path.suffix == ".json"
+        found[path.relative_to(run_dir).as_posix()] = path.read_bytes() if whole else without_texts(read_json_lines(path))
+    if with_questions:
+        report = run_dir / "report.html"
+        found |= {report.name: report.read_bytes()} if report.is_file() else {}
+        found |= {entry["file"]: Path(entry["path"]).read_bytes() for entry in entries.values()}
+    return found
+
+
+def without_texts(items: Iterable[Mapping[str, Any]]) -> bytes:
+    """Graded answers as JSONL with ids, letters and outcomes, but nothing that quotes a question."""
+    rows = ({key: item[key] for key in KEPT if key in item} for item in items)
+    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)

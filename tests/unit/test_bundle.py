@@ -1,0 +1,270 @@
+"""Bundles: the same bytes each time, nothing that quotes a question where that is asked, and no trust in what is read."""
+import gzip
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from alphamed import reproduce
+from alphamed.archive import MANIFEST, read_archive, write_archive
+from alphamed.cli import main
+from alphamed.config import ConfigError
+from alphamed.config_file import build_config, dump_config, load_config
+from alphamed.observe import provenance
+
+SECRET = "Which vitamin prevents scurvy?"
+ITEM = {"set": "exam", "id": "e1", "question": SECRET, "options": {"A": "vitamin C", "B": "vitamin D"}, "answer": "A",
+        "level": 2, "letter": "A", "outcome": "correct", "finish_reason": "stop", "tokens": 9,
+        "text": f"You ask: {SECRET} \\boxed{{A}}"}
+
+
+@pytest.fixture
+def run_dir(tmp_path, monkeypatch) -> Path:
+    """A finished run, as its files tell; the current directory is where it was started."""
+    monkeypatch.chdir(tmp_path)
+    question = {key: ITEM[key] for key in ("question", "options", "answer")}
+    Path("train.jsonl").write_text(json.dumps({"id": "q1"} | question) + "\n")
+    Path("exam.jsonl").write_text(json.dumps({"id": "e1"} | question) + "\n")
+    Path("model").mkdir()
+    Path("model/config.json").write_text("{}")
+    config = build_config({"run": {"name": "r", "steps": 2}, "model": {"path": "model"}, "logging": {"wandb": "online"},
+                           "data": {"train": ["train.jsonl"]}, "evaluation": {"files": ["exam.jsonl"]}})
+    folder = Path("runs/r")
+    (folder / "evaluations").mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump_config(config))
+    provenance.record_start(folder, ["alphamed", "train"], [Path("train.jsonl")], Path("model"), {})
+    (folder / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n{"step": 2, "reward/mean": 0.75}\n')
+    (folder / "evaluations" / "step_000002.json").write_text('{"step": 2, "sets": {}}\n')
+    (folder / "evaluations" / "step_000002.items.jsonl").write_text(json.dumps(ITEM) + "\n")
+    (folder / "report.html").write_text(f"<p>{SECRET}</p>")
+    (folder / "finished.json").write_text('{"step": 2}')
+    return folder
+
+
+def bundle(out="b.tar.gz", *options) -> Path:
+    assert main(["bundle", "runs/r", "--out", out, *options]) == 0
+    return Path(out)
+
+
+def refused(capfd, arguments, *words):
+    assert main(arguments) == 2
+    told = capfd.readouterr().err
+    assert told.startswith("error: ") and told.count("\n") == 1
+    assert [word for word in words if word not in told] == [], told
+
+
+# --------------------------------------------------------------------------------------------------------------- writing
+def test_a_bundle_holds_the_run(run_dir, capfd):
+    (run_dir / "eval").mkdir()
+    (run_dir / "eval" / "results.json").write_text("{}")
+    found = read_archive(bundle())
+    assert sorted(found.files) == sorted([
+        "config.yaml", "provenance.json", "metrics.jsonl", "report.html", "evaluations/step_000002.json",
+        "evaluations/step_000002.items.jsonl", "eval/results.json", "data/data.train.0.train.jsonl",
+        "data/evaluation.files.0.exam.jsonl",
+        *(path.name for path in run_dir.glob("*.patch"))])
+    assert found.files["metrics.jsonl"] == (run_dir / "metrics.jsonl").read_bytes()
+    told = found.manifest
+    assert (told["run"], told["step"], told["finished"], told["questions"]) == ("r", 2, True, True)
+    assert told["data"]["data.train.0"]["sha256"] == provenance.file_entry(Path("train.jsonl"))["sha256"]
+    assert [entry["path"] for entry in told["model"]["files"]] == ["config.json"]
+    assert "torch" in told["packages"]
+
+
+def test_the_same_run_gives_the_same_bytes(run_dir, tmp_path):
+    first = bundle("a.tar.gz").read_bytes()
+    for path in run_dir.rglob("*"):
+        os.utime(path, (1, 1))
+    second = bundle("elsewhere/b.tar.gz").read_bytes()
+    assert first == second
+    with tarfile.open("a.tar.gz") as tar:                           # what another reader sees
+        members = tar.getmembers()
+    assert {(m.mtime, m.uid, m.gid, m.uname, m.mode) for m in members} == {(0, 0, 0, "", 0o644)}
+    assert [m.name for m in members] == [MANIFEST, *sorted(m.name for m in members[1:])]
+
+
+def test_question_texts_can_be_left_out(run_dir):
+    path = bundle("b.tar.gz", "--without-questions")
+    everything = gzip.decompress(path.read_bytes())
+    assert SECRET.encode() not in everything and b"vitamin" not in everything
+    found = read_archive(path)
+    item = json.loads(found.files["evaluations/step_000002.items.jsonl"])
+    assert list(item) == ["set", "id", "answer", "level", "letter", "outcome", "finish_reason", "tokens"]
+    assert item.items() <= ITEM.items()
+    assert not any(name.startswith("data/") or name == "report.html" for name in found.files)
+    assert found.manifest["data"]["evaluation.files.0"]["bytes"] == Path("exam.jsonl").stat().st_size
+
+
+def test_bad_input_is_one_line(run_dir, capfd):
+    refused(capfd, ["bundle", "runs", "--out", "b.tar.gz"], "runs", "no config.yaml")
+    refused(capfd, ["bundle", "runs/r", "--out", "b.zip"], "--out", ".tar.gz")
+    Path("exam.jsonl").rename("gone.jsonl")
+    refused(capfd, ["bundle", "runs/r", "--out", "b.tar.gz"], "evaluation.files", "exam.jsonl is not there")
+    Path("train.jsonl").write_text("{}\n")
+    refused(capfd, ["bundle", "runs/r", "--out", "b.tar.gz"], "data.train", "not what runs/r was trained on")
+    assert not Path("b.tar.gz").exists()
+
+
+def test_a_full_disk_leaves_the_old_bundle(run_dir):
+    """A limit on file sizes stands for the full disk: writes beyond it fail as they do there, with OSError."""
+    old = bundle().read_bytes()
+    (run_dir / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "x": {hash(i * 7919)}}}\n' for i in range(1, 60_000)))
+    code = ("import resource, signal, sys; from alphamed.cli import main\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))\n"
+            "sys.exit(main(['bundle', 'runs/r', '--out', 'b.tar.gz']))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and "can not be written" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert Path("b.tar.gz").read_bytes() == old and list(Path().glob(".*partial")) == []
+
+
+# --------------------------------------------------------------------------------------------------------------- reading
+def forged(path: Path, *members: tuple[str, bytes], listed=None, kind=tarfile.REGTYPE) -> Path:
+    """An archive with members as given; the manifest lists the true hashes of `listed`, or of all members."""
+    write_archive(path, {"run": "r"}, dict(listed if listed is not None else members))
+    manifest = read_first(path)
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in ((MANIFEST, manifest), *members):
+            info = tarfile.TarInfo(name)
+            info.size = len(content) if name == MANIFEST or kind == tarfile.REGTYPE else 0
+            info.type, info.linkname = (tarfile.REGTYPE, "") if name == MANIFEST else (kind, "/etc/passwd")
+            tar.addfile(info, io.BytesIO(content) if info.size else None)
+    return path
+
+
+def read_first(path: Path) -> bytes:
+    with tarfile.open(path) as tar:
+        return tar.extractfile(MANIFEST).read()
+
+
+@pytest.mark.parametrize("name", ["../up", "a/../../up", "/etc/cron.d/x", "a/./b", "a\\..\\b", "./x", ".."])
+def test_a_member_that_would_leave_the_folder_is_refused(tmp_path, name):
+    with pytest.raises(ConfigError, match="would be written elsewhere"):
+        read_archive(forged(tmp_path / "b.tar.gz", (name, b"x")))
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE])
+def test_links_and_devices_are_refused(tmp_path, kind):
+    with pytest.raises(ConfigError, match="'x' is no plain file"):
+        read_archive(forged(tmp_path / "b.tar.gz", ("x", b""), kind=kind))
+
+
+@pytest.mark.parametrize("members, listed, words", [
+    ([("a", b"1"), ("a", b"1")], {"a": b"1"}, "'a' is there twice"),
+    ([("a", b"1"), ("b", b"1")], {"a": b"1"}, "'b' is not in the manifest"),
+    ([("a", b"1")], {"a": b"1", "b": b"2", "c": b"3"}, "b is missing, and 1 more"),
+    ([("a", b"2")], {"a": b"1"}, "'a' is not what the manifest says"),
+    ([("a", b"11")], {"a": b"1"}, "'a' has 2 bytes, the manifest says 1")])
+def test_what_the_manifest_does_not_say_is_refused(tmp_path, members, listed, words):
+    with pytest.raises(ConfigError) as error:
+        read_archive(forged(tmp_path / "b.tar.gz", *members, listed=listed))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_every_cut_and_every_flipped_bit_is_found(run_dir):
+    """Cut anywhere, or with one bit changed anywhere that carries content: refused in one line, or read as it was."""
+    path = bundle()
+    whole = path.read_bytes()
+    content = read_archive(path)
+    for place in range(0, len(whole) - 1, max(1, len(whole) // 60)):
+        path.write_bytes(whole[:place])
+        with pytest.raises(ConfigError):
+            read_archive(path)
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1:])
+        try:
+            assert read_archive(path) == content                    # a bit of gzip's header that says nothing
+        except ConfigError as error:
+            assert "\n" not in str(error)
+
+
+def test_other_files_are_refused(tmp_path, capfd):
+    refused(capfd, ["reproduce", str(tmp_path / "none.tar.gz")], "no such file")
+    (tmp_path / "x.tar.gz").write_bytes(b"not an archive at all")
+    refused(capfd, ["reproduce", str(tmp_path / "x.tar.gz")], "damaged or not a .tar.gz")
+    write_archive(tmp_path / "y.tar.gz", {"run": 3}, {})
+    refused(capfd, ["reproduce", str(tmp_path / "y.tar.gz")], "its manifest can not be used")
+    with tarfile.open(tmp_path / "z.tar.gz", "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("config.yaml"))
+    refused(capfd, ["reproduce", str(tmp_path / "z.tar.gz")], "does not begin with manifest.json")
+
+
+# ----------------------------------------------------------------------------------------------------------- reproducing
+def test_a_check_on_the_same_machine_is_in_order(run_dir, capfd):
+    path = bundle()
+    capfd.readouterr()
+    assert main(["reproduce", str(path), "--check"]) == 0
+    told = capfd.readouterr().out
+    assert "run r at step 2" in told and "differs" not in told and "problem" not in told
+    assert "ok: data.train.0: in the bundle" in told and "ok: model: 1 files in model" in told
+    assert not Path("r-reproduced").exists()
+
+
+def test_missing_and_other_files_are_named(run_dir, capfd):
+    path = bundle("b.tar.gz", "--without-questions")
+    assert main(["reproduce", str(path), "--check"]) == 0                   # the files lie where they lay
+    Path("exam.jsonl").rename("moved.jsonl")
+    Path("train.jsonl").write_text("{}\n")
+    Path("model/config.json").write_text('{"other": 1}')
+    capfd.readouterr()
+    assert main(["reproduce", str(path), "--check"]) == 2
+    told = capfd.readouterr()
+    assert "problem: evaluation.files.0: exam.jsonl" in told.out and "neither in the bundle nor at exam.jsonl" in told.out
+    assert "problem: data.train.0: train.jsonl is not the file that the run read" in told.out
+    assert "problem: model: model/config.json is another one" in told.out
+    assert told.err.startswith("error: bundle b.tar.gz: 3 problems (the first: data.train.0")
+    Path("kept").mkdir()
+    shutil.move("moved.jsonl", "kept/exam.jsonl")
+    Path("model").rename("elsewhere")
+    Path("elsewhere/config.json").write_text("{}")
+    assert main(["reproduce", str(path), "--check", "--data", "kept", "model.path=elsewhere"]) == 2
+    assert "ok: model: 1 files in elsewhere" in (told := capfd.readouterr().out) and "ok: evaluation.files.0: kept/exam.jsonl" in told
+
+
+def test_other_versions_are_told_and_not_refused(run_dir, capfd, monkeypatch):
+    path = bundle()
+    monkeypatch.setattr(provenance, "packages", lambda: {"torch": "9.9", "numpy": "2.3.5"})
+    monkeypatch.setattr(provenance, "commit_here", lambda: "f" * 40)
+    assert main(["reproduce", str(path), "--check"]) == 0
+    told = capfd.readouterr().out
+    assert "differs: torch: was" in told and "is 9.9" in told
+    assert "differs: commit: was" in told and "is ffffffffffff" in told
+
+
+def test_a_reproduction_is_the_run_in_a_folder_of_its_own(run_dir, capfd, monkeypatch):
+    path = bundle()
+    started = []
+    monkeypatch.setattr(reproduce, "_start", lambda config: started.append(load_config(config)) or 0)
+    for _ in range(2):                                              # the second call takes it up again
+        assert main(["reproduce", str(path), "--out", "again", "optimizer.lr=2e-6"]) == 0
+    first, second = started
+    assert first == second and first.run_dir == Path("again/runs/r") and first.optimizer.lr == 2e-6
+    assert first.data.train[0].read_bytes() == Path("train.jsonl").read_bytes()
+    assert first.data.train == (Path("again/bundle/data/data.train.0.train.jsonl"),)
+    assert str(first.logging.wandb) == "offline"                    # nobody's account
+    refused(capfd, ["reproduce", str(path), "--out", "again", "optimizer.lr=3e-6"], "other settings", "name a new folder")
+    Path("taken").mkdir()
+    refused(capfd, ["reproduce", str(path), "--out", "taken"], "taken exists and is no reproduction")
+
+
+def test_a_reproduction_starts_as_training_does(run_dir, capfd):
+    """One question is too few for a step of 256: what `alphamed train` says is said here, before anything is started."""
+    path = str(bundle())
+    refused(capfd, ["reproduce", path, "--out", "again", "cluster.device=cpu", "evaluation.allow_overlap=true"],
+            "rollout.questions_per_step: 256 is more than the 1 questions of data.train")
+    assert not Path("again/runs").exists()
+
+
+def test_a_full_disk_unpacks_nothing(run_dir, capfd, monkeypatch):
+    path = bundle()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "rename", full)
+    refused(capfd, ["reproduce", str(path), "--out", "again"], "No space left on device", "Nothing was left half-written")
+    assert not Path("again").exists() and list(Path().glob(".again*")) == []

@@ -1,0 +1,382 @@
+"""Studies: which runs a file means, what is refused, what a set is drawn from, resuming, failing runs, Slurm scripts."""
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from alphamed.cli import main
+from alphamed.cluster.ledger import Lock
+from alphamed.config_file import load_config
+from alphamed.study import child, slurm
+from alphamed.study.data import make_sets
+from alphamed.study.grid import plan_runs, run_name
+from alphamed.study.spec import CONTROLS, Control, load_study
+
+ROOT = Path(__file__).parents[2]
+BASE = {"model": {"path": "no-such-model"}, "data": {"train": ["questions.jsonl"]}, "run": {"steps": 8, "seed": 5},
+        "prompt": {"max_tokens": 64}, "rollout": {"questions_per_step": 2, "samples_per_question": 2,
+                                                  "max_response_tokens": 8},
+        "evaluation": {"files": ["exam.jsonl"]}, "logging": {"wandb": "off"}, "cluster": {"device": "cpu"}}
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Write a study file beside its base, in the current directory, and return its path."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE))
+    rows = [{"id": f"q{i}", "question": f"Which is number {i}?", "answer": "ABC"[i % 3], "level": 1 + i % 6,
+             "options": {"A": f"this {i}", "B": f"that {i}", "C": f"other {i}"}} for i in range(60)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "exam.jsonl").write_text(json.dumps({**rows[0], "id": "e", "question": "Which, in the exam?"}) + "\n")
+
+    def write(**tree) -> Path:
+        tree = {"name": "s", "base": "base.yaml", "grids": [{"name": "g"}]} | tree
+        (tmp_path / "s.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+        return tmp_path / "s.yaml"
+
+    return write
+
+
+def runs(path):
+    return plan_runs(load_study(path))
+
+
+def refused(capfd, path, *words):
+    assert main(["study", str(path), "--dry-run"]) == 2
+    told = capfd.readouterr().err
+    assert told.startswith("error: ") and told.count("\n") == 1
+    assert [word for word in words if word not in told] == [], told
+    assert not (path.parent / "studies").exists()
+
+
+OWN = {"sources": [{"name": "own", "path": "questions.jsonl"}, {"name": "more", "path": "questions.jsonl"}]}
+
+
+# ------------------------------------------------------------------------------------------------------------- the grid
+def test_axes_are_crossed(write):
+    found = runs(write(grids=[{"name": "g", "axes": {"seeds": [1, 2], "settings": {"optimizer.lr": [1e-5, 0.0003]}}}]))
+    assert [run.name for run in found] == ["lr1e-05-s1", "lr1e-05-s2", "lr0.0003-s1", "lr0.0003-s2"]
+    assert [(run.config.run.seed, run.config.optimizer.lr) for run in found] == [(1, 1e-5), (2, 1e-5), (1, 3e-4), (2, 3e-4)]
+    assert {run.config.run_dir for run in found} == {Path("studies/s/runs") / run.name for run in found}
+    assert found[2].axes == {"optimizer.lr": 0.0003, "seeds": 1}
+    assert all(run.config.rollout.questions_per_step == 2 for run in found)         # the rest is the base's
+
+
+def test_settings_of_grid_over_study_over_base(write):
+    path = write(settings={"run.steps": 20, "optimizer.lr": 2e-6, "evaluation.files": ["{study}/exam.jsonl"]},
+                 grids=[{"name": "a"}, {"name": "b", "settings": {"run.steps": 30}, "axes": {"seeds": [7]}}])
+    first, second = runs(path)
+    assert (first.config.run.steps, first.config.optimizer.lr, first.config.run.seed) == (20, 2e-6, 5)
+    assert (second.config.run.steps, second.config.optimizer.lr, second.config.run.seed) == (30, 2e-6, 7)
+    assert first.config.evaluation.files == (Path("studies/s/exam.jsonl"),)
+
+
+def test_the_same_run_in_two_grids_is_one(write):
+    shared = {"settings": {"optimizer.lr": [1e-5, 1e-4]}}
+    found = runs(write(grids=[{"name": "a", "axes": shared}, {"name": "b", "axes": {"settings": {"optimizer.lr": [1e-5]}}}]))
+    assert [(run.name, run.grids) for run in found] == [("lr1e-05-s5", ("a", "b")), ("lr0.0001-s5", ("a",))]
+
+
+def test_two_runs_of_one_name_are_refused(write, capfd):
+    path = write(grids=[{"name": "a"}, {"name": "b", "settings": {"optimizer.lr": 1e-4}}])
+    refused(capfd, path, "grids.b", "s5 is the name of another run of a too", "write what differs as an axis")
+
+
+def test_controls_stand_beside_the_first_values_with_all_seeds(write):
+    path = write(grids=[{"name": "g", "axes": {"seeds": [1, 2], "settings": {"optimizer.lr": [1e-5, 1e-4]}},
+                         "controls": [str(one) for one in Control]}])
+    found = [run for run in runs(path) if run.control]
+    assert [run.name for run in found] == [
+        "lr1e-05-s1-random_reward", "lr1e-05-s2-random_reward", "lr1e-05-s1-format_reward", "lr1e-05-s2-format_reward",
+        "lr1e-05-s1-shuffled_keys", "lr1e-05-s2-shuffled_keys", "lr1e-05-s1-unchanged"]       # one, the exam is the same
+    assert [run.config.reward.name for run in found] == ["random"] * 2 + ["format_only"] * 2 + ["correct"] * 3
+    assert [str(run.config.data.answer_keys) for run in found] == ["given"] * 4 + ["shuffled"] * 2 + ["given"]
+    assert (found[-1].config.run.last_step, found[-1].config.evaluation.before) == (0, True)
+    sampled = write(settings={"evaluation.questions": 1}, grids=[{"name": "g", "axes": {"seeds": [1, 2]},
+                                                                  "controls": ["unchanged"]}])
+    assert [run.name for run in runs(sampled) if run.control] == ["s1-unchanged", "s2-unchanged"]
+
+
+def test_every_control_has_its_preset():
+    assert set(CONTROLS) == set(Control)
+
+
+def test_long_names_are_cut_and_stay_apart():
+    names = [run_name({"prompt.instruction": "x" * 200 + end}, None) for end in "ab"]
+    assert names[0] != names[1] and all(len(name) == 100 for name in names)
+    assert run_name({"sources": "medqa+mine", "sizes": 1200, "levels": (1, 2), "seeds": 3}, Control.UNCHANGED) == \
+        "medqa.mine-n1200-l1.2-s3-unchanged"
+    assert run_name({"sources": "a", "sizes": "all", "levels": "all", "data.shuffle_options": False}, None) == \
+        "a-shuffleoptionsfalse"
+
+
+@pytest.mark.parametrize("tree, words", [
+    ({"grids": []}, ["grids"]),
+    ({"gird": 1}, ["gird: unknown key", "did you mean 'grids'?"]),
+    ({"base": "nowhere.yaml"}, ["nowhere.yaml", "no such file"]),
+    ({"grids": [{"name": "a"}, {"name": "a"}]}, ["grids: a stands twice"]),
+    ({"grids": [{"name": "a", "axes": {"settings": {"optimizer.lrr": [1]}}}]},
+     ["grids.a: run lrr1-s5", "optimizer.lrr: unknown key; did you mean 'lr'?"]),
+    ({"grids": [{"name": "a", "axes": {"settings": {"optimizer.lr": [1e-5, -1]}}}]}, ["run lr-1-s5", "optimizer.lr: -1"]),
+    ({"grids": [{"name": "a", "axes": {"seeds": [1, 1]}}]}, ["grids.a.axes.seeds: 1 stands twice"]),
+    ({"grids": [{"name": "a", "axes": {"sizes": [10]}}]}, ["grids.a.axes.sizes: needs data"]),
+    ({"settings": {"run.seed": 3}}, ["run.seed is the axis seeds"]),
+    ({"grids": [{"name": "a", "settings": {"run.name": "x"}}]}, ["grids.a.settings: run.name is given by the study"]),
+    ({"grids": [{"name": "a", "controls": ["randm"]}]}, ["grids.0.controls.0", "'randm'"]),
+    ({"settings": {"reward.name": "corect"}}, ["did you mean 'correct'?"]),
+    ({"data": {}}, ["grids.g.axes.sources: missing"]),
+    ({"data": {}, "grids": [{"name": "g", "axes": {"sources": ["owm"]}}]}, ["'owm' is not known", "medqa"]),
+    ({"data": {"recipe": {"seed": 1}}, "grids": [{"name": "g", "axes": {"sources": ["medqa"]}}]}, ["data.recipe: seed"]),
+    ({"data": {"recipe": {"fliter": {}}}, "grids": [{"name": "g", "axes": {"sources": ["medqa"]}}]}, ["fliter", "'filter'"]),
+    ({"data": OWN, "grids": [{"name": "g", "axes": {"sources": ["own+more"], "sizes": [11]}}]},
+     ["11 can not be dealt evenly to 2 sources; choose a multiple of 2"]),
+    ({"data": OWN | {"per_level": True}, "grids": [{"name": "g", "axes": {"sources": ["own"], "sizes": [10]}}]},
+     ["10 can not be dealt evenly to 1 source x 6 levels; choose a multiple of 6"]),
+    ({"data": {"sources": [{"name": "own", "path": "absent.jsonl"}]},
+      "grids": [{"name": "g", "axes": {"sources": ["own"]}}]}, ["absent.jsonl: no such file"]),
+    ({"data": {"sources": [{"name": "own", "path": "questions.jsonl", "levels": "absent.jsonl"}]},
+      "grids": [{"name": "g", "axes": {"sources": ["own"]}}]}, ["absent.jsonl: no such file of levels"]),
+    ({"data": OWN, "grids": [{"name": "g", "axes": {"sources": ["own"], "levels": [[7]]}}]}, ["levels", "7"]),
+])
+def test_a_bad_study_is_refused_in_one_line(write, capfd, tree, words):
+    refused(capfd, write(**tree), *words)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the data
+def test_sets_are_drawn_by_source_size_level_and_seed(write):
+    path = write(data={"sources": [OWN["sources"][0]], "per_level": True},
+                 grids=[{"name": "g", "axes": {"sources": ["own"], "sizes": [12], "levels": ["all", [2, 5]],
+                                               "seeds": [1, 2]}}])
+    study = load_study(path)
+    planned = plan_runs(study)
+    made = make_sets(study, planned, "test")
+    assert len(made) == 4 and [run.config.data.train for run in planned] == [(file,) for file in made]
+    levels = [sorted(json.loads(line)["level"] for line in file.read_text().splitlines()) for file in made]
+    assert levels == [[1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]] * 2 + [[2] * 6 + [5] * 6] * 2
+    sets = [{json.loads(line)["id"] for line in file.read_text().splitlines()} for file in made]
+    assert sets[0] != sets[1]
+    assert make_sets(study, planned, "test") == []                                  # once is enough
+    made[0].write_text("{}\n")
+    assert make_sets(study, planned, "test") == [made[0]]                           # not what its card says
+
+
+def test_another_recipe_is_another_file(write):
+    grids = [{"name": "g", "axes": {"sources": ["own"], "sizes": [10]}}]
+    first, = runs(write(data=OWN, grids=grids))
+    other, = runs(write(data=OWN | {"recipe": {"drop_repeats": True}}, grids=grids))
+    assert first.name == other.name and first.set.file != other.set.file
+
+
+# ---------------------------------------------------------------------------------------------------------------- running
+TRAIN = '''
+"""Stands in for `alphamed train`: notes that it was asked, then does what the file `behaviour` says for this run."""
+import json, sys, time, yaml
+from pathlib import Path
+verb, config = sys.argv[1], None
+with open("asked", "a") as asked:
+    print(*sys.argv[1:], file=asked)
+if verb == "compare":
+    print("error: argument VERB: invalid choice: 'compare' (choose from train, eval)")
+    sys.exit(2)
+tree = yaml.safe_load(Path(sys.argv[3]).read_text())
+behaviour = json.loads(Path("behaviour").read_text()).get(tree["run"]["name"], "good")
+run_dir = Path(tree["run"]["root"]) / tree["run"]["name"]
+if behaviour == "bad":
+    print("Traceback ...")
+    print("run failed: engine 0: was killed by signal 9 (SIGKILL)")
+    sys.exit(1)
+if behaviour == "slow":
+    time.sleep(100)
+(run_dir / "config.yaml").write_text(Path(sys.argv[3]).read_text())
+(run_dir / "finished.json").write_text(json.dumps({"step": tree["run"]["steps"]}) if behaviour == "good" else "{")
+'''
+
+
+@pytest.fixture
+def trained(write, monkeypatch, tmp_path):
+    """A study of three runs whose trainings are stood in for; returns (study file, set behaviour, what was asked)."""
+    (tmp_path / "train.py").write_text(TRAIN)
+    monkeypatch.setattr(child, "alphamed", lambda *words: [sys.executable, str(tmp_path / "train.py"), *words])
+    path = write(deadline_s=100, grids=[{"name": "g", "axes": {"seeds": [1, 2, 3]}}])
+
+    def behave(**behaviour) -> None:
+        (tmp_path / "behaviour").write_text(json.dumps(behaviour))
+
+    def asked() -> list[str]:
+        log = tmp_path / "asked"
+        words = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+        log.unlink(missing_ok=True)
+        return [Path(line[2]).stem for line in words if line[0] == "train"]
+
+    behave()
+    return path, behave, asked
+
+
+def test_a_failing_run_is_named_and_the_others_go_on(trained, capfd):
+    path, behave, asked = trained
+    behave(s2="bad")
+    assert main(["study", str(path)]) == 1
+    told = capfd.readouterr()
+    assert asked() == ["s1", "s2", "s3"]
+    assert "run s2 failed: engine 0: was killed by signal 9 (SIGKILL)" in told.err
+    assert told.err.splitlines()[-1] == "study s: 1 of 3 runs are not finished; the same command tries them again"
+    assert "no comparison page: this version has no `alphamed compare` yet" in told.out
+    rows = list(csv.DictReader(Path("studies/s/results.csv").open()))
+    assert [(row["run"], row["stand"], row["axis:seeds"]) for row in rows] == [
+        ("s1", "finished", "1"), ("s2", "new", "2"), ("s3", "finished", "3")]
+    assert json.loads(Path("studies/s/runs/s3/study.json").read_text()) == {
+        "study": "s", "grids": ["g"], "axes": {"seeds": 3}, "control": None}
+    assert load_config("studies/s/configs/s3.yaml").run.seed == 3
+
+
+def test_what_is_finished_is_not_run_again(trained, capfd):
+    path, behave, asked = trained
+    behave(s2="bad")
+    main(["study", str(path)])
+    asked()
+    behave()
+    assert main(["study", str(path)]) == 0
+    assert asked() == ["s2"]
+    assert main(["study", str(path)]) == 0
+    assert asked() == []
+
+
+def test_a_study_is_run_once_at_a_time(trained, capfd):
+    path, _, asked = trained
+    Path("studies/s").mkdir(parents=True)
+    holder = Lock(Path("studies/s"))
+    holder.take()
+    assert main(["study", str(path)]) == 2
+    assert "studies/s: already running (pid" in capfd.readouterr().err and asked() == []
+    holder.release()
+
+
+def test_a_run_made_with_other_settings_is_refused(trained, capfd):
+    path, behave, asked = trained
+    assert main(["study", str(path)]) == 0
+    asked()
+    tree = yaml.safe_load(path.read_text()) | {"settings": {"optimizer.lr": 1e-3}}
+    path.write_text(yaml.safe_dump(tree))
+    assert main(["study", str(path)]) == 2
+    assert "run s1: optimizer.lr: 0.001 but the run in studies/s/runs/s1 was started with 1e-06" in capfd.readouterr().err
+    assert asked() == []
+
+
+def test_a_damaged_run_does_not_end_the_study(trained, capfd):
+    path, behave, asked = trained
+    behave(s1="damages")
+    assert main(["study", str(path)]) == 1
+    told = capfd.readouterr()
+    assert asked() == ["s1", "s2", "s3"] and "run s1 failed: studies/s/runs/s1/finished.json: not readable" in told.err
+    assert main(["study", str(path)]) == 2                                  # what stands there now is refused at once
+    assert asked() == []
+
+
+def test_a_run_past_its_deadline_is_stopped(trained, capfd, monkeypatch):
+    path, behave, asked = trained
+    behave(s1="slow")
+    path.write_text(path.read_text().replace("deadline_s: 100", "deadline_s: 3"))
+    assert main(["study", str(path)]) == 1
+    assert "run s1 failed: took longer than deadline_s (3 s)" in capfd.readouterr().err
+    assert {"s1", "s2", "s3"} == set(asked())
+
+
+def test_a_stopped_study_stops_its_run_and_goes_on_later(trained, capfd):
+    path, behave, asked = trained
+    behave(s1="slow")
+    log = Path("studies/s/logs/s1.log")
+
+    def stop():
+        end = time.monotonic() + 60
+        while not log.exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    assert main(["study", str(path)]) == 128 + signal.SIGTERM
+    assert "stopped; the same command goes on from here" in capfd.readouterr().err
+    asked()
+    behave()
+    assert main(["study", str(path)]) == 0
+    assert asked() == ["s1", "s2", "s3"]
+
+
+def test_a_real_training_that_can_not_start_is_named(write, capfd):
+    """The child is the real `alphamed train`: the model does not exist."""
+    assert main(["study", str(write())]) == 1
+    assert "run s5 failed: model.path: 'no-such-model'" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("text, status, why", [
+    ("=== started 1\nrun failed: old\n=== started 2\nstep 1\nrun failed: rank 0: died\n", 1, "rank 0: died"),
+    ("=== started 1\nstep 1\nerror: x: bad\nlater words\n", 2, "x: bad"),
+    ("=== started 1\n\nSegmentation fault\n", -11, "ended with signal SIGSEGV; its last line: Segmentation fault"),
+    ("=== started 1\n", 3, "ended with exit code 3")])
+def test_reasons(tmp_path, text, status, why):
+    (tmp_path / "log").write_text(text)
+    assert child.reason(tmp_path / "log", status) == why
+
+
+# ------------------------------------------------------------------------------------------------------------------- slurm
+def test_slurm_scripts_are_bash_that_submits_every_unfinished_run(trained, tmp_path, monkeypatch, capfd):
+    """Submitted with an sbatch that notes its arguments: ids chain into the last job's dependency."""
+    path, behave, asked = trained
+    behave(s2="bad", s3="bad")
+    main(["study", str(path)])
+    assert main(["study", str(path), "--slurm"]) == 0
+    scripts = sorted(Path("studies/s/slurm").iterdir())
+    assert [file.name for file in scripts] == ["s2.sbatch", "s3.sbatch", "submit.sh"]
+    for file in scripts:
+        subprocess.run(["bash", "-n", str(file)], check=True)
+    text = scripts[0].read_text()
+    assert "#SBATCH --job-name=s2\n#SBATCH --nodes=1\n" in text and "--gpus-per-node" not in text      # the base is on CPU
+    assert "#SBATCH --time=2\n" in text and "#SBATCH --output=studies/s/logs/s2.log\n" in text
+    assert text.splitlines()[-1] == f"exec bash {ROOT / 'examples/slurm/train.sbatch'} studies/s/configs/s2.yaml"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sbatch").write_text('#!/bin/bash\necho "$@" >> submitted\necho "$(wc -l < submitted);cluster"\n')
+    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    subprocess.run(["bash", str(scripts[2])], check=True, env={"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"})
+    lines = Path("submitted").read_text().splitlines()
+    assert lines[:2] == ["--parsable studies/s/slurm/s2.sbatch", "--parsable studies/s/slurm/s3.sbatch"]
+    assert lines[2].startswith("--dependency=afterany:1:2 ") and "study" in lines[2] and "--collect" in lines[2]
+
+
+@pytest.mark.parametrize("tensor, engines, nodes", [(4, 4, 1), (8, 8, 2), (8, 9, 3)])
+def test_nodes(write, tensor, engines, nodes):
+    """8 GPUs a node: 4 + 4 share one; 8 + 8 take two; nine engines need two of their own."""
+    config, = [run.config for run in runs(write(settings={
+        "cluster.device": "cuda", "parallel.tensor": tensor, "rollout.engines": engines}))]
+    assert slurm.nodes_of(config, 8) == nodes
+
+
+# ----------------------------------------------------------------------------------------------------------------- shipped
+@pytest.mark.parametrize("name, count", [("cpu", 6), ("paper", 3 + 10 + 9 + 9 + 27 - 6 + 66)])
+def test_shipped_studies_are_valid(name, count, monkeypatch):
+    """paper: 3 seeds of the mixture and 10 controls; 9 subsets and 9 controls; 27 of quantity; 66 of difficulty."""
+    monkeypatch.chdir(ROOT)
+    found = runs(ROOT / "examples" / "studies" / f"{name}.yaml")
+    assert len({run.name for run in found}) == len(found)
+    assert all(run.set is not None for run in found)
+    assert {run.control for run in found} == {None, *Control}
+
+
+def test_the_shipped_small_study_finds_its_questions(tmp_path, monkeypatch):
+    """Its sets are built from the shipped facts, and share no question with its exam."""
+    monkeypatch.chdir(tmp_path)
+    study = load_study(ROOT / "examples" / "studies" / "cpu.yaml")
+    planned = plan_runs(study)
+    make_sets(study, planned, "test")
+    exam = {json.loads(line)["question"] for line in planned[0].config.evaluation.files[0].read_text().splitlines()}
+    for run in planned:
+        rows = [json.loads(line) for line in run.config.data.train[0].read_text().splitlines()]
+        assert len(rows) == 96 and {row["level"] for row in rows} == set(run.axes["levels"])
+        assert not exam & {row["question"] for row in rows}
+    assert len(planned[0].config.evaluation.files[0].read_text().splitlines()) >= 100
