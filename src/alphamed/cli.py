@@ -11,7 +11,7 @@ import errno
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -80,11 +80,11 @@ def _find_user_code() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ arguments
-def _parser() -> argparse.ArgumentParser:
-    from alphamed.data.commands import add_verbs
-    from alphamed.evaluation.command import add_arguments as add_evaluation
-    from alphamed.study.arguments import add_arguments as add_study
+Verb = Callable[..., argparse.ArgumentParser]
+"""(name, function, help[, config]) -> the verb's own parser."""
 
+
+def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="alphamed", description="Rule-based reinforcement learning for medical reasoning.")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=_Parser)
 
@@ -96,6 +96,13 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("overrides", nargs="*", metavar="key=value", help="dotted settings over the file")
         return sub
 
+    _add_running(verb)
+    _add_data_and_studies(verb)
+    _add_reading(verb)
+    return parser
+
+
+def _add_running(verb: Verb) -> None:
     sub = verb("train", _train, "Train on this machine; on an existing run directory, continue.", config=True)
     sub.add_argument("--check", action="store_true", help="validate everything, start nothing")
     sub = verb("plan", _plan, "What a run will need and how long it will take, before it runs. Needs no GPU, no weights.",
@@ -119,9 +126,19 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--script", type=Path)
     sub.add_argument("--config", type=Path)
     sub.add_argument("overrides", nargs="*", metavar="key=value")
+
+
+def _add_data_and_studies(verb: Verb) -> None:
+    from alphamed.data.commands import add_verbs
+    from alphamed.evaluation.command import add_arguments as add_evaluation
+    from alphamed.study.arguments import add_arguments as add_study
+
     add_evaluation(verb("eval", _eval, "Evaluate a model on benchmarks; grade or compare evaluations."))
     add_verbs(verb("data", None, "Build, clean, check and show training sets."))
     add_study(verb("study", _study, "Run a grid of trainings, one after the other or over Slurm, and compare them."))
+
+
+def _add_reading(verb: Verb) -> None:
     sub = verb("export", _export, "Write the last or the best checkpoint of a run as a Hugging Face folder.")
     sub.add_argument("run_dir", type=Path, metavar="RUN")
     sub.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/hf, RUN/hf-best with --best")
@@ -155,7 +172,6 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the run's own")
     sub = verb("doctor", _doctor, "Show what is installed and active, and what is missing for what.")
     sub.add_argument("--json", action="store_true", help="machine-readable")
-    return parser
 
 
 # ---------------------------------------------------------------------------------------------------------------- verbs
