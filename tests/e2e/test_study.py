@@ -15,7 +15,7 @@ from tiny_run import DEADLINE_S, Workplace, clean_temporary, metrics
 from alphamed.observe.rollout_files import read_rollouts, rollout_path
 from alphamed.reward.rules import CoinToss
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.matrix]
 STEPS = 2
 
 

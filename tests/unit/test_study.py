@@ -177,15 +177,15 @@ def test_another_recipe_is_another_file(write):
 
 # ---------------------------------------------------------------------------------------------------------------- running
 TRAIN = '''
-"""Stands in for `alphamed train`: notes that it was asked, then does what the file `behaviour` says for this run."""
+"""Stands in for `alphamed train` and `compare`: notes that it was asked, then does what the file `behaviour` says."""
 import json, sys, time, yaml
 from pathlib import Path
 verb, config = sys.argv[1], None
 with open("asked", "a") as asked:
     print(*sys.argv[1:], file=asked)
 if verb == "compare":
-    print("error: argument VERB: invalid choice: 'compare' (choose from train, eval)")
-    sys.exit(2)
+    Path(sys.argv[-1]).write_text(" ".join(Path(name).name for name in sys.argv[2:-2]))
+    sys.exit()
 tree = yaml.safe_load(Path(sys.argv[3]).read_text())
 behaviour = json.loads(Path("behaviour").read_text()).get(tree["run"]["name"], "good")
 run_dir = Path(tree["run"]["root"]) / tree["run"]["name"]
@@ -228,7 +228,7 @@ def test_a_failing_run_is_named_and_the_others_go_on(trained, capfd):
     assert asked() == ["s1", "s2", "s3"]
     assert "run s2 failed: engine 0: was killed by signal 9 (SIGKILL)" in told.err
     assert told.err.splitlines()[-1] == "study s: 1 of 3 runs are not finished; the same command tries them again"
-    assert "no comparison page: this version has no `alphamed compare` yet" in told.out
+    assert Path("studies/s/comparison.html").read_text() == "s1 s3"
     rows = list(csv.DictReader(Path("studies/s/results.csv").open()))
     assert [(row["run"], row["stand"], row["axis:seeds"]) for row in rows] == [
         ("s1", "finished", "1"), ("s2", "new", "2"), ("s3", "finished", "3")]

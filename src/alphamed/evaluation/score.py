@@ -16,9 +16,10 @@ Z_95 = 1.959963984540054
 """97.5% quantile of the normal distribution."""
 
 
-def wilson(value: float, n: int) -> tuple[float, float]:
-    """95% Wilson score interval of a share `value` of n cases; 0..1 without cases. Where each case is itself a mean of
-    several samples it is wider than it need be, never narrower: such a case varies less than a yes or no."""
+def wilson(value: float, n: float) -> tuple[float, float]:
+    """95% Wilson score interval of a share `value` of n cases (or so many effective ones); 0..1 without cases. Where each
+    case is itself a mean of several samples it is wider than it need be, never narrower: such a case varies less than a
+    yes or no."""
     if not n:
         return 0.0, 1.0
     z2 = Z_95 ** 2
