@@ -8,20 +8,13 @@ these, the likeliest of the others are asked.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from alphamed.config_choices import LevelsFrom
 from alphamed.config_sections import DynamicSamplingConfig, LevelsConfig
 from alphamed.records import Question, ScoredGroup
 from alphamed.rollout.belief import PassRates
-from alphamed.rollout.curriculum import Curriculum
-
-
-class Stream(Protocol):
-    """Seeded, resumable questions (`data.stream.QuestionStream`)."""
-    def take(self, n: int) -> list[Question]: ...
-    def state(self) -> dict[str, Any]: ...
-    def load_state(self, state: dict[str, Any]) -> None: ...
+from alphamed.rollout.curriculum import Curriculum, Stream
 
 
 class Chooser:

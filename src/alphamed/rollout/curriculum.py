@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import comb, prod
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from alphamed.config import ConfigError
 from alphamed.config_choices import LevelsFrom
@@ -16,14 +16,18 @@ from alphamed.records import Question
 from alphamed.rollout.belief import JEFFREYS, LEVELS, PassRates
 from alphamed.rollout.spec import stable_hash
 
-if TYPE_CHECKING:
-    from alphamed.rollout.choice import Stream
-
 SAMPLES = LEVELS - 1
 """A level says how many of so many samples are right: 1 is all of them, 6 none."""
 LOOK_AT = 200
 """Questions looked at for each one asked, at most; then those that came nearest to being asked are."""
 DRAWS = 2 ** 62
+
+
+class Stream(Protocol):
+    """Seeded, resumable questions (`data.stream.QuestionStream`)."""
+    def take(self, n: int) -> list[Question]: ...
+    def state(self) -> dict[str, Any]: ...
+    def load_state(self, state: dict[str, Any]) -> None: ...
 
 
 class Curriculum:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from alphamed.config import Config
 from alphamed.records import ScoredGroup, StepRollouts, TokenGroup
-from alphamed.rollout.choice import Chooser, Stream
+from alphamed.rollout.choice import Chooser
+from alphamed.rollout.curriculum import Stream
 from alphamed.rollout.supply import Ahead, Gathered, OnDemand
 from alphamed.rollout.tasks import Prompts
 
