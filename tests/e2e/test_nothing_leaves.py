@@ -71,7 +71,8 @@ def test_a_run_sends_nothing_out(place, tmp_path):
     run_dir = place.run_dir("watched")
     assert sorted(metrics(run_dir)) == [1, 2] and (run_dir / "hf" / "model.safetensors").exists()
     assert list(run_dir.glob("wandb/offline-run-*/run-*.wandb"))
-    assert set(METRICS) - set(metrics(run_dir)[2]) == {"memory/gpu_peak_bytes"}
+    unseen = {name for name in METRICS if not name.startswith(("sampling/", "staleness/"))} - set(metrics(run_dir)[2])
+    assert unseen == {"memory/gpu_peak_bytes"}              # of a GPU; samplers and rollouts ahead are off
 
 
 @pytest.mark.slow

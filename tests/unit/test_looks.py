@@ -2,7 +2,7 @@
 from pathlib import Path
 
 import pytest
-from test_report import evaluate                                   # run_dir is a fixture
+from test_report import evaluate, run_dir  # noqa: F401                run_dir is a fixture
 from test_run import STATS, Alone, config_of, rollouts_of
 
 from alphamed.config import ConfigError
