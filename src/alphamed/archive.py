@@ -24,6 +24,8 @@ MAX_MANIFEST_BYTES = 16 << 20
 MAX_BYTES = 2 << 30
 """Unpacked, and held in memory. A bundle holds questions and answers, no weights: 10,000 answers of 2,000 tokens are
 0.1 GB."""
+MAX_STREAM = MAX_BYTES + (256 << 20)
+"""Unpacked with tar's own headers, which are read whole before they can be judged."""
 COMPRESSION = 6
 CHUNK = 1 << 20
 
@@ -52,8 +54,10 @@ def write_archive(path: Path, told: Mapping[str, Any], files: Mapping[str, bytes
 def read_archive(path: Path) -> Archive:
     """Read and check an archive; nothing is written. Raises ConfigError naming the member and what is wrong with it."""
     try:
-        with gzip.open(path) as packed, tarfile.open(fileobj=packed, mode="r|") as tar:
-            found = _read(path, tar)
+        with gzip.open(path) as unpacked:
+            packed = _Limited(path, unpacked)
+            with tarfile.open(fileobj=packed, mode="r|") as tar:
+                found = _read(path, tar)
             while packed.read(CHUNK):                       # at the end gzip's own checksum, which the manifest needs
                 pass
             return found
@@ -62,6 +66,21 @@ def read_archive(path: Path) -> Archive:
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, OSError) as error:
         raise ConfigError(f"bundle {path}: damaged or not a .tar.gz ({' '.join(str(error).split())}); fetch it "
                           f"again") from None
+
+
+class _Limited:
+    """A stream that ends with ConfigError after MAX_STREAM bytes: a megabyte of gzip can hold a gigabyte."""
+
+    def __init__(self, path: Path, stream: gzip.GzipFile):
+        self._path, self._stream, self._left = path, stream, MAX_STREAM
+
+    def read(self, size: int) -> bytes:
+        found = self._stream.read(size)
+        self._left -= len(found)
+        if self._left < 0:
+            raise ConfigError(f"bundle {self._path}: unpacks to more than {MAX_STREAM:,} bytes; do not use it, fetch it "
+                              f"again")
+        return found
 
 
 def _read(path: Path, tar: tarfile.TarFile) -> Archive:
@@ -104,7 +123,7 @@ def _manifest(path: Path, content: bytes) -> dict[str, Any]:
         names = tree["files"]
         well_formed = tree["format"] == FORMAT and all(
             isinstance(one["bytes"], int) and isinstance(one["sha256"], str) for one in names.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"bundle {path}: {MANIFEST} is damaged ({type(error).__name__}); fetch it again") from None
     if not well_formed:
         raise ConfigError(f"bundle {path}: its format is {tree['format']!r}, this version reads {FORMAT}; use the version "
@@ -119,6 +138,8 @@ def _member_problem(member: tarfile.TarInfo, listed: Mapping[str, Any], found: M
         return "is no plain file"
     if place.is_absolute() or ".." in place.parts or "\\" in member.name or str(place) != member.name:
         return "would be written elsewhere than below the bundle's folder"
+    if not member.name.isprintable():
+        return "has a name that can not be written"
     if member.name not in listed:
         return "is not in the manifest"
     if member.name in found:

@@ -10,6 +10,7 @@ from alphamed.archive import write_archive
 from alphamed.config import Config, ConfigError
 from alphamed.config_file import dump_config
 from alphamed.data.output import write_all
+from alphamed.evaluation.regrade import COMPARISON
 from alphamed.observe import provenance
 from alphamed.observe.directory import finished_step
 from alphamed.observe.files import read_json_lines
@@ -76,7 +77,8 @@ def data_entries(config: Config) -> dict[str, dict[str, Any]]:
 
 def _files_of(config: Config) -> dict[str, tuple[Path, ...]]:
     return {"data.train": config.data.train, "evaluation.files": config.evaluation.files,
-            "evaluation.decisions": config.evaluation.decisions}
+            "evaluation.decisions": config.evaluation.decisions,
+            "evaluation.development": (config.evaluation.development,) if config.evaluation.development else ()}
 
 
 def contents(run_dir: Path, config: Config, entries: Mapping[str, dict[str, Any]], with_questions: bool) -> dict[str, bytes]:
@@ -85,13 +87,31 @@ def contents(run_dir: Path, config: Config, entries: Mapping[str, dict[str, Any]
     found |= {name: (run_dir / name).read_bytes() for name in PLAIN if (run_dir / name).is_file()}
     found |= {path.name: path.read_bytes() for path in run_dir.glob("uncommitted_*.patch")}
     for path in (path for folder in EVALUATIONS for path in (run_dir / folder).rglob("*.json*")):
-        whole = with_questions or path.suffix == ".json"
-        found[path.relative_to(run_dir).as_posix()] = path.read_bytes() if whole else without_texts(read_json_lines(path))
+        if path.suffix in (".json", ".jsonl"):              # else a draft that a kill has left
+            found[path.relative_to(run_dir).as_posix()] = path.read_bytes() if with_questions else _without_questions(path)
     if with_questions:
         report = run_dir / "report.html"
         found |= {report.name: report.read_bytes()} if report.is_file() else {}
         found |= {entry["file"]: Path(entry["path"]).read_bytes() for entry in entries.values()}
     return found
+
+
+def _without_questions(path: Path) -> bytes:
+    if path.suffix == ".jsonl":
+        return without_texts(read_json_lines(path))
+    return without_flips(path) if path.name == COMPARISON else path.read_bytes()
+
+
+def without_flips(path: Path) -> bytes:
+    """A comparison of `alphamed eval --against` with the ids of flipped questions, but nothing that quotes one."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        for one in tree["benchmarks"].values():
+            one["flipped"] = [{"id": flip["id"], "way": flip["way"]} for flip in one["flipped"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path}: no comparison of `alphamed eval` ({type(error).__name__}: {error}); remove it, or make "
+                          f"it again") from None
+    return json.dumps(tree, ensure_ascii=False, indent=2).encode() + b"\n"
 
 
 def without_texts(items: Iterable[Mapping[str, Any]]) -> bytes:

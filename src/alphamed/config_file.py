@@ -12,6 +12,8 @@ from pydantic import BaseModel, ValidationError
 from alphamed.config import Config, ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
+MAX_NODES = 1_000_000
+"""Values in one file. A few hundred bytes of aliases can stand for billions, and configurations come from others, too."""
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -35,6 +37,8 @@ def load_tree(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> 
         tree = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ConfigError) as e:
         raise ConfigError(f"config {path}: not valid YAML ({_one_line(e)}); mend the syntax") from None
+    except RecursionError:
+        raise ConfigError(f"config {path}: is nested too deep; see examples/") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config {path}: holds {_kind(tree)}, not a mapping of sections; see examples/")
     for item in overrides:
@@ -77,6 +81,11 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML that refuses duplicate keys and reads scalars as YAML 1.2 does. By 1.1 1e-6 is text; `off`, `no` and `yes`
     are booleans, so that `wandb: off` would fail; 010 is 8, 1:30 is 90 and 2025-01-01 a date, none of them a name."""
 
+    def construct_document(self, node):
+        if _written_out(node, {}) > MAX_NODES:
+            raise ConfigError(f"its aliases (*name) stand for more than {MAX_NODES:,} values; write fewer")
+        return super().construct_document(node)
+
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key_node, _ in node.value:
@@ -87,6 +96,16 @@ class _Loader(yaml.SafeLoader):
                 raise ConfigError(f"line {key_node.start_mark.line + 1}: key {key!r} stands twice; keep one")
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node would be with every alias written out; more than any limit for one that holds itself."""
+    if id(node) not in known:
+        known[id(node)] = MAX_NODES + 1             # while it is being counted: met again, it holds itself
+        parts = node.value if isinstance(node, yaml.SequenceNode) else (
+            [one for pair in node.value for one in pair] if isinstance(node, yaml.MappingNode) else [])
+        known[id(node)] = 1 + sum(_written_out(part, known) for part in parts)
+    return known[id(node)]
 
 
 class _Dumper(yaml.SafeDumper):

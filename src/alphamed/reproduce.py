@@ -55,7 +55,7 @@ class Manifest(Section):
     step: NonNegative
     finished: bool
     questions: bool
-    data: dict[Annotated[str, Field(pattern=r"^(data\.train|evaluation\.(files|decisions))\.[0-9]+$")], DataEntry]
+    data: dict[Annotated[str, Field(pattern=r"^(data\.train|evaluation\.(files|decisions|development))\.[0-9]{1,6}$")], DataEntry]
     model: ModelEntry
     python: str
     packages: dict[str, str]
@@ -188,13 +188,9 @@ def _tree(archive: Archive) -> dict[str, Any]:
 def unpack(told: Manifest, archive: Archive, found: Findings, out: Path, overrides: Sequence[str] = ()) -> Path:
     """Put the bundle's files below `out`/bundle, and a configuration beside it whose run writes to `out`/runs; returns the
     configuration's path. All of it or nothing. Raises ConfigError where `out` holds another run."""
-    tree = _tree(archive)
+    tree = build_config(_tree(archive)).model_dump(mode="json")     # with every section
     for name, entry in told.data.items():
-        section, key, number = name.split(".")
-        there = found.data.get(name) or out / "bundle" / entry.file
-        if int(number) >= len(tree[section][key]):
-            raise ConfigError(f"bundle: {name} is none of its configuration's files; fetch it again")
-        tree[section][key][int(number)] = str(there)
+        _put_file(tree, name, found.data.get(name) or out / "bundle" / entry.file)
     # A colleague's folders and account are not this machine's.
     tree["run"] |= {"root": str(out / "runs")}
     tree["model"].pop("cache", None)
@@ -226,6 +222,19 @@ def unpack(told: Manifest, archive: Archive, found: Findings, out: Path, overrid
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return config
+
+
+def _put_file(tree: dict[str, Any], name: str, file: Path) -> None:
+    """Let the setting that `name` speaks of (data.train.0: the first of data.train) name `file`."""
+    section, key, number = name.split(".")
+    files = tree[section][key]
+    listed = isinstance(files, list)
+    if files is None or int(number) >= (len(files) if listed else 1):
+        raise ConfigError(f"bundle: {name} is none of its configuration's files; fetch it again")
+    if listed:
+        files[int(number)] = str(file)
+    else:
+        tree[section][key] = str(file)
 
 
 def _start(path: Path) -> int:

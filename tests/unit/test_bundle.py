@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from alphamed import reproduce
+from alphamed import archive, reproduce
 from alphamed.archive import MANIFEST, read_archive, write_archive
 from alphamed.cli import main
 from alphamed.config import ConfigError
-from alphamed.config_file import build_config, dump_config, load_config
+from alphamed.config_file import build_config, dump_config, load_config, load_tree
 from alphamed.observe import provenance
 
 SECRET = "Which vitamin prevents scurvy?"
@@ -101,6 +101,33 @@ def test_question_texts_can_be_left_out(run_dir):
     assert found.manifest["data"]["evaluation.files.0"]["bytes"] == Path("exam.jsonl").stat().st_size
 
 
+def test_flipped_questions_of_a_comparison_are_left_out_but_for_their_ids(run_dir):
+    flip = {"id": "e1", "way": "gained", "question": SECRET, "answer": "vitamin C",
+            "before": [{"outcome": "wrong", "letter": "B", "option": "vitamin D"}],
+            "after": [{"outcome": "correct", "letter": "A", "option": "vitamin C"}]}
+    (run_dir / "eval" / "m").mkdir(parents=True)
+    (run_dir / "eval" / "m" / "comparison.json").write_text(json.dumps({"benchmarks": {"exam": {"n": 1, "flipped": [flip]}}}))
+    assert SECRET.encode() in read_archive(bundle()).files["eval/m/comparison.json"]
+    path = bundle("b.tar.gz", "--without-questions")
+    assert b"vitamin" not in gzip.decompress(path.read_bytes())
+    assert json.loads(read_archive(path).files["eval/m/comparison.json"]) == {"benchmarks": {"exam": {"n": 1, "flipped": [
+        {"id": "e1", "way": "gained"}]}}}
+
+
+def test_a_development_set_is_bundled_and_found_again(run_dir, tmp_path, capfd, monkeypatch):
+    (tmp_path / "dev.jsonl").write_text(Path("exam.jsonl").read_text())
+    config = (run_dir / "config.yaml").read_text()
+    assert "development: null" in config and "every: 0" in config
+    (run_dir / "config.yaml").write_text(dump_config(build_config(load_tree(run_dir / "config.yaml") | {
+        "evaluation": {"files": ["exam.jsonl"], "development": "dev.jsonl", "every": 2}, "checkpoint": {"every": 2}})))
+    path = bundle()
+    (tmp_path / "dev.jsonl").unlink()
+    monkeypatch.setattr(reproduce, "_start", lambda config: 0)
+    assert main(["reproduce", str(path), "--out", "again"]) == 0
+    found = load_config(Path("again") / reproduce.RUN_CONFIG).evaluation.development
+    assert found.read_text() == Path("exam.jsonl").read_text() and found.is_relative_to("again")
+
+
 def test_bad_input_is_one_line(run_dir, capfd):
     refused(capfd, ["bundle", "runs", "--out", "b.tar.gz"], "runs", "no config.yaml")
     refused(capfd, ["bundle", "runs/r", "--out", "b.zip"], "--out", ".tar.gz")
@@ -164,6 +191,36 @@ def test_what_the_manifest_does_not_say_is_refused(tmp_path, members, listed, wo
     with pytest.raises(ConfigError) as error:
         read_archive(forged(tmp_path / "b.tar.gz", *members, listed=listed))
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_small_archive_that_unpacks_to_much_is_refused(tmp_path, monkeypatch):
+    """Neither tar's own headers, which are read whole, nor what follows the last member may fill memory or time."""
+    monkeypatch.setattr(archive, "MAX_STREAM", 1 << 20)
+    path = forged(tmp_path / "b.tar.gz", ("a", b"1"))
+    whole = gzip.decompress(path.read_bytes())
+    header = tarfile.TarInfo("././@PaxHeader")
+    header.type, header.size = tarfile.XHDTYPE, 1 << 30
+    zeros = bytes(2 << 20)
+    for content in (header.tobuf() + zeros, whole + zeros):
+        path.write_bytes(gzip.compress(content))
+        with pytest.raises(ConfigError, match="unpacks to more than"):
+            read_archive(path)
+
+
+def test_a_name_that_no_folder_can_hold_is_refused(tmp_path):
+    for name in ("a\0b", "a\x1b[2Jb"):
+        with pytest.raises(ConfigError, match="has a name that can not be written"):
+            read_archive(forged(tmp_path / "b.tar.gz", (name, b"x"), listed={name: b"x"}))
+
+
+def test_a_manifest_that_is_nested_too_deep_is_refused(tmp_path):
+    nested = b"[" * 100_000
+    with tarfile.open(tmp_path / "b.tar.gz", "w:gz") as tar:
+        info = tarfile.TarInfo(MANIFEST)
+        info.size = len(nested)
+        tar.addfile(info, io.BytesIO(nested))
+    with pytest.raises(ConfigError, match="manifest.json is damaged"):
+        read_archive(tmp_path / "b.tar.gz")
 
 
 def test_every_cut_and_every_flipped_bit_is_found(run_dir):
@@ -268,3 +325,14 @@ def test_a_full_disk_unpacks_nothing(run_dir, capfd, monkeypatch):
     monkeypatch.setattr(os, "rename", full)
     refused(capfd, ["reproduce", str(path), "--out", "again"], "No space left on device", "Nothing was left half-written")
     assert not Path("again").exists() and list(Path().glob(".again*")) == []
+
+
+def test_a_configuration_without_all_sections_is_unpacked_too(run_dir, monkeypatch):
+    """A hand-made one: what it leaves out has its default."""
+    (run_dir / "config.yaml").write_text("data: {train: [train.jsonl]}\nmodel: {path: model}\nevaluation: {files: [exam.jsonl]}\n")
+    found = read_archive(bundle())
+    Path("short.tar.gz").unlink(missing_ok=True)
+    write_archive(Path("short.tar.gz"), {key: value for key, value in found.manifest.items() if key not in ("files", "format")},
+                  dict(found.files) | {"config.yaml": b"data: {train: [t]}\nmodel: {path: model}\nevaluation: {files: [e]}\n"})
+    monkeypatch.setattr(reproduce, "_start", lambda config: 0)
+    assert main(["reproduce", "short.tar.gz", "--out", "again"]) == 0

@@ -123,3 +123,16 @@ def test_settings_of_rollouts_that_do_not_go_together(tree, problem):
 ])
 def test_log_probs_are_cut_where_logits_would_take_a_gibibyte(vocab, parallel, chunk):
     assert ParallelConfig(**parallel).logprob_chunk(vocab) == chunk
+
+
+def test_a_small_file_that_stands_for_billions_of_values_is_refused(tmp_path):
+    """Written out in a message it would fill memory: ten names of ten of ten ..."""
+    lines = ["x0: &x0 [a, a, a, a, a, a, a, a, a, a]"]
+    lines += [f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 10)}]" for i in range(1, 9)]
+    for text in ("\n".join([*lines, "model: {path: *x8}"]), "model: &m {path: *m}"):
+        with pytest.raises(ConfigError, match="aliases"):
+            load_config(write(tmp_path, text))
+    with pytest.raises(ConfigError, match="nested too deep"):
+        load_config(write(tmp_path, "model: " + "[" * 5000 + "]" * 5000))
+    shared = "model: {path: m}\ndata: {train: &files [a.jsonl]}\nevaluation: {files: *files, allow_overlap: true}\n"
+    assert load_config(write(tmp_path, shared)).evaluation.files == (Path("a.jsonl"),)
