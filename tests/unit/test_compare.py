@@ -1,6 +1,7 @@
 """Comparisons: tests of significance by hand and R, the files of runs and of `alphamed eval`, the words, the page."""
 import csv
 import json
+import math
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -15,7 +16,7 @@ from alphamed.evaluation.paired import mcnemar, split_gain
 from alphamed.observe import provenance
 from alphamed.observe.compare_page import main
 from alphamed.observe.comparison import comparison
-from alphamed.observe.files import append_json, replace_json_lines, replace_text
+from alphamed.observe.files import append_json, replace_json, replace_json_lines, replace_text
 from alphamed.observe.plots import gain_rows, scatter
 from alphamed.observe.rollout_files import rollout_path, write_rollouts
 from alphamed.observe.runs import control_of, read_runs
@@ -291,3 +292,29 @@ def test_points_of_equal_x_stand_side_by_side():
 def test_only_html_is_written(tmp_path):
     with pytest.raises(ConfigError, match="does not end in .html"):
         main([make_run(tmp_path, "a")], tmp_path / "c.pdf", False)
+
+
+def test_answers_without_options_are_compared_by_their_texts(tmp_path):
+    """No letter to collapse to, no chance level, and a vote that counts what the boxes say, as `alphamed eval` does."""
+    def said(i, j, outcome, letter, text):
+        return item(i, outcome, name="e+free", sample=j, variant="free", text=f"\\boxed{{{text}}}") | {"letter": letter}
+
+    rows = [said(f"q{i}", j, *one) for i in range(20) for j, one in enumerate([(C, "A", "a"), (W, None, f"other {i}")])]
+    rows += [said("last", j, *one) for j, one in enumerate([(C, "A", "a"), (W, None, "Zinc"), (W, None, "zinc.")])]
+    rows += [said("apart", j, *one) for j, one in enumerate([(C, "A", "a"), (C, "A", "a"), (W, None, "x"), (W, None, "y")])]
+    folder = tmp_path / "free"
+    replace_json_lines(folder / "items.jsonl", rows)
+    found = read_answered(folder / "items.jsonl")["e+free"]
+    assert math.isnan(found.chance) and found.letters[0] == {"A": 23}
+    assert not found.answers["last"].right and found.answers["apart"].right and not found.answers["q0"].right
+    assert main([folder], tmp_path / "c.html", False) == 0
+
+
+def test_evaluations_with_another_prompt_or_sampling_are_not_alike(tmp_path):
+    prompt = {"template": "chat", "max_tokens": 64}
+    for name, asked, samples in (("a", prompt, 1), ("b", prompt, 1), ("c", prompt | {"template": "raw"}, 1), ("d", prompt, 5)):
+        replace_json_lines(tmp_path / name / "items.jsonl", [item("q", C, sample=0)])
+        replace_json(tmp_path / name / "evaluation.json", {"format": 1, "sets": {}, "asked": {
+            "prompt": asked, "sampling": {"samples": samples, "temperature": float(samples > 1), "max_tokens": 9}}})
+    pairs = comparison(read_runs([tmp_path / name for name in "abcd"]))["pairs"]
+    assert [(one["first"], one["second"]) for one in pairs if one["alike"]] == [(1, 2)]

@@ -8,6 +8,7 @@ import pytest
 from alphamed.config_choices import TruncatedReward
 from alphamed.evaluation.items import Asked, graded
 from alphamed.evaluation.paired import compare, compare_sets, mcnemar, right, split_gain
+from alphamed.evaluation.results import set_result
 from alphamed.records import FinishReason, Question
 
 
@@ -46,9 +47,9 @@ def test_a_model_that_boxed_nothing_gains_by_format_alone():
 
 
 # ----------------------------------------------------------------------------------------------------------------- sets
-def items(i, *texts, key="A", text="?"):
+def items(i, *texts, key="A", text="?", variant=None):
     question = Question(i, text, {"A": "a", "B": "b", "C": "c"}, key)
-    return [graded(Asked("set", None, question), j, one, FinishReason.STOP, 3, TruncatedReward.NOTHING)
+    return [graded(Asked("set", variant, question), j, one, FinishReason.STOP, 3, TruncatedReward.NOTHING)
             for j, one in enumerate(texts)]
 
 
@@ -77,3 +78,12 @@ def test_another_text_or_key_is_another_question():
 def test_with_samples_the_vote_decides():
     assert right(items("1", "\\boxed{A}", "\\boxed{A}", "\\boxed{B}"))
     assert not right(items("1", "\\boxed{A}", "\\boxed{B}")) and not right(items("1", "none", "none"))
+
+
+def test_without_options_texts_that_are_no_option_vote_too():
+    """One right answer against two that agree on something else, and against two that do not agree."""
+    assert not right(items("1", "\\boxed{a}", "\\boxed{Zinc}", "\\boxed{zinc.}", variant="free"))
+    assert not right(items("1", "\\boxed{a}", "\\boxed{zinc}", "\\boxed{iron}", variant="free"))            # a tie
+    assert right(items("1", "\\boxed{a}", "\\boxed{a}", "\\boxed{iron}", variant="free"))
+    found = set_result([items("1", "\\boxed{a}", "\\boxed{Zinc}", "\\boxed{zinc.}", variant="free")])
+    assert found["majority"]["accuracy"] == 0.0 and found["accuracy"] == pytest.approx(1 / 3)

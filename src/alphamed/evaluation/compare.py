@@ -16,6 +16,7 @@ from typing import Any
 from alphamed.config import ConfigError
 from alphamed.evaluation.paired import Split, mcnemar, split_gain
 from alphamed.evaluation.score import Z_95, wilson
+from alphamed.evaluation.variants import VARIANTS, vote_of
 from alphamed.observe.files import read_json_lines
 from alphamed.records import Outcome
 
@@ -29,18 +30,19 @@ class Answer:
     id: str
     identity: tuple[Any, ...]
     key: str
-    options: int
+    options: int                                   # that were shown; 0: none
     level: int | None
     outcomes: tuple[Outcome, ...]
     letters: tuple[str | None, ...]
+    votes: tuple[str | None, ...]                  # what each boxed answer counts as, see `variants.vote_of`
     tokens: int                                    # of all samples
     text: str                                      # of the first sample
     question: str
 
     @property
     def right(self) -> bool:
-        """Whether the question counts as answered right: most samples are right and no other letter is as common."""
-        others = Counter(letter for letter, outcome in zip(self.letters, self.outcomes) if outcome is Outcome.WRONG)
+        """Whether the question counts as answered right: no other answer is as common among the samples as the key."""
+        others = Counter(vote for vote, outcome in zip(self.votes, self.outcomes) if outcome is Outcome.WRONG)
         return self.outcomes.count(Outcome.CORRECT) > max(others.values(), default=0)
 
 
@@ -78,7 +80,9 @@ class AnsweredSet:
 
     @property
     def chance(self) -> float:
-        """Accuracy of picking letters blindly."""
+        """Accuracy of picking letters blindly; NaN where no options were shown."""
+        if not all(answer.options for answer in self.answers.values()):
+            return math.nan
         return sum(1 / answer.options for answer in self.answers.values()) / self.n
 
     @property
@@ -97,9 +101,9 @@ class AnsweredSet:
 
     @property
     def letters(self) -> tuple[Counter[str], Counter[str]]:
-        """Letters of boxed answers, and the keys of the same questions."""
+        """Letters of boxed answers, and the keys of the same questions. An answer without options may have none."""
         pairs = [(letter, answer.key) for answer in self.answers.values()
-                 for letter, outcome in zip(answer.letters, answer.outcomes) if outcome in BOXED]
+                 for letter, outcome in zip(answer.letters, answer.outcomes) if outcome in BOXED and letter]
         return Counter(letter for letter, _ in pairs), Counter(key for _, key in pairs)
 
     def part(self, level: int | None) -> AnsweredSet:
@@ -173,7 +177,8 @@ def read_answered(path: Path) -> dict[str, AnsweredSet]:
             found.setdefault(row["set"], {}).setdefault(row["id"], []).append(
                 {"outcome": Outcome(row["outcome"]), "letter": row["letter"], "tokens": int(row["tokens"]),
                  "text": row["text"], "question": row["question"], "options": dict(row["options"]),
-                 "answer": row["answer"], "level": row.get("level"), "context": row.get("context")})
+                 "answer": row["answer"], "level": row.get("level"), "context": row.get("context"),
+                 "hidden": bool(row.get("variant")) and VARIANTS[row["variant"]].hides_options})
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{path}: line {number} is no graded answer ({type(error).__name__}: {error}); evaluate "
                               f"again") from None
@@ -183,5 +188,7 @@ def read_answered(path: Path) -> dict[str, AnsweredSet]:
 def _answer(i: str, rows: Sequence[Mapping[str, Any]]) -> Answer:
     first = rows[0]
     identity = (first["question"], first["context"], tuple(first["options"].items()), first["answer"])
-    return Answer(i, identity, first["answer"], len(first["options"]), first["level"], tuple(row["outcome"] for row in rows),
-                  tuple(row["letter"] for row in rows), sum(row["tokens"] for row in rows), first["text"], first["question"])
+    votes = tuple(vote_of(row["letter"], row["text"]) if row["outcome"] in BOXED else None for row in rows)
+    return Answer(i, identity, first["answer"], 0 if first["hidden"] else len(first["options"]), first["level"],
+                  tuple(row["outcome"] for row in rows), tuple(row["letter"] for row in rows), votes,
+                  sum(row["tokens"] for row in rows), first["text"], first["question"])

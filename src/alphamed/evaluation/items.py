@@ -16,7 +16,7 @@ from typing import Any
 
 from alphamed.config import ConfigError
 from alphamed.config_choices import TruncatedReward
-from alphamed.evaluation.variants import VARIANTS, free_letter
+from alphamed.evaluation.variants import VARIANTS, free_letter, vote_of
 from alphamed.observe.files import read_json_lines
 from alphamed.records import FinishReason, Outcome, Question
 from alphamed.reward.rules import correct, grade
@@ -66,6 +66,11 @@ class Item:
     def boxed(self) -> bool:
         """Whether it ended in time with a readable answer. Without options every box that says something is one."""
         return self.outcome in (Outcome.CORRECT, Outcome.WRONG)
+
+    @property
+    def vote(self) -> str | None:
+        """What counts in a majority vote. A truncated response has none, as in grading."""
+        return vote_of(self.letter, self.text) if self.boxed else None
 
 
 def graded(asked: Asked, sample: int, text: str, finish_reason: FinishReason, tokens: int,

@@ -50,7 +50,7 @@ def split_gain(boxed_before: float, accuracy_before: float, boxed_after: float, 
 
 def right(items: Sequence[Item]) -> bool:
     """Whether a question counts as solved: the only sample is right, or the majority vote is, with no other as strong."""
-    return vote([item.letter if item.boxed else None for item in items], items[0].asked.question.answer) == 1.0
+    return vote([item.vote for item in items], items[0].asked.question.answer) == 1.0
 
 
 def compare_sets(before: Mapping[str, Sequence[Item]], after: Mapping[str, Sequence[Item]]) -> dict[str, Any]:

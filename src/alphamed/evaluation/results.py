@@ -95,7 +95,7 @@ def _lengths(answers: Answers) -> dict[str, float]:
 
 
 def _of_samples(answers: Answers, samples: int) -> dict[str, Any]:
-    voted = statistics.fmean(vote([_vote(item) for item in items], items[0].asked.question.answer) for items in answers)
+    voted = statistics.fmean(vote([item.vote for item in items], items[0].asked.question.answer) for items in answers)
     low, high = wilson(voted, len(answers))
     right = [sum(item.right for item in items) for items in answers]
     runs = _run_accuracies(answers)
@@ -103,11 +103,6 @@ def _of_samples(answers: Answers, samples: int) -> dict[str, Any]:
     return {"majority": {"accuracy": voted, "ci_low": low, "ci_high": high},
             "pass_at_k": {str(k): pass_at_k(right, samples, k) for k in shown_ks(samples)},
             "runs": {"accuracy": runs, "mean": statistics.fmean(runs), "ci_low": run_low, "ci_high": run_high}}
-
-
-def _vote(item: Item) -> str | None:
-    """The letter that counts: a truncated response has none, as in grading."""
-    return item.letter if item.boxed else None
 
 
 def _run_accuracies(answers: Answers) -> list[float]:

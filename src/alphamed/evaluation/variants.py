@@ -96,5 +96,10 @@ def free_letter(text: str, options: Mapping[str, str]) -> str | None:
     return longest[0] if len(longest) == 1 else None
 
 
+def vote_of(letter: str | None, text: str) -> str:
+    """What a boxed answer counts as in a majority vote: its letter, or what the box says where that is no option."""
+    return letter or f"={normalised_option(boxed_text(text) or '')}"
+
+
 def _holds(text: tuple[str, ...], part: tuple[str, ...]) -> bool:
     return any(text[i:i + len(part)] == part for i in range(len(text) - len(part) + 1))

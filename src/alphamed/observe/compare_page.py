@@ -150,8 +150,9 @@ def _one_against(one: dict[str, Any], found: dict[str, Any], key: str, x_title: 
         return None
     least = " Sizes may be larger: some were not recorded." if any(
         run["training"] and run["training"]["seen_only"] for run in found["runs"]) and key == "questions" else ""
-    return Figure(one["name"], one["name"], f"Accuracy after training, n = {_n(one)}, with 95% intervals; numbers are runs. "
-                  f"Dotted: picking letters blindly.{least}", scatter(marks, x_title, one["chance"]))
+    dotted = "" if one["chance"] is None else " Dotted: picking letters blindly."
+    return Figure(one["name"], one["name"], f"Accuracy after training, n = {_n(one)}, with 95% intervals; numbers are runs."
+                  f"{dotted}{least}", scatter(marks, x_title, one["chance"]))
 
 
 def _n(one: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from alphamed.config import ConfigError
 from alphamed.config_file import load_tree
+from alphamed.evaluation import settings
 from alphamed.evaluation.compare import AnsweredSet, read_answered
 from alphamed.evaluation.runner import read_asked
 from alphamed.observe import provenance
@@ -120,8 +121,19 @@ def _read_evaluation(path: Path, number: int, name: str) -> ComparedRun:
     if not sets:
         raise ConfigError(f"compare {path}: holds neither config.yaml (a run) nor {ITEMS} (an evaluation); give such a "
                           f"folder")
-    return ComparedRun(number, name, path, None, "", "", 0, "", None, {}, sets, None, (), (),
+    return ComparedRun(number, name, path, None, "", "", 0, _asked_how(path), None, {}, sets, None, (), (),
                        "an evaluation of one model, not a run: it has no before")
+
+
+def _asked_how(path: Path) -> str:
+    """Prompt and limit of an evaluation as runs have them, and its sampling where that is not theirs; "" where not known."""
+    about = settings.read(path)
+    if about is None:
+        return ""
+    sampling = about["asked"]["sampling"]
+    greedy = sampling["samples"] == 1 and sampling["temperature"] == 0
+    how = [about["asked"]["prompt"], sampling["max_tokens"]]
+    return json.dumps(how if greedy else [*how, sampling], sort_keys=True)
 
 
 def _evaluations(path: Path) -> dict[int, dict[str, AnsweredSet]]:
