@@ -10,6 +10,7 @@ import argparse
 import errno
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,13 +37,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = _parse(argv)
         options.command = shlex.join(["alphamed", *(sys.argv[1:] if argv is None else argv)])
-        return options.run(options)
+        status = options.run(options)
+        sys.stdout.flush()
+        return status
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except RunFailed as error:                  # a grader that was killed while its function was being checked
         print(f"run failed: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return 128 + signal.SIGPIPE             # as a program that does not catch it
     except OSError as error:
         if (problem := _place_problem(error)) is None:
             raise
@@ -51,6 +58,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads this process's output any more (`alphamed compare ... | head`); what is left of it is dropped."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

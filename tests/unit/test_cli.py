@@ -14,7 +14,7 @@ from alphamed.cluster.failure import recorded
 
 ROOT = Path(__file__).parents[2]
 VERBS = ("train", "launch", "worker", "eval", "data", "study", "export", "model", "report", "replay", "bundle", "reproduce",
-         "doctor")
+         "compare", "plan", "doctor")
 
 
 def test_help_lists_every_verb(capsys):
@@ -119,3 +119,13 @@ sys.exit(status)
     log = (tmp_path / "r" / "logs" / "rank_0.log").read_text()
     assert "step 1" in log and "a library's words" in log and 'raise OverflowError("too much")' in log
     assert recorded(tmp_path / "r").message == "OverflowError: too much"
+
+
+def test_a_reader_that_goes_away_is_no_traceback():
+    """What `alphamed data sources | head -1` does."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "alphamed.cli", "data", "sources"], stdout=write, stderr=subprocess.PIPE,
+                          text=True, timeout=100, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")

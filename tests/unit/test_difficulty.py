@@ -173,6 +173,8 @@ def test_build_filters_by_informativeness_and_keeps_it(model, engines):
     (["--shard", "3/2"], "--shard: '3/2' is not I/N with I from 1 to N"),
     (["--samples", "0"], "--samples: 0 at temperature 1"),
     (["--temperature", "0"], "--samples: 5 at temperature 0 measure no difficulty"),
+    (["--temperature", "inf"], "--temperature: inf is not between 0 and 10"),
+    (["--top-p", "7"], "--top-p: 7.0 is not above 0 and at most 1"),
     (["--out", "out.csv"], "--out: 'out.csv' ends neither in .jsonl nor in .parquet"),
     (["--model", "nowhere"], "model.path")])
 def test_mistakes_are_one_line_and_write_nothing(model, engines, capsys, rest, message):

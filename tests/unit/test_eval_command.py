@@ -284,7 +284,7 @@ def test_a_benchmark_of_the_training_set_is_refused(tmp_path, model, monkeypatch
 
 def test_shots_and_template_reach_the_prompt(tmp_path, model, monkeypatch):
     (tmp_path / "shots.jsonl").write_text(json.dumps(
-        {"question": "Which organ?", "options": {"A": "x", "B": "y"}, "response": "It is \\boxed{B}", "id": "s"}) + "\n")
+        {"question": "Which organ?", "options": {"A": "x", "B": "y"}, "response": "It is \\boxed{B}", "id": "s"}))  # no line end
     asked = script(monkeypatch, lambda question, j: "\\boxed{A}")
     assert evaluate(model, tmp_path / "out", "--benchmarks", questions(tmp_path), "--shots", tmp_path / "shots.jsonl",
                     "--template", "raw") == 0
@@ -295,3 +295,9 @@ def test_shots_and_template_reach_the_prompt(tmp_path, model, monkeypatch):
 def test_settings_among_benchmarks_are_told_apart():
     assert _split(["medqa=copy/e.jsonl", "rollout.dtype=fp32", "x.jsonl"]) == (["medqa=copy/e.jsonl", "x.jsonl"],
                                                                               ["rollout.dtype=fp32"])
+
+
+@pytest.mark.parametrize("rest", [["--samples", "5"], ["--top-p", "0.5"], ["--temperature", "0"], ["--temperature", "1"]])
+def test_regrading_refuses_what_it_would_not_heed(tmp_path, capsys, rest):
+    assert cli.main(["eval", "--regrade", str(tmp_path), *rest]) == 2
+    assert capsys.readouterr().err == f"error: --regrade: grades what is there, {rest[0]} has no part in it; leave it out\n"

@@ -139,12 +139,13 @@ def main(options: argparse.Namespace) -> int:
     from alphamed.cluster.failure import RunFailed
     from alphamed.evaluation import settings
     from alphamed.evaluation.answers import Prompted, engine_tree, require_place
-    from alphamed.evaluation.command import config_of
+    from alphamed.evaluation.command import check_sampling, config_of
 
     shard, shards = _shard(options.shard)
     if options.samples < 1 or not options.temperature > 0:
         raise ConfigError(f"--samples: {options.samples} at temperature {options.temperature:g} measure no difficulty; give "
                           f"1 or more samples and a temperature above 0")
+    check_sampling(options)
     questions = load_questions(options.questions, BadRows(options.bad_rows)).questions
     question_writer(options.out, [])                    # the suffix is one that can be written
     config, work = config_of(options, options.overrides), work_folder(options.out)

@@ -15,6 +15,8 @@ from alphamed.config_choices import PromptTemplate
 if TYPE_CHECKING:
     from alphamed.evaluation.items import Asked, Item, Key
 
+NOT_GIVEN = {"samples": 1, "top_p": 1.0}
+"""Defaults of options that have one."""
 UNUSED = "unused.jsonl"
 """Stands for data.train where no configuration is given: an evaluation trains on nothing."""
 
@@ -39,9 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--benchmarks", nargs="+", default=[], metavar="BENCHMARK",
         help="NAME (`alphamed data sources` lists them), NAME=PATH of a local copy, or FILE (default: evaluation.files)")
     add("--out", type=Path, metavar="DIR", help="where the answers go, and are taken up again (default: RUN/eval/MODEL)")
-    add("--samples", type=int, default=1, metavar="N", help="responses a question: majority vote, pass@k (default 1)")
+    add("--samples", type=int, default=NOT_GIVEN["samples"], metavar="N", help="responses a question: majority vote, pass@k (default 1)")
     add("--temperature", type=float, metavar="T", help="default: 0 (greedy), with several samples 1")
-    add("--top-p", type=float, default=1.0, metavar="P", help="default 1")
+    add("--top-p", type=float, default=NOT_GIVEN["top_p"], metavar="P", help="default 1")
     add("--variants", nargs="+", default=[], metavar="VARIANT", help="also ask changed forms of every question: shuffled, "
         "none_of_the_others, one_removed, free")
     add("--against", type=Path, metavar="DIR", help="compare with the evaluation in DIR: McNemar's test, flipped questions")
@@ -76,8 +78,9 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _refuse_with_regrade(options: argparse.Namespace) -> None:
-    for name in ("model", "benchmarks", "config", "variants", "out", "shots", "template", "max_tokens", "overrides"):
-        if getattr(options, name):
+    for name in ("model", "benchmarks", "config", "variants", "out", "shots", "template", "max_tokens", "overrides",
+                 "samples", "temperature", "top_p"):
+        if getattr(options, name) not in (None, [], NOT_GIVEN.get(name)):
             shown = "key=value" if name == "overrides" else f"--{name.replace('_', '-')}"
             raise ConfigError(f"--regrade: grades what is there, {shown} has no part in it; leave it out")
 
@@ -89,7 +92,7 @@ def _wanted(options: argparse.Namespace) -> Wanted:
     from alphamed.reward.rules import check_rule
 
     (names, overrides), (variants, more) = _split(options.benchmarks), _split(options.variants)
-    _check_sampling(options)
+    check_sampling(options)
     config = config_of(options, [*overrides, *more, *options.overrides])
     check_rule(config.reward.name)
     if not names and not config.evaluation.files:
@@ -139,13 +142,14 @@ def config_of(options: argparse.Namespace, overrides: Sequence[str]) -> Config:
 def _shots(file: Path) -> list[dict[str, Any]]:
     from alphamed.observe.files import read_json_lines
 
-    shots = read_json_lines(file)
+    shots = read_json_lines(file, by_hand=True)
     if not shots:
         raise ConfigError(f"--shots: {file} holds no example; give a JSONL file with question, options and response a line")
     return [{key: value for key, value in shot.items() if key in ("question", "options", "response")} for shot in shots]
 
 
-def _check_sampling(options: argparse.Namespace) -> None:
+def check_sampling(options: argparse.Namespace) -> None:
+    """Raises ConfigError for a number of samples, a temperature or a top-p that can not be."""
     if options.samples < 1:
         raise ConfigError(f"--samples: {options.samples} is no number of samples; give 1 or more")
     if options.temperature is not None and not 0 <= options.temperature <= 10:

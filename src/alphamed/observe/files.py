@@ -62,11 +62,15 @@ def append_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         os.fsync(file.fileno())
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file; [] where there is none. ConfigError names a line that is no JSON object."""
+def read_json_lines(path: Path, by_hand: bool = False) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file; [] where there is none. ConfigError names a line that is no JSON object.
+
+    `by_hand`: a person wrote it. Its last line counts without a line end too, and empty ones do not."""
     if not path.exists():
         return []
-    *lines, _ = path.read_bytes().split(b"\n")          # what follows the last line end is empty or half a line
+    *lines, last = path.read_bytes().split(b"\n")       # what follows the last line end is empty or half a line
+    if by_hand:
+        lines = [line for line in (*lines, last) if line.strip()]
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
