@@ -318,3 +318,24 @@ def test_evaluations_with_another_prompt_or_sampling_are_not_alike(tmp_path):
             "prompt": asked, "sampling": {"samples": samples, "temperature": float(samples > 1), "max_tokens": 9}}})
     pairs = comparison(read_runs([tmp_path / name for name in "abcd"]))["pairs"]
     assert [(one["first"], one["second"]) for one in pairs if one["alike"]] == [(1, 2)]
+
+
+@pytest.mark.parametrize("file, content, words", [
+    ("evaluations/step_000000.items.jsonl", {"set": "s"}, "line 1 is no graded answer"),
+    ("evaluations/step_000000.json", {"sets": []}, "not readable"),
+    ("looks.jsonl", {"time": "now"}, "line 1 tells of no look")])
+def test_the_report_names_a_damaged_file(tmp_path, capsys, file, content, words):
+    run = make_run(tmp_path, "a", before=[W] * 4, after=[C] * 4)
+    (run / file).write_text(json.dumps(content) + "\n")
+    assert cli.main(["report", str(run)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and file in told and words in told and told.count("\n") == 1
+
+
+def test_a_damaged_record_of_training_is_named_and_a_damaged_report_counted_anew(tmp_path):
+    run = make_run(tmp_path, "a", before=[W] * 4, after=[C] * 4)
+    (run / "report.json").write_text('{"responses": 5, "warnings": 7, "last_step": 12}')
+    assert read_runs([run])[0].warnings == ()
+    (run / "provenance.json").write_text('{"starts": [], "data": [], "model": [], "train": {"questions": 1}}')
+    with pytest.raises(ConfigError, match="provenance.json: train is not readable"):
+        read_runs([run])

@@ -105,6 +105,12 @@ def test_controls_stand_beside_the_first_values_with_all_seeds(write):
     assert [run.name for run in runs(sampled) if run.control] == ["s1-unchanged", "s2-unchanged"]
 
 
+def test_the_unchanged_model_chooses_among_no_checkpoints(write):
+    chosen = {"evaluation.development": "questions.jsonl", "evaluation.every": 2, "checkpoint.every": 2}
+    found = runs(write(settings=chosen, grids=[{"name": "g", "controls": ["unchanged"]}]))
+    assert [run.config.evaluation.development for run in found] == [Path("questions.jsonl"), None]
+
+
 def test_every_control_has_its_preset():
     assert set(CONTROLS) == set(Control)
 
@@ -166,6 +172,17 @@ def test_sets_are_drawn_by_source_size_level_and_seed(write):
     assert make_sets(study, planned, "test") == []                                  # once is enough
     made[0].write_text("{}\n")
     assert make_sets(study, planned, "test") == [made[0]]                           # not what its card says
+
+
+def test_a_set_is_made_anew_where_a_file_of_its_recipe_has_changed(write):
+    Path("levels.jsonl").write_text("".join(json.dumps({"id": f"q{i}", "level": 1 + i % 2}) + "\n" for i in range(60)))
+    data = {"sources": [{"name": "own", "path": "questions.jsonl", "levels": "levels.jsonl"}]}
+    study = load_study(write(data=data, grids=[{"name": "g", "axes": {"sources": ["own"], "levels": [[2]]}}]))
+    run, = plan_runs(study)
+    assert make_sets(study, [run], "test") == [run.set.file] and make_sets(study, [run], "test") == []
+    Path("levels.jsonl").write_text("".join(json.dumps({"id": f"q{i}", "level": 1 + (i < 10)}) + "\n" for i in range(60)))
+    assert make_sets(study, [run], "test") == [run.set.file]
+    assert len(run.set.file.read_text().splitlines()) == 10
 
 
 def test_another_recipe_is_another_file(write):

@@ -105,7 +105,16 @@ def _card(built: Built, recipe: BuildRecipe, out: Path, command: str) -> dict[st
     return {"name": out.stem, "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), "alphamed": _version(),
             "command": command, "file": out.name, "set": describe([item.question for item in built.items]),
             "sources": built.sources, "steps": built.steps, "decisions": built.decisions, "benchmarks": built.benchmarks,
-            "recipe": recipe.model_dump(mode="json")}
+            "files": files_read(recipe), "recipe": recipe.model_dump(mode="json")}
+
+
+def files_read(recipe: BuildRecipe) -> dict[str, str]:
+    """Every local file that a recipe reads -> its SHA-256; of a folder all files in it. OSError where one is gone."""
+    places = [path for wanted in recipe.sources for path in (wanted.path, wanted.levels) if path is not None]
+    places += [*recipe.decisions, *(Path(path or name) for name, _, path in (one.partition("=") for one in recipe.against)
+                                    if path or name.endswith((".jsonl", ".parquet")))]
+    files = [file for place in places for file in (sorted(place.rglob("*")) if place.is_dir() else [place])]
+    return {str(file): file_sha256(file) for file in files if not file.is_dir()}
 
 
 def _version() -> str:

@@ -18,6 +18,8 @@ GenerateAndGrade = Callable[[Sequence[GenerationTask]], Sequence[ScoredGroup]]
 """Answers and grades every task, in any order; one group a task."""
 
 SHARES = ("boxed", "accuracy", "accuracy_among_boxed", "truncated", "failed")
+ITEM_KEYS = {"set", "id", "question", "options", "answer", "letter", "outcome", "text"}
+"""What readers of graded answers rely on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +130,7 @@ def read_scores(path: Path) -> dict[str, Score]:
                             chance=row["chance"],
                             **{key: Share(row[key]["count"], row[key]["total"]) for key in SHARES})
                 for name, row in sets.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"evaluation {path}: not readable ({type(error).__name__}: {error}); evaluate again") from None
 
 
@@ -141,8 +143,15 @@ def read_asked(path: Path) -> dict[str, str | None]:
 
 
 def read_items(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """(set name, question id) -> item from a step_N.items.jsonl; {} where there is none."""
-    return {(row["set"], row["id"]): row for row in read_json_lines(path)}
+    """(set name, question id) -> item from a step_N.items.jsonl; {} where there is none. ConfigError names a line that is no
+    item."""
+    found = {}
+    for number, row in enumerate(read_json_lines(path), start=1):
+        if missing := ITEM_KEYS - row.keys():
+            raise ConfigError(f"{path}: line {number} is no graded answer ({', '.join(sorted(missing))} missing); evaluate "
+                              f"again")
+        found[row["set"], row["id"]] = row
+    return found
 
 
 def _item(name: str, scored: ScoredGroup) -> dict[str, Any]:

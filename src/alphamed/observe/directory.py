@@ -82,7 +82,7 @@ def finished_step(run_dir: Path) -> int | None:
         return int(json.loads(path.read_text(encoding="utf-8"))["step"])
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise ConfigError(f"{path}: not readable ({type(error).__name__}); remove it, and the run is continued") from None
 
 

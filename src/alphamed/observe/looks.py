@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
+from alphamed.config import ConfigError
 from alphamed.observe.files import append_json_lines, read_json_lines
 
 LOOKS = "looks.jsonl"
@@ -23,9 +24,11 @@ def record(run_dir: Path, step: int | None, by: str, sets: Iterable[tuple[str, s
 
 
 def sentences(run_dir: Path) -> list[str]:
-    """One sentence a set: how often it was looked at and at which steps."""
+    """One sentence a set: how often it was looked at and at which steps. ConfigError names a line that is no look."""
     found: dict[str, list[dict]] = {}
-    for row in read_json_lines(run_dir / LOOKS):
+    for number, row in enumerate(read_json_lines(run_dir / LOOKS), start=1):
+        if not {"set", "step", "role"} <= row.keys():
+            raise ConfigError(f"{run_dir / LOOKS}: line {number} tells of no look (set, step, role); remove it")
         found.setdefault(row["set"], []).append(row)
     return [_sentence(name, rows) for name, rows in found.items()]
 

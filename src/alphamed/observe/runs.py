@@ -189,8 +189,9 @@ def _responses(path: Path, steps: int) -> tuple[Mapping[str, Any] | None, list[s
 
     try:
         report = json.loads((path / "report.json").read_text(encoding="utf-8"))
-        if report["last_step"] == steps:
-            return report["responses"], report["warnings"]
+        responses, warned = report["responses"], report["warnings"]
+        if report["last_step"] == steps and isinstance(warned, list) and (responses is None or "questions" in responses):
+            return responses, warned
     except (OSError, ValueError, KeyError, TypeError):      # absent or of another version
         pass
     tally = tally_run(path)
@@ -201,7 +202,11 @@ def _training_set(path: Path, responses: Mapping[str, Any] | None) -> TrainingSe
     """From provenance.json, else from the recorded responses; None where neither says."""
     told = (provenance.read(path) or {}).get("train")
     if told:
-        return TrainingSet(told["questions"], told["sources"], told["levels"])
+        try:
+            return TrainingSet(told["questions"], told["sources"], told["levels"])
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"{path / 'provenance.json'}: train is not readable ({type(error).__name__}: {error}); move it "
+                              f"away, and the training set is counted by its answers") from None
     seen = responses and responses["questions"]
     return TrainingSet(seen["asked"], seen["sources"], seen["levels"], seen_only=True) if seen else None
 

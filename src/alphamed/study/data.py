@@ -52,11 +52,9 @@ def _sets(runs: Iterable[PlannedRun]) -> list[Set]:
 
 
 def _is_made(one: Set) -> bool:
-    """Whether the file is there, whole by its card, and made of the source files that are there now."""
+    """Whether the file is there, whole by its card, and made of the files that are there now."""
     try:
         card = json.loads(build.card_path(one.file).read_text(encoding="utf-8"))
-        used = [(wanted.path, card["sources"][wanted.name]["sha256"]) for wanted in one.recipe.sources]
-        return card["file_sha256"] == file_sha256(one.file) and all(
-            file_sha256(path) == digest for path, digest in used if path is not None and digest is not None)
+        return card["file_sha256"] == file_sha256(one.file) and card["files"] == build.files_read(one.recipe)
     except (OSError, ValueError, KeyError, TypeError):
         return False

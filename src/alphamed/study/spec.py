@@ -32,7 +32,7 @@ CONTROLS: dict[Control, dict[str, Any]] = {
     Control.SHUFFLED_KEYS: {"data.answer_keys": "shuffled"},
     # the model as it is, asked with the same prompt and graded by the same grader
     Control.UNCHANGED: {"run.stop_after": 0, "evaluation.before": True, "evaluation.after": False, "evaluation.every": 0,
-                        "logging.export_hf": False},
+                        "evaluation.development": None, "logging.export_hf": False},
 }
 """Each preset's settings, over those of the run that it is a control of."""
 
