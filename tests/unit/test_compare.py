@@ -315,7 +315,7 @@ def test_evaluations_with_another_prompt_or_sampling_are_not_alike(tmp_path):
     for name, asked, samples in (("a", prompt, 1), ("b", prompt, 1), ("c", prompt | {"template": "raw"}, 1), ("d", prompt, 5)):
         replace_json_lines(tmp_path / name / "items.jsonl", [item("q", C, sample=0)])
         replace_json(tmp_path / name / "evaluation.json", {"format": 1, "sets": {}, "asked": {
-            "prompt": asked, "sampling": {"samples": samples, "temperature": float(samples > 1), "max_tokens": 9}}})
+            "model": {}, "prompt": asked, "sampling": {"samples": samples, "temperature": float(samples > 1), "max_tokens": 9}}})
     pairs = comparison(read_runs([tmp_path / name for name in "abcd"]))["pairs"]
     assert [(one["first"], one["second"]) for one in pairs if one["alike"]] == [(1, 2)]
 

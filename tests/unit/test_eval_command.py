@@ -301,3 +301,20 @@ def test_settings_among_benchmarks_are_told_apart():
 def test_regrading_refuses_what_it_would_not_heed(tmp_path, capsys, rest):
     assert cli.main(["eval", "--regrade", str(tmp_path), *rest]) == 2
     assert capsys.readouterr().err == f"error: --regrade: grades what is there, {rest[0]} has no part in it; leave it out\n"
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda about: about.pop("grading"), "KeyError: 'grading'"),
+    (lambda about: about["sets"]["e"].pop("ids"), "ids missing"),
+    (lambda about: about.update(asked={}), "max_tokens, model, prompt, samples, sampling, temperature missing"),
+    (lambda about: about.update(sets=[]), "format 1")])
+def test_damaged_settings_are_one_line(tmp_path, model, monkeypatch, capsys, change, words):
+    script(monkeypatch, lambda question, j: "\\boxed{A}")
+    assert evaluate(model, tmp_path / "out", "--benchmarks", questions(tmp_path)) == 0
+    about = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    change(about)
+    (tmp_path / "out" / "evaluation.json").write_text(json.dumps(about))
+    capsys.readouterr()
+    assert cli.main(["eval", "--regrade", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert "not the settings of an evaluation" in told and words in told and told.count("\n") == 1

@@ -133,6 +133,8 @@ def _item(one: Mapping[str, Any]) -> Item:
         raise ValueError(f"variant {variant!r} is not known")
     question = Question(one["id"], one["question"], dict(one["options"]), one["answer"], one["context"], one["source"],
                         one["level"])
+    if question.answer not in question.options:
+        raise ValueError(f"its key {question.answer!r} is none of its options")
     return Item(Asked(one["benchmark"], variant, question), int(one["sample"]), str(one["text"]),
                 FinishReason(one["finish_reason"]), int(one["tokens"]), one["letter"], Outcome(one["outcome"]))
 

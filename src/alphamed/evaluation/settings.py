@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from alphamed.config import Config, ConfigError
+from alphamed.config_choices import TruncatedReward
 from alphamed.observe.files import replace_json
 from alphamed.observe.provenance import model_entries
 
@@ -35,12 +36,24 @@ def read(folder: Path) -> dict[str, Any] | None:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["format"] != FORMAT or not isinstance(found["asked"], Mapping) or not isinstance(found["sets"], Mapping):
             raise ValueError(f"format {found['format']}, this version reads {FORMAT}")
+        _require(found)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: not the settings of an evaluation ({type(error).__name__}: {error}); give a folder of "
                           f"`alphamed eval`") from None
     return found
+
+
+def _require(found: Mapping[str, Any]) -> None:
+    """Raises KeyError, TypeError or ValueError where something is missing that readers rely on."""
+    missing = {"model", "prompt", "sampling"} - found["asked"].keys()
+    missing |= {"samples", "temperature", "max_tokens"} - found["asked"].get("sampling", {}).keys()
+    for about in found["sets"].values():
+        TruncatedReward(found["grading"]["truncated"])
+        missing |= {"ids", "benchmark", "variant", "complaint"} - about.keys()
+    if missing:
+        raise ValueError(f"{', '.join(sorted(missing))} missing")
 
 
 def write(folder: Path, model: str, asked_now: Mapping[str, Any], grading: Mapping[str, Any], sets: Mapping[str, Any],
