@@ -82,8 +82,8 @@ class Config(Section):
             yield (f"parallel.virtual_pipeline: {p.virtual_pipeline} needs parallel.pipeline > 1; "
                    f"remove it or raise parallel.pipeline")
         if p.context > 1:
-            yield (f"parallel.context: {p.context} would cut sequences over ranks, which needs Transformer Engine's attention "
-                   f"on CUDA and is not built; set it to 1, and spread long rows with parallel.tensor and parallel.sequence")
+            yield (f"parallel.context: {p.context} would cut sequences over ranks, which needs Transformer Engine's "
+                   f"attention on CUDA and is not built; set it to 1, and spread long rows with parallel.tensor and parallel.sequence")
         if p.reference == ReferencePlace.SWAPPED and self.model.fp8:
             yield ("parallel.reference: swapped leaves Transformer Engine's FP8 copies of the weights on the device; set it "
                    "to resident or model.fp8 to false")
@@ -122,7 +122,14 @@ class Config(Section):
                    f"to divide one another; change one of them or set it to gather")
         if self.sync.transport == Transport.NCCL and self.cluster.device == Device.CPU:
             yield "sync.transport: nccl needs CUDA; set it to gloo or auto"
+        for i, shot in enumerate(self.prompt.shots):
+            if extract_answer(shot.response, shot.options) is None:
+                yield (f"prompt.shots.{i}.response: boxes none of its letters ({', '.join(shot.options)}); end with a boxed "
+                       f"one")
         yield from self._level_problems()
+        yield from self._evaluation_problems()
+
+    def _evaluation_problems(self):
         if self.run.last_step == 0 and not (self.evaluation.before or self.evaluation.after):
             yield "run.stop_after: 0 evaluates and ends, but no evaluation is asked for; set evaluation.before=true"
         if (self.evaluation.before or self.evaluation.after or self.evaluation.every) and not self.evaluation.all_files:
@@ -134,11 +141,8 @@ class Config(Section):
         if e.development in e.files:
             yield (f"evaluation.development: {e.development} is one of evaluation.files; who chooses by a set can not be "
                    f"measured with it")
-        if r.replay and (self.evaluation.before or self.evaluation.after or self.evaluation.every):
+        if self.rollout.replay and (self.evaluation.before or self.evaluation.after or self.evaluation.every):
             yield "evaluation: needs engines, which rollout.replay does without; set before and after to false, every to 0"
-        for i, shot in enumerate(self.prompt.shots):
-            if extract_answer(shot.response, shot.options) is None:
-                yield f"prompt.shots.{i}.response: boxes none of its letters ({', '.join(shot.options)}); end with a boxed one"
 
     def _level_problems(self):
         schedule = self.data.levels.schedule

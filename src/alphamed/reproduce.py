@@ -28,6 +28,7 @@ COMPARED = ("alphamed", "torch", "megatron-core", "transformer-engine", "vllm", 
             "tokenizers", "numpy")
 """Packages whose versions can change what a run computes."""
 RUN_CONFIG = "reproduce.yaml"
+DATA_ENTRY = r"^(data\.train|evaluation\.(files|decisions|development))\.[0-9]{1,6}$"
 
 
 class FileEntry(Section):
@@ -55,7 +56,7 @@ class Manifest(Section):
     step: NonNegative
     finished: bool
     questions: bool
-    data: dict[Annotated[str, Field(pattern=r"^(data\.train|evaluation\.(files|decisions|development))\.[0-9]{1,6}$")], DataEntry]
+    data: dict[Annotated[str, Field(pattern=DATA_ENTRY)], DataEntry]
     model: ModelEntry
     python: str
     packages: dict[str, str]

@@ -224,6 +224,7 @@ class Run:
 
     def _look(self, found: Evaluation) -> None:
         """Log which sets were looked at; by the development set's accuracy, mark the checkpoint of this step as the best."""
+        from alphamed.evaluation.runner import asked_hash
         from alphamed.megatron import checkpoint_folder
 
         development = self.config.evaluation.development
@@ -233,7 +234,8 @@ class Run:
         for one, role in zip(found.results, roles):
             accuracy = one.score.accuracy.value
             if role == looks.DEVELOPMENT and checkpoint_folder.offer_best(self.checkpoints, self.state.step, accuracy,
-                                                                          one.score.n):
+                                                                          one.score.n,
+                                                                          asked_hash(one.questions, found.max_tokens)):
                 self.note(f"best checkpoint so far: step {self.state.step}, {one.score.accuracy} of {one.questions.name}")
 
     # ------------------------------------------------------------------------------------------------------------ end

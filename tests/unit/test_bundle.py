@@ -106,7 +106,8 @@ def test_flipped_questions_of_a_comparison_are_left_out_but_for_their_ids(run_di
             "before": [{"outcome": "wrong", "letter": "B", "option": "vitamin D"}],
             "after": [{"outcome": "correct", "letter": "A", "option": "vitamin C"}]}
     (run_dir / "eval" / "m").mkdir(parents=True)
-    (run_dir / "eval" / "m" / "comparison.json").write_text(json.dumps({"benchmarks": {"exam": {"n": 1, "flipped": [flip]}}}))
+    found = {"benchmarks": {"exam": {"n": 1, "flipped": [flip]}}}
+    (run_dir / "eval" / "m" / "comparison.json").write_text(json.dumps(found))
     assert SECRET.encode() in read_archive(bundle()).files["eval/m/comparison.json"]
     path = bundle("b.tar.gz", "--without-questions")
     assert b"vitamin" not in gzip.decompress(path.read_bytes())
@@ -329,10 +330,9 @@ def test_a_full_disk_unpacks_nothing(run_dir, capfd, monkeypatch):
 
 def test_a_configuration_without_all_sections_is_unpacked_too(run_dir, monkeypatch):
     """A hand-made one: what it leaves out has its default."""
-    (run_dir / "config.yaml").write_text("data: {train: [train.jsonl]}\nmodel: {path: model}\nevaluation: {files: [exam.jsonl]}\n")
     found = read_archive(bundle())
-    Path("short.tar.gz").unlink(missing_ok=True)
-    write_archive(Path("short.tar.gz"), {key: value for key, value in found.manifest.items() if key not in ("files", "format")},
-                  dict(found.files) | {"config.yaml": b"data: {train: [t]}\nmodel: {path: model}\nevaluation: {files: [e]}\n"})
+    told = {key: value for key, value in found.manifest.items() if key not in ("files", "format")}
+    short = b"data: {train: [t]}\nmodel: {path: model}\nevaluation: {files: [e]}\n"
+    write_archive(Path("short.tar.gz"), told, dict(found.files) | {"config.yaml": short})
     monkeypatch.setattr(reproduce, "_start", lambda config: 0)
     assert main(["reproduce", "short.tar.gz", "--out", "again"]) == 0

@@ -312,10 +312,12 @@ def test_answers_without_options_are_compared_by_their_texts(tmp_path):
 
 def test_evaluations_with_another_prompt_or_sampling_are_not_alike(tmp_path):
     prompt = {"template": "chat", "max_tokens": 64}
-    for name, asked, samples in (("a", prompt, 1), ("b", prompt, 1), ("c", prompt | {"template": "raw"}, 1), ("d", prompt, 5)):
+    raw = prompt | {"template": "raw"}
+    for name, asked, samples in (("a", prompt, 1), ("b", prompt, 1), ("c", raw, 1), ("d", prompt, 5)):
+        sampling = {"samples": samples, "temperature": float(samples > 1), "max_tokens": 9}
         replace_json_lines(tmp_path / name / "items.jsonl", [item("q", C, sample=0)])
         replace_json(tmp_path / name / "evaluation.json", {"format": 1, "sets": {}, "asked": {
-            "model": {}, "prompt": asked, "sampling": {"samples": samples, "temperature": float(samples > 1), "max_tokens": 9}}})
+            "model": {}, "prompt": asked, "sampling": sampling}})
     pairs = comparison(read_runs([tmp_path / name for name in "abcd"]))["pairs"]
     assert [(one["first"], one["second"]) for one in pairs if one["alike"]] == [(1, 2)]
 

@@ -284,7 +284,7 @@ def test_a_benchmark_of_the_training_set_is_refused(tmp_path, model, monkeypatch
 
 def test_shots_and_template_reach_the_prompt(tmp_path, model, monkeypatch):
     (tmp_path / "shots.jsonl").write_text(json.dumps(
-        {"question": "Which organ?", "options": {"A": "x", "B": "y"}, "response": "It is \\boxed{B}", "id": "s"}))  # no line end
+        {"question": "Which organ?", "options": {"A": "x", "B": "y"}, "response": "It is \\boxed{B}", "id": "s"}))
     asked = script(monkeypatch, lambda question, j: "\\boxed{A}")
     assert evaluate(model, tmp_path / "out", "--benchmarks", questions(tmp_path), "--shots", tmp_path / "shots.jsonl",
                     "--template", "raw") == 0
@@ -318,3 +318,15 @@ def test_damaged_settings_are_one_line(tmp_path, model, monkeypatch, capsys, cha
     assert cli.main(["eval", "--regrade", str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
     assert "not the settings of an evaluation" in told and words in told and told.count("\n") == 1
+
+
+def test_one_rule_for_truncated_answers_holds_for_all_sets_of_a_folder(tmp_path, model, monkeypatch):
+    """The settings that results.json tells are those that every set was graded with."""
+    script(monkeypatch, lambda question, j: "\\boxed{A} and ...")
+    out = tmp_path / "out"
+    assert evaluate(model, out, "--benchmarks", questions(tmp_path)) == 0
+    assert evaluate(model, out, "--benchmarks", questions(tmp_path, "f.jsonl"), "reward.truncated=grade") == 0
+    found = results(out)
+    assert found["grading"] == {"truncated": "grade"}
+    assert {name: (one["accuracy"], one["truncated"]) for name, one in found["benchmarks"].items()} == {
+        "e": (0.5, 0.0), "f": (0.5, 0.0)}

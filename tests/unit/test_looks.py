@@ -28,32 +28,41 @@ def names(directory):
 
 def test_the_best_checkpoint_stays_and_the_latest_is_continued_from(tmp_path):
     save(tmp_path, 10)
-    assert folders.best(tmp_path) is None and folders.offer_best(tmp_path, 10, 0.5, 20)
+    assert folders.best(tmp_path) is None and folders.offer_best(tmp_path, 10, 0.5, 20, "dev")
     save(tmp_path, 20)
-    assert not folders.offer_best(tmp_path, 20, 0.5, 20)                    # a tie: the earlier one
+    assert not folders.offer_best(tmp_path, 20, 0.5, 20, "dev")                    # a tie: the earlier one
     save(tmp_path, 30)
     assert names(tmp_path) == ["step_000010", "step_000030"]
     assert folders.best(tmp_path).name == "step_000010" and folders.latest(tmp_path).name == "step_000030"
-    assert folders.offer_best(tmp_path, 30, 0.6, 20)
+    assert folders.offer_best(tmp_path, 30, 0.6, 20, "dev")
     save(tmp_path, 40)
     assert names(tmp_path) == ["step_000030", "step_000040"] and folders.best(tmp_path).name == "step_000030"
 
 
 def test_a_step_without_a_checkpoint_can_not_be_the_best(tmp_path):
-    assert not folders.offer_best(tmp_path, 0, 0.9, 20) and folders.best(tmp_path) is None
+    assert not folders.offer_best(tmp_path, 0, 0.9, 20, "dev") and folders.best(tmp_path) is None
 
 
 def test_a_run_that_went_back_forgets_the_best_of_the_past_that_is_gone(tmp_path):
     save(tmp_path, 10, keep=3)
     save(tmp_path, 20, keep=3)
-    folders.offer_best(tmp_path, 20, 0.9, 20)
+    folders.offer_best(tmp_path, 20, 0.9, 20, "dev")
     save(tmp_path, 20, keep=3)                                              # the step is done anew, with other weights
-    assert folders.best(tmp_path) is None and folders.offer_best(tmp_path, 20, 0.1, 20)
+    assert folders.best(tmp_path) is None and folders.offer_best(tmp_path, 20, 0.1, 20, "dev")
 
 
-def test_a_damaged_mark_is_named(tmp_path):
+def test_another_development_set_is_another_measure(tmp_path):
+    """A resume may name another one, or ask more of its questions."""
+    save(tmp_path, 10, keep=3)
+    assert folders.offer_best(tmp_path, 10, 0.9, 20, "easy")
+    save(tmp_path, 20, keep=3)
+    assert folders.offer_best(tmp_path, 20, 0.3, 20, "hard") and folders.best(tmp_path).name == "step_000020"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"step": null, "accuracy": 1}'])
+def test_a_damaged_mark_is_named(tmp_path, text):
     save(tmp_path, 10)
-    (tmp_path / "best.json").write_text("{")
+    (tmp_path / "best.json").write_text(text)
     with pytest.raises(folders.CheckpointError, match="best.json: can not be read"):
         folders.best(tmp_path)
 

@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--benchmarks", nargs="+", default=[], metavar="BENCHMARK",
         help="NAME (`alphamed data sources` lists them), NAME=PATH of a local copy, or FILE (default: evaluation.files)")
     add("--out", type=Path, metavar="DIR", help="where the answers go, and are taken up again (default: RUN/eval/MODEL)")
-    add("--samples", type=int, default=NOT_GIVEN["samples"], metavar="N", help="responses a question: majority vote, pass@k (default 1)")
+    add("--samples", type=int, default=NOT_GIVEN["samples"], metavar="N",
+        help="responses a question: majority vote, pass@k (default 1)")
     add("--temperature", type=float, metavar="T", help="default: 0 (greedy), with several samples 1")
     add("--top-p", type=float, default=NOT_GIVEN["top_p"], metavar="P", help="default 1")
     add("--variants", nargs="+", default=[], metavar="VARIANT", help="also ask changed forms of every question: shuffled, "
@@ -178,7 +179,7 @@ def _evaluate(wanted: Wanted) -> int:
     from alphamed.cluster.failure import RunFailed
     from alphamed.evaluation import ask, settings
     from alphamed.evaluation.answers import Prompted, require_place
-    from alphamed.evaluation.items import finished, read_items
+    from alphamed.evaluation.items import finished, read_items, regraded
 
     config, truncated = wanted.config, wanted.config.reward.truncated
     model = Prompted(config, (asked.shown for asked in wanted.asked))
@@ -196,7 +197,8 @@ def _evaluate(wanted: Wanted) -> int:
     todo = [asked for asked in wanted.asked if asked.key not in kept]
     if kept:
         print(f"{wanted.out}: {len(kept):,} of {len(wanted.asked):,} questions are answered already", file=sys.stderr)
-    _write(wanted.out, found | kept, dropped={asked.key for asked in todo})
+    others = {key: [regraded(item, truncated) for item in items] for key, items in found.items()}
+    _write(wanted.out, others | kept, dropped={asked.key for asked in todo})
     try:
         _generate(wanted, model, todo)
     except RunFailed as error:

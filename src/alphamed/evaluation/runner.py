@@ -115,7 +115,7 @@ def write_evaluation(folder: Path, name: str, step: int, evaluation: Evaluation)
                         "sets": {result.questions.name: {"file": str(result.questions.file),
                                                          "available": result.questions.available,
                                                          "decisions": list(result.questions.decisions),
-                                                         "asked": _asked(result.questions, evaluation.max_tokens)}
+                                                         "asked": asked_hash(result.questions, evaluation.max_tokens)}
                                  | score_json(result.score) for result in evaluation.results}})
     return path
 
@@ -173,7 +173,8 @@ def _share_json(share: Share) -> Mapping[str, float]:
     return {"count": share.count, "total": share.total, "value": share.value, "low": low, "high": high}
 
 
-def _asked(questions: QuestionSet, max_tokens: int | None) -> str:
+def asked_hash(questions: QuestionSet, max_tokens: int | None) -> str:
+    """What is asked, and in how many tokens: scores with different ones can not be compared."""
     import json
 
     told = [[q.id, q.question, q.context, dict(q.options), q.answer] for q in questions.questions]

@@ -65,23 +65,27 @@ def best(directory: Path) -> Path | None:
     return folder if folder in complete(directory) else None
 
 
-def offer_best(directory: Path, step: int, accuracy: float, questions: int) -> bool:
+def offer_best(directory: Path, step: int, accuracy: float, questions: int, asked: str) -> bool:
     """Mark the checkpoint of `step` as the best where it is complete and more accurate than the one marked. A tie keeps the
-    earlier one. Returns whether it was marked."""
+    earlier one; accuracy on other questions (`asked` is their hash) is no measure, and gives way. Returns whether it was
+    marked."""
     before = _marked(directory) if best(directory) else None
-    if folder_of(directory, step) not in complete(directory) or (before and accuracy <= before["accuracy"]):
+    better = before is None or before["asked"] != asked or accuracy > before["accuracy"]
+    if not better or folder_of(directory, step) not in complete(directory):
         return False
-    _write(directory / f".{BEST}", json.dumps({"step": step, "accuracy": accuracy, "questions": questions}) + "\n")
+    _write(directory / f".{BEST}", json.dumps({"step": step, "accuracy": accuracy, "questions": questions,
+                                               "asked": asked}) + "\n")
     (directory / f".{BEST}").replace(directory / BEST)
     return True
 
 
 def _marked(directory: Path) -> dict[str, Any] | None:
     try:
-        return json.loads((directory / BEST).read_text(encoding="utf-8"))
+        found = json.loads((directory / BEST).read_text(encoding="utf-8"))
+        return {"step": int(found["step"]), "accuracy": float(found["accuracy"]), "asked": found.get("asked")}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {directory / BEST}: can not be read ({error}); remove it, the best one is then "
                               f"chosen among those to come") from None
 

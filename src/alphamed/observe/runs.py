@@ -205,8 +205,8 @@ def _training_set(path: Path, responses: Mapping[str, Any] | None) -> TrainingSe
         try:
             return TrainingSet(told["questions"], told["sources"], told["levels"])
         except (KeyError, TypeError) as error:
-            raise ConfigError(f"{path / 'provenance.json'}: train is not readable ({type(error).__name__}: {error}); move it "
-                              f"away, and the training set is counted by its answers") from None
+            raise ConfigError(f"{path / 'provenance.json'}: train is not readable ({type(error).__name__}: {error}); move "
+                              f"it away, and the training set is counted by its answers") from None
     seen = responses and responses["questions"]
     return TrainingSet(seen["asked"], seen["sources"], seen["levels"], seen_only=True) if seen else None
 
