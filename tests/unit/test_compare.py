@@ -341,3 +341,10 @@ def test_a_damaged_record_of_training_is_named_and_a_damaged_report_counted_anew
     (run / "provenance.json").write_text('{"starts": [], "data": [], "model": [], "train": {"questions": 1}}')
     with pytest.raises(ConfigError, match="provenance.json: train is not readable"):
         read_runs([run])
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    folders = [tmp_path / name for name in ("a/x/r", "b/x/r", "b/y/r", "other")]
+    for folder in folders:
+        replace_json_lines(folder / "items.jsonl", [item("q", C)])
+    assert [run.name for run in read_runs(folders)] == ["a/x/r", "b/x/r", "y/r", "other"]

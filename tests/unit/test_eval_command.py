@@ -330,3 +330,17 @@ def test_one_rule_for_truncated_answers_holds_for_all_sets_of_a_folder(tmp_path,
     assert found["grading"] == {"truncated": "grade"}
     assert {name: (one["accuracy"], one["truncated"]) for name, one in found["benchmarks"].items()} == {
         "e": (0.5, 0.0), "f": (0.5, 0.0)}
+
+
+def test_another_file_of_the_same_name_does_not_take_the_place_of_the_first(tmp_path, model, monkeypatch, capsys):
+    for folder in ("a", "b", "moved"):
+        (tmp_path / folder).mkdir()
+    first, second, moved = (questions(tmp_path / folder) for folder in ("a", "b", "moved"))
+    second.write_text(second.read_text().replace("Which is", "What is"))
+    script(monkeypatch, lambda question, j: "\\boxed{A}")
+    assert evaluate(model, tmp_path / "out", "--benchmarks", first) == 0
+    before = items(tmp_path / "out")
+    assert evaluate(model, tmp_path / "out", "--benchmarks", second) == 2
+    told = capsys.readouterr().err
+    assert f"holds e of {first}" in told and str(second) in told and items(tmp_path / "out") == before
+    assert evaluate(model, tmp_path / "out", "--benchmarks", moved) == 0 and items(tmp_path / "out") == before

@@ -192,6 +192,7 @@ def _evaluate(wanted: Wanted) -> int:
         raise ConfigError(f"--out: {wanted.out} holds answers without their settings ({settings.SETTINGS}); choose another "
                           f"folder")
     kept = finished(wanted.asked, found, wanted.samples, truncated)
+    _require_same_sets(wanted, found, kept)
     require_place(wanted.out)
     settings.write(wanted.out, str(model.folder), how, {"truncated": str(truncated)}, wanted.sets, wanted.command)
     todo = [asked for asked in wanted.asked if asked.key not in kept]
@@ -205,6 +206,19 @@ def _evaluate(wanted: Wanted) -> int:
         print(f"{'error' if error.user_error else 'evaluation failed'}: {error}", file=sys.stderr)
         return 2 if error.user_error else 1
     return 0
+
+
+def _require_same_sets(wanted: Wanted, found: Mapping[Key, Sequence[Item]], kept: Mapping[Key, Sequence[Item]]) -> None:
+    """Raises ConfigError where a file of the same name would take the place of answered questions that it does not hold."""
+    from alphamed.evaluation import settings
+
+    before = (settings.read(wanted.out) or {"sets": {}})["sets"]
+    answered, shared = {name for name, _ in found}, {name for name, _ in kept}
+    for name, about in wanted.sets.items():
+        place = before.get(name, {}).get("place")
+        if name in answered - shared and place != about["place"]:
+            raise ConfigError(f"--out: {wanted.out} holds {name} of {place}, which shares no question with {about['place']}; "
+                              f"choose another folder, or give the file another name")
 
 
 def _generate(wanted: Wanted, model: Any, todo: Sequence[Asked]) -> None:

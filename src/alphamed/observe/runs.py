@@ -86,13 +86,14 @@ def control_of(tree: Mapping[str, Any]) -> str | None:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Folder names, with their parents' where several are alike. ConfigError for a folder given twice."""
+    """Folder names, with as many of their parents' as tell them apart. ConfigError for a folder given twice."""
     full = [path.resolve() for path in paths]
     for place, path in enumerate(full):
         if path in full[:place]:
             raise ConfigError(f"compare {paths[place]}: is given twice; name each run once")
-    short = [path.name for path in full]
-    return [f"{path.parent.name}/{name}" if short.count(name) > 1 else name for path, name in zip(full, short)]
+    ends = [["/".join(path.parts[-n:]) for n in range(1, len(path.parts) + 1)] for path in full]
+    others = [{end for j, one in enumerate(ends) if j != i for end in one} for i in range(len(full))]
+    return [next((end for end in mine if end not in theirs), mine[-1]) for mine, theirs in zip(ends, others)]
 
 
 def _read_run(path: Path, number: int, name: str) -> ComparedRun:
