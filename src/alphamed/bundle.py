@@ -20,7 +20,7 @@ from alphamed.replay import config_of_run
 CONFIG, DATA = "config.yaml", "data"
 EVALUATIONS = ("evaluations", "eval")
 """Of the training itself, and what `alphamed eval` wrote into the run."""
-PLAIN = ("provenance.json", "metrics.jsonl", "study.json")
+PLAIN = ("provenance.json", "metrics.jsonl", "looks.jsonl", "study.json")
 KEPT = ("set", "benchmark", "variant", "id", "sample", "answer", "source", "level", "letter", "outcome", "finish_reason",
         "tokens")
 """What is left of a graded answer without texts. The response goes too: models repeat what they are asked."""
