@@ -1,5 +1,6 @@
 """Import fences and the light start of the command line: the architecture, held by a test."""
 import ast
+import configparser
 import subprocess
 import sys
 from pathlib import Path
@@ -66,3 +67,16 @@ def test_package_inits_are_empty():
 def test_every_module_says_what_it_is():
     without = [p for p in sources() if p.name != "__init__.py" and not ast.get_docstring(ast.parse(p.read_text()))]
     assert without == []
+
+
+def test_an_installed_package_holds_every_folder_and_data_file():
+    """What a plain `pip install .` takes; an editable installation finds the rest as well and hides what is missing."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    folders = {path.parent for path in SOURCE.rglob("*.py")}
+    assert set(setup["options"]["packages"].split()) == {
+        ".".join(folder.relative_to(SOURCE.parent).parts) for folder in folders} | {"megatron_patches"}
+    taken = {package: patterns.split(", ") for package, patterns in setup["options.package_data"].items()}
+    left = [path.name for path in SOURCE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")
+            and not any(path.match(pattern) for pattern in taken[".".join(path.parent.relative_to(SOURCE.parent).parts)])]
+    assert left == []
