@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 QUESTIONS, SAMPLES, NEW_TOKENS = 4, 8, 64
+# Responses whose gradients are computed at once. Logits of all 32 and what autograd keeps of them take more than 24 GB.
+MICRO_BATCH = 8
 
 
 def reward(completions, answer, **_):
@@ -34,10 +36,10 @@ class Clock(TrainerCallback):
 def main(model, prompts, rows, steps):
     questions = Dataset.from_list(json.load(open(prompts)))
     settings = GRPOConfig(
-        output_dir=rows + ".out", max_steps=int(steps), per_device_train_batch_size=QUESTIONS * SAMPLES,
-        num_generations=SAMPLES, max_completion_length=NEW_TOKENS, temperature=1.0, learning_rate=1e-5, beta=0.0,
-        use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False, report_to=[], save_strategy="no",
-        logging_strategy="no", seed=0)
+        output_dir=rows + ".out", max_steps=int(steps), per_device_train_batch_size=MICRO_BATCH,
+        gradient_accumulation_steps=QUESTIONS * SAMPLES // MICRO_BATCH, num_generations=SAMPLES,
+        max_completion_length=NEW_TOKENS, temperature=1.0, learning_rate=1e-5, beta=0.0, use_cpu=True, bf16=False,
+        fp16=False, gradient_checkpointing=False, report_to=[], save_strategy="no", logging_strategy="no", seed=0)
     trainer = GRPOTrainer(model=AutoModelForCausalLM.from_pretrained(model, dtype="float32"),
                           processing_class=AutoTokenizer.from_pretrained(model), reward_funcs=reward, args=settings,
                           train_dataset=questions, callbacks=[Clock(rows)])
