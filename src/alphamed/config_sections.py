@@ -296,6 +296,9 @@ class EvaluationConfig(Section):
     before: bool = False
     after: bool = False
     every: NonNegative = 0
+    background: bool = True
+    """Those of `every` go on beside the next step, on what its own questions leave of the engines, and end before the next
+    push. Not with rollout.deterministic, for what an engine works on at once shows in the last bits."""
     max_response_tokens: Positive | None = None
     """None: rollout.max_response_tokens."""
 
