@@ -64,6 +64,10 @@ class Config(Section):
         return self.algorithm.old_logprobs == OldLogprobs.RECOMPUTE or self.algorithm.mini_batches > 1
 
     @property
+    def background_evaluation(self) -> bool:
+        return self.evaluation.background and not self.rollout.deterministic
+
+    @property
     def constant_tokens(self) -> int:
         return self.algorithm.constant_tokens or self.rollout.max_response_tokens
 
@@ -81,9 +85,6 @@ class Config(Section):
         if p.virtual_pipeline is not None and p.pipeline == 1:
             yield (f"parallel.virtual_pipeline: {p.virtual_pipeline} needs parallel.pipeline > 1; "
                    f"remove it or raise parallel.pipeline")
-        if p.context > 1:
-            yield (f"parallel.context: {p.context} would cut sequences over ranks, which needs Transformer Engine's "
-                   f"attention on CUDA and is not built; set it to 1, and spread long rows with parallel.tensor and parallel.sequence")
         if p.reference == ReferencePlace.SWAPPED and self.model.fp8:
             yield ("parallel.reference: swapped leaves Transformer Engine's FP8 copies of the weights on the device; set it "
                    "to resident or model.fp8 to false")
@@ -110,8 +111,8 @@ class Config(Section):
             yield f"optimizer.min_lr: {o.min_lr} is above optimizer.lr ({o.lr}); lower it"
         if o.warmup_steps >= self.run.steps and o.warmup_steps:
             yield f"optimizer.warmup_steps: {o.warmup_steps} leaves no step of {self.run.steps}; lower it below run.steps"
-        # with sequence parallelism a row is rounded up to a multiple of the tensor ranks
-        room = self.prompt.max_tokens + r.max_response_tokens + (p.tensor - 1 if p.sequence else 0)
+        # a row is rounded up to what context ranks and, with sequence parallelism, tensor ranks can split
+        room = self.prompt.max_tokens + r.max_response_tokens + p.token_multiple - 1
         if p.micro_batch_tokens < room:
             yield (f"parallel.micro_batch_tokens: {p.micro_batch_tokens} can not hold one prompt and response "
                    f"({self.prompt.max_tokens} + {r.max_response_tokens} tokens); raise it to at least {room}")

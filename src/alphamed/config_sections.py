@@ -221,18 +221,34 @@ class ParallelConfig(Section):
     """Where the reference's weights lie: on the device all the time, or in host memory and on the device only during its
     forward passes (`swapped`)."""
     context: Positive = 1
-    """Ranks among which a sequence is cut. Only 1 so far."""
+    """Ranks that share a packed row: each holds a part of its tokens, and in attention a part of the heads."""
 
     @property
     def world(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.context * self.data * self.pipeline
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same parameters, over which gradients are summed and the optimizer's state is spread."""
+        return self.data * self.context
+
+    @property
+    def token_multiple(self) -> int:
+        """Rows hold a multiple of this many tokens (records.Layout.token_multiple)."""
+        return self.context * (self.tensor if self.sequence else 1)
+
+    def axes(self) -> str:
+        """The layout in words, for messages."""
+        context = f" x context {self.context}" if self.context > 1 else ""
+        return f"tensor {self.tensor}{context} x data {self.data} x pipeline {self.pipeline}"
 
     def logprob_chunk(self, vocab: int) -> int:
         """Tokens whose logits exist at a time, for a vocabulary of `vocab` tokens; 0: all of a micro-batch."""
         if self.logprob_chunk_tokens is not None:
             return self.logprob_chunk_tokens
-        logits = self.micro_batch_tokens * -(-vocab // self.tensor) * 4
-        return AUTO_CHUNK_TOKENS if logits > MAX_LOGITS_BYTES and self.micro_batch_tokens > AUTO_CHUNK_TOKENS else 0
+        tokens = -(-self.micro_batch_tokens // self.context)
+        logits = tokens * -(-vocab // self.tensor) * 4
+        return AUTO_CHUNK_TOKENS if logits > MAX_LOGITS_BYTES and tokens > AUTO_CHUNK_TOKENS else 0
 
 
 class OptimizerConfig(Section):
@@ -280,6 +296,9 @@ class EvaluationConfig(Section):
     before: bool = False
     after: bool = False
     every: NonNegative = 0
+    background: bool = True
+    """Those of `every` go on beside the next step, on what its own questions leave of the engines, and end before the next
+    push. Not with rollout.deterministic, for what an engine works on at once shows in the last bits."""
     max_response_tokens: Positive | None = None
     """None: rollout.max_response_tokens."""
 

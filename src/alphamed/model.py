@@ -233,6 +233,10 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig, rollout: RolloutCo
     if -(-shape.vocab // parallel.tensor) * (parallel.tensor - 1) >= shape.vocab:
         raise ConfigError(f"parallel.tensor: {parallel.tensor} ranks are too many for a vocabulary of {shape.vocab} tokens: "
                           f"the last would hold padding alone; choose at most {math.isqrt(shape.vocab)}")
+    if parallel.context not in context_sizes(shape, parallel.tensor):
+        raise ConfigError(f"parallel.context: {parallel.context} ranks for each of {parallel.tensor} tensor ranks can not share "
+                          f"{shape.heads} attention heads and {shape.kv_heads} KV heads; choose one of "
+                          f"{context_sizes(shape, parallel.tensor)}")
     chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
     if shape.layers % chunks:
         field = "parallel.pipeline" if shape.layers % parallel.pipeline else "parallel.virtual_pipeline"
@@ -254,6 +258,12 @@ def tensor_sizes(shape: ModelShape) -> list[int]:
     """Tensor-parallel sizes that trainer and engines can cut this model into."""
     return [t for t in divisors(shape.heads) if shape.ffn % t == 0
             and (shape.kv_heads % t == 0 or t % shape.kv_heads == 0)]
+
+
+def context_sizes(shape: ModelShape, tensor: int) -> list[int]:
+    """Context-parallel sizes beside `tensor` tensor ranks: attention deals a tensor rank's heads out to context ranks."""
+    return [c for c in divisors(shape.heads // tensor)
+            if shape.kv_heads % (tensor * c) == 0 or tensor * c % shape.kv_heads == 0]
 
 
 def divisors(number: int) -> list[int]:

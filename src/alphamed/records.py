@@ -146,15 +146,23 @@ class Layout:
     tensor_rank: int = 0
     pipeline_rank: int = 0
     data_rank: int = 0
+    context: int = 1
+    context_rank: int = 0
 
     @property
     def world(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.context * self.data * self.pipeline
+
+    @property
+    def first_replica(self) -> bool:
+        """Whether this rank stands for all that hold the same parameters."""
+        return self.data_rank == self.context_rank == 0
 
     @property
     def token_multiple(self) -> int:
-        """Packed rows must hold a multiple of this many tokens (sequence parallelism splits them over tensor ranks)."""
-        return self.tensor if self.sequence_parallel else 1
+        """Packed rows must hold a multiple of this many tokens: context ranks split them, and with sequence parallelism the
+        tensor ranks split each part again."""
+        return self.context * (self.tensor if self.sequence_parallel else 1)
 
 
 @dataclass(frozen=True, slots=True)

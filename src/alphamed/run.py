@@ -7,10 +7,11 @@ Every rank holds a `Run` and calls the same methods in the same order. Files are
     run.begin(saved)                    # the dict of the last checkpoint, or None
     for step in run.steps():
         ...
+        run.finish_evaluation()         # before the engines get other weights
         run.record(rollouts, stats, version=version, cursor=cursor, batch=batch)
         run.checkpoint(lambda state: checkpoint.save(run.checkpoints, policy, state))
-        run.evaluate(lambda: evaluate(...))
-    run.checkpoint(save, last=True); run.evaluate(evaluate, last=True); run.finish()
+        run.evaluate(begin)
+    run.checkpoint(save, last=True); run.evaluate(begin, last=True); run.finish()
 """
 from __future__ import annotations
 
@@ -76,6 +77,8 @@ class Run:
         self._began_wall_s = 0.0
         self._step_began = self._opened
         self._warned: set[str] = set()
+        self._evaluating: int | None = None         # the step whose evaluation is under way; the same on every rank
+        self._evaluation: Callable[[], Evaluation] | None = None        # on rank 0: waits for it
 
     @classmethod
     def open(cls, config: Config, control: Control) -> Run:
@@ -199,44 +202,64 @@ class Run:
             self._checkpointed = self.state.step
         return due
 
-    def evaluate(self, evaluate: Callable[[], Evaluation], last: bool = False) -> bool:
-        """Run `evaluate` on rank 0 and write its result if an evaluation is due and not written yet: before the first
-        step, each evaluation.every steps, after the last. The other ranks wait. Returns whether it ran."""
-        wanted = self.config.evaluation
-        step = self.state.step
+    def evaluate(self, begin: Callable[[bool], Callable[[], Evaluation]], last: bool = False) -> bool:
+        """Evaluate if that is due and not written yet: before the first step, each evaluation.every steps, after the last.
+        Rank 0 calls `begin(background)`, and what it returns to wait for the result. Returns whether an evaluation began.
+
+        With evaluation.background one between steps is only begun here: `finish_evaluation` waits for it.
+        """
+        self.finish_evaluation()
+        wanted, step = self.config.evaluation, self.state.step
+        between = 0 < step < self.config.run.last_step and not last
         due = (wanted.before and step == 0) or (wanted.after and last) or bool(
             wanted.every and step and step % wanted.every == 0)
-        return due and self.control.from_rank0(f"the evaluation after step {step}", lambda: self._evaluate(evaluate))
+        background = between and self.config.background_evaluation
+        if due and self.control.from_rank0(f"beginning the evaluation after step {step}",
+                                           lambda: self._begin_evaluation(begin, background)):
+            self._evaluating = step
+            if not background:
+                self.finish_evaluation()
+            return True
+        return False
 
-    def _evaluate(self, evaluate: Callable[[], Evaluation]) -> bool:
-        from alphamed.evaluation.runner import summary, write_evaluation
-
+    def _begin_evaluation(self, begin: Callable[[bool], Callable[[], Evaluation]], background: bool) -> bool:
         assert self._directory is not None
         if (self._directory.evaluations / f"step_{self.state.step:06d}.json").exists():
             return False
-        self.note(f"evaluating after {self.state.step} steps ...")
-        found = evaluate()
-        self._look(found)
-        write_evaluation(self._directory.evaluations, f"step_{self.state.step:06d}", self.state.step, found)
-        for line in summary(found):
-            self.note(line)
+        self.note(f"evaluating after {self.state.step} steps{' beside the next' if background else ' ...'}")
+        self._evaluation = begin(background)
         return True
 
-    def _look(self, found: Evaluation) -> None:
-        """Log which sets were looked at; by the development set's accuracy, mark the checkpoint of this step as the best."""
+    def finish_evaluation(self) -> None:
+        """Wait on rank 0 for the evaluation that is under way, if one is, and write its result; the other ranks wait too."""
+        step, self._evaluating = self._evaluating, None
+        if step is not None:
+            self.control.from_rank0(f"the evaluation after step {step}", lambda: self._finish_evaluation(step))
+
+    def _finish_evaluation(self, step: int) -> None:
+        from alphamed.evaluation.runner import summary, write_evaluation
+
+        assert self._directory is not None and self._evaluation is not None
+        found, self._evaluation = self._evaluation(), None
+        self._look(step, found)
+        write_evaluation(self._directory.evaluations, f"step_{step:06d}", step, found)
+        for line in summary(found):
+            self.note(line)
+
+    def _look(self, step: int, found: Evaluation) -> None:
+        """Log which sets were looked at; by the development set's accuracy, mark the checkpoint of the step as the best."""
         from alphamed.evaluation.runner import asked_hash
         from alphamed.megatron import checkpoint_folder
 
         development = self.config.evaluation.development
         roles = [looks.DEVELOPMENT if one.questions.file == development else looks.TEST for one in found.results]
-        looks.record(self.dir, self.state.step, "training", [
+        looks.record(self.dir, step, "training", [
             (one.questions.name, role, one.score.n) for one, role in zip(found.results, roles)])
         for one, role in zip(found.results, roles):
             accuracy = one.score.accuracy.value
-            if role == looks.DEVELOPMENT and checkpoint_folder.offer_best(self.checkpoints, self.state.step, accuracy,
-                                                                          one.score.n,
-                                                                          asked_hash(one.questions, found.max_tokens)):
-                self.note(f"best checkpoint so far: step {self.state.step}, {one.score.accuracy} of {one.questions.name}")
+            if role == looks.DEVELOPMENT and checkpoint_folder.offer_best(
+                    self.checkpoints, step, accuracy, one.score.n, asked_hash(one.questions, found.max_tokens)):
+                self.note(f"best checkpoint so far: step {step}, {one.score.accuracy} of {one.questions.name}")
 
     # ------------------------------------------------------------------------------------------------------------ end
     def note(self, text: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,12 @@ from alphamed.data.prompts import PromptBuilder
 from alphamed.data.sources import load_questions
 from alphamed.data.stream import QuestionStream
 from alphamed.data.tokenizer import Tokenizer, load_tokenizer
-from alphamed.evaluation.runner import Evaluation, evaluate, load_sets
+from alphamed.evaluation.runner import Evaluation, begin_evaluation, load_sets
 from alphamed.megatron import checkpoint, checkpoint_folder, runtime
 from alphamed.megatron.policy import NoReference, Policy, Reference
 from alphamed.model import ModelShape, read_shape, resolve
 from alphamed.observe.model_card import write_card
+from alphamed.records import GenerationTask, ScoredGroup
 from alphamed.reward import process
 from alphamed.rollout.coordinator import Coordinator
 from alphamed.rollout.pipeline import LiveRollouts, ReplayedRollouts
@@ -40,8 +41,8 @@ from alphamed.weights.source import PolicySource
 from alphamed.weights.sync import WeightSync
 
 
-Evaluate = Callable[..., Evaluation]
-"""`evaluate(policy_version=...)`: everything else is bound."""
+BeginEvaluation = Callable[[int, bool], Callable[[], Evaluation]]
+"""`begin(policy_version, background)`; what it returns waits for the end."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,15 @@ class Session:
     sync: WeightSync | NoSync
     folder: Path
     """The Hugging Face folder that training started from."""
-    evaluation: Evaluate | None
+    evaluation: BeginEvaluation | None
     """Evaluates the weights that the engines hold; on rank 0."""
 
     def save_checkpoint(self, state: dict) -> None:
         checkpoint.save(self.run.checkpoints, self.policy, state, self.config.checkpoint.keep)
 
-    def evaluate(self) -> Evaluation:
-        return self.evaluation(policy_version=self.sync.version)
+    def evaluate(self, background: bool) -> Callable[[], Evaluation]:
+        """Begin to evaluate the weights that the engines hold. Before they get others, call what is returned."""
+        return self.evaluation(self.sync.version, background)
 
     def cursor(self) -> dict | None:
         """The place in the questions; only rank 0 moves through them."""
@@ -197,12 +199,18 @@ def _sync(config: Config, policy: Policy, tokenizer: Tokenizer, engines: Engines
     return WeightSync(config, PolicySource(policy, policy.shape), engines and engines.pool, control, probe, version)
 
 
-def _evaluation(config: Config, prompts: PromptBuilder, engines: Engines | None, control: Control) -> Evaluate | None:
-    """On rank 0 of a run that evaluates: answers and grades the evaluation files with the engines' weights."""
+def _evaluation(config: Config, prompts: PromptBuilder, engines: Engines | None, control: Control) -> BeginEvaluation | None:
+    """On rank 0 of a run that evaluates: has the evaluation files answered and graded with the engines' weights."""
     wanted, sets = config.evaluation, []
     control.from_rank0("loading the evaluation", lambda: sets.extend(
         load_sets(wanted.all_files, wanted.questions, config.run.seed, config.data.bad_rows, wanted.decisions)))
     if engines is None or not sets:
         return None
     limit = wanted.max_response_tokens or config.rollout.max_response_tokens
-    return partial(evaluate, sets, prompts.render, lambda tasks: engines.coordinator.run("evaluation", tasks).groups, limit)
+
+    def begin_set(background: bool, name: str, tasks: Sequence[GenerationTask]) -> Callable[[], Sequence[ScoredGroup]]:
+        key = f"evaluation of {name}"
+        engines.coordinator.begin(key, tasks, background)
+        return lambda: engines.coordinator.finish(key).groups
+
+    return lambda version, background: begin_evaluation(sets, prompts.render, partial(begin_set, background), limit, version)

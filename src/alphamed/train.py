@@ -28,6 +28,8 @@ def main(config: Config) -> None:
                 batch = policy.logprobs(batch) if config.recompute_old_logprobs else batch
                 batch = session.reference.logprobs(batch)
             stats = policy.update(batch)
+            with timer("time/evaluate_s"):
+                run.finish_evaluation()                      # of the weights that the engines still hold
             with timer("time/sync_s"):
                 version = sync.push()
             run.record(found, stats | timer.seconds, version=version, cursor=session.cursor(), batch=batch)

@@ -36,6 +36,7 @@ TP2, PP2, DP2 = {"tensor": 2}, {"pipeline": 2}, {"data": 2}
 BEHAVIOURS = {1: ("logits", "size_135m", "first_update", "bf16"), 2: ("non_finite", "swapped_reference")}
 SP, UNSHARED = {"sequence": True}, {"share_prompts": False}
 FULL, SELECTIVE, CHUNKED = {"recompute": "full"}, {"recompute": "selective"}, {"logprob_chunk_tokens": 7}
+CP2 = {"context": 2}
 VPP2, OVERLAP = PP2 | {"virtual_pipeline": 2}, {"overlap_grad_reduce": True}
 
 
@@ -84,6 +85,10 @@ def fp32_cases(world: int) -> list[Case]:
             Case("dp2-plain-optimizer", "llama", "plain", DP2 | {"distributed_optimizer": False}, budget=64),
             Case("dp2-sequence-mean", "llama", "sequence", DP2, {"aggregation": "sequence_mean"}, budget=48),
             Case("dp2-two-mini-batches", "llama", "two", DP2, mini_batches=2),
+            *everywhere("cp2", CP2, budget=64),
+            Case("cp2-chunked-recompute", "qwen3", "plain", CP2 | CHUNKED | FULL, budget=64),
+            Case("cp2-unshared-selective", "llama", "plain", CP2 | UNSHARED | SELECTIVE, budget=64),
+            Case("cp2-sequence-mean", "llama", "sequence", CP2 | OVERLAP, {"aggregation": "sequence_mean"}, budget=48),
             Case("dp2-idle-rank", "llama", "four", DP2, mini_batches=4),
             Case("pp2-idle-rows", "llama", "four", PP2 | {"virtual_pipeline": 2}, mini_batches=4),
         ]
@@ -93,6 +98,10 @@ def fp32_cases(world: int) -> list[Case]:
         Case("tp2-dp2", "qwen2", "plain", TP2 | DP2, budget=64),
         Case("pp2-dp2", "llama", "plain", PP2 | DP2, budget=48),
         Case("vpp2-dp2-overlap", "qwen3", "plain", PP2 | DP2 | {"virtual_pipeline": 2, "overlap_grad_reduce": True}, budget=48),
+        *everywhere("tp2-sp-cp2", TP2 | SP | CP2, budget=64),
+        Case("cp2-vpp2", "llama", "plain", CP2 | VPP2, budget=48),
+        Case("cp2-dp2-plain-optimizer", "qwen2", "plain", CP2 | DP2 | {"distributed_optimizer": False}, budget=48),
+        Case("cp4", "qwen3", "plain", {"context": 4}, budget=64),                # more context ranks than KV heads
         Case("tp4", "llama", "plain", {"tensor": 4}),
         Case("tp4-sp-chunked", "qwen2", "plain", {"tensor": 4} | SP | CHUNKED, budget=64),
         Case("tp2-vpp2-sp-recompute", "llama", "plain", TP2 | VPP2 | SP | FULL, budget=64),

@@ -34,19 +34,20 @@ MODELS = {f"{family}-{'tied' if tied else 'untied'}": {"family": family, "tied":
           for family in ("llama", "qwen2", "qwen3") for tied in (True, False)}
 MODELS["one-kv-head"] = {"family": "qwen2", "kv_heads": 1}             # fewer KV heads than tensor ranks
 MODELS["bf16"] = {"family": "llama", "dtype": "bfloat16"}
-TP2, PP2, DP2 = {"tensor": 2}, {"pipeline": 2}, {"data": 2}
+TP2, PP2, DP2, CP2 = {"tensor": 2}, {"pipeline": 2}, {"data": 2}, {"context": 2}
 VPP2 = PP2 | {"virtual_pipeline": 2}
 PLAIN = {"distributed_optimizer": False}
 ADAM = {"eps": 1e-5}                # far above the rounding of a gradient, which 1e-8 would turn into whole updates
-LAYOUTS = {1: {"single": {}}, 2: {"tp2": TP2, "pp2": PP2, "vpp2": VPP2}, 4: {"tp2-pp2": TP2 | PP2}}
+LAYOUTS = {1: {"single": {}}, 2: {"tp2": TP2, "pp2": PP2, "vpp2": VPP2, "cp2": CP2}, 4: {"tp2-pp2": TP2 | PP2}}
 # Trained 2 steps, saved, trained 2 more; and the same from the checkpoint, in a policy that began with other weights.
 RESUMED = {1: {"single": {}, "single-plain": PLAIN},
-           2: {"tp2": TP2, "vpp2": VPP2, "dp2": DP2, "dp2-plain": DP2 | PLAIN},
-           4: {"tp2-dp2": TP2 | DP2}}
+           2: {"tp2": TP2, "vpp2": VPP2, "dp2": DP2, "dp2-plain": DP2 | PLAIN, "cp2": CP2},
+           4: {"tp2-dp2": TP2 | DP2, "cp2-dp2": CP2 | DP2}}
 # name: (layout, the case of RESUMED whose checkpoint it loads)
 RESHARDED = {2: {"single-to-tp2": (TP2, "single"), "tp2-to-pp2": (PP2, "tp2"), "dp2-to-tp2": (TP2, "dp2"),
                  "vpp2-to-dp2": (DP2, "vpp2"), "plain-to-tp2": (TP2 | PLAIN, "dp2-plain")},
-             4: {"dp2-to-tp2-pp2": (TP2 | PP2, "dp2"), "tp2-to-pp2-dp2": (PP2 | DP2, "tp2")}}
+             4: {"dp2-to-tp2-pp2": (TP2 | PP2, "dp2"), "tp2-to-pp2-dp2": (PP2 | DP2, "tp2"),
+                 "cp2-to-tp2-cp2": (TP2 | CP2, "cp2")}}
 
 
 class Job:

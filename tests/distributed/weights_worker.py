@@ -84,7 +84,7 @@ class Rank:
         for micro in (m for mini in self.policy.logprobs(self.batch()).mini_batches for m in mini.micro_batches):
             for s, key in enumerate(micro.samples if micro.old_logprobs is not None else ()):
                 found[key] = micro.old_logprobs[micro.sequence == s]
-        if layout.pipeline_rank == layout.pipeline - 1 and layout.tensor_rank == 0 and layout.data_rank == 0:
+        if layout.pipeline_rank == layout.pipeline - 1 and layout.tensor_rank == 0 and layout.first_replica:
             torch.save(found, file)
 
     def logits(self, file: str) -> None:

@@ -138,7 +138,7 @@ CONFIGS = [
     Mistake("a single virtual stage", lambda run: run.set("parallel", {"pipeline": 2, "virtual_pipeline": 1}),
             ("parallel.virtual_pipeline", "1", "2")),
     setting("parallel.data", 4, "questions_per_step"),
-    setting("parallel.context", 2, "2", "Transformer Engine", "set it to 1"),
+    setting("parallel.context", 3, "3", "4 attention heads", "choose one of [1, 2, 4]"),
     setting("parallel.reference", "away", "away", "resident", "swapped"),
     setting("parallel.logprob_chunk_tokens", -1, "-1"),
     setting("parallel.micro_batch_tokens", 100, "100", "raise it"),

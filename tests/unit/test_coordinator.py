@@ -115,6 +115,47 @@ def test_an_engine_gets_no_more_than_its_share_and_the_least_loaded_goes_first()
     asyncio.run(run())
 
 
+def test_the_background_takes_what_others_leave_and_at_most_half():
+    async def run():
+        (engine,), _, coordinator = scene(concurrent=4)
+        await coordinator.start()
+        await coordinator.submit("evaluation", [task(name, n=1) for name in "vwxyz"], 3, background=True)
+        await settle()
+        assert engine.asked == ["v", "w"]                       # half of 4, though nothing else waits
+        await coordinator.submit("step 1", [task(name) for name in "ab"], 3)
+        await settle()
+        assert engine.asked == ["v", "w", "a"]
+        engine.answer("v")
+        await settle()
+        assert engine.asked == ["v", "w", "a"]                  # b waits for two places: x must not take this one
+        engine.answer("w")
+        await settle()
+        assert engine.asked == ["v", "w", "a", "b"]
+        engine.answer("a"), engine.answer("b")
+        await settle()
+        assert engine.asked == ["v", "w", "a", "b", "x", "y"]
+        assert (await coordinator.collect("step 1", 1.0)).groups is not None
+        assert (await coordinator.collect("evaluation", 0.0)).groups is None
+        await settle()
+        assert engine.asked[-1] == "z"                          # waited for, it has the background no longer
+        for name in "xyz":
+            engine.answer(name)
+        assert [one.group.group_id for one in (await coordinator.collect("evaluation", 1.0)).groups] == list("vwxyz")
+    asyncio.run(run())
+
+
+def test_the_deadline_of_the_background_begins_when_it_is_waited_for():
+    async def run():
+        (engine,), _, coordinator = scene(deadline_s=0.2)
+        await coordinator.start()
+        await coordinator.submit("evaluation", [task("v")], 3, background=True)
+        await asyncio.sleep(0.3)
+        assert (await coordinator.collect("evaluation", 0.0)).done == 0
+        with pytest.raises(Overdue, match="evaluation: 1 of 1 groups were not done after 0 s: v"):
+            await coordinator.collect("evaluation", 5.0)
+    asyncio.run(run())
+
+
 def test_a_group_larger_than_the_share_is_still_served_alone():
     async def run():
         (engine,), _, coordinator = scene(concurrent=4)

@@ -85,7 +85,8 @@ def test_training_keeps_the_checkpoint_of_the_development_set(tmp_path):
     for step in run.steps():
         run.record(rollouts_of(step), STATS, version=step)
         run.checkpoint(lambda state: save(run.checkpoints, state["step"]))
-        run.evaluate(lambda: found("dev.jsonl", [3, 7, 5, 4][step - 1]))
+        run.evaluate(lambda _background, step=step: lambda: found("dev.jsonl", [3, 7, 5, 4][step - 1]))
+        run.finish_evaluation()
     run.close()
     assert names(run.checkpoints) == ["step_000002", "step_000004"] and folders.best(run.checkpoints).name == "step_000002"
     rows = read_json_lines(config.run_dir / "looks.jsonl")

@@ -20,7 +20,7 @@ from alphamed.planner.plan import job_of, make_plan, to_json
 from alphamed.planner.shapes import find_shape
 from alphamed.planner.shapes import published as shapes
 from alphamed.planner.time import decay_scale, step_time
-from alphamed.planner.topology import axis_groups, place
+from alphamed.planner.topology import axis_groups, context_bytes, coordinates, place
 from alphamed.weights import routes
 from alphamed.weights.plan import Wire
 
@@ -186,12 +186,34 @@ def test_ranks_and_engines_have_their_places():
         (4, 0, 0, 1), (5, 1, 0, 1), (6, 0, 1, 1), (7, 1, 1, 1)]
     assert [(seats[2, g].engine, seats[2, g].worker) for g in range(4)] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert seats[0, 0].layers == ((0, 15),) and seats[1, 0].layers == ((16, 31),)
-    assert axis_groups(2, 2, 2)["data"] == [[0, 2], [1, 3], [4, 6], [5, 7]]
-    assert axis_groups(2, 2, 2)["pipeline"] == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert axis_groups(one.parallel)["data"] == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert axis_groups(one.parallel)["pipeline"] == [[0, 4], [1, 5], [2, 6], [3, 7]]
     kinds = {group.kind: group for group in topology.groups}
     assert kinds["tensor"].within_node and kinds["data"].within_node and not kinds["pipeline"].within_node
     # a broadcast crosses to the one engine node once: 8.03 billion parameters in bf16
     assert kinds["weight sync"].leaving == 2 * 8_030_261_248
+
+
+def test_context_ranks_stand_between_tensor_and_data_ranks():
+    one = job(parallel={"tensor": 2, "context": 2, "pipeline": 2, "data": 2, "sequence": True})
+    assert [coordinates(rank, one.parallel) for rank in (1, 2, 4, 13)] == [
+        (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (1, 0, 1, 1)]                 # (tensor, context, data, pipeline)
+    groups = axis_groups(one.parallel)
+    assert groups["context"][:3] == [[0, 2], [1, 3], [4, 6]]
+    assert groups["data"] == [[0, 2, 4, 6], [1, 3, 5, 7], [8, 10, 12, 14], [9, 11, 13, 15]]
+    assert [group.source for group in routes.make_plan(one.shape, one.parallel, (2,), Wire(
+        "gather", "nccl", "bfloat16", 1 << 28)).links] == [0, 8]
+
+
+def test_a_context_rank_has_a_part_of_a_row_and_of_the_optimizer():
+    alone, shared = (job(parallel={"context": context, "micro_batch_tokens": tokens, "recompute": "selective"})
+                     for context, tokens in ((1, 4096), (2, 8192)))
+    one, two = (stage_use(each, 0).causes for each in (alone, shared))
+    assert {cause: one[cause] for cause in ("activations", "logits", "weights", "gradients")} == {
+        cause: two[cause] for cause in ("activations", "logits", "weights", "gradients")}
+    assert one["optimizer"] == 2 * two["optimizer"]
+    # a token's 32 query heads and outputs, 8 key and value heads of 128: half of them goes to the other rank, in bf16
+    assert context_bytes(shared, batch_of(shared)) == batch_of(shared).micro.tokens / 2 * (2 * 32 + 2 * 8) * 128 / 2 * 2
 
 
 def test_one_node_is_shared_and_what_is_left_idles():

@@ -113,9 +113,9 @@ def test_a_run_of_no_steps_evaluates_and_is_finished(tmp_path):
     config = config_of(tmp_path, run={"stop_after": 0}, evaluation={"files": ["e.jsonl"], "before": True, "after": True})
     run = Run.open(config, Alone())
     run.begin(None)
-    assert run.evaluate(evaluation)
+    assert run.evaluate(lambda background: evaluation)
     assert list(run.steps()) == [] and not run.checkpoint(lambda state: None, last=True)
-    assert not run.evaluate(evaluation, last=True)              # the same weights: once is enough
+    assert not run.evaluate(lambda background: evaluation, last=True)              # the same weights: once is enough
     run.finish()
     assert is_finished(config) and finished_step(config.run_dir) == 0
     assert [path.name for path in (config.run_dir / "evaluations").iterdir() if path.suffix == ".json"] == [
@@ -157,7 +157,7 @@ def test_other_ranks_touch_no_file(tmp_path):
     for step in run.steps():
         run.record(rollouts_of(step), STATS, version=step + 1)
         seen.append((step, run.checkpoint(lambda state: None)))
-        assert run.evaluate(lambda: None) is False
+        assert run.evaluate(lambda background: None) is False
     run.finish()
     assert seen == [(1, False), (2, True), (3, False), (4, True)]        # the same decisions as on rank 0
     assert not config.run_dir.exists()
@@ -286,32 +286,61 @@ def evaluation():
 
 def test_evaluations_run_when_due_and_only_once(tmp_path):
     config = config_of(tmp_path, evaluation={"files": ["e.jsonl"], "before": True, "after": True, "every": 3})
-    ran = []
+    ran, ended = [], []
 
     def loop(saved):
         run = Run.open(config, Alone())
         run.begin(saved)
 
-        def evaluate():
-            ran.append(run.state.step)
-            return evaluation()
+        def begin(background):
+            ran.append((run.state.step, background))
+            return lambda: ended.append(run.state.step) or evaluation()
 
         states = []
-        run.evaluate(evaluate)
+        run.evaluate(begin)
         for step in run.steps():
+            run.finish_evaluation()
             run.record(rollouts_of(step), STATS, version=step)
-            run.evaluate(evaluate)
+            run.evaluate(begin)
             run.checkpoint(states.append)
-        run.evaluate(evaluate, last=True)
+        run.evaluate(begin, last=True)
         run.close()
         return states
 
     states = loop(None)
-    assert ran == [0, 3, 4]
+    assert ran == [(0, False), (3, True), (4, False)] and ended == [0, 3, 4]    # 3's while step 4 was made, not recorded
     names = sorted(path.name for path in (config.run_dir / "evaluations").iterdir())
     assert names == [f"step_00000{step}.{end}" for step in (0, 3, 4) for end in ("items.jsonl", "json")]
     loop(states[0])                                                        # again from step 2: 3 and 4 are new, 0 stays
-    assert ran == [0, 3, 4, 3, 4]
+    assert [step for step, _ in ran] == [0, 3, 4, 3, 4]
+
+
+@pytest.mark.parametrize("settings", [{"evaluation": {"background": False}}, {"rollout": {"deterministic": True}}])
+def test_an_evaluation_in_the_foreground_ends_before_the_next_step(tmp_path, settings):
+    wanted = {"files": ["e.jsonl"], "every": 1} | settings.get("evaluation", {})
+    run = Run.open(config_of(tmp_path, evaluation=wanted, rollout=settings.get("rollout", {})), Alone())
+    run.begin(None)
+    ended = []
+    for step in run.steps():
+        run.record(rollouts_of(step), STATS, version=step)
+        run.evaluate(lambda background: lambda: ended.append((run.state.step, background)) or evaluation())
+        assert ended[-1] == (step, False)
+    run.close()
+
+
+def test_the_time_limit_leaves_no_evaluation_behind(tmp_path):
+    config = config_of(tmp_path, evaluation={"files": ["e.jsonl"], "every": 2})
+    run = Run.open(config, Alone())
+    run.begin(None)
+    for step in run.steps():
+        run.finish_evaluation()
+        run.record(rollouts_of(step), STATS, version=step)
+        run.evaluate(lambda background: evaluation)
+        if step == 2:                                           # begun, and no further step
+            break
+    run.evaluate(lambda background: evaluation, last=True)
+    run.close()
+    assert (config.run_dir / "evaluations" / "step_000002.json").is_file()
 
 
 # -------------------------------------------------------------------------------------------------------- bad updates

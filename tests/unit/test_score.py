@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from alphamed.config_choices import BadRows
-from alphamed.evaluation.runner import (QuestionSet, evaluate, load_sets, read_items, read_scores, summary,
+from alphamed.evaluation.runner import (QuestionSet, begin_evaluation, load_sets, read_items, read_scores, summary,
                                         write_evaluation)
 from alphamed.evaluation.score import Change, Score, Share, change, score, verdict
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
@@ -134,7 +134,11 @@ def answer_a(tasks):
 def test_evaluation_keeps_order_and_reads_back(tmp_path):
     sets = [QuestionSet("one", Path("one.jsonl"), QUESTIONS[:3], 9),
             QuestionSet("two", Path("two.jsonl"), QUESTIONS, 4)]
-    found = evaluate(sets, lambda question: [len(question.id)], answer_a, max_tokens=64, policy_version=4)
+    begun = []
+    finish = begin_evaluation(sets, lambda question: [len(question.id)], lambda name, tasks: begun.append(name) or (
+        lambda: answer_a(tasks)), max_tokens=64, policy_version=4)
+    assert begun == ["one", "two"]                              # before anything is waited for
+    found = finish()
     assert [group.group.question.id for group in found.results[0].groups] == ["q0", "q1", "q2"]
     assert found.results[0].score.accuracy == Share(2, 3) and found.results[1].score.accuracy == Share(2, 4)
     assert summary(found)[0].startswith("evaluation of one (n = 3): accuracy 66.7% [")
@@ -150,7 +154,7 @@ def test_evaluation_keeps_order_and_reads_back(tmp_path):
 def test_missing_answers_are_an_error():
     sets = [QuestionSet("one", Path("one.jsonl"), QUESTIONS, 4)]
     with pytest.raises(ValueError, match="1 of 4 questions came back without .*, the first is evaluation/one/q0"):
-        evaluate(sets, lambda question: [1], lambda tasks: answer_a(tasks[1:]), 64, 0)
+        begin_evaluation(sets, lambda question: [1], lambda _name, tasks: lambda: answer_a(tasks[1:]), 64, 0)()
 
 
 def test_subsets_are_chosen_by_seed_not_by_place(tmp_path):

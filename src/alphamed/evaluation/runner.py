@@ -14,8 +14,8 @@ from alphamed.evaluation.score import Score, Share, percent, score
 from alphamed.observe.files import read_json_lines, replace_json, replace_json_lines
 from alphamed.records import GenerationTask, Question, Sampling, ScoredGroup
 
-GenerateAndGrade = Callable[[Sequence[GenerationTask]], Sequence[ScoredGroup]]
-"""Answers and grades every task, in any order; one group a task."""
+Begin = Callable[[str, Sequence[GenerationTask]], Callable[[], Sequence[ScoredGroup]]]
+"""Has the tasks of a named set answered and graded; what it returns waits for them: one group a task, in any order."""
 
 SHARES = ("boxed", "accuracy", "accuracy_among_boxed", "truncated", "failed")
 ITEM_KEYS = {"set", "id", "question", "options", "answer", "letter", "outcome", "text"}
@@ -75,24 +75,33 @@ def load_sets(files: Sequence[Path], limit: int | None, seed: int, bad_rows: Bad
     return tuple(sets)
 
 
-def evaluate(sets: Sequence[QuestionSet], render: Callable[[Question], Sequence[int]],
-             generate_and_grade: GenerateAndGrade, max_tokens: int, policy_version: int) -> Evaluation:
-    """Answer every question once, greedily, one set after another. `render` makes a question's prompt token ids: the
-    training prompt. ValueError when answers are missing."""
+def begin_evaluation(sets: Sequence[QuestionSet], render: Callable[[Question], Sequence[int]], begin: Begin,
+                     max_tokens: int, policy_version: int) -> Callable[[], Evaluation]:
+    """Have every question answered once, greedily. `render` makes a question's prompt token ids: the training prompt.
+
+    What is returned waits for the answers and scores them; ValueError when some are missing.
+    """
     began = time.monotonic()
     sampling = Sampling(n=1, temperature=0.0, top_p=1.0, top_k=-1, max_tokens=max_tokens)
-    results = []
-    for questions in sets:
-        tasks = [GenerationTask(f"evaluation/{questions.name}/{q.id}", q, tuple(render(q)), sampling)
-                 for q in questions.questions]
-        answered = {group.group.group_id: group for group in generate_and_grade(tasks)}
-        missing = [task.group_id for task in tasks if task.group_id not in answered]
-        if missing:
-            raise ValueError(f"evaluation of {questions.name}: {len(missing)} of {len(tasks)} questions came back "
-                             f"without an answer, the first is {missing[0]}")
-        groups = tuple(answered[task.group_id] for task in tasks)
-        results.append(SetResult(questions, groups, score(groups)))
-    return Evaluation(policy_version, tuple(results), time.monotonic() - began, max_tokens)
+    asked = [(questions, [GenerationTask(f"evaluation/{questions.name}/{q.id}", q, tuple(render(q)), sampling)
+                          for q in questions.questions]) for questions in sets]
+    under_way = [(questions, tasks, begin(questions.name, tasks)) for questions, tasks in asked]
+
+    def finish() -> Evaluation:
+        results = tuple(_result(questions, tasks, answers()) for questions, tasks, answers in under_way)
+        return Evaluation(policy_version, results, time.monotonic() - began, max_tokens)
+
+    return finish
+
+
+def _result(questions: QuestionSet, tasks: Sequence[GenerationTask], answers: Sequence[ScoredGroup]) -> SetResult:
+    answered = {group.group.group_id: group for group in answers}
+    missing = [task.group_id for task in tasks if task.group_id not in answered]
+    if missing:
+        raise ValueError(f"evaluation of {questions.name}: {len(missing)} of {len(tasks)} questions came back "
+                         f"without an answer, the first is {missing[0]}")
+    groups = tuple(answered[task.group_id] for task in tasks)
+    return SetResult(questions, groups, score(groups))
 
 
 def summary(evaluation: Evaluation) -> list[str]:

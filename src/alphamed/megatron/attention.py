@@ -14,6 +14,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from alphamed.megatron.context import heads_for_rows, rows_for_heads
 from alphamed.megatron.prefix_attention import prefix_attention
 from alphamed.model import ModelShape
 from alphamed.records import MicroBatch, Segment
@@ -21,16 +22,16 @@ from alphamed.records import MicroBatch, Segment
 
 @dataclass
 class PackedRow(PackedSeqParams):
-    """What the layers need to know of a packed row: its segments in token order, and cosine and sine of every token's
-    rotary angles ([T, 1, head_dim / 2])."""
+    """What the layers need to know of a packed row: its segments in token order, and cosine and sine of the rotary angles
+    ([T / context ranks, 1, head_dim / 2]) of the tokens that this rank holds."""
     segments: tuple[Segment, ...] = ()
     cosine: Tensor | None = None
     sine: Tensor | None = None
 
     @classmethod
-    def of(cls, micro: MicroBatch, frequencies: Tensor, dtype: torch.dtype) -> PackedRow:
-        """frequencies: [head_dim / 2] radians per position."""
-        angles = micro.positions[:, None, None].float() * frequencies
+    def of(cls, micro: MicroBatch, part: slice, frequencies: Tensor, dtype: torch.dtype) -> PackedRow:
+        """part: the tokens that this rank holds. frequencies: [head_dim / 2] radians per position."""
+        angles = micro.positions[part, None, None].float() * frequencies
         return cls(qkv_format="segments", segments=micro.segments, cosine=angles.cos().to(dtype),
                    sine=angles.sin().to(dtype))
 
@@ -46,24 +47,32 @@ def packed_sequences(micro: MicroBatch) -> PackedSeqParams:
 
 class SegmentAttention(torch.nn.Module):
     """Megatron core attention: within each segment the prefix is causal, every continuation reads the prefix and, causally,
-    itself, and segments behind a stem read that as well. Queries and keys come without rotary positions. Needs a PackedRow."""
+    itself, and segments behind a stem read that as well. Queries and keys come without rotary positions. Needs a PackedRow.
+
+    Context ranks hold a part of the row each and exchange it for the whole row of a part of the heads (context.py)."""
 
     def __init__(self, config, layer_number, attn_mask_type, attention_type, cp_comm_type=None, softmax_scale=None,
                  pg_collection=None) -> None:
         super().__init__()
         assert config.attention_dropout == 0, f"attention dropout of {config.attention_dropout} is not supported"
-        assert config.context_parallel_size == 1, f"context parallel {config.context_parallel_size} is not supported"
+        self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
         self.scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, attn_mask_type=None,
                 attention_bias=None, packed_seq_params: PackedRow | None = None) -> Tensor:
-        """query [T, 1, heads, d], key and value [T, 1, kv_heads, d] -> [T, 1, heads * d]."""
-        row = packed_seq_params
-        tokens = sum(s.tokens for s in row.segments)
-        assert tokens == len(query), f"segments hold {tokens} tokens, the row {len(query)}"
+        """query [T', 1, heads, d], key and value [T', 1, kv_heads, d] -> [T', 1, heads * d], T' = T / context ranks."""
+        row, group = packed_seq_params, self.context_group
         q, k = (rotate(x.squeeze(1), row.cosine, row.sine) for x in (query, key))
+        v = value.squeeze(1)
+        if group is not None:
+            q, k, v = rows_for_heads(q, k, v, group)
+        tokens = sum(s.tokens for s in row.segments)
+        assert tokens == len(q), f"segments hold {tokens} tokens, the row {len(q)}"
         attend = prefix_attention if q.device.type == "cpu" else masked_attention
-        return attend(q, k, value.squeeze(1), row.segments, self.scale).flatten(1).unsqueeze(1)
+        out = attend(q, k, v, row.segments, self.scale)
+        if group is not None:
+            out = heads_for_rows(out, group)
+        return out.flatten(1).unsqueeze(1)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, segments: tuple[Segment, ...], scale: float) -> Tensor:

@@ -63,7 +63,7 @@ def check_topology(config: Config, shape: ModelShape, ranks: Sequence[int] | Non
     for built in build_ranks(config, shape, ranks, optimizer):
         progress(built)
         chunks = stages[built.layout.pipeline_rank]
-        planned = (parameters.count(chunks), parameters.buffer_elements(chunks, p.data, p.distributed_optimizer))
+        planned = (parameters.count(chunks), parameters.buffer_elements(chunks, p.replicas, p.distributed_optimizer))
         problems += [f"rank {built.rank}: {text}" for text in built.problems]
         if planned[0] != built.elements:
             problems.append(f"rank {built.rank}: holds {built.elements:,} parameters, planned were {planned[0]:,}")
@@ -102,11 +102,11 @@ def _as_rank(config: Config, rank: int) -> Iterator[Layout]:
     try:
         # Megatron asks for gloo groups beside the main ones; over a fake store these would wait for peers
         with mock.patch.object(dist, "new_group", _fake_group(dist.new_group)):
-            groups.initialize_model_parallel(p.tensor, p.pipeline, p.virtual_pipeline)
+            groups.initialize_model_parallel(p.tensor, p.pipeline, p.virtual_pipeline, context_parallel_size=p.context)
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         yield Layout(p.tensor, p.pipeline, p.data, p.virtual_pipeline, p.sequence,
                      groups.get_tensor_model_parallel_rank(), groups.get_pipeline_model_parallel_rank(),
-                     groups.get_data_parallel_rank())
+                     groups.get_data_parallel_rank(), p.context, groups.get_context_parallel_rank())
     finally:
         groups.destroy_model_parallel()
         dist.destroy_process_group()

@@ -146,8 +146,9 @@ def _contents(policy: Policy, loading: bool, random_state: bool) -> dict[str, An
     if random_state:
         layout = policy.layout
         contents["random"] = ShardedObject(
-            "random", None if loading else _random_state(policy.runtime), (layout.pipeline, layout.tensor, layout.data),
-            (layout.pipeline_rank, layout.tensor_rank, layout.data_rank), replica_id=0)
+            "random", None if loading else _random_state(policy.runtime),
+            (layout.pipeline, layout.tensor, layout.context, layout.data),
+            (layout.pipeline_rank, layout.tensor_rank, layout.context_rank, layout.data_rank), replica_id=0)
     return contents
 
 
@@ -235,10 +236,10 @@ def _settings(policy: Policy) -> dict[str, Any]:
 
 def _stored_bytes(policy: Policy) -> int:
     """About how much a checkpoint takes: every model rank's parameters with their Adam state, counted once over the
-    data ranks."""
+    ranks that hold the same."""
     parameters = [p for chunk in policy.model_chunks() for p in chunk.parameters()]
     own = sum(p.numel() * (p.element_size() + ADAM_BYTES) for p in parameters)
-    total = torch.tensor([own if policy.layout.data_rank == 0 else 0])
+    total = torch.tensor([own if policy.layout.first_replica else 0])
     dist.all_reduce(total, group=policy.runtime.cpu_group)
     return int(total)
 

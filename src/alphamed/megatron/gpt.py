@@ -10,6 +10,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from alphamed.megatron.attention import PackedRow, packed_sequences, rotary_frequencies
+from alphamed.megatron.context import gather_tokens, own_part
 from alphamed.megatron.logprobs import VocabShard, label_logprobs
 from alphamed.model import ModelShape
 from alphamed.records import MicroBatch
@@ -26,7 +27,10 @@ class HeadOptions:
 
 class PolicyModel(GPTModel):
     """`model(micro)` gives, on the last stage, log-probs and entropies of the micro-batch's response tokens, [n] each
-    where n = micro.mask.sum(); hidden states [T / (sequence-parallel ranks), 1, H] on the others."""
+    where n = micro.mask.sum(); hidden states [T / (context x sequence-parallel ranks), 1, H] on the others.
+
+    With context parallelism a rank works on its own part of the row, and the last stage brings the log-probs of all parts
+    together on every context rank: losses need whole responses."""
 
     def __init__(self, *args, shape: ModelShape, head: HeadOptions, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -35,18 +39,31 @@ class PolicyModel(GPTModel):
             self.rotary_pos_emb.inv_freq = self.frequencies.to(self.rotary_pos_emb.inv_freq.device)
 
     def forward(self, micro: MicroBatch) -> Tensor | tuple[Tensor, Tensor]:
-        return super().forward(micro.tokens[None], None, None, labels=micro.labels, loss_mask=micro.mask,
-                               packed_seq_params=self._packed(micro))
+        part = self._part(micro)
+        output = super().forward(micro.tokens[None, part], None, None, labels=micro.labels[part], loss_mask=micro.mask[part],
+                                 packed_seq_params=self._packed(micro, part))
+        return self._of_all_parts(*output, micro) if self.post_process and self.config.context_parallel_size > 1 else output
 
     def logits(self, micro: MicroBatch) -> Tensor:
-        """[T, V] logits of this rank's vocabulary columns at every position (the last stage; for tests and probes)."""
-        return super().forward(micro.tokens[None], None, None, packed_seq_params=self._packed(micro))[0]
+        """[T, V] logits of this rank's vocabulary columns at every position that it holds (the last stage; for tests and
+        probes)."""
+        part = self._part(micro)
+        return super().forward(micro.tokens[None, part], None, None, packed_seq_params=self._packed(micro, part))[0]
 
-    def _packed(self, micro: MicroBatch) -> PackedSeqParams:
+    def _part(self, micro: MicroBatch) -> slice:
+        return own_part(len(micro.tokens), self.pg_collection.cp) if self.config.context_parallel_size > 1 else slice(None)
+
+    def _packed(self, micro: MicroBatch, part: slice) -> PackedSeqParams:
         if self.head.fused_attention:
             return packed_sequences(micro)
         self.frequencies = self.frequencies.to(micro.positions.device)
-        return PackedRow.of(micro, self.frequencies, self.config.params_dtype)
+        return PackedRow.of(micro, part, self.frequencies, self.config.params_dtype)
+
+    def _of_all_parts(self, logprobs: Tensor, entropy: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        group = self.pg_collection.cp
+        counts = micro.mask.view(group.size(), -1).sum(1).tolist()
+        found = gather_tokens(torch.stack([logprobs, entropy], 1), counts, group)
+        return found[:, 0], found[:, 1].detach()
 
     def _postprocess(self, hidden_states, labels=None, loss_mask=None, **kwargs):
         if not self.post_process:

@@ -52,7 +52,7 @@ def transformer_config(config: Config, shape: ModelShape, layout: Layout) -> Tra
         params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=layout.tensor, pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline, sequence_parallel=layout.sequence_parallel,
-        context_parallel_size=config.parallel.context,
+        context_parallel_size=layout.context,
         # Packed rows differ in length, so stages announce shapes to one another. Megatron couples this to a dispatcher of
         # mixture-of-experts tokens even in dense models.
         variable_seq_lengths=layout.pipeline > 1, moe_token_dispatcher_type="alltoall",
@@ -74,7 +74,8 @@ def build_model(config: Config, shape: ModelShape, runtime: Runtime) -> list[Pol
     layout = runtime.layout
     megatron = transformer_config(config, shape, layout)
     fused = transformer_engine_active(config)
-    fused_attention = fused and not config.parallel.share_prompts
+    # Transformer Engine's own context parallelism wants another split of the rows than ours
+    fused_attention = fused and not config.parallel.share_prompts and layout.context == 1
     head = HeadOptions(config.rollout.temperature, config.parallel.logprob_chunk(shape.vocab), shape.vocab, fused_attention)
     chunks = []
     for stage in range(layout.virtual_pipeline or 1):

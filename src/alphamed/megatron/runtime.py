@@ -35,7 +35,7 @@ def start(config: Config) -> Runtime:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world != config.parallel.world:
         p = config.parallel
-        raise ConfigError(f"parallel: tensor {p.tensor} x pipeline {p.pipeline} x data {p.data} needs {p.world} ranks, "
+        raise ConfigError(f"parallel: {p.axes()} needs {p.world} ranks, "
                           f"{world} are present; change the layout or the number of ranks")
     torch.set_num_threads(_threads(config, device))
     if device.type == "cpu":
@@ -106,13 +106,15 @@ def _model_parallel(config: Config) -> Layout:
     from megatron.core import tensor_parallel
 
     p = config.parallel
-    groups.initialize_model_parallel(p.tensor, p.pipeline, p.virtual_pipeline,
+    groups.initialize_model_parallel(p.tensor, p.pipeline, p.virtual_pipeline, context_parallel_size=p.context,
                                      distributed_timeout_minutes=max(1, round(config.cluster.rank_timeout_s / 60)))
     layout = Layout(p.tensor, p.pipeline, p.data, p.virtual_pipeline, p.sequence,
                     tensor_rank=groups.get_tensor_model_parallel_rank(),
                     pipeline_rank=groups.get_pipeline_model_parallel_rank(),
-                    data_rank=groups.get_data_parallel_rank())
-    # Another stream of random numbers per pipeline stage, the same on data ranks, which must start from equal weights.
+                    data_rank=groups.get_data_parallel_rank(), context=p.context,
+                    context_rank=groups.get_context_parallel_rank())
+    # Another stream of random numbers per pipeline stage, the same on data and context ranks, which must start from equal
+    # weights.
     seed = config.run.seed + 100 * layout.pipeline_rank
     random.seed(seed)
     torch.manual_seed(seed)

@@ -73,11 +73,12 @@ METRICS: Mapping[str, Metric] = _table(
     ("batch/dp_imbalance", "", "largest over mean load of the data ranks, less 1"),
     ("batch/row_imbalance", "", "dearest over mean row of a data rank, less 1: what pipeline stages wait for"),
     # ------------------------------------------------------------------------------------------- where time goes
-    ("time/step_s", "s", "the whole step, without checkpoint and evaluation"),
+    ("time/step_s", "s", "the whole step, without checkpoint and evaluation but for time/evaluate_s"),
     ("time/generate_s", "s", "from the step's first request to its last response; ahead of the policy, the wait for groups"),
     ("time/reward_s", "s", "waiting for grading after the last response (the rest of it runs beside generation)"),
     ("time/logprobs_s", "s", "old and reference log-probs"),
     ("time/update_s", "s", "forward, backward and optimizer"),
+    ("time/evaluate_s", "s", "waiting, before the new weights, for an evaluation that went on beside the step"),
     ("time/sync_s", "s", "new weights to the engines"),
     ("time/wall_s", "s", "since the run began, restarts included, idle time between them not"),
     ("throughput/generated_tokens_per_s", "tokens/s", "response tokens over time/generate_s (ahead: over the step)"),

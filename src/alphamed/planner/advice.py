@@ -130,7 +130,7 @@ def neighbours(job: Job, gpus: int) -> Iterator[Overrides]:
 def _layouts(job: Job) -> Iterator[Overrides]:
     """The same number of trainer ranks, cut otherwise."""
     p = job.parallel
-    sizes = {"tensor": p.tensor, "pipeline": p.pipeline, "data": p.data}
+    sizes = {"tensor": p.tensor, "context": p.context, "pipeline": p.pipeline, "data": p.data}
     for larger in sizes:
         for smaller in sizes:
             if larger != smaller and sizes[smaller] % 2 == 0:
@@ -161,7 +161,7 @@ def _shares(job: Job, gpus: int) -> Iterator[Overrides]:
     if not job.engines:
         return
     for data in {2 * p.data, p.data // 2}:
-        engines = (gpus - p.tensor * p.pipeline * data) // r.tensor_parallel
+        engines = (gpus - p.tensor * p.context * p.pipeline * data) // r.tensor_parallel
         if data and engines > 0:
             yield f"parallel.data={data}", f"rollout.engines={engines}"
     engines = (gpus - p.world) // r.tensor_parallel
@@ -180,7 +180,7 @@ def _relaid(job: Job, gpus: int) -> Iterator[tuple[Overrides, Job]]:
     for tensor in (t for t in sizes if t in tensor_sizes(job.shape) and t <= job.gpus_per_node):
         for pipeline in (size for size in sizes if size * tensor <= left):
             for data in (size for size in sizes if size * tensor * pipeline <= left):
-                cut = {"tensor": tensor, "pipeline": pipeline, "data": data}
+                cut = {"tensor": tensor, "context": 1, "pipeline": pipeline, "data": data}
                 overrides = tuple(f"parallel.{axis}={size}" for axis, size in cut.items() if size != getattr(p, axis))
                 overrides += _consistent(job, cut)
                 for more in ((), ("parallel.recompute=full",)):

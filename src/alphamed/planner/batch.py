@@ -18,6 +18,10 @@ class Micro:
     responses: float
     context: float
 
+    def over(self, ranks: int) -> Micro:
+        """A context rank's part of the row."""
+        return Micro(self.tokens / ranks, self.responses / ranks, self.context)
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from alphamed.config import ConfigError
 from alphamed.config_choices import Recompute
-from alphamed.model import check_context, check_layout, divisors, tensor_sizes
+from alphamed.model import check_context, check_layout, context_sizes, divisors, tensor_sizes
 from alphamed.planner.hardware import GIB
 from alphamed.planner.job import Job
 from alphamed.planner.memory import EngineCache, Use
@@ -31,6 +31,7 @@ def _layout_problems(job: Job) -> Iterator[Problem]:
     p, r, s = job.parallel, job.rollout, job.shape
     for field, value, allowed in (("parallel.tensor", p.tensor, tensor_sizes(s)),
                                   ("rollout.tensor_parallel", r.tensor_parallel, tensor_sizes(s)),
+                                  ("parallel.context", p.context, context_sizes(s, p.tensor)),
                                   ("parallel.pipeline", p.pipeline, divisors(s.layers))):
         if value not in allowed:                            # check_layout looks at them in the same order
             yield Problem(_refusal(job), (f"{field}={nearest(value, allowed)}",))
@@ -48,12 +49,10 @@ def _layout_problems(job: Job) -> Iterator[Problem]:
         yield Problem(str(error), (f"rollout.max_response_tokens={left}",) if left > 0 else ())
     if job.config.model.fp8 and job.gpu.fp8_flops is None:
         yield Problem(f"model.fp8: {job.gpu.name} computes no FP8", ("model.fp8=false",))
-    if p.recompute == Recompute.SELECTIVE and not p.share_prompts and not job.gpu.is_cpu:
+    if p.recompute == Recompute.SELECTIVE and not p.share_prompts and p.context == 1 and not job.gpu.is_cpu:
         yield Problem("parallel.recompute: selective computes attention again, but rows without shared prompts take "
                       "Transformer Engine's fused attention, which keeps nothing that this would save",
                       ("parallel.recompute=none",))
-    if p.micro_batch_tokens < p.tensor and p.sequence:
-        yield Problem(f"parallel.micro_batch_tokens: {p.micro_batch_tokens} leaves tensor ranks without a token")
 
 
 def _node_problems(job: Job) -> Iterator[Problem]:
@@ -70,8 +69,8 @@ def _node_problems(job: Job) -> Iterator[Problem]:
     if p.world + wanted <= per_node:
         return
     if p.world > per_node and p.world % per_node:
-        near = max(1, round(p.world / per_node)) * per_node // (p.tensor * p.pipeline)
-        yield Problem(f"parallel: tensor x pipeline x data = {p.world} ranks do not fill nodes of {per_node} GPUs",
+        near = max(1, round(p.world / per_node)) * per_node // (p.tensor * p.context * p.pipeline)
+        yield Problem(f"parallel: {p.axes()} = {p.world} ranks do not fill nodes of {per_node} GPUs",
                       (f"parallel.data={max(1, near)}",))
         return
     trainer, engine = -(-p.world // per_node), -(-wanted // per_node)
@@ -89,12 +88,12 @@ def _shrunk(job: Job, trainer: int) -> tuple[str, ...]:
         left = (per_node - p.world) // r.tensor_parallel
         if left >= 1:
             return (f"rollout.engines={left}",)
-        data = (per_node - r.tensor_parallel) // (p.tensor * p.pipeline)
+        data = (per_node - r.tensor_parallel) // (p.tensor * p.context * p.pipeline)
         return (f"parallel.data={data}", "rollout.engines=1") if data else ()
     engines = (job.nodes - trainer) * per_node // r.tensor_parallel
     if engines >= 1:
         return (f"rollout.engines={engines}",)
-    data = (total - per_node) // (p.tensor * p.pipeline)
+    data = (total - per_node) // (p.tensor * p.context * p.pipeline)
     return (f"parallel.data={data}", f"rollout.engines={per_node // r.tensor_parallel}") if data else ()
 
 

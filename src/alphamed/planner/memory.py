@@ -77,7 +77,7 @@ def stage_use(job: Job, stage: int, row: Micro | None = None, rows: int | None =
     p = job.parallel
     stages = parameters.stage_parameters(job.shape, p.tensor, p.pipeline, job.virtual)
     causes = static_bytes(job, stage)
-    row = row or fullest_row(job)
+    row = (row or fullest_row(job)).over(p.context)
     layers, head = _passing_bytes(job, stage, row, rows)
     causes |= {"activations": layers, "logits": head}
     if job.swapped_reference:
@@ -90,8 +90,8 @@ def stage_use(job: Job, stage: int, row: Micro | None = None, rows: int | None =
         causes["sync buckets"] = _sending_bytes(job, biggest)
         causes["NCCL and CUDA"] = CONTEXT_BYTES + COMMUNICATOR_BYTES * _communicators(job)
     share = 1.0 if job.gpu.is_cpu else 1 - ALLOCATOR_SHARE
-    first = stage * p.tensor * p.data
-    return Use("trainer", f"stage {stage}, ranks {first} to {first + p.tensor * p.data - 1}", causes,
+    first, ranks = stage * p.tensor * p.replicas, p.tensor * p.replicas
+    return Use("trainer", f"stage {stage}, ranks {first} to {first + ranks - 1}", causes,
                int(job.gpu.memory_bytes * share))
 
 
@@ -99,9 +99,9 @@ def static_bytes(job: Job, stage: int) -> dict[str, int]:
     """What a rank of this stage holds all the time: weights, gradients, optimizer state, a resident reference."""
     p, width = job.parallel, job.trainer_bytes
     chunks = parameters.stage_parameters(job.shape, p.tensor, p.pipeline, job.virtual)[stage]
-    flat = parameters.buffer_elements(chunks, p.data, p.distributed_optimizer)
+    flat = parameters.buffer_elements(chunks, p.replicas, p.distributed_optimizer)
     count = parameters.count(chunks)
-    owned = flat // p.data if p.distributed_optimizer else count
+    owned = flat // p.replicas if p.distributed_optimizer else count
     # the distributed optimizer moves parameters into a flat buffer of the same layout as the gradients'
     found = {"weights": (flat if p.distributed_optimizer else count) * width, "gradients": flat * 4,
              "optimizer": owned * (8 if width == 4 else 12)}       # Adam's two moments, and FP32 copies of bf16 weights
@@ -122,7 +122,7 @@ def layer_bytes(job: Job, recompute: Recompute) -> tuple[float, float]:
     if recompute == Recompute.FULL:
         return entry, entry
     linear_in = 1 if job.config.model.fp8 else width            # inputs of matrix products are kept in FP8
-    rotated = 0 if recompute == Recompute.SELECTIVE else (q + kv) * width
+    rotated = 0 if recompute == Recompute.SELECTIVE else _rotated_bytes(job)
     attention = (q + 2 * kv) * width + rotated + q * width + s.heads * 4
     if p.share_prompts and not job.gpu.is_cpu:
         attention += q * width + _copied_keys(job) * 2 * kv * width
@@ -131,6 +131,17 @@ def layer_bytes(job: Job, recompute: Recompute) -> tuple[float, float]:
     if s.qk_norm:                                               # q and k before their norms, and the norms' factors
         kept += ((q + kv) * width + (s.heads + s.kv_heads) * 4) / p.tensor
     return kept, entry
+
+
+def _rotated_bytes(job: Job) -> float:
+    """What attention keeps per token beside the fused qkv and its own output: rotated q and k. Context ranks keep what they
+    have exchanged, rotated q and k with v, in place of the fused qkv, and the output on both sides of the exchange back."""
+    s, p = job.shape, job.parallel
+    q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
+    if p.context == 1:
+        return (q + kv) * job.trainer_bytes
+    repeated = max(s.kv_heads, p.tensor * p.context) * s.head_dim - kv
+    return (q + 2 * repeated) * job.trainer_bytes
 
 
 def _copied_keys(job: Job) -> float:
@@ -185,7 +196,7 @@ def _head_bytes(job: Job, row: Micro) -> float:
 def _communicators(job: Job) -> int:
     """NCCL groups that a rank takes part in and uses: world, then each axis longer than one, and its sync link."""
     p = job.parallel
-    return 1 + sum(size > 1 for size in (p.tensor, p.data, p.pipeline)) + (1 if job.engines else 0)
+    return 1 + sum(size > 1 for size in (p.tensor, p.context, p.replicas, p.pipeline)) + (1 if job.engines else 0)
 
 
 # -------------------------------------------------------------------------------------------------------------- engines

@@ -32,20 +32,21 @@ def cluster(job: Job, topology: Topology) -> str:
     per_row = min(job.gpus_per_node, 8)
     rows_per_node = -(-job.gpus_per_node // per_row)
     tall = rows_per_node * (CELL_HEIGHT + GAP) + 8
+    several = job.parallel.context > 1
     parts = []
     for node in range(nodes):
         top = node * tall + 4
         parts.append(f'<text class="strong" x="0" y="{top + 22}">node {node}</text>')
         for seat in (seat for seat in topology.seats if seat.node == node):
             column, row = seat.gpu % per_row, seat.gpu // per_row
-            parts.append(_cell(seat, LABEL + column * (CELL + GAP), top + row * (CELL_HEIGHT + GAP)))
+            parts.append(_cell(seat, LABEL + column * (CELL + GAP), top + row * (CELL_HEIGHT + GAP), several))
     height = nodes * tall + (24 if topology.nodes > nodes else 0)
     if topology.nodes > nodes:
         parts.append(f'<text x="{LABEL}" y="{height - 6}">and {topology.nodes - nodes} more nodes</text>')
     return _svg(parts, LABEL + per_row * (CELL + GAP), height, "which GPU holds what")
 
 
-def _cell(seat: Seat, x: int, y: int) -> str:
+def _cell(seat: Seat, x: int, y: int, with_context: bool) -> str:
     if seat.role == "idle":
         return f'<rect class="idle" x="{x}" y="{y}" width="{CELL}" height="{CELL_HEIGHT}" rx="5"/>' \
                f'<text x="{x + 10}" y="{y + 32}">idle</text>'
@@ -57,10 +58,11 @@ def _cell(seat: Seat, x: int, y: int) -> str:
     assert seat.pipeline is not None
     shade = f"f{seat.pipeline % COLOURS} p{seat.pipeline // COLOURS % 4}"
     layers = ", ".join(f"{first}-{last}" for first, last in seat.layers)
-    return (f'<g class="t"><title>rank {seat.rank}: tensor {seat.tensor}, data {seat.data}, stage {seat.pipeline}, layers '
-            f'{layers}</title><rect class="cell {shade}" x="{x}" y="{y}" width="{CELL}" height="{CELL_HEIGHT}" rx="5"/>'
+    context = f" C{seat.context}" if with_context else ""
+    return (f'<g class="t"><title>rank {seat.rank}: tensor {seat.tensor}, context {seat.context}, data {seat.data}, '
+            f'stage {seat.pipeline}, layers {layers}</title><rect class="cell {shade}" x="{x}" y="{y}" width="{CELL}" height="{CELL_HEIGHT}" rx="5"/>'
             f'<text x="{x + 10}" y="{y + 22}">rank {seat.rank}</text>'
-            f'<text x="{x + 10}" y="{y + 40}">T{seat.tensor} D{seat.data} P{seat.pipeline}</text></g>')
+            f'<text x="{x + 10}" y="{y + 40}">T{seat.tensor}{context} D{seat.data} P{seat.pipeline}</text></g>')
 
 
 def memory(uses: Sequence[Use]) -> str:

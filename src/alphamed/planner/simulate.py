@@ -86,7 +86,7 @@ def simulate(config: Config, shape: ModelShape, folder: Path) -> Iterator[Outcom
 def small_config(config: Config, shape: ModelShape, folder: Path) -> Config:
     """The configuration with its sizes cut, in files below `folder`. Raises ConfigError where it could not be run."""
     tree, p, r = config.model_dump(mode="json"), config.parallel, config.rollout
-    cut = {axis: min(2, getattr(p, axis)) for axis in ("tensor", "pipeline", "data")}
+    cut = {axis: min(2, getattr(p, axis)) for axis in ("tensor", "pipeline", "data", "context")}
     updates = min(2, config.algorithm.mini_batches)
     prompt = PROMPT_TOKENS + len((config.prompt.instruction + (config.prompt.system or "")).encode())
     tree["run"] |= {"name": "simulation", "root": str(folder / "runs"), "steps": STEPS, "stop_after": None,
@@ -104,7 +104,7 @@ def small_config(config: Config, shape: ModelShape, folder: Path) -> Config:
     tree["algorithm"] |= {"mini_batches": updates, "constant_tokens": None}
     tree["parallel"] |= cut | {
         "virtual_pipeline": 2 if p.virtual_pipeline and cut["pipeline"] > 1 else None,
-        "micro_batch_tokens": prompt + RESPONSE_TOKENS + 2,
+        "micro_batch_tokens": prompt + RESPONSE_TOKENS + 4,
         "logprob_chunk_tokens": CHUNK_TOKENS if p.logprob_chunk(shape.vocab) else 0}
     tree["optimizer"] |= {"lr": 1e-3, "min_lr": 0.0, "warmup_steps": 0}
     tree["sync"] |= {"transport": "auto", "bucket_bytes": 64 << 10}
@@ -137,14 +137,16 @@ def layout_lines(config: Config, small: Config, shape: ModelShape) -> Iterator[s
 
     p, full, r = small.parallel, config.parallel, small.rollout
     virtual = f", VPP {full.virtual_pipeline} -> {p.virtual_pipeline}" if p.virtual_pipeline else ""
+    context = f"CP {full.context} -> {p.context}, " if full.context > 1 else ""
     yield (f"\nSIMULATION {config.run.name}: TP {full.tensor} -> {p.tensor}, PP {full.pipeline} -> {p.pipeline}{virtual}, "
-           f"DP {full.data} -> {p.data}; {r.engines} engines of TP {r.tensor_parallel}; {shape.family} of {shape.layers} "
-           f"layers, {shape.parameters:,} parameters")
+           f"{context}DP {full.data} -> {p.data}; {r.engines} engines of TP {r.tensor_parallel}; {shape.family} of "
+           f"{shape.layers} layers, {shape.parameters:,} parameters")
     for rank in range(p.world):
-        tensor, data, stage = coordinates(rank, p.tensor, p.data)
-        chunks = [parameters.layers_of(stage, chunk, shape.layers, p.pipeline, p.virtual_pipeline or 1)
+        at = coordinates(rank, p)
+        chunks = [parameters.layers_of(at.pipeline, chunk, shape.layers, p.pipeline, p.virtual_pipeline or 1)
                   for chunk in range(p.virtual_pipeline or 1)]
-        yield (f"  rank {rank}: tensor {tensor}, data {data}, stage {stage}, layers "
+        yield (f"  rank {rank}: tensor {at.tensor}, {f'context {at.context}, ' if p.context > 1 else ''}data {at.data}, "
+               f"stage {at.pipeline}, layers "
                f"{', '.join(f'{chunk.start}-{chunk.stop - 1}' for chunk in chunks)}")
     plan = make_plan(shape, p, (r.tensor_parallel,) * r.engines,
                      Wire(small.sync.mode, "gloo", WIRE_DTYPE[r.dtype], small.sync.bucket_bytes))
@@ -241,8 +243,9 @@ def _misplaced(small: Config) -> list[str]:
     """Ranks whose logs do not say that Megatron has put them where the plan has them."""
     p, wrong = small.parallel, []
     for rank in range(p.world):
-        tensor, data, stage = coordinates(rank, p.tensor, p.data)
-        expected = Layout(p.tensor, p.pipeline, p.data, p.virtual_pipeline, p.sequence, tensor, stage, data)
+        at = coordinates(rank, p)
+        expected = Layout(p.tensor, p.pipeline, p.data, p.virtual_pipeline, p.sequence, at.tensor, at.pipeline, at.data,
+                          p.context, at.context)
         log = small.run_dir / "logs" / f"rank_{rank}.log"
         if not log.is_file() or str(expected) not in log.read_text(encoding="utf-8", errors="replace"):
             wrong.append(f"rank {rank} is not at {expected}")

@@ -16,6 +16,7 @@ from alphamed.planner.batch import Batch, batch_of
 from alphamed.planner.calibration import CPU, GPU, Efficiency
 from alphamed.planner.job import Job
 from alphamed.planner.memory import engine_cache, static_bytes
+from alphamed.planner.topology import context_bytes
 
 GRID = 200
 """Points at which generation is integrated."""
@@ -83,13 +84,15 @@ def _pass_seconds(job: Job, batch: Batch, e: Efficiency, backward: bool) -> floa
     """All rows of an update through the pipeline: forward only, or forward and backward with recomputation."""
     p, s = job.parallel, job.shape
     per_stage = s.layers / p.pipeline
-    attention = 4 * s.heads * s.head_dim * batch.micro.context * batch.micro.tokens
-    once = layer_flops(job, batch)
+    # context ranks share a row's tokens in the matrix products, and its heads in attention
+    attention = 4 * s.heads * s.head_dim * batch.micro.context * batch.micro.tokens / p.context
+    once = layer_flops(job, batch) / p.context
     again = {Recompute.FULL: once, Recompute.SELECTIVE: attention}.get(p.recompute, 0.0)
     work = 3 * once + again if backward else once
     layers = per_stage * work / (p.tensor * _peak(job) * e.matmul)
-    layers += per_stage * _tensor_seconds(job, batch, e) * ((2 + (p.recompute == Recompute.FULL)) if backward else 1)
-    head = head_flops(job, batch) * (3 if backward else 1) / (p.tensor * job.gpu.flops * e.matmul)
+    directions = 2 + (p.recompute == Recompute.FULL) if backward else 1
+    layers += per_stage * directions * (_tensor_seconds(job, batch, e) + _context_seconds(job, batch, e))
+    head = head_flops(job, batch) * (3 if backward else 1) / (p.tensor * p.context * job.gpu.flops * e.matmul)
     if backward and p.logprob_chunk(s.vocab):
         head *= 4 / 3
     # every stage waits for the slowest, which is the last: it has the output layer as well
@@ -102,8 +105,15 @@ def _tensor_seconds(job: Job, batch: Batch, e: Efficiency) -> float:
     p = job.parallel
     if p.tensor == 1:
         return 0.0
-    bytes_ = 2 * 2 * (p.tensor - 1) / p.tensor * batch.micro.tokens * job.shape.hidden * job.trainer_bytes
+    bytes_ = 2 * 2 * (p.tensor - 1) / p.tensor * batch.micro.tokens / p.context * job.shape.hidden * job.trainer_bytes
     return bytes_ / (_tensor_link(job) * e.link)
+
+
+def _context_seconds(job: Job, batch: Batch, e: Efficiency) -> float:
+    """Of one layer, one direction: the exchanges around attention."""
+    p = job.parallel
+    link = job.gpu.nvlink if p.tensor * p.context <= job.gpus_per_node else job.gpu.network
+    return context_bytes(job, batch) * (p.context - 1) / (link * e.link)
 
 
 def _tensor_link(job: Job) -> float:
@@ -117,7 +127,7 @@ def _border_seconds(job: Job, batch: Batch, e: Efficiency) -> float:
         return 0.0
     across = p.world > job.gpus_per_node
     along = p.tensor if p.sequence else 1
-    return batch.micro.tokens * job.shape.hidden * job.trainer_bytes / along / (
+    return batch.micro.tokens / p.context * job.shape.hidden * job.trainer_bytes / along / (
         (job.gpu.network if across else job.gpu.nvlink) * e.link)
 
 
@@ -126,13 +136,13 @@ def _optimizer_seconds(job: Job, batch: Batch, e: Efficiency) -> float:
     p = job.parallel
     chunks = parameters.stage_parameters(job.shape, p.tensor, p.pipeline, job.virtual)[0]
     count = parameters.count(chunks)
-    owned = count / (p.data if p.distributed_optimizer else 1)
+    owned = count / (p.replicas if p.distributed_optimizer else 1)
     adam = owned * 30 / (job.gpu.hbm * e.memory) + 2 * count * 4 / (job.gpu.hbm * e.memory)
-    if p.data == 1:
+    if p.replicas == 1:
         return adam
-    stride = p.tensor * p.data
+    stride = p.tensor * p.replicas
     link = job.gpu.nvlink if stride <= job.gpus_per_node else job.gpu.network
-    share = (p.data - 1) / p.data
+    share = (p.replicas - 1) / p.replicas
     reduce = share * count * 4 * (1 if p.distributed_optimizer else 2) / (link * e.link)
     gather = share * count * job.trainer_bytes / (link * e.link) if p.distributed_optimizer else 0.0
     return adam + gather + (reduce / batch.rows if p.overlap_grad_reduce else reduce)

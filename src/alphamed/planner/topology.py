@@ -4,21 +4,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from alphamed.config_sections import ParallelConfig
 from alphamed.planner import parameters
-from alphamed.planner.batch import batch_of
+from alphamed.planner.batch import Batch, batch_of
 from alphamed.planner.job import Job
 
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """One GPU and who computes on it. `tensor`, `data`, `pipeline`, `layers`: of a trainer rank; `engine`, `worker`: of an
-    engine's."""
+    """One GPU and who computes on it. `tensor`, `context`, `data`, `pipeline`, `layers`: of a trainer rank;
+    `engine`, `worker`: of an engine's."""
     node: int
     gpu: int
     role: str                               # "trainer" | "engine" | "idle"
     rank: int | None = None
     tensor: int | None = None
+    context: int | None = None
     data: int | None = None
     pipeline: int | None = None
     layers: tuple[tuple[int, int], ...] = ()        # first and last of each model chunk
@@ -75,49 +78,62 @@ def place(job: Job) -> Topology:
     return Topology(tuple(seats), trainer_nodes, engine_nodes, _groups(job, ranks_per_node, shared))
 
 
-def coordinates(rank: int, tensor: int, data: int) -> tuple[int, int, int]:
-    """(tensor, data, pipeline) rank."""
-    return rank % tensor, rank // tensor % data, rank // (tensor * data)
+class Place(NamedTuple):
+    """Where a trainer rank stands on each axis."""
+    tensor: int
+    context: int
+    data: int
+    pipeline: int
+
+
+def coordinates(rank: int, p: ParallelConfig) -> Place:
+    """Where Megatron's order `tp-cp-ep-dp-pp` puts a rank."""
+    return Place(rank % p.tensor, rank // p.tensor % p.context, rank // (p.tensor * p.context) % p.data,
+                 rank // (p.tensor * p.replicas))
 
 
 def _trainer_seat(job: Job, rank: int, per_node: int) -> Seat:
     p = job.parallel
-    tensor, data, stage = coordinates(rank, p.tensor, p.data)
-    chunks = [parameters.layers_of(stage, chunk, job.shape.layers, p.pipeline, job.virtual) for chunk in range(job.virtual)]
-    return Seat(rank // per_node, rank % per_node, "trainer", rank, tensor, data, stage,
+    at = coordinates(rank, p)
+    chunks = [parameters.layers_of(at.pipeline, chunk, job.shape.layers, p.pipeline, job.virtual)
+              for chunk in range(job.virtual)]
+    return Seat(rank // per_node, rank % per_node, "trainer", rank, *at,
                 tuple((chunk.start, chunk.stop - 1) for chunk in chunks))
 
 
 # --------------------------------------------------------------------------------------------------------------- groups
-def axis_groups(tensor: int, data: int, pipeline: int) -> dict[str, list[list[int]]]:
-    """All groups of each axis, ranks in Megatron's order `tp-cp-ep-dp-pp`."""
-    def rank(t: int, d: int, p: int) -> int:
-        return t + tensor * (d + data * p)
+def axis_groups(p: ParallelConfig) -> dict[str, list[list[int]]]:
+    """All groups of each axis. Gradients are summed over those of `data`, which hold the same parameters: data and context
+    ranks."""
+    def along(*axes: str) -> list[list[int]]:
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(p.world):
+            at = coordinates(rank, p)
+            groups.setdefault(tuple(n for axis, n in at._asdict().items() if axis not in axes), []).append(rank)
+        return list(groups.values())
 
-    return {
-        "tensor": [[rank(t, d, p) for t in range(tensor)] for p in range(pipeline) for d in range(data)],
-        "data": [[rank(t, d, p) for d in range(data)] for p in range(pipeline) for t in range(tensor)],
-        "pipeline": [[rank(t, d, p) for p in range(pipeline)] for d in range(data) for t in range(tensor)],
-    }
+    return {"tensor": along("tensor"), "context": along("context"), "data": along("context", "data"),
+            "pipeline": along("pipeline")}
 
 
 def _groups(job: Job, per_node: int, shared: bool) -> tuple[Group, ...]:
     p, s = job.parallel, job.shape
     batch = batch_of(job)
     rows = batch.updates * batch.rows
-    row_bytes = batch.micro.tokens * s.hidden * job.trainer_bytes
+    row_bytes = batch.micro.tokens / p.context * s.hidden * job.trainer_bytes      # a rank's part of a row
     passes = 3 + job.logprob_passes                         # forward, twice backward; forward passes of log-probs
     stages = parameters.stage_parameters(s, p.tensor, p.pipeline, job.virtual)
     count = max(parameters.count(stage) for stage in stages)
     # bytes over one edge of the ring or line of a group, per step
     edge = {
         "tensor": 2 * 2 * (p.tensor - 1) / p.tensor * row_bytes * (s.layers / p.pipeline) * rows * passes,
-        "data": (p.data - 1) / p.data * batch.updates * (
+        "context": context_bytes(job, batch) * (p.context - 1) * (s.layers / p.pipeline) * rows * passes,
+        "data": (p.replicas - 1) / p.replicas * batch.updates * (
             count * (4 + job.trainer_bytes) if p.distributed_optimizer else 2 * count * 4),
         "pipeline": row_bytes / (p.tensor if p.sequence else 1) * rows * job.virtual * (2 + job.logprob_passes),
     }
     found = []
-    for kind, groups in axis_groups(p.tensor, p.data, p.pipeline).items():
+    for kind, groups in axis_groups(p).items():
         if len(groups[0]) == 1:
             continue
         ring = kind != "pipeline" or job.virtual > 1
@@ -129,6 +145,15 @@ def _groups(job: Job, per_node: int, shared: bool) -> tuple[Group, ...]:
     return tuple(found)
 
 
+def context_bytes(job: Job, batch: Batch) -> float:
+    """What a rank sends to each other context rank in one direction of one layer: queries, keys, values and outputs of its
+    tokens, a part of the heads of each (megatron/context.py)."""
+    p, s = job.parallel, job.shape
+    kv_heads = max(s.kv_heads, p.tensor * p.context)        # fewer KV heads than ranks: each is sent to several
+    widths = (2 * s.heads + 2 * kv_heads) * s.head_dim / p.tensor
+    return batch.micro.tokens / p.context * widths / p.context * job.trainer_bytes
+
+
 def _crossings(group: Sequence[int], per_node: int, ring: bool) -> int:
     pairs = list(zip(group, group[1:])) + ([(group[-1], group[0])] if ring and len(group) > 2 else [])
     return sum(a // per_node != b // per_node for a, b in pairs)
@@ -138,6 +163,6 @@ def _sync_group(job: Job, shared: bool) -> Group:
     """A link per stage: its source and every worker. A broadcast reaches each engine node once over the network."""
     p, workers = job.parallel, job.engines * job.rollout.tensor_parallel
     nodes = 0 if shared or job.colocated else math.ceil(workers / job.gpus_per_node)
-    sources = tuple(stage * p.tensor * p.data for stage in range(p.pipeline))
+    sources = tuple(stage * p.tensor * p.replicas for stage in range(p.pipeline))
     return Group("weight sync", 1 + workers, p.pipeline, sources, nodes == 0,
                  nodes * job.shape.parameters * job.engine_bytes)

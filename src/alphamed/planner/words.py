@@ -54,11 +54,12 @@ def _cluster(plan: Plan, found: Assessment) -> Iterator[str]:
     job, topology, p = plan.job, found.topology, plan.job.parallel
     device = "this machine's CPU" if job.gpu.is_cpu else f"{topology.nodes} x {job.gpus_per_node} {job.gpu.name}"
     virtual = f" x VPP {p.virtual_pipeline}" if p.virtual_pipeline else ""
+    context = f" x CP {p.context}" if p.context > 1 else ""
     engines = f"; {job.engines} engines of TP {job.rollout.tensor_parallel}" if job.engines else "; no engines (replay)"
-    yield f"\nTOPOLOGY   {device}: trainer TP {p.tensor} x PP {p.pipeline}{virtual} x DP {p.data}{engines}"
+    yield f"\nTOPOLOGY   {device}: trainer TP {p.tensor}{context} x PP {p.pipeline}{virtual} x DP {p.data}{engines}"
     for node in range(min(topology.nodes, MAX_NODES)):
         seats = [seat for seat in topology.seats if seat.node == node]
-        yield f"  node {node:<3} " + "  ".join(seat_label(seat) for seat in seats)
+        yield f"  node {node:<3} " + "  ".join(seat_label(seat, p.context > 1) for seat in seats)
     if topology.nodes > MAX_NODES:
         yield f"  ... {topology.nodes - MAX_NODES} more nodes (--html or --json lists them)"
     for group in topology.groups:
@@ -66,9 +67,10 @@ def _cluster(plan: Plan, found: Assessment) -> Iterator[str]:
         yield f"  {group.kind:<12} {group.number} x {group.size}, {where}"
 
 
-def seat_label(seat: Seat) -> str:
+def seat_label(seat: Seat, with_context: bool = False) -> str:
     if seat.role == "trainer":
-        return f"r{seat.rank}:t{seat.tensor}d{seat.data}p{seat.pipeline}"
+        context = f"c{seat.context}" if with_context else ""
+        return f"r{seat.rank}:t{seat.tensor}{context}d{seat.data}p{seat.pipeline}"
     return f"e{seat.engine}.{seat.worker}" if seat.role == "engine" else "-"
 
 

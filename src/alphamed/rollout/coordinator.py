@@ -56,6 +56,8 @@ class Job:
     tasks: dict[int, GenerationTask]
     version: int
     feed: bool = False
+    background: bool = False
+    awaited: float | None = None        # since when somebody waits for its end
     began: float = field(default_factory=time.monotonic)
     generated_at: float = 0.0
     response_tokens: int = 0
@@ -94,6 +96,17 @@ class Job:
         self.news.clear()
         return Arrivals(tuple(scored.values()), tokens)
 
+    @property
+    def yields(self) -> bool:
+        """Whether all others go first: in the background, until somebody waits for it."""
+        return self.background and self.awaited is None
+
+    def left_s(self, deadline_s: float) -> float:
+        """Until the job is overdue: from its beginning on, for one in the background from when it is waited for."""
+        since = self.awaited if self.background else self.began
+        assert since is not None, f"{self.key}: nobody waits for it"
+        return max(0.0, since + deadline_s - time.monotonic())
+
     def overdue(self, deadline_s: float) -> Overdue:
         missing = [f"{self.tasks[i].group_id} ({place})" for i, place in sorted(self.places.items())]
         return Overdue(", ".join(sorted(set(self.places.values()))),
@@ -103,7 +116,8 @@ class Job:
 
 class RolloutCoordinator:
     """The actor. At most `concurrent` responses are sampled by an engine at once (always at least one group); the least
-    loaded engine is served first."""
+    loaded engine is served first. A job in the background gets at most half of that, and only while no other task waits; when
+    its end is waited for it is a job like the others."""
 
     def __init__(self, engines: Sequence[Engine], grader: ActorHandle, grader_pid: int, concurrent: int, deadline_s: float):
         self._engines = tuple(engines)
@@ -111,16 +125,17 @@ class RolloutCoordinator:
         self._concurrent, self._deadline_s = concurrent, deadline_s
         self._load = {engine.index: 0 for engine in self._engines}
         self._jobs: dict[str, Job] = {}
+        self._urgent = 0                            # tasks not of the background that wait for an engine
 
     async def start(self) -> int:
         """Returns the id of this process."""
         self._freed = asyncio.Event()
         return os.getpid()
 
-    async def submit(self, key: str, tasks: Sequence[GenerationTask], version: int) -> None:
+    async def submit(self, key: str, tasks: Sequence[GenerationTask], version: int, background: bool = False) -> None:
         """Begin a job. `key` ("step 3") names it in `collect` and in errors."""
         assert key not in self._jobs, f"{key} was submitted before"
-        job = self._jobs[key] = Job(key, {}, version)
+        job = self._jobs[key] = Job(key, {}, version, background=background)
         if not tasks:
             job.over.set()
         self._begin(job, tasks)
@@ -155,7 +170,10 @@ class RolloutCoordinator:
         process failed, Overdue past the deadline."""
         job = self._jobs[key]
         await self._check_grader(job)
-        left = max(0.0, job.began + self._deadline_s - time.monotonic())
+        if job.awaited is None:
+            job.awaited = time.monotonic()
+            self._freed.set()
+        left = job.left_s(self._deadline_s)
         try:
             await asyncio.wait_for(job.over.wait(), min(timeout_s, left))
         except TimeoutError:
@@ -182,7 +200,7 @@ class RolloutCoordinator:
     async def _serve(self, job: Job, index: int) -> None:
         """One task's way: wait for an engine (first come, first served), be answered, be graded."""
         task = job.tasks[index]
-        engine = await self._reserve(task.sampling.n)
+        engine = await self._reserve(job, task.sampling.n)
         try:
             job.places[index] = str(engine.peer)
             group = await ask(engine.actor.generate.remote(task, job.version), engine.peer, f"sampling {task.group_id}")
@@ -198,16 +216,21 @@ class RolloutCoordinator:
         if not job.places and not job.feed:
             self._end(job)
 
-    async def _reserve(self, samples: int) -> Engine:
+    async def _reserve(self, job: Job, samples: int) -> Engine:
         """The least loaded engine, as soon as it can take `samples` more."""
-        while True:
-            engine = min(self._engines, key=lambda engine: self._load[engine.index])
-            load = self._load[engine.index]
-            if not load or load + samples <= self._concurrent:
-                self._load[engine.index] += samples
-                return engine
-            self._freed.clear()
-            await self._freed.wait()
+        self._urgent += not job.background
+        try:
+            while True:
+                engine = min(self._engines, key=lambda engine: self._load[engine.index])
+                load, most = self._load[engine.index], self._concurrent // 2 if job.yields else self._concurrent
+                if not (job.yields and self._urgent) and (not load or load + samples <= most):
+                    self._load[engine.index] += samples
+                    return engine
+                self._freed.clear()
+                await self._freed.wait()
+        finally:
+            self._urgent -= not job.background
+            self._freed.set()                       # those in the background may have waited for this one
 
     def _spawn(self, job: Job, coroutine) -> None:
         """Run a part of a job; the first failure ends the job."""
@@ -253,7 +276,15 @@ class Coordinator:
             on_progress: Callable[[Progress], None] | None = None) -> Progress:
         """Have the engines answer `tasks` with the weights that they hold, and the answers graded. Blocks; `on_progress` is
         called about once a second. Raises RunFailed naming the engine, the reward process or the coordinator."""
-        self._ask(self._actor.submit.remote(key, tuple(tasks), self._pool.version), f"submitting {key}")
+        self.begin(key, tasks)
+        return self.finish(key, on_progress)
+
+    def begin(self, key: str, tasks: Sequence[GenerationTask], background: bool = False) -> None:
+        """The first half of `run`. `background`: after whatever else the engines have to do."""
+        self._ask(self._actor.submit.remote(key, tuple(tasks), self._pool.version, background), f"submitting {key}")
+
+    def finish(self, key: str, on_progress: Callable[[Progress], None] | None = None) -> Progress:
+        """The second half of `run`."""
         while True:
             progress = self._ask(self._actor.collect.remote(key, POLL_S), f"collecting {key}")
             if on_progress:

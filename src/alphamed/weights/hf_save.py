@@ -35,11 +35,11 @@ def save_hf(folder: Path, source: Path, chunks: Sequence[Module], shape: ModelSh
             dtype: torch.dtype | None = None, max_file_bytes: int = MAX_FILE_BYTES) -> None:
     """Write the model into `folder` (replaced if it exists), with the companions of the folder `source`.
 
-    `dtype` None gives every tensor the type it has in `source`. All ranks call this; those of data rank 0 take part,
-    the others return at once. The folder stands when rank 0 returns. Raises OSError on the stages' sources (tensor rank
+    `dtype` None gives every tensor the type it has in `source`. All ranks call this; the first of those that
+    hold the same take part, the others return at once. The folder stands when rank 0 returns. Raises OSError on the stages' sources (tensor rank
     0) if any stage could not write; then nothing is left behind and an older folder is untouched.
     """
-    if layout.data_rank:
+    if not layout.first_replica:
         return
     export = _Export(Path(folder), Path(source), layout, pipeline_group)
     if layout.tensor_rank:

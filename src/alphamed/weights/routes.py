@@ -1,7 +1,7 @@
 """The plan of a push for any model, trainer layout and engines: who sends what to whom, and what is gathered before (pure).
 
-gather: the source of a stage (tensor rank 0, data rank 0) gathers every parameter from its tensor ranks and broadcasts whole
-tensors to all workers: one link per stage. direct: every tensor rank sends what it holds itself. One link joins it with the
+gather: the source of a stage (tensor, context and data rank 0) gathers every parameter from its tensor ranks and broadcasts
+whole tensors to all workers: one link per stage. direct: every tensor rank sends what it holds itself. One link joins it with the
 same tensor rank of all engines and carries what the one holds and the other needs, so nothing is gathered and nothing
 arrives that is not needed. What every trainer rank holds (norms) comes from one of them.
 
@@ -9,6 +9,7 @@ Imports nothing heavy. Sizes are those of model.py; the ranks' order is that of 
 """
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -48,9 +49,9 @@ def make_plan(shape: ModelShape, parallel: ParallelConfig, engines: Sequence[int
     return SyncPlan(wire.mode, make(shape, parallel, tuple(engines), wire), members(engines))
 
 
-def trainer_rank(parallel: ParallelConfig, stage: int, data_rank: int, tensor_rank: int) -> int:
+def trainer_rank(parallel: ParallelConfig, stage: int, data_rank: int, tensor_rank: int, context_rank: int = 0) -> int:
     """Global rank in Megatron's order `tp-cp-ep-dp-pp`."""
-    return tensor_rank + parallel.tensor * (data_rank + parallel.data * stage)
+    return tensor_rank + parallel.tensor * (context_rank + parallel.context * (data_rank + parallel.data * stage))
 
 
 def stage_of(entry: Entry, shape: ModelShape, parallel: ParallelConfig) -> int:
@@ -71,8 +72,8 @@ def holders(shape: ModelShape, parallel: ParallelConfig) -> dict[int, list[Slice
         for tensor_rank in range(parallel.tensor):
             slices = [Slice(entry.hf[source], entry.shapes[source], *box) for entry in own
                       for source, box in held(entry, parallel.tensor, tensor_rank)]
-            for data_rank in range(parallel.data):
-                found[trainer_rank(parallel, stage, data_rank, tensor_rank)] = slices
+            for data_rank, context_rank in itertools.product(range(parallel.data), range(parallel.context)):
+                found[trainer_rank(parallel, stage, data_rank, tensor_rank, context_rank)] = slices
     return found
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class WeightSource(Protocol):
     """One rank's view of the trainer's weights."""
     rank: int                   # in the trainer
-    exports: bool               # whether this rank takes part in `tensors` (data rank 0)
+    exports: bool               # whether this rank takes part in `tensors` (the first of those that hold the same)
     scores: bool                # whether it hands over the probe's log-probs (one rank of the last stage)
 
     def plan(self, engines: Sequence[int], wire: Wire) -> SyncPlan:
@@ -41,8 +41,9 @@ class PolicySource:
     def __init__(self, policy: Policy, shape: ModelShape):
         layout = policy.layout
         self._policy, self._shape, self._parallel = policy, shape, policy.config.parallel
-        self.rank = trainer_rank(self._parallel, layout.pipeline_rank, layout.data_rank, layout.tensor_rank)
-        self.exports = layout.data_rank == 0
+        self.rank = trainer_rank(self._parallel, layout.pipeline_rank, layout.data_rank, layout.tensor_rank,
+                                 layout.context_rank)
+        self.exports = layout.first_replica
         self.scores = self.exports and layout.tensor_rank == 0 and layout.pipeline_rank == layout.pipeline - 1
 
     def plan(self, engines: Sequence[int], wire: Wire) -> SyncPlan:
