@@ -63,7 +63,8 @@ def _data(record: Mapping[str, Any]) -> list[str]:
                   f"`{train['content_sha256']}`.", "",
                   "| source | questions |", "|---|---|", *(f"| {source} | {count:,} |" for source, count
                                                           in train["sources"].items()), "",
-                  *(line for one in ATTRIBUTES if one.axis in train for line in _counted(one, train[one.axis]))]
+                  *(line for one in ATTRIBUTES if set(train.get(one.axis, ())) - {"none"}
+                    for line in _counted(one, train[one.axis]))]
     else:
         lines += ["Number and sources of the questions were not recorded.", ""]
     if not files:
