@@ -9,6 +9,7 @@ from typing import Any
 from alphamed.archive import write_archive
 from alphamed.config import Config, ConfigError
 from alphamed.config_file import dump_config
+from alphamed.data.attributes import ATTRIBUTES
 from alphamed.data.output import write_all
 from alphamed.evaluation.regrade import COMPARISON
 from alphamed.observe import provenance
@@ -21,8 +22,8 @@ CONFIG, DATA = "config.yaml", "data"
 EVALUATIONS = ("evaluations", "eval")
 """Of the training itself, and what `alphamed eval` wrote into the run."""
 PLAIN = ("provenance.json", "metrics.jsonl", "looks.jsonl", "study.json")
-KEPT = ("set", "benchmark", "variant", "id", "sample", "answer", "source", "level", "letter", "outcome", "finish_reason",
-        "tokens")
+KEPT = ("set", "benchmark", "variant", "id", "sample", "answer", "source", *(one.field for one in ATTRIBUTES), "letter",
+        "outcome", "finish_reason", "tokens")
 """What is left of a graded answer without texts. The response goes too: models repeat what they are asked."""
 
 

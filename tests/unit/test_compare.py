@@ -197,8 +197,8 @@ def test_training_sets_come_from_provenance_or_what_was_seen(tmp_path):
     recorded, seen = make_run(tmp_path, "recorded", train=told), make_run(tmp_path, "seen")
     write_rollouts(rollout_path(seen, 1), 1, [graded("q1", [C, W]), graded("q2", [U, U])])
     first, second = (run.training for run in read_runs([recorded, seen]))
-    assert (first.questions, first.mean_level, first.seen_only) == (1200, 2.5, False)
-    assert (second.questions, second.mean_level, second.seen_only) == (2, None, True)
+    assert (first.questions, first.mean("levels"), first.seen_only) == (1200, 2.5, False)
+    assert (second.questions, second.mean("levels"), second.seen_only) == (2, None, True)
     assert read_runs([make_run(tmp_path, "bare")])[0].training is None
 
 
@@ -236,7 +236,9 @@ def test_benchmarks_that_move_apart_are_told(tmp_path):
         replace_json_lines(Path(f"{path}.items.jsonl"), rows)
         replace_text(Path(f"{path}.json"), json.dumps({"sets": {name: {"asked": name} for name in ("wording", "other")}}))
     found = comparison(read_runs([run_dir]))
-    assert "apart moves its benchmarks apart: it gains on other and loses on wording." in found["verdict"]
+    # 20 of 30 gained: 20 / 32 -+ 1.96 sqrt(21 / 32 - 0.625^2) / sqrt(32); 40 of 200 lost: -40 / 202 -+ 1.96 x 0.02847
+    assert ("apart moves its benchmarks apart: it gains on other (+66.7 points [+44.6, +80.4], n = 30) and loses on wording "
+            "(-20.0 points [-25.4, -14.2], n = 200).") in found["verdict"]
 
 
 # ----------------------------------------------------------------------------------------------------------------- page
@@ -255,11 +257,12 @@ def test_the_page_answers_three_questions_and_asks_for_nothing(page):
     found = Page(page)
     assert found.addresses == [] and not found.tags & {"script", "img", "i", "b>a", "link", "iframe"}
     assert "default-src 'none'" in page and "prefers-color-scheme:dark" in page
-    for text in ("1. Does reinforcement learning alone", "2. How do quantity", "3. How does difficulty", "1,200",
+    for text in ("1. Does reinforcement learning alone", "2. How do quantity", "3. How do difficulty", "1,200",
                  "mean 6.00", "+25.0 points", "small on wording: -20.0 points", "It got worse.",
                  "No control is among these runs", "+9.5", "50 / 0", "<script> 100.0%"):
         assert text in found.text, text
-    assert page.count("No two evaluated runs trained") == 0        # sizes and levels differ: both are drawn
+    # sizes and levels differ: both are drawn; informativeness is not known
+    assert page.count("No two evaluated runs trained") == page.count("different mean informativeness") == 1
 
 
 def test_a_damaged_evaluation_is_named(tmp_path):

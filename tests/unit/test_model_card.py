@@ -14,7 +14,8 @@ RECORD = {"starts": [{"time": "2026-01-02T03:04:05+00:00", "command": [], "git":
                       "packages": {"alphamed": "0.1.0"}}],
           "data": [{"path": "/home/someone/data/train.jsonl", "bytes": 12345, "sha256": "ab" * 32, "hashed": "all"}],
           "model": [], "train": {"questions": 1200, "content_sha256": "cd" * 32, "sources": {"medqa": 1000, "medmcqa": 200},
-                                 "levels": {"1": 900, "6": 300}}}
+                                 "levels": {"1": 900, "6": 300},
+                                 "informativeness": {"2": 700, "none": 500}}}
 
 
 @pytest.fixture
@@ -43,6 +44,7 @@ def test_the_card_tells_data_evaluation_and_limits(run_dir):
     assert head["base_model"] == "Qwen2.5-3B-Instruct" and "not-for-clinical-use" in head["tags"]
     assert "**Not for clinical use.**" in text.split("\n## ")[0]
     assert "1,200 questions" in text and f"`{'cd' * 32}`" in text and "| medqa | 1,000 |" in text and "| 6 | 300 |" in text
+    assert "| informativeness (bins from 1, little, on) | questions |\n|---|---|\n| 2 | 700 |\n| none | 500 |\n" in text
     assert f"| train.jsonl | 12,345 | `{'ab' * 32}` |" in text and "/home/someone" not in text and "/models" not in text
     assert "n = 200" in text and "| Correct answers | 5.0% [2.7%, 9.0%] | 75.0% [68.6%, 80.5%] |" in text
     assert "looked at 2 times" in text and "12 steps of 256 questions x 8 responses" in text and "c" * 12 in text

@@ -171,7 +171,7 @@ def test_numbers_lie_beside_the_page(run_dir):
     assert (first["step"], last["step"], first["responses"], first["correct"], first["boxed"]) == (1, 40, 3, 1, 2)
     assert found["responses"]["questions"]["asked"] == 2 and found["warnings"] == []
     lines = (run_dir / "report_questions.csv").read_text().splitlines()
-    assert lines[1] == "r1,,,1,1,1,0.3333,0.3333,,0" and len(lines) == 3
+    assert lines[1] == "r1,,,,1,1,1,0.3333,0.3333,,0" and len(lines) == 3
 
 
 def test_a_run_without_rollout_files_says_so_once(run_dir):

@@ -59,8 +59,8 @@ def test_a_step_is_counted_by_level_source_letter_and_habit():
     assert (step.step, step.whole.responses, step.whole.correct.hits, step.whole.boxed.hits) == (3, 6, 2, 5)
     assert step.whole.reward == 2.0 and step.whole.tokens == 10 + 3 and step.chance == 6 / 4
     assert step.answers == Counter(A=3, B=2) and step.keys == Counter(A=4, B=1)
-    assert {name: part.correct.share for name, part in step.levels.items()} == {"level 1": 0.5, "level 6": 0.0}
-    assert {name: part.responses for name, part in step.sources.items()} == {"medqa": 4, "no source": 2}
+    assert {name: part.correct.share for name, part in step.parts["levels"].items()} == {"level 1": 0.5, "level 6": 0.0}
+    assert {name: part.responses for name, part in step.parts["sources"].items()} == {"medqa": 4, "no source": 2}
     assert step.habits[Habit.BARE].cases == 5 and step.habits[Habit.SEVERAL].cases == 6
     assert {quote.letter for quote in tally.quotes["B"]} == {"B"} and len(tally.quotes["B"]) == 2
     assert together([step, step]).whole.responses == 12
@@ -76,7 +76,7 @@ def test_examples_are_those_of_the_last_step_that_has_any():
 # -------------------------------------------------------------------------------------------------------------- history
 def test_first_solved_and_forgotten():
     def past(*visits):
-        return Past(None, None, [(step, right, 8) for step, right in visits])
+        return Past(None, {}, [(step, right, 8) for step, right in visits])
 
     at_once, later, lost, never = past((1, 5)), past((1, 4), (9, 8)), past((2, 8), (5, 3)), past((1, 4), (7, 0))
     assert [one.first_solved for one in (at_once, later, lost, never)] == [1, 9, 2, None]      # 4 of 8 is not solved

@@ -12,14 +12,17 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import IO
 
 from alphamed.cluster import processes
 from alphamed.cluster.processes import Process
 from alphamed.config import ConfigError
 
 LOCK_FILE = ".start.lock"          # held by whoever starts the run; the run directory itself has one more, the writer's
+POLL_S = 0.05
 MAX_TEMPORARY_CHARS = 20
 """Unix sockets may have paths of 107 bytes; Ray and ZeroMQ put up to 85 below the temporary folder."""
 ACTOR_LOGS = ("worker-*.out", "worker-*.err", "raylet.err", "gcs_server.err")
@@ -57,23 +60,26 @@ class CleanUp:
 
 
 class Lock:
-    """Only one start of a run at a time. The kernel lets go of it when the holder dies, however it dies."""
+    """Only one start of a run at a time. The kernel lets go of it when the holder dies, however it dies. `what` and `mend`
+    say in errors which setting names the folder, and what else to give."""
 
-    def __init__(self, run_dir: Path):
+    def __init__(self, run_dir: Path, what: str = "run", mend: str = "give another run.name"):
         self._path = run_dir / LOCK_FILE
+        self._what, self._mend = what, mend
         self._file = None
 
-    def take(self) -> None:
-        """Raises ConfigError where another start holds it."""
+    def take(self, wait_s: float = 0.0) -> None:
+        """Raises ConfigError where another start holds it, and does not let go of it within `wait_s`."""
         handle = open(self._path, "a+", encoding="utf-8")
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.seek(0)
-            holder = handle.read().strip() or "an unknown process"
-            handle.close()
-            raise ConfigError(f"run {self._path.parent}: already running ({holder}); wait for its end, end it, "
-                              f"or give another run.name") from None
+        deadline = time.monotonic() + wait_s
+        while not _locked(handle):
+            if time.monotonic() >= deadline:
+                handle.seek(0)
+                holder = handle.read().strip() or "an unknown process"
+                handle.close()
+                raise ConfigError(f"{self._what} {self._path.parent}: already running ({holder}); wait for its end, end it, "
+                                  f"or {self._mend}")
+            time.sleep(POLL_S)
         handle.truncate(0)
         handle.write(f"pid {os.getpid()} on {socket.gethostname()}")
         handle.flush()
@@ -83,6 +89,14 @@ class Lock:
         if self._file:
             self._file.close()
             self._file = None
+
+
+def _locked(handle: IO[str]) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class Ledger:

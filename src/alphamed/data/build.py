@@ -14,6 +14,7 @@ from typing import Any
 from alphamed.config import ConfigError
 from alphamed.config_choices import BadRows
 from alphamed.data import adapters
+from alphamed.data.attributes import ATTRIBUTES
 from alphamed.data.card import describe, file_sha256, licences, markdown
 from alphamed.data.catalogue import SOURCES
 from alphamed.data.decisions import apply_files
@@ -144,20 +145,16 @@ def _read(built: Built, wanted: SourceRecipe, bad_rows: BadRows) -> None:
     """Add the questions of one source to the pool."""
     source = source_of(wanted)
     found: dict[str, str] = {}
-    levels = _levels(wanted.levels) if wanted.levels else {}
+    annotations = _annotations(wanted.levels) if wanted.levels else {}
     questions, problems = check_questions(_noting(_rows(source, wanted), found))
     if problems and bad_rows == BadRows.REFUSE:
         raise DataError(_refusal(problems, wanted.name), problems)
     if not questions:
         bad = f", all {len(problems)} rows are bad (the first: {problems[0]})" if problems else ""
         raise DataError(f"{wanted.name}: no usable question{bad}; mend the data")
-    if levels:
-        questions = [replace(q, level=levels.get(q.id, q.level)) for q in questions]
-        matched = sum(q.id in levels for q in questions)
-        built.steps.append(f"levels: {matched:,} of {len(questions):,} questions of {wanted.name} from {wanted.levels}")
-        if not matched:
-            raise DataError(f"{wanted.levels}: has no id of {wanted.name} (the first there: {next(iter(levels), 'none')}, "
-                            f"here: {questions[0].id}); annotate this set")
+    if annotations:
+        built.steps += _counted(annotations, questions, wanted)
+        questions = [replace(q, **annotations.get(q.id, {})) for q in questions]
     licence = wanted.licence or source.licence
     built.items += [Item(q, wanted.name, found.get(q.id, licence)) for q in questions]
     place = str(wanted.path) if wanted.path else f"{source.hub}@{source.revision or 'newest'}, split {source.split}"
@@ -199,24 +196,41 @@ def _noting(rows: Iterator[Row], licences_found: dict[str, str]) -> Iterator[Row
         yield row
 
 
-def _levels(path: Path) -> dict[str, int]:
-    """id -> level from a JSONL or Parquet file. Raises DataError."""
+def _annotations(path: Path) -> dict[str, dict[str, int]]:
+    """id -> field -> value of the attributes in a JSONL or Parquet file; ids without any are left out. Raises DataError."""
+    rows = _annotated_rows(path)
+    try:
+        found = {row["id"]: {one.field: one.checked(row[one.field]) for one in ATTRIBUTES
+                             if (one.field in row or one.field == "level") and row[one.field] is not None} for row in rows}
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: rows need id and level ({type(error).__name__}: {error}); annotate again") from None
+    return {i: values for i, values in found.items() if values}
+
+
+def _annotated_rows(path: Path) -> list[Mapping[str, Any]]:
     if path.suffix == ".parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq
         try:
-            rows = pq.read_table(path, columns=["id", "level"]).to_pylist()
+            names = pq.read_schema(path).names
+            columns = ["id", *(one.field for one in ATTRIBUTES if one.field in names or one.field == "level")]
+            return pq.read_table(path, columns=columns).to_pylist()
         except (pa.ArrowException, OSError, KeyError) as error:
             raise DataError(f"{path}: not a Parquet file with id and level ({error}); annotate again") from None
-    else:
-        try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: not a readable JSONL file ({error}); give one with id and level") from None
     try:
-        return {row["id"]: int(row["level"]) for row in rows if row["level"] is not None}
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: rows need id and level ({type(error).__name__}: {error}); annotate again") from None
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a readable JSONL file ({error}); give one with id and level") from None
+
+
+def _counted(annotations: Mapping[str, Mapping[str, int]], questions: Sequence[Question], wanted: SourceRecipe) -> list[str]:
+    """How many questions get each attribute, in words. Raises DataError where the annotations are those of another set."""
+    if not any(q.id in annotations for q in questions):
+        raise DataError(f"{wanted.levels}: has no id of {wanted.name} (the first there: {next(iter(annotations), 'none')}, "
+                        f"here: {questions[0].id}); annotate this set")
+    counts = {one.axis: sum(one.field in annotations.get(q.id, {}) for q in questions) for one in ATTRIBUTES}
+    return [f"{axis}: {count:,} of {len(questions):,} questions of {wanted.name} from {wanted.levels}"
+            for axis, count in counts.items() if count or axis == "levels"]
 
 
 def _refuse_shared_ids(items: Sequence[Item]) -> None:

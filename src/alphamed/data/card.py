@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from alphamed.data.attributes import ATTRIBUTES
 from alphamed.data.mixture import Item, length_words
 from alphamed.data.output import content_sha256
 from alphamed.records import Question
@@ -17,8 +18,7 @@ def describe(questions: Sequence[Question]) -> dict[str, Any]:
     """Counts, lengths and distributions of a set, as plain values."""
     return {"questions": len(questions), "content_sha256": content_sha256(questions),
             "sources": _counts(q.source or "unknown" for q in questions),
-            "levels": _counts(str(q.level) if q.level else "none" for q in questions),
-            "informativeness": _counts(str(q.informativeness) if q.informativeness else "none" for q in questions),
+            **{one.axis: _counts(str(one.of(q) or "none") for q in questions) for one in ATTRIBUTES},
             "options": _counts(str(len(q.options)) for q in questions),
             "answers": _counts(q.answer for q in questions),
             "with_context": sum(q.context is not None for q in questions),

@@ -25,6 +25,8 @@ from alphamed.data.text import draw
 from alphamed.observe.files import append_json, read_json_lines
 from alphamed.records import GenerationTask, Outcome, Question, Sampling, ScoredGroup
 
+SETTINGS_WAIT_S = 60.0
+"""Other shards hold the common settings for the blink of an eye; a dead machine's lock on a network disk may last."""
 LENGTH_EDGES = (50, 100, 200)
 """Tokens of the stem at which a longer bin begins: the paper's sets lie mostly below 50 (PubMedQA), up to 270 (MedMCQA) and
 between 30 and 400 (MedQA). Fixed, so that bins mean the same in every set."""
@@ -136,10 +138,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Returns the exit code. Raises ConfigError or DataError for a mistake in the input, before anything is started."""
-    from alphamed.cluster.failure import RunFailed
     from alphamed.evaluation import settings
-    from alphamed.evaluation.answers import Prompted, engine_tree, require_place
+    from alphamed.evaluation.answers import Prompted, engine_tree
     from alphamed.evaluation.command import check_sampling, config_of
+    from alphamed.evaluation.place import held
 
     shard, shards = _shard(options.shard)
     if options.samples < 1 or not options.temperature > 0:
@@ -149,23 +151,32 @@ def main(options: argparse.Namespace) -> int:
     questions = load_questions(options.questions, BadRows(options.bad_rows)).questions
     question_writer(options.out, [])                    # the suffix is one that can be written
     config, work = config_of(options, options.overrides), work_folder(options.out)
-    limit = options.max_tokens or config.rollout.max_response_tokens
-    config = engine_tree(config, work / f"shard-{shard}-of-{shards}", options.samples, limit)
+    limit, place = options.max_tokens or config.rollout.max_response_tokens, work / f"shard-{shard}-of-{shards}"
+    config = engine_tree(config, place, options.samples, limit)
     model = Prompted(config, questions)
     how = settings.asked(config, model.folder, options.samples, options.temperature, options.top_p, limit)
-    settings.require_same(work, how)
-    require_place(work)
-    settings.write(work, str(model.folder), how, {}, {}, options.command)
     mine = [question for question in questions if shard_of(question, shards) == shard]
+    with held(place):
+        with held(work, wait_s=SETTINGS_WAIT_S):        # other shards may start at the same time; none is refused for that
+            settings.require_same(work, how)
+            settings.write(work, str(model.folder), how, {}, {}, options.command)
+        return _carry_out(options, questions, mine, config, model, work / f"{place.name}.jsonl")
+
+
+def _carry_out(options: argparse.Namespace, questions: Sequence[Question], mine: Sequence[Question], config: Config,
+               model: Any, file: Path) -> int:
+    """Annotate the questions of this shard, `mine`; write the set where all of them are done. Returns the exit code."""
+    from alphamed.cluster.failure import RunFailed
+
     try:
-        _annotate(mine, config, options, model, work / f"shard-{shard}-of-{shards}.jsonl")
+        _annotate(mine, config, options, model, file)
     except RunFailed as error:
         print(f"{'error' if error.user_error else 'difficulty failed'}: {error}", file=sys.stderr)
         return 2 if error.user_error else 1
-    found = read_work(work, questions, options.samples)
+    found = read_work(file.parent, questions, options.samples)
     if len(found) < len(questions):
-        print(f"{work}: {len(found):,} of {len(questions):,} questions are annotated; {options.out} is written by the start "
-              f"that finds all of them done")
+        print(f"{file.parent}: {len(found):,} of {len(questions):,} questions are annotated; {options.out} is written by the "
+              f"start that finds all of them done")
         return 0
     write_set(options.out, questions, found, model.folder.resolve().name, options.informativeness)
     _tell(options.out, found)

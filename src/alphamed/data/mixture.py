@@ -11,12 +11,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from alphamed.data.attributes import ATTRIBUTES
 from alphamed.data.mcq import LEVELS
 from alphamed.data.recipe import BalanceRecipe, FilterRecipe, QuotaRecipe, Short
 from alphamed.data.sources import DataError
 from alphamed.data.stream import refers_to_options, shuffle_options
 from alphamed.data.text import draw, normalised_option
 from alphamed.records import Question
+
+ANNOTATE = "annotate them (alphamed data difficulty) and name the result as levels of the source"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +40,9 @@ def length_words(question: Question) -> int:
 def filtered(items: Iterable[Item], wanted: FilterRecipe) -> tuple[list[Item], Counter[str]]:
     """The items that pass, and per reason the number that does not (the first reason counts)."""
     patterns = [_pattern(text) for text in wanted.exclude]
-    kept, dropped = [], Counter()
-    for item in items:
+    pool, kept, dropped = list(items), [], Counter()
+    _require_annotated(pool, wanted)
+    for item in pool:
         reason = _reason(item.question, wanted, patterns)
         if reason is None:
             kept.append(item)
@@ -50,10 +54,10 @@ def filtered(items: Iterable[Item], wanted: FilterRecipe) -> tuple[list[Item], C
 def _reason(question: Question, wanted: FilterRecipe, patterns: Sequence[re.Pattern[str]]) -> str | None:
     if wanted.sources and not any(_is_of(question.source, name) for name in wanted.sources):
         return "source"
-    if wanted.levels and question.level not in wanted.levels:
-        return "level"
-    if wanted.informativeness and question.informativeness not in wanted.informativeness:
-        return "informativeness"
+    for attribute in ATTRIBUTES:
+        values = getattr(wanted, attribute.axis)
+        if values and attribute.of(question) not in values:
+            return attribute.field
     if not wanted.min_options <= len(question.options) <= wanted.max_options:
         return "options"
     if wanted.min_words or wanted.max_words:
@@ -63,6 +67,16 @@ def _reason(question: Question, wanted: FilterRecipe, patterns: Sequence[re.Patt
     if any(pattern.search(question.question) for pattern in patterns):
         return "excluded text"
     return None
+
+
+def _require_annotated(pool: Sequence[Item], wanted: FilterRecipe) -> None:
+    """Raises DataError where a filter asks for an attribute that no question has: that is a set without annotations, not
+    one without such questions."""
+    for attribute in ATTRIBUTES:
+        values = getattr(wanted, attribute.axis)
+        if values and pool and all(attribute.of(item.question) is None for item in pool):
+            raise DataError(f"filter.{attribute.axis}: {list(values)} is asked for, but no question carries "
+                            f"{attribute.field}; {ANNOTATE}")
 
 
 def _is_of(source: str | None, name: str) -> bool:
@@ -123,8 +137,9 @@ def mixed(items: Sequence[Item], quotas: Sequence[QuotaRecipe], seed: int, short
             if len(chosen) < count:
                 missing.append(f"{what}: {len(chosen)} of {count}")
     if missing and short == Short.REFUSE:
-        none = "" if any(item.question.level for item in items) or not any(q.per_level or q.levels for q in quotas) else \
-            "; no question has a level, annotate them (alphamed data difficulty) and name the result as levels of the source"
+        by_level = any(quota.per_level or quota.levels for quota in quotas)
+        none = f"; no question has a level, {ANNOTATE}" if by_level and items and not any(
+            item.question.level for item in items) else ""
         raise DataError(f"quotas: not enough questions ({', '.join(missing)}){none}; lower the quotas, or take what there "
                         f"is with short=take")
     return [item for item in items if item.question.id in taken], missing

@@ -42,7 +42,8 @@ class SourceRecipe(Section):
     licence: str | None = None
     """For sets that are not known; rows that carry a licence of their own keep it."""
     levels: Path | None = None
-    """JSONL or Parquet with `id` and `level`, over the levels that the questions carry."""
+    """JSONL or Parquet with `id`, `level` and, where known, `informativeness`, over what the questions carry: what `alphamed
+    data difficulty` writes."""
 
 
 class FilterRecipe(Section):

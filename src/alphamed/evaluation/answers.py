@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 from alphamed.cluster import guard, placement
 from alphamed.cluster.environment import enter, run_environment
 from alphamed.cluster.launch import owned
-from alphamed.config import Config, ConfigError
+from alphamed.config import Config
 from alphamed.data.prompts import PromptBuilder
 from alphamed.data.tokenizer import load_tokenizer
 from alphamed.model import ModelShape, check_context, read_shape, resolve
@@ -137,11 +137,3 @@ class Told:
         left = (self._total - self._already - self._done) / rate
         print(f"{self._what}: {self._already + self._done:,}/{self._total:,} questions, {rate:.2g} a second, "
               f"{left / 60:.0f} min left", file=sys.stderr, flush=True)
-
-
-def require_place(out: Path) -> None:
-    """Make the output folder before anything is started. Raises ConfigError where that can not be."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out: {out} can not be made ({error.strerror}); choose another folder") from None

@@ -10,7 +10,7 @@ from alphamed.config import Config, ConfigError
 from alphamed.config_choices import BadRows
 from alphamed.data.sources import DataError, load_questions
 from alphamed.data.text import draw
-from alphamed.evaluation.benchmarks import LoadedBenchmark, load_benchmark
+from alphamed.evaluation.benchmarks import LoadedBenchmark, check_name, load_benchmark
 from alphamed.evaluation.items import Asked
 from alphamed.evaluation.variants import VARIANTS
 from alphamed.records import Question
@@ -28,6 +28,8 @@ def asked_sets(names: Sequence[str], variants: Sequence[str], config: Config, st
             raise ConfigError(f"--variants: {variant!r} is not known; choose from {', '.join(VARIANTS)}")
     if len(set(names)) < len(names):
         raise ConfigError(f"--benchmarks: {next(n for n in names if names.count(n) > 1)!r} stands twice; give each once")
+    for name in names:
+        check_name(name)                        # all of them, before the first is fetched
     asked: list[Asked] = []
     sets: dict[str, dict[str, Any]] = {}
     for name in names:

@@ -60,17 +60,26 @@ class LoadedBenchmark:
 def load_benchmark(name: str) -> LoadedBenchmark:
     """A benchmark by NAME (from the hub), NAME=PATH (a local copy, in the hub's layout or in the schema), or a file of the
     schema. Bad rows are left out and reported; DataError where nothing can be read."""
+    check_name(name)
     known, equals, path = name.partition("=")
-    if equals or known in BENCHMARKS:
-        if known not in BENCHMARKS:
-            raise DataError(f"benchmark {known!r} is not known; choose from {', '.join(BENCHMARKS)}, or name a file without "
-                            f"NAME=")
+    if known in BENCHMARKS:
         return _known(BENCHMARKS[known], Path(path) if equals else None)
-    if not name.endswith((".jsonl", ".parquet")):
-        raise DataError(f"benchmark {name!r} is neither known ({', '.join(BENCHMARKS)}) nor a .jsonl or .parquet file; name "
-                        f"one of these")
     loaded = load_questions([name], BadRows.SKIP)
     return LoadedBenchmark(Path(name).stem, None, name, loaded.questions, loaded.skipped, _complaint(loaded.skipped))
+
+
+def check_name(name: str) -> None:
+    """Refuse, without asking a network, a name that is not known and a file or copy that is not there. Raises DataError."""
+    known, equals, path = name.partition("=")
+    if equals and known not in BENCHMARKS:
+        raise DataError(f"benchmark {known!r} is not known; choose from {', '.join(BENCHMARKS)}, or name a file without "
+                        f"NAME=")
+    if known not in BENCHMARKS and not name.endswith((".jsonl", ".parquet")):
+        raise DataError(f"benchmark {name!r} is neither known ({', '.join(BENCHMARKS)}) nor a .jsonl or .parquet file; name "
+                        f"one of these")
+    place = path if equals else None if known in BENCHMARKS else name
+    if place is not None and not Path(place).exists():
+        raise DataError(f"{place}: no such file or folder; name an existing one")
 
 
 def _known(source: QuestionSource, local: Path | None) -> LoadedBenchmark:

@@ -13,6 +13,7 @@ from alphamed.config import Config, ConfigError
 from alphamed.config_choices import PromptTemplate
 
 if TYPE_CHECKING:
+    from alphamed.evaluation.answers import Prompted
     from alphamed.evaluation.items import Asked, Item, Key
 
 NOT_GIVEN = {"samples": 1, "top_p": 1.0}
@@ -65,6 +66,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Returns the exit code. Raises ConfigError or DataError for a mistake in the input, before anything is started."""
+    from alphamed.evaluation.place import held
     from alphamed.evaluation.regrade import regrade, require_evaluation, told
 
     if options.against:
@@ -72,10 +74,10 @@ def main(options: argparse.Namespace) -> int:
     if options.regrade:
         _refuse_with_regrade(options)
         require_evaluation("--regrade", options.regrade)
-        regrade(options.regrade)
-        return told(options.regrade, options.against)
-    wanted = _wanted(options)
-    return _evaluate(wanted) or told(wanted.out, options.against)
+        with held(options.regrade, "--regrade"):
+            regrade(options.regrade)
+            return told(options.regrade, options.against)
+    return _evaluate(_wanted(options), options.against)
 
 
 def _refuse_with_regrade(options: argparse.Namespace) -> None:
@@ -90,12 +92,15 @@ def _refuse_with_regrade(options: argparse.Namespace) -> None:
 def _wanted(options: argparse.Namespace) -> Wanted:
     from alphamed.evaluation import ask
     from alphamed.evaluation.answers import engine_tree
+    from alphamed.model import local_folder, read_shape
     from alphamed.reward.rules import check_rule
 
     (names, overrides), (variants, more) = _split(options.benchmarks), _split(options.variants)
     check_sampling(options)
     config = config_of(options, [*overrides, *more, *options.overrides])
     check_rule(config.reward.name)
+    if (folder := local_folder(config.model.path)) is not None:
+        read_shape(folder)                          # before a benchmark is fetched for a model that can not be asked
     if not names and not config.evaluation.files:
         raise ConfigError("evaluation.files: [] leaves nothing to evaluate; name at least one file of questions there, or "
                           "give --benchmarks")
@@ -174,18 +179,29 @@ def _out(options: argparse.Namespace, config: Config) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
-def _evaluate(wanted: Wanted) -> int:
-    """Ask what has no answer yet; returns the exit code."""
-    from alphamed.cluster.failure import RunFailed
+def _evaluate(wanted: Wanted, against: Path | None) -> int:
+    """Check the model, then answer, grade and tell while no other start can change the folder; returns the exit code."""
     from alphamed.evaluation import ask, settings
-    from alphamed.evaluation.answers import Prompted, require_place
-    from alphamed.evaluation.items import finished, read_items, regraded
+    from alphamed.evaluation.answers import Prompted
+    from alphamed.evaluation.place import held
+    from alphamed.evaluation.regrade import told
 
-    config, truncated = wanted.config, wanted.config.reward.truncated
+    config = wanted.config
     model = Prompted(config, (asked.shown for asked in wanted.asked))
     if not config.evaluation.allow_overlap:
         ask.refuse_overlap(wanted.asked, wanted.trained_on)
     how = settings.asked(config, model.folder, wanted.samples, wanted.temperature, wanted.top_p, wanted.max_tokens)
+    with held(wanted.out):
+        return _answer(wanted, model, how) or told(wanted.out, against)
+
+
+def _answer(wanted: Wanted, model: Prompted, how: Mapping[str, Any]) -> int:
+    """Ask what has no answer yet; returns the exit code."""
+    from alphamed.cluster.failure import RunFailed
+    from alphamed.evaluation import settings
+    from alphamed.evaluation.items import finished, read_items, regraded
+
+    truncated = wanted.config.reward.truncated
     settings.require_same(wanted.out, how)
     found = read_items(wanted.out)
     if found and settings.read(wanted.out) is None:
@@ -193,7 +209,6 @@ def _evaluate(wanted: Wanted) -> int:
                           f"folder")
     kept = finished(wanted.asked, found, wanted.samples, truncated)
     _require_same_sets(wanted, found, kept)
-    require_place(wanted.out)
     settings.write(wanted.out, str(model.folder), how, {"truncated": str(truncated)}, wanted.sets, wanted.command)
     todo = [asked for asked in wanted.asked if asked.key not in kept]
     if kept:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from alphamed.config import ConfigError
+from alphamed.data.attributes import ATTRIBUTES
 from alphamed.evaluation.paired import Split, mcnemar, split_gain
 from alphamed.evaluation.score import Z_95, wilson
 from alphamed.evaluation.variants import VARIANTS, vote_of
@@ -31,7 +32,7 @@ class Answer:
     identity: tuple[Any, ...]
     key: str
     options: int                                   # that were shown; 0: none
-    level: int | None
+    attributes: Mapping[str, int | None]           # field -> value
     outcomes: tuple[Outcome, ...]
     letters: tuple[str | None, ...]
     votes: tuple[str | None, ...]                  # what each boxed answer counts as, see `variants.vote_of`
@@ -106,9 +107,12 @@ class AnsweredSet:
                  for letter, outcome in zip(answer.letters, answer.outcomes) if outcome in BOXED and letter]
         return Counter(letter for letter, _ in pairs), Counter(key for _, key in pairs)
 
-    def part(self, level: int | None) -> AnsweredSet:
-        """The questions of one level."""
-        return answered(self.name, [answer for answer in self.answers.values() if answer.level == level])
+    def parts(self, attribute: str) -> dict[int | None, AnsweredSet]:
+        """Value of an attribute -> the questions that have it, in order, those without one last."""
+        groups: dict[int | None, list[Answer]] = {}
+        for answer in self.answers.values():
+            groups.setdefault(answer.attributes[attribute], []).append(answer)
+        return {value: answered(self.name, groups[value]) for value in sorted(groups, key=lambda x: (x is None, x))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +181,8 @@ def read_answered(path: Path) -> dict[str, AnsweredSet]:
             found.setdefault(row["set"], {}).setdefault(row["id"], []).append(
                 {"outcome": Outcome(row["outcome"]), "letter": row["letter"], "tokens": int(row["tokens"]),
                  "text": row["text"], "question": row["question"], "options": dict(row["options"]),
-                 "answer": row["answer"], "level": row.get("level"), "context": row.get("context"),
+                 "answer": row["answer"], "context": row.get("context"),
+                 "attributes": {one.field: row.get(one.field) for one in ATTRIBUTES},
                  "hidden": bool(row.get("variant")) and VARIANTS[row["variant"]].hides_options})
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{path}: line {number} is no graded answer ({type(error).__name__}: {error}); evaluate "
@@ -189,6 +194,6 @@ def _answer(i: str, rows: Sequence[Mapping[str, Any]]) -> Answer:
     first = rows[0]
     identity = (first["question"], first["context"], tuple(first["options"].items()), first["answer"])
     votes = tuple(vote_of(row["letter"], row["text"]) if row["outcome"] in BOXED else None for row in rows)
-    return Answer(i, identity, first["answer"], 0 if first["hidden"] else len(first["options"]), first["level"],
+    return Answer(i, identity, first["answer"], 0 if first["hidden"] else len(first["options"]), first["attributes"],
                   tuple(row["outcome"] for row in rows), tuple(row["letter"] for row in rows), votes,
                   sum(row["tokens"] for row in rows), first["text"], first["question"])

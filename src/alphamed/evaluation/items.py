@@ -1,7 +1,7 @@
 """items.jsonl: one line for every response of an evaluation, with its text, so that it can be graded again at any time.
 
     {"set": "medqa+shuffled", "benchmark": "medqa", "variant": "shuffled", "id": ..., "sample": 0,
-     "question", "context", "options", "answer", "source", "level",        as it was graded
+     "question", "context", "options", "answer", "source", "level", "informativeness",      as it was graded
      "text", "finish_reason", "tokens",                                    what the model said
      "letter", "outcome"}                                                  what the grader makes of it
 
@@ -16,6 +16,7 @@ from typing import Any
 
 from alphamed.config import ConfigError
 from alphamed.config_choices import TruncatedReward
+from alphamed.data.attributes import values_of
 from alphamed.evaluation.variants import VARIANTS, free_letter, vote_of
 from alphamed.observe.files import read_json_lines
 from alphamed.records import FinishReason, Outcome, Question
@@ -109,7 +110,7 @@ def row(item: Item) -> dict[str, Any]:
     return {"set": asked.set, "benchmark": asked.benchmark, "variant": asked.variant, "id": question.id,
             "sample": item.sample, "question": question.question, "context": question.context,
             "options": dict(question.options), "answer": question.answer, "source": question.source,
-            "level": question.level, "letter": item.letter, "outcome": str(item.outcome),
+            **values_of(question), "letter": item.letter, "outcome": str(item.outcome),
             "finish_reason": str(item.finish_reason), "tokens": item.tokens, "text": item.text}
 
 
@@ -132,7 +133,7 @@ def _item(one: Mapping[str, Any]) -> Item:
     if variant is not None and variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is not known")
     question = Question(one["id"], one["question"], dict(one["options"]), one["answer"], one["context"], one["source"],
-                        one["level"])
+                        one["level"], one.get("informativeness"))         # older files have none
     if question.answer not in question.options:
         raise ValueError(f"its key {question.answer!r} is none of its options")
     return Item(Asked(one["benchmark"], variant, question), int(one["sample"]), str(one["text"]),

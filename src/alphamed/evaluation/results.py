@@ -1,9 +1,9 @@
 """results.json: what the items of an evaluation add up to. Pure.
 
 Per set (a benchmark, or `benchmark+variant`): `n` questions, `accuracy` with its 95% Wilson interval (`ci_low`, `ci_high`),
-shares of `unparseable`, `truncated` and `boxed` responses, accuracy among boxed ones, response lengths, the same by source
-and by level; with several samples a question also the majority vote, pass@k, and the accuracy of each run (run j: sample j
-of every question). Shares are fractions of 1, lengths tokens; None where there is nothing to divide by.
+shares of `unparseable`, `truncated` and `boxed` responses, accuracy among boxed ones, response lengths, the same by source,
+level and informativeness; with several samples a question also the majority vote, pass@k, and the accuracy of each run (run
+j: sample j of every question). Shares are fractions of 1, lengths tokens; None where there is nothing to divide by.
 """
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from alphamed.data.attributes import ATTRIBUTES
 from alphamed.evaluation.items import Item
 from alphamed.evaluation.sampling import bootstrap_mean, bootstrap_mean_of_means, pass_at_k, shown_ks, vote
 from alphamed.evaluation.score import wilson
@@ -28,7 +29,8 @@ def set_result(answers: Answers) -> dict[str, Any]:
     if samples > 1:
         found |= _of_samples(answers, samples)
     found["by_source"] = _parts(answers, lambda item: item.asked.question.source)
-    found["by_level"] = _parts(answers, lambda item: item.asked.question.level)
+    for one in ATTRIBUTES:
+        found[f"by_{one.field}"] = _parts(answers, lambda item, one=one: one.of(item.asked.question))
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from alphamed.config import ConfigError
 from alphamed.config_choices import BadRows
+from alphamed.data.attributes import values_of
 from alphamed.evaluation.score import Score, Share, percent, score
 from alphamed.observe.files import read_json_lines, replace_json, replace_json_lines
 from alphamed.records import GenerationTask, Question, Sampling, ScoredGroup
@@ -166,7 +167,7 @@ def read_items(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
 def _item(name: str, scored: ScoredGroup) -> dict[str, Any]:
     question, rollout = scored.group.question, scored.group.rollouts[0]
     return {"set": name, "id": question.id, "question": question.question, "options": dict(question.options),
-            "answer": question.answer, "level": question.level, "letter": scored.letters[0],
+            "answer": question.answer, **values_of(question), "letter": scored.letters[0],
             "outcome": str(scored.outcomes[0]), "finish_reason": str(rollout.finish_reason),
             "tokens": len(rollout.response_token_ids), "text": rollout.text}
 

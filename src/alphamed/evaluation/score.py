@@ -149,3 +149,8 @@ def _moved(before: Share, after: Share) -> str:
 
 def percent(value: float) -> str:
     return f"{100 * value:.1f}%"
+
+
+def points(share: float) -> str:
+    """A difference of shares in percentage points, with its sign."""
+    return f"{100 * share:+.1f}"

@@ -12,33 +12,42 @@ from pathlib import Path
 from typing import Any
 
 from alphamed.config import ConfigError
+from alphamed.data.attributes import ATTRIBUTES, Attribute
 from alphamed.data.output import json_writer, text_writer, write_all
-from alphamed.evaluation.score import percent
-from alphamed.observe.comparison import comparison, mix, points
+from alphamed.evaluation.score import percent, points
+from alphamed.observe.comparison import comparison, mix
 from alphamed.observe.figures import SMOOTH, SMOOTH_FROM, Figure
 from alphamed.observe.plots import STYLE, Series, gain_rows, line_chart, scatter
-from alphamed.observe.runs import ComparedRun, read_runs
+from alphamed.observe.runs import UNCHANGED, ComparedRun, read_runs
 
 MOST_CURVES = 12
 MOST_PAIRS = 60
+MOST_BESIDE = 5
+"""Runs drawn side by side at each level or bin of the evaluation questions; the table has all."""
 CURVES = (("reward/mean", "Reward",
            "Mean reward of a step's responses. Runs with different rewards can not be compared here.", "", None),
           ("reward/correct", "Accuracy in training", "Correct responses of a step.", "share", 1.0),
           ("response/tokens_mean", "Response length", "Tokens per response.", "", None))
-CSV_COLUMNS = ("set", "run", "control", "training_questions", "mean_level", "n", "before", "before_low", "before_high",
+MEANS = tuple(f"mean_{one.field}" for one in ATTRIBUTES)
+CSV_COLUMNS = ("set", "run", "control", "training_questions", *MEANS, "n", "before", "before_low", "before_high",
                "after", "after_low", "after_high", "difference", "difference_low", "difference_high", "p_mcnemar",
                "from_boxed", "from_among_boxed", "boxed_before", "boxed_after", "among_boxed_before", "among_boxed_after",
                "not_compared")
+PARTS_COLUMNS = ("set", "run", "control", "attribute", "value", "n", "after", "after_low", "after_high", "boxed_after",
+                 "among_boxed_after")
 
 
 def main(paths: Sequence[Path], out: Path, as_json: bool) -> int:
-    """Write the page and its numbers; print where, or the numbers. ConfigError for what can not be compared."""
+    """Write the page and its numbers; print where, or the numbers. ConfigError for what can not be compared.
+
+    FILE.csv has a line a run and evaluation set, FILE.parts.csv one a run, set and level or bin of its questions."""
     if out.suffix != ".html":
         raise ConfigError(f"--out: {str(out)!r} does not end in .html; name such a file")
     runs = read_runs(paths)
     found = comparison(runs)
     write_all({out: text_writer(render(runs, found)), out.with_suffix(".json"): json_writer(found),
-               out.with_suffix(".csv"): text_writer(table_csv(found))})
+               out.with_suffix(".csv"): text_writer(table_csv(found)),
+               out.with_suffix(".parts.csv"): text_writer(parts_csv(found))})
     print(json.dumps(found, ensure_ascii=False, indent=2) if as_json else "\n".join([*told(found), str(out)]))
     return 0
 
@@ -61,8 +70,8 @@ def render(runs: Sequence[ComparedRun], found: dict[str, Any]) -> str:
     return environment.get_template("compare.html.j2").render(
         found=found, runs={run["number"]: run for run in found["runs"]}, curves=training_curves(runs),
         gains={one["name"]: _gains(one, found) for one in found["sets"]},
-        sizes=_against(found, "questions", "size"), levels=_against(found, "mean_level", "level"),
-        pairs=shown, more_pairs=len(found["pairs"]) - len(shown), chart_style=STYLE,
+        sizes=_against(found, "questions", "size"), attributes=[_of_attribute(one, found) for one in ATTRIBUTES],
+        most_beside=MOST_BESIDE, pairs=shown, more_pairs=len(found["pairs"]) - len(shown), chart_style=STYLE,
         style=(folder / "report.css").read_text(encoding="utf-8"))
 
 
@@ -86,7 +95,7 @@ def _run_cells(found: dict[str, Any], number: int) -> dict[str, Any]:
     run = found["runs"][number - 1]
     training = run["training"] or {}
     return {"run": run["name"], "control": run["control"], "training_questions": training.get("questions"),
-            "mean_level": training.get("mean_level"), "not_compared": run["not_compared"]}
+            **{mean: training.get(mean) for mean in MEANS}, "not_compared": run["not_compared"]}
 
 
 def _result_cells(row: dict[str, Any]) -> dict[str, Any]:
@@ -102,6 +111,25 @@ def _result_cells(row: dict[str, Any]) -> dict[str, Any]:
                   "p_mcnemar": change["p"], "from_boxed": change["from_boxed"],
                   "from_among_boxed": change["from_among_boxed"]}
     return cells
+
+
+def parts_csv(found: dict[str, Any]) -> str:
+    """Accuracy after training by attribute of the evaluation questions: one line a set, run, attribute and value."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, PARTS_COLUMNS, lineterminator="\n", restval="")
+    writer.writeheader()
+    for one in found["sets"]:
+        for row in one["runs"]:
+            run = found["runs"][row["run"] - 1]
+            for attribute in ATTRIBUTES:
+                parts = row[f"by_{attribute.field}"]
+                for value, part in parts.items() if parts.keys() != {"none"} else ():
+                    low, high = part["interval"]
+                    writer.writerow({"set": one["name"], "run": run["name"], "control": run["control"],
+                                     "attribute": attribute.field, "value": value, "n": part["n"], "after": part["accuracy"],
+                                     "after_low": low, "after_high": high, "boxed_after": part["boxed"],
+                                     "among_boxed_after": part["among_boxed"]})
+    return file.getvalue()
 
 
 # --------------------------------------------------------------------------------------------------------------- charts
@@ -132,6 +160,29 @@ def _gains(one: dict[str, Any], found: dict[str, Any]) -> str | None:
     return gain_rows(rows) if rows else None
 
 
+def _of_attribute(attribute: Attribute, found: dict[str, Any]) -> dict[str, Any]:
+    """What the page says of an attribute: accuracy against its mean over the training questions, and by its values among
+    the evaluation questions: (set, values, rows, chart) for each set whose questions have several."""
+    by, parts = f"by_{attribute.field}", []
+    for one in found["sets"]:
+        rows = [row for row in one["runs"] if row[by]]
+        values = sorted({value for row in rows for value in row[by]}, key=lambda value: (value == "none", value.zfill(9)))
+        if len(values) > 1:
+            parts.append({"set": one["name"], "values": values, "rows": rows,
+                          "chart": _by_value(rows, by, found, attribute, one["chance"])})
+    return {"attribute": attribute, "charts": _against(found, f"mean_{attribute.field}", attribute.unit), "parts": parts,
+            "by": by}
+
+
+def _by_value(rows: Sequence[dict[str, Any]], by: str, found: dict[str, Any], attribute: Attribute,
+              chance: float | None) -> str | None:
+    """Accuracy after training of the first runs over the values of an attribute; None for a single value."""
+    marks = [(str(row["run"]), float(value), part["accuracy"], *part["interval"],
+              bool(found["runs"][row["run"] - 1]["control"]))
+             for row in rows[:MOST_BESIDE] for value, part in row[by].items() if value != "none"]
+    return scatter(marks, attribute.unit, chance) if len({x for _, x, *_ in marks}) > 1 else None
+
+
 def _against(found: dict[str, Any], key: str, x_title: str) -> list[Figure]:
     """Accuracy after training against a number of the training set, a figure an evaluation set; those in which all runs have
     the same number are left out."""
@@ -143,7 +194,7 @@ def _one_against(one: dict[str, Any], found: dict[str, Any], key: str, x_title: 
     for row in one["runs"]:
         run = found["runs"][row["run"] - 1]
         training = run["training"] or {}
-        if row["after"] and training.get(key) is not None and run["control"] != "unchanged model":
+        if row["after"] and training.get(key) is not None and run["control"] != UNCHANGED:
             marks.append((str(run["number"]), float(training[key]), row["after"]["accuracy"], *row["after"]["interval"],
                           bool(run["control"])))
     if len({x for _, x, *_ in marks}) < 2:

@@ -1,4 +1,5 @@
-"""The paper's three questions over a set of runs, as plain values: before and after, size and source mix, training level.
+"""The paper's three questions over a set of runs, as plain values: before and after, size and source mix, level and
+informativeness of the questions.
 
 Every claim of a gain stands beside the controls: runs whose reward or keys teach no medicine, and yet may lift a model
 ("Spurious Rewards", 2506.10947). Pure.
@@ -9,13 +10,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from alphamed.data.attributes import ATTRIBUTES
 from alphamed.evaluation.compare import AnsweredSet, Paired, holm, pair
-from alphamed.evaluation.score import percent
+from alphamed.evaluation.score import percent, points
+from alphamed.observe.apart import SIGNIFICANT, apart
+from alphamed.observe.apart import told as told_apart
 from alphamed.observe.files import finite
 from alphamed.observe.runs import ComparedRun
 from alphamed.observe.watch import collapse, collapse_words
 
-SIGNIFICANT = 0.05
 QUOTED_FLIPS = 6
 """Flipped questions quoted a pair and direction; all of their ids are in the numbers."""
 
@@ -27,8 +30,10 @@ def comparison(runs: Sequence[ComparedRun]) -> dict[str, Any]:
                                                                    if name in run.after or name in run.before]}
             for name in names]
     pairs = _pairs(runs, names)
-    found = {"runs": [_about(run) for run in runs], "sets": sets, "pairs": pairs}
-    return finite(found | {"verdict": verdict(runs, names), "warnings": _warnings(runs)})
+    about = {run.number: _about(run) for run in runs}
+    moved = apart(sets, pairs, about)
+    return finite({"runs": list(about.values()), "sets": sets, "pairs": pairs, "apart": moved,
+                   "verdict": verdict(runs, names, told_apart(moved, about)), "warnings": _warnings(runs)})
 
 
 # ------------------------------------------------------------------------------------------------------- what each run is
@@ -37,8 +42,8 @@ def _about(run: ComparedRun) -> dict[str, Any]:
     return {"number": run.number, "name": run.name, "path": str(run.path), "control": run.control, "model": run.model,
             "reward": run.reward, "steps": run.steps, "evaluated_after_step": run.after_step, "not_compared": run.reason,
             "training": training and {"questions": training.questions, "seen_only": training.seen_only,
-                                      "sources": dict(training.sources), "levels": dict(training.levels),
-                                      "mean_level": training.mean_level}}
+                                      "sources": dict(training.sources), **training.counts,
+                                      **{f"mean_{one.field}": training.mean(one.axis) for one in ATTRIBUTES}}}
 
 
 def _run_on_set(run: ComparedRun, name: str) -> dict[str, Any]:
@@ -46,9 +51,12 @@ def _run_on_set(run: ComparedRun, name: str) -> dict[str, Any]:
     paired = pair(before, after) if before and after and before is not after else None
     return {"run": run.number, "before": before and _answered(before), "after": after and _answered(after),
             "before_from": run.lent.get(name), "change": paired and _paired(paired),
-            "by_level": {} if after is None else {
-                "none" if level is None else str(level): _answered(after.part(level))
-                for level in sorted({one.level for one in after.answers.values()}, key=lambda x: (x is None, x))}}
+            **{f"by_{one.field}": _parts(after, one.field) for one in ATTRIBUTES}}
+
+
+def _parts(after: AnsweredSet | None, attribute: str) -> dict[str, Any]:
+    return {} if after is None else {"none" if value is None else str(value): _answered(part)
+                                     for value, part in after.parts(attribute).items()}
 
 
 def _answered(one: AnsweredSet) -> dict[str, Any]:
@@ -91,17 +99,17 @@ def _quoted(paired: Paired, first: AnsweredSet, second: AnsweredSet) -> list[dic
 
 
 # ---------------------------------------------------------------------------------------------------------------- in words
-def verdict(runs: Sequence[ComparedRun], names: Sequence[str]) -> list[str]:
-    """What the comparison allows one to say: every gain, what it is made of, and how it stands to the controls."""
-    sentences = [sentence for run in runs if run.control is None for name in names
-                 if (sentence := _claim(run, name, runs)) is not None]
-    sentences += [sentence for run in runs if (sentence := _apart(run, names)) is not None]
-    if not sentences:
-        return ["No run that means to teach has an evaluation before and after; nothing can be said of gains."]
-    if not any(run.control for run in runs):
-        sentences.append("No control is among these runs: rewards that teach no medicine (random, format_only, shuffled "
-                         "keys) lift some models too, so no gain here is shown to come from the questions.")
-    return sentences
+def verdict(runs: Sequence[ComparedRun], names: Sequence[str], moved_apart: Sequence[str]) -> list[str]:
+    """What the comparison allows one to say: every gain, what it is made of, how it stands to the controls, and what is
+    bought with a loss elsewhere (`moved_apart`, in sentences)."""
+    claims = [sentence for run in runs if run.control is None for name in names
+              if (sentence := _claim(run, name, runs)) is not None]
+    if not claims:
+        return ["No run that means to teach has an evaluation before and after; nothing can be said of gains.", *moved_apart]
+    if any(run.control for run in runs):
+        return [*claims, *moved_apart]
+    return [*claims, *moved_apart, "No control is among these runs: rewards that teach no medicine (random, format_only, "
+            "shuffled keys) lift some models too, so no gain here is shown to come from the questions."]
 
 
 def _claim(run: ComparedRun, name: str, runs: Sequence[ComparedRun]) -> str | None:
@@ -129,15 +137,6 @@ def _beside(run: ComparedRun, control: ComparedRun, name: str) -> str | None:
             f"{points(paired.difference)} points between them, p = {paired.p:.2g}.")
 
 
-def _apart(run: ComparedRun, names: Sequence[str]) -> str | None:
-    """Sets on which the run rose and sets on which it fell, both beyond chance."""
-    changes = {name: change for name in names if (change := _change(run, name)) is not None}
-    rose = [name for name, change in changes.items() if _moved(change) and change.difference > 0]
-    fell = [name for name, change in changes.items() if _moved(change) and change.difference < 0]
-    return (f"{run.name} moves its benchmarks apart: it gains on {', '.join(rose)} and loses on {', '.join(fell)}."
-            if rose and fell else None)
-
-
 def _moved(change: Paired) -> bool:
     """Whether the flips are split more unevenly than chance would have it."""
     return change.p < SIGNIFICANT
@@ -158,11 +157,6 @@ def _warnings(runs: Sequence[ComparedRun]) -> list[str]:
         others = [text for text in run.warnings if not text.startswith("One letter for all questions: on ")]
         found += [f"{run.name}: {text}" for text in (*own, *others)]
     return found
-
-
-def points(share: float) -> str:
-    """A difference of shares in percentage points, with its sign."""
-    return f"{100 * share:+.1f}"
 
 
 def mix(counts: dict[str, int], most: int = 6) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 class Past:
     """The visits to one question in order: (step, right responses, responses)."""
     source: str | None
-    level: int | None
+    attributes: Mapping[str, int | None]        # field -> value
     visits: list[tuple[int, int, int]] = field(default_factory=list)
 
     @property

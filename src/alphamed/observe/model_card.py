@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from alphamed.config import Config
+from alphamed.data.attributes import ATTRIBUTES, Attribute
 from alphamed.evaluation.score import Score
 from alphamed.observe import provenance
 from alphamed.observe.files import replace_text
@@ -62,8 +63,8 @@ def _data(record: Mapping[str, Any]) -> list[str]:
                   f"`{train['content_sha256']}`.", "",
                   "| source | questions |", "|---|---|", *(f"| {source} | {count:,} |" for source, count
                                                           in train["sources"].items()), "",
-                  "| level (1 easy, 6 hard) | questions |", "|---|---|",
-                  *(f"| {level} | {count:,} |" for level, count in train["levels"].items()), ""]
+                  *(line for one in ATTRIBUTES if set(train.get(one.axis, ())) - {"none"}
+                    for line in _counted(one, train[one.axis]))]
     else:
         lines += ["Number and sources of the questions were not recorded.", ""]
     if not files:
@@ -71,6 +72,11 @@ def _data(record: Mapping[str, Any]) -> list[str]:
     return [*lines, "| file | bytes | SHA-256 |", "|---|---|---|",
             *(f"| {Path(one['path']).name} | {one['bytes']:,} | `{one['sha256']}`"
               f"{' (of samples)' * (one['hashed'] != 'all')} |" for one in files)]
+
+
+def _counted(attribute: Attribute, counts: Mapping[str, int]) -> list[str]:
+    return [f"| {attribute.field} ({attribute.scale}) | questions |", "|---|---|",
+            *(f"| {value} | {count:,} |" for value, count in counts.items()), ""]
 
 
 def _evaluation(scores: Mapping[int, Mapping[str, Score]]) -> list[str]:

@@ -168,7 +168,7 @@ def scatter(points: Sequence[tuple[str, float, float, float, float, bool]], x_ti
     """Shares with intervals over some number: `points` is (label, x, value, low, high, whether it is a control). Points of
     equal x stand side by side; `chance` is a dotted line."""
     y = _linear_axis([0.0, 1.0], 1.0)
-    plane = _plane([x for _, x, *_ in points], y, WIDTH, UNNAMED)
+    plane = _plane(sorted({x for _, x, *_ in points}), y, WIDTH, UNNAMED)      # room beside each x, however many stand there
     parts = [_frame(plane, "share", x_title)]
     if chance is not None and math.isfinite(chance):
         parts.append(f'<line class="axis" stroke-dasharray="2 4" x1="{LEFT}" x2="{plane.end}" y1="{y.place(chance):.1f}" '

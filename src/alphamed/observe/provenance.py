@@ -140,9 +140,10 @@ def _processor() -> str:
 
 # ---------------------------------------------------------------------------------------------------------------- files
 def training_set(data: Sequence[Path]) -> dict[str, Any] | None:
-    """Number, sources, levels and a hash of the questions in training files, bad rows left out; None where they hold none
+    """Number, sources, attributes and a hash of the questions in training files, bad rows left out; None where they hold none
     (no run starts with such files)."""
     from alphamed.config_choices import BadRows
+    from alphamed.data.attributes import ATTRIBUTES
     from alphamed.data.card import describe
     from alphamed.data.sources import DataError, load_questions
 
@@ -150,7 +151,8 @@ def training_set(data: Sequence[Path]) -> dict[str, Any] | None:
         about = describe(load_questions(data, BadRows.SKIP).questions) if data else None
     except DataError:
         return None
-    return about and {key: about[key] for key in ("questions", "content_sha256", "sources", "levels")}
+    kept = ("questions", "content_sha256", "sources", *(one.axis for one in ATTRIBUTES))
+    return about and {key: about[key] for key in kept}
 
 
 def model_entries(folder: Path) -> list[dict[str, Any]]:

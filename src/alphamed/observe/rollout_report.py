@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alphamed.data.attributes import ATTRIBUTES
 from alphamed.evaluation.score import percent
 from alphamed.observe.figures import SMOOTH, SMOOTH_FROM, Figure
 from alphamed.observe.history import History, history
@@ -22,8 +23,10 @@ from alphamed.observe.watch import HABITS, SPOKEN, collapse, ends, warnings, wor
 ABSENT = ("No responses are recorded (logging.rollout_files: false, or the files were removed), so there are no numbers by "
           "level, source and question here, and nothing that would show rewards earned without reasoning.")
 MOST_CURVES = 6
-QUESTION_COLUMNS = ("id", "source", "level", "times_asked", "first_step", "last_step", "first_share_right",
-                    "last_share_right", "first_solved_step", "forgotten")
+KINDS = {one.axis: (one.field, one.scale) for one in ATTRIBUTES} | {"sources": ("source", "")}
+"""What responses are told by (`tally.PARTS`) -> its name, and what its numbers mean."""
+QUESTION_COLUMNS = ("id", "source", *(one.field for one in ATTRIBUTES), "times_asked", "first_step", "last_step",
+                    "first_share_right", "last_share_right", "first_solved_step", "forgotten")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +95,11 @@ def rollout_figures(steps: Sequence[StepTally], past: History) -> list[Figure]:
     blind = [one.chance / one.whole.responses if one.whole.responses else None for one in steps]
     add("among_boxed", "Right among boxed answers", "What the boxes are worth. Grey: picking letters blindly.",
         [Series("right", [one.whole.among_boxed.share for one in steps]), Series("blind", blind, colour=4)])
-    for key, title, caption, parts in (
-            ("levels", "Accuracy by level", "Correct responses to questions of a level, 1 easy to 6 hard.",
-             [one.levels for one in steps]),
-            ("sources", "Accuracy by source", "Correct responses to questions of a source.",
-             [one.sources for one in steps])):
+    for kind, (word, scale) in KINDS.items():
+        parts = [one.parts[kind] for one in steps]
         if len({name for part in parts for name in part}) > 1:
-            add(key, title, caption, _curves(parts))
+            add(kind, f"Accuracy by {word}", f"Correct responses to questions of one {word}{scale and f' ({scale})'}.",
+                _curves(parts))
     letters = sorted({letter for one in steps for letter in one.answers})
     if letters:
         add("letters", "Letters answered", "Share of each letter among the boxed answers. The keys are spread "
@@ -165,11 +166,11 @@ def _tables(found: Tally) -> list[Table]:
     edge, whole = ends(found.steps), together(found.steps)
     title = f"first {edge.steps} → last {edge.steps} steps" if edge.first else "all recorded steps"
     tables = []
-    for name, key in (("By level", "levels"), ("By source", "sources")):
-        parts = getattr(whole, key)
+    for kind, (word, _) in KINDS.items():
+        parts = whole.parts[kind]
         if len(parts) > 1:
-            first, last = (getattr(edge.first, key) if edge.first else None), getattr(edge.last, key)
-            tables.append(Table(name, f"{title}; 95% intervals count the questions, for responses to one question are "
+            first, last = (edge.first.parts[kind] if edge.first else None), edge.last.parts[kind]
+            tables.append(Table(f"By {word}", f"{title}; 95% intervals count the questions, for responses to one question are "
                                 "alike.",
                                 ("", "responses", "reward", "correct", "right among boxed", "tokens"),
                                 tuple(_part_row(part, parts, first, last) for part in sorted(parts))))
@@ -225,14 +226,15 @@ def numbers(found: Tally, past: History) -> dict[str, Any]:
     return {"recorded_steps": [{"step": one.step, **_part_json(one.whole), "chance": one.chance / one.whole.responses,
                                 "answers": dict(sorted(one.answers.items())), "keys": dict(sorted(one.keys.items())),
                                 "habits": {str(habit): count.share for habit, count in one.habits.items()},
-                                "levels": {name: _part_json(part) for name, part in sorted(one.levels.items())},
-                                "sources": {name: _part_json(part) for name, part in sorted(one.sources.items())}}
+                                **{kind: {name: _part_json(part) for name, part in sorted(parts.items())}
+                                   for kind, parts in one.parts.items()}}
                                for one in found.steps if one.whole.responses],
             "questions": {"asked": past.asked, "asked_again": past.again, "solved_at_once": past.at_once,
                           "solved_later": past.later, "never_solved": past.never, "could_be_forgotten": past.tested,
                           "forgotten": past.forgotten,
                           "sources": _counted(one.source or "unknown" for one in found.questions.values()),
-                          "levels": _counted(str(one.level or "none") for one in found.questions.values())}}
+                          **{one.axis: _counted(str(past.attributes[one.field] or "none")
+                                                for past in found.questions.values()) for one in ATTRIBUTES}}}
 
 
 def _part_json(part: Part) -> dict[str, Any]:
@@ -255,6 +257,6 @@ def questions_csv(found: Tally) -> str:
     writer.writerow(QUESTION_COLUMNS)
     for name, past in found.questions.items():
         (first, right, of), (last, last_right, last_of) = past.visits[0], past.visits[-1]
-        writer.writerow([name, past.source, past.level, len(past.visits), first, last, f"{right / of:.4f}",
+        writer.writerow([name, past.source, *past.attributes.values(), len(past.visits), first, last, f"{right / of:.4f}",
                          f"{last_right / last_of:.4f}", past.first_solved, int(past.forgotten)])
     return file.getvalue()

@@ -13,6 +13,7 @@ from typing import Any
 
 from alphamed.config import ConfigError
 from alphamed.config_file import load_tree
+from alphamed.data.attributes import ATTRIBUTES
 from alphamed.evaluation import settings
 from alphamed.evaluation.compare import AnsweredSet, read_answered
 from alphamed.evaluation.runner import read_asked
@@ -23,6 +24,7 @@ from alphamed.observe.rollout_report import numbers, tally_run
 
 ITEMS = "items.jsonl"
 """In a folder that `alphamed eval` wrote."""
+UNCHANGED = "unchanged model"
 CONTROL_REWARDS = {"random": "random reward", "format_only": "format-only reward"}
 
 
@@ -32,14 +34,13 @@ class TrainingSet:
     responses answer: at least so many."""
     questions: int
     sources: Mapping[str, int]
-    levels: Mapping[str, int]                   # "1".."6" and "none"
+    counts: Mapping[str, Mapping[str, int]]     # axis of an attribute -> value ("1", "2", ..., "none") -> questions
     seen_only: bool = False
 
-    @property
-    def mean_level(self) -> float | None:
-        """Of the questions that have a level; None where no question has one."""
-        counts = {int(level): count for level, count in self.levels.items() if level.isdecimal()}
-        return sum(level * count for level, count in counts.items()) / sum(counts.values()) if counts else None
+    def mean(self, axis: str) -> float | None:
+        """The mean of an attribute over the questions that have it; None where no question has, or nobody counted."""
+        counts = {int(value): count for value, count in self.counts[axis].items() if value.isdecimal()}
+        return sum(value * count for value, count in counts.items()) / sum(counts.values()) if counts else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ def control_of(tree: Mapping[str, Any]) -> str | None:
     if _get(tree, "data", "answer_keys") == "shuffled":
         found.append("shuffled keys")
     if _get(tree, "run", "stop_after") == 0:
-        found.append("unchanged model")
+        found.append(UNCHANGED)
     return ", ".join(found) or None
 
 
@@ -104,7 +105,7 @@ def _read_run(path: Path, number: int, name: str) -> ComparedRun:
     before = {name: sets for step in found if step == 0 for name, sets in found[step].items()}
     last = max(found, default=0)
     after = found[last] if last > 0 else {}
-    if control_of(tree) == "unchanged model":
+    if control_of(tree) == UNCHANGED:
         after = before
     responses, warned = _responses(path, steps)
     limit = _get(tree, "evaluation", "max_response_tokens") or _get(tree, "rollout", "max_response_tokens")
@@ -204,12 +205,17 @@ def _training_set(path: Path, responses: Mapping[str, Any] | None) -> TrainingSe
     told = (provenance.read(path) or {}).get("train")
     if told:
         try:
-            return TrainingSet(told["questions"], told["sources"], told["levels"])
+            return TrainingSet(told["questions"], told["sources"], _counts(told))
         except (KeyError, TypeError) as error:
             raise ConfigError(f"{path / 'provenance.json'}: train is not readable ({type(error).__name__}: {error}); move "
                               f"it away, and the training set is counted by its answers") from None
     seen = responses and responses["questions"]
-    return TrainingSet(seen["asked"], seen["sources"], seen["levels"], seen_only=True) if seen else None
+    return TrainingSet(seen["asked"], seen["sources"], _counts(seen), seen_only=True) if seen else None
+
+
+def _counts(told: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """Axis -> counts. Older versions counted levels only."""
+    return {one.axis: dict(told["levels"] if one.axis == "levels" else told.get(one.axis, {})) for one in ATTRIBUTES}
 
 
 def _get(tree: Mapping[str, Any], section: str, key: str | None = None) -> Any:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from alphamed.data.attributes import ATTRIBUTES, values_of
 from alphamed.evaluation.score import wilson
 from alphamed.observe.habits import Habit, habits
 from alphamed.observe.history import Past
@@ -18,6 +19,9 @@ from alphamed.records import Outcome, Question
 
 QUOTED = 2
 """Examples kept of each habit and letter, from the last step that has any, chosen by a hash."""
+
+PARTS = (*(one.axis for one in ATTRIBUTES), "sources")
+"""What responses are counted by, beside all of them together."""
 
 
 @dataclass(slots=True)
@@ -67,7 +71,7 @@ class Count:
 
 @dataclass(slots=True)
 class Part:
-    """What responses came to, of a step, of one level or of one source."""
+    """What responses came to, of a step, or of those to questions of one level, bin or source."""
     responses: int = 0
     reward: float = 0.0                                     # sum
     tokens: int = 0                                         # sum
@@ -95,12 +99,12 @@ class Part:
 
 @dataclass(slots=True)
 class StepTally:
-    """The counts of one step, or of several put together. `answers` are the letters of boxed responses, `keys` the right
-    letters of the same responses, so that the two can be compared; `chance` is the sum over all responses of 1 / options."""
+    """The counts of one step, or of several put together. `parts` has them by the kinds of PARTS. `answers` are the letters
+    of boxed responses, `keys` the right letters of the same responses, so that the two can be compared; `chance` is the sum
+    over all responses of 1 / options."""
     step: int
     whole: Part = field(default_factory=Part)
-    levels: dict[str, Part] = field(default_factory=dict)
-    sources: dict[str, Part] = field(default_factory=dict)
+    parts: dict[str, dict[str, Part]] = field(default_factory=lambda: {kind: {} for kind in PARTS})
     answers: Counter[str] = field(default_factory=Counter)
     keys: Counter[str] = field(default_factory=Counter)
     habits: dict[Habit, Count] = field(default_factory=lambda: {habit: Count() for habit in Habit})
@@ -108,9 +112,9 @@ class StepTally:
 
     def merge(self, other: StepTally) -> None:
         self.whole.merge(other.whole)
-        for mine, theirs in ((self.levels, other.levels), (self.sources, other.sources)):
+        for kind, theirs in other.parts.items():
             for name, part in theirs.items():
-                mine.setdefault(name, Part()).merge(part)
+                self.parts[kind].setdefault(name, Part()).merge(part)
         self.answers.update(other.answers)
         self.keys.update(other.keys)
         for habit, count in other.habits.items():
@@ -143,9 +147,9 @@ class Tally:
         found, candidates = StepTally(step), _Candidates(step)
         for group in groups:
             question, shown = group.question, Counter()
-            level, source = f"level {question.level}" if question.level else "no level", question.source or "no source"
-            for part in (found.whole, found.levels.setdefault(level, Part()), found.sources.setdefault(source, Part())):
-                part.add(group)
+            found.whole.add(group)
+            for kind, name in parts_of(question).items():
+                found.parts[kind].setdefault(name, Part()).add(group)
             found.chance += len(group.outcomes) / len(question.options)
             for j, (text, outcome) in enumerate(zip(group.texts, group.outcomes)):
                 for habit in habits(text, outcome):
@@ -155,7 +159,7 @@ class Tally:
             for habit in Habit:             # bare boxes are a share of boxed responses, as in METRICS
                 found.habits[habit].add(shown[habit], boxed if habit is Habit.BARE else len(group.outcomes))
             self._letters(found, group, candidates)
-            past = self.questions.setdefault(question.id, Past(question.source, question.level))
+            past = self.questions.setdefault(question.id, Past(question.source, values_of(question)))
             past.visits.append((step, group.outcomes.count(Outcome.CORRECT), len(group.outcomes)))
         self.steps.append(found)
         self.quotes |= candidates.chosen()
@@ -167,6 +171,12 @@ class Tally:
                 found.keys[group.question.answer] += 1
                 if outcome is Outcome.WRONG:
                     candidates.offer(letter, group, j)
+
+
+def parts_of(question: Question) -> dict[str, str]:
+    """Kind of PARTS -> the name under which a question counts: `level 3`, `no level`."""
+    values = {one.axis: f"{one.unit} {one.of(question)}" if one.of(question) else f"no {one.unit}" for one in ATTRIBUTES}
+    return values | {"sources": question.source or "no source"}
 
 
 def together(steps: Sequence[StepTally]) -> StepTally:

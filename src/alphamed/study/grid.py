@@ -12,10 +12,11 @@ from typing import Any
 
 from alphamed.config import Config, ConfigError
 from alphamed.config_file import build_config, dump_tree, load_tree, put, validated
+from alphamed.data.attributes import ATTRIBUTES
 from alphamed.data.catalogue import PRESETS, SOURCES
 from alphamed.data.mcq import LEVELS
 from alphamed.data.recipe import BuildRecipe
-from alphamed.study.spec import CONTROLS, Control, Grid, Study, StudyData
+from alphamed.study.spec import CONTROLS, DATA_AXES, Control, Grid, Study, StudyData
 
 MAX_NAME = 100
 """Characters of a run's name. A folder's name may have 255 bytes, and others are made from it."""
@@ -64,7 +65,7 @@ def plan_runs(study: Study) -> list[PlannedRun]:
 def _cells(grid: Grid, base: Mapping[str, Any], drawn: bool) -> Iterator[tuple[dict[str, Any], Control | None]]:
     """(axis -> value, control) of every run. `drawn`: seeds choose the evaluation questions; where they do not, one
     unchanged model stands for all seeds."""
-    axes = {name: values for name in ("sources", "sizes", "levels") if (values := getattr(grid.axes, name))}
+    axes = {name: values for name in DATA_AXES if (values := getattr(grid.axes, name))}
     axes |= grid.axes.settings
     seeds = grid.axes.seeds or ((base.get("run") or {}).get("seed"),)
     for name, values in (*axes.items(), ("seeds", seeds)):
@@ -115,10 +116,10 @@ def _with_folder(value: Any, folder: Path) -> Any:
 
 # ---------------------------------------------------------------------------------------------------------------- names
 def run_name(axes: Mapping[str, Any], control: Control | None) -> str:
-    """What is said of a run in its folder's name: `medqa+medmcqa-n1200-l1.2-lr1e-05-s1-random_reward`, with . for +."""
-    said = {"sources": "", "sizes": "n", "levels": "l", "seeds": "s"}
+    """What is said of a run in its folder's name: `medqa+medmcqa-n1200-l1.2-i3-lr1e-05-s1-random_reward`, with . for +."""
+    said = {"sources": "", "sizes": "n", "seeds": "s"} | {one.axis: one.short for one in ATTRIBUTES}
     parts = [said.get(key, key.rpartition(".")[2].replace("_", "")) + _said(value)
-             for key, value in axes.items() if not (key in ("sizes", "levels") and value == ALL)]
+             for key, value in axes.items() if not (key in DATA_AXES and key != "sources" and value == ALL)]
     text = "-".join([*parts, *([str(control)] if control else [])]) or "run"
     if len(text) > MAX_NAME:
         text = f"{text[:MAX_NAME - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
@@ -134,19 +135,20 @@ def _said(value: Any) -> str:
 
 # ----------------------------------------------------------------------------------------------------------------- data
 def _set_of(folder: Path, data: StudyData, axes: Mapping[str, Any]) -> Set:
-    size, levels, seed = axes.get("sizes", ALL), axes.get("levels", ALL), axes.get("seeds", 0)
-    recipe = recipe_of(data, folder, axes["sources"], None if size == ALL else size, () if levels == ALL else levels, seed)
-    slug = run_name({key: axes[key] for key in ("sources", "sizes", "levels", "seeds") if key in axes}, None)
+    size, seed = axes.get("sizes", ALL), axes.get("seeds", 0)
+    wanted = {one.axis: axes[one.axis] for one in ATTRIBUTES if axes.get(one.axis, ALL) != ALL}
+    recipe = recipe_of(data, folder, axes["sources"], None if size == ALL else size, wanted, seed)
+    slug = run_name({key: axes[key] for key in (*DATA_AXES, "seeds") if key in axes}, None)
     digest = hashlib.sha256(dump_tree(recipe.model_dump(mode="json")).encode()).hexdigest()[:8]
     return Set(folder / "data" / f"{slug}-{digest}.jsonl", recipe)
 
 
-def recipe_of(data: StudyData, folder: Path, sources: str, size: int | None, levels: tuple[int, ...],
+def recipe_of(data: StudyData, folder: Path, sources: str, size: int | None, wanted: Mapping[str, tuple[int, ...]],
               seed: int) -> BuildRecipe:
     """What `alphamed data build` is told for one combination of the axes. Raises ConfigError.
 
     `sources` is a preset, or names joined by +, of which each gives the same number of questions; with `per_level` the same
-    number of each level too.
+    number of each level too. `wanted`: axis of an attribute -> the values that questions may have.
     """
     own = {source.name: source.model_dump(mode="json") for source in data.sources}
     if data.medfacts is not None:
@@ -163,10 +165,10 @@ def recipe_of(data: StudyData, folder: Path, sources: str, size: int | None, lev
             raise ConfigError(f"sources: {name!r} is not known; choose from {', '.join([*own, *SOURCES, *PRESETS])}, or "
                               f"add it to data.sources")
     tree["sources"] = [_with_folder(own.get(name, {"name": name}), folder) for name in names]
-    if levels:
-        tree["filter"] = tree.get("filter", {}) | {"levels": list(levels)}
+    if wanted:
+        tree["filter"] = tree.get("filter", {}) | {axis: list(values) for axis, values in wanted.items()}
     if sources not in PRESETS and size:
-        tree["quotas"] = _quotas(names, size, levels, data.per_level)
+        tree["quotas"] = _quotas(names, size, wanted.get("levels", ()), data.per_level)
     return validated(BuildRecipe, tree | {"seed": seed})
 
 

@@ -12,9 +12,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from alphamed.config_sections import DottedName, NonNegative, Positive, PositiveFloat, Section
+from alphamed.data.attributes import ATTRIBUTES
 from alphamed.data.recipe import Level, SourceRecipe
 
-DATA_AXES = ("sources", "sizes", "levels")
+DATA_AXES = ("sources", "sizes", *(one.axis for one in ATTRIBUTES))
+"""What training sets differ in, in the order of a run's name."""
 All = Literal["all"]
 
 
@@ -38,11 +40,13 @@ CONTROLS: dict[Control, dict[str, Any]] = {
 
 
 class Axes(Section):
-    """The values that are crossed. `sources` names sets of `data`, several joined by +; `sizes` and `levels` choose among
-    their questions; `seeds` are those of the run and of the draws of its questions; `settings` holds any other key."""
+    """The values that are crossed. `sources` names sets of `data`, several joined by +; `sizes`, `levels` and
+    `informativeness` choose among their questions; `seeds` are those of the run and of the draws of its questions;
+    `settings` holds any other key."""
     sources: tuple[str, ...] = ()
     sizes: tuple[Positive | All, ...] = ()
     levels: tuple[Annotated[tuple[Level, ...], Field(min_length=1)] | All, ...] = ()
+    informativeness: tuple[Annotated[tuple[Positive, ...], Field(min_length=1)] | All, ...] = ()
     seeds: tuple[NonNegative, ...] = ()
     settings: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = {}
 
