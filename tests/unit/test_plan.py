@@ -291,7 +291,7 @@ def test_the_first_examples_fit_as_well(name):
     ({"parallel": {"pipeline": 5}}, "parallel.pipeline: 5", "parallel.pipeline=4"),
     ({"parallel": {"pipeline": 4, "virtual_pipeline": 3}}, "parallel.virtual_pipeline: 3", "parallel.virtual_pipeline=4"),
     ({"parallel": {"tensor": 16, "sequence": True}}, "parallel.tensor: 16", "parallel.tensor=8"),
-    ({"parallel": {"data": 12}}, "parallel: tensor x pipeline x data = 12", "parallel.data=16"),
+    ({"parallel": {"data": 12}}, "parallel: tensor 1 x data 12 x pipeline 1 = 12 ranks", "parallel.data=16"),
     ({"parallel": {"data": 4}, "rollout": {"engines": 12}, "cluster": {"nodes": 2}}, "cluster.nodes", "rollout.engines=8"),
     ({"parallel": {"data": 4}, "rollout": {"engines": 8}, "cluster": {"nodes": 1}}, "cluster.nodes", "rollout.engines=4"),
     ({"parallel": {"recompute": "selective", "share_prompts": False}}, "parallel.recompute: selective",
