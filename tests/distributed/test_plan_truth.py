@@ -37,6 +37,7 @@ open(sys.argv[2], "w").write(json.dumps(found))
 CASES = [[name] for name in BUILT] + [
     ["llama31_70b_8nodes", "parallel.virtual_pipeline=2"],
     ["qwen25_7b_1node", "parallel.distributed_optimizer=false"],
+    ["llama31_8b_1node", "parallel.context=2", "rollout.engines=1"],
     ["qwen25_7b_1node", "model.path=Qwen/Qwen2.5-3B-Instruct", "parallel.tensor=2", "parallel.pipeline=2"]]
 
 
@@ -67,7 +68,7 @@ def test_every_rank_holds_what_the_planner_says(built, case):
         assert planned["gradients"] == pytest.approx(4 * gradients, rel=1e-6)      # overlap cuts more buckets, each padded
         assert planned["optimizer"] == pytest.approx(12 * mine, rel=1e-5)          # padding is not stepped
         owned[stage] += mine
-    copies = 1 if p.distributed_optimizer else p.data
+    copies = 1 if p.distributed_optimizer else p.replicas
     assert owned == [p.tensor * copies * parameters.count(stage) for stage in stages]
 
 

@@ -105,9 +105,10 @@ def test_replayed_steps_in_two_parts(replays, straight):
 
 
 def test_replayed_steps_under_other_layouts(replays, straight):
-    """Two steps with tensor parallelism, then two with pipeline parallelism from the same checkpoint."""
+    """Two steps with tensor parallelism, then two with pipeline and context parallelism from the same checkpoint."""
     replays.train("layouts", "rollout.replay=recorded", "run.stop_after=2", "parallel.tensor=2", "parallel.sequence=true")
-    layouts = replays.train("layouts", "rollout.replay=recorded", "parallel.pipeline=2", "parallel.micro_batch_tokens=200")
+    layouts = replays.train("layouts", "rollout.replay=recorded", "parallel.pipeline=2", "parallel.context=2",
+                            "parallel.micro_batch_tokens=200")
     one, other = metrics(straight), metrics(layouts)
     for step in range(1, STEPS + 1):
         loss = one[step]["policy/loss"]

@@ -14,9 +14,10 @@ LIMIT_S = 8 * 60 + 90
 
 
 def test_a_recipe_is_simulated_within_its_time_and_leaves_nothing():
-    """Tensor and data ranks, a swapped reference, direct pushes."""
+    """Tensor, context and data ranks, a swapped reference, direct pushes."""
     command = [sys.executable, "-m", "alphamed.cli", "plan", "--config", "examples/recipes/llama31_8b_2nodes.yaml",
-               "--simulate", "sync.mode=direct", "parallel.reference=swapped"]
+               "--simulate", "sync.mode=direct", "parallel.reference=swapped", "parallel.context=2",
+               "parallel.data=2"]
     with clean_temporary() as environment:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S,
                               env=environment | {"PYTHONPATH": os.environ.get("PYTHONPATH", "")})
