@@ -154,9 +154,14 @@ class Layout:
         return self.tensor * self.context * self.data * self.pipeline
 
     @property
+    def replica(self) -> int:
+        """The number of this rank among those that hold the same parameters."""
+        return self.data_rank * self.context + self.context_rank
+
+    @property
     def first_replica(self) -> bool:
         """Whether this rank stands for all that hold the same parameters."""
-        return self.data_rank == self.context_rank == 0
+        return self.replica == 0
 
     @property
     def token_multiple(self) -> int:

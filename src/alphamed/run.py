@@ -181,7 +181,8 @@ class Run:
         import psutil
 
         tokens = sum(len(response) for group in rollouts.groups for response in group.responses)
-        found = {"time/step_s": time.monotonic() - self._step_began, "time/wall_s": self.state.wall_s,
+        step_s = time.monotonic() - self._step_began - stats.get("time/evaluate_s", 0.0)
+        found = {"time/step_s": step_s, "time/wall_s": self.state.wall_s,
                  "memory/rss_bytes": psutil.Process().memory_info().rss}
         found |= names.reduce_groups(rollouts.scored) if rollouts.scored else {}
         found |= dict(rollouts.metrics) | stats

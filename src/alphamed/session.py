@@ -210,7 +210,9 @@ def _evaluation(config: Config, prompts: PromptBuilder, engines: Engines | None,
 
     def begin_set(background: bool, name: str, tasks: Sequence[GenerationTask]) -> Callable[[], Sequence[ScoredGroup]]:
         key = f"evaluation of {name}"
-        engines.coordinator.begin(key, tasks, background)
+        if not background:                          # one set after another, each with a deadline of its own
+            return lambda: engines.coordinator.run(key, tasks).groups
+        engines.coordinator.begin(key, tasks, background=True)
         return lambda: engines.coordinator.finish(key).groups
 
     return lambda version, background: begin_evaluation(sets, prompts.render, partial(begin_set, background), limit, version)

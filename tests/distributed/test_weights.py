@@ -45,7 +45,8 @@ RESUMED = {1: {"single": {}, "single-plain": PLAIN},
            4: {"tp2-dp2": TP2 | DP2, "cp2-dp2": CP2 | DP2}}
 # name: (layout, the case of RESUMED whose checkpoint it loads)
 RESHARDED = {2: {"single-to-tp2": (TP2, "single"), "tp2-to-pp2": (PP2, "tp2"), "dp2-to-tp2": (TP2, "dp2"),
-                 "vpp2-to-dp2": (DP2, "vpp2"), "plain-to-tp2": (TP2 | PLAIN, "dp2-plain")},
+                 "vpp2-to-dp2": (DP2, "vpp2"), "plain-to-tp2": (TP2 | PLAIN, "dp2-plain"),
+                 "single-to-cp2": (CP2, "single"), "dp2-to-cp2": (CP2, "dp2"), "cp2-to-dp2": (DP2, "cp2")},
              4: {"dp2-to-tp2-pp2": (TP2 | PP2, "dp2"), "tp2-to-pp2-dp2": (PP2 | DP2, "tp2"),
                  "cp2-to-tp2-cp2": (TP2 | CP2, "cp2")}}
 

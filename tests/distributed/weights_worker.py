@@ -37,7 +37,8 @@ def make_config(case: dict):
     return build_config({
         "model": {"path": case["model"], "dtype": case.get("dtype", "fp32")}, "data": {"train": ["unused.jsonl"]},
         "prompt": {"max_tokens": 16}, "rollout": {"max_response_tokens": 16, "questions_per_step": 4},
-        "parallel": {"micro_batch_tokens": 32, **case["parallel"]}, "run": {"seed": case.get("seed", 1234)},
+        # room to round up, so that rows are cut alike in every layout
+        "parallel": {"micro_batch_tokens": 31 + case["parallel"].get("context", 1), **case["parallel"]}, "run": {"seed": case.get("seed", 1234)},
         "optimizer": {"lr": 1e-3, **case.get("optimizer", {})}, "cluster": {"device": "cpu", "trainer_threads": 1}})
 
 

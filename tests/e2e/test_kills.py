@@ -51,6 +51,7 @@ class KilledRun:
             "reward": {"name": "kill_rewards:share"},
             "parallel": {"tensor": 2},
             "checkpoint": {"every": 1},
+            "evaluation": {"files": [str(folder / "train.jsonl")], "allow_overlap": True, "every": 1},
             "logging": {"wandb": "off", "report": False, "export_hf": False},
             "cluster": {"device": "cpu"}}))
         self.process: subprocess.Popen | None = None
@@ -118,3 +119,5 @@ def test_the_same_command_continues_to_the_end(killed_run):
     assert run.process.returncode == 0, said
     steps = [json.loads(line)["step"] for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, wanted + 1))          # every step once, none lost, none twice
+    evaluated = sorted(int(path.stem.removeprefix("step_")) for path in (run.run_dir / "evaluations").glob("step_*.json"))
+    assert evaluated == steps                           # also those that a kill came in the midst of

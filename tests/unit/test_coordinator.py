@@ -119,32 +119,73 @@ def test_the_background_takes_what_others_leave_and_at_most_half():
     async def run():
         (engine,), _, coordinator = scene(concurrent=4)
         await coordinator.start()
-        await coordinator.submit("evaluation", [task(name, n=1) for name in "vwxyz"], 3, background=True)
+        await coordinator.submit("evaluation", [task(name, n=1) for name in "wxyz"], 3, background=True)
         await settle()
-        assert engine.asked == ["v", "w"]                       # half of 4, though nothing else waits
-        await coordinator.submit("step 1", [task(name) for name in "ab"], 3)
+        assert engine.asked == []                               # until the step has asked
+        await coordinator.submit("step 1", [task(name) for name in "abc"], 3)
         await settle()
-        assert engine.asked == ["v", "w", "a"]
-        engine.answer("v")
+        assert engine.asked == ["a", "b"]
+        engine.answer("a")
         await settle()
-        assert engine.asked == ["v", "w", "a"]                  # b waits for two places: x must not take this one
-        engine.answer("w")
+        assert engine.asked == ["a", "b", "c"]
+        engine.answer("b")
         await settle()
-        assert engine.asked == ["v", "w", "a", "b"]
-        engine.answer("a"), engine.answer("b")
+        assert engine.asked == ["a", "b", "c"]                  # two places are free, but c has the other half
+        engine.answer("c")
         await settle()
-        assert engine.asked == ["v", "w", "a", "b", "x", "y"]
+        assert engine.asked == ["a", "b", "c", "w", "x"]        # half of 4, though nothing else is there
         assert (await coordinator.collect("step 1", 1.0)).groups is not None
         assert (await coordinator.collect("evaluation", 0.0)).groups is None
         await settle()
-        assert engine.asked[-1] == "z"                          # waited for, it has the background no longer
-        for name in "xyz":
+        assert engine.asked[-2:] == ["y", "z"]                  # waited for, it has the background no longer
+        for name in "wxyz":
             engine.answer(name)
-        assert [one.group.group_id for one in (await coordinator.collect("evaluation", 1.0)).groups] == list("vwxyz")
+        assert [one.group.group_id for one in (await coordinator.collect("evaluation", 1.0)).groups] == list("wxyz")
     asyncio.run(run())
 
 
-def test_the_deadline_of_the_background_begins_when_it_is_waited_for():
+def test_no_place_is_taken_from_a_group_that_waits_for_several():
+    async def run():
+        (engine,), _, coordinator = scene(concurrent=8)
+        await coordinator.start()
+        await coordinator.submit("evaluation", [task(name, n=1) for name in "xy"], 3, background=True)
+        await coordinator.submit("step 1", [task("a", n=7), task("b", n=3)], 3)
+        await settle()
+        assert engine.asked == ["a"]                            # one place is free, b waits for three
+        engine.answer("a")
+        await settle()
+        assert engine.asked == ["a", "b", "x"]                  # 3 + 1 are half of 8
+    asyncio.run(run())
+
+
+def test_who_waits_for_one_set_of_an_evaluation_waits_for_all():
+    async def run():
+        (engine,), _, coordinator = scene(concurrent=4)
+        await coordinator.start()
+        for key, names in (("one", "vw"), ("two", "xyz")):
+            await coordinator.submit(key, [task(name, n=1) for name in names], 3, background=True)
+        await coordinator.collect("one", 0.0)
+        await settle()
+        assert engine.asked == ["v", "w", "x", "y"]
+    asyncio.run(run())
+
+
+def test_thousands_of_questions_in_the_background_wait_in_one_line():
+    async def run():
+        (engine,), _, coordinator = scene(concurrent=4)
+        await coordinator.start()
+        await coordinator.submit("evaluation", [task(str(i), n=1) for i in range(3000)], 3, background=True)
+        assert len(coordinator._jobs["evaluation"].work) == 4
+        for i in range(3000):
+            progress = await coordinator.collect("evaluation", 0.0)
+            await settle()
+            engine.answer(str(i))
+        progress = await coordinator.collect("evaluation", 5.0)
+        assert [one.group.group_id for one in progress.groups] == [str(i) for i in range(3000)]
+    asyncio.run(run())
+
+
+def test_the_deadline_begins_when_the_end_is_waited_for():
     async def run():
         (engine,), _, coordinator = scene(deadline_s=0.2)
         await coordinator.start()

@@ -38,10 +38,11 @@ class Follower:
     """The control of rank 1: never runs rank 0's function, gets what rank 0 is said to have found."""
     rank = 1
 
-    def __init__(self, answers=()):
-        self.answers = dict(answers)
+    def __init__(self, answers=(), told=None):
+        self.answers, self.told = dict(answers), [] if told is None else told
 
     def from_rank0(self, what, function):
+        self.told.append(what)
         return self.answers.get(what)
 
     def everywhere(self, what, function):
@@ -150,15 +151,19 @@ def test_a_run_writes_its_directory(tmp_path, capsys):
 
 
 def test_other_ranks_touch_no_file(tmp_path):
-    config = config_of(tmp_path)
-    run = Run.open(config, Follower())
+    config = config_of(tmp_path, evaluation={"files": ["e.jsonl"], "every": 3})
+    told: list[str] = []
+    run = Run.open(config, Follower({"beginning the evaluation after step 3": True}, told))
     run.begin(None)
     seen = []
     for step in run.steps():
+        run.finish_evaluation()
         run.record(rollouts_of(step), STATS, version=step + 1)
         seen.append((step, run.checkpoint(lambda state: None)))
-        assert run.evaluate(lambda background: None) is False
+        assert run.evaluate(lambda background: None) is (step == 3)
     run.finish()
+    assert told.index("beginning the evaluation after step 3") < told.index("the evaluation after step 3") < told.index(
+        "recording step 4")
     assert seen == [(1, False), (2, True), (3, False), (4, True)]        # the same decisions as on rank 0
     assert not config.run_dir.exists()
 
@@ -328,7 +333,7 @@ def test_an_evaluation_in_the_foreground_ends_before_the_next_step(tmp_path, set
     run.close()
 
 
-def test_the_time_limit_leaves_no_evaluation_behind(tmp_path):
+def test_a_run_that_ends_early_leaves_no_evaluation_behind(tmp_path):
     config = config_of(tmp_path, evaluation={"files": ["e.jsonl"], "every": 2})
     run = Run.open(config, Alone())
     run.begin(None)
@@ -336,7 +341,7 @@ def test_the_time_limit_leaves_no_evaluation_behind(tmp_path):
         run.finish_evaluation()
         run.record(rollouts_of(step), STATS, version=step)
         run.evaluate(lambda background: evaluation)
-        if step == 2:                                           # begun, and no further step
+        if step == 2:                                           # begun, and no further step: as at a time limit
             break
     run.evaluate(lambda background: evaluation, last=True)
     run.close()

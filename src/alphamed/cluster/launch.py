@@ -59,7 +59,7 @@ def plan_nodes(config: Config, nodes: Sequence[str], gpus_per_node: int) -> Node
                           f"{gpus_per_node} GPUs of a node; choose a divisor, an engine stays within its node")
     trainer, engine = -(-world // gpus_per_node), -(-wanted // gpus_per_node)
     if world > gpus_per_node and world % gpus_per_node:
-        raise ConfigError(f"parallel: tensor x pipeline x data = {world} ranks do not fill nodes of {gpus_per_node} "
+        raise ConfigError(f"parallel: {config.parallel.axes()} = {world} ranks do not fill nodes of {gpus_per_node} "
                           f"GPUs; choose a multiple of {gpus_per_node}")
     if len(nodes) < trainer + engine:
         raise ConfigError(
@@ -77,7 +77,7 @@ def check_world(config: Config, environment: Mapping[str, str]) -> None:
         return
     p, per_node = config.parallel, min(needed, config.cluster.gpus_per_node)
     raise ConfigError(
-        f"parallel: tensor {p.tensor} x pipeline {p.pipeline} x data {p.data} needs {needed} ranks, torchrun started "
+        f"parallel: {p.axes()} needs {needed} ranks, torchrun started "
         f"{present}; export PET_NNODES={-(-needed // per_node)} PET_NPROC_PER_NODE={per_node} (and PET_NODE_RANK, "
         f"PET_MASTER_ADDR on several nodes) or change parallel")
 

@@ -48,6 +48,7 @@ class Evaluation:
     policy_version: int
     results: tuple[SetResult, ...]
     seconds: float
+    """From its beginning until it was asked for and done; in the background the step beside it is in them."""
     max_tokens: int | None = None
     """Limit of a response."""
 

@@ -147,8 +147,8 @@ def _contents(policy: Policy, loading: bool, random_state: bool) -> dict[str, An
         layout = policy.layout
         contents["random"] = ShardedObject(
             "random", None if loading else _random_state(policy.runtime),
-            (layout.pipeline, layout.tensor, layout.context, layout.data),
-            (layout.pipeline_rank, layout.tensor_rank, layout.context_rank, layout.data_rank), replica_id=0)
+            (layout.pipeline, layout.tensor, layout.data * layout.context),
+            (layout.pipeline_rank, layout.tensor_rank, layout.replica), replica_id=0)
     return contents
 
 
@@ -219,7 +219,7 @@ def _set_random_state(state: dict[str, Any], runtime: Runtime) -> None:
 
 
 def _sizes(layout: Layout) -> dict[str, int]:
-    return {"tensor": layout.tensor, "pipeline": layout.pipeline, "data": layout.data,
+    return {"tensor": layout.tensor, "pipeline": layout.pipeline, "data": layout.data, "context": layout.context,
             "virtual_pipeline": layout.virtual_pipeline or 1}
 
 

@@ -27,7 +27,7 @@ SCALE = 0.1
 
 def miniature(shape: ModelShape, parallel: ParallelConfig, layers: int, max_positions: int) -> ModelShape:
     """The shape of `shape`'s small relative. `parallel`: the layout that `shape` is meant for."""
-    kv_heads = HEADS if shape.kv_heads == shape.heads else 1 if shape.kv_heads < parallel.tensor else HEADS // 2
+    kv_heads = HEADS if shape.kv_heads == shape.heads else 1 if shape.kv_heads < parallel.tensor * parallel.context else HEADS // 2
     return replace(shape, layers=layers, hidden=HEADS * HEAD_DIM, ffn=FFN, heads=HEADS, kv_heads=kv_heads, head_dim=HEAD_DIM,
                    vocab=VOCAB, max_positions=max_positions, bos_id=1, eos_ids=(2,), dtype="bfloat16")
 

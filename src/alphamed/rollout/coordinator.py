@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from alphamed.cluster.failure import RunFailed
@@ -49,6 +50,13 @@ class Arrivals:
     response_tokens: int                # of groups that left their engine meanwhile, graded or not
 
 
+class Standing(IntEnum):
+    """Which jobs go first."""
+    HELD = 0                            # in the background, until another job has begun
+    BACKGROUND = 1                      # after all others
+    FOREGROUND = 2
+
+
 @dataclass
 class Job:
     """The tasks of one step, or of one evaluation; or a feed, which gets more of them as it goes."""
@@ -56,7 +64,7 @@ class Job:
     tasks: dict[int, GenerationTask]
     version: int
     feed: bool = False
-    background: bool = False
+    standing: Standing = Standing.FOREGROUND
     awaited: float | None = None        # since when somebody waits for its end
     began: float = field(default_factory=time.monotonic)
     generated_at: float = 0.0
@@ -67,6 +75,7 @@ class Job:
     over: asyncio.Event = field(default_factory=asyncio.Event)
     news: asyncio.Event = field(default_factory=asyncio.Event)  # something to collect, or the end
     added: int = 0                                              # tasks so far, those handed out included
+    queued: int = 0                                             # of them, those that wait for an engine
     work: set[asyncio.Task] = field(default_factory=set)
 
     def progress(self) -> Progress:
@@ -83,6 +92,7 @@ class Job:
         """Take tasks in; returns their numbers."""
         numbers = range(self.added, self.added + len(tasks))
         self.added += len(tasks)
+        self.queued += len(tasks)
         self.tasks |= zip(numbers, tasks)
         self.places |= dict.fromkeys(numbers, QUEUED)
         return numbers
@@ -96,16 +106,10 @@ class Job:
         self.news.clear()
         return Arrivals(tuple(scored.values()), tokens)
 
-    @property
-    def yields(self) -> bool:
-        """Whether all others go first: in the background, until somebody waits for it."""
-        return self.background and self.awaited is None
-
     def left_s(self, deadline_s: float) -> float:
-        """Until the job is overdue: from its beginning on, for one in the background from when it is waited for."""
-        since = self.awaited if self.background else self.began
-        assert since is not None, f"{self.key}: nobody waits for it"
-        return max(0.0, since + deadline_s - time.monotonic())
+        """Until the job is overdue, from when its end is waited for: one in the background may have stood still before."""
+        assert self.awaited is not None, f"{self.key}: nobody waits for it"
+        return max(0.0, self.awaited + deadline_s - time.monotonic())
 
     def overdue(self, deadline_s: float) -> Overdue:
         missing = [f"{self.tasks[i].group_id} ({place})" for i, place in sorted(self.places.items())]
@@ -116,8 +120,8 @@ class Job:
 
 class RolloutCoordinator:
     """The actor. At most `concurrent` responses are sampled by an engine at once (always at least one group); the least
-    loaded engine is served first. A job in the background gets at most half of that, and only while no other task waits; when
-    its end is waited for it is a job like the others."""
+    loaded engine is served first. A job in the background waits until another has begun, then gets at most half of that, and
+    only while no other task waits. When its end is waited for, it and all of the background are jobs like the others."""
 
     def __init__(self, engines: Sequence[Engine], grader: ActorHandle, grader_pid: int, concurrent: int, deadline_s: float):
         self._engines = tuple(engines)
@@ -125,7 +129,6 @@ class RolloutCoordinator:
         self._concurrent, self._deadline_s = concurrent, deadline_s
         self._load = {engine.index: 0 for engine in self._engines}
         self._jobs: dict[str, Job] = {}
-        self._urgent = 0                            # tasks not of the background that wait for an engine
 
     async def start(self) -> int:
         """Returns the id of this process."""
@@ -135,7 +138,8 @@ class RolloutCoordinator:
     async def submit(self, key: str, tasks: Sequence[GenerationTask], version: int, background: bool = False) -> None:
         """Begin a job. `key` ("step 3") names it in `collect` and in errors."""
         assert key not in self._jobs, f"{key} was submitted before"
-        job = self._jobs[key] = Job(key, {}, version, background=background)
+        job = self._jobs[key] = Job(
+            key, {}, version, standing=Standing.HELD if background else Standing.FOREGROUND)
         if not tasks:
             job.over.set()
         self._begin(job, tasks)
@@ -148,8 +152,25 @@ class RolloutCoordinator:
         self._begin(job, tasks)
 
     def _begin(self, job: Job, tasks: Sequence[GenerationTask]) -> None:
-        for number in job.add(tasks):
-            self._spawn(job, self._serve(job, number))
+        numbers = job.add(tasks)
+        if job.standing == Standing.FOREGROUND:
+            self._promote(Standing.BACKGROUND)
+            for number in numbers:
+                self._spawn(job, self._serve(job, number))
+            return
+        left = iter(numbers)                        # thousands that wait would all wake up whenever a place is free
+        for _ in range(min(len(numbers), len(self._engines) * self._concurrent)):
+            self._spawn(job, self._serve_each(job, left))
+
+    async def _serve_each(self, job: Job, numbers: Iterator[int]) -> None:
+        for number in numbers:
+            await self._serve(job, number)
+
+    def _promote(self, standing: Standing) -> None:
+        """Jobs that stand lower rise to this."""
+        for job in self._jobs.values():
+            job.standing = max(job.standing, standing)
+        self._freed.set()
 
     async def deliver(self, key: str, timeout_s: float, left_s: float) -> Arrivals:
         """The groups of a feed that are done, after at most `timeout_s` of waiting for one. Raises RunFailed as `collect`
@@ -172,7 +193,8 @@ class RolloutCoordinator:
         await self._check_grader(job)
         if job.awaited is None:
             job.awaited = time.monotonic()
-            self._freed.set()
+        if job.standing < Standing.FOREGROUND:      # who waits for one set of an evaluation waits for all
+            self._promote(Standing.FOREGROUND)
         left = job.left_s(self._deadline_s)
         try:
             await asyncio.wait_for(job.over.wait(), min(timeout_s, left))
@@ -218,19 +240,24 @@ class RolloutCoordinator:
 
     async def _reserve(self, job: Job, samples: int) -> Engine:
         """The least loaded engine, as soon as it can take `samples` more."""
-        self._urgent += not job.background
-        try:
-            while True:
-                engine = min(self._engines, key=lambda engine: self._load[engine.index])
-                load, most = self._load[engine.index], self._concurrent // 2 if job.yields else self._concurrent
-                if not (job.yields and self._urgent) and (not load or load + samples <= most):
-                    self._load[engine.index] += samples
-                    return engine
-                self._freed.clear()
-                await self._freed.wait()
-        finally:
-            self._urgent -= not job.background
-            self._freed.set()                       # those in the background may have waited for this one
+        while True:
+            engine = min(self._engines, key=lambda engine: self._load[engine.index])
+            load, first = self._load[engine.index], job.standing == Standing.FOREGROUND
+            most = self._concurrent if first else self._concurrent // 2
+            if (first or self._may_begin(job)) and (not load or load + samples <= most):
+                self._load[engine.index] += samples
+                job.queued -= 1
+                if not job.queued:
+                    self._freed.set()               # those in the background have waited for this
+                return engine
+            self._freed.clear()
+            await self._freed.wait()
+
+    def _may_begin(self, job: Job) -> bool:
+        """Whether a job in the background may take what is free: no task of another waits for it."""
+        return job.standing == Standing.BACKGROUND and not any(
+            other.queued and not other.over.is_set() for other in self._jobs.values()
+            if other.standing == Standing.FOREGROUND)
 
     def _spawn(self, job: Job, coroutine) -> None:
         """Run a part of a job; the first failure ends the job."""
@@ -249,6 +276,7 @@ class RolloutCoordinator:
             job.failure = failure
             job.over.set()
             job.news.set()
+            self._freed.set()
             for task in tuple(job.work):
                 if failure:
                     task.cancel()
