@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from alphamed.config import Config, ConfigError
+from alphamed.config_choices import Recompute
 from alphamed.config_file import build_config, changed_config, load_config
 from alphamed.planner import advice, published
 from alphamed.planner.batch import batch_of, in_flight
@@ -212,8 +213,17 @@ def test_a_context_rank_has_a_part_of_a_row_and_of_the_optimizer():
     assert {cause: one[cause] for cause in ("activations", "logits", "weights", "gradients")} == {
         cause: two[cause] for cause in ("activations", "logits", "weights", "gradients")}
     assert one["optimizer"] == 2 * two["optimizer"]
-    # a token's 32 query heads and outputs, 8 key and value heads of 128: half of them goes to the other rank, in bf16
-    assert context_bytes(shared, batch_of(shared)) == batch_of(shared).micro.tokens / 2 * (2 * 32 + 2 * 8) * 128 / 2 * 2
+
+
+def test_what_context_ranks_exchange_and_keep():
+    """Llama-3.1-8B has 32 query and 8 key and value heads of 128: 4096 and 1024 elements a token, 2 bytes each."""
+    alone, shared, many = (job(parallel={"context": context}) for context in (1, 2, 16))
+    # rotated q and k beside the fused qkv; or q, k and v as exchanged in place of it, and the output once more
+    kept = [layer_bytes(one, Recompute.NONE)[0] - layer_bytes(one, Recompute.SELECTIVE)[0] for one in (alone, shared, many)]
+    assert kept == [2 * (4096 + 1024), 2 * 4096, 2 * (4096 + 2 * 1024)]        # 16 ranks: 8 more copies of k and of v
+    row = batch_of(shared).micro.tokens
+    # 2 ranks hold half a row each, and send half of their heads' q, k, v and outputs to the other
+    assert context_bytes(shared, batch_of(shared)) == pytest.approx(row / 2 * (4096 + 1024 + 1024 + 4096) / 2 * 2)
 
 
 def test_one_node_is_shared_and_what_is_left_idles():
