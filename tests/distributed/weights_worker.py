@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from alphamed.records import TokenGroup
+from groups import leave_all_but_the_default
 
 
 def token_groups(vocab: int) -> list[TokenGroup]:
@@ -179,21 +180,15 @@ class Rank:
 
 
 def main(cases: list[dict]) -> None:
-    from megatron.core import parallel_state
-
     from alphamed.megatron import runtime as runtimes
 
-    started = runtimes.start(make_config(cases[0]))
-    for number, case in enumerate(cases):
-        if number:                              # the same processes in another layout
-            parallel_state.destroy_model_parallel()
-            layout = runtimes._model_parallel(make_config(case))
-            started = runtimes.Runtime(layout, started.device, started.rank, started.world, started.cpu_group)
-        rank = Rank(case, started)
+    for case in cases:                          # the same processes in one layout after another
+        rank = Rank(case, runtimes.start(make_config(case)))
         for step in case["steps"]:
             rank.run(step)
-        dist.barrier(group=started.cpu_group)
-    runtimes.stop(started)
+        dist.barrier()
+        leave_all_but_the_default()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

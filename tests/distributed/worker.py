@@ -21,6 +21,7 @@ from alphamed.batching import attach, pack
 from alphamed.config_file import build_config
 from alphamed.megatron import runtime as runtimes
 from alphamed.model import read_shape
+from groups import leave_all_but_the_default
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,7 @@ def policy_of(case: Case, folder: Path, changes: dict | None = None):
     load_hf(folder, policy.model_chunks(), shape, policy.layout)
     policy.weights_changed()
     yield policy
-    from megatron.core import parallel_state
-    parallel_state.destroy_model_parallel()
+    leave_all_but_the_default()
 
 
 def packed(case: Case, policy, groups):
