@@ -21,10 +21,11 @@ from alphamed.data.decisions import apply_files
 from alphamed.data.decontaminate import Hit, find_hits
 from alphamed.data.mcq import Row, RowProblem, check_questions
 from alphamed.data.mixture import Item, balanced, drawn, filtered, mixed, relettered, shuffled
-from alphamed.data.output import json_writer, question_writer, text_writer, write_all
+from alphamed.data.output import (beside, check_places, check_suffix, json_writer, question_writer, text_writer,
+                                  write_all)
 from alphamed.data.recipe import BuildRecipe, Overlap, SourceRecipe
 from alphamed.data.sources import DataError, read_rows
-from alphamed.data.text import normalised, option_set
+from alphamed.data.text import counted, normalised, option_set
 from alphamed.data.upstream import QuestionSource, read_upstream
 from alphamed.records import Question
 
@@ -43,8 +44,21 @@ class Built:
     benchmarks: list[dict[str, Any]] = field(default_factory=list)
 
 
+def check(recipe: BuildRecipe, out: Path, config: Path | None = None) -> None:
+    """Refuse what shows before any question is read; `config` is the file that the recipe came from. Raises ConfigError and
+    DataError."""
+    check_places({"--out": out, "the card": card_path(out), "the card for people": beside(out, ".card.md")},
+                 _places_read(recipe) | {"--config": [config]})
+    check_suffix(out)
+
+
 def build(recipe: BuildRecipe) -> Built:
     """Everything but writing. Raises ConfigError and DataError."""
+    from alphamed.evaluation.benchmarks import check_names
+
+    check_names(recipe.against)
+    for wanted in recipe.sources:
+        source_of(wanted)
     built = Built([])
     for wanted in recipe.sources:
         _read(built, wanted, recipe.bad_rows)
@@ -91,12 +105,12 @@ def write(built: Built, recipe: BuildRecipe, out: Path, command: str) -> dict[st
         card["file_sha256"] = file_sha256(path)
 
     write_all({out: write_and_hash, card_path(out): lambda path: json_writer(card)(path),
-               out.with_suffix(".card.md"): lambda path: text_writer(markdown(card))(path)})
+               beside(out, ".card.md"): lambda path: text_writer(markdown(card))(path)})
     return card
 
 
 def card_path(out: Path) -> Path:
-    return out.with_suffix(".card.json")
+    return beside(out, ".card.json")
 
 
 def _card(built: Built, recipe: BuildRecipe, out: Path, command: str) -> dict[str, Any]:
@@ -111,11 +125,17 @@ def _card(built: Built, recipe: BuildRecipe, out: Path, command: str) -> dict[st
 
 def files_read(recipe: BuildRecipe) -> dict[str, str]:
     """Every local file that a recipe reads -> its SHA-256; of a folder all files in it. OSError where one is gone."""
-    places = [path for wanted in recipe.sources for path in (wanted.path, wanted.levels) if path is not None]
-    places += [*recipe.decisions, *(Path(path or name) for name, _, path in (one.partition("=") for one in recipe.against)
-                                    if path or name.endswith((".jsonl", ".parquet")))]
+    places = [place for part in _places_read(recipe).values() for place in part if place is not None]
     files = [file for place in places for file in (sorted(place.rglob("*")) if place.is_dir() else [place])]
     return {str(file): file_sha256(file) for file in files if not file.is_dir()}
+
+
+def _places_read(recipe: BuildRecipe) -> dict[str, list[Path | None]]:
+    """Part of the recipe -> the local files and folders it reads."""
+    from alphamed.evaluation.benchmarks import local_copy
+
+    return {"a source": [wanted.path for wanted in recipe.sources], "levels": [wanted.levels for wanted in recipe.sources],
+            "decisions": list(recipe.decisions), "against": [local_copy(name) for name in recipe.against]}
 
 
 def _version() -> str:
@@ -165,7 +185,7 @@ def _read(built: Built, wanted: SourceRecipe, bad_rows: BadRows) -> None:
 
 
 def _refusal(problems: Sequence[RowProblem], name: str) -> str:
-    more = f"; {len(problems) - 1:,} more bad rows" if len(problems) > 1 else ""
+    more = f"; {counted(len(problems) - 1, 'more bad row')}" if len(problems) > 1 else ""
     mend = "mend the data"
     if "answer" in problems[0].problem:
         mend = f"mend the data, say how {name} names answers (answer: letter, index, index1 or text)"
@@ -266,9 +286,9 @@ def _drop_repeats(built: Built) -> None:
 
 
 def _benchmarks(built: Built, recipe: BuildRecipe) -> dict[str, Sequence[Question]]:
-    from alphamed.evaluation.benchmarks import load_benchmark
+    from alphamed.evaluation.benchmarks import load_benchmarks
 
-    loaded = [load_benchmark(name) for name in recipe.against]
+    loaded = load_benchmarks(recipe.against)
     built.benchmarks = [{"name": one.name, "place": one.place, "questions": len(one.questions), "complaint": one.complaint}
                         for one in loaded]
     return {one.name: one.questions for one in loaded}
