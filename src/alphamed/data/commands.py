@@ -71,6 +71,7 @@ def _bad_rows(sub: argparse.ArgumentParser) -> None:
 def _build(options: argparse.Namespace) -> int:
     from alphamed.config_file import validated
     from alphamed.data import build
+    from alphamed.data.card import left_out
     from alphamed.data.recipe import BuildRecipe
     from alphamed.data.text import counted
 
@@ -84,6 +85,7 @@ def _build(options: argparse.Namespace) -> int:
         print(f"  {name}: {source['kept']:,} of {source['read']:,} from {source['place']}{bad}")
         if source["note"]:
             print(f"    {source['note']}")
+    print(f"  {left_out(card)}")
     for step in card["steps"]:
         print(f"  {step}")
     for benchmark in card["benchmarks"]:
@@ -130,8 +132,8 @@ def _add_source(sources: list[dict[str, Any]], text: str, given: dict[str, str])
     source = next((one for one in sources if one.get("name") == name), None)
     by_file_name = not equals and path and source is not None and source.get("path")
     if name in given or by_file_name:
-        raise ConfigError(f"--from: two sources are called {name} ({given.get(name) or source['path']} and {text}); give one "
-                          f"of them a name of its own, as NAME=PATH")
+        raise ConfigError(f"--from: two sources are called {name} ({given.get(name) or source['path']} and {text}); give "
+                          f"one of them a name of its own, as NAME=PATH")
     given[name] = text
     if source is None:
         sources.append({"name": name, "path": path or None})
@@ -192,6 +194,10 @@ def _suspects(options: argparse.Namespace) -> int:
     from alphamed.data.suspects import read_models, suspects
 
     check_places({"--out": options.out}, {"--questions": options.questions, "--items": options.items})
+    if options.models < 1:
+        raise ConfigError(f"--models: {options.models} is no number of models that can agree; give 1 or more")
+    if not 0 < options.share <= 1:
+        raise ConfigError(f"--share: {options.share:g} is not above 0 and at most 1; give for instance 0.6")
     questions = load_questions(options.questions, BadRows(options.bad_rows)).questions
     items = read_models(options.items)
     if options.items and len(items) < options.models:

@@ -57,14 +57,15 @@ def check_places(outputs: Mapping[str, Path | None], inputs: Mapping[str, Iterab
         if place in read:
             raise ConfigError(f"{name}: {path} is what {read[place][0]} reads; choose another file")
         if folder := next((place for place in place.parents if place in read and place.is_dir()), None):
-            raise ConfigError(f"{name}: {path} lies in {read[folder][1]}, which {read[folder][0]} reads; choose another place")
+            raise ConfigError(f"{name}: {path} lies in {read[folder][1]}, which {read[folder][0]} reads; choose another "
+                              f"place")
         if place in taken:
             raise ConfigError(f"{name}: {path} is what {taken[place]} writes; choose another file")
         taken[place] = name
 
 
 def beside(path: Path, suffix: str) -> Path:
-    """The neighbour of `path` with another suffix; a path that names no file stays as it is, for `check_places` to refuse."""
+    """The neighbour of `path` with another suffix; what names no file stays as it is, for `check_places` to refuse."""
     return path.with_suffix(suffix) if path.name else path
 
 

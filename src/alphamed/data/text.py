@@ -1,5 +1,5 @@
-"""Texts: how those of questions are compared (normalised forms, words, the fingerprint that names one version of a question),
-and counts in words."""
+"""How texts of questions are compared: normalised forms, words, and the fingerprint that names one version of a question.
+Also counts in words."""
 from __future__ import annotations
 
 import hashlib
