@@ -252,7 +252,7 @@ def _annotated_rows(path: Path) -> list[Mapping[str, Any]]:
             raise DataError(f"{path}: not a Parquet file with id and level ({error}); annotate again") from None
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a readable JSONL file ({error}); give one with id and level") from None
 
 

@@ -130,7 +130,7 @@ def _rows(path: Path) -> Iterator[Any]:
                     yield json.loads(line)
     except OSError as error:
         raise DataError(f"{path}: can not be read ({error.strerror}); name an existing items.jsonl") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSONL in UTF-8 ({error}); give an items.jsonl of `alphamed eval`") from None
 
 
