@@ -144,7 +144,13 @@ def test_annotations_without_informativeness_change_levels_only(suffix):
 
 @pytest.mark.parametrize("row, setting, words", [
     ({"level": 7}, "seed=0", "level 7 is not a whole number from 1 to 6"),
-    ({"level": 1, "informativeness": 0}, "seed=0", "informativeness 0 is not a whole number from 1 on"),
+    ({"level": 1, "informativeness": 0}, "seed=0", "informativeness 0 is not a whole number from 1 to 1000"),
+    ({"level": 1, "informativeness": 1001}, "seed=0", "informativeness 1001 is not a whole number from 1 to 1000"),
+    ({"level": float("inf")}, "seed=0", "level inf is not a whole number from 1 to 6"),
+    ({"level": float("nan")}, "seed=0", "level nan is not a whole number from 1 to 6"),
+    ({"level": 10**400}, "seed=0", "level 1000000000"),
+    ({"level": True}, "seed=0", "level True is not a whole number from 1 to 6"),
+    ({"level": None}, "seed=0", "levels.jsonl: holds no level and no informativeness of any question; annotate again"),
     ({"level": 2.5}, "seed=0", "level 2.5 is not a whole number"),
     ({"informativeness": 1}, "seed=0", "rows need id and level (KeyError: 'level')"),
     ({"level": 1}, "filter.informativeness=[2]",

@@ -238,6 +238,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(capsys, verb, name):
     (["decontaminate", "--train", "a.jsonl", "--against", "a.jsonl", "--out", "s.jsonl", "--report", "r.json",
       "--similarity", "7"], "--similarity: 7.0"),
     (["suspects", "--questions", "a.jsonl", "--items", "a.jsonl", "--out", "d.yaml"], "a.jsonl:1: no graded answer"),
+    (["suspects", "--questions", "a.jsonl", "--models", "0", "--out", "d.yaml"], "--models: 0 is no number of models"),
+    (["suspects", "--questions", "a.jsonl", "--models", "-3", "--out", "d.yaml"], "--models: -3 is no number of models"),
+    (["suspects", "--questions", "a.jsonl", "--share", "7", "--out", "d.yaml"], "--share: 7 is not above 0 and at most 1"),
+    (["suspects", "--questions", "a.jsonl", "--share", "nan", "--out", "d.yaml"], "--share: nan is not"),
     (["inspect", "none.jsonl"], "none.jsonl: no such file"), ([], "VERB"), (["bild"], "bild"),
 ])
 def test_mistakes_are_one_line(capsys, arguments, words):

@@ -6,7 +6,8 @@ import pytest
 from alphamed.config import ConfigError
 from alphamed.config_choices import BadRows
 from alphamed.config_file import dump_tree, load_tree, validated
-from alphamed.data.decisions import Decision, Decisions, Verdict, apply_decisions, merged, read_decisions
+from alphamed.data.decisions import (Decision, Decisions, Verdict, apply_decisions, apply_files, merged,
+                                     read_decisions)
 from alphamed.data.sources import DataError
 from alphamed.data.suspects import read_models, suspects
 from alphamed.data.text import fingerprint
@@ -77,11 +78,22 @@ def test_models_are_named_by_row_file_or_folder(tmp_path):
 
 
 @pytest.mark.parametrize("content, word", [('{"id": "a"}\n', ":1: no graded answer"), ("[]\n", ":1: no graded answer"),
-                                           ("{\n", "not JSONL")])
+                                           *((json.dumps({"id": "a", "letter": "A", "options": {"A": "x"}} | change) + "\n",
+                                              ":1: no graded answer") for change in (
+                                               {"options": None}, {"options": ["x"]}, {"id": ["a"]}, {"letter": ["A"]},
+                                               {"options": {"A": 7}}, {"letter": 1})),
+                                           ("{\n", "not JSONL"), ("[" * 100_000, "not JSONL")])
 def test_files_that_hold_no_graded_answers(tmp_path, content, word):
     (tmp_path / "x.jsonl").write_text(content)
     with pytest.raises(DataError, match=word):
         read_models([tmp_path / "x.jsonl"])
+
+
+def test_a_file_of_answers_given_twice_is_refused(tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps({"id": "a", "letter": None, "options": OPTIONS}) + "\n")
+    assert len(read_models([tmp_path / "x.jsonl"])["x"]) == 1
+    with pytest.raises(DataError, match="x.jsonl is given twice"):
+        read_models([tmp_path / "x.jsonl", tmp_path / "." / "x.jsonl"])
 
 
 # ----------------------------------------------------------------------------------------------------------- decisions
@@ -130,6 +142,17 @@ def test_templates_are_compared_by_their_options_only():
     pairs = [question(f"t{i}", "A", "Which pair is false?", {"A": f"a{i}", "B": f"b{i}"}) for i in range(299)]
     twin = question("twin", "B", "Which pair is false?", {"A": "a7", "B": "b7"})
     assert set(suspects([*pairs, twin], {})) == {"t7", "twin"}
+
+
+def test_decisions_on_questions_that_are_not_there_are_counted(tmp_path):
+    """Of three decisions one is on a question, which the first file takes out, and two are on none."""
+    tree = [decided("quarantine").model_dump(mode="json"),
+            *({"id": name, "fingerprint": "0" * 16} for name in ("gone", "of another set"))]
+    for name in ("d.yaml", "e.yaml"):
+        (tmp_path / name).write_text(dump_tree({"version": 1, "decisions": tree}))
+    questions, told = apply_files([question("a"), question("z")], [tmp_path / "d.yaml", tmp_path / "e.yaml"])
+    assert [q.id for q in questions] == ["z"]
+    assert [(one["quarantined"], one["open"], one["absent"]) for one in told] == [(1, 0, 2), (0, 0, 2)]
 
 
 def test_a_fix_that_names_no_option_is_refused():

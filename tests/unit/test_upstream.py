@@ -1,13 +1,16 @@
 """Public sets in their own layouts: every row of the tables through `datasets`, by hub name and from local copies."""
 import json
+import socket
+import time
 from dataclasses import replace
 
 import datasets
 import pytest
 import upstream_layouts as layouts
+from huggingface_hub import constants
 from upstream_layouts import hub_folder
 
-from alphamed.data import adapters
+from alphamed.data import adapters, upstream
 from alphamed.data.catalogue import PRESETS, SOURCES
 from alphamed.data.mcq import check_questions
 from alphamed.data.sources import DataError
@@ -172,6 +175,33 @@ def test_a_hub_that_does_not_answer_is_one_line(monkeypatch):
     assert str(error.value).startswith("medxpertqa: TsinghuaC3I/MedXpertQA at revision "
                                        "7e7c465a68eb2b866926bfa59c8c9d17a8daba65 can not be "
                                        "loaded from the hub (ConnectionError: 'no route')")
+
+
+def test_a_hub_whose_host_is_not_there_is_one_line_at_once(monkeypatch, tmp_path, capfd):
+    """Nothing listens at the port: the libraries would try six times over 23 s, with two lines for each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    start = time.monotonic()
+    with pytest.raises(DataError, match=f"no connection to {address}, no copy in the cache"):
+        load_benchmark("medqa")
+    assert time.monotonic() - start < 10 and capfd.readouterr() == ("", "")
+    assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE      # for that call only
+
+
+@pytest.mark.parametrize("proxies, listens, reachable", [({}, True, True), ({}, False, False), ({"http": "p:1"}, False, True),
+                                                         ({"all": "p:1"}, False, True), ({"https": "p:1"}, False, False)])
+def test_what_counts_as_a_network(monkeypatch, proxies, listens, reachable):
+    monkeypatch.setattr(upstream, "getproxies", lambda: proxies)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if listens:
+            server.listen()
+        assert upstream._reachable(f"http://127.0.0.1:{server.getsockname()[1]}/x") is reachable
 
 
 def test_the_hub_is_asked_for_the_pinned_revision(monkeypatch):

@@ -19,12 +19,13 @@ from alphamed.data.card import describe, file_sha256, licences, markdown
 from alphamed.data.catalogue import SOURCES
 from alphamed.data.decisions import apply_files
 from alphamed.data.decontaminate import Hit, find_hits
-from alphamed.data.mcq import Row, RowProblem, check_questions
-from alphamed.data.mixture import Item, balanced, drawn, filtered, mixed, relettered, shuffled
-from alphamed.data.output import json_writer, question_writer, text_writer, write_all
-from alphamed.data.recipe import BuildRecipe, Overlap, SourceRecipe
+from alphamed.data.mcq import Row, RowProblem, check_questions, short
+from alphamed.data.mixture import Item, balanced, commonest_answer, drawn, filtered, mixed, relettered, shuffled
+from alphamed.data.output import (beside, check_places, check_suffix, json_writer, question_writer, text_writer,
+                                  write_all)
+from alphamed.data.recipe import BalanceRecipe, BuildRecipe, Overlap, SourceRecipe
 from alphamed.data.sources import DataError, read_rows
-from alphamed.data.text import normalised, option_set
+from alphamed.data.text import counted, normalised, option_set
 from alphamed.data.upstream import QuestionSource, read_upstream
 from alphamed.records import Question
 
@@ -33,37 +34,54 @@ SHOWN_PROBLEMS = 20
 
 @dataclass
 class Built:
-    """A set on its way: the items that are left, and in `steps` what happened to the others."""
+    """A set on its way: the items that are left, and in `steps` what happened, in words. Items leave by `keep` only."""
     items: list[Item]
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
     steps: list[str] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Step -> how many questions it left out. Together with `items` they make up what was read."""
     overlaps: dict[str, str] = field(default_factory=dict)
     """Question id -> benchmark questions it repeats, where `overlap: flag` keeps it."""
     decisions: list[dict[str, Any]] = field(default_factory=list)
     benchmarks: list[dict[str, Any]] = field(default_factory=list)
 
+    def keep(self, step: str, items: list[Item]) -> int:
+        """Go on with these of the items; returns how many that leaves out."""
+        count = len(self.items) - len(items)
+        self.left_out[step] = self.left_out.get(step, 0) + count
+        self.items = items
+        return count
+
+
+def check(recipe: BuildRecipe, out: Path, config: Path | None = None) -> None:
+    """Refuse what shows before any question is read; `config` is the file that the recipe came from. Raises ConfigError and
+    DataError."""
+    check_places({"--out": out, "the card": card_path(out), "the card for people": beside(out, ".card.md")},
+                 _places_read(recipe) | {"--config": [config]})
+    check_suffix(out)
+
 
 def build(recipe: BuildRecipe) -> Built:
     """Everything but writing. Raises ConfigError and DataError."""
+    from alphamed.evaluation.benchmarks import check_names
+
+    check_names(recipe.against)
+    for wanted in recipe.sources:
+        source_of(wanted)
     built = Built([])
     for wanted in recipe.sources:
         _read(built, wanted, recipe.bad_rows)
     _refuse_shared_ids(built.items)
     _decide(built, recipe)
-    built.items, dropped = filtered(built.items, recipe.filter)
+    items, dropped = filtered(built.items, recipe.filter)
+    built.keep("filter", items)
     built.steps += [f"filter: {count:,} left out by {reason}" for reason, count in sorted(dropped.items())]
     if recipe.drop_repeats:
         _drop_repeats(built)
     benchmarks = _benchmarks(built, recipe)
     if benchmarks and recipe.overlap == Overlap.DROP:
         _drop_overlap(built, find_hits([item.question for item in built.items], benchmarks, recipe.similarity))
-    for wanted in recipe.balance:
-        built.items, count = balanced(built.items, wanted, recipe.seed)
-        built.steps.append(f"balance: {count:,} questions of {wanted.source} left out, so that no answer makes up more than "
-                           f"{wanted.max_share:.0%}")
-    built.items, missing = mixed(built.items, recipe.quotas, recipe.seed, recipe.short)
-    built.steps += [f"quotas: {text}" for text in missing]
-    built.items = drawn(built.items, recipe.size, recipe.seed)
+    _draw(built, recipe)
     if not built.items:
         raise DataError(f"no question is left ({'; '.join(built.steps) or 'the sources hold none'}); loosen the filter or "
                         f"the quotas")
@@ -73,7 +91,9 @@ def build(recipe: BuildRecipe) -> Built:
     if recipe.shuffle:
         built.items = shuffled(built.items, recipe.seed)
     if recipe.shuffle_options:
-        built.items = relettered(built.items, recipe.seed)
+        built.items, as_they_were = relettered(built.items, recipe.seed)
+        referring = f"; {as_they_were:,} left as they were, their options refer to one another" if as_they_were else ""
+        built.steps.append(f"letters: options put in a new order{referring}")
     return built
 
 
@@ -91,31 +111,40 @@ def write(built: Built, recipe: BuildRecipe, out: Path, command: str) -> dict[st
         card["file_sha256"] = file_sha256(path)
 
     write_all({out: write_and_hash, card_path(out): lambda path: json_writer(card)(path),
-               out.with_suffix(".card.md"): lambda path: text_writer(markdown(card))(path)})
+               beside(out, ".card.md"): lambda path: text_writer(markdown(card))(path)})
     return card
 
 
 def card_path(out: Path) -> Path:
-    return out.with_suffix(".card.json")
+    return beside(out, ".card.json")
 
 
 def _card(built: Built, recipe: BuildRecipe, out: Path, command: str) -> dict[str, Any]:
     kept = licences(built.items)
     for name, source in built.sources.items():
         source |= {"kept": sum(kept.get(name, {}).values()), "licences": kept.get(name, {})}
+    counts = {"read": sum(source["read"] for source in built.sources.values()), "left_out": built.left_out,
+              "kept": len(built.items)}
     return {"name": out.stem, "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), "alphamed": _version(),
             "command": command, "file": out.name, "set": describe([item.question for item in built.items]),
-            "sources": built.sources, "steps": built.steps, "decisions": built.decisions, "benchmarks": built.benchmarks,
+            "sources": built.sources, "counts": counts, "steps": built.steps, "decisions": built.decisions,
+            "benchmarks": built.benchmarks,
             "files": files_read(recipe), "recipe": recipe.model_dump(mode="json")}
 
 
 def files_read(recipe: BuildRecipe) -> dict[str, str]:
     """Every local file that a recipe reads -> its SHA-256; of a folder all files in it. OSError where one is gone."""
-    places = [path for wanted in recipe.sources for path in (wanted.path, wanted.levels) if path is not None]
-    places += [*recipe.decisions, *(Path(path or name) for name, _, path in (one.partition("=") for one in recipe.against)
-                                    if path or name.endswith((".jsonl", ".parquet")))]
+    places = [place for part in _places_read(recipe).values() for place in part if place is not None]
     files = [file for place in places for file in (sorted(place.rglob("*")) if place.is_dir() else [place])]
     return {str(file): file_sha256(file) for file in files if not file.is_dir()}
+
+
+def _places_read(recipe: BuildRecipe) -> dict[str, list[Path | None]]:
+    """Part of the recipe -> the local files and folders it reads."""
+    from alphamed.evaluation.benchmarks import local_copy
+
+    return {"a source": [wanted.path for wanted in recipe.sources], "levels": [wanted.levels for wanted in recipe.sources],
+            "decisions": list(recipe.decisions), "against": [local_copy(name) for name in recipe.against]}
 
 
 def _version() -> str:
@@ -145,14 +174,14 @@ def _read(built: Built, wanted: SourceRecipe, bad_rows: BadRows) -> None:
     """Add the questions of one source to the pool."""
     source = source_of(wanted)
     found: dict[str, str] = {}
-    annotations = _annotations(wanted.levels) if wanted.levels else {}
+    annotations = _annotations(wanted.levels) if wanted.levels else None
     questions, problems = check_questions(_noting(_rows(source, wanted), found))
     if problems and bad_rows == BadRows.REFUSE:
         raise DataError(_refusal(problems, wanted.name), problems)
     if not questions:
         bad = f", all {len(problems)} rows are bad (the first: {problems[0]})" if problems else ""
         raise DataError(f"{wanted.name}: no usable question{bad}; mend the data")
-    if annotations:
+    if annotations is not None:
         built.steps += _counted(annotations, questions, wanted)
         questions = [replace(q, **annotations.get(q.id, {})) for q in questions]
     licence = wanted.licence or source.licence
@@ -165,7 +194,7 @@ def _read(built: Built, wanted: SourceRecipe, bad_rows: BadRows) -> None:
 
 
 def _refusal(problems: Sequence[RowProblem], name: str) -> str:
-    more = f"; {len(problems) - 1:,} more bad rows" if len(problems) > 1 else ""
+    more = f"; {counted(len(problems) - 1, 'more bad row')}" if len(problems) > 1 else ""
     mend = "mend the data"
     if "answer" in problems[0].problem:
         mend = f"mend the data, say how {name} names answers (answer: letter, index, index1 or text)"
@@ -204,7 +233,11 @@ def _annotations(path: Path) -> dict[str, dict[str, int]]:
                              if (one.field in row or one.field == "level") and row[one.field] is not None} for row in rows}
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: rows need id and level ({type(error).__name__}: {error}); annotate again") from None
-    return {i: values for i, values in found.items() if values}
+    found = {i: values for i, values in found.items() if values}
+    if not found:
+        raise DataError(f"{path}: holds no {' and no '.join(one.field for one in ATTRIBUTES)} of any question; annotate "
+                        f"again, or name no levels")
+    return found
 
 
 def _annotated_rows(path: Path) -> list[Mapping[str, Any]]:
@@ -219,7 +252,7 @@ def _annotated_rows(path: Path) -> list[Mapping[str, Any]]:
             raise DataError(f"{path}: not a Parquet file with id and level ({error}); annotate again") from None
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a readable JSONL file ({error}); give one with id and level") from None
 
 
@@ -246,10 +279,12 @@ def _refuse_shared_ids(items: Sequence[Item]) -> None:
 def _decide(built: Built, recipe: BuildRecipe) -> None:
     questions, told = apply_files([item.question for item in built.items], recipe.decisions, recipe.decisions_version)
     after = {question.id: question for question in questions}
-    built.items = [replace(item, question=after[item.question.id]) for item in built.items if item.question.id in after]
+    built.keep("decisions", [replace(item, question=after[item.question.id]) for item in built.items
+                             if item.question.id in after])
     built.decisions = list(told)
     built.steps += [f"decisions: {one['file']} version {one['version']}: {one['fixed']:,} fixed, {one['quarantined']:,} "
-                    f"quarantined, {one['stale']:,} stale, {one['open']:,} open" for one in told]
+                    f"quarantined and left out, {one['stale']:,} stale, {one['open']:,} open"
+                    + (f", {one['absent']:,} on ids that no question has" if one["absent"] else "") for one in told]
 
 
 def _drop_repeats(built: Built) -> None:
@@ -261,14 +296,41 @@ def _drop_repeats(built: Built) -> None:
         if key not in seen:
             seen.add(key)
             kept.append(item)
-    built.steps.append(f"repeats: {len(built.items) - len(kept):,} left out")
-    built.items = kept
+    built.steps.append(f"repeats: {built.keep('repeats', kept):,} left out")
+
+
+def _draw(built: Built, recipe: BuildRecipe) -> None:
+    """Balance, quotas and size. What quotas and size draw may be less balanced than what they draw from, so that what is
+    told of balance is counted at the end."""
+    cut = [built.keep("balance", balanced(built.items, wanted, recipe.seed)[0]) for wanted in recipe.balance]
+    place = len(built.steps)
+    items, missing = mixed(built.items, recipe.quotas, recipe.seed, recipe.short)
+    count = built.keep("quotas", items)
+    if recipe.quotas:
+        built.steps.append(f"quotas: {count:,} left out that no quota took")
+    built.steps += [f"quotas: {text}" for text in missing]
+    count = built.keep("size", drawn(built.items, recipe.size, recipe.seed))
+    if recipe.size is not None:
+        built.steps.append(f"size: {count:,} left out over {recipe.size:,} in all")
+    built.steps[place:place] = [_balance_told(built.items, *one) for one in zip(recipe.balance, cut)]
+
+
+def _balance_told(items: Sequence[Item], wanted: BalanceRecipe, cut: int) -> str:
+    found = commonest_answer(items, wanted.source)
+    told = f"balance: {cut:,} questions of {wanted.source} left out"
+    if found is None:
+        return f"{told}; none of it is in the set"
+    text, share = found
+    held = "at most" if share <= wanted.max_share * (1 + 1e-12) else "which is more than"
+    why = "" if held == "at most" else "; quotas and size draw after balance"
+    return (f"{told}; in the set its commonest answer, {short(text, 40)}, makes up {share:.1%}, {held} the "
+            f"{wanted.max_share:.1%} asked for{why}")
 
 
 def _benchmarks(built: Built, recipe: BuildRecipe) -> dict[str, Sequence[Question]]:
-    from alphamed.evaluation.benchmarks import load_benchmark
+    from alphamed.evaluation.benchmarks import load_benchmarks
 
-    loaded = [load_benchmark(name) for name in recipe.against]
+    loaded = load_benchmarks(recipe.against)
     built.benchmarks = [{"name": one.name, "place": one.place, "questions": len(one.questions), "complaint": one.complaint}
                         for one in loaded]
     return {one.name: one.questions for one in loaded}
@@ -276,8 +338,8 @@ def _benchmarks(built: Built, recipe: BuildRecipe) -> dict[str, Sequence[Questio
 
 def _drop_overlap(built: Built, hits: Sequence[Hit]) -> None:
     found = {hit.train.id for hit in hits}
-    built.items = [item for item in built.items if item.question.id not in found]
-    built.steps.append(f"overlap: {len(found):,} questions left out that {_named(hits) or 'no benchmark'} hold too")
+    count = built.keep("overlap", [item for item in built.items if item.question.id not in found])
+    built.steps.append(f"overlap: {count:,} questions left out that {_named(hits) or 'no benchmark'} hold too")
 
 
 def _check_overlap(built: Built, hits: Sequence[Hit], overlap: Overlap) -> None:

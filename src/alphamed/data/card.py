@@ -11,6 +11,7 @@ from typing import Any
 from alphamed.data.attributes import ATTRIBUTES
 from alphamed.data.mixture import Item, length_words
 from alphamed.data.output import content_sha256
+from alphamed.data.text import counted
 from alphamed.records import Question
 
 
@@ -53,10 +54,21 @@ def markdown(card: Mapping[str, Any]) -> str:
                        ("By number of options", "options"), ("By answer", "answers")):
         lines += ["", f"## {title}", "", "| | questions | share |", "|---|---|---|"]
         lines += [f"| {name} | {count:,} | {count / max(about['questions'], 1):.1%} |" for name, count in about[key].items()]
-    lines += ["", "## What was left out and changed", ""]
-    lines += [f"- {text}" for text in card["steps"]] or ["- nothing"]
+    lines += ["", "## What was left out and changed", "", left_out(card), ""]
+    lines += [f"- {text}" for text in card["steps"]]
     lines += [f"- note on {name}: {source['note']}" for name, source in card["sources"].items() if source["note"]]
     return "\n".join(lines) + "\n"
+
+
+def left_out(card: Mapping[str, Any]) -> str:
+    """How many questions were read, left out by which step, and kept, in one sentence that adds up."""
+    counts = card["counts"]
+    parts = {step: count for step, count in counts["left_out"].items() if count}
+    by = f" ({', '.join(f'{step} {count:,}' for step, count in parts.items())})" if parts else ""
+    bad = sum(source["bad_rows"] for source in card["sources"].values())
+    more = f" {counted(bad, 'bad row')} {'is' if bad == 1 else 'are'} in none of these numbers." if bad else ""
+    return (f"{counted(counts['read'], 'question')} read, {sum(parts.values()):,} left out{by}, {counts['kept']:,} "
+            f"kept.{more}")
 
 
 def file_sha256(path: Path) -> str:

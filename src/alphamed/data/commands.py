@@ -4,7 +4,7 @@ from __future__ import annotations
 import argparse
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,18 +71,23 @@ def _bad_rows(sub: argparse.ArgumentParser) -> None:
 def _build(options: argparse.Namespace) -> int:
     from alphamed.config_file import validated
     from alphamed.data import build
+    from alphamed.data.card import left_out
     from alphamed.data.recipe import BuildRecipe
+    from alphamed.data.text import counted
 
     recipe = validated(BuildRecipe, recipe_tree(options))
+    build.check(recipe, options.out, options.config)
     built = build.build(recipe)
     card = build.write(built, recipe, options.out, options.command)
     print(f"{options.out}: {card['set']['questions']:,} questions")
     for name, source in card["sources"].items():
-        bad = f", {source['bad_rows']:,} bad rows left out" if source["bad_rows"] else ""
+        bad = f", {counted(source['bad_rows'], 'bad row')} left out" if source["bad_rows"] else ""
         print(f"  {name}: {source['kept']:,} of {source['read']:,} from {source['place']}{bad}")
         if source["note"]:
             print(f"    {source['note']}")
-    print(*(f"  {step}" for step in card["steps"]), sep="\n")
+    print(f"  {left_out(card)}")
+    for step in card["steps"]:
+        print(f"  {step}")
     for benchmark in card["benchmarks"]:
         if benchmark["complaint"]:
             print(f"  {benchmark['name']}: {benchmark['complaint']}")
@@ -100,11 +105,12 @@ def recipe_tree(options: argparse.Namespace) -> dict[str, Any]:
     if options.preset and options.preset not in PRESETS:
         raise ConfigError(f"--preset: {options.preset!r} is not known; choose from {', '.join(PRESETS)}")
     tree = copy.deepcopy(PRESETS[options.preset]) if options.preset else load_tree(options.config) if options.config else {}
+    given: dict[str, str] = {}
     for text in options.sources:
-        _add_source(tree.setdefault("sources", []), text)
-    for key, given in (("against", options.against), ("decisions", options.decisions)):
-        if given:
-            tree[key] = [*tree.get(key, []), *given]
+        _add_source(tree.setdefault("sources", []), text, given)
+    for key, more in (("against", options.against), ("decisions", options.decisions)):
+        if more:
+            tree[key] = [*tree.get(key, []), *more]
     for item in options.overrides:
         override(tree, item)
     if not tree.get("sources"):
@@ -112,8 +118,9 @@ def recipe_tree(options: argparse.Namespace) -> dict[str, Any]:
     return tree
 
 
-def _add_source(sources: list[dict[str, Any]], text: str) -> None:
-    """Add what one --from says, or give a source that is there already its path."""
+def _add_source(sources: list[dict[str, Any]], text: str, given: dict[str, str]) -> None:
+    """Add what one --from says, or give a source of the recipe its path. `given` has what the ones before it said, by name:
+    a second one of a name would take the place of the first."""
     from alphamed.data.catalogue import SOURCES
 
     name, equals, path = text.partition("=")
@@ -123,6 +130,11 @@ def _add_source(sources: list[dict[str, Any]], text: str) -> None:
         raise ConfigError(f"--from: {text!r} is neither a known set ({', '.join(SOURCES)}) nor a file; give NAME, NAME=PATH "
                           f"or FILE")
     source = next((one for one in sources if one.get("name") == name), None)
+    by_file_name = not equals and path and source is not None and source.get("path")
+    if name in given or by_file_name:
+        raise ConfigError(f"--from: two sources are called {name} ({given.get(name) or source['path']} and {text}); give "
+                          f"one of them a name of its own, as NAME=PATH")
+    given[name] = text
     if source is None:
         sources.append({"name": name, "path": path or None})
     elif path:
@@ -132,18 +144,18 @@ def _add_source(sources: list[dict[str, Any]], text: str) -> None:
 # ------------------------------------------------------------------------------------------------------------ the others
 def _decontaminate(options: argparse.Namespace) -> int:
     from alphamed.data.decontaminate import find_hits, report
-    from alphamed.data.output import json_writer, question_writer, write_all
+    from alphamed.data.output import check_places, check_suffix, json_writer, question_writer, write_all
     from alphamed.data.sources import load_questions
-    from alphamed.evaluation.benchmarks import load_benchmark
+    from alphamed.evaluation.benchmarks import load_benchmarks, local_copy
 
+    check_places({"--out": options.out, "--report": options.report},
+                 {"--train": [options.train], "--against": map(local_copy, options.against)})
+    check_suffix(options.out)
     if not 0 < options.similarity <= 1:
         raise ConfigError(f"--similarity: {options.similarity} is not between 0 and 1; give for instance 0.6")
     train = load_questions([options.train], BadRows(options.bad_rows))
-    benchmarks = [load_benchmark(name) for name in options.against]
+    benchmarks = load_benchmarks(options.against)
     by_name = {one.name: one.questions for one in benchmarks}
-    if len(by_name) < len(benchmarks):
-        raise ConfigError(f"--against: two benchmarks are called "
-                          f"{_repeated([one.name for one in benchmarks])}; give each once")
     hits = find_hits(train.questions, by_name, options.similarity)
     told: dict[str, list[str]] = {}
     for hit in hits:
@@ -167,10 +179,6 @@ def _decontaminate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _repeated(names: Sequence[str]) -> str:
-    return next(name for name in names if names.count(name) > 1)
-
-
 def _difficulty(options: argparse.Namespace) -> int:
     from alphamed.data import difficulty
 
@@ -181,10 +189,15 @@ def _suspects(options: argparse.Namespace) -> int:
     from collections import Counter
 
     from alphamed.data.decisions import merged
-    from alphamed.data.output import text_writer, write_all
+    from alphamed.data.output import check_places, text_writer, write_all
     from alphamed.data.sources import load_questions
     from alphamed.data.suspects import read_models, suspects
 
+    check_places({"--out": options.out}, {"--questions": options.questions, "--items": options.items})
+    if options.models < 1:
+        raise ConfigError(f"--models: {options.models} is no number of models that can agree; give 1 or more")
+    if not 0 < options.share <= 1:
+        raise ConfigError(f"--share: {options.share:g} is not above 0 and at most 1; give for instance 0.6")
     questions = load_questions(options.questions, BadRows(options.bad_rows)).questions
     items = read_models(options.items)
     if options.items and len(items) < options.models:
@@ -202,7 +215,7 @@ def _suspects(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from alphamed.observe import dataset_page
 
-    return dataset_page.main(options.file, options.out or options.file.with_suffix(".html"))
+    return dataset_page.main(options.file, options.out)
 
 
 def _sources(options: argparse.Namespace) -> int:

@@ -126,14 +126,16 @@ def apply_decisions(questions: Sequence[Question], decisions: Iterable[Decision]
 def apply_files(questions: Sequence[Question], paths: Iterable[Path],
                 version: int | None = None) -> tuple[tuple[Question, ...], tuple[dict[str, Any], ...]]:
     """The questions after the decisions of all files, and per file its version, hash and what it changed: what a card or a
-    result records."""
-    told = []
+    result records. `absent` counts decisions on questions that are not there at all: those of another set, or of ids that
+    changed."""
+    told, ids = [], {question.id for question in questions}
     for path in paths:
         file = read_decisions(path, version)
         applied = apply_decisions(questions, file.decisions)
         questions = applied.questions
         counts = {name: len(getattr(applied, name)) for name in ("fixed", "quarantined", "stale", "open")}
-        told.append({"file": str(path), "version": file.version, "sha256": file.sha256} | counts)
+        absent = sum(decision.id not in ids for decision in file.decisions)
+        told.append({"file": str(path), "version": file.version, "sha256": file.sha256} | counts | {"absent": absent})
     return tuple(questions), tuple(told)
 
 

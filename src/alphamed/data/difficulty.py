@@ -19,7 +19,7 @@ from typing import Any
 from alphamed.config import Config, ConfigError
 from alphamed.config_choices import BadRows
 from alphamed.data.mcq import LEVELS
-from alphamed.data.output import question_writer, write_all
+from alphamed.data.output import check_places, check_suffix, question_writer, write_all
 from alphamed.data.sources import load_questions
 from alphamed.data.text import draw
 from alphamed.observe.files import append_json, read_json_lines
@@ -143,13 +143,15 @@ def main(options: argparse.Namespace) -> int:
     from alphamed.evaluation.command import check_sampling, config_of
     from alphamed.evaluation.place import held
 
+    check_places({"--out": options.out}, {"--questions": options.questions, "--config": [options.config],
+                                          "--shots": [options.shots]})
+    check_suffix(options.out)
     shard, shards = _shard(options.shard)
     if options.samples < 1 or not options.temperature > 0:
         raise ConfigError(f"--samples: {options.samples} at temperature {options.temperature:g} measure no difficulty; give "
                           f"1 or more samples and a temperature above 0")
     check_sampling(options)
     questions = load_questions(options.questions, BadRows(options.bad_rows)).questions
-    question_writer(options.out, [])                    # the suffix is one that can be written
     config, work = config_of(options, options.overrides), work_folder(options.out)
     limit, place = options.max_tokens or config.rollout.max_response_tokens, work / f"shard-{shard}-of-{shards}"
     config = engine_tree(config, place, options.samples, limit)

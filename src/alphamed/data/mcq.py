@@ -1,7 +1,7 @@
 """The schema of a multiple-choice question: one row of data becomes a `Question` or a plain statement of what is wrong.
 
 A row is an object with `id`, `question`, `options` (letter -> text, letters A, B, C ... in this order), `answer` (one
-of the letters) and, where known, `context`, `source`, `level` (1 easy .. 6 hard) and `informativeness` (a bin, from 1).
+of the letters) and, where known, `context`, `source`, `level` (1 easy .. 6 hard) and `informativeness` (a bin, 1 .. 1000).
 Optional keys may be null. Other keys are allowed and ignored: public data sets carry licence, split, origin and the like.
 """
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 from alphamed.records import Question
 
 LEVELS = range(1, 7)
+BINS = range(1, 1001)
+"""Of informativeness. More than anyone will tell apart: a number beyond it is a mistake, and must fit a column of a file."""
 MIN_OPTIONS = 2
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")     # JSON can spell them (\ud800), UTF-8 can not encode them
 
@@ -112,12 +114,10 @@ def _problems(row: object) -> Iterator[str]:
         yield f"answer {short(row['answer'])} is not among the options {_letters(row['options'])}"
     yield from _text_problems(row, "context", optional=True)
     yield from _text_problems(row, "source", optional=True)
-    level = row.get("level")
-    if level is not None and (type(level) is not int or level not in LEVELS):
-        yield f"level {short(level)} is not a whole number from {LEVELS[0]} to {LEVELS[-1]}"
-    bin_ = row.get("informativeness")
-    if bin_ is not None and (type(bin_) is not int or bin_ < 1):
-        yield f"informativeness {short(bin_)} is not a whole number from 1 on"
+    for key, scale in (("level", LEVELS), ("informativeness", BINS)):
+        value = row.get(key)
+        if value is not None and (type(value) is not int or value not in scale):
+            yield f"{key} {short(value)} is not a whole number from {scale[0]} to {scale[-1]}"
 
 
 def _text_problems(row: Mapping[str, Any], key: str, optional: bool = False) -> Iterator[str]:

@@ -9,7 +9,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 from alphamed.data.attributes import ATTRIBUTES
 from alphamed.data.mcq import LEVELS
@@ -39,7 +38,7 @@ def length_words(question: Question) -> int:
 # ------------------------------------------------------------------------------------------------------------- filters
 def filtered(items: Iterable[Item], wanted: FilterRecipe) -> tuple[list[Item], Counter[str]]:
     """The items that pass, and per reason the number that does not (the first reason counts)."""
-    patterns = [_pattern(text) for text in wanted.exclude]
+    patterns = [re.compile(text, re.IGNORECASE) for text in wanted.exclude]
     pool, kept, dropped = list(items), [], Counter()
     _require_annotated(pool, wanted)
     for item in pool:
@@ -83,14 +82,6 @@ def _is_of(source: str | None, name: str) -> bool:
     return source is not None and (source == name or source.startswith(name + "/"))
 
 
-@cache
-def _pattern(text: str) -> re.Pattern[str]:
-    try:
-        return re.compile(text, re.IGNORECASE)
-    except re.error as error:
-        raise DataError(f"filter.exclude: {text!r} is no regular expression ({error}); mend it") from None
-
-
 # ------------------------------------------------------------------------------------------------------------- balance
 def balanced(items: Sequence[Item], wanted: BalanceRecipe, seed: int) -> tuple[list[Item], int]:
     """The items with the commonest answers of one source cut down to `max_share`, and the number left out."""
@@ -119,6 +110,16 @@ def largest_cap(counts: Sequence[int], max_share: float) -> int:
         else:
             high = middle - 1
     return low
+
+
+def commonest_answer(items: Iterable[Item], source: str) -> tuple[str, float] | None:
+    """The answer that most questions of a source have, and its share of them; None where there are none."""
+    counts = Counter(normalised_option(item.question.options[item.question.answer]) for item in items
+                     if item.origin == source)
+    if not counts:
+        return None
+    text, most = counts.most_common(1)[0]
+    return text, most / counts.total()
 
 
 # -------------------------------------------------------------------------------------------------------------- quotas
@@ -168,17 +169,18 @@ def shuffled(items: Iterable[Item], seed: int) -> list[Item]:
     return sorted(items, key=lambda item: draw(seed, "order", item.question.id))
 
 
-def relettered(items: Sequence[Item], seed: int) -> list[Item]:
-    """The items with their options in a new order. Among n neighbours with n options the answer has every letter once;
-    questions whose options refer to others ("both A and C") are left as they are."""
+def relettered(items: Sequence[Item], seed: int) -> tuple[list[Item], int]:
+    """The items with their options in a new order, and how many have none. Among n neighbours with n options the answer has
+    every letter once; questions whose options refer to others ("both A and C") are left as they are."""
     decks: dict[int, list[int]] = {}
-    found = []
+    found, as_they_were = [], 0
     for number, item in enumerate(items):
         if refers_to_options(item.question):
             found.append(item)
+            as_they_were += 1
             continue
         size = len(item.question.options)
         if not decks.get(size):
             decks[size] = sorted(range(size), key=lambda place: draw(seed, "place", number, place))
         found.append(Item(shuffle_options(item.question, seed, 0, decks[size].pop()), item.origin, item.licence))
-    return found
+    return found, as_they_were

@@ -30,12 +30,43 @@ def question_row(question: Question) -> dict[str, Any]:
 def question_writer(out: Path, questions: Sequence[Question], extras: Sequence[Extra] = ()) -> Writer:
     """What fills `out` (.jsonl or .parquet) with the questions; `extras` are further columns, one mapping a question.
     Raises ConfigError where the suffix is another."""
+    check_suffix(out)
     rows = [question_row(question) | dict(extra) for question, extra in zip(questions, extras or [{}] * len(questions))]
-    if out.suffix == ".jsonl":
-        return lambda path: _write_jsonl(path, rows)
-    if out.suffix == ".parquet":
-        return lambda path: _write_parquet(path, rows)
-    raise ConfigError(f"--out: {str(out)!r} ends neither in .jsonl nor in .parquet; choose one of the two")
+    write = _write_jsonl if out.suffix == ".jsonl" else _write_parquet
+    return lambda path: write(path, rows)
+
+
+def check_suffix(out: Path) -> None:
+    """Raises ConfigError where questions can not be written under this name."""
+    if out.suffix not in (".jsonl", ".parquet"):
+        raise ConfigError(f"--out: {str(out)!r} ends neither in .jsonl nor in .parquet; choose one of the two")
+
+
+def check_places(outputs: Mapping[str, Path | None], inputs: Mapping[str, Iterable[Path | None]]) -> None:
+    """Raises ConfigError where an output is no name of a file, or the same file as an input or another output, or lies in a
+    folder that is read. What names them in the message is their key; None stands for what is not given. To be called before
+    anything is read, so that no mistake costs a file or an hour."""
+    taken: dict[Path, str] = {}
+    read = {path.resolve(): (name, path) for name, paths in inputs.items() for path in paths if path is not None}
+    for name, path in outputs.items():
+        if path is None:
+            continue
+        if not path.name or path.is_dir():
+            raise ConfigError(f"{name}: {str(path)!r} is not the name of a file; give one")
+        place = path.resolve()
+        if place in read:
+            raise ConfigError(f"{name}: {path} is what {read[place][0]} reads; choose another file")
+        if folder := next((place for place in place.parents if place in read and place.is_dir()), None):
+            raise ConfigError(f"{name}: {path} lies in {read[folder][1]}, which {read[folder][0]} reads; choose another "
+                              f"place")
+        if place in taken:
+            raise ConfigError(f"{name}: {path} is what {taken[place]} writes; choose another file")
+        taken[place] = name
+
+
+def beside(path: Path, suffix: str) -> Path:
+    """The neighbour of `path` with another suffix; what names no file stays as it is, for `check_places` to refuse."""
+    return path.with_suffix(suffix) if path.name else path
 
 
 def write_all(writers: Mapping[Path, Writer]) -> None:

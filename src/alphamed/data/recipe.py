@@ -1,6 +1,7 @@
 """What a training set is made of: the settings of `alphamed data build`, frozen and validated like a run's."""
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Self
@@ -8,7 +9,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from alphamed.config_choices import BadRows
-from alphamed.config_sections import DottedName, Fraction, NonNegative, Positive, Section
+from alphamed.config_sections import DottedName, NonNegative, Positive, Section
 from alphamed.data.adapters import AnswerForm
 
 Level = Annotated[int, Field(ge=1, le=6)]
@@ -66,6 +67,11 @@ class FilterRecipe(Section):
         if self.min_options > self.max_options:
             raise ValueError(f"filter.min_options: {self.min_options} is above filter.max_options ({self.max_options}); "
                              f"lower it")
+        for text in self.exclude:
+            try:
+                re.compile(text)
+            except (re.error, OverflowError, RecursionError) as error:
+                raise ValueError(f"filter.exclude: {text!r} is no regular expression ({error}); mend it") from None
         if self.max_words is not None and self.min_words > self.max_words:
             raise ValueError(f"filter.min_words: {self.min_words} is above filter.max_words ({self.max_words}); lower it")
         return self
@@ -113,7 +119,7 @@ class BuildRecipe(Section):
     against: tuple[str, ...] = ()
     """Benchmarks (names, NAME=PATH, or files) that must not share questions with the set."""
     overlap: Overlap = Overlap.REFUSE
-    similarity: Fraction = 0.6
+    similarity: Annotated[float, Field(gt=0, le=1)] = 0.6
     """Stems at least this similar are compared further (see decontaminate.py)."""
     decisions: tuple[Path, ...] = ()
     """Files of decisions on suspects, see `alphamed data suspects`."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from alphamed.config_choices import BadRows
 from alphamed.data.mcq import Row, RowProblem, check_questions, short
+from alphamed.data.text import counted
 from alphamed.records import Question
 
 COLUMNS = ("id", "question", "options", "answer", "context", "source", "level", "informativeness")
@@ -42,8 +43,7 @@ def load_questions(paths: Iterable[str | Path], bad_rows: BadRows = BadRows.REFU
     readers = [_reader(file) for file in files]
     questions, problems = check_questions(row for file, read in zip(files, readers) for row in read(file))
     if problems and bad_rows == BadRows.REFUSE:
-        more = len(problems) - 1
-        others = f"; {more} more bad row{'s' * (more > 1)}" if more else ""
+        others = f"; {counted(len(problems) - 1, 'more bad row')}" if len(problems) > 1 else ""
         raise DataError(f"{problems[0]}{others}; mend the data, or leave bad rows out with data.bad_rows=skip",
                         problems)
     if not questions:

@@ -95,17 +95,31 @@ def _denied(one: Question, other: Question) -> bool:
 # ---------------------------------------------------------------------------------------------------------- agreements
 def read_models(paths: Iterable[Path]) -> dict[str, list[dict[str, Any]]]:
     """Model -> its graded answers, from the items.jsonl files of evaluations. A row's `model` names its model, else the
-    file does: its folder where it is called items.jsonl. Raises DataError where a row lacks `id` or `letter`."""
+    file does: its folder where it is called items.jsonl. Raises DataError where a row is no graded answer, or a file
+    is given twice: its answers would count twice."""
     found: dict[str, list[dict[str, Any]]] = {}
+    seen: set[Path] = set()
     for path in paths:
+        if path.resolve() in seen:
+            raise DataError(f"--items: {path} is given twice; give every file once")
+        seen.add(path.resolve())
         default = path.resolve().parent.name if path.name == "items.jsonl" else path.name.removesuffix(".jsonl")
         for number, row in enumerate(_rows(path), start=1):
-            if not isinstance(row, dict) or not {"id", "letter", "options"} <= row.keys():
-                raise DataError(f"{path}:{number}: no graded answer (it needs id, letter and options); give an items.jsonl "
-                                f"of `alphamed eval`")
+            if not _is_answer(row):
+                raise DataError(f"{path}:{number}: no graded answer (it needs id, letter or null, and options as letter -> "
+                                f"text); give an items.jsonl of `alphamed eval`")
             if not row.get("variant"):          # a changed form of a question says nothing of its key
                 found.setdefault(str(row.get("model") or default), []).append(row)
     return found
+
+
+def _is_answer(row: Any) -> bool:
+    """Whether a row has what `_agreements` reads, and in the form it reads it."""
+    if not isinstance(row, dict) or not {"id", "letter", "options"} <= row.keys():
+        return False
+    options = row["options"]
+    return (isinstance(row["id"], str) and isinstance(row["letter"], str | None) and isinstance(options, dict)
+            and all(isinstance(text, str) for text in options.values()))
 
 
 def _rows(path: Path) -> Iterator[Any]:
@@ -116,7 +130,7 @@ def _rows(path: Path) -> Iterator[Any]:
                     yield json.loads(line)
     except OSError as error:
         raise DataError(f"{path}: can not be read ({error.strerror}); name an existing items.jsonl") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSONL in UTF-8 ({error}); give an items.jsonl of `alphamed eval`") from None
 
 

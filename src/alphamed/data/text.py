@@ -1,4 +1,5 @@
-"""How texts of questions are compared: normalised forms, words, and the fingerprint that names one version of a question."""
+"""How texts of questions are compared: normalised forms, words, and the fingerprint that names one version of a question.
+Also counts in words."""
 from __future__ import annotations
 
 import hashlib
@@ -50,6 +51,11 @@ def fingerprint(question: Question) -> str:
     """16 hex digits that name what is asked and which text is right, whatever the letters and the id are."""
     content = [question.question, question.context, sorted(question.options.values()), question.options[question.answer]]
     return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things in words: 1 bad row, 2 bad rows."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def draw(*parts: object) -> str:

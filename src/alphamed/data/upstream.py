@@ -6,15 +6,20 @@ the schema's own columns is read as such.
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from alphamed.data.adapters import Adapter
 from alphamed.data.mcq import Row, short
 from alphamed.data.sources import REQUIRED_COLUMNS, DataError, read_rows
 
+CONNECT_S = 5.0     # for a connection to the hub; a slower one is no network to fetch a set over
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -91,28 +96,81 @@ def _load(source: QuestionSource, local: Path | None, revision: str | None) -> A
     """The split as a `datasets.Dataset`. Files are read whole or not at all: one that was cut off is an error."""
     import datasets
 
-    logging = datasets.utils.logging
-    before, bars = logging.get_verbosity(), datasets.are_progress_bars_disabled()
-    logging.set_verbosity_error()
-    datasets.disable_progress_bars()
     try:
         if local is None:
-            return datasets.load_dataset(source.hub, source.config, split=source.split,
-                                         revision=revision or source.revision)
+            with _quiet(), _no_retries_without_network(source.hub):
+                return datasets.load_dataset(source.hub, source.config, split=source.split,
+                                             revision=revision or source.revision)
         if local.is_dir():
-            return datasets.load_dataset(str(local), source.config, split=source.split)
+            with _quiet():
+                return datasets.load_dataset(str(local), source.config, split=source.split)
         if local.suffix not in LOADERS:
             raise DataError(f"{local}: {local.suffix or 'a name without suffix'} is not supported; give a folder or "
                             f"{', '.join(LOADERS)}")
-        return datasets.load_dataset(LOADERS[local.suffix], data_files=str(local), split="train")
+        with _quiet():
+            return datasets.load_dataset(LOADERS[local.suffix], data_files=str(local), split="train")
     except DataError:
         raise
     except Exception as error:                  # the library's many errors all mean "not loaded"
         raise DataError(_not_loaded(source, local, revision, error)) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What the libraries print of progress, warnings and retries is held back: what goes wrong is told in one line."""
+    import datasets
+    from huggingface_hub.utils import logging as hub_logging
+
+    logs, bars = (datasets.utils.logging, hub_logging), datasets.are_progress_bars_disabled()
+    before = [log.get_verbosity() for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
+    datasets.disable_progress_bars()
+    try:
+        yield
     finally:
-        logging.set_verbosity(before)
+        for log, verbosity in zip(logs, before):
+            log.set_verbosity(verbosity)
         if not bars:
             datasets.enable_progress_bars()
+
+
+@contextmanager
+def _no_retries_without_network(hub: str) -> Iterator[None]:
+    """Where the hub's host is plainly not there, its libraries work offline for this call: they take what is in their cache,
+    or give up at once in place of six tries over half a minute."""
+    import datasets
+    from huggingface_hub import constants
+
+    if Path(hub).exists() or _reachable(constants.ENDPOINT):
+        yield
+        return
+    places = (datasets.config, constants)       # both read their variable of the environment at import only
+    before = [place.HF_HUB_OFFLINE for place in places]
+    for place in places:
+        place.HF_HUB_OFFLINE = True
+    try:
+        yield
+    except ConnectionError as error:
+        if "Offline" not in str(error):
+            raise
+        raise ConnectionError(f"no connection to {constants.ENDPOINT}, no copy in the cache") from None
+    finally:
+        for place, value in zip(places, before):
+            place.HF_HUB_OFFLINE = value
+
+
+def _reachable(address: str) -> bool:
+    """Whether something takes connections at a web address. Behind a proxy only the proxy can know: taken for granted."""
+    parts = urlsplit(address)
+    if parts.scheme in getproxies() or "all" in getproxies():
+        return True
+    try:
+        socket.create_connection((parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)),
+                                 CONNECT_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def _not_loaded(source: QuestionSource, local: Path | None, revision: str | None, error: Exception) -> str:

@@ -4,6 +4,7 @@ Adding one: a row here, a function in data/adapters.py where the layout is new, 
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from alphamed.config_choices import BadRows
 from alphamed.data import adapters
 from alphamed.data.mcq import RowProblem, check_questions
 from alphamed.data.sources import DataError, load_questions
+from alphamed.data.text import counted
 from alphamed.data.upstream import QuestionSource, read_upstream
 from alphamed.records import Question
 
@@ -61,11 +63,35 @@ def load_benchmark(name: str) -> LoadedBenchmark:
     """A benchmark by NAME (from the hub), NAME=PATH (a local copy, in the hub's layout or in the schema), or a file of the
     schema. Bad rows are left out and reported; DataError where nothing can be read."""
     check_name(name)
-    known, equals, path = name.partition("=")
+    known = name.partition("=")[0]
     if known in BENCHMARKS:
-        return _known(BENCHMARKS[known], Path(path) if equals else None)
+        return _known(BENCHMARKS[known], local_copy(name))
     loaded = load_questions([name], BadRows.SKIP)
     return LoadedBenchmark(Path(name).stem, None, name, loaded.questions, loaded.skipped, _complaint(loaded.skipped))
+
+
+def load_benchmarks(names: Sequence[str]) -> list[LoadedBenchmark]:
+    """Several of them, each under a name of its own. Raises DataError."""
+    check_names(names)
+    return [load_benchmark(name) for name in names]
+
+
+def check_names(names: Sequence[str]) -> None:
+    """`check_name` for all; two of one name are refused too, since what is found is kept by name. Raises DataError."""
+    first: dict[str, str] = {}
+    for name in names:
+        check_name(name)
+        called = name.partition("=")[0] if name.partition("=")[0] in BENCHMARKS else Path(name).stem
+        if called in first:
+            raise DataError(f"against: two benchmarks are called {called} ({first[called]} and {name}); give each once, or "
+                            f"rename a file")
+        first[called] = name
+
+
+def local_copy(name: str) -> Path | None:
+    """The file or folder that a benchmark is read from; None where that is the hub."""
+    known, _, path = name.partition("=")
+    return Path(path) if path else None if known in BENCHMARKS else Path(name)
 
 
 def check_name(name: str) -> None:
@@ -77,8 +103,10 @@ def check_name(name: str) -> None:
     if known not in BENCHMARKS and not name.endswith((".jsonl", ".parquet")):
         raise DataError(f"benchmark {name!r} is neither known ({', '.join(BENCHMARKS)}) nor a .jsonl or .parquet file; name "
                         f"one of these")
-    place = path if equals else None if known in BENCHMARKS else name
-    if place is not None and not Path(place).exists():
+    if equals and not path:
+        raise DataError(f"benchmark {name!r} names no file or folder; give one after =, or {known} for the hub's")
+    place = local_copy(name)
+    if place is not None and not place.exists():
         raise DataError(f"{place}: no such file or folder; name an existing one")
 
 
@@ -100,5 +128,5 @@ def _complaint(problems, source: QuestionSource | None = None, questions=()) -> 
     if source and most > len(source.letters):
         told.append(f"{most} options in a question, at most {len(source.letters)} were expected")
     if problems:
-        told.append(f"{len(problems)} bad row{'s' * (len(problems) > 1)} left out (the first: {problems[0]})")
+        told.append(f"{counted(len(problems), 'bad row')} left out (the first: {problems[0]})")
     return "; ".join(told) or None

@@ -14,7 +14,7 @@ from alphamed.config_choices import BadRows
 from alphamed.data.card import describe, file_sha256
 from alphamed.data.checks import Finding, check_set
 from alphamed.data.mixture import length_words
-from alphamed.data.output import json_writer, text_writer, write_all
+from alphamed.data.output import beside, check_places, json_writer, text_writer, write_all
 from alphamed.data.sources import load_questions
 from alphamed.data.text import draw, normalised_option
 from alphamed.observe.figures import Figure
@@ -25,14 +25,17 @@ EXAMPLES = 10
 MOST_BARS = 14
 
 
-def main(file: Path, out: Path) -> int:
+def main(file: Path, out: Path | None) -> int:
     """`alphamed data inspect FILE`: write the page and its numbers, say where they lie."""
+    out = out or beside(file, ".html")
+    numbers_file = beside(out, ".json")
+    check_places({"--out": out, "the numbers": numbers_file}, {"FILE": [file]})
     loaded = load_questions([file], BadRows.SKIP)
     findings = check_set(loaded.questions, loaded.skipped)
     about = {"file": str(file), "sha256": file_sha256(file)} | describe(loaded.questions)
     numbers = about | {"findings": [_plain(finding) for finding in findings]}
     page = render(file.name, about, loaded.questions, findings)
-    write_all({out: text_writer(page), out.with_suffix(".json"): json_writer(numbers)})
+    write_all({out: text_writer(page), numbers_file: json_writer(numbers)})
     print(out)
     return 0
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from alphamed.config import ConfigError
 from alphamed.config_file import load_config
+from alphamed.data.output import check_places
 from alphamed.planner import advice, words
 from alphamed.planner.plan import STORAGE_BYTES_PER_S, Plan, job_of, make_plan, to_json
 
@@ -17,6 +18,7 @@ def main(options: Namespace) -> int:
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):
             raise ConfigError(f"--{name.replace('_', '-')}: {value:g} is not a positive number")
+    check_places({"--json": options.json, "--html": options.html}, {"--config": [options.config]})
     config = load_config(options.config, options.overrides)
     job, source = job_of(config, options.gpu, options.nodes, options.prompt_tokens, options.response_tokens)
     plan = make_plan(job, source, options.storage * 1e9 if options.storage else STORAGE_BYTES_PER_S)

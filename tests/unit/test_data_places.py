@@ -1,0 +1,115 @@
+"""Where `alphamed data` and `alphamed plan` write: never over what they read, nor two things into one file."""
+import json
+from pathlib import Path
+
+import pytest
+from test_data_cli import files, here, row, write  # noqa: F401 (here: a fixture)
+
+from alphamed.cli import main
+from alphamed.config import ConfigError
+from alphamed.data.output import check_places
+
+BUILD = ["build", "--from", "a.jsonl", "--against", "bench.jsonl"]
+CLEAN = ["decontaminate", "--train", "a.jsonl", "--against", "bench.jsonl"]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["inspect", "a.jsonl", "--out", "a.jsonl"], "--out: a.jsonl is what FILE reads"),
+    (["inspect", "a.jsonl", "--out", "./x/../a.jsonl"], "--out: x/../a.jsonl is what FILE reads"),
+    (["inspect", "a.jsonl", "--out", "x.json"], "the numbers: x.json is what --out writes"),
+    (["inspect", "a.jsonl", "--out", ""], "--out: '.' is not the name of a file"),
+    (["inspect", ""], "'.' is not the name of a file"),
+    ([*CLEAN, "--out", "x.jsonl", "--report", "x.jsonl"], "--report: x.jsonl is what --out writes"),
+    ([*CLEAN, "--out", "a.jsonl", "--report", "r.json"], "--out: a.jsonl is what --train reads"),
+    ([*CLEAN, "--out", "s.jsonl", "--report", "bench.jsonl"], "--report: bench.jsonl is what --against reads"),
+    ([*CLEAN, "--out", "s.txt", "--report", "r.json"], "--out: 's.txt' ends neither in"),
+    ([*BUILD, "--out", "a.jsonl"], "--out: a.jsonl is what a source reads"),
+    ([*BUILD, "--out", "bench.jsonl"], "--out: bench.jsonl is what against reads"),
+    ([*BUILD, "--out", "levels.jsonl", "sources=[{name: a, path: a.jsonl, levels: levels.jsonl}]"],
+     "--out: levels.jsonl is what levels reads"),
+    ([*BUILD, "--out", "d.jsonl", "--decisions", "d.card.json"], "the card: d.card.json is what decisions reads"),
+    (["build", "--config", "c.card.json", "--out", "c.jsonl"], "the card: c.card.json is what --config reads"),
+    (["build", "--from", "medqa=copy", "--out", "copy/s.jsonl"], "--out: copy/s.jsonl lies in copy, which a source reads"),
+    (["build", "--from", "a.jsonl", "--out", ""], "--out: '.' is not the name of a file"),
+    (["suspects", "--questions", "a.jsonl", "--out", "a.jsonl"], "--out: a.jsonl is what --questions reads"),
+    (["suspects", "--questions", "a.jsonl", "--items", "bench.jsonl", "--out", "bench.jsonl"],
+     "--out: bench.jsonl is what --items reads"),
+    (["difficulty", "--questions", "a.jsonl", "--model", "m", "--out", "a.jsonl"],
+     "--out: a.jsonl is what --questions reads"),
+])
+def test_nothing_is_written_over_what_is_read_or_written(capsys, arguments, words):
+    write("a.jsonl", [row(i) for i in range(3)])
+    write("bench.jsonl", [row(50)])
+    write("levels.jsonl", [{"id": "q0", "level": 1}])
+    write("d.card.json", [{"version": 1, "decisions": []}])
+    Path("c.card.json").write_text(json.dumps({"sources": [{"name": "a", "path": "a.jsonl"}]}))
+    Path("copy").mkdir()
+    Path("x").mkdir()
+    before = {name: Path(name).read_bytes() for name in files() if Path(name).is_file()}
+    assert main(["data", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and words in captured.err
+    assert {name: Path(name).read_bytes() for name in files() if Path(name).is_file()} == before
+
+
+def test_a_plan_is_not_written_over_its_configuration_nor_twice_into_one_file(capsys):
+    Path("c.yaml").write_text("not: read\n")
+    for arguments, words in ((["--json", "c.yaml"], "--json: c.yaml is what --config reads"),
+                             (["--html", "p", "--json", "p"], "--html: p is what --json writes")):
+        assert main(["plan", "--config", "c.yaml", *arguments]) == 2
+        assert words in capsys.readouterr().err
+    assert files() == ["c.yaml"] and Path("c.yaml").read_text() == "not: read\n"
+
+
+def test_a_link_is_the_file_it_leads_to():
+    Path("a").write_text("")
+    Path("b").symlink_to("a")
+    with pytest.raises(ConfigError, match="--out: b is what --in reads; choose another file"):
+        check_places({"--out": Path("b")}, {"--in": [Path("a")]})
+    check_places({"--out": Path("c"), "--more": None}, {"--in": [Path("a"), None]})
+
+
+# ------------------------------------------------------------------------------------------------- two of one name
+def two_folders():
+    for folder, number in (("d1", 1), ("d2", 2)):
+        Path(folder).mkdir()
+        write(f"{folder}/test.jsonl", [row(number, id=f"x{number}")])
+        write(f"{folder}/train.jsonl", [row(10 * number + i) for i in range(3)])
+    write("a.jsonl", [row(i) for i in range(5)])
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["build", "--from", "a.jsonl", "--against", "d1/test.jsonl", "--against", "d2/test.jsonl", "--out", "s.jsonl"],
+     "against: two benchmarks are called test (d1/test.jsonl and d2/test.jsonl)"),
+    (["decontaminate", "--train", "a.jsonl", "--against", "d1/test.jsonl", "--against", "d2/test.jsonl", "--out", "s.jsonl",
+      "--report", "r.json"], "against: two benchmarks are called test"),
+    (["build", "--from", "d1/train.jsonl", "--from", "d2/train.jsonl", "--out", "s.jsonl"],
+     "--from: two sources are called train (d1/train.jsonl and d2/train.jsonl); give one of them a name of its own, as "
+     "NAME=PATH"),
+    (["build", "--from", "x=d1/train.jsonl", "--from", "x=d2/train.jsonl", "--out", "s.jsonl"], "two sources are called x"),
+    (["build", "--config", "c.yaml", "--from", "d2/train.jsonl", "--out", "s.jsonl"], "two sources are called train"),
+])
+def test_two_of_one_name_are_refused(capsys, arguments, words):
+    two_folders()
+    Path("c.yaml").write_text("sources: [{name: train, path: d1/train.jsonl}]\n")
+    before = files()
+    assert main(["data", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and words in captured.err
+    assert files() == before
+
+
+def test_two_files_with_names_of_their_own_are_both_read():
+    two_folders()
+    assert main(["data", "build", "--from", "d1/train.jsonl", "--from", "other=d2/train.jsonl", "--out", "s.jsonl"]) == 0
+    assert {json.loads(line)["id"] for line in Path("s.jsonl").open()} == {f"q{i}" for i in (10, 11, 12, 20, 21, 22)}
+
+
+def test_bad_rows_are_counted_in_words(capsys):
+    write("a.jsonl", [row(0), {"id": "x"}])
+    assert main(["data", "build", "--from", "a.jsonl", "--out", "s.jsonl", "bad_rows=skip"]) == 0
+    told = capsys.readouterr().out
+    assert "a: 1 of 1 from a.jsonl, 1 bad row left out" in told and "\n\n" not in told
+    write("a.jsonl", [row(0), {"id": "x"}, {"id": "y"}])
+    assert main(["data", "build", "--from", "a.jsonl", "--out", "t.jsonl"]) == 2
+    assert "; 1 more bad row; mend the data" in capsys.readouterr().err
