@@ -210,8 +210,9 @@ def test_importance_weights_reach_the_loss_and_its_counts(kind, weights, changed
 
 # ---------------------------------------------------------------------------------------------------------------- schedules
 @pytest.mark.parametrize("virtual, batched", [(None, True), (2, False)])
-def test_virtual_stages_never_batch_their_messages(virtual, batched):
-    """Batched, the interleaved schedule is silently wrong over gloo (loss off by 0.13)."""
+def test_virtual_stages_neither_batch_their_messages_nor_free_what_they_send(virtual, batched):
+    """Batched, the interleaved schedule is silently wrong over gloo (loss off by 0.13). So it is, on busy cores and in 3 of 14
+    trainings seen, where a stage's output is freed when its overlapped send has begun: gloo reads the memory later."""
     from alphamed.megatron.provider import transformer_config
     from alphamed.records import Layout
 
@@ -219,6 +220,7 @@ def test_virtual_stages_never_batch_their_messages(virtual, batched):
                            "parallel": {"pipeline": 2, "virtual_pipeline": virtual}})
     found = transformer_config(config, shape_of(layers=4), Layout(pipeline=2, virtual_pipeline=virtual))
     assert (found.batch_p2p_comm, found.overlap_p2p_comm) == (batched, not batched)
+    assert found.deallocate_pipeline_outputs == batched
 
 
 # ------------------------------------------------------------------------------------------------- weights that are swapped

@@ -58,7 +58,9 @@ def transformer_config(config: Config, shape: ModelShape, layout: Layout) -> Tra
         variable_seq_lengths=layout.pipeline > 1, moe_token_dispatcher_type="alltoall",
         # The interleaved schedule with batched point-to-point is silently wrong over gloo (loss off by 0.13).
         overlap_p2p_comm=layout.virtual_pipeline is not None, batch_p2p_comm=layout.virtual_pipeline is None,
-        deallocate_pipeline_outputs=layout.pipeline > 1,
+        # Megatron frees a stage's output while its overlapped send may be under way. On CUDA the allocator keeps the memory
+        # until the stream is through; gloo's thread, held up on busy cores, sends whatever stands there then.
+        deallocate_pipeline_outputs=layout.pipeline > 1 and not (layout.virtual_pipeline and pick_device(config) == "cpu"),
         # Megatron must divide by neither micro-batches nor data ranks: step.py divides, once.
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=_adds_weight_gradients(config), masked_softmax_fusion=False,
