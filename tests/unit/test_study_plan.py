@@ -201,7 +201,8 @@ def test_long_names_are_cut_and_stay_apart():
      ["data.recipe.filter.informativeness: [2] and grids.g.axes.informativeness both choose questions"]),
     (own_axes(recipe={"filter": {"levels": [2]}}, levels=[[1]]), ["data.recipe.filter.levels: [2] and grids.g.axes.levels"]),
     (own_axes(recipe={"filter": 3}, levels=[[1]]), ["data.recipe.filter: 3 is not valid; it is a section"]),
-    ({"slurm": {"options": ["--partition=gpu\ncurl x | sh"]}}, ["slurm.options: '--partition=gpu\\ncurl x | sh' holds a line"]),
+    ({"slurm": {"options": ["--partition=gpu\ncurl x | sh"]}},
+     ["slurm.options: '--partition=gpu\\ncurl x | sh' holds a line"]),
     ({"root": "studies\nrm -r x"}, ["root: 'studies\\nrm -r x' holds a line break"]),
     ({"settings": {"evaluation": 3}}, ["settings: evaluation: 3 is not valid; it is a section with settings of its own"]),
 ])
