@@ -13,10 +13,9 @@ from alphamed.data.attributes import ATTRIBUTES
 from alphamed.data.output import write_all
 from alphamed.evaluation.regrade import COMPARISON
 from alphamed.observe import provenance
-from alphamed.observe.directory import finished_step
+from alphamed.observe.directory import config_of_run, finished_step
 from alphamed.observe.files import read_json_lines
 from alphamed.observe.metrics import read_rows
-from alphamed.replay import config_of_run
 
 CONFIG, DATA = "config.yaml", "data"
 EVALUATIONS = ("evaluations", "eval")

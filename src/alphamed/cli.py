@@ -84,10 +84,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _place_problem(error: OSError) -> str | None:
     """One line for a file or folder that can not be read or written, and for a full disk; None for any other trouble."""
-    if error.filename is not None:
-        return f"{error.filename}: {error.strerror}; choose another place, or see to its permissions"
+    place = f"{error.filename}: " if error.filename is not None else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{error.strerror}; make room and start again"
+        return f"{place}{error.strerror}; make room and start again"
+    if place:
+        return f"{place}{error.strerror}; choose another place, or see to its permissions"
     return str(error) if error.errno is None else None         # our own words
 
 
