@@ -28,6 +28,13 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see `{self.prog} --help`")
 
+    def parse_known_args(self, args=None, namespace=None):
+        """Notes as `parser` which one the words were for: a verb's own parser ends before those above it."""
+        options, rest = super().parse_known_args(args, namespace)
+        if not hasattr(options, "parser"):
+            options.parser = self
+        return options, rest
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
@@ -73,12 +80,11 @@ def _reader_is_gone() -> bool:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Arguments in any order: argparse takes no `key=value` after an option where other words came before that."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(argv)
+    options, rest = _parser().parse_known_args(argv)
     if rest and hasattr(options, "overrides") and all("=" in word and not word.startswith("-") for word in rest):
         options.overrides = [*options.overrides, *rest]
     elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return options
 
 
@@ -231,7 +237,8 @@ def _launch(options: argparse.Namespace) -> int:
     from alphamed.cluster import nodes
     from alphamed.config_file import load_config
 
-    return nodes.run(load_config(options.config, options.overrides), options.nodes.split(","), options.node_rank)
+    named = nodes.named(options.nodes, options.node_rank)
+    return nodes.run(load_config(options.config, options.overrides), named, options.node_rank)
 
 
 def _worker(options: argparse.Namespace) -> int:

@@ -144,9 +144,8 @@ def main(options: argparse.Namespace) -> int:
     from alphamed.evaluation.place import held
 
     shard, shards = _shard(options.shard)
-    if options.samples < 1 or not options.temperature > 0:
-        raise ConfigError(f"--samples: {options.samples} at temperature {options.temperature:g} measure no difficulty; give "
-                          f"1 or more samples and a temperature above 0")
+    if options.temperature == 0:
+        raise ConfigError("--temperature: 0 gives every answer alike, which measures no difficulty; give one above 0")
     check_sampling(options)
     questions = load_questions(options.questions, BadRows(options.bad_rows)).questions
     question_writer(options.out, [])                    # the suffix is one that can be written
