@@ -92,6 +92,12 @@ def test_the_same_run_in_two_grids_is_one(write):
     assert [(run.name, run.grids) for run in found] == [("lr1e-05-s5", ("a", "b")), ("lr0.0001-s5", ("a",))]
 
 
+def test_values_that_no_setting_can_have_are_refused(write, capfd):
+    path = write()
+    path.write_text(path.read_text() + "settings: {optimizer.lr: !!binary aGk=}\n")
+    refused(capfd, path, "s.yaml: holds a value that is neither text, number, list nor mapping")
+
+
 def test_two_runs_of_one_name_are_refused(write, capfd):
     path = write(grids=[{"name": "a"}, {"name": "b", "settings": {"optimizer.lr": 1e-4}}])
     refused(capfd, path, "grids.b", "s5 is the name of another run of a too", "write what differs as an axis")
@@ -147,7 +153,8 @@ def test_long_names_are_cut_and_stay_apart():
     ({"settings": {"reward.name": "corect"}}, ["did you mean 'correct'?"]),
     ({"data": {}}, ["grids.g.axes.sources: missing"]),
     ({"data": {}, "grids": [{"name": "g", "axes": {"sources": ["owm"]}}]}, ["'owm' is not known", "medqa"]),
-    ({"data": {"recipe": {"seed": 1}}, "grids": [{"name": "g", "axes": {"sources": ["medqa"]}}]}, ["data.recipe: seed"]),
+    ({"data": {"recipe": {"seed": 1}}, "grids": [{"name": "g", "axes": {"sources": ["medqa"]}}]},
+     ["error: data.recipe: seed is what the axes decide"]),
     ({"data": {"recipe": {"fliter": {}}}, "grids": [{"name": "g", "axes": {"sources": ["medqa"]}}]}, ["fliter", "'filter'"]),
     ({"data": OWN, "grids": [{"name": "g", "axes": {"sources": ["own+more"], "sizes": [11]}}]},
      ["11 can not be dealt evenly to 2 sources; choose a multiple of 2"]),
@@ -191,18 +198,18 @@ def test_long_names_are_cut_and_stay_apart():
      ["data.medfacts.levels: "]),
     ({"data": {"medfacts": {}, "sources": [{"name": "medfacts", "path": "questions.jsonl"}]},
       "grids": [{"name": "g", "axes": {"sources": ["medfacts"]}}]},
-     ["data.sources: medfacts is the name of the shipped questions"]),
+     ["error: data.sources: medfacts is the name of the shipped questions"]),
     ({"data": {"sources": [{"name": "alphamed19k", "path": "questions.jsonl"}]},
       "grids": [{"name": "g", "axes": {"sources": ["alphamed19k"]}}]},
-     ["data.sources: alphamed19k is the name of a preset"]),
+     ["error: data.sources: alphamed19k is the name of a preset"]),
     ({"data": {"sources": [OWN["sources"][0]] * 2}, "grids": [{"name": "g", "axes": {"sources": ["own"]}}]},
-     ["data.sources: own stands twice"]),
+     ["error: data.sources: own stands twice"]),
     (own_axes(recipe={"filter": {"informativeness": [2]}}, informativeness=["all", [1]]),
      ["data.recipe.filter.informativeness: [2] and grids.g.axes.informativeness both choose questions"]),
     (own_axes(recipe={"filter": {"levels": [2]}}, levels=[[1]]), ["data.recipe.filter.levels: [2] and grids.g.axes.levels"]),
-    (own_axes(recipe={"filter": 3}, levels=[[1]]), ["data.recipe.filter: 3 is not valid; it is a section"]),
+    (own_axes(recipe={"filter": 3}, levels=[[1]]), ["error: data.recipe.filter: 3 is not valid; it is a section"]),
     ({"slurm": {"options": ["--partition=gpu\ncurl x | sh"]}},
-     ["slurm.options: '--partition=gpu\\ncurl x | sh' holds a line"]),
+     ["error: slurm.options: '--partition=gpu\\ncurl x | sh' holds a line"]),
     ({"root": "studies\nrm -r x"}, ["root: 'studies\\nrm -r x' holds a line break"]),
     ({"settings": {"evaluation": 3}}, ["settings: evaluation: 3 is not valid; it is a section with settings of its own"]),
 ])
@@ -262,6 +269,10 @@ def test_a_set_that_can_not_be_made_names_its_run_and_leaves_no_other(write, cap
                  grids=[{"name": "g", "axes": {"sources": ["own"], "sizes": [10, 12], "levels": [[2]], "seeds": [1]}}])
     assert main(["study", str(path)]) == 2
     assert sorted(Path("studies/s/data").iterdir()) == sorted(build.files_of(first.set.file))
+    # and so does one that is made anew, because its card is damaged: a run may have been trained on it
+    before = first.set.file.read_bytes()
+    build.card_path(first.set.file).write_text("{")
+    assert main(["study", str(path)]) == 2 and first.set.file.read_bytes() == before
 
 
 def test_another_recipe_is_another_file(write):

@@ -228,10 +228,15 @@ def write(folder: Path, seed: int, **filters) -> dict[str, Path]:
     `filters` are those of `build`.
     """
     splits = build(seed, **filters)
-    paths = {field.name: folder / f"{field.name}.jsonl" for field in fields(Splits)}
+    paths = files_of(folder)
     for split, path in paths.items():
         replace_text(path, "".join(_row(question) + "\n" for question in getattr(splits, split)))
     return paths
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """Split -> the file that `write` writes it to."""
+    return {field.name: folder / f"{field.name}.jsonl" for field in fields(Splits)}
 
 
 def _row(question: Question) -> str:

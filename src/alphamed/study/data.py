@@ -11,7 +11,7 @@ from alphamed.data import build, medfacts
 from alphamed.data.card import file_sha256
 from alphamed.data.sources import DataError
 from alphamed.study.grid import PlannedRun, Set, medfacts_folder
-from alphamed.study.spec import MEDFACTS, Study
+from alphamed.study.spec import MEDFACTS, MedFacts, Study
 
 
 def check_sources(study: Study, runs: Iterable[PlannedRun]) -> None:
@@ -35,34 +35,31 @@ def check_sources(study: Study, runs: Iterable[PlannedRun]) -> None:
 
 def make_sets(study: Study, runs: Iterable[PlannedRun], command: str) -> list[Path]:
     """Write the sets that are not there yet; returns their files. Raises ConfigError and DataError naming the first run of a
-    set that can not be made; what this call has written is gone then."""
-    made: list[Path] = []
-    written: list[Path] = []
+    set that can not be made; files that were not there before are gone then."""
+    wanted = _first_of_each_set(runs)
+    facts = medfacts_folder(study.folder)
+    ours = [*medfacts.files_of(facts).values(), *(path for run in wanted for path in build.files_of(run.set.file))]
+    new = [path for path in ours if not path.exists()]
     try:
         if study.data is not None and study.data.medfacts is not None:
-            written += _write_medfacts(study)
-        for run in _first_of_each_set(runs):
-            if not _is_made(run.set):
-                _make(run, command)
-                written += build.files_of(run.set.file)
-                made.append(run.set.file)
+            _write_medfacts(study.data.medfacts, facts)
+        todo = [run for run in wanted if not _is_made(run.set)]
+        for run in todo:
+            _make(run, command)
+        return [run.set.file for run in todo]
     except (ConfigError, DataError, OSError):
-        for path in written:
+        for path in new:
             path.unlink(missing_ok=True)
-        for folder in (medfacts_folder(study.folder), study.folder / "data"):
+        for folder in (facts, facts.parent):
             with contextlib.suppress(OSError):              # not empty, or never made
                 folder.rmdir()
         raise
-    return made
 
 
-def _write_medfacts(study: Study) -> list[Path]:
-    """Write the shipped questions; returns the files that were not there before."""
-    wanted, folder = study.data.medfacts, medfacts_folder(study.folder)
-    before = set(folder.glob("*"))
+def _write_medfacts(wanted: MedFacts, folder: Path) -> None:
     filters = {"levels": wanted.levels, "categories": wanted.categories, "facts": wanted.facts, "copies": wanted.copies}
     try:
-        return [path for path in medfacts.write(folder, wanted.seed, **filters).values() if path not in before]
+        medfacts.write(folder, wanted.seed, **filters)
     except ValueError as error:
         raise ConfigError(f"data.medfacts: {error}") from None
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from alphamed.config import ConfigError
 from alphamed.config_sections import DottedName, NonNegative, Positive, PositiveFloat, Section
 from alphamed.data.attributes import ATTRIBUTES
 from alphamed.data.catalogue import PRESETS
@@ -84,24 +85,26 @@ class StudyData(Section):
     recipe: dict[str, Any] = {}
     """Further settings of `alphamed data build`: filter, balance, against, overlap, decisions, ..."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def problems(self) -> Iterator[str]:
+        """Told by the study, whose lines begin with the field."""
         for key in ("sources", "quotas", "size", "seed"):
             if key in self.recipe:
-                raise ValueError(f"data.recipe: {key} is what the axes decide; remove it")
-        if not isinstance(self.recipe.get("filter", {}), Mapping):
-            raise ValueError(f"data.recipe.filter: {self.recipe['filter']!r} is not valid; it is a section with settings of "
-                             f"its own")
+                yield f"data.recipe: {key} is what the axes decide; remove it"
+        if not isinstance(self.filter, Mapping):
+            yield f"data.recipe.filter: {self.filter!r} is not valid; it is a section with settings of its own"
         names = [source.name for source in self.sources]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"data.sources: {name} stands twice; give each set a name of its own")
+                yield f"data.sources: {name} stands twice; give each set a name of its own"
             if name == MEDFACTS and self.medfacts is not None:
-                raise ValueError(f"data.sources: {name} is the name of the shipped questions (data.medfacts); give yours "
-                                 f"another one, or remove data.medfacts")
+                yield (f"data.sources: {name} is the name of the shipped questions (data.medfacts); give yours another one, "
+                       f"or remove data.medfacts")
             if name in PRESETS:
-                raise ValueError(f"data.sources: {name} is the name of a preset; give yours another one")
-        return self
+                yield f"data.sources: {name} is the name of a preset; give yours another one"
+
+    @property
+    def filter(self) -> Any:
+        return self.recipe.get("filter", {})
 
 
 class SlurmSettings(Section):
@@ -110,13 +113,11 @@ class SlurmSettings(Section):
     options: tuple[str, ...] = ()
     """Further #SBATCH lines: --partition=gpu, --account=..."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def problems(self) -> Iterator[str]:
         for option in self.options:             # what follows a line break would be a command of the script
             if not option.isprintable():
-                raise ValueError(f"slurm.options: {option!r} holds a line break or another control character; give every "
-                                 f"option as an entry of its own")
-        return self
+                yield (f"slurm.options: {option!r} holds a line break or another control character; give every option as an "
+                       f"entry of its own")
 
 
 class Study(Section):
@@ -146,8 +147,11 @@ class Study(Section):
     def _problems(self) -> Iterator[str]:
         if not str(self.root).isprintable():    # it stands in batch scripts
             yield f"root: {str(self.root)!r} holds a line break or another control character; choose another"
+        yield from self.slurm.problems()
+        if self.data is not None:
+            yield from self.data.problems()
         names = [grid.name for grid in self.grids]
-        filtered = self.data.recipe.get("filter", {}) if self.data else {}
+        filtered = self.data.filter if self.data else {}
         for grid in self.grids:
             if names.count(grid.name) > 1:
                 yield f"grids: {grid.name} stands twice; give each a name of its own"
@@ -212,5 +216,11 @@ def load_study(path: Path) -> Study:
     """Read and check a study file. Raises ConfigError."""
     from alphamed.config_file import load_tree, validated
 
-    study = validated(Study, load_tree(path))
+    tree = load_tree(path)
+    try:
+        json.dumps(tree)
+    except TypeError as error:                  # !!binary, !!set: no settings of a run
+        raise ConfigError(f"config {path}: holds a value that is neither text, number, list nor mapping ({error}); write it "
+                          f"as one of these") from None
+    study = validated(Study, tree)
     return study.model_copy(update={"base": path.parent / study.base})
