@@ -13,10 +13,9 @@ from alphamed.data.attributes import ATTRIBUTES
 from alphamed.data.output import write_all
 from alphamed.evaluation.regrade import COMPARISON
 from alphamed.observe import provenance
-from alphamed.observe.directory import finished_step
+from alphamed.observe.directory import config_of_run, finished_step
 from alphamed.observe.files import read_json_lines
 from alphamed.observe.metrics import read_rows
-from alphamed.replay import config_of_run
 
 CONFIG, DATA = "config.yaml", "data"
 EVALUATIONS = ("evaluations", "eval")
@@ -66,20 +65,25 @@ def data_entries(config: Config) -> dict[str, dict[str, Any]]:
     """Setting -> path as configured, size and SHA-256 of every file of questions or decisions that the run reads. Raises
     ConfigError where one is gone."""
     found = {}
-    for setting, paths in _files_of(config).items():
-        for number, path in enumerate(paths):
-            if not path.is_file():
-                raise ConfigError(f"{setting}: {path} is not there; put it back, or give the command where the run was "
-                                  f"started")
-            found[f"{setting}.{number}"] = provenance.file_entry(path) | {
-                "file": f"{DATA}/{setting}.{number}.{path.name}"}
+    for name, path in data_files(config).items():
+        if not path.is_file():
+            raise ConfigError(f"{name.rpartition('.')[0]}: {path} is not there; put it back, or give the command where the "
+                              f"run was started")
+        found[name] = provenance.file_entry(path) | {"file": data_name(name, path)}
     return found
 
 
-def _files_of(config: Config) -> dict[str, tuple[Path, ...]]:
-    return {"data.train": config.data.train, "evaluation.files": config.evaluation.files,
-            "evaluation.decisions": config.evaluation.decisions,
-            "evaluation.development": (config.evaluation.development,) if config.evaluation.development else ()}
+def data_files(config: Config) -> dict[str, Path]:
+    """Setting and place (data.train.0) -> the file of questions or decisions that a configuration names there."""
+    settings = {"data.train": config.data.train, "evaluation.files": config.evaluation.files,
+                "evaluation.decisions": config.evaluation.decisions,
+                "evaluation.development": (config.evaluation.development,) if config.evaluation.development else ()}
+    return {f"{setting}.{number}": path for setting, paths in settings.items() for number, path in enumerate(paths)}
+
+
+def data_name(entry: str, path: Path) -> str:
+    """The name of such a file in the bundle."""
+    return f"{DATA}/{entry}.{path.name}"
 
 
 def contents(run_dir: Path, config: Config, entries: Mapping[str, dict[str, Any]], with_questions: bool) -> dict[str, bytes]:

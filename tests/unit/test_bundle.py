@@ -1,5 +1,6 @@
 """Bundles: the same bytes each time, nothing that quotes a question where that is asked, and no trust in what is read."""
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -283,6 +284,59 @@ def test_missing_and_other_files_are_named(run_dir, capfd):
     assert "ok: model: 1 files in elsewhere" in (told := capfd.readouterr().out) and "ok: evaluation.files.0: kept/exam.jsonl" in told
 
 
+ZEROS = "0" * 64
+
+
+def rename(told, files):
+    told["data"]["data.train.7"] = told["data"].pop("data.train.0")
+
+
+def other_model(told, files):
+    files["config.yaml"] = files["config.yaml"].replace(b"path: model", b"path: other")
+
+
+TAMPERED = [
+    (lambda told, files: told["data"].clear(), "data.train.0: train.jsonl of config.yaml is not in the manifest"),
+    (lambda told, files: told["data"].pop("evaluation.files.0"), "evaluation.files.0: exam.jsonl of config.yaml is not in"),
+    (lambda told, files: told["data"]["data.train.0"].update(sha256=ZEROS),
+     "data.train.0: data/data.train.0.train.jsonl in the bundle is not the file that the run read (another SHA-256)"),
+    (lambda told, files: files.update({"data/data.train.0.train.jsonl": b"{}"}),
+     "data.train.0: data/data.train.0.train.jsonl in the bundle is not the file"),
+    (lambda told, files: told["data"]["data.train.0"].update(file="config.yaml"),
+     "data.train.0: is to be config.yaml in the bundle, where data/data.train.0.train.jsonl belongs"),
+    (lambda told, files: told["data"]["data.train.0"].update(
+        file="config.yaml", sha256=hashlib.sha256(files["config.yaml"]).hexdigest()), "data.train.0: is to be config.yaml"),
+    (rename, "data.train.0: train.jsonl of config.yaml is not in the manifest"),
+    (lambda told, files: told["data"].update({"data.train.7": told["data"]["data.train.0"]}),
+     "data.train.7: is none of the files that config.yaml names"),
+    (lambda told, files: told["data"]["data.train.0"].update(path="exam.jsonl"),
+     "data.train.0: is exam.jsonl in the manifest and train.jsonl in config.yaml"),
+    (other_model, "model: is model in the manifest and other in config.yaml"),
+    (lambda told, files: told["model"].update(path="other"), "model: is other in the manifest and model in config.yaml"),
+    (lambda told, files: told["model"].update(files=[]), "model: the manifest names none of its files"),
+    (lambda told, files: told["model"]["files"][0].update(path="weights.json"),
+     "model: its files in the manifest are not those of provenance.json"),
+    (lambda told, files: files.pop("provenance.json"), "model: its files in the manifest are not those of provenance.json"),
+]
+
+
+@pytest.mark.parametrize("tamper, words", TAMPERED, ids=[words for _, words in TAMPERED])
+def test_a_manifest_that_speaks_of_other_files_than_the_bundle_is_refused(run_dir, capfd, tamper, words):
+    """Written anew with true hashes of all members: by an attacker, or by mistake. Nothing is said to be in order that is
+    not, and nothing is unpacked."""
+    found = read_archive(bundle())
+    told, files = {key: value for key, value in found.manifest.items() if key != "format"}, dict(found.files)
+    tamper(told, files)
+    write_archive(Path("forged.tar.gz"), told, files)
+    capfd.readouterr()
+    assert main(["reproduce", "forged.tar.gz", "--check"]) == 2
+    out, err = capfd.readouterr()
+    assert f"problem: {words}" in out and f"(the first: {words}" in err and err.count("\n") == 1, (out, err)
+    assert f"ok: {words.partition(':')[0]}" not in out
+    refused(capfd, ["reproduce", "forged.tar.gz"], words)
+    assert not Path("r-reproduced").exists()
+
+
 def test_other_versions_are_told_and_not_refused(run_dir, capfd, monkeypatch):
     path = bundle()
     monkeypatch.setattr(provenance, "packages", lambda: {"torch": "9.9", "numpy": "2.3.5"})
@@ -332,7 +386,7 @@ def test_a_configuration_without_all_sections_is_unpacked_too(run_dir, monkeypat
     """A hand-made one: what it leaves out has its default."""
     found = read_archive(bundle())
     told = {key: value for key, value in found.manifest.items() if key not in ("files", "format")}
-    short = b"data: {train: [t]}\nmodel: {path: model}\nevaluation: {files: [e]}\n"
+    short = b"data: {train: [train.jsonl]}\nmodel: {path: model}\nevaluation: {files: [exam.jsonl]}\n"
     write_archive(Path("short.tar.gz"), told, dict(found.files) | {"config.yaml": short})
     monkeypatch.setattr(reproduce, "_start", lambda config: 0)
     assert main(["reproduce", "short.tar.gz", "--out", "again"]) == 0

@@ -34,7 +34,16 @@ def test_help_lists_every_verb(capsys):
     (["train", "--config", "no/such", "--chekc"], "--chekc"), (["report", "no/such/run", "a.b=1"], "a.b=1"),
     (["study", "no/such.yaml"], "no/such.yaml"), (["study", "x.yaml", "--slurm", "--dry-run"], "not allowed"),
     (["bundle", "no/such/run", "--out", "b.tar.gz"], "no/such/run"), (["reproduce", "no/such.tar.gz"], "no/such.tar.gz"),
-    (["model", "no/such/folder"], "no/such"),
+    (["model", "no/such/folder"], "no/such"), (["model", ""], "model.path: '' names no model; give a Hugging Face folder"),
+    (["study", "x.yaml", "x=1"], "unrecognized arguments: x=1; see `alphamed study --help`"),
+    (["doctor", "x"], "unrecognized arguments: x; see `alphamed doctor --help`"),
+    (["data", "inspect", "x", "--out", "y.html", "z=1"], "unrecognized arguments: z=1; see `alphamed data inspect --help`"),
+    (["launch", "--config", "c.yaml", "--nodes", ""], "--nodes: '' leaves a node without a name; give all nodes"),
+    (["launch", "--config", "c.yaml", "--nodes", "a,,b", "--node-rank", "0"], "--nodes: 'a,,b' leaves a node without"),
+    (["launch", "--config", "c.yaml", "--nodes", "a,b,a", "--node-rank", "0"], "--nodes: 'a,b,a' names a twice"),
+    (["launch", "--config", "c.yaml", "--nodes", "a,b"],
+     "--node-rank: is missing; give this node's position in --nodes, 0 to 1"),
+    (["launch", "--config", "c.yaml", "--nodes", "a,b", "--node-rank", "2"], "--node-rank: 2 is no position in the 2 --no"),
 ])
 def test_wrong_arguments_are_one_line(capsys, arguments, word):
     assert main(arguments) == 2

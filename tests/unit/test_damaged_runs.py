@@ -8,6 +8,7 @@ from tiny import tiny_hf
 
 from alphamed.cli import main
 from alphamed.config_file import build_config, dump_config
+from alphamed.observe.files import append_json
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +51,22 @@ def refused(capfd, arguments: list[str], *words: str) -> None:
     assert all(word in lines[0] for word in words), lines[0]
 
 
-REPORT, RESUME = ["report", "runs/r"], ["train", "--check", "--config", "run.yaml"]
+REPORT, COMPARE, RESUME = ["report", "runs/r"], ["compare", "runs/r"], ["train", "--check", "--config", "run.yaml"]
 DAMAGE = [
     (put("metrics.jsonl", '{"step": 1}\nnot json\n'), REPORT, "metrics.jsonl: line 2 is not JSON"),
     (put("metrics.jsonl", "5\n"), REPORT, "metrics.jsonl: line 1 is no JSON object"),
     (put("metrics.jsonl", '{"reward/mean": 1.0}\n'), REPORT, "line 1 holds no whole number under 'step'"),
     (put("metrics.jsonl", '{"step": 1, "reward/mean": "x"}\n'), REPORT, "line 1 holds no number under 'reward/mean'"),
     (put("metrics.jsonl", b'\xff\xfe{"step": 1}\n'), REPORT, "metrics.jsonl: line 1"),
+    (put("metrics.jsonl", '{"step": -5}\n'), REPORT, "metrics.jsonl: line 1 holds step -5, and the first is 1; remove it"),
+    (put("metrics.jsonl", '{"step": true}\n'), REPORT, "metrics.jsonl: line 1 holds no number under 'step'"),
+    (put("metrics.jsonl", '{"step": 1, "reward/mean": false}\n'), REPORT, "line 1 holds no number under 'reward/mean'"),
+    (put("metrics.jsonl", '{"step": 1, "reward/mean": 1%s}\n' % ("0" * 400)), REPORT, "no number under 'reward/mean'"),
+    (put("metrics.jsonl", '{"step": 1}\n{"step": 1%s}\n' % ("0" * 26)), REPORT,
+     "metrics.jsonl: line 2 holds step 100000000000000000000000000, and steps go up to 1,000,000,000; remove it"),
+    (put("metrics.jsonl", '{"step": 1}\n{"step": 3}\n{"step": 3}\n'), REPORT,
+     "metrics.jsonl: line 3 holds step 3, and it comes after step 3; remove it"),
+    (put("metrics.jsonl", '{"step": 2}\n{"step": 1}\n'), COMPARE, "line 2 holds step 1, and it comes after step 2"),
     (put("provenance.json", "{half"), REPORT, "provenance.json: not JSON"),
     (put("provenance.json", "{half"), RESUME, "provenance.json: not JSON"),
     (put("provenance.json", "[]"), RESUME, "provenance.json: no record"),
@@ -64,6 +74,11 @@ DAMAGE = [
     (put("rollouts/step_000001.parquet", "PAR1"), REPORT, "step_000001.parquet: not readable"),
     (put("config.yaml", "a: [\n"), REPORT, "config.yaml: not valid YAML"),
     (put("config.yaml", b"\xff\xff"), REPORT, "config.yaml: can not be read"),
+    (put("config.yaml", "data: {train: [a]}\n"), REPORT, "config runs/r/config.yaml: model: missing"),
+    *((put("config.yaml", "run: 3\n"), verb, "config runs/r/config.yaml: run: 3 is not valid; it is a section with settings")
+      for verb in (REPORT, COMPARE)),
+    (put("eval/m/items.jsonl", ""), ["compare", "runs/r/eval/m"], "compare runs/r/eval/m: its items.jsonl holds no answer"),
+    (put("eval/m/other", ""), ["compare", "runs/r/eval/m"], "compare runs/r/eval/m: holds neither config.yaml"),
 ]
 
 
@@ -93,8 +108,14 @@ def test_a_place_that_can_not_be_written_is_named(run_dir, capfd, model, argumen
 def test_a_full_disk_is_said_in_one_line(run_dir, capfd, monkeypatch):
     def full(*_args):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr("alphamed.observe.report.write_report", full)
-    refused(capfd, REPORT, "No space left on device", "make room")
+    with monkeypatch.context() as patched:
+        patched.setattr("alphamed.observe.report.write_report", full)
+        refused(capfd, REPORT, "No space left on device", "make room")
+    monkeypatch.setattr("os.fsync", full)
+    refused(capfd, REPORT, "runs/r/report.html: No space left on device; make room and start again")
+    assert not (run_dir / "report.html").exists() and list(run_dir.glob(".*partial")) == []
+    with pytest.raises(OSError, match="No space left on device: 'runs/r/metrics.jsonl'"):
+        append_json(Path("runs/r/metrics.jsonl"), {"step": 3})
 
 
 def test_the_path_of_a_model_is_taken_as_it_is(run_dir, capfd):

@@ -171,8 +171,9 @@ def test_build_filters_by_informativeness_and_keeps_it(model, engines):
 
 @pytest.mark.parametrize("rest, message", [
     (["--shard", "3/2"], "--shard: '3/2' is not I/N with I from 1 to N"),
-    (["--samples", "0"], "--samples: 0 at temperature 1"),
-    (["--temperature", "0"], "--samples: 5 at temperature 0 measure no difficulty"),
+    (["--samples", "0"], "--samples: 0 is no number of samples; give 1 or more"),
+    (["--temperature", "0"], "--temperature: 0 gives every answer alike, which measures no difficulty; give one above 0"),
+    (["--temperature", "-1"], "--temperature: -1.0 is not between 0 and 10"),
     (["--temperature", "inf"], "--temperature: inf is not between 0 and 10"),
     (["--top-p", "7"], "--top-p: 7.0 is not above 0 and at most 1"),
     (["--out", "out.csv"], "--out: 'out.csv' ends neither in .jsonl nor in .parquet"),

@@ -15,6 +15,7 @@ import yaml
 from alphamed.cli import main
 from alphamed.cluster.ledger import Lock
 from alphamed.config_file import load_config
+from alphamed.data import build
 from alphamed.study import child, slurm
 from alphamed.study.data import make_sets
 from alphamed.study.grid import plan_runs, run_name
@@ -60,6 +61,12 @@ def refused(capfd, path, *words):
 OWN = {"sources": [{"name": "own", "path": "questions.jsonl"}, {"name": "more", "path": "questions.jsonl"}]}
 
 
+def own_axes(recipe: dict | None = None, **axes) -> dict:
+    """A study of one grid whose sets are drawn from `own`, unless the axes say otherwise."""
+    grid = {"name": "g", "axes": {"sources": ["own"]} | axes}
+    return {"data": OWN | ({"recipe": recipe} if recipe else {}), "grids": [grid]}
+
+
 # ------------------------------------------------------------------------------------------------------------- the grid
 def test_axes_are_crossed(write):
     found = runs(write(grids=[{"name": "g", "axes": {"seeds": [1, 2], "settings": {"optimizer.lr": [1e-5, 0.0003]}}}]))
@@ -83,6 +90,12 @@ def test_the_same_run_in_two_grids_is_one(write):
     shared = {"settings": {"optimizer.lr": [1e-5, 1e-4]}}
     found = runs(write(grids=[{"name": "a", "axes": shared}, {"name": "b", "axes": {"settings": {"optimizer.lr": [1e-5]}}}]))
     assert [(run.name, run.grids) for run in found] == [("lr1e-05-s5", ("a", "b")), ("lr0.0001-s5", ("a",))]
+
+
+def test_values_that_no_setting_can_have_are_refused(write, capfd):
+    path = write()
+    path.write_text(path.read_text() + "settings: {optimizer.lr: !!binary aGk=}\n")
+    refused(capfd, path, "s.yaml: holds a value that is neither text, number, list nor mapping")
 
 
 def test_two_runs_of_one_name_are_refused(write, capfd):
@@ -140,7 +153,8 @@ def test_long_names_are_cut_and_stay_apart():
     ({"settings": {"reward.name": "corect"}}, ["did you mean 'correct'?"]),
     ({"data": {}}, ["grids.g.axes.sources: missing"]),
     ({"data": {}, "grids": [{"name": "g", "axes": {"sources": ["owm"]}}]}, ["'owm' is not known", "medqa"]),
-    ({"data": {"recipe": {"seed": 1}}, "grids": [{"name": "g", "axes": {"sources": ["medqa"]}}]}, ["data.recipe: seed"]),
+    ({"data": {"recipe": {"seed": 1}}, "grids": [{"name": "g", "axes": {"sources": ["medqa"]}}]},
+     ["error: data.recipe: seed is what the axes decide"]),
     ({"data": {"recipe": {"fliter": {}}}, "grids": [{"name": "g", "axes": {"sources": ["medqa"]}}]}, ["fliter", "'filter'"]),
     ({"data": OWN, "grids": [{"name": "g", "axes": {"sources": ["own+more"], "sizes": [11]}}]},
      ["11 can not be dealt evenly to 2 sources; choose a multiple of 2"]),
@@ -151,9 +165,63 @@ def test_long_names_are_cut_and_stay_apart():
     ({"data": {"sources": [{"name": "own", "path": "questions.jsonl", "levels": "absent.jsonl"}]},
       "grids": [{"name": "g", "axes": {"sources": ["own"]}}]}, ["absent.jsonl: no such file of levels"]),
     ({"data": OWN, "grids": [{"name": "g", "axes": {"sources": ["own"], "levels": [[7]]}}]}, ["levels", "7"]),
+    # what the study sets itself, however it is written
+    (own_axes(settings={"data.train": [["x.jsonl"], ["y.jsonl"]]}),
+     ["grids.g.axes.settings: data.train is what data builds; use the axis sources"]),
+    (own_axes(settings={"data": [{"train": ["x.jsonl"]}, {"train": ["y.jsonl"]}]}), ["axes.settings: data.train is what"]),
+    (own_axes() | {"settings": {"data.train": ["x.jsonl"]}}, ["settings: data.train is what data builds"]),
+    ({"data": OWN, "grids": [{"name": "g", "axes": {"sources": ["own"]}, "settings": {"data": {"train": ["x.jsonl"]}}}]},
+     ["grids.g.settings: data.train is what data builds"]),
+    ({"settings": {"run": {"seed": 3}}}, ["settings: run.seed is the axis seeds"]),
+    ({"settings": {"run": {"steps": 3, "root": "r"}}}, ["settings: run.root is given by the study; use root"]),
+    ({"grids": [{"name": "a", "axes": {"settings": {"optimizer": [{"lr": 1e-6}], "optimizer.lr": [1e-5]}}}]},
+     ["grids.a.axes.settings: optimizer holds optimizer.lr, another axis"]),
+    # one condition under two names
+    (own_axes(informativeness=[[3, 4], [4, 3]]),
+     ["axes.informativeness: [4, 3] is [3, 4] in another order; give each value once"]),
+    (own_axes(informativeness=[[1, 1], [1]]), ["axes.informativeness: [1, 1] names one thing twice"]),
+    (own_axes(levels=[[1, 2], "all", [2, 1]]), ["axes.levels: [2, 1] is [1, 2] in another order"]),
+    (own_axes(sources=["own+more", "more+own"]), ['axes.sources: "more+own" is "own+more" in another order']),
+    (own_axes(sources=["own+own"]), ['axes.sources: "own+own" names one thing twice']),
+    (own_axes(sizes=[10, 10]), ["axes.sizes: 10 stands twice"]),
+    ({"data": OWN, "grids": [{"name": name, "axes": {"sources": ["own"], "levels": levels}}
+                             for name, levels in (("a", [[1, 2]]), ("b", [[2, 1]]))]},
+     ["grids.b.axes.levels: [2, 1] is [1, 2] in another order; write it as grids.a does"]),
+    ({"grids": [{"name": "a", "axes": {"settings": {"run.steps": [4, 4.0]}}}]},
+     ["grids.a: steps4.0-s5 and steps4-s5 are one run under two names; give each value once"]),
+    ({"grids": [{"name": "a"}, {"name": "b", "axes": {"settings": {"run.steps": [8]}}}]},
+     ["grids.b: steps8-s5 and s5 are one run under two names"]),
+    # what would be refused only when the sets are made, or would take one thing for another
+    ({"data": {"medfacts": {"categories": ["nope"]}}, "grids": [{"name": "g", "axes": {"sources": ["medfacts"]}}]},
+     ["data.medfacts: category ['nope'] unknown; choose from"]),
+    ({"data": {"medfacts": {"levels": []}}, "grids": [{"name": "g", "axes": {"sources": ["medfacts"]}}]},
+     ["data.medfacts.levels: "]),
+    ({"data": {"medfacts": {}, "sources": [{"name": "medfacts", "path": "questions.jsonl"}]},
+      "grids": [{"name": "g", "axes": {"sources": ["medfacts"]}}]},
+     ["error: data.sources: medfacts is the name of the shipped questions"]),
+    ({"data": {"sources": [{"name": "alphamed19k", "path": "questions.jsonl"}]},
+      "grids": [{"name": "g", "axes": {"sources": ["alphamed19k"]}}]},
+     ["error: data.sources: alphamed19k is the name of a preset"]),
+    ({"data": {"sources": [OWN["sources"][0]] * 2}, "grids": [{"name": "g", "axes": {"sources": ["own"]}}]},
+     ["error: data.sources: own stands twice"]),
+    (own_axes(recipe={"filter": {"informativeness": [2]}}, informativeness=["all", [1]]),
+     ["data.recipe.filter.informativeness: [2] and grids.g.axes.informativeness both choose questions"]),
+    (own_axes(recipe={"filter": {"levels": [2]}}, levels=[[1]]), ["data.recipe.filter.levels: [2] and grids.g.axes.levels"]),
+    (own_axes(recipe={"filter": 3}, levels=[[1]]), ["error: data.recipe.filter: 3 is not valid; it is a section"]),
+    ({"slurm": {"options": ["--partition=gpu\ncurl x | sh"]}},
+     ["error: slurm.options: '--partition=gpu\\ncurl x | sh' holds a line"]),
+    ({"root": "studies\nrm -r x"}, ["root: 'studies\\nrm -r x' holds a line break"]),
+    ({"settings": {"evaluation": 3}}, ["settings: evaluation: 3 is not valid; it is a section with settings of its own"]),
 ])
 def test_a_bad_study_is_refused_in_one_line(write, capfd, tree, words):
     refused(capfd, write(**tree), *words)
+
+
+@pytest.mark.parametrize("section", ["run", "evaluation", "data"])
+def test_a_base_whose_section_is_a_number_is_refused_in_one_line(write, capfd, section):
+    path = write()
+    (path.parent / "base.yaml").write_text(yaml.safe_dump(BASE | {section: 3}))
+    refused(capfd, path, f"base.yaml: {section}: 3 is not valid; it is a section with settings of its own")
 
 
 # ---------------------------------------------------------------------------------------------------------------- the data
@@ -183,6 +251,28 @@ def test_a_set_is_made_anew_where_a_file_of_its_recipe_has_changed(write):
     Path("levels.jsonl").write_text("".join(json.dumps({"id": f"q{i}", "level": 1 + (i < 10)}) + "\n" for i in range(60)))
     assert make_sets(study, [run], "test") == [run.set.file]
     assert len(run.set.file.read_text().splitlines()) == 10
+
+
+def test_a_set_that_can_not_be_made_names_its_run_and_leaves_no_other(write, capfd):
+    """60 questions, ten of each level: a set of 12 of level 2 can not be drawn, that of ten can, and is made first."""
+    path = write(data={"sources": [OWN["sources"][0]], "medfacts": {"facts": 1}},
+                 grids=[{"name": "g", "axes": {"sources": ["own"], "sizes": [10, 12], "levels": [[2]], "seeds": [1]}}])
+    assert main(["study", str(path)]) == 2
+    told = capfd.readouterr().err
+    assert told.startswith("error: run own-n12-l2-s1: ") and told.count("\n") == 1, told
+    assert not Path("studies/s/data").exists()
+    # sets of an earlier start stay
+    first, = runs(other := write(data={"sources": [OWN["sources"][0]]}, grids=[
+        {"name": "g", "axes": {"sources": ["own"], "sizes": [10], "levels": [[2]], "seeds": [1]}}]))
+    assert make_sets(load_study(other), [first], "test") == [first.set.file]
+    path = write(data={"sources": [OWN["sources"][0]], "medfacts": {"facts": 1}},
+                 grids=[{"name": "g", "axes": {"sources": ["own"], "sizes": [10, 12], "levels": [[2]], "seeds": [1]}}])
+    assert main(["study", str(path)]) == 2
+    assert sorted(Path("studies/s/data").iterdir()) == sorted(build.files_of(first.set.file))
+    # and so does one that is made anew, because its card is damaged: a run may have been trained on it
+    before = first.set.file.read_bytes()
+    build.card_path(first.set.file).write_text("{")
+    assert main(["study", str(path)]) == 2 and first.set.file.read_bytes() == before
 
 
 def test_another_recipe_is_another_file(write):

@@ -55,10 +55,23 @@ def part_of(plan: NodePlan, node: str, run_dir: Path, gpus: int) -> Part:
     return Part(tuple(torchrun), beside)
 
 
-def run(config: Config, nodes: Sequence[str], rank: int | None) -> int:
+def named(given: str, rank: int | None) -> list[str]:
+    """The nodes of --nodes, among which `rank` is a position. Raises ConfigError."""
+    nodes = given.split(",")
+    for node in nodes:
+        if not node.strip():
+            raise ConfigError(f"--nodes: {given!r} leaves a node without a name; give all nodes of the job as A,B,C")
+        if nodes.count(node) > 1:
+            raise ConfigError(f"--nodes: {given!r} names {node} twice; give every node once")
+    if rank is None:
+        raise ConfigError(f"--node-rank: is missing; give this node's position in --nodes, 0 to {len(nodes) - 1}")
+    if not 0 <= rank < len(nodes):
+        raise ConfigError(f"--node-rank: {rank} is no position in the {len(nodes)} --nodes; give 0 to {len(nodes) - 1}")
+    return nodes
+
+
+def run(config: Config, nodes: Sequence[str], rank: int) -> int:
     """This node's part, to its end; returns the exit code. Raises ConfigError where the nodes do not suffice."""
-    if rank is None or not 0 <= rank < len(nodes):
-        raise ConfigError(f"--node-rank: {rank} is no position in the {len(nodes)} --nodes; give this node's")
     node, gpus = nodes[rank], config.cluster.gpus_per_node
     plan = plan_nodes(config, nodes, gpus)
     if gpus_present() != gpus:

@@ -110,9 +110,14 @@ def write(built: Built, recipe: BuildRecipe, out: Path, command: str) -> dict[st
         write_set(path)
         card["file_sha256"] = file_sha256(path)
 
-    write_all({out: write_and_hash, card_path(out): lambda path: json_writer(card)(path),
-               beside(out, ".card.md"): lambda path: text_writer(markdown(card))(path)})
+    writers = (write_and_hash, lambda path: json_writer(card)(path), lambda path: text_writer(markdown(card))(path))
+    write_all(dict(zip(files_of(out), writers, strict=True)))
     return card
+
+
+def files_of(out: Path) -> tuple[Path, ...]:
+    """All that `write` writes, in this order: the set and its two cards."""
+    return out, card_path(out), beside(out, ".card.md")
 
 
 def card_path(out: Path) -> Path:

@@ -147,9 +147,8 @@ def main(options: argparse.Namespace) -> int:
                                           "--shots": [options.shots]})
     check_suffix(options.out)
     shard, shards = _shard(options.shard)
-    if options.samples < 1 or not options.temperature > 0:
-        raise ConfigError(f"--samples: {options.samples} at temperature {options.temperature:g} measure no difficulty; give "
-                          f"1 or more samples and a temperature above 0")
+    if options.temperature == 0:
+        raise ConfigError("--temperature: 0 gives every answer alike, which measures no difficulty; give one above 0")
     check_sampling(options)
     questions = load_questions(options.questions, BadRows(options.bad_rows)).questions
     config, work = config_of(options, options.overrides), work_folder(options.out)

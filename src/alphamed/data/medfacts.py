@@ -87,8 +87,7 @@ def build(seed: int, *, levels: Collection[int] | None = None, categories: Colle
     choose among the questions of the full sets and change none of them. `copies` is the number of questions of a fact
     in each level, instead of that in LEVELS. Raises ValueError where a level or category does not exist.
     """
-    _check("level", levels, LEVELS)
-    _check("category", categories, table())
+    check(levels, categories)
     parts = {name: _hold_out(category, seed) for name, category in table().items()
              if categories is None or name in categories}
     seen = [fact for _, kept in parts.values() for fact in kept]
@@ -103,6 +102,12 @@ def build(seed: int, *, levels: Collection[int] | None = None, categories: Colle
                         found[material.split][question.id] = question      # an id is of the content: none comes twice
     return Splits(**{split: tuple(by_id[key] for key in sorted(by_id, key=lambda key: _digest(f"{seed}/{key}")))
                      for split, by_id in found.items()})
+
+
+def check(levels: Collection[int] | None, categories: Collection[str] | None) -> None:
+    """Raises ValueError where a level or category does not exist."""
+    _check("level", levels, LEVELS)
+    _check("category", categories, table())
 
 
 def _check(what: str, chosen: Collection | None, known: Iterable) -> None:
@@ -223,10 +228,15 @@ def write(folder: Path, seed: int, **filters) -> dict[str, Path]:
     `filters` are those of `build`.
     """
     splits = build(seed, **filters)
-    paths = {field.name: folder / f"{field.name}.jsonl" for field in fields(Splits)}
+    paths = files_of(folder)
     for split, path in paths.items():
         replace_text(path, "".join(_row(question) + "\n" for question in getattr(splits, split)))
     return paths
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """Split -> the file that `write` writes it to."""
+    return {field.name: folder / f"{field.name}.jsonl" for field in fields(Splits)}
 
 
 def _row(question: Question) -> str:

@@ -90,7 +90,7 @@ def refuse_overlap(asked: Sequence[Asked], trained_on: Sequence[Path]) -> None:
 
 def trained_on(model: Path) -> tuple[Path, ...]:
     """The training files of the run whose exported model this is (RUN/hf, RUN/hf-best); none for other folders."""
-    from alphamed.config_file import load_config
+    from alphamed.observe.directory import config_of_run
 
-    run = model.parent / "config.yaml"
-    return load_config(run).data.train if model.name.startswith("hf") and run.is_file() else ()
+    run = model.parent
+    return config_of_run(run).data.train if model.name.startswith("hf") and (run / "config.yaml").is_file() else ()

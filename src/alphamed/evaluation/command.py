@@ -109,10 +109,9 @@ def _wanted(options: argparse.Namespace) -> Wanted:
     asked, sets = ask.asked_sets(names, variants, config, strict=from_config)
     trained_on = config.data.train if options.config else ask.trained_on(Path(config.model.path))
     limit = options.max_tokens or config.evaluation.max_response_tokens or config.rollout.max_response_tokens
-    temperature = options.temperature if options.temperature is not None else float(options.samples > 1)
     out = _out(options, config)
     return Wanted(engine_tree(config, out, options.samples, limit), out, tuple(asked), sets, tuple(trained_on),
-                  options.samples, temperature, options.top_p, limit, options.command)
+                  options.samples, temperature_of(options), options.top_p, limit, options.command)
 
 
 def _split(given: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -148,6 +147,8 @@ def config_of(options: argparse.Namespace, overrides: Sequence[str]) -> Config:
 def _shots(file: Path) -> list[dict[str, Any]]:
     from alphamed.observe.files import read_json_lines
 
+    if not file.exists():
+        raise ConfigError(f"--shots: {file}: no such file; give a JSONL file with question, options and response a line")
     shots = read_json_lines(file, by_hand=True)
     if not shots:
         raise ConfigError(f"--shots: {file} holds no example; give a JSONL file with question, options and response a line")
@@ -165,6 +166,14 @@ def check_sampling(options: argparse.Namespace) -> None:
                           f"out")
     if not 0 < options.top_p <= 1:
         raise ConfigError(f"--top-p: {options.top_p} is not above 0 and at most 1; leave it out for 1")
+    if options.top_p < 1 and temperature_of(options) == 0:
+        raise ConfigError(f"--top-p: {options.top_p} has no effect at temperature 0, which takes the likeliest token; raise "
+                          f"--temperature or leave --top-p out")
+
+
+def temperature_of(options: argparse.Namespace) -> float:
+    """--temperature or its default."""
+    return options.temperature if options.temperature is not None else float(options.samples > 1)
 
 
 def _out(options: argparse.Namespace, config: Config) -> Path:

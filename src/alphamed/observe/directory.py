@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from alphamed.config import Config, ConfigError
-from alphamed.config_file import dump_config, load_config
+from alphamed.config_file import build_config, dump_config, load_config, load_config_tree
 from alphamed.observe import provenance
 from alphamed.observe.files import replace_json, replace_json_lines, replace_text
 from alphamed.observe.metrics import read_rows
@@ -73,6 +73,18 @@ class RunDirectory:
             for file in sorted(folder.glob("step_*")):
                 if _step_of(file) > step:
                     file.unlink()
+
+
+def config_of_run(run_dir: Path) -> Config:
+    """The configuration that a run directory was last started with. Raises ConfigError."""
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"run directory {run_dir}: holds no config.yaml; give the directory of a run")
+    tree = load_config_tree(path)
+    try:
+        return build_config(tree)
+    except ConfigError as error:                # of a file that the user has not named
+        raise ConfigError(f"config {path}: {error}") from None
 
 
 def finished_step(run_dir: Path) -> int | None:

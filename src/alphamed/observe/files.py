@@ -1,10 +1,11 @@
 """Files that are either the old one or the whole new one, never half of it, and JSON that every reader accepts."""
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,26 @@ def replace_files(writers: Mapping[Path, Callable[[Path], None]]) -> None:
     try:
         for path, write in writers.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            write(partials[path])
-            with partials[path].open("rb") as file:
-                os.fsync(file.fileno())
+            with _naming(path):
+                write(partials[path])
+                with partials[path].open("rb") as file:
+                    os.fsync(file.fileno())
         for path, partial in partials.items():
             os.replace(partial, path)
     finally:
         for partial in partials.values():
             partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """A full disk shows while writing, when the system no longer says to which file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -54,7 +67,7 @@ def append_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Add lines as `append_json` does, in one write. A kill, or a full disk, can leave the first of them."""
     lines = _json_lines(rows).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
+    with _naming(path), path.open("a+b") as file:
         if _ends_amid_line(file):
             file.truncate(_last_line_end(path))
         file.write(lines)

@@ -94,19 +94,34 @@ METRICS: Mapping[str, Metric] = _table(
     ("plan/memory_bytes", "bytes", "predicted peak of the fullest trainer rank"),
 )
 
+MAX_STEP = 10 ** 9
+"""No run has more; file names hold them with six digits."""
 BARE_BOX_WORDS = 5
 """A response whose text before its last box holds fewer words reasons no longer. "The answer is" are three."""
 
 
 def read_rows(path: Path) -> list[dict[str, float | None]]:
-    """The steps in a metrics.jsonl; [] where there is none. ConfigError names a line that is no step's."""
+    """The steps in a metrics.jsonl, rising; [] where there is none. ConfigError names a line that is no step's."""
     rows = read_json_lines(path)
+    last = 0
     for number, row in enumerate(rows, start=1):
-        odd = [name for name, value in row.items() if not isinstance(value, int | float | None)]
-        if odd or not isinstance(row.get("step"), int):
+        odd = [name for name, value in row.items() if not _is_number(value)]
+        step = row.get("step")
+        if odd or not isinstance(step, int):
             raise ConfigError(f"{path}: line {number} holds no {'number' if odd else 'whole number'} under "
                               f"{(odd or ['step'])[0]!r}; remove it")
+        if not last < step <= MAX_STEP:
+            why = f"steps go up to {MAX_STEP:,}" if step > MAX_STEP else f"it comes after step {last}" if last else \
+                "the first is 1"
+            raise ConfigError(f"{path}: line {number} holds step {step}, and {why}; remove it")
+        last = step
     return rows
+
+
+def _is_number(value: object) -> bool:
+    """Whether it can be a metric: null too, which stands for NaN, but neither true nor a whole number beyond every float."""
+    return not isinstance(value, bool) and isinstance(value, int | float | None) and (
+        not isinstance(value, int) or abs(value) < 1 << 1000)
 
 
 def undeclared(names: Iterable[str]) -> list[str]:

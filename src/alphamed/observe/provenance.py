@@ -6,6 +6,7 @@ variables and no host names are recorded.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import platform
@@ -16,7 +17,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from alphamed.config import ConfigError
 from alphamed.observe.files import replace_file, replace_json
@@ -164,14 +165,20 @@ def model_entries(folder: Path) -> list[dict[str, Any]]:
 def file_entry(file: Path) -> dict[str, Any]:
     """Path, size and SHA-256 of a file. `hashed` says of what: `all` bytes, or above FULL_HASH_BYTES the `samples`: the
     size as decimal text, then SAMPLES blocks of SAMPLE_BYTES spread evenly from the first byte to the last."""
-    size = file.stat().st_size
-    digest, whole = hashlib.sha256(), size <= FULL_HASH_BYTES
     with file.open("rb") as stream:
-        if whole:
-            digest = hashlib.file_digest(stream, "sha256")
-        else:
-            digest.update(str(size).encode())
-            for i in range(SAMPLES):
-                stream.seek(i * (size - SAMPLE_BYTES) // (SAMPLES - 1))
-                digest.update(stream.read(SAMPLE_BYTES))
-    return {"path": str(file), "bytes": size, "sha256": digest.hexdigest(), "hashed": "all" if whole else "samples"}
+        return {"path": str(file)} | content_entry(stream)
+
+
+def content_entry(stream: BinaryIO) -> dict[str, Any]:
+    """`file_entry` without its path, of a file that is open or in memory."""
+    size = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
+    digest, whole = hashlib.sha256(), size <= FULL_HASH_BYTES
+    if whole:
+        digest = hashlib.file_digest(stream, "sha256")
+    else:
+        digest.update(str(size).encode())
+        for i in range(SAMPLES):
+            stream.seek(i * (size - SAMPLE_BYTES) // (SAMPLES - 1))
+            digest.update(stream.read(SAMPLE_BYTES))
+    return {"bytes": size, "sha256": digest.hexdigest(), "hashed": "all" if whole else "samples"}

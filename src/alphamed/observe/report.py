@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from alphamed.config import ConfigError
-from alphamed.config_file import dump_config, load_config
+from alphamed.config_file import dump_config
 from alphamed.evaluation.runner import read_asked, read_items, read_scores, score_json
 from alphamed.evaluation.score import Score, Share, percent, verdict
 from alphamed.observe import looks, provenance
+from alphamed.observe.directory import config_of_run
 from alphamed.observe.figures import SMOOTH, SMOOTH_FROM, Figure, Row, figures
 from alphamed.observe.files import replace_json, replace_text
 from alphamed.observe.metrics import read_rows
@@ -76,7 +77,7 @@ def write_report(run_dir: Path) -> Path:
 
     rows = read_rows(run_dir / "metrics.jsonl")
     found = figures(rows)
-    config = load_config(run_dir / "config.yaml")
+    config = config_of_run(run_dir)
     folder = Path(__file__).parent
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True,
                                      lstrip_blocks=True, undefined=jinja2.StrictUndefined)

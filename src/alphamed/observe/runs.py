@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from alphamed.config import ConfigError
-from alphamed.config_file import load_tree
+from alphamed.config_file import load_config_tree
 from alphamed.data.attributes import ATTRIBUTES
 from alphamed.evaluation import settings
 from alphamed.evaluation.compare import AnsweredSet, read_answered
@@ -98,7 +98,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _read_run(path: Path, number: int, name: str) -> ComparedRun:
-    tree = load_tree(path / "config.yaml")
+    tree = load_config_tree(path / "config.yaml")
     rows = read_rows(path / "metrics.jsonl")
     found = _evaluations(path)
     steps = max((int(row["step"]) for row in rows), default=0)
@@ -120,6 +120,8 @@ def _read_run(path: Path, number: int, name: str) -> ComparedRun:
 def _read_evaluation(path: Path, number: int, name: str) -> ComparedRun:
     """A folder that `alphamed eval` wrote: one model, asked once."""
     sets = read_answered(path / ITEMS)
+    if not sets and (path / ITEMS).is_file():
+        raise ConfigError(f"compare {path}: its {ITEMS} holds no answer; evaluate again, or leave it out")
     if not sets:
         raise ConfigError(f"compare {path}: holds neither config.yaml (a run) nor {ITEMS} (an evaluation); give such a "
                           f"folder")

@@ -1,6 +1,7 @@
 """Makes the training sets of a study, once: a set whose card tells of the same recipe is taken as it is."""
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,15 +11,20 @@ from alphamed.data import build, medfacts
 from alphamed.data.card import file_sha256
 from alphamed.data.sources import DataError
 from alphamed.study.grid import PlannedRun, Set, medfacts_folder
-from alphamed.study.spec import Study
+from alphamed.study.spec import MEDFACTS, MedFacts, Study
 
 
 def check_sources(study: Study, runs: Iterable[PlannedRun]) -> None:
     """Refuse what can not be built, as far as it shows without reading data. Raises ConfigError."""
+    if study.data is not None and study.data.medfacts is not None:
+        try:
+            medfacts.check(study.data.medfacts.levels, study.data.medfacts.categories)
+        except ValueError as error:
+            raise ConfigError(f"data.{error}") from None
     for one in _sets(runs):
         for wanted in one.recipe.sources:
             build.source_of(wanted)
-            ours = study.data.medfacts is not None and wanted.name == "medfacts"
+            ours = study.data.medfacts is not None and wanted.name == MEDFACTS
             if wanted.path is not None and not ours and not wanted.path.exists():
                 raise ConfigError(f"data.sources: {wanted.name}: {wanted.path}: no such file or folder; give an "
                                   f"existing one")
@@ -28,27 +34,53 @@ def check_sources(study: Study, runs: Iterable[PlannedRun]) -> None:
 
 
 def make_sets(study: Study, runs: Iterable[PlannedRun], command: str) -> list[Path]:
-    """Write the sets that are not there yet; returns their files. Raises ConfigError and DataError naming the run."""
-    if study.data is not None and study.data.medfacts is not None:
-        wanted = study.data.medfacts
-        filters = {"levels": wanted.levels, "categories": wanted.categories, "facts": wanted.facts, "copies": wanted.copies}
-        try:
-            medfacts.write(medfacts_folder(study.folder), wanted.seed, **filters)
-        except ValueError as error:
-            raise ConfigError(f"data.medfacts: {error}") from None
-    made = []
-    for one in _sets(runs):
-        if not _is_made(one):
-            try:
-                build.write(build.build(one.recipe), one.recipe, one.file, command)
-            except DataError as error:
-                raise DataError(f"{one.file.stem}: {error}") from None
-            made.append(one.file)
-    return made
+    """Write the sets that are not there yet; returns their files. Raises ConfigError and DataError naming the first run of a
+    set that can not be made; files that were not there before are gone then."""
+    wanted = _first_of_each_set(runs)
+    facts = medfacts_folder(study.folder)
+    ours = [*medfacts.files_of(facts).values(), *(path for run in wanted for path in build.files_of(run.set.file))]
+    new = [path for path in ours if not path.exists()]
+    try:
+        if study.data is not None and study.data.medfacts is not None:
+            _write_medfacts(study.data.medfacts, facts)
+        todo = [run for run in wanted if not _is_made(run.set)]
+        for run in todo:
+            _make(run, command)
+        return [run.set.file for run in todo]
+    except (ConfigError, DataError, OSError):
+        for path in new:
+            path.unlink(missing_ok=True)
+        for folder in (facts, facts.parent):
+            with contextlib.suppress(OSError):              # not empty, or never made
+                folder.rmdir()
+        raise
+
+
+def _write_medfacts(wanted: MedFacts, folder: Path) -> None:
+    filters = {"levels": wanted.levels, "categories": wanted.categories, "facts": wanted.facts, "copies": wanted.copies}
+    try:
+        medfacts.write(folder, wanted.seed, **filters)
+    except ValueError as error:
+        raise ConfigError(f"data.medfacts: {error}") from None
+
+
+def _make(run: PlannedRun, command: str) -> None:
+    try:
+        build.write(build.build(run.set.recipe), run.set.recipe, run.set.file, command)
+    except (ConfigError, DataError) as error:
+        raise type(error)(f"run {run.name}: {error}") from None
+
+
+def _first_of_each_set(runs: Iterable[PlannedRun]) -> list[PlannedRun]:
+    found: dict[Path, PlannedRun] = {}
+    for run in runs:
+        if run.set is not None:
+            found.setdefault(run.set.file, run)
+    return list(found.values())
 
 
 def _sets(runs: Iterable[PlannedRun]) -> list[Set]:
-    return list({run.set.file: run.set for run in runs if run.set is not None}.values())
+    return [run.set for run in _first_of_each_set(runs)]
 
 
 def _is_made(one: Set) -> bool:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from alphamed.config import Config, ConfigError
-from alphamed.config_file import build_config, dump_tree, load_tree, put, validated
+from alphamed.config_file import build_config, dump_tree, load_config_tree, put, require_sections, validated
 from alphamed.data.attributes import ATTRIBUTES
 from alphamed.data.catalogue import PRESETS, SOURCES
 from alphamed.data.mcq import LEVELS
 from alphamed.data.recipe import BuildRecipe
-from alphamed.study.spec import CONTROLS, DATA_AXES, Control, Grid, Study, StudyData
+from alphamed.study.spec import CONTROLS, DATA_AXES, MEDFACTS, Control, Grid, Study, StudyData
 
 MAX_NAME = 100
 """Characters of a run's name. A folder's name may have 255 bytes, and others are made from it."""
@@ -43,16 +43,20 @@ class PlannedRun:
 
 def plan_runs(study: Study) -> list[PlannedRun]:
     """All runs in the order of the file, controls after their grid. Raises ConfigError where one is not valid."""
-    base = load_tree(study.base)
+    base = load_config_tree(study.base)
     found: dict[str, PlannedRun] = {}
+    named: dict[str, str] = {}
     for grid in study.grids:
-        settings = study.settings | grid.settings
-        drawn = settings.get("evaluation.questions", (base.get("evaluation") or {}).get("questions")) is not None
-        for axes, control in _cells(grid, base, drawn):
-            run = _plan(study, grid, base, axes, control)
+        shared = _shared(study, grid, base)
+        for axes, control in _cells(grid, shared):
+            run = _plan(study, grid, shared, axes, control)
             known = found.get(run.name)
             if known is None:
                 found[run.name] = run
+                other = named.setdefault(_content(run.config), run.name)
+                if other != run.name:
+                    raise ConfigError(f"grids.{grid.name}: {run.name} and {other} are one run under two names; give "
+                                      f"each value once, and write it alike in all grids")
             elif known.config == run.config:
                 grids = tuple(dict.fromkeys((*known.grids, grid.name)))
                 found[run.name] = PlannedRun(run.name, grids, known.axes, known.control, known.config, known.set)
@@ -62,12 +66,29 @@ def plan_runs(study: Study) -> list[PlannedRun]:
     return list(found.values())
 
 
-def _cells(grid: Grid, base: Mapping[str, Any], drawn: bool) -> Iterator[tuple[dict[str, Any], Control | None]]:
-    """(axis -> value, control) of every run. `drawn`: seeds choose the evaluation questions; where they do not, one
-    unchanged model stands for all seeds."""
+def _content(config: Config) -> str:
+    """All that a run computes: its configuration but for the name."""
+    tree = config.model_dump(mode="json")
+    return json.dumps(tree | {"run": tree["run"] | {"name": None}}, sort_keys=True)
+
+
+def _shared(study: Study, grid: Grid, base: Mapping[str, Any]) -> dict[str, Any]:
+    """What all runs of a grid begin with: the base with the settings of study and grid."""
+    tree = copy.deepcopy(dict(base))
+    for where, settings in (("settings", study.settings), (f"grids.{grid.name}.settings", grid.settings)):
+        for key, value in settings.items():
+            put(tree, key, _with_folder(value, study.folder))
+        require_sections(tree, f"{where}: ")
+    return tree
+
+
+def _cells(grid: Grid, shared: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], Control | None]]:
+    """(axis -> value, control) of every run. Where seeds do not choose the evaluation questions, one unchanged model stands
+    for all seeds."""
+    drawn = (shared.get("evaluation") or {}).get("questions") is not None
     axes = {name: values for name in DATA_AXES if (values := getattr(grid.axes, name))}
     axes |= grid.axes.settings
-    seeds = grid.axes.seeds or ((base.get("run") or {}).get("seed"),)
+    seeds = grid.axes.seeds or ((shared.get("run") or {}).get("seed"),)
     for name, values in (*axes.items(), ("seeds", seeds)):
         keys = [json.dumps(value) for value in values]
         if repeated := next((key for key in keys if keys.count(key) > 1), None):
@@ -81,11 +102,9 @@ def _cells(grid: Grid, base: Mapping[str, Any], drawn: bool) -> Iterator[tuple[d
             yield first | ({} if seed is None else {"seeds": seed}), control
 
 
-def _plan(study: Study, grid: Grid, base: Mapping[str, Any], axes: dict[str, Any], control: Control | None) -> PlannedRun:
+def _plan(study: Study, grid: Grid, shared: Mapping[str, Any], axes: dict[str, Any], control: Control | None) -> PlannedRun:
     name = run_name(axes, control)
-    tree = copy.deepcopy(dict(base))
-    for key, value in (study.settings | grid.settings).items():
-        put(tree, key, _with_folder(value, study.folder))
+    tree = copy.deepcopy(dict(shared))
     for key, value in axes.items():
         if key in grid.axes.settings:
             put(tree, key, value)
@@ -152,7 +171,7 @@ def recipe_of(data: StudyData, folder: Path, sources: str, size: int | None, wan
     """
     own = {source.name: source.model_dump(mode="json") for source in data.sources}
     if data.medfacts is not None:
-        own["medfacts"] = {"name": "medfacts", "path": str(medfacts_folder(folder) / "train.jsonl"),
+        own[MEDFACTS] = {"name": MEDFACTS, "path": str(medfacts_folder(folder) / "train.jsonl"),
                            "licence": "this project's"}
     tree = _with_folder(copy.deepcopy(data.recipe), folder)
     if sources in PRESETS:
