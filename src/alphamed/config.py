@@ -82,8 +82,8 @@ class Config(Section):
     def _problems(self):
         p, r, a, o = self.parallel, self.rollout, self.algorithm, self.optimizer
         if (together := p.world + r.engines * r.tensor_parallel) > MAX_GPUS:
-            yield (f"parallel: {p.axes()} and rollout.engines ({r.engines} of {r.tensor_parallel}) are {together} processes; "
-                   f"lower them to at most {MAX_GPUS:,}")
+            yield (f"parallel: {p.axes()} and rollout.engines ({r.engines} of {r.tensor_parallel}) are {together} "
+                   f"processes; lower them to at most {MAX_GPUS:,}")
         if p.sequence and p.tensor == 1:
             yield "parallel.sequence: true needs parallel.tensor > 1; set it to false or raise parallel.tensor"
         if p.virtual_pipeline is not None and p.pipeline == 1:
