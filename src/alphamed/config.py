@@ -61,6 +61,12 @@ class Config(Section):
         return self.prompt.max_tokens + max(self.rollout.max_response_tokens, self.evaluation.max_response_tokens or 0)
 
     @property
+    def longest_response(self) -> str:
+        """The setting that `max_model_tokens` comes from, beside prompt.max_tokens."""
+        longer = (self.evaluation.max_response_tokens or 0) > self.rollout.max_response_tokens
+        return f"{'evaluation' if longer else 'rollout'}.max_response_tokens"
+
+    @property
     def recompute_old_logprobs(self) -> bool:
         return self.algorithm.old_logprobs == OldLogprobs.RECOMPUTE or self.algorithm.mini_batches > 1
 

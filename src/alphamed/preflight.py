@@ -142,7 +142,7 @@ def _check_model(config: Config, folder: Path) -> ModelShape:
     shape = read_shape(folder)
     check_layout(shape, config.parallel, config.rollout)
     check_sync(config, shape)
-    check_context(shape, config.max_model_tokens)
+    check_context(shape, config.max_model_tokens, config.longest_response)
     if not config.rollout.replay:
         engine_specs(config, folder, shape, eos_ids=())
     check_weights(folder, shape)

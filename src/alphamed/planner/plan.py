@@ -1,7 +1,7 @@
 """A plan: topology, memory, batch, time, problems and advice for a job, put together; and its JSON."""
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from alphamed.config import Config
@@ -12,6 +12,7 @@ from alphamed.planner.batch import Batch, batch_of
 from alphamed.planner.job import Job
 from alphamed.planner.legality import Problem, layout_problems, memory_problems
 from alphamed.planner.memory import EngineCache, Use, engine_cache, engine_use, trainer_use
+from alphamed.planner.mending import mended
 from alphamed.planner.shapes import find_shape
 from alphamed.planner.time import StepTime, step_time
 from alphamed.planner.topology import Topology, place
@@ -98,7 +99,7 @@ def make_plan(job: Job, source: str = "", storage: float = STORAGE_BYTES_PER_S) 
     """Plan a job; `storage` in bytes per second."""
     problems = layout_problems(job)
     if problems:
-        return Plan(job, source, tuple(problems), None, None)
+        return Plan(job, source, tuple(mended(problems, job)), None, None)
     found = assess(job)
     problems = memory_problems(job, found.uses, found.cache)
     return Plan(job, source, tuple(problems), found, _checkpoint(job, found.time, storage))
@@ -199,8 +200,3 @@ def bottleneck(plan: Plan) -> str:
 def _found(plan: Plan) -> Assessment:
     assert plan.found is not None, "an illegal layout has neither memory nor time"
     return plan.found
-
-
-def with_config(job: Job, config: Config) -> Job:
-    """The same machines and lengths under another configuration."""
-    return replace(job, config=config)

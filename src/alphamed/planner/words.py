@@ -42,7 +42,10 @@ def verdict(plan: Plan) -> str:
 
 
 def advice_lines(plan: Plan, advice: Sequence[Advice]) -> Iterator[str]:
-    """What would make it fit, or faster."""
+    """What would make it fit, or faster; where nothing was found to make it fit, that."""
+    if plan.found and not plan.fits and not advice:
+        within = "within these nodes" if plan.job.nodes else "on up to four times as many GPUs"
+        yield f"NOTHING  that fits was found {within}"
     for one in advice:
         if plan.fits:
             yield f"FASTER   {' '.join(one.overrides)}: {one.seconds:.0f} s a step, {100 * one.saved:.0f}% less"
