@@ -110,10 +110,10 @@ def decisions(run: Run, verdict: str) -> str:
     from alphamed.data.text import fingerprint
 
     rows = run.rows([QUESTION | {"id": "e", "question": "Which one?"}], "e.jsonl")
-    questions = load_questions([rows], "refuse").questions
+    question, = load_questions([rows], "refuse").questions
     path = run.folder / "decisions.yaml"
     path.write_text(yaml.safe_dump({"version": 1, "decisions": [
-        {"id": "e", "fingerprint": fingerprint(questions[0]), "decision": verdict, "who": "w", "when": "2026", "why": "y"}]}))
+        {"id": "e", "fingerprint": fingerprint(question), "decision": verdict, "who": "w", "when": "2026", "why": "y"}]}))
     return str(path)
 
 

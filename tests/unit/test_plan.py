@@ -369,7 +369,8 @@ def test_the_mend_is_the_nearest(name, overrides, mend):
     assert plan.problems[0].mend == mend
 
 
-@pytest.mark.parametrize(("name", "nodes"), [("llama31_70b_8nodes", 1), ("llama31_70b_8nodes", 2), ("llama31_70b_16nodes", 3)])
+@pytest.mark.parametrize(("name", "nodes"), [
+    ("llama31_70b_8nodes", 1), ("llama31_70b_8nodes", 2), ("llama31_70b_16nodes", 3)])
 def test_where_no_mend_is_found_that_is_said(name, nodes):
     """70 billion parameters take 18 bytes each while they are trained: 1,270 GB and more, a node has 640."""
     plan = make_plan(*job_of(load_config(ROOT / "examples" / "recipes" / f"{name}.yaml"), nodes=nodes))
@@ -378,7 +379,7 @@ def test_where_no_mend_is_found_that_is_said(name, nodes):
 
 
 def test_a_cache_that_is_too_small_is_told_the_least_size():
-    """A token of Llama-3.1-8B takes 2 x 32 layers x 8 heads x 128 x 2 bytes; a prompt and a response 1,024 + 2,048 tokens."""
+    """A token of Llama-3.1-8B takes 2 x 32 layers x 8 heads x 128 x 2 bytes; a prompt and a response 1,024 + 2,048."""
     config = load_config(ROOT / "examples" / "recipes" / "llama31_8b_1node.yaml", ["rollout.kv_cache_bytes=1000"])
     plan = make_plan(*job_of(config))
     assert plan.problems[0].text.endswith(f"raise it to at least {131072 * 3072}")
@@ -397,8 +398,8 @@ def test_advice_keeps_ranks_that_talk_in_every_layer_within_a_node():
 
 
 def test_a_row_that_is_too_long_for_tensor_ranks_is_shared_by_context_ranks():
-    """140,000 tokens in a row: full recomputation keeps 32 inputs of 4,096 x 2 bytes of each, 36.7 GB, beside 48 GB of weights
-    and gradients."""
+    """140,000 tokens in a row: full recomputation keeps 32 inputs of 4,096 x 2 bytes of each, 36.7 GB, beside 48 GB of
+    weights and gradients."""
     one = job(parallel={"tensor": 1, "data": 8, "micro_batch_tokens": 140000, "recompute": "full"},
               rollout={"max_response_tokens": 120000, "engines": 8}, cluster={"nodes": 2})
     plan = make_plan(one)

@@ -165,3 +165,10 @@ def test_building_ranks_prints_its_result_and_no_warnings():
     run = subprocess.run([sys.executable, "-m", "alphamed.cli", "plan", "--config", RECIPE, "--build"], capture_output=True,
                          text=True, timeout=120)
     assert run.returncode == 0 and run.stderr == "" and "4 ranks built" in run.stdout
+
+
+def test_what_nothing_mends_is_said_on_paper_too(tmp_path, capsys):
+    written = tmp_path / "p.html"
+    assert main(["plan", "--config", RECIPE, "--html", str(written), "parallel.micro_batch_tokens=100000000"]) == 1
+    said = "It does not fit, and no settings that do were found within these nodes."
+    assert capsys.readouterr().out.rstrip().endswith(said) and said in written.read_text()

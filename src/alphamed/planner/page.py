@@ -22,7 +22,7 @@ def page(plan: Plan, advice: Sequence[Advice]) -> str:
     environment.filters |= {"size": words.size}
     found = plan.found
     return environment.get_template("plan.html.j2").render(
-        plan=plan, job=plan.job, shape=plan.job.shape, found=found, verdict=words.verdict(plan), tiles=_tiles(plan),
+        plan=plan, job=plan.job, shape=plan.job.shape, found=found, verdict=words.verdict(plan, advice), tiles=_tiles(plan),
         advice=[line.split(maxsplit=1)[1] for line in words.advice_lines(plan, advice)],
         pictures=found and {"cluster": pictures.cluster(plan.job, found.topology), "memory": pictures.memory(found.uses),
                             "step": pictures.step(found.time)},

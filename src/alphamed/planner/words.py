@@ -32,20 +32,22 @@ def _lines(plan: Plan, advice: Sequence[Advice]) -> Iterator[str]:
     for problem in plan.problems:
         yield f"PROBLEM  {problem}"
     yield from advice_lines(plan, advice)
-    yield verdict(plan)
+    yield verdict(plan, advice)
 
 
-def verdict(plan: Plan) -> str:
+def verdict(plan: Plan, advice: Sequence[Advice]) -> str:
     if plan.fits:
         return "It fits."
-    return "It does not fit." if plan.found else "This layout is illegal."
+    if plan.found is None:
+        return "This layout is illegal."
+    if advice:
+        return "It does not fit."
+    within = "within these nodes" if plan.job.nodes else "on up to four times as many GPUs"
+    return f"It does not fit, and no settings that do were found {within}."
 
 
 def advice_lines(plan: Plan, advice: Sequence[Advice]) -> Iterator[str]:
-    """What would make it fit, or faster; where nothing was found to make it fit, that."""
-    if plan.found and not plan.fits and not advice:
-        within = "within these nodes" if plan.job.nodes else "on up to four times as many GPUs"
-        yield f"NOTHING  that fits was found {within}"
+    """What would make it fit, or faster."""
     for one in advice:
         if plan.fits:
             yield f"FASTER   {' '.join(one.overrides)}: {one.seconds:.0f} s a step, {100 * one.saved:.0f}% less"
