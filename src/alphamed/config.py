@@ -13,8 +13,9 @@ from pydantic import model_validator
 
 from alphamed.config_choices import Correction, Device, Dtype, OldLogprobs, ReferencePlace, SyncMode, Transport
 from alphamed.config_sections import (AlgorithmConfig, CheckpointConfig, ClusterConfig, DataConfig, DynamicSamplingConfig,
-                                      EvaluationConfig, LoggingConfig, ModelConfig, OptimizerConfig, ParallelConfig,
-                                      PromptConfig, RewardConfig, RolloutConfig, RunConfig, Section, SyncConfig)
+                                      EvaluationConfig, LoggingConfig, MAX_GPUS, ModelConfig, OptimizerConfig,
+                                      ParallelConfig, PromptConfig, RewardConfig, RolloutConfig, RunConfig, Section,
+                                      SyncConfig)
 from alphamed.reward.extraction import extract_answer
 
 
@@ -60,6 +61,12 @@ class Config(Section):
         return self.prompt.max_tokens + max(self.rollout.max_response_tokens, self.evaluation.max_response_tokens or 0)
 
     @property
+    def longest_response(self) -> str:
+        """The setting that `max_model_tokens` comes from, beside prompt.max_tokens."""
+        longer = (self.evaluation.max_response_tokens or 0) > self.rollout.max_response_tokens
+        return f"{'evaluation' if longer else 'rollout'}.max_response_tokens"
+
+    @property
     def recompute_old_logprobs(self) -> bool:
         return self.algorithm.old_logprobs == OldLogprobs.RECOMPUTE or self.algorithm.mini_batches > 1
 
@@ -80,6 +87,9 @@ class Config(Section):
 
     def _problems(self):
         p, r, a, o = self.parallel, self.rollout, self.algorithm, self.optimizer
+        if (together := p.world + r.engines * r.tensor_parallel) > MAX_GPUS:
+            yield (f"parallel: {p.axes()} and rollout.engines ({r.engines} of {r.tensor_parallel}) are {together} "
+                   f"processes; lower them to at most {MAX_GPUS:,}")
         if p.sequence and p.tensor == 1:
             yield "parallel.sequence: true needs parallel.tensor > 1; set it to false or raise parallel.tensor"
         if p.virtual_pipeline is not None and p.pipeline == 1:

@@ -24,23 +24,23 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     return build_config(load_tree(path, overrides))
 
 
-def load_tree(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
-    """The mapping in one YAML file with overrides in it, not validated. Raises ConfigError."""
+def load_tree(path: str | Path, overrides: list[str] | tuple[str, ...] = (), what: str = "config") -> dict[str, Any]:
+    """The mapping in one YAML file (`what` messages call it) with overrides in it, not validated. Raises ConfigError."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"config {path}: no such file; give the path of a YAML file") from None
+        raise ConfigError(f"{what} {path}: no such file; give the path of a YAML file") from None
     except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"config {path}: can not be read ({e}); give a UTF-8 YAML file") from None
+        raise ConfigError(f"{what} {path}: can not be read ({e}); give a UTF-8 YAML file") from None
     try:
         tree = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ConfigError) as e:
-        raise ConfigError(f"config {path}: not valid YAML ({_one_line(e)}); mend the syntax") from None
+    except (yaml.YAMLError, ValueError) as e:
+        raise ConfigError(f"{what} {path}: not valid YAML ({_one_line(e)}); mend the syntax") from None
     except RecursionError:
-        raise ConfigError(f"config {path}: is nested too deep; see examples/") from None
+        raise ConfigError(f"{what} {path}: is nested too deep; see examples/") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"config {path}: holds {_kind(tree)}, not a mapping of sections; see examples/")
+        raise ConfigError(f"{what} {path}: holds {_kind(tree)}, not a mapping of sections; see examples/")
     for item in overrides:
         override(tree, item)
     return tree
@@ -71,7 +71,7 @@ def validated(model: type[Model], tree: dict[str, Any]) -> Model:
     try:
         return model.model_validate(tree)
     except ValidationError as e:
-        raise ConfigError(_explain(e, model)) from None
+        raise ConfigError(_explain(e, model, tree)) from None
 
 
 def changed_config(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
@@ -147,7 +147,7 @@ def override(tree: dict[str, Any], item: str) -> None:
         raise ConfigError(f"override {item!r}: not of the form section.key=value")
     try:
         value = yaml.load(text, Loader=_Loader) if text else None
-    except (yaml.YAMLError, ConfigError) as e:
+    except (yaml.YAMLError, ValueError) as e:     # a number of 5,000 digits is a ValueError
         raise ConfigError(f"override {key}: {text!r} is not valid YAML ({_one_line(e)}); quote it") from None
     put(tree, key, value)
 
@@ -165,30 +165,63 @@ def put(tree: dict[str, Any], key: str, value: Any) -> None:
     at[last] = value
 
 
-def _explain(error: ValidationError, root: type[BaseModel]) -> str:
-    """The first problem of a pydantic error as one line."""
-    first = error.errors(include_url=False)[0]
-    where = ".".join(str(x) for x in first["loc"])
-    given, kind = first.get("input"), first["type"]
+def _explain(error: ValidationError, root: type[BaseModel], tree: Any) -> str:
+    """The first problem of a pydantic error in `tree` as one line."""
+    errors = error.errors(include_url=False)
+    first = errors[0]
+    place = _place(first, tree)
+    where, kind = ".".join(map(str, place)), first["type"]
     if kind == "extra_forbidden":
-        known = _known_keys(root, first["loc"][:-1])
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
+        known = _known_keys(root, place[:-1])
+        near = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.5)
         mend = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
         return f"{where}: unknown key; {mend}"
     if kind == "missing":
         return f"{where}: missing; give a value"
-    message = first["msg"].removeprefix("Value error, ")
-    if kind in _SPELLINGS:
-        message = _SPELLINGS[kind]
     if not where:                               # a check across fields names its own field
-        return message
-    return f"{where}: {_short(given)} is not valid; {message[0].lower()}{message[1:]}"
+        return _message(first)
+    # where one of several kinds of value may stand, each says what it takes
+    wanted = dict.fromkeys(_message(one) for one in errors if _place(one, tree) == place)
+    told = ", or ".join(one.removeprefix("it takes ") if number else one for number, one in enumerate(wanted))
+    return f"{where}: {_short(first.get('input'))} is not valid; {told[0].lower()}{told[1:]}"
 
 
-_SPELLINGS = {"tuple_type": "it takes a list, written [a, b]", "string_type": "it takes text; put it in quotes",
-              "path_type": "it takes a path; put it in quotes",
-              "model_type": "it is a section with settings of its own"}
-"""What to write, where pydantic speaks of Python's types."""
+def _place(error: Any, tree: Any) -> tuple[str | int, ...]:
+    """Where in `tree` an error is. Pydantic puts names of its types in between where several kinds of value may stand."""
+    *parents, last = error["loc"] or (None,)
+    place, at = [], tree
+    for part in parents:
+        try:
+            at = at[part]
+        except (KeyError, IndexError, TypeError):
+            continue
+        place.append(part)
+    named = isinstance(last, int) or isinstance(at, dict) and (last in at or error["type"] == "missing")
+    return (*place, last) if named else tuple(place)
+
+
+def _message(error: Any) -> str:
+    """What to write, in words for people who do not know Python's types."""
+    spelled = _SPELLINGS.get(error["type"])
+    return spelled.format(**error.get("ctx", {})) if spelled else error["msg"].removeprefix("Value error, ")
+
+
+_WHOLE, _NUMBER, _SWITCH = "it takes a whole number", "it takes a number", "it takes true or false"
+_SPELLINGS = {
+    "tuple_type": "it takes a list, written [a, b]", "dict_type": "it takes keys with values, written {{a: b}}",
+    "model_type": "it is a section with settings of its own",
+    "string_type": "it takes text; put it in quotes", "path_type": "it takes a path; put it in quotes",
+    "string_pattern_mismatch": "it takes text that matches {pattern}",
+    "string_too_long": "it takes at most {max_length} characters",
+    "too_short": "it takes a list of at least {min_length}", "too_long": "it takes a list of at most {max_length}",
+    "int_type": _WHOLE, "int_parsing": _WHOLE, "int_from_float": _WHOLE, "int_parsing_size": _WHOLE,
+    "float_type": _NUMBER, "float_parsing": _NUMBER, "finite_number": "it takes a finite number",
+    "bool_type": _SWITCH, "bool_parsing": _SWITCH,
+    "enum": "it takes {expected}", "literal_error": "it takes {expected}",
+    "greater_than": "it takes a number greater than {gt}", "less_than": "it takes a number less than {lt}",
+    "greater_than_equal": "it takes a number of at least {ge}", "less_than_equal": "it takes a number of at most {le}",
+}
+"""Kind of pydantic's error -> what is wanted."""
 
 
 def _known_keys(root: type[BaseModel], loc: tuple) -> list[str]:

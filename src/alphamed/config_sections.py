@@ -18,6 +18,13 @@ NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2 ** 63)]
+"""What torch takes, with room for the stages' own (megatron/runtime.py); seeds of vLLM are hashes of it."""
+MAX_GPUS = 100_000
+"""That a run can be given. Plans list every GPU; more is a slip of the keyboard."""
+Count = Annotated[int, Field(gt=0, le=MAX_GPUS)]
+"""Of processes, GPUs or nodes."""
 MAX_LOGITS_BYTES = 1 << 30
 """Of FP32 logits on one tensor rank, above which log-probs are computed in chunks of their own accord. Below, logits and
 their BF16 gradient are within 2% of an 80 GB GPU. Above, computing them twice costs a third of the output layer's time,
@@ -26,7 +33,8 @@ vocabulary on one rank."""
 AUTO_CHUNK_TOKENS = 2048
 """A chunk's weight gradient is added to the FP32 buffer, 12 bytes of traffic for each element of the output layer. On an
 H100 that takes as long as the product itself at 1,000 tokens, half as long at 2,048."""
-DottedName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+DottedName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
+"""A file's name with room for endings: file systems take 255 bytes."""
 
 
 class Section(BaseModel):
@@ -38,7 +46,7 @@ class RunConfig(Section):
     name: DottedName = "run"
     """Name of the run; its directory is `root/name`."""
     root: Path = Path("runs")
-    seed: NonNegative = 1234
+    seed: Seed = 1234
     steps: Positive = 100
     """Length of the whole run; learning-rate schedules end here."""
     stop_after: NonNegative | None = None
@@ -112,15 +120,15 @@ class RolloutConfig(Section):
     questions_per_step: Positive = 256
     samples_per_question: Annotated[int, Field(ge=2)] = 8
     temperature: Annotated[float, Field(ge=0.01, allow_inf_nan=False)] = 1.0      # what vLLM makes of less
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: Share = 1.0
     top_k: int = -1
     max_response_tokens: Positive = 2048
-    engines: Positive = 1
-    tensor_parallel: Positive = 1
+    engines: Count = 1
+    tensor_parallel: Count = 1
     dtype: Dtype = Dtype.BF16
     kv_cache_bytes: Positive | None = None
     """Size of an engine's KV cache; None lets vLLM take `gpu_memory_utilization` of its GPU."""
-    gpu_memory_utilization: Fraction = 0.85
+    gpu_memory_utilization: Share = 0.85
     max_concurrent_requests: Positive = 256
     """Requests an engine works on at once; the coordinator holds the rest."""
     deterministic: bool = False
@@ -200,11 +208,11 @@ class AlgorithmConfig(Section):
 
 class ParallelConfig(Section):
     """Layout of the trainer."""
-    tensor: Positive = 1
-    pipeline: Positive = 1
+    tensor: Count = 1
+    pipeline: Count = 1
     virtual_pipeline: Annotated[int, Field(ge=2)] | None = None
     """Model chunks per pipeline stage (interleaved schedule)."""
-    data: Positive = 1
+    data: Count = 1
     sequence: bool = False
     """Sequence parallelism: activations between tensor-parallel regions are split over the tensor ranks."""
     distributed_optimizer: bool = True
@@ -220,7 +228,7 @@ class ParallelConfig(Section):
     reference: ReferencePlace = ReferencePlace.RESIDENT
     """Where the reference's weights lie: on the device all the time, or in host memory and on the device only during its
     forward passes (`swapped`)."""
-    context: Positive = 1
+    context: Count = 1
     """Ranks that share a packed row: each holds a part of its tokens, and in attention a part of the heads."""
 
     @property
@@ -319,10 +327,10 @@ class LoggingConfig(Section):
 
 class ClusterConfig(Section):
     device: Device = Device.AUTO
-    gpus_per_node: Positive = 8
+    gpus_per_node: Count = 8
     gpu: str = "h100-80g"
     """What `alphamed plan` reckons with: a100-80g, h100-80g, h200-141g, b200-180g."""
-    nodes: Positive | None = None
+    nodes: Count | None = None
     """How many the run may take, for `alphamed plan`; None: as many as it needs."""
     start_unfit: bool = False
     """Start although the plan says that memory does not suffice."""

@@ -235,8 +235,8 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig, rollout: RolloutCo
         raise ConfigError(f"parallel.tensor: {parallel.tensor} ranks are too many for a vocabulary of {shape.vocab} tokens: "
                           f"the last would hold padding alone; choose at most {math.isqrt(shape.vocab)}")
     if parallel.context not in context_sizes(shape, parallel.tensor):
-        raise ConfigError(f"parallel.context: {parallel.context} ranks for each of {parallel.tensor} tensor ranks can not share "
-                          f"{shape.heads} attention heads and {shape.kv_heads} KV heads; choose one of "
+        raise ConfigError(f"parallel.context: {parallel.context} ranks for each of {parallel.tensor} tensor ranks can not "
+                          f"share {shape.heads} attention heads and {shape.kv_heads} KV heads; choose one of "
                           f"{context_sizes(shape, parallel.tensor)}")
     chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
     if shape.layers % chunks:
@@ -247,12 +247,12 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig, rollout: RolloutCo
                           f"{'' if whole == shape.layers else ' per stage'}; choose one of {divisors(whole)}")
 
 
-def check_context(shape: ModelShape, max_model_tokens: int) -> None:
-    """Refuse prompts and responses that together pass the positions the model was made for. Raises ConfigError."""
+def check_context(shape: ModelShape, max_model_tokens: int, field: str = "rollout.max_response_tokens") -> None:
+    """Refuse prompts and responses, as long as `field` says, that together pass the positions the model was made for. Raises
+    ConfigError."""
     if max_model_tokens > shape.max_positions:
         raise ConfigError(f"prompt.max_tokens: prompt and response may take {max_model_tokens} tokens together, the "
-                          f"model has {shape.max_positions} positions; lower prompt.max_tokens or "
-                          f"rollout.max_response_tokens")
+                          f"model has {shape.max_positions} positions; lower prompt.max_tokens or {field}")
 
 
 def tensor_sizes(shape: ModelShape) -> list[int]:

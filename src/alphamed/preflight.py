@@ -6,6 +6,8 @@ imports neither torch nor transformers and takes seconds.
 """
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from alphamed.rollout.curriculum import check_levels
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What validation found on its way."""
+    """What validation found on its way. `evaluation_questions`: those that will be asked, of all files."""
     model_folder: Path
     shape: ModelShape
     questions: int
@@ -44,12 +46,32 @@ def validate(config: Config) -> Checked:
     if len(training.questions) < config.rollout.questions_per_step:
         raise ConfigError(f"rollout.questions_per_step: {config.rollout.questions_per_step} is more than the "
                           f"{len(training.questions)} questions of data.train; lower it or add data")
+    asked = _asked(config, [file.questions for file in evaluation])
     folder = resolve(config.model.path, config.model.revision, config.model.cache)
     shape = _check_model(config, folder)
     _check_plan(config, shape)
     _check_prompts(config, folder, [*training.questions, *(q for file in evaluation for q in file.questions)])
-    return Checked(folder, shape, len(training.questions), sum(len(file.questions) for file in evaluation),
+    return Checked(folder, shape, len(training.questions), asked,
                    sum((file.skipped for file in evaluation), training.skipped))
+
+
+def _asked(config: Config, files: Sequence[Sequence[Question]]) -> int:
+    """How many questions an evaluation asks, after decisions and evaluation.questions; 0 where none is asked for."""
+    from alphamed.data.decisions import read_decisions
+    from alphamed.evaluation.runner import choose
+
+    wanted, counts = config.evaluation, []
+    try:
+        for path in wanted.decisions:
+            read_decisions(path)
+        for file, questions in zip(wanted.all_files, files, strict=True):
+            chosen, left, _ = choose(questions, wanted.questions, config.run.seed, wanted.decisions)
+            if not left:
+                raise ConfigError(f"they leave none of the {len(questions)} questions of {file}; mend them")
+            counts.append(len(chosen))
+    except ConfigError as error:
+        raise ConfigError(f"evaluation.decisions: {error}") from None
+    return sum(counts) if wanted.before or wanted.after or wanted.every else 0
 
 
 def refuse_overlap(training: Sequence[Question], evaluation: Sequence[Question]) -> None:
@@ -71,9 +93,20 @@ def _check_run_dir(config: Config) -> None:
     """Whether the run directory is new, or may be continued with this configuration."""
     from alphamed.observe.directory import check_resume
 
+    _check_place(config.run_dir)
     check_resume(config)
     if config.rollout.replay:
         _check_replay(config.rollout.replay, config.run.last_step)
+
+
+def _check_place(folder: Path) -> None:
+    """Whether the run's folder can be made and written: what is missing of it is made under another name and removed."""
+    try:
+        present = next(one for one in (folder, *folder.parents) if os.path.lexists(one))
+        with tempfile.TemporaryDirectory(prefix=".alphamed-", dir=present) as probe:
+            Path(probe, folder.relative_to(present)).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run.root: {folder} can not be made or written ({error.strerror}); choose another") from None
 
 
 def _check_replay(run_dir: Path, last_step: int) -> None:
@@ -109,7 +142,7 @@ def _check_model(config: Config, folder: Path) -> ModelShape:
     shape = read_shape(folder)
     check_layout(shape, config.parallel, config.rollout)
     check_sync(config, shape)
-    check_context(shape, config.max_model_tokens)
+    check_context(shape, config.max_model_tokens, config.longest_response)
     if not config.rollout.replay:
         engine_specs(config, folder, shape, eos_ids=())
     check_weights(folder, shape)

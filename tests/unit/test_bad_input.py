@@ -99,6 +99,24 @@ def model(name: str, break_it: Callable[[Path], object], *words: str) -> Mistake
     return Mistake(f"model with {name}", lambda run: break_it(run.own_model()), words)
 
 
+def evaluated(run: Run, decisions: str) -> None:
+    """The run with an evaluation of one question, and decisions on it."""
+    run.set("evaluation", {"files": [str(run.rows([QUESTION | {"id": "e", "question": "Which one?"}], "e.jsonl"))],
+                           "before": True, "decisions": [decisions]})
+
+
+def decisions(run: Run, verdict: str) -> str:
+    from alphamed.data.sources import load_questions
+    from alphamed.data.text import fingerprint
+
+    rows = run.rows([QUESTION | {"id": "e", "question": "Which one?"}], "e.jsonl")
+    question, = load_questions([rows], "refuse").questions
+    path = run.folder / "decisions.yaml"
+    path.write_text(yaml.safe_dump({"version": 1, "decisions": [
+        {"id": "e", "fingerprint": fingerprint(question), "decision": verdict, "who": "w", "when": "2026", "why": "y"}]}))
+    return str(path)
+
+
 def truncate(path: Path, keep: float) -> None:
     data = path.read_bytes()
     path.write_bytes(data[:int(len(data) * keep)])
@@ -165,6 +183,19 @@ CONFIGS = [
         (run.folder / "old" / "rollouts" / "step_000001.parquet").touch(),
         run.set("rollout.replay", str(run.folder / "old"))),
             ("rollout.replay", "steps 1 to 1", "to step 2", "run.stop_after")),
+    Mistake("decisions that are not there", lambda run: evaluated(run, "nope.yaml"),
+            ("evaluation.decisions: decisions nope.yaml: no such file",)),
+    Mistake("decisions that are something else", lambda run: evaluated(run, str(run.rows([QUESTION], "e2.jsonl"))),
+            ("evaluation.decisions", "e2.jsonl", "version: missing")),
+    Mistake("decisions that leave nothing", lambda run: evaluated(run, decisions(run, "quarantine")),
+            ("evaluation.decisions", "none of the 1 questions", "e.jsonl")),
+    setting("run.seed", 2 ** 63, "9223372036854775808", "less than 9223372036854775808"),
+    override("run.seed=" + 5000 * "9", "run.seed", "not valid"),
+    setting("run.name", 300 * "x", "at most 200 characters"),
+    setting("run.root", "/proc", "/proc/run", "choose another"),
+    setting("run.root", "/etc/passwd", "/etc/passwd/run", "choose another"),
+    setting("run.root", 300 * "x", "File name too long", "choose another"),
+    setting("rollout.gpu_memory_utilization", 0, "greater than 0"),
     setting("cluster.device", "cuda", "GPU"),
     setting("cluster.engine_cores", "0-999", "999"),
     setting("cluster.engine_cores", "first", "first"),
@@ -249,6 +280,16 @@ def one_line(text: str, mistake: Mistake) -> None:
 def test_the_run_that_the_table_breaks_is_in_order(run, capsys):
     assert main(["train", "--check", "--config", str(run.write())]) == 0
     assert "in order; 4 questions" in capsys.readouterr().out
+
+
+def test_a_check_counts_the_questions_that_an_evaluation_asks(run, capsys):
+    """Three questions in each of two files: all, or at most two of each, or none where no evaluation is asked for."""
+    rows = [QUESTION | {"id": f"e{i}", "question": f"Which is {i}?"} for i in range(3)]
+    files = [str(run.rows(rows, "a.jsonl")), str(run.rows([row | {"id": "f" + row["id"]} for row in rows], "b.jsonl"))]
+    for wanted, asked in (({"before": True}, 6), ({"after": True, "questions": 2}, 4), ({}, 0)):
+        run.set("evaluation", {"files": files, "allow_overlap": True} | wanted)
+        assert main(["train", "--check", "--config", str(run.write())]) == 0
+        assert f" {asked} for evaluation, " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)

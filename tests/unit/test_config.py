@@ -5,7 +5,7 @@ import pytest
 
 from alphamed.config import ConfigError
 from alphamed.config_choices import Dtype, WandbMode
-from alphamed.config_file import build_config, dump_config, load_config
+from alphamed.config_file import build_config, changed_config, dump_config, load_config, validated
 from alphamed.config_sections import ParallelConfig
 
 SMALL = {"model": {"path": "m"}, "data": {"train": ["a.jsonl"]}}
@@ -136,3 +136,31 @@ def test_a_small_file_that_stands_for_billions_of_values_is_refused(tmp_path):
         load_config(write(tmp_path, "model: " + "[" * 5000 + "]" * 5000))
     shared = "model: {path: m}\ndata: {train: &files [a.jsonl]}\nevaluation: {files: *files, allow_overlap: true}\n"
     assert load_config(write(tmp_path, shared)).evaluation.files == (Path("a.jsonl"),)
+
+
+@pytest.mark.parametrize("axes, told", [
+    ({"informativeness": [1]}, "informativeness.0: 1 is not valid; it takes a list, written [a, b], or 'all'"),
+    ({"informativeness": [[]]}, "informativeness.0: [] is not valid; it takes a list of at least 1, or 'all'"),
+    ({"levels": [[9]]}, "levels.0.0: 9 is not valid; it takes a number of at most 6"),
+    ({"sizes": [0]}, "sizes.0: 0 is not valid; it takes a number greater than 0, or 'all'"),
+    ({"sizes": ["x"]}, "sizes.0: 'x' is not valid; it takes a whole number, or 'all'"),
+    ({"sizse": [1]}, "sizse: unknown key; did you mean 'sizes'?"),
+])
+def test_where_several_kinds_of_value_may_stand_the_line_names_no_types(axes, told):
+    from alphamed.study.spec import Study
+
+    with pytest.raises(ConfigError) as error:
+        validated(Study, {"name": "s", "base": "b", "grids": [{"name": "g", "axes": axes}]})
+    assert str(error.value) == f"grids.0.axes.{told}"
+
+
+@pytest.mark.parametrize("override, told", [
+    ("data.train=[]", "data.train: [] is not valid; it takes a list of at least 1"),
+    ("run.seed=a", "run.seed: 'a' is not valid; it takes a whole number"),
+    ("parallel.sequence=maybe", "parallel.sequence: 'maybe' is not valid; it takes true or false"),
+    ("optimizer.betas=[0.9]", "optimizer.betas.1: missing; give a value"),
+])
+def test_what_is_wanted_is_said_in_plain_words(override, told):
+    with pytest.raises(ConfigError) as error:
+        changed_config(build_config(SMALL), [override])
+    assert str(error.value) == told

@@ -16,6 +16,7 @@ from alphamed.planner.calibration import GPU
 from alphamed.planner.hardware import gpu
 from alphamed.planner.job import Job
 from alphamed.planner.memory import _receiving_bytes, engine_cache, layer_bytes, stage_use, static_bytes, trainer_use
+from alphamed.planner.mending import fits, layouts
 from alphamed.planner.parameters import buffer_elements, count, layers_of, stage_parameters
 from alphamed.planner.plan import job_of, make_plan, to_json
 from alphamed.planner.shapes import find_shape
@@ -314,6 +315,97 @@ def test_illegal_settings_come_with_the_nearest_legal_one(sections, field, mend)
     assert not plan.fits and plan.found is None
     assert plan.problems[0].text.startswith(field) and plan.problems[0].mend == (mend,)
     assert make_plan(replace(job(**sections), config=changed_config(config_of(**sections), [mend]))).found is not None
+
+
+BROKEN = [
+    ("qwen25_7b_1node", ["parallel.pipeline=7"]),
+    ("qwen25_7b_1node", ["evaluation.max_response_tokens=100000"]),
+    ("qwen25_7b_1node", ["evaluation.max_response_tokens=100000", "rollout.max_response_tokens=40000",
+                         "parallel.micro_batch_tokens=50000"]),
+    ("qwen25_7b_1node", ["prompt.max_tokens=40000", "parallel.micro_batch_tokens=50000"]),
+    ("qwen25_7b_1node", ["cluster.gpus_per_node=1", "cluster.nodes=null"]),
+    ("llama31_8b_1node", ["parallel.context=2"]),
+    ("llama31_8b_1node", ["parallel.context=4"]),
+    ("llama31_8b_1node", ["parallel.pipeline=2"]),
+    ("llama31_8b_1node", ["parallel.data=3"]),
+    ("llama31_8b_1node", ["parallel.tensor=16", "rollout.tensor_parallel=3"]),
+    ("llama31_8b_1node", ["parallel.context=2", "model.fp8=true", "cluster.gpu=a100-80g"]),
+    ("llama31_8b_1node", ["parallel.pipeline=4", "parallel.virtual_pipeline=3"]),
+    ("llama31_8b_1node", ["rollout.gpu_memory_utilization=0.1"]),
+    ("llama31_8b_1node", ["rollout.kv_cache_bytes=1000"]),
+    ("llama31_8b_1node", ["rollout.kv_cache_bytes=90000000000"]),
+    ("llama31_8b_1node", ["parallel.tensor=1", "parallel.sequence=false"]),
+    ("llama31_70b_8nodes", ["parallel.context=2"]),
+    ("llama31_70b_8nodes", ["cluster.nodes=7"]),
+    ("llama31_70b_8nodes", ["parallel.pipeline=3"]),
+]
+
+
+@pytest.mark.parametrize(("name", "overrides"), BROKEN, ids=lambda part: part if isinstance(part, str) else " ".join(part))
+def test_every_printed_mend_changes_something_and_leads_to_a_legal_plan(name, overrides):
+    config = load_config(ROOT / "examples" / "recipes" / f"{name}.yaml", overrides)
+    plan = make_plan(*job_of(config))
+    assert not plan.fits
+    mends = [problem.mend for problem in plan.problems if problem.mend]
+    changes = advice.mends(plan)
+    assert len(mends) == 1 if plan.found is None else changes
+    for mend in (*mends, *(change.overrides for change in changes)):
+        mended = changed_config(config, mend)
+        assert mended != config
+        assert make_plan(*job_of(mended)).found is not None, mend
+    for change in changes:
+        assert make_plan(*job_of(changed_config(config, change.overrides))).fits, change
+
+
+@pytest.mark.parametrize(("name", "overrides", "mend"), [
+    ("qwen25_7b_1node", ["parallel.pipeline=7"], ("parallel.pipeline=1",)),
+    ("qwen25_7b_1node", ["evaluation.max_response_tokens=100000"], ("evaluation.max_response_tokens=31744",)),
+    # 64 ranks fill all 8 nodes; half of the tensor ranks leave 4 of them to the engines
+    ("llama31_70b_8nodes", ["parallel.context=2"], ("parallel.tensor=4",)),
+    ("llama31_8b_1node", ["parallel.data=3"], ("parallel.data=1",)),
+])
+def test_the_mend_is_the_nearest(name, overrides, mend):
+    plan = make_plan(*job_of(load_config(ROOT / "examples" / "recipes" / f"{name}.yaml", overrides)))
+    assert plan.problems[0].mend == mend
+
+
+@pytest.mark.parametrize(("name", "nodes"), [
+    ("llama31_70b_8nodes", 1), ("llama31_70b_8nodes", 2), ("llama31_70b_16nodes", 3)])
+def test_where_no_mend_is_found_that_is_said(name, nodes):
+    """70 billion parameters take 18 bytes each while they are trained: 1,270 GB and more, a node has 640."""
+    plan = make_plan(*job_of(load_config(ROOT / "examples" / "recipes" / f"{name}.yaml"), nodes=nodes))
+    assert plan.problems[0].mend == ()
+    assert plan.problems[0].text.endswith(f"no layout that fits was found within {nodes} node{'s' if nodes > 1 else ''}")
+
+
+def test_a_cache_that_is_too_small_is_told_the_least_size():
+    """A token of Llama-3.1-8B takes 2 x 32 layers x 8 heads x 128 x 2 bytes; a prompt and a response 1,024 + 2,048."""
+    config = load_config(ROOT / "examples" / "recipes" / "llama31_8b_1node.yaml", ["rollout.kv_cache_bytes=1000"])
+    plan = make_plan(*job_of(config))
+    assert plan.problems[0].text.endswith(f"raise it to at least {131072 * 3072}")
+    exact, less = (make_plan(*job_of(changed_config(config, [f"rollout.kv_cache_bytes={size}"])))
+                   for size in (131072 * 3072, 131072 * 3072 - 1))
+    assert exact.fits and not less.fits
+
+
+def test_advice_keeps_ranks_that_talk_in_every_layer_within_a_node():
+    one = job_of(load_config(ROOT / "examples" / "recipes" / "llama31_70b_8nodes.yaml"))[0]
+    for overrides in advice.neighbours(one, 64):
+        p = changed_config(one.config, overrides).parallel if "parallel.context=2" in overrides else one.parallel
+        assert p.tensor * p.context <= 8, overrides
+    assert all(cut["tensor"] * cut["context"] <= 8 for cut in layouts(one, 64))
+    assert any(cut["context"] == 8 for cut in layouts(one, 64))
+
+
+def test_a_row_that_is_too_long_for_tensor_ranks_is_shared_by_context_ranks():
+    """140,000 tokens in a row: full recomputation keeps 32 inputs of 4,096 x 2 bytes of each, 36.7 GB, beside 48 GB of
+    weights and gradients."""
+    one = job(parallel={"tensor": 1, "data": 8, "micro_batch_tokens": 140000, "recompute": "full"},
+              rollout={"max_response_tokens": 120000, "engines": 8}, cluster={"nodes": 2})
+    plan = make_plan(one)
+    assert not plan.fits and plan.found
+    relaid = [overrides for overrides, changed in advice._relaid(one, 16) if fits(changed)]
+    assert any(f"parallel.context={size}" in overrides for overrides in relaid for size in (2, 4, 8))
 
 
 def test_what_is_too_large_comes_with_changes_that_make_it_fit():

@@ -120,3 +120,55 @@ def test_a_run_records_the_plans_prediction_beside_the_measurement(tmp_path):
     parts = [row[f"plan/{part}_s"] for part in ("generate", "logprobs", "update", "sync")]
     assert all(seconds > 0 for seconds in (parts[0], parts[2], parts[3])) and sum(parts) < row["plan/step_s"]
     assert row["plan/memory_bytes"] > 0 and row["time/step_s"] > 0 and not undeclared(row)
+
+
+# -------------------------------------------------------------------------------------------------- what a user trial found
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--prompt-tokens", "99999"], ("--prompt-tokens", "99999", "prompt.max_tokens (1024)")),
+    (["--response-tokens", "1e9"], ("--response-tokens", "1e+09", "rollout.max_response_tokens (2048)")),
+    (["--response-tokens", "0.5"], ("--response-tokens", "0.5", "between 1 and")),
+    (["--nodes", "100000000000000000000"], ("--nodes", "100,000 GPUs", "at most 12500")),
+    (["rollout.engines=100000000", "cluster.nodes=null"], ("rollout.engines", "100000000", "100000")),
+    (["rollout.engines=60000", "rollout.tensor_parallel=2", "cluster.nodes=null"], ("120004 processes", "100,000")),
+    (["--gpu", ""], ("--gpu", "''", "h100-80g")),
+    (["--json", ""], ("--json", "is not a file")),
+    (["--html", ""], ("--html", "is not a file")),
+    (["--html", "/dev/null"], ("--html", "/dev/null", "is not a file")),
+    (["--json", "no/such/folder/x.json"], ("--json", "no/such/folder", "make 'no/such/folder' first")),
+])
+def test_a_mistake_in_an_option_is_one_line_before_anything_is_planned(arguments, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("alphamed.planner.main.make_plan", None)
+    assert main(["plan", "--config", RECIPE, *arguments]) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.count("\n") == 1 and all(word in told.err for word in words), told.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_in_parts_is_planned_to_its_end(tmp_path, capsys):
+    """Checkpoints every 20 steps and after the last one, unless that is one of them: 1 for 10 steps, 2 for 40, 3 for 41."""
+    trees = {}
+    for last in (0, 10, 40, 41):
+        written = tmp_path / f"{last}.json"
+        assert main(["plan", "--config", RECIPE, "--json", str(written), f"run.stop_after={last}"]) == 0
+        assert f"  {last} of 300 steps: " in capsys.readouterr().out
+        trees[last] = json.loads(written.read_text())
+    step, save = trees[10]["step"]["seconds"]["total"], trees[10]["checkpoint"]["save_s"]
+    assert [tree["run"]["steps"] for tree in trees.values()] == [0, 10, 40, 41]
+    for last, saves in ((0, 0), (10, 1), (40, 2), (41, 3)):
+        assert trees[last]["run"]["hours"] * 3600 == pytest.approx(last * step + saves * save)
+    assert trees[10]["checkpoint"]["at_risk_s"] == 10 * step
+
+
+@pytest.mark.slow
+def test_building_ranks_prints_its_result_and_no_warnings():
+    run = subprocess.run([sys.executable, "-m", "alphamed.cli", "plan", "--config", RECIPE, "--build"], capture_output=True,
+                         text=True, timeout=120)
+    assert run.returncode == 0 and run.stderr == "" and "4 ranks built" in run.stdout
+
+
+def test_what_nothing_mends_is_said_on_paper_too(tmp_path, capsys):
+    written = tmp_path / "p.html"
+    assert main(["plan", "--config", RECIPE, "--html", str(written), "parallel.micro_batch_tokens=100000000"]) == 1
+    said = "It does not fit, and no settings that do were found within these nodes."
+    assert capsys.readouterr().out.rstrip().endswith(said) and said in written.read_text()

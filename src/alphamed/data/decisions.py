@@ -92,7 +92,11 @@ class Applied:
 
 def read_decisions(path: Path, version: int | None = None) -> DecisionFile:
     """A file of decisions, of exactly this version where one is given. Raises ConfigError."""
-    found = validated(Decisions, load_tree(path))
+    tree = load_tree(path, what="decisions")
+    try:
+        found = validated(Decisions, tree)
+    except ConfigError as error:
+        raise ConfigError(f"decisions {path}: {error}") from None
     if version is not None and found.version != version:
         raise ConfigError(f"decisions {path}: has version {found.version}, {version} is asked for; give the file of that "
                           f"version or change decisions_version")

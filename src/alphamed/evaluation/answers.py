@@ -55,7 +55,7 @@ class Prompted:
     def __init__(self, config: Config, questions: Iterable[Question]):
         self.folder: Path = resolve(config.model.path, config.model.revision, config.model.cache)
         self.shape: ModelShape = read_shape(self.folder)
-        check_context(self.shape, config.max_model_tokens)
+        check_context(self.shape, config.max_model_tokens, config.longest_response)
         engine_specs(config, self.folder, self.shape, eos_ids=())
         check_weights(self.folder, self.shape)
         self.tokenizer = load_tokenizer(self.folder)

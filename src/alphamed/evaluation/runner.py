@@ -61,20 +61,27 @@ def load_sets(files: Sequence[Path], limit: int | None, seed: int, bad_rows: Bad
     Whether a question is chosen does not depend on its place in the file, and the choice for a lower limit is part of
     that for a higher one.
     """
-    from alphamed.data.decisions import apply_files
     from alphamed.data.sources import load_questions
-    from alphamed.data.text import draw
 
     sets: list[QuestionSet] = []
     for file in files:
-        questions, applied = apply_files(load_questions([file], bad_rows).questions, decisions)
-        chosen = sorted(questions, key=lambda question: draw(seed, question.id))[:limit]
-        ids = {question.id for question in chosen}
+        chosen, available, applied = choose(load_questions([file], bad_rows).questions, limit, seed, decisions)
         name = file.stem
         if any(other.name == name for other in sets):
             name = str(file)
-        sets.append(QuestionSet(name, file, tuple(q for q in questions if q.id in ids), len(questions), applied))
+        sets.append(QuestionSet(name, file, chosen, available, applied))
     return tuple(sets)
+
+
+def choose(questions: Sequence[Question], limit: int | None, seed: int,
+           decisions: Sequence[Path]) -> tuple[tuple[Question, ...], int, tuple[Mapping[str, Any], ...]]:
+    """The questions of a file that are asked, how many decisions leave, and what each file of decisions changed."""
+    from alphamed.data.decisions import apply_files
+    from alphamed.data.text import draw
+
+    left, applied = apply_files(questions, decisions)
+    ids = {question.id for question in sorted(left, key=lambda question: draw(seed, question.id))[:limit]}
+    return tuple(question for question in left if question.id in ids), len(left), applied
 
 
 def begin_evaluation(sets: Sequence[QuestionSet], render: Callable[[Question], Sequence[int]], begin: Begin,

@@ -8,20 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from alphamed.config import ConfigError
 from alphamed.config_choices import Recompute
-from alphamed.config_file import changed_config
-from alphamed.config_sections import AUTO_CHUNK_TOKENS
+from alphamed.config_sections import AUTO_CHUNK_TOKENS, RolloutConfig
 from alphamed.model import tensor_sizes
 from alphamed.planner.job import Job
-from alphamed.planner.legality import layout_problems, memory_problems
-from alphamed.planner.memory import engine_cache, engine_use, trainer_use
-from alphamed.planner.plan import Plan, with_config
+from alphamed.planner.legality import least_cache_bytes
+from alphamed.planner.memory import engine_cache, engine_use
+from alphamed.planner.mending import FULL, Overrides, applied, axes, consistent, fits, layouts
+from alphamed.planner.plan import Plan
 from alphamed.planner.time import step_time
 
 WORTH = 0.005
 """Changes that save less than this share of a step are not told."""
-Overrides = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +51,12 @@ def faster(plan: Plan, most: int = 2) -> list[Advice]:
 
 def mends(plan: Plan) -> list[Advice]:
     """The nearest settings under which a run that is too large fits: one change, else two, else another layout, within the
-    nodes or up to four times as many; the fastest of them first, at most two."""
+    nodes that it may take, or up to four times as many as it takes; the fastest of them first, at most two."""
     if plan.found is None or plan.fits:
         return []
     gpus = _gpus(plan)
-    for attempt in (_single(plan.job, gpus), _double(plan.job, gpus),
-                    *(_relaid(plan.job, times * gpus) for times in (1, 2, 4))):
+    for attempt in (_caches(plan.job, gpus), _single(plan.job, gpus), _double(plan.job, gpus),
+                    *(_relaid(plan.job, times * gpus) for times in ((1,) if plan.job.nodes else (1, 2, 4)))):
         found = {overrides: step_time(job).total for overrides, job in attempt if fits(job)}
         if found:
             best = sorted(found.items(), key=lambda item: (len(item[0]), item[1]))[:2]
@@ -66,12 +64,23 @@ def mends(plan: Plan) -> list[Advice]:
     return []
 
 
-def fits(job: Job) -> bool:
-    """Whether a layout is legal and its memory suffices."""
-    if layout_problems(job):
-        return False
-    uses = [use for use in (trainer_use(job), engine_use(job)) if use]
-    return not memory_problems(job, uses, engine_cache(job) if job.engines else None)
+def _caches(job: Job, gpus: int) -> Iterator[tuple[Overrides, Job]]:
+    """Other sizes of the engines' KV cache, and shares of their GPUs: the default one and the least that suffices."""
+    r, use = job.rollout, engine_use(job)
+    if use is None:
+        return
+    choices = []
+    if r.kv_cache_bytes:
+        least = least_cache_bytes(job, engine_cache(job))
+        choices = [(f"rollout.kv_cache_bytes={least}",), ("rollout.kv_cache_bytes=null",)]
+    if not job.gpu.is_cpu:
+        share = -(-20 * use.total // job.gpu.memory_bytes) / 20
+        shares = {RolloutConfig.model_fields["gpu_memory_utilization"].default, share}
+        choices += [(f"rollout.gpu_memory_utilization={share}",) for share in sorted(shares)
+                    if r.gpu_memory_utilization < share < 1]
+    for overrides in choices:
+        if (changed := _applied(job, overrides, gpus)) is not None:
+            yield overrides, changed
 
 
 def _single(job: Job, gpus: int) -> Iterator[tuple[Overrides, Job]]:
@@ -91,12 +100,8 @@ def _double(job: Job, gpus: int) -> Iterator[tuple[Overrides, Job]]:
 
 def _applied(job: Job, overrides: Overrides, gpus: int) -> Job | None:
     """The changed job, or None where the configuration refuses it, it needs more GPUs, or nothing changes."""
-    try:
-        config = changed_config(job.config, overrides)
-    except ConfigError:
-        return None
-    changed = with_config(job, config)
-    return changed if changed.gpus <= gpus and config != job.config else None
+    changed = applied(job, overrides)
+    return changed if changed is not None and changed.gpus <= gpus else None
 
 
 def _gpus(plan: Plan) -> int:
@@ -129,30 +134,21 @@ def neighbours(job: Job, gpus: int) -> Iterator[Overrides]:
 
 def _layouts(job: Job) -> Iterator[Overrides]:
     """The same number of trainer ranks, cut otherwise."""
-    p = job.parallel
-    sizes = {"tensor": p.tensor, "context": p.context, "pipeline": p.pipeline, "data": p.data}
+    p, sizes = job.parallel, axes(job)
     for larger in sizes:
         for smaller in sizes:
             if larger != smaller and sizes[smaller] % 2 == 0:
                 cut = sizes | {larger: 2 * sizes[larger], smaller: sizes[smaller] // 2}
-                if cut["tensor"] not in tensor_sizes(job.shape):
+                beyond = not job.gpu.is_cpu and cut["tensor"] * cut["context"] > job.gpus_per_node
+                if beyond or cut["tensor"] not in tensor_sizes(job.shape):      # they talk in every layer
                     continue
-                yield tuple(f"parallel.{axis}={cut[axis]}" for axis in (larger, smaller)) + _consistent(job, cut)
+                yield tuple(f"parallel.{axis}={cut[axis]}" for axis in (larger, smaller)) + consistent(job, cut)
     if p.pipeline > 1:
         for virtual in (2, 4):
             if virtual != job.virtual:
                 yield (f"parallel.virtual_pipeline={virtual}",)
         if p.virtual_pipeline:
             yield ("parallel.virtual_pipeline=null",)
-
-
-def _consistent(job: Job, cut: dict[str, int]) -> Overrides:
-    p, found = job.parallel, []
-    if p.sequence != (cut["tensor"] > 1):
-        found.append(f"parallel.sequence={'true' if cut['tensor'] > 1 else 'false'}")
-    if cut["pipeline"] == 1 and p.virtual_pipeline:
-        found.append("parallel.virtual_pipeline=null")
-    return tuple(found)
 
 
 def _shares(job: Job, gpus: int) -> Iterator[Overrides]:
@@ -174,16 +170,12 @@ def _shares(job: Job, gpus: int) -> Iterator[Overrides]:
 
 
 def _relaid(job: Job, gpus: int) -> Iterator[tuple[Overrides, Job]]:
-    """Every other layout of powers of two beside the present engines, with full recomputation where it is not on."""
-    p, left = job.parallel, gpus - job.engines * job.rollout.tensor_parallel
-    sizes = [2 ** k for k in range(max(left, 1).bit_length())]
-    for tensor in (t for t in sizes if t in tensor_sizes(job.shape) and t <= job.gpus_per_node):
-        for pipeline in (size for size in sizes if size * tensor <= left):
-            for data in (size for size in sizes if size * tensor * pipeline <= left):
-                cut = {"tensor": tensor, "context": 1, "pipeline": pipeline, "data": data}
-                overrides = tuple(f"parallel.{axis}={size}" for axis, size in cut.items() if size != getattr(p, axis))
-                overrides += _consistent(job, cut)
-                for more in ((), ("parallel.recompute=full",)):
-                    changed = _applied(job, overrides + more, gpus)
-                    if changed is not None:
-                        yield overrides + more, changed
+    """Every other layout beside the present engines, with full recomputation where it is not on."""
+    left, now = gpus - job.engines * job.rollout.tensor_parallel, axes(job)
+    for cut in layouts(job, left):
+        overrides = tuple(f"parallel.{axis}={size}" for axis, size in cut.items() if size != now[axis])
+        overrides += consistent(job, cut)
+        for more in ((), (FULL,)):
+            changed = _applied(job, overrides + more, gpus)
+            if changed is not None:
+                yield overrides + more, changed

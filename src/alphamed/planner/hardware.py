@@ -40,10 +40,10 @@ CORE_FLOPS = 60e9
 CPU_MEMORY_BANDWIDTH = 12e9
 
 
-def gpu(name: str) -> Gpu:
-    """The GPU of that name. Raises ConfigError."""
+def gpu(name: str, field: str = "cluster.gpu") -> Gpu:
+    """The GPU of that name; `field`: where it was given. Raises ConfigError."""
     if name not in GPUS:
-        raise ConfigError(f"cluster.gpu: {name!r} is not known; choose one of {', '.join(GPUS)}")
+        raise ConfigError(f"{field}: {name!r} is not known; choose one of {', '.join(GPUS)}")
     return GPUS[name]
 
 

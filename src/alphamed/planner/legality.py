@@ -9,12 +9,13 @@ from alphamed.config_choices import Recompute
 from alphamed.model import check_context, check_layout, context_sizes, divisors, tensor_sizes
 from alphamed.planner.hardware import GIB
 from alphamed.planner.job import Job
-from alphamed.planner.memory import EngineCache, Use
+from alphamed.planner.memory import BLOCK_TOKENS, EngineCache, Use
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One line: what is wrong, and what to set instead (`mend`: overrides for the command line, where one is known)."""
+    """One line: what is wrong, and what to set instead (`mend`: overrides for the command line, where one is known; those of
+    this module are first thoughts, which mending.py tries out)."""
     text: str
     mend: tuple[str, ...] = ()
 
@@ -43,16 +44,25 @@ def _layout_problems(job: Job) -> Iterator[Problem]:
     if not job.gpu.is_cpu:
         yield from _node_problems(job)
     try:
-        check_context(s, job.config.max_model_tokens)
+        check_context(s, job.config.max_model_tokens, job.config.longest_response)
     except ConfigError as error:
-        left = s.max_positions - job.config.prompt.max_tokens
-        yield Problem(str(error), (f"rollout.max_response_tokens={left}",) if left > 0 else ())
+        yield Problem(str(error), _shorter(job))
     if job.config.model.fp8 and job.gpu.fp8_flops is None:
         yield Problem(f"model.fp8: {job.gpu.name} computes no FP8", ("model.fp8=false",))
     if p.recompute == Recompute.SELECTIVE and not p.share_prompts and p.context == 1 and not job.gpu.is_cpu:
         yield Problem("parallel.recompute: selective computes attention again, but rows without shared prompts take "
                       "Transformer Engine's fused attention, which keeps nothing that this would save",
                       ("parallel.recompute=none",))
+
+
+def _shorter(job: Job) -> tuple[str, ...]:
+    """The longest response, or where it has no room at all the prompt, cut to what the model's positions leave."""
+    positions, c = job.shape.max_positions, job.config
+    left = positions - c.prompt.max_tokens
+    if left > 0:
+        return (f"{c.longest_response}={left}",)
+    left = positions - (c.max_model_tokens - c.prompt.max_tokens)
+    return (f"prompt.max_tokens={left}",) if left > 0 else ()
 
 
 def _node_problems(job: Job) -> Iterator[Problem]:
@@ -76,25 +86,31 @@ def _node_problems(job: Job) -> Iterator[Problem]:
     trainer, engine = -(-p.world // per_node), -(-wanted // per_node)
     if job.nodes is not None and trainer + engine > job.nodes:
         yield Problem(f"cluster.nodes: {p.world} trainer ranks and {job.engines} engines of {r.tensor_parallel} GPUs need "
-                      f"{trainer} + {engine} nodes of {per_node} GPUs, there are {job.nodes}", _shrunk(job, trainer))
+                      f"{trainer} + {engine} nodes of {per_node} GPUs, there are {job.nodes}", _shrunk(job))
 
 
-def _shrunk(job: Job, trainer: int) -> tuple[str, ...]:
+def _shrunk(job: Job) -> tuple[str, ...]:
     """Fewer engines, then fewer data ranks, until the nodes suffice."""
     assert job.nodes is not None
     p, r, per_node = job.parallel, job.rollout, job.gpus_per_node
     total = job.nodes * per_node
+    if (engines := engines_within(job, p.world, r.tensor_parallel)) >= 1:
+        return (f"rollout.engines={engines}",)
     if job.nodes == 1:
-        left = (per_node - p.world) // r.tensor_parallel
-        if left >= 1:
-            return (f"rollout.engines={left}",)
         data = (per_node - r.tensor_parallel) // (p.tensor * p.context * p.pipeline)
         return (f"parallel.data={data}", "rollout.engines=1") if data else ()
-    engines = (job.nodes - trainer) * per_node // r.tensor_parallel
-    if engines >= 1:
-        return (f"rollout.engines={engines}",)
     data = (total - per_node) // (p.tensor * p.context * p.pipeline)
     return (f"parallel.data={data}", f"rollout.engines={per_node // r.tensor_parallel}") if data else ()
+
+
+def engines_within(job: Job, world: int, tensor: int) -> int:
+    """How many engines of `tensor` GPUs the nodes of a run have room for beside a trainer of `world` ranks: on the rest of
+    its only node, or on nodes of their own."""
+    per_node = job.gpus_per_node
+    beside = (per_node - world) // tensor if world < per_node else 0
+    if job.nodes is None:
+        return max(job.engines, beside)
+    return max(beside, (job.nodes - -(-world // per_node)) * per_node // tensor)
 
 
 def memory_problems(job: Job, uses: list[Use], cache: EngineCache | None) -> list[Problem]:
@@ -115,8 +131,15 @@ def memory_problems(job: Job, uses: list[Use], cache: EngineCache | None) -> lis
                                  f"{job.gpu.memory_bytes / GIB:.1f} GiB"))
     if cache is not None and cache.full_sequences < 1 and all(use.fits for use in uses if use.role == "engine"):
         found.append(Problem(f"rollout.kv_cache_bytes: the KV cache holds {cache.tokens} tokens, a prompt with the longest "
-                             f"response takes {job.config.max_model_tokens}; raise it"))
+                             f"response takes {job.config.max_model_tokens}; raise it to at least "
+                             f"{least_cache_bytes(job, cache)}"))
     return found
+
+
+def least_cache_bytes(job: Job, cache: EngineCache) -> int:
+    """rollout.kv_cache_bytes that hold a prompt with the longest response, in whole blocks, on all GPUs of an engine."""
+    blocks = -(-job.config.max_model_tokens // BLOCK_TOKENS)
+    return blocks * BLOCK_TOKENS * cache.token_bytes * job.rollout.tensor_parallel
 
 
 # --------------------------------------------------------------------------------------------------------- legal values

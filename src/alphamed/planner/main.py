@@ -9,17 +9,15 @@ from alphamed.config import ConfigError
 from alphamed.config_file import load_config
 from alphamed.data.output import check_places
 from alphamed.planner import advice, words
+from alphamed.planner.options import check_options
 from alphamed.planner.plan import STORAGE_BYTES_PER_S, Plan, job_of, make_plan, to_json
 
 
 def main(options: Namespace) -> int:
     """Returns 0 where it fits, 1 where it does not. Raises ConfigError for bad input."""
-    for name in ("nodes", "prompt_tokens", "response_tokens", "storage"):
-        value = getattr(options, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise ConfigError(f"--{name.replace('_', '-')}: {value:g} is not a positive number")
     check_places({"--json": options.json, "--html": options.html}, {"--config": [options.config]})
     config = load_config(options.config, options.overrides)
+    check_options(options, config)
     job, source = job_of(config, options.gpu, options.nodes, options.prompt_tokens, options.response_tokens)
     plan = make_plan(job, source, options.storage * 1e9 if options.storage else STORAGE_BYTES_PER_S)
     found = advice.faster(plan) if plan.fits else advice.mends(plan)
@@ -51,6 +49,9 @@ def _write(path: Path, text: str) -> None:
 
 def _build(plan: Plan) -> int:
     """Build every rank and print what differs."""
+    import warnings
+
+    warnings.filterwarnings("ignore", module="megatron")     # of what is not installed, where the build needs none of it
     from alphamed.megatron.build import check_topology
 
     world = plan.job.parallel.world

@@ -8,7 +8,7 @@ from alphamed.config_file import dump_config
 from alphamed.observe import plots
 from alphamed.planner import pictures, words
 from alphamed.planner.advice import Advice
-from alphamed.planner.plan import Plan, bottleneck, hours, mfu, tokens_rate
+from alphamed.planner.plan import Plan, bottleneck, hours, mfu, steps_text, tokens_rate
 
 STYLES = Path(plots.__file__).with_name("report.css")
 
@@ -22,7 +22,7 @@ def page(plan: Plan, advice: Sequence[Advice]) -> str:
     environment.filters |= {"size": words.size}
     found = plan.found
     return environment.get_template("plan.html.j2").render(
-        plan=plan, job=plan.job, shape=plan.job.shape, found=found, verdict=words.verdict(plan), tiles=_tiles(plan),
+        plan=plan, job=plan.job, shape=plan.job.shape, found=found, verdict=words.verdict(plan, advice), tiles=_tiles(plan),
         advice=[line.split(maxsplit=1)[1] for line in words.advice_lines(plan, advice)],
         pictures=found and {"cluster": pictures.cluster(plan.job, found.topology), "memory": pictures.memory(found.uses),
                             "step": pictures.step(found.time)},
@@ -36,6 +36,6 @@ def _tiles(plan: Plan) -> list[tuple[str, str, str]]:
         return []
     time, gpus = plan.found.time, plan.job.gpus
     return [("A step", f"{time.total:.0f} s", f"{tokens_rate(plan):,.0f} tokens/s/GPU"),
-            ("The run", f"{hours(plan):.1f} h", f"{plan.job.config.run.steps} steps, {hours(plan) * gpus:,.0f} GPU-hours"),
+            ("The run", f"{hours(plan):.1f} h", f"{steps_text(plan)}, {hours(plan) * gpus:,.0f} GPU-hours"),
             ("Update", f"{100 * mfu(plan):.0f}% MFU", "of the trainer's BF16 peak"),
             ("GPUs", f"{gpus}", f"{plan.job.parallel.world} train, {gpus - plan.job.parallel.world} generate")]

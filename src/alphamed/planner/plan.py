@@ -1,7 +1,7 @@
 """A plan: topology, memory, batch, time, problems and advice for a job, put together; and its JSON."""
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from alphamed.config import Config
@@ -12,6 +12,7 @@ from alphamed.planner.batch import Batch, batch_of
 from alphamed.planner.job import Job
 from alphamed.planner.legality import Problem, layout_problems, memory_problems
 from alphamed.planner.memory import EngineCache, Use, engine_cache, engine_use, trainer_use
+from alphamed.planner.mending import mended
 from alphamed.planner.shapes import find_shape
 from alphamed.planner.time import StepTime, step_time
 from alphamed.planner.topology import Topology, place
@@ -68,8 +69,10 @@ def job_of(config: Config, gpu: str | None = None, nodes: int | None = None, pro
     if config.cluster.device == Device.CPU and gpu is None:
         device, per_node = _this_machine(config)
     else:
-        device, per_node = hardware.gpu(gpu or config.cluster.gpu), config.cluster.gpus_per_node
-    return Job(config, shape, device, per_node, nodes or config.cluster.nodes, prompt_tokens, response_tokens), source
+        device = hardware.gpu(config.cluster.gpu) if gpu is None else hardware.gpu(gpu, "--gpu")
+        per_node = config.cluster.gpus_per_node
+    nodes = config.cluster.nodes if nodes is None else nodes
+    return Job(config, shape, device, per_node, nodes, prompt_tokens, response_tokens), source
 
 
 def job_here(config: Config, shape: ModelShape) -> Job:
@@ -96,7 +99,7 @@ def make_plan(job: Job, source: str = "", storage: float = STORAGE_BYTES_PER_S) 
     """Plan a job; `storage` in bytes per second."""
     problems = layout_problems(job)
     if problems:
-        return Plan(job, source, tuple(problems), None, None)
+        return Plan(job, source, tuple(mended(problems, job)), None, None)
     found = assess(job)
     problems = memory_problems(job, found.uses, found.cache)
     return Plan(job, source, tuple(problems), found, _checkpoint(job, found.time, storage))
@@ -112,8 +115,8 @@ def _checkpoint(job: Job, time: StepTime, storage: float) -> Checkpoint:
     """Weights in the trainer's type, FP32 masters of bf16 weights, two moments; a tied embedding once."""
     size = job.shape.parameters * (job.trainer_bytes + (8 if job.trainer_bytes == 4 else 12))
     save = size / storage
-    every = job.config.checkpoint.every or job.config.run.steps
-    return Checkpoint(size, save, time.total + save, every * time.total)
+    last = job.config.run.last_step
+    return Checkpoint(size, save, time.total + save, min(job.config.checkpoint.every or last, last) * time.total)
 
 
 # ----------------------------------------------------------------------------------------------------------------- JSON
@@ -141,7 +144,7 @@ def to_json(plan: Plan, advice: list[Any]) -> dict[str, Any]:
         "batch": asdict(found.batch),
         "step": {"seconds": time.parts() | {"total": time.total}, "tokens_per_s_per_gpu": tokens_rate(plan),
                  "mfu": mfu(plan)},
-        "run": {"steps": job.config.run.steps, "hours": hours(plan), "gpu_hours": hours(plan) * job.gpus},
+        "run": {"steps": job.config.run.last_step, "hours": hours(plan), "gpu_hours": hours(plan) * job.gpus},
         "checkpoint": asdict(plan.checkpoint),
         "bottleneck": bottleneck(plan),
         "advice": [{"overrides": list(one.overrides), "seconds": one.seconds, "saved": one.saved} for one in advice],
@@ -175,11 +178,17 @@ def tokens_rate(plan: Plan) -> float:
 
 
 def hours(plan: Plan) -> float:
-    """Of the whole run: steps and checkpoints; evaluations not counted."""
+    """Of the run to its last step: steps and checkpoints, the last of them at the end; evaluations not counted."""
     assert plan.checkpoint is not None
-    run, every = plan.job.config.run, plan.job.config.checkpoint.every
-    saves = 1 + (run.steps // every if every else 0)
-    return (run.steps * _found(plan).time.total + saves * plan.checkpoint.save_s) / 3600
+    last, every = plan.job.config.run.last_step, plan.job.config.checkpoint.every
+    saves = -(-last // (every or max(1, last)))
+    return (last * _found(plan).time.total + saves * plan.checkpoint.save_s) / 3600
+
+
+def steps_text(plan: Plan) -> str:
+    """How many steps `hours` counts: all, or those until run.stop_after."""
+    run = plan.job.config.run
+    return f"{run.steps} steps" if run.last_step == run.steps else f"{run.last_step} of {run.steps} steps"
 
 
 def bottleneck(plan: Plan) -> str:
@@ -191,8 +200,3 @@ def bottleneck(plan: Plan) -> str:
 def _found(plan: Plan) -> Assessment:
     assert plan.found is not None, "an illegal layout has neither memory nor time"
     return plan.found
-
-
-def with_config(job: Job, config: Config) -> Job:
-    """The same machines and lengths under another configuration."""
-    return replace(job, config=config)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from alphamed.planner.advice import Advice
 from alphamed.planner.hardware import GIB
 from alphamed.planner.memory import Use
-from alphamed.planner.plan import Assessment, Plan, bottleneck, hours, mfu, tokens_rate
+from alphamed.planner.plan import Assessment, Plan, bottleneck, hours, mfu, steps_text, tokens_rate
 from alphamed.planner.topology import Seat
 
 BAR = 28
@@ -32,13 +32,18 @@ def _lines(plan: Plan, advice: Sequence[Advice]) -> Iterator[str]:
     for problem in plan.problems:
         yield f"PROBLEM  {problem}"
     yield from advice_lines(plan, advice)
-    yield verdict(plan)
+    yield verdict(plan, advice)
 
 
-def verdict(plan: Plan) -> str:
+def verdict(plan: Plan, advice: Sequence[Advice]) -> str:
     if plan.fits:
         return "It fits."
-    return "It does not fit." if plan.found else "This layout is illegal."
+    if plan.found is None:
+        return "This layout is illegal."
+    if advice:
+        return "It does not fit."
+    within = "within these nodes" if plan.job.nodes else "on up to four times as many GPUs"
+    return f"It does not fit, and no settings that do were found {within}."
 
 
 def advice_lines(plan: Plan, advice: Sequence[Advice]) -> Iterator[str]:
@@ -109,7 +114,7 @@ def _time(plan: Plan, found: Assessment) -> Iterator[str]:
             yield f"  {PART_NAMES[part]:<12} {seconds:7.1f} s  {'#' * max(1, round(BAR * seconds / longest))}"
     yield (f"  {tokens_rate(plan):,.0f} tokens/s/GPU, MFU of the update {100 * mfu(plan):.0f}%; bottleneck: "
            f"{PART_NAMES[bottleneck(plan)]}")
-    yield (f"  {plan.job.config.run.steps} steps: {hours(plan):.1f} h, {hours(plan) * plan.job.gpus:,.0f} "
+    yield (f"  {steps_text(plan)}: {hours(plan):.1f} h, {hours(plan) * plan.job.gpus:,.0f} "
            f"{'device' if plan.job.gpu.is_cpu else 'GPU'}-hours")
     yield (f"  checkpoint {size(saved.bytes)}, {saved.save_s:.0f} s to save; preemption grace {saved.grace_s:.0f} s to end "
            f"the step and save, else up to {saved.at_risk_s:.0f} s of work are lost\n")

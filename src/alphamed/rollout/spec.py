@@ -10,7 +10,7 @@ from alphamed.cluster.environment import SILENT
 from alphamed.cluster.hardware import cores, memory_bytes, wants_cuda
 from alphamed.config import Config, ConfigError
 from alphamed.config_choices import Dtype, OnPush
-from alphamed.model import ModelShape
+from alphamed.model import ModelShape, check_context
 
 RECEIVER = "alphamed.weights.receiver.WeightReceiver"
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -52,10 +52,7 @@ def engine_specs(config: Config, folder: Path, shape: ModelShape, eos_ids: tuple
     if not cuda and shape.head_dim not in CPU_HEAD_SIZES:
         raise ConfigError(f"model.path: heads of {shape.head_dim} are none that vLLM computes on CPU "
                           f"({', '.join(map(str, CPU_HEAD_SIZES))}); choose another model or cluster.device=cuda")
-    if config.max_model_tokens > shape.max_positions:
-        raise ConfigError(f"prompt.max_tokens: {config.prompt.max_tokens} and the longest response make "
-                          f"{config.max_model_tokens} tokens, the model has {shape.max_positions} positions; lower "
-                          f"prompt.max_tokens or rollout.max_response_tokens")
+    check_context(shape, config.max_model_tokens, config.longest_response)
     sequences = max(r.max_concurrent_requests, r.samples_per_question)
     cache_bytes = r.kv_cache_bytes
     if cache_bytes is None and not cuda:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from alphamed.config import ConfigError
-from alphamed.config_sections import DottedName, NonNegative, Positive, PositiveFloat, Section
+from alphamed.config_sections import DottedName, NonNegative, Positive, PositiveFloat, Section, Seed
 from alphamed.data.attributes import ATTRIBUTES
 from alphamed.data.catalogue import PRESETS
 from alphamed.data.recipe import Level, SourceRecipe
@@ -53,7 +53,7 @@ class Axes(Section):
     sizes: tuple[Positive | All, ...] = ()
     levels: tuple[Annotated[tuple[Level, ...], Field(min_length=1)] | All, ...] = ()
     informativeness: tuple[Annotated[tuple[Positive, ...], Field(min_length=1)] | All, ...] = ()
-    seeds: tuple[NonNegative, ...] = ()
+    seeds: tuple[Seed, ...] = ()
     settings: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = {}
 
 
