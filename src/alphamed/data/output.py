@@ -51,8 +51,8 @@ def check_places(outputs: Mapping[str, Path | None], inputs: Mapping[str, Iterab
     for name, path in outputs.items():
         if path is None:
             continue
-        if not path.name or path.is_dir():
-            raise ConfigError(f"{name}: {str(path)!r} is not the name of a file; give one")
+        if not path.name or path.exists() and not path.is_file():
+            raise ConfigError(f"{name}: {str(path)!r} is not a file that can be written; give the name of one")
         place = path.resolve()
         if place in read:
             raise ConfigError(f"{name}: {path} is what {read[place][0]} reads; choose another file")

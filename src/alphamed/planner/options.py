@@ -32,8 +32,6 @@ def check_options(options: Namespace, config: Config) -> None:
 
 
 def _check_file(option: str, path: Path) -> None:
-    if not path.name or path.exists() and not path.is_file():
-        raise ConfigError(f"{option}: {str(path)!r} is not a file that can be written; give the name of one")
     if not path.parent.is_dir():
         raise ConfigError(f"{option}: {str(path)!r} lies in no folder that exists; make {str(path.parent)!r} first, or "
                           f"choose another place")
