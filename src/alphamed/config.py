@@ -71,10 +71,6 @@ class Config(Section):
         return self.algorithm.old_logprobs == OldLogprobs.RECOMPUTE or self.algorithm.mini_batches > 1
 
     @property
-    def background_evaluation(self) -> bool:
-        return self.evaluation.background and not self.rollout.deterministic
-
-    @property
     def constant_tokens(self) -> int:
         return self.algorithm.constant_tokens or self.rollout.max_response_tokens
 

@@ -304,9 +304,10 @@ class EvaluationConfig(Section):
     before: bool = False
     after: bool = False
     every: NonNegative = 0
-    background: bool = True
+    background: bool | None = None
     """Those of `every` go on beside the next step, on what its own questions leave of the engines, and end before the next
-    push. Not with rollout.deterministic, for what an engine works on at once shows in the last bits."""
+    push. None: where engines have GPUs; on shared cores it takes longer. Never with rollout.deterministic, for what an engine
+    works on at once shows in the last bits."""
     max_response_tokens: Positive | None = None
     """None: rollout.max_response_tokens."""
 

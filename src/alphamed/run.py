@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from alphamed.cluster.hardware import wants_cuda
 from alphamed.config import Config
 from alphamed.config_choices import WandbMode
 from alphamed.observe import looks
@@ -214,7 +215,8 @@ class Run:
         between = 0 < step < self.config.run.last_step and not last
         due = (wanted.before and step == 0) or (wanted.after and last) or bool(
             wanted.every and step and step % wanted.every == 0)
-        background = between and self.config.background_evaluation
+        asked = wants_cuda(self.config) if wanted.background is None else wanted.background
+        background = between and asked and not self.config.rollout.deterministic
         if due and self.control.from_rank0(f"beginning the evaluation after step {step}",
                                            lambda: self._begin_evaluation(begin, background)):
             self._evaluating = step

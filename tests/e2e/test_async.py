@@ -29,7 +29,7 @@ dynamic_sampling: {{refills: 4, choose: true}}
 reward: {{overlong_buffer_tokens: 1}}
 optimizer: {{lr: 5e-4, weight_decay: 0.0}}
 checkpoint: {{every: 2}}
-evaluation: {{files: [questions.jsonl], allow_overlap: true, every: 2}}
+evaluation: {{files: [questions.jsonl], allow_overlap: true, every: 2, background: true}}
 logging: {{wandb: off, report: false, export_hf: false}}
 cluster: {{device: cpu}}
 """

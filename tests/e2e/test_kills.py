@@ -51,7 +51,8 @@ class KilledRun:
             "reward": {"name": "kill_rewards:share"},
             "parallel": {"tensor": 2},
             "checkpoint": {"every": 1},
-            "evaluation": {"files": [str(folder / "train.jsonl")], "allow_overlap": True, "every": 1},
+            "evaluation": {"files": [str(folder / "train.jsonl")], "allow_overlap": True, "every": 1,
+                           "background": True},
             "logging": {"wandb": "off", "report": False, "export_hf": False},
             "cluster": {"device": "cpu"}}))
         self.process: subprocess.Popen | None = None

@@ -151,7 +151,7 @@ def test_a_run_writes_its_directory(tmp_path, capsys):
 
 
 def test_other_ranks_touch_no_file(tmp_path):
-    config = config_of(tmp_path, evaluation={"files": ["e.jsonl"], "every": 3})
+    config = config_of(tmp_path, evaluation={"files": ["e.jsonl"], "every": 3, "background": True})
     told: list[str] = []
     run = Run.open(config, Follower({"beginning the evaluation after step 3": True}, told))
     run.begin(None)
@@ -290,7 +290,8 @@ def evaluation():
 
 
 def test_evaluations_run_when_due_and_only_once(tmp_path):
-    config = config_of(tmp_path, evaluation={"files": ["e.jsonl"], "before": True, "after": True, "every": 3})
+    config = config_of(tmp_path, evaluation={"files": ["e.jsonl"], "before": True, "after": True, "every": 3,
+                                             "background": True})
     ran, ended = [], []
 
     def loop(saved):
@@ -320,7 +321,8 @@ def test_evaluations_run_when_due_and_only_once(tmp_path):
     assert [step for step, _ in ran] == [0, 3, 4, 3, 4]
 
 
-@pytest.mark.parametrize("settings", [{"evaluation": {"background": False}}, {"rollout": {"deterministic": True}}])
+@pytest.mark.parametrize("settings", [{"evaluation": {"background": False}}, {"rollout": {"deterministic": True}, "evaluation": {"background": True}},
+                                      {}])
 def test_an_evaluation_in_the_foreground_ends_before_the_next_step(tmp_path, settings):
     wanted = {"files": ["e.jsonl"], "every": 1} | settings.get("evaluation", {})
     run = Run.open(config_of(tmp_path, evaluation=wanted, rollout=settings.get("rollout", {})), Alone())
@@ -334,7 +336,7 @@ def test_an_evaluation_in_the_foreground_ends_before_the_next_step(tmp_path, set
 
 
 def test_a_run_that_ends_early_leaves_no_evaluation_behind(tmp_path):
-    config = config_of(tmp_path, evaluation={"files": ["e.jsonl"], "every": 2})
+    config = config_of(tmp_path, evaluation={"files": ["e.jsonl"], "every": 2, "background": True})
     run = Run.open(config, Alone())
     run.begin(None)
     for step in run.steps():
