@@ -67,6 +67,18 @@ class Config(Section):
         return f"{'evaluation' if longer else 'rollout'}.max_response_tokens"
 
     @property
+    def part_multiple(self) -> int:
+        """Tokens of a rank's part of a row: FP8 matrix products take multiples of 16 only (Transformer Engine's
+        `assert_dim_for_fp8_exec`, and of a transposed operand's last dimension)."""
+        return 16 if self.model.fp8 else 1
+
+    @property
+    def token_multiple(self) -> int:
+        """Rows hold a multiple of this many tokens (records.Layout.token_multiple)."""
+        p = self.parallel
+        return p.context * (p.tensor if p.sequence else 1) * self.part_multiple
+
+    @property
     def recompute_old_logprobs(self) -> bool:
         return self.algorithm.old_logprobs == OldLogprobs.RECOMPUTE or self.algorithm.mini_batches > 1
 
@@ -117,8 +129,8 @@ class Config(Section):
             yield f"optimizer.min_lr: {o.min_lr} is above optimizer.lr ({o.lr}); lower it"
         if o.warmup_steps >= self.run.steps and o.warmup_steps:
             yield f"optimizer.warmup_steps: {o.warmup_steps} leaves no step of {self.run.steps}; lower it below run.steps"
-        # a row is rounded up to what context ranks and, with sequence parallelism, tensor ranks can split
-        room = self.prompt.max_tokens + r.max_response_tokens + p.token_multiple - 1
+        # a row is rounded up to what context ranks and, with sequence parallelism, tensor ranks can split, and FP8 can take
+        room = self.prompt.max_tokens + r.max_response_tokens + self.token_multiple - 1
         if p.micro_batch_tokens < room:
             yield (f"parallel.micro_batch_tokens: {p.micro_batch_tokens} can not hold one prompt and response "
                    f"({self.prompt.max_tokens} + {r.max_response_tokens} tokens); raise it to at least {room}")

@@ -240,11 +240,6 @@ class ParallelConfig(Section):
         """Ranks that hold the same parameters, over which gradients are summed and the optimizer's state is spread."""
         return self.data * self.context
 
-    @property
-    def token_multiple(self) -> int:
-        """Rows hold a multiple of this many tokens (records.Layout.token_multiple)."""
-        return self.context * (self.tensor if self.sequence else 1)
-
     def axes(self) -> str:
         """The layout in words, for messages."""
         context = f" x context {self.context}" if self.context > 1 else ""
@@ -335,6 +330,9 @@ class ClusterConfig(Section):
     """How many the run may take, for `alphamed plan`; None: as many as it needs."""
     start_unfit: bool = False
     """Start although the plan says that memory does not suffice."""
+    share_gpus: bool = False
+    """Engines compute on the GPUs of the trainer's ranks, and both keep their memory all the time: for small models on few
+    GPUs. An engine takes `rollout.gpu_memory_utilization` of a GPU. No effect on CPU, where all share the cores."""
     trainer_threads: Positive | None = None
     """CPU threads of a trainer rank; None: cores / local ranks on CPU, 8 on CUDA."""
     engine_cores: str | None = None

@@ -148,6 +148,8 @@ class Layout:
     data_rank: int = 0
     context: int = 1
     context_rank: int = 0
+    part_multiple: int = 1
+    """The part of a row that a rank computes on holds a multiple of this many tokens."""
 
     @property
     def world(self) -> int:
@@ -167,7 +169,7 @@ class Layout:
     def token_multiple(self) -> int:
         """Packed rows must hold a multiple of this many tokens: context ranks split them, and with sequence parallelism the
         tensor ranks split each part again."""
-        return self.context * (self.tensor if self.sequence_parallel else 1)
+        return self.context * (self.tensor if self.sequence_parallel else 1) * self.part_multiple
 
 
 @dataclass(frozen=True, slots=True)

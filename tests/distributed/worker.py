@@ -37,11 +37,12 @@ class Case:
     mini_batches: int = 1
     device: str = "cpu"
     dtype: str = "fp32"
+    fp8: bool = False
 
 
 def config_of(case: Case, folder: Path):
     return build_config({
-        "model": {"path": str(folder), "dtype": case.dtype}, "data": {"train": ["none.jsonl"]}, "run": {"steps": 3},
+        "model": {"path": str(folder), "dtype": case.dtype, "fp8": case.fp8}, "data": {"train": ["none.jsonl"]}, "run": {"steps": 3},
         "rollout": {"dtype": "fp32", "temperature": oracle.TEMPERATURE, "questions_per_step": 8, "max_response_tokens": 16},
         "algorithm": {"kl_coefficient": oracle.KL_COEFFICIENT, "clip_low": oracle.CLIP_LOW, "clip_high": oracle.CLIP_HIGH,
                       "mini_batches": case.mini_batches, **case.algorithm},

@@ -28,7 +28,8 @@ START_MARK = "=== started"
 # ------------------------------------------------------------------------------------------------------ node arithmetic
 @dataclass(frozen=True, slots=True)
 class NodePlan:
-    """Which node does what. On a single node trainer and engines may share it, on GPUs of their own."""
+    """Which node does what. On a single node trainer and engines may share it, on GPUs of their own unless
+    `cluster.share_gpus` says otherwise."""
     trainer_nodes: tuple[str, ...]
     engine_nodes: tuple[str, ...]
     ranks_per_node: int
@@ -52,6 +53,11 @@ def plan_nodes(config: Config, nodes: Sequence[str], gpus_per_node: int) -> Node
     if gpus_per_node == 0:
         return NodePlan(tuple(nodes[:1]), tuple(nodes[:1]), world, 0)
     wanted = engines * config.rollout.tensor_parallel
+    if config.cluster.share_gpus:
+        if max(world, wanted) > gpus_per_node:
+            raise ConfigError(f"cluster.share_gpus: {world} trainer ranks and {wanted} engine workers share the GPUs of one "
+                              f"node, it has {gpus_per_node}; lower parallel or rollout.engines, or set it to false")
+        return NodePlan(tuple(nodes[:1]), tuple(nodes[:1]), world, wanted)
     if len(nodes) == 1 and world + wanted <= gpus_per_node:
         return NodePlan(tuple(nodes), tuple(nodes), world, wanted)
     if gpus_per_node % config.rollout.tensor_parallel:

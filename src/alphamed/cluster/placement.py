@@ -72,10 +72,12 @@ def stop_ray() -> None:
 
 
 def engine_gpus(config: Config) -> list[int]:
-    """Indices of this node's GPUs that no trainer rank uses (ranks take the first ones)."""
+    """Indices of this node's GPUs for engines: those that no trainer rank uses (ranks take the first ones), or all where
+    they are shared."""
     if not wants_cuda(config):
         return []
-    return list(range(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), gpus_present()))
+    used = 0 if config.cluster.share_gpus else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return list(range(used, gpus_present()))
 
 
 @contextlib.contextmanager

@@ -75,7 +75,7 @@ def engine_tree(config: Config, place: Path, samples: int, max_tokens: int) -> C
     tree["reward"] |= {"name": "correct", "overlong_buffer_tokens": 0}     # outcomes follow from letters, not from rewards
     tree["evaluation"] |= {"before": False, "after": False, "every": 0, "max_response_tokens": None}
     tree["parallel"] |= {"micro_batch_tokens": max(config.parallel.micro_batch_tokens,
-                                                   config.prompt.max_tokens + max_tokens + config.parallel.token_multiple)}
+                                                   config.prompt.max_tokens + max_tokens + config.token_multiple)}
     return build_config(tree)
 
 

@@ -13,6 +13,8 @@ from alphamed.config import Config, ConfigError
 from alphamed.config_choices import Device
 from alphamed.records import Layout
 
+SHARED_DEVICES = "NCCL_MULTI_RANK_GPU_ENABLE"
+"""Where this is 1, NCCL (2.30 or newer) lets several ranks use one GPU: layouts can be tried with fewer GPUs than ranks."""
 CUDA_TRAINER_THREADS = 8        # of a rank that computes on a GPU: enough for its data and its collectives on CPU tensors
 
 
@@ -77,6 +79,8 @@ def _device(config: Config) -> torch.device:
     if pick_device(config) == "cpu":
         return torch.device("cpu")
     local = int(os.environ.get("LOCAL_RANK", 0))
+    if os.environ.get(SHARED_DEVICES) == "1":
+        local %= torch.cuda.device_count()
     if local >= torch.cuda.device_count():
         raise ConfigError(f"cluster.gpus_per_node: local rank {local} has no GPU ({torch.cuda.device_count()} present); "
                           f"start fewer ranks on this node")
@@ -112,7 +116,7 @@ def _model_parallel(config: Config) -> Layout:
                     tensor_rank=groups.get_tensor_model_parallel_rank(),
                     pipeline_rank=groups.get_pipeline_model_parallel_rank(),
                     data_rank=groups.get_data_parallel_rank(), context=p.context,
-                    context_rank=groups.get_context_parallel_rank())
+                    context_rank=groups.get_context_parallel_rank(), part_multiple=config.part_multiple)
     # Another stream of random numbers per pipeline stage, the same on data and context ranks, which must start from equal
     # weights.
     seed = config.run.seed + 100 * layout.pipeline_rank

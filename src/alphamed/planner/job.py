@@ -35,6 +35,11 @@ class Job:
         return self.config.parallel
 
     @property
+    def shared(self) -> bool:
+        """Whether engines compute on the trainer's GPUs: in turn with it, or beside it in the same memory."""
+        return self.colocated or (self.config.cluster.share_gpus and not self.gpu.is_cpu)
+
+    @property
     def rollout(self) -> RolloutConfig:
         return self.config.rollout
 
@@ -63,7 +68,7 @@ class Job:
     def gpus(self) -> int:
         """All that the run computes on."""
         engines = self.engines * self.rollout.tensor_parallel
-        return max(self.parallel.world, engines) if self.colocated else self.parallel.world + engines
+        return max(self.parallel.world, engines) if self.shared else self.parallel.world + engines
 
     @property
     def samples(self) -> int:

@@ -75,7 +75,7 @@ def _node_problems(job: Job) -> Iterator[Problem]:
         yield Problem(f"rollout.tensor_parallel: {r.tensor_parallel} does not divide the {per_node} GPUs of a node",
                       (f"rollout.tensor_parallel={nearest(r.tensor_parallel, allowed)}",))
         return
-    wanted = 0 if job.colocated else job.engines * r.tensor_parallel
+    wanted = 0 if job.shared else job.engines * r.tensor_parallel
     if p.world + wanted <= per_node:
         return
     if p.world > per_node and p.world % per_node:
@@ -122,6 +122,14 @@ def memory_problems(job: Job, uses: list[Use], cache: EngineCache | None) -> lis
             found.append(Problem(f"{use.role} ({use.where}): needs {use.total / GIB:.1f} GiB, {use.limit / GIB:.1f} GiB can "
                                  f"be used of {job.gpu.name}; the largest part is {largest}, "
                                  f"{use.causes[largest] / GIB:.1f} GiB"))
+    if job.shared and not job.colocated and len(uses) == 2 and not found:
+        # an engine fills its share with its cache, unless the cache's size is given
+        trainer, engine = uses
+        kept = engine.total if job.rollout.kv_cache_bytes else engine.limit
+        if trainer.total + kept > trainer.limit:
+            found.append(Problem(f"cluster.share_gpus: the trainer needs {trainer.total / GIB:.1f} GiB of a GPU, an engine keeps "
+                                 f"{kept / GIB:.1f} GiB of it, {trainer.limit / GIB:.1f} GiB can be used of {job.gpu.name}; "
+                                 f"lower rollout.gpu_memory_utilization, or set it to false"))
     if job.gpu.is_cpu:
         ranks = {"trainer": job.parallel.world, "engine": job.engines * job.rollout.tensor_parallel}
         together = sum(use.total * ranks[use.role] for use in uses)

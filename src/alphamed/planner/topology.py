@@ -60,7 +60,7 @@ def place(job: Job) -> Topology:
     """Trainer ranks fill nodes first, in Megatron's order: tensor ranks are neighbours, stages farthest apart. Engines take
     the rest of a single node, or nodes of their own. The layout must be legal."""
     per_node, world = job.gpus_per_node, job.parallel.world
-    wanted = 0 if job.colocated else job.engines * job.rollout.tensor_parallel
+    wanted = 0 if job.shared else job.engines * job.rollout.tensor_parallel
     shared = world + wanted <= per_node
     ranks_per_node = world if shared else min(world, per_node)
     trainer_nodes = -(-world // per_node)
@@ -162,7 +162,7 @@ def _crossings(group: Sequence[int], per_node: int, ring: bool) -> int:
 def _sync_group(job: Job, shared: bool) -> Group:
     """A link per stage: its source and every worker. A broadcast reaches each engine node once over the network."""
     p, workers = job.parallel, job.engines * job.rollout.tensor_parallel
-    nodes = 0 if shared or job.colocated else math.ceil(workers / job.gpus_per_node)
+    nodes = 0 if shared or job.shared else math.ceil(workers / job.gpus_per_node)
     sources = tuple(stage * p.tensor * p.replicas for stage in range(p.pipeline))
     return Group("weight sync", 1 + workers, p.pipeline, sources, nodes == 0,
                  nodes * job.shape.parameters * job.engine_bytes)

@@ -108,12 +108,13 @@ def arrivals(membership: Membership, device: torch.device, deadline_s: float) ->
     """Yield (bucket, flat tensor) in the plan's order, with the next receive of every link already posted."""
     end = time.monotonic() + deadline_s
     waiting = {link.name: deque(link.buckets()) for link in membership.links}
+    transports = {link.name: link.transport for link in membership.links}
     posted: dict[str, tuple[Bucket, Tensor, dist.Work]] = {}
 
     def post(link: str) -> None:
         if waiting[link]:
             bucket = waiting[link].popleft()
-            flat = empty_flat(bucket, device)
+            flat = empty_flat(bucket, device if transports[link] == "nccl" else "cpu")
             posted[link] = bucket, flat, links.broadcast(membership.groups[link], flat)
 
     for link in waiting:

@@ -56,7 +56,9 @@ class WeightSync:
         self._plan: SyncPlan | None = None
         self._sender: Sender | None = None              # on ranks with links of their own
         cuda = wants_cuda(config)
-        transport = {Transport.AUTO: "nccl" if cuda else "gloo"}.get(config.sync.transport, config.sync.transport.value)
+        # NCCL wants a GPU for each member, unless it is told otherwise
+        fitting = "nccl" if cuda and not config.cluster.share_gpus else "gloo"
+        transport = {Transport.AUTO: fitting}.get(config.sync.transport, config.sync.transport.value)
         self._wire = Wire(config.sync.mode.value, transport, WIRE_DTYPE[config.rollout.dtype], config.sync.bucket_bytes)
         self._device = torch.device("cuda", torch.cuda.current_device()) if transport == "nccl" else torch.device("cpu")
         self.seconds = 0.0                              # of the last push, without the probe

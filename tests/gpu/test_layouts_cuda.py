@@ -1,0 +1,111 @@
+"""Layouts of the policy over NCCL against the oracle of the CPU: transformers and torch.optim.AdamW in one process.
+
+With fewer GPUs than ranks they share one, where NCCL can (2.30 and newer, NCCL_MULTI_RANK_GPU_ENABLE=1). CUDA adds in
+another order than the CPU, so FP32 tolerances are ten times those of the CPU layouts; bf16 as there.
+"""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+DISTRIBUTED = Path(__file__).parents[1] / "distributed"
+sys.path.insert(0, str(DISTRIBUTED))
+
+import oracle
+from test_parity import CHUNKED, CP2, DP2, FULL, MODELS, OVERLAP, PP2, SELECTIVE, SMOOTH, SP, TP2, TRACES, VPP2
+from tiny import tiny_hf
+from worker import Case
+
+MULTI_RANK_NCCL = (2, 30)
+
+
+def ranks_possible() -> int:
+    if not torch.cuda.is_available():
+        return 0
+    shared = torch.cuda.nccl.version() >= MULTI_RANK_NCCL
+    return 4 if shared else torch.cuda.device_count()
+
+
+def in_both(name: str, model: str, parallel: dict, **more) -> list[Case]:
+    case = Case(name, model, "plain", parallel, device="cuda", **more)
+    return [case, replace(case, name=f"{name}-bf16", dtype="bf16", expect="bf16", **SMOOTH)]
+
+
+CASES = {
+    2: [*in_both("tp2", "llama", TP2), *in_both("tp2-sp-chunked", "qwen3", TP2 | SP | CHUNKED, budget=64),
+        *in_both("pp2-recompute", "qwen2", PP2 | FULL, budget=48), *in_both("vpp2", "llama", VPP2, budget=48),
+        *in_both("dp2-overlap", "qwen3", DP2 | OVERLAP, budget=48),
+        *in_both("cp2-selective", "llama", CP2 | SELECTIVE, budget=64),
+        *in_both("dp2-plain-optimizer", "qwen2", DP2 | {"distributed_optimizer": False}, budget=64)],
+    4: [*in_both("tp2-pp2-sp", "qwen3", TP2 | PP2 | SP, budget=64), *in_both("tp2-sp-cp2", "qwen2", TP2 | SP | CP2, budget=64),
+        *in_both("cp4", "qwen3", {"context": 4}, budget=64)],
+}
+ALL = [(world, case) for world, cases in CASES.items() for case in cases]
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(ranks_possible() < 2, reason="fewer than two GPUs, and no NCCL that shares one")]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> dict:
+    root = tmp_path_factory.mktemp("cuda-layouts")
+    folders = {name: tiny_hf(root / name, **options) for name, options in MODELS.items()}
+    data = {name: oracle.make_data(folder) for name, folder in folders.items()}
+    return {"root": root, "folders": {name: str(folder) for name, folder in folders.items()}, "data": data}
+
+
+@pytest.fixture(scope="module")
+def traces(job) -> dict[tuple[str, str], oracle.Trace]:
+    wanted = {(case.model, case.expect) for _, case in ALL}
+    return {(m, e): oracle.train(Path(job["folders"][m]), job["data"][m], **TRACES[e]) for m, e in sorted(wanted)}
+
+
+@pytest.fixture(scope="module")
+def results(job):
+    """World size -> folder of what its ranks found; each world is started once, when it is first asked for."""
+    started: dict[int, Path] = {}
+
+    def of(world: int) -> Path:
+        if world not in started:
+            started[world] = launch(job, world)
+        return started[world]
+
+    return of
+
+
+def launch(job: dict, world: int) -> Path:
+    if ranks_possible() < world:
+        pytest.skip(f"{world} ranks need {world} GPUs")
+    folder, job_file = job["root"] / f"world{world}", job["root"] / f"job{world}.pt"
+    folder.mkdir()
+    torch.save({"folders": job["folders"], "data": job["data"], "cases": [asdict(c) for c in CASES[world]]}, job_file)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}",
+               str(DISTRIBUTED / "worker.py"), str(job_file), str(folder)]
+    search = os.pathsep.join([str(DISTRIBUTED), str(DISTRIBUTED.parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": search, "NVIDIA_TF32_OVERRIDE": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    if torch.cuda.device_count() < world:
+        environment["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, f"torchrun with {world} ranks failed:\n{done.stderr[-6000:]}"
+    return folder
+
+
+@pytest.mark.parametrize("world, case", ALL, ids=[case.name for _, case in ALL])
+def test_a_layout_over_nccl(world, case, results, traces):
+    trace = traces[case.model, case.expect]
+    found = [torch.load(results(world) / f"{case.name}.{rank}.pt", weights_only=False) for rank in range(world)]
+    exact = case.dtype == "fp32"
+    for rank in found:
+        for stat, loss, norm in zip(rank["stats"], trace.loss, trace.grad_norm, strict=True):
+            assert abs(stat["policy/loss"] - loss) <= (1e-4 + 1e-3 * abs(loss) if exact else 0.02)
+            assert stat["policy/grad_norm"] == pytest.approx(norm, rel=1e-3 if exact else 0.05)
+    for moment in ("before", "after"):
+        seen = {sample: values for rank in found for sample, values in rank[moment].items()}
+        assert seen.keys() == getattr(trace, moment).keys()
+        differences = torch.cat([(seen[s].cpu() - values).abs() for s, values in getattr(trace, moment).items()])
+        assert differences.max() <= 2e-4 if exact else differences.mean() <= 0.02
