@@ -96,11 +96,10 @@ def killed_run(tmp_path_factory):
 @pytest.mark.parametrize("name", VICTIMS)
 def test_a_killed_process_is_named_and_nothing_is_left(killed_run, name):
     run, (pattern, rank, words) = killed_run, VICTIMS[name]
-    before = run.last_step()
+    before, shared_before = run.last_step(), set(os.listdir(processes.SHARED_MEMORY))
     run.start()
     run.wait_for_step(before + 1)                       # from the second victim on it continued
     own = run.own()
-    segments = set().union(*(processes.segments_of(pid) for pid in own))
     os.kill(run.victim(pattern, rank).pid, signal.SIGKILL)
     said = run.process.communicate(timeout=END_S)[1]
     assert run.process.returncode == 1, said
@@ -108,7 +107,7 @@ def test_a_killed_process_is_named_and_nothing_is_left(killed_run, name):
     assert last.startswith("run failed: ") and re.search(words, last), said
     assert [process.command for process in own.values() if processes.is_alive(process)] == []
     assert processes.tagged(run_id(run.run_dir), processes.everything()) == {}
-    assert [name for name in segments if (processes.SHARED_MEMORY / name).exists()] == []
+    assert set(os.listdir(processes.SHARED_MEMORY)) - shared_before == set()
     assert not list(run.run_dir.glob("processes-*.json"))
 
 

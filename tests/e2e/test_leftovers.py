@@ -3,6 +3,7 @@
 Two tensor ranks share memory by name: vLLM's message queues (psm_*) and its CPU collectives (*-cpushm_*), which vLLM itself
 leaves behind. Ray's session, sockets of vLLM and scratch files go into the temporary folder, which must be empty in the end.
 """
+import os
 import signal
 import subprocess
 import time
@@ -24,6 +25,7 @@ class Watched:
     def __init__(self, place: Workplace, environment: dict[str, str], *overrides: str):
         self.tag = run_id(place.run_dir("runs"))
         self.segments: set[str] = set()
+        self.before = set(os.listdir(processes.SHARED_MEMORY))
         self.process = subprocess.Popen(place.command("runs", *overrides), cwd=place.folder, env=environment, text=True,
                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -42,7 +44,7 @@ class Watched:
         assert self.process.returncode == status, said
         assert any(name.startswith("psm_") for name in self.segments), self.segments
         assert any("cpushm" in name for name in self.segments), self.segments
-        assert [name for name in self.segments if (processes.SHARED_MEMORY / name).exists()] == []
+        assert set(os.listdir(processes.SHARED_MEMORY)) - self.before == set()
         assert processes.tagged(self.tag, processes.everything()) == {}
 
 

@@ -1,4 +1,5 @@
 """From configuration to processes: node arithmetic, refusals, environment, and that a run leaves nothing behind."""
+import multiprocessing
 import os
 import shutil
 import signal
@@ -183,6 +184,36 @@ def test_a_process_that_ignores_sigterm_is_killed():
                               "print('on', flush=True); time.sleep(60)"], stdout=subprocess.PIPE)
     child.stdout.readline()
     assert processes.end([processes.describe(child.pid)], grace_s=0.3) == []
+    child.stdout.close()
+
+
+STUBBORN_WITH_SEMAPHORE = """
+import multiprocessing, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+lock = multiprocessing.get_context("spawn").Lock()
+print("sem." + lock._semlock.name[1:], flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_semaphore_is_seen_in_the_process_that_made_it():
+    """glibc maps it under another name, which is gone when it has its own."""
+    lock = multiprocessing.get_context("spawn").Lock()
+    name = "sem." + lock._semlock.name.removeprefix("/")
+    assert name in processes.segments_of(os.getpid())
+    assert processes.unlink_segments([name]) == []
+    assert (processes.SHARED_MEMORY / name).exists()
+
+
+def test_resource_trackers_end_last_and_unlink_what_killed_processes_have_left():
+    child = subprocess.Popen([sys.executable, "-c", STUBBORN_WITH_SEMAPHORE], stdout=subprocess.PIPE, text=True)
+    name = child.stdout.readline().strip()
+    assert (processes.SHARED_MEMORY / name).exists()
+    run = processes.descendants([os.getpid()], processes.everything())
+    own = processes.descendants([child.pid], run) | {child.pid: run[child.pid]}
+    assert len(own) == 2 and any(processes.RESOURCE_TRACKER in process.command for process in own.values())
+    assert processes.end(own.values(), grace_s=0.3) == []
+    assert not (processes.SHARED_MEMORY / name).exists()
     child.stdout.close()
 
 

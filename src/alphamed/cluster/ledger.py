@@ -121,8 +121,9 @@ class Ledger:
             if now and now.start == process.start:
                 mine[pid] = now
         self._processes = mine
+        names = processes.segment_names()
         for pid in mine:
-            self._segments |= processes.segments_of(pid)
+            self._segments |= processes.segments_of(pid, names)
 
     def record(self) -> None:
         """Look once and write down what the run owns now. Segments stay on the list until they are cleaned up: their

@@ -20,6 +20,10 @@ TAG = "ALPHAMED_RUN_ID"
 
 SHARED_MEMORY = Path("/dev/shm")
 
+RESOURCE_TRACKER = "multiprocessing.resource_tracker"
+"""In the command of the process with which Python unlinks semaphores and shared memory after violent deaths."""
+TRACKER_GRACE_S = 3.0
+
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -110,14 +114,22 @@ def send(process: Process, number: signal.Signals) -> bool:
 
 def end(processes: Iterable[Process], grace_s: float = 5.0, deadline_s: float = 10.0) -> list[Process]:
     """SIGTERM, then after `grace_s` SIGKILL. Returns what is still there `deadline_s` after the SIGKILL (a process in
-    uninterruptible sleep can not be ended). A zombie counts as gone; whose child it was may reap it."""
+    uninterruptible sleep can not be ended). A zombie counts as gone; whose child it was may reap it.
+
+    Python's resource trackers come last: they ignore SIGTERM, end by themselves when the last process is gone that they
+    serve, and unlink what it has left."""
     left = [process for process in processes if send(process, signal.SIGTERM)]
     for process in left:                        # a stopped process takes a SIGTERM only once it runs again
         send(process, signal.SIGCONT)
     left = wait_gone(left, grace_s)
-    for process in left:
+    served = [process for process in left if RESOURCE_TRACKER not in process.command]
+    for process in served:
         send(process, signal.SIGKILL)
-    return wait_gone(left, deadline_s)
+    stuck = wait_gone(served, deadline_s)
+    trackers = wait_gone((process for process in left if process not in served), TRACKER_GRACE_S)
+    for process in trackers:
+        send(process, signal.SIGKILL)
+    return stuck + wait_gone(trackers, deadline_s)
 
 
 def wait_gone(processes: Iterable[Process], timeout_s: float) -> list[Process]:
@@ -167,22 +179,37 @@ def _prctl(option: int, value: int) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- shared memory
-def segments_of(pid: int) -> set[str]:
-    """Names of the files in /dev/shm that this process maps or holds open."""
-    found = set()
+def segments_of(pid: int, names: dict[int, str] | None = None) -> set[str]:
+    """Names of the files in /dev/shm that this process maps or holds open. `names`: of all of them by inode, where they have
+    been listed already.
+
+    A file is known by its inode: glibc's sem_open maps a semaphore under a temporary name and links it to its own afterwards,
+    so in the process that made it the mapping reads as that of a deleted file.
+    """
+    names = segment_names() if names is None else names
+    found: set[int] = set()
     prefix = f"{SHARED_MEMORY}/"
     try:
         with open(f"/proc/{pid}/maps", errors="replace") as maps:
-            lines = [line for line in maps if prefix in line]
-        found.update(line.split(maxsplit=5)[5].rstrip("\n") for line in lines)
+            # address, access, offset, device, inode, path
+            found.update(int(line.split(maxsplit=5)[4]) for line in maps if prefix in line)
         for entry in os.scandir(f"/proc/{pid}/fd"):
             try:
-                found.add(os.readlink(entry.path))
+                if os.readlink(entry.path).startswith(prefix):
+                    found.add(os.stat(entry.path).st_ino)
             except FileNotFoundError:           # closed while we looked
                 pass
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         pass
-    return {path.removeprefix(prefix) for path in found if path.startswith(prefix) and not path.endswith(" (deleted)")}
+    return {names[inode] for inode in found if inode in names}
+
+
+def segment_names() -> dict[int, str]:
+    """The files in /dev/shm by inode."""
+    try:
+        return {entry.inode(): entry.name for entry in os.scandir(SHARED_MEMORY)}
+    except FileNotFoundError:                   # a system without it
+        return {}
 
 
 def unlink_segments(names: Iterable[str]) -> list[str]:
@@ -190,7 +217,8 @@ def unlink_segments(names: Iterable[str]) -> list[str]:
     present = [name for name in names if (SHARED_MEMORY / name).is_file()]
     if not present:
         return []
-    in_use = set().union(*(segments_of(pid) for pid in everything()))
+    names = segment_names()
+    in_use = set().union(*(segments_of(pid, names) for pid in everything()))
     removed = [name for name in present if name not in in_use]
     for name in removed:
         (SHARED_MEMORY / name).unlink(missing_ok=True)
