@@ -79,6 +79,14 @@ class Config(Section):
         return p.context * (p.tensor if p.sequence else 1) * self.part_multiple
 
     @property
+    def longest_wait_s(self) -> float:
+        """What rank 0 may take for work whose deadlines are settings: starting the engines, a step's rounds of rollouts, the
+        evaluation of all sets one after another."""
+        r, evaluation = self.rollout, self.evaluation
+        rounds = max(1 + self.dynamic_sampling.refills, len(evaluation.all_files))
+        return max(r.start_deadline_s, rounds * r.step_deadline_s)
+
+    @property
     def recompute_old_logprobs(self) -> bool:
         return self.algorithm.old_logprobs == OldLogprobs.RECOMPUTE or self.algorithm.mini_batches > 1
 

@@ -118,7 +118,8 @@ def open_session(config: Config) -> Iterator[Session]:
         here = runtime.start(config)
         stack.callback(runtime.stop, here)
         print(here.layout, file=sys.stderr)                 # goes to the rank's log; `alphamed plan --simulate` reads it
-        control = stack.enter_context(Control.open(here.cpu_group, config.run_dir, config.cluster.heartbeat_timeout_s))
+        control = stack.enter_context(Control.open(here.cpu_group, config.run_dir, config.cluster.heartbeat_timeout_s,
+                                                   longest_s=config.longest_wait_s))
         run = Run.open(config, control)
         stack.callback(run.close)
         folder = control.from_rank0("finding the model", lambda: resolve(

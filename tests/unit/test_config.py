@@ -10,6 +10,8 @@ from alphamed.config_sections import ParallelConfig
 
 SMALL = {"model": {"path": "m"}, "data": {"train": ["a.jsonl"]}}
 
+SMALLEST = {"model": {"path": "m"}, "data": {"train": ["t.jsonl"]}}
+
 
 def write(folder: Path, text: str) -> Path:
     path = folder / "run.yaml"
@@ -164,3 +166,15 @@ def test_what_is_wanted_is_said_in_plain_words(override, told):
     with pytest.raises(ConfigError) as error:
         changed_config(build_config(SMALL), [override])
     assert str(error.value) == told
+
+
+@pytest.mark.parametrize(("settings", "seconds"), [
+    ({}, 1800), ({"start_deadline_s": 5000}, 5000), ({"step_deadline_s": 7200}, 7200)])
+def test_other_ranks_wait_longer_than_rank_0_may_take(settings, seconds):
+    assert build_config(SMALLEST | {"rollout": settings}).longest_wait_s == seconds
+
+
+def test_rounds_and_evaluation_sets_each_have_a_deadline():
+    assert build_config(SMALLEST | {"dynamic_sampling": {"refills": 9}}).longest_wait_s == 10 * 1800
+    sets = {"files": ["a.jsonl", "b.jsonl", "c.jsonl"], "after": True}
+    assert build_config(SMALLEST | {"evaluation": sets}).longest_wait_s == 3 * 1800

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from alphamed.cluster import guard, launch, ledger, processes
+from alphamed.cluster import guard, launch, ledger, placement, processes
 from alphamed.cluster.environment import enter, run_environment, without_torchrun
 from alphamed.cluster.ledger import Ledger, Lock, run_id
 from alphamed.cluster.nodes import part_of
@@ -64,6 +64,22 @@ def test_too_few_nodes_are_named_with_needed_and_present(shape, nodes, words):
     with pytest.raises(ConfigError) as error:
         launch.plan_nodes(layout(*shape), NODES[:nodes], 8)
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_engines_may_share_the_gpus_of_the_trainer():
+    one = config(cluster={"share_gpus": True, "device": "cuda"})
+    assert launch.plan_nodes(one, ["a"], 1) == launch.NodePlan(("a",), ("a",), 1, 1)
+    two = config(cluster={"share_gpus": True, "device": "cuda"}, parallel={"tensor": 2}, rollout={"engines": 2})
+    assert launch.plan_nodes(two, ["a", "b"], 2) == launch.NodePlan(("a",), ("a",), 2, 2)
+    with pytest.raises(ConfigError, match="cluster.share_gpus: 2 trainer ranks and 2 engine workers .* it has 1; lower"):
+        launch.plan_nodes(two, ["a"], 1)
+
+
+def test_shared_gpus_are_all_open_to_engines(monkeypatch):
+    monkeypatch.setattr(placement, "gpus_present", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert placement.engine_gpus(config(cluster={"device": "cuda"})) == [2, 3]
+    assert placement.engine_gpus(config(cluster={"device": "cuda", "share_gpus": True})) == [0, 1, 2, 3]
 
 
 def test_replayed_rollouts_need_no_engine_nodes():

@@ -456,3 +456,40 @@ def test_json_holds_finite_plain_values():
     assert sum(tree["engine"]["memory_bytes"].values()) == tree["engine"]["total_bytes"]
     parts = tree["step"]["seconds"]
     assert parts.pop("total") == pytest.approx(sum(parts.values()))
+
+
+# ---------------------------------------------------------------------------------------------------------- shared GPUs
+SHARED = {"cluster": {"device": "cuda", "share_gpus": True, "gpus_per_node": 1}, "prompt": {"max_tokens": 512},
+          "algorithm": {"kl_coefficient": 0.0}}
+QWEN_3B = "Qwen/Qwen2.5-3B-Instruct"
+
+
+def test_trainer_and_engine_on_one_gpu_must_fit_together():
+    # 3.09e9 parameters: 2 + 4 + 12 bytes each are 51.7 GiB, beside activations; half of 80 GiB is too much for an engine
+    plan = make_plan(job(QWEN_3B, **SHARED, rollout={"gpu_memory_utilization": 0.5}))
+    assert not plan.fits and plan.problems[0].text.startswith("cluster.share_gpus: the trainer needs ")
+    assert "an engine keeps 40.0 GiB" in plan.problems[0].text
+    small = SHARED | {"parallel": {"micro_batch_tokens": 2560, "recompute": "full", "logprob_chunk_tokens": 1024}}
+    fitting = make_plan(job(QWEN_3B, **small, rollout={"gpu_memory_utilization": 0.15}))
+    assert fitting.fits, fitting.problems
+    assert [(seat.node, seat.gpu, seat.role) for seat in fitting.found.topology.seats] == [
+        (0, 0, "trainer"), (0, 0, "engine")]
+    assert fitting.job.gpus == 1 and fitting.found.topology.nodes == 1
+
+
+def test_shared_gpus_are_those_of_one_node():
+    plan = make_plan(job(QWEN_3B, **SHARED, parallel={"data": 2, "micro_batch_tokens": 4096}))
+    assert "cluster.share_gpus: 2 trainer ranks and 1 engine workers share the GPUs of one node, it has 1" in str(plan.problems[0])
+
+
+def test_without_cuda_sharing_changes_nothing():
+    shared = job(QWEN_3B, cluster={"device": "cpu", "share_gpus": True})
+    assert not shared.shared and shared.gpus == 2
+
+
+@pytest.mark.parametrize(("parallel", "tokens"), [
+    ({}, 16), ({"tensor": 2, "sequence": True}, 32), ({"tensor": 2, "sequence": True, "context": 2}, 64), ({"context": 2}, 32)])
+def test_rows_of_fp8_are_multiples_of_16_on_every_rank(parallel, tokens):
+    wide = {"parallel": {"micro_batch_tokens": 8192} | parallel}
+    assert config_of(model={"path": LLAMA_8B, "fp8": True}, **wide).token_multiple == tokens
+    assert config_of(**wide).token_multiple == tokens // 16

@@ -49,8 +49,11 @@ class Control:
 
     @classmethod
     def open(cls, group: ProcessGroup, run_dir: Path, heartbeat_timeout_s: float = 30.0,
-             abort_after_s: float = 15.0) -> Self:
+             abort_after_s: float = 15.0, longest_s: float = 0.0) -> Self:
         """Connect the ranks of `group`, a CPU (gloo) group of all of them. The first failure is recorded in `run_dir`.
+
+        longest_s: what work with a deadline of its own may take on rank 0; the others wait longer, so that it is rank 0 who
+        says what was late.
 
         A rank whose main thread does not come by within `abort_after_s` of a failure, because it is inside a collective
         that will never end, is ended by its watching thread.
@@ -59,7 +62,7 @@ class Control:
 
         rank, world = dist.get_rank(group), dist.get_world_size(group)
         if world == 1:
-            return cls(group, 0, 1, [], run_dir, heartbeat_timeout_s, abort_after_s)
+            return cls(group, 0, 1, [], run_dir, heartbeat_timeout_s, abort_after_s, DEADLINE_S + longest_s)
         listener, key = listen(own_address()) if rank == 0 else (None, b"")
         invitation = [(listener.address, key) if listener else None]
         dist.broadcast_object_list(invitation, src=0, group=group)
@@ -68,11 +71,12 @@ class Control:
                 peers = accept(listener, world)
         else:
             peers = [join(*invitation[0], rank)]
-        return cls(group, rank, world, peers, run_dir, heartbeat_timeout_s, abort_after_s)
+        return cls(group, rank, world, peers, run_dir, heartbeat_timeout_s, abort_after_s, DEADLINE_S + longest_s)
 
     def __init__(self, group: ProcessGroup, rank: int, world: int, peers: list[Peer], run_dir: Path,
-                 heartbeat_timeout_s: float, abort_after_s: float):
+                 heartbeat_timeout_s: float, abort_after_s: float, deadline_s: float = DEADLINE_S):
         self.rank, self.world = rank, world
+        self._deadline_s = deadline_s
         self._group = group
         self._run_dir = run_dir
         self._abort_after_s = abort_after_s
@@ -101,12 +105,13 @@ class Control:
         return f"rank {self.rank} (pid {os.getpid()})"
 
     # ------------------------------------------------------------------------------------------------------- agreements
-    def from_rank0(self, what: str, function: Callable[[], T], deadline_s: float = DEADLINE_S) -> T:
+    def from_rank0(self, what: str, function: Callable[[], T], deadline_s: float | None = None) -> T:
         """Rank 0 calls `function`; every rank gets its (pickled, small) value. Raises RunFailed on all ranks if it
         fails.
 
-        `what` names the work in messages ("rollouts of step 3"). Other ranks wait at most `deadline_s`, outside of any
-        collective, and give up early when rank 0 dies or falls silent.
+        `what` names the work in messages ("rollouts of step 3"). Other ranks wait at most `deadline_s` (by default longer
+        than any work with a deadline of its own), outside of any collective, and give up early when rank 0 dies or falls
+        silent.
         """
         turn = self._next(what)
         if self.rank == 0:
@@ -114,12 +119,13 @@ class Control:
             for rank in self._links.peers:
                 self._links.send(rank, turn.number, (what, Ok(value)))
             return value
-        return self._expect(0, turn, turn.number, deadline_s).value
+        return self._expect(0, turn, turn.number, self._deadline_s if deadline_s is None else deadline_s).value
 
-    def everywhere(self, what: str, function: Callable[[], T], deadline_s: float = DEADLINE_S) -> T:
+    def everywhere(self, what: str, function: Callable[[], T], deadline_s: float | None = None) -> T:
         """Every rank calls `function` and gets its own value once all have succeeded. Raises RunFailed on all ranks,
         naming the first one that failed."""
         turn = self._next(what)
+        deadline_s = self._deadline_s if deadline_s is None else deadline_s
         value = self._run(function)
         if self.rank == 0:
             for rank in self._links.peers:

@@ -75,7 +75,12 @@ def _node_problems(job: Job) -> Iterator[Problem]:
         yield Problem(f"rollout.tensor_parallel: {r.tensor_parallel} does not divide the {per_node} GPUs of a node",
                       (f"rollout.tensor_parallel={nearest(r.tensor_parallel, allowed)}",))
         return
-    wanted = 0 if job.shared else job.engines * r.tensor_parallel
+    wanted = 0 if job.colocated else job.engines * r.tensor_parallel
+    if job.shared and not job.colocated:
+        if max(p.world, wanted) > per_node:
+            yield Problem(f"cluster.share_gpus: {p.world} trainer ranks and {wanted} engine workers share the GPUs of one node, "
+                          f"it has {per_node}", ("cluster.share_gpus=false",))
+        return
     if p.world + wanted <= per_node:
         return
     if p.world > per_node and p.world % per_node:

@@ -58,14 +58,14 @@ class Topology:
 
 def place(job: Job) -> Topology:
     """Trainer ranks fill nodes first, in Megatron's order: tensor ranks are neighbours, stages farthest apart. Engines take
-    the rest of a single node, or nodes of their own. The layout must be legal."""
+    the rest of a single node, nodes of their own, or the trainer's GPUs. The layout must be legal."""
     per_node, world = job.gpus_per_node, job.parallel.world
-    wanted = 0 if job.shared else job.engines * job.rollout.tensor_parallel
-    shared = world + wanted <= per_node
+    wanted = 0 if job.colocated else job.engines * job.rollout.tensor_parallel
+    shared = job.shared or world + wanted <= per_node
     ranks_per_node = world if shared else min(world, per_node)
     trainer_nodes = -(-world // per_node)
     seats = [_trainer_seat(job, rank, ranks_per_node) for rank in range(world)]
-    first = world if shared else trainer_nodes * per_node
+    first = 0 if job.shared else world if shared else trainer_nodes * per_node
     for worker in range(wanted):
         node, gpu = divmod(first + worker, per_node)
         seats.append(Seat(node, gpu, "engine", engine=worker // job.rollout.tensor_parallel,
