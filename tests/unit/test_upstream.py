@@ -1,8 +1,10 @@
 """Public sets in their own layouts: every row of the tables through `datasets`, by hub name and from local copies."""
 import json
+import shutil
 import socket
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import datasets
 import pytest
@@ -191,6 +193,31 @@ def test_a_hub_whose_host_is_not_there_is_one_line_at_once(monkeypatch, tmp_path
         load_benchmark("medqa")
     assert time.monotonic() - start < 10 and capfd.readouterr() == ("", "")
     assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE      # for that call only
+
+
+@pytest.mark.parametrize("cached, refused", [("90b8e5be2b1d3d2dbfe016cdab47981150600c4a", None),
+                                             ("0123456789abcdef0123456789abcdef01234567", "holds revision 0123456789abcdef")])
+def test_without_a_hub_only_a_cached_copy_of_the_pinned_revision_will_do(monkeypatch, tmp_path, cached, refused):
+    """The cache as `datasets` fills it: OWNER___NAME/CONFIG/VERSION/COMMIT."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    made = datasets.Dataset.from_list(list(layouts.GPQA)).to_parquet(tmp_path / "rows.parquet") and datasets.load_dataset(
+        "parquet", data_files=str(tmp_path / "rows.parquet"), split="train", cache_dir=str(tmp_path / "made"))
+    source, = {Path(file["filename"]).parent for file in made.cache_files}
+    place = tmp_path / "cache" / "Idavidrein___gpqa" / "gpqa_main" / "0.0.0" / cached
+    shutil.copytree(source, place)
+    (place / "parquet-train.arrow").rename(place / "gpqa-train.arrow")
+    told = json.loads((place / "dataset_info.json").read_text())
+    (place / "dataset_info.json").write_text(json.dumps(told | {"dataset_name": "gpqa", "config_name": "gpqa_main"}))
+    if refused:
+        with pytest.raises(DataError, match=refused):
+            load_benchmark("gpqa")
+    else:
+        assert len(load_benchmark("gpqa").questions) == 4
 
 
 @pytest.mark.parametrize("proxies, listens, reachable", [({}, True, True), ({}, False, False), ({"http": "p:1"}, False, True),

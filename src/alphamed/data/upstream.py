@@ -6,6 +6,7 @@ the schema's own columns is read as such.
 from __future__ import annotations
 
 import json
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from alphamed.data.adapters import Adapter
 from alphamed.data.mcq import Row, short
 from alphamed.data.sources import REQUIRED_COLUMNS, DataError, read_rows
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
 CONNECT_S = 5.0     # for a connection to the hub; a slower one is no network to fetch a set over
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -99,8 +101,10 @@ def _load(source: QuestionSource, local: Path | None, revision: str | None) -> A
     try:
         if local is None:
             with _quiet(), _no_retries_without_network(source.hub):
-                return datasets.load_dataset(source.hub, source.config, split=source.split,
-                                             revision=revision or source.revision)
+                found = datasets.load_dataset(source.hub, source.config, split=source.split,
+                                              revision=revision or source.revision)
+            _require_commit(found, source, revision or source.revision)
+            return found
         if local.is_dir():
             with _quiet():
                 return datasets.load_dataset(str(local), source.config, split=source.split)
@@ -113,6 +117,17 @@ def _load(source: QuestionSource, local: Path | None, revision: str | None) -> A
         raise
     except Exception as error:                  # the library's many errors all mean "not loaded"
         raise DataError(_not_loaded(source, local, revision, error)) from None
+
+
+def _require_commit(found: Any, source: QuestionSource, revision: str | None) -> None:
+    """Where the hub can not be asked, `datasets` takes the newest copy of its cache, whatever its revision (load.py,
+    CachedDatasetModuleFactory). Copies lie in folders named by their commit."""
+    if revision is None or not COMMIT.fullmatch(revision) or Path(source.hub).exists():
+        return
+    held = {part for file in getattr(found, "cache_files", ()) for part in Path(file["filename"]).parts if COMMIT.fullmatch(part)}
+    if others := held - {revision}:
+        raise DataError(f"{source.name}: {source.hub} at revision {revision} can not be loaded from the hub, and the cache holds "
+                        f"revision {min(others)}; connect to the hub, or give a local copy ({source.name}=PATH)")
 
 
 @contextmanager
