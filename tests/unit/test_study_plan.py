@@ -165,6 +165,10 @@ def test_long_names_are_cut_and_stay_apart():
     ({"data": {"sources": [{"name": "own", "path": "questions.jsonl", "levels": "absent.jsonl"}]},
       "grids": [{"name": "g", "axes": {"sources": ["own"]}}]}, ["absent.jsonl: no such file of levels"]),
     ({"data": OWN, "grids": [{"name": "g", "axes": {"sources": ["own"], "levels": [[7]]}}]}, ["levels", "7"]),
+    (own_axes() | {"data": OWN | {"recipe": {"decisions": ["absent.json"]}}},
+     ["data.recipe.decisions: absent.json: no such file"]),
+    (own_axes() | {"data": OWN | {"recipe": {"against": ["medqb"]}}}, ["data.recipe: benchmark 'medqb' is neither known"]),
+    (own_axes() | {"data": OWN | {"recipe": {"against": ["medqa=absent"]}}}, ["data.recipe: ", "absent"]),
     # what the study sets itself, however it is written
     (own_axes(settings={"data.train": [["x.jsonl"], ["y.jsonl"]]}),
      ["grids.g.axes.settings: data.train is what data builds; use the axis sources"]),

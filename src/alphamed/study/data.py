@@ -31,6 +31,21 @@ def check_sources(study: Study, runs: Iterable[PlannedRun]) -> None:
             if wanted.levels is not None and not wanted.levels.exists():
                 raise ConfigError(f"data.sources: {wanted.name}: {wanted.levels}: no such file of levels; annotate the set "
                                   f"(alphamed data difficulty)")
+        _check_further(one, medfacts_folder(study.folder))
+
+
+def _check_further(one: Set, facts: Path) -> None:
+    """What the recipe reads beside its sources, and that it is not written over. `facts` need not be there yet."""
+    from alphamed.evaluation.benchmarks import check_names, local_copy
+
+    for file in one.recipe.decisions:
+        if not file.exists():
+            raise ConfigError(f"data.recipe.decisions: {file}: no such file; give an existing one (alphamed data suspects)")
+    try:
+        check_names([name for name in one.recipe.against if facts not in (local_copy(name) or Path()).parents])
+        build.check(one.recipe, one.file)
+    except DataError as error:
+        raise ConfigError(f"data.recipe: {error}") from None
 
 
 def make_sets(study: Study, runs: Iterable[PlannedRun], command: str) -> list[Path]:
