@@ -2,12 +2,14 @@
 
 usage: memory_worker.py CASES RESULT
     CASES: JSON {name: {"model": fields of config.json, "config": tree, "groups": [questions, prompt, samples, response]}}
-    RESULT: JSON {name: {"peak", "static", "tokens", "responses", "rows"}}, bytes and tokens
+    RESULT: JSON {name: {"peak", "static", "tokens", "responses", "rows", "stage"}}, bytes and tokens; of several ranks (under
+    torchrun) each writes its own, RESULT.RANK
 """
 from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -21,6 +23,7 @@ from alphamed.config_file import build_config
 from alphamed.megatron import runtime as runtimes
 from alphamed.model import shape_of
 from alphamed.records import TokenGroup
+from groups import leave_all_but_the_default
 
 
 def token_groups(vocab: int, count: int, prompt: int, samples: int, response: int) -> list[TokenGroup]:
@@ -65,8 +68,11 @@ def measure(case: dict) -> dict:
     micros = batch.mini_batches[0].micro_batches
     largest = max(micros, key=lambda micro: len(micro.tokens))
     found = {"peak": max(used), "static": used[-1], "tokens": len(largest.tokens), "responses": int(largest.mask.sum()),
-             "rows": len(micros)}
-    runtimes.stop(runtime)
+             "rows": len(micros), "stage": policy.layout.pipeline_rank}
+    if runtime.world == 1:
+        runtimes.stop(runtime)
+    else:
+        leave_all_but_the_default()         # the next case joins the same ranks in another layout
     del policy, reference, batch, micros, largest, runtime
     gc.collect()                            # what is freed in the next case's profile would count against it
     return found
@@ -74,4 +80,6 @@ def measure(case: dict) -> dict:
 
 if __name__ == "__main__":
     cases = json.loads(Path(sys.argv[1]).read_text())
-    Path(sys.argv[2]).write_text(json.dumps({name: measure(case) for name, case in cases.items()}))
+    found = {name: measure(case) for name, case in cases.items()}
+    rank = os.environ.get("RANK")
+    Path(sys.argv[2] + (f".{rank}" if rank else "")).write_text(json.dumps(found))

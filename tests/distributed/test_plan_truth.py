@@ -123,10 +123,46 @@ def measured(tmp_path_factory) -> dict:
     return json.loads((folder / "result.json").read_text())
 
 
+def expected(given: dict, found: dict) -> tuple[int, int]:
+    """(peak, static) bytes that the plan reckons with for what a rank was given."""
+    job = Job(build_config(given["config"]), shape_of(given["model"], "case"), cpu(1, 1 << 40, 1), 1)
+    use = stage_use(job, found["stage"], Micro(found["tokens"], found["responses"], 0.0), found["rows"])
+    return use.total, sum(static_bytes(job, found["stage"]).values())
+
+
 @pytest.mark.parametrize("name", MEMORY)
 def test_peak_memory_is_the_allocators_within_a_tenth(measured, name):
-    found, given = measured[name], MEMORY[name]
-    job = Job(build_config(given["config"]), shape_of(given["model"], name), cpu(1, 1 << 40, 1), 1)
-    use = stage_use(job, 0, Micro(found["tokens"], found["responses"], 0.0), found["rows"])
-    assert use.total == pytest.approx(found["peak"], rel=0.1)
-    assert sum(static_bytes(job, 0).values()) == pytest.approx(found["static"], rel=0.01)
+    peak, static = expected(MEMORY[name], measured[name])
+    assert peak == pytest.approx(measured[name]["peak"], rel=0.1)
+    assert static == pytest.approx(measured[name]["static"], rel=0.01)
+
+
+TWO_RANKS = {
+    "tensor": case(model(), {"tensor": 2}),
+    "tensor, logits": case(model(vocab_size=16002, num_hidden_layers=2), {"tensor": 2}),
+    "sequence": case(model(num_hidden_layers=6), {"tensor": 2, "sequence": True}),
+    "context": case(model(), {"context": 2}),
+    "context, nothing shared": case(model(num_hidden_layers=6), {"context": 2, "share_prompts": False}),
+    "context, selective recompute": case(model(num_hidden_layers=8), {"context": 2, "recompute": "selective"}),
+    "context, full recompute": case(model(num_hidden_layers=8), {"context": 2, "recompute": "full"}),
+    "context, more than KV heads": case(model(num_key_value_heads=1), {"context": 2}),
+    "pipeline": case(model(num_hidden_layers=8), {"pipeline": 2, "micro_batch_tokens": 512}),
+    "data": case(model(), {"data": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def measured_on_two_ranks(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("memory-of-two")
+    (folder / "cases.json").write_text(json.dumps(TWO_RANKS))
+    child(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(HERE / "memory_worker.py"),
+           str(folder / "cases.json"), str(folder / "result.json")])
+    return [json.loads((folder / f"result.json.{rank}").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", TWO_RANKS)
+def test_peak_memory_of_each_of_two_ranks_is_the_allocators_within_a_tenth(measured_on_two_ranks, name):
+    for found in measured_on_two_ranks:
+        peak, static = expected(TWO_RANKS[name], found[name])
+        assert peak == pytest.approx(found[name]["peak"], rel=0.1)
+        assert static == pytest.approx(found[name]["static"], rel=0.01)
