@@ -79,10 +79,14 @@ def main() -> None:
         for recompute in options.recompute:
             for precision in options.precision:
                 name = f"{shape}/{precision}/{recompute}"
-                done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", name], capture_output=True,
-                                      text=True, timeout=DEADLINE_S)
-                if done.returncode:
-                    print(f"{shape:<10}{precision:<6}{recompute:<11}failed: {(done.stderr.splitlines() or ['?'])[-1]}")
+                try:
+                    done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", name], capture_output=True,
+                                          text=True, timeout=DEADLINE_S)
+                    failed = (done.stderr.splitlines() or ["?"])[-1] if done.returncode else None
+                except subprocess.TimeoutExpired:
+                    failed = f"not done within {DEADLINE_S} s"
+                if failed:
+                    print(f"{shape:<10}{precision:<6}{recompute:<11}failed: {failed}", flush=True)
                     continue
                 one = json.loads(done.stdout.splitlines()[-1])
                 print(f"{shape:<10}{precision:<6}{recompute:<11}{one['logprobs']:>12.2f}{one['update']:>10.2f}"

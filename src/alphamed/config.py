@@ -48,7 +48,8 @@ class Config(Section):
     @property
     def max_logprob_diff(self) -> float:
         exact = self.model.dtype == self.rollout.dtype == Dtype.FP32
-        return self.sync.max_logprob_diff or (1.0 if self.rollout.max_staleness else 1e-3 if exact else 0.15)
+        rounded = 0.3 if self.model.fp8 else 0.15
+        return self.sync.max_logprob_diff or (1.0 if self.rollout.max_staleness else 1e-3 if exact else rounded)
 
     @property
     def correction(self) -> Correction:

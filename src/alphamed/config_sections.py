@@ -276,8 +276,8 @@ class SyncConfig(Section):
     probe: bool = True
     """After the first push compare the engines' log-probs of a fixed text with the policy's."""
     max_logprob_diff: PositiveFloat | None = None
-    """Limit on policy/logprob_diff_mean that stops the run; None: 0.15 where either side is bf16, 1e-3 in FP32, 1 where
-    samples may be stale: the policy's own movement is in the difference then."""
+    """Limit on policy/logprob_diff_mean that stops the run; None: 0.15 where either side is bf16, 0.3 where the
+    policy computes in FP8, 1e-3 in FP32, 1 where samples may be stale: the policy's own movement is in the difference then."""
 
 
 class CheckpointConfig(Section):
@@ -301,7 +301,7 @@ class EvaluationConfig(Section):
     every: NonNegative = 0
     background: bool | None = None
     """Those of `every` go on beside the next step, on what its own questions leave of the engines, and end before the next
-    push. None: where engines have GPUs; on shared cores it takes longer. Never with rollout.deterministic, for what an engine
+    push. None: where engines have GPUs of their own; on shared ones, and on shared cores, it takes longer. Never with rollout.deterministic, for what an engine
     works on at once shows in the last bits."""
     max_response_tokens: Positive | None = None
     """None: rollout.max_response_tokens."""

@@ -130,7 +130,7 @@ def _check_hardware(config: Config) -> None:
     if config.cluster.device == Device.CUDA and gpus_present() == 0:
         raise ConfigError("cluster.device: cuda needs an NVIDIA GPU, this machine has none; set it to cpu, or start on "
                           "a machine that has (bash examples/... on one node, examples/slurm/train.sbatch on several)")
-    if (config.cluster.share_gpus and config.sync.transport == Transport.NCCL and wants_cuda(config)
+    if (config.cluster.share_gpus and config.sync.transport == Transport.NCCL and wants_cuda(config) and not config.rollout.replay
             and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1"):
         raise ConfigError("sync.transport: nccl refuses two members on one GPU, and cluster.share_gpus puts them there; set it "
                           "to auto (or export NCCL_MULTI_RANK_GPU_ENABLE=1, with NCCL 2.30 or newer)")

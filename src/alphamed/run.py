@@ -215,7 +215,8 @@ class Run:
         between = 0 < step < self.config.run.last_step and not last
         due = (wanted.before and step == 0) or (wanted.after and last) or bool(
             wanted.every and step and step % wanted.every == 0)
-        asked = wants_cuda(self.config) if wanted.background is None else wanted.background
+        own_gpus = wants_cuda(self.config) and not self.config.cluster.share_gpus
+        asked = own_gpus if wanted.background is None else wanted.background
         background = between and asked and not self.config.rollout.deterministic
         if due and self.control.from_rank0(f"beginning the evaluation after step {step}",
                                            lambda: self._begin_evaluation(begin, background)):

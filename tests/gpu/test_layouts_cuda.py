@@ -5,7 +5,10 @@ another order than the CPU, so FP32 tolerances are ten times those of the CPU la
 """
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -22,14 +25,22 @@ from test_parity import CHUNKED, CP2, DP2, FULL, MODELS, OVERLAP, PP2, SELECTIVE
 from tiny import tiny_hf
 from worker import Case
 
-MULTI_RANK_NCCL = (2, 30)
+MULTI_RANK_NCCL = 23000
+DEADLINE_S = 500
+
+
+def nccl_shares_gpus() -> bool:
+    """Whether the NCCL that is loaded lets ranks share a GPU. torch.cuda.nccl.version() tells of the one that torch was
+    compiled with."""
+    version = ctypes.c_int()
+    ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(version))
+    return version.value >= MULTI_RANK_NCCL
 
 
 def ranks_possible() -> int:
     if not torch.cuda.is_available():
         return 0
-    shared = torch.cuda.nccl.version() >= MULTI_RANK_NCCL
-    return 4 if shared else torch.cuda.device_count()
+    return 4 if nccl_shares_gpus() else torch.cuda.device_count()
 
 
 def in_both(name: str, model: str, parallel: dict, **more) -> list[Case]:
@@ -48,7 +59,7 @@ CASES = {
 }
 ALL = [(world, case) for world, cases in CASES.items() for case in cases]
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(ranks_possible() < 2, reason="fewer than two GPUs, and no NCCL that shares one")]
+pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.skipif(ranks_possible() < 2, reason="fewer than two GPUs, and no NCCL that shares one")]
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +79,18 @@ def traces(job) -> dict[tuple[str, str], oracle.Trace]:
 @pytest.fixture(scope="module")
 def results(job):
     """World size -> folder of what its ranks found; each world is started once, when it is first asked for."""
-    started: dict[int, Path] = {}
+    started: dict[int, Path | Exception] = {}
 
     def of(world: int) -> Path:
         if world not in started:
-            started[world] = launch(job, world)
-        return started[world]
+            try:
+                started[world] = launch(job, world)
+            except Exception as error:          # told of every case, in place of another try
+                started[world] = error
+        found = started[world]
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     return of
 
@@ -90,8 +107,17 @@ def launch(job: dict, world: int) -> Path:
     environment = os.environ | {"PYTHONPATH": search, "NVIDIA_TF32_OVERRIDE": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     if torch.cuda.device_count() < world:
         environment["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, f"torchrun with {world} ranks failed:\n{done.stderr[-6000:]}"
+    with open(job["root"] / f"errors{world}", "w+") as errors:
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors, text=True,
+                                   start_new_session=True)
+        try:
+            status = process.wait(timeout=DEADLINE_S)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)      # torchrun's ranks too
+            process.wait()
+        errors.seek(0)
+        assert status == 0, f"torchrun with {world} ranks failed:\n{errors.read()[-6000:]}"
     return folder
 
 

@@ -21,7 +21,7 @@ import oracle
 from tiny import tiny_hf
 from worker import Case
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 MODELS = {"llama": {"family": "llama", "tied": True, "llama3_rope": True}, "qwen2": {"family": "qwen2"},
           "qwen3": {"family": "qwen3", "tied": True}}

@@ -14,10 +14,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 
-from test_layouts_cuda import MULTI_RANK_NCCL
+from test_layouts_cuda import nccl_shares_gpus
 from tiny_run import Workplace, metrics
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
               pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="no vLLM")]
 
 STEPS = 4
@@ -34,7 +34,7 @@ def workplace(tmp_path_factory) -> Workplace:
 @pytest.mark.parametrize("mode", ["gather", "direct"])
 def test_a_run_on_a_shared_gpu(workplace, transport, mode, monkeypatch):
     if transport == "nccl":
-        if torch.cuda.nccl.version() < MULTI_RANK_NCCL:
+        if not nccl_shares_gpus():
             pytest.skip("this NCCL refuses two members on one GPU")
         monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
     run_dir = workplace.train(f"{transport}-{mode}", f"sync.transport={transport}", f"sync.mode={mode}")

@@ -23,7 +23,7 @@ from test_parity import SMOOTH, TRACES, UNSHARED
 from tiny import tiny_hf
 from worker import Case
 
-pytestmark = [pytest.mark.gpu,
+pytestmark = [pytest.mark.gpu, pytest.mark.slow,
               pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
               pytest.mark.skipif(not importlib.util.find_spec("transformer_engine"), reason="no Transformer Engine")]
 
@@ -55,6 +55,8 @@ def traces(job) -> dict[str, oracle.Trace]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_three_updates(case, job, traces):
     """Each case in a process of its own: one that fails takes no other with it."""
+    if case.fp8 and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU computes nothing in FP8")
     folder, job_file = job["root"] / case.name, job["root"] / f"{case.name}.pt"
     folder.mkdir()
     torch.save({"folders": job["folders"], "data": job["data"], "cases": [asdict(case)]}, job_file)

@@ -284,7 +284,7 @@ def test_recipes_fit_the_nodes_that_they_name(path):
 
 def test_there_is_a_recipe_for_every_model_and_cluster():
     names = {path.stem for path in RECIPES}
-    assert {"llama31_8b_1node", "llama31_8b_2nodes", "qwen25_7b_1node", "qwen3_8b_1node", "qwen25_32b_4nodes",
+    assert {"llama31_8b_1node", "llama31_8b_1node_shared", "qwen25_3b_1node_1gpu", "llama31_8b_2nodes", "qwen25_7b_1node", "qwen3_8b_1node", "qwen25_32b_4nodes",
             "qwen3_32b_4nodes"} <= names
     assert {f"{model}_{nodes}nodes{fp8}" for model in ("llama31_70b", "qwen25_72b") for nodes in (8, 16)
             for fp8 in ("", "_fp8")} <= names
@@ -462,15 +462,17 @@ def test_json_holds_finite_plain_values():
 SHARED = {"cluster": {"device": "cuda", "share_gpus": True, "gpus_per_node": 1}, "prompt": {"max_tokens": 512},
           "algorithm": {"kl_coefficient": 0.0}}
 QWEN_3B = "Qwen/Qwen2.5-3B-Instruct"
+SMALL = {"micro_batch_tokens": 2560, "recompute": "full", "logprob_chunk_tokens": 1024}
 
 
 def test_trainer_and_engine_on_one_gpu_must_fit_together():
     # 3.09e9 parameters: 2 + 4 + 12 bytes each are 51.7 GiB, beside activations; half of 80 GiB is too much for an engine
     plan = make_plan(job(QWEN_3B, **SHARED, rollout={"gpu_memory_utilization": 0.5}))
     assert not plan.fits and plan.problems[0].text.startswith("cluster.share_gpus: the trainer needs ")
-    assert "an engine keeps 40.0 GiB" in plan.problems[0].text
-    small = SHARED | {"parallel": {"micro_batch_tokens": 2560, "recompute": "full", "logprob_chunk_tokens": 1024}}
-    fitting = make_plan(job(QWEN_3B, **small, rollout={"gpu_memory_utilization": 0.15}))
+    assert "rollout.gpu_memory_utilization keeps 39.8 GiB of it for an engine" in plan.problems[0].text
+    assert advice.mends(make_plan(job(QWEN_3B, **SHARED | {"parallel": SMALL}, rollout={"gpu_memory_utilization": 0.5})))[
+        0].overrides == ("rollout.gpu_memory_utilization=0.2",)
+    fitting = make_plan(job(QWEN_3B, **SHARED | {"parallel": SMALL}, rollout={"gpu_memory_utilization": 0.15}))
     assert fitting.fits, fitting.problems
     assert [(seat.node, seat.gpu, seat.role) for seat in fitting.found.topology.seats] == [
         (0, 0, "trainer"), (0, 0, "engine")]
@@ -480,6 +482,24 @@ def test_trainer_and_engine_on_one_gpu_must_fit_together():
 def test_shared_gpus_are_those_of_one_node():
     plan = make_plan(job(QWEN_3B, **SHARED, parallel={"data": 2, "micro_batch_tokens": 4096}))
     assert "cluster.share_gpus: 2 trainer ranks and 1 engine workers share the GPUs of one node, it has 1" in str(plan.problems[0])
+
+
+def test_a_layout_that_is_too_large_for_shared_gpus_shrinks():
+    one_node = SHARED | {"parallel": SMALL | {"data": 2}, "cluster": SHARED["cluster"] | {"nodes": 1}}
+    two = make_plan(job(QWEN_3B, **one_node, rollout={"gpu_memory_utilization": 0.15}))
+    assert "try" in str(two.problems[0]) and "parallel.data=1" in str(two.problems[0])
+
+
+def test_weights_through_host_memory_take_longer():
+    apart = step_time(job(QWEN_3B))
+    shared = step_time(job(QWEN_3B, **SHARED | {"parallel": SMALL}))
+    assert shared.sync == pytest.approx(3_085_938_688 * 2 / 1e9) and apart.sync == pytest.approx(3_085_938_688 * 2 / GPU.sync)
+
+
+def test_mends_are_not_told_twice():
+    large = load_config(ROOT / "examples" / "recipes" / "llama31_8b_1node_shared.yaml", ["parallel.tensor=2", "parallel.data=4"])
+    told = [frozenset(one.overrides) for one in advice.mends(make_plan(*job_of(large)))]
+    assert len(told) == len(set(told)) > 0
 
 
 def test_without_cuda_sharing_changes_nothing():

@@ -138,11 +138,13 @@ class Ledger:
             self._written = text
 
     def clean_up(self, spare: tuple[int, ...] = ()) -> CleanUp:
-        """End every process of the run but the caller, its ancestors and `spare`; unlink what they shared; forget."""
+        """End every process of the run but the caller, its ancestors, `spare` and the resource trackers of these; unlink what
+        they shared; forget."""
         self._read()
         self.look()
         kept = {os.getpid(), *_ancestors(os.getpid()), *spare}
-        targets = [process for process in self._processes.values() if process.pid not in kept]
+        others = [process for process in self._processes.values() if process.pid not in kept]
+        targets = [process for process in others if not self._serves(process, kept)]
         found = CleanUp(ended=targets, stuck=processes.end(targets))
         found.segments = processes.unlink_segments(self._segments)
         self._keep_actor_logs()
@@ -151,6 +153,12 @@ class Ledger:
             path.unlink(missing_ok=True)
         self._processes, self._segments, self._written = {}, set(), ""
         return found
+
+    def _serves(self, process: Process, kept: set[int]) -> bool:
+        """Whether this is the resource tracker of a process that stays. One that was the run's, and has passed to the
+        subreaper, carries the tag."""
+        return (processes.RESOURCE_TRACKER in process.command and process.parent in kept
+                and not processes.tagged(self._id, {process.pid: process}))
 
     def _keep_actor_logs(self) -> None:
         """Move what engines and reward process have printed, which Ray keeps in its session, to `logs/ray`: where they

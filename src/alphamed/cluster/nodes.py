@@ -76,13 +76,13 @@ def run(config: Config, nodes: Sequence[str], rank: int) -> int:
     plan = plan_nodes(config, nodes, gpus)
     if gpus_present() != gpus:
         raise ConfigError(f"cluster.gpus_per_node: {gpus}, node {node} has {gpus_present()}; set it to what each has")
-    if plan.shared:
-        return launch.train(config)
     if node not in (*plan.trainer_nodes, *plan.engine_nodes):
         print(f"node {node} is not needed", file=sys.stderr)
         return 0
     if rank == 0:
         validate(config)
+    if plan.shared:
+        return launch.train(config)
     # beyond the first node a folder for its own lock and records; the ranks write to the run's
     own = config.run_dir if rank == 0 else config.run_dir / "nodes" / node
     with launch.owned(own) as ledger:

@@ -20,6 +20,7 @@ TAG = "ALPHAMED_RUN_ID"
 
 SHARED_MEMORY = Path("/dev/shm")
 
+MAX_COMMAND_CHARS = 400
 RESOURCE_TRACKER = "multiprocessing.resource_tracker"
 """In the command of the process with which Python unlinks semaphores and shared memory after violent deaths."""
 TRACKER_GRACE_S = 3.0
@@ -50,7 +51,7 @@ def describe(pid: int) -> Process | None:
     if fields[0] in "ZX":
         return None
     words = arguments.replace(b"\0", b" ").decode(errors="replace").strip()
-    return Process(pid=pid, start=int(fields[19]), parent=int(fields[1]), command=(words or name)[:200])
+    return Process(pid=pid, start=int(fields[19]), parent=int(fields[1]), command=(words or name)[:MAX_COMMAND_CHARS])
 
 
 def everything() -> dict[int, Process]:
@@ -121,12 +122,12 @@ def end(processes: Iterable[Process], grace_s: float = 5.0, deadline_s: float = 
     left = [process for process in processes if send(process, signal.SIGTERM)]
     for process in left:                        # a stopped process takes a SIGTERM only once it runs again
         send(process, signal.SIGCONT)
-    left = wait_gone(left, grace_s)
-    served = [process for process in left if RESOURCE_TRACKER not in process.command]
+    trackers = [process for process in left if RESOURCE_TRACKER in process.command]
+    served = wait_gone((process for process in left if process not in trackers), grace_s)
     for process in served:
         send(process, signal.SIGKILL)
     stuck = wait_gone(served, deadline_s)
-    trackers = wait_gone((process for process in left if process not in served), TRACKER_GRACE_S)
+    trackers = wait_gone(trackers, TRACKER_GRACE_S)
     for process in trackers:
         send(process, signal.SIGKILL)
     return stuck + wait_gone(trackers, deadline_s)
@@ -179,24 +180,33 @@ def _prctl(option: int, value: int) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- shared memory
-def segments_of(pid: int, names: dict[int, str] | None = None) -> set[str]:
-    """Names of the files in /dev/shm that this process maps or holds open. `names`: of all of them by inode, where they have
-    been listed already.
+Inode = tuple[int, int]
+"""Device and number. A container has a /dev/shm of its own, with the same small numbers."""
+
+
+def segments_of(pid: int, names: dict[Inode, str] | None = None, written: bool = True) -> set[str]:
+    """Names of the files in /dev/shm that this process shares: maps for writing with others, or holds open for writing. With
+    `written` false also those that it only reads, such as a user's data. `names`: of all files there, where they have been
+    listed already.
 
     A file is known by its inode: glibc's sem_open maps a semaphore under a temporary name and links it to its own afterwards,
     so in the process that made it the mapping reads as that of a deleted file.
     """
     names = segment_names() if names is None else names
-    found: set[int] = set()
+    found: set[Inode] = set()
     prefix = f"{SHARED_MEMORY}/"
     try:
         with open(f"/proc/{pid}/maps", errors="replace") as maps:
-            # address, access, offset, device, inode, path
-            found.update(int(line.split(maxsplit=5)[4]) for line in maps if prefix in line)
+            for line in maps:
+                if prefix in line:
+                    _, access, _, device, inode, _ = line.split(maxsplit=5)
+                    if access[1::2] == "ws" or not written:                     # as in rw-s
+                        found.add((os.makedev(*(int(part, 16) for part in device.split(":"))), int(inode)))
         for entry in os.scandir(f"/proc/{pid}/fd"):
             try:
-                if os.readlink(entry.path).startswith(prefix):
-                    found.add(os.stat(entry.path).st_ino)
+                if os.readlink(entry.path).startswith(prefix) and (not written or _opened_for_writing(pid, entry.name)):
+                    status = os.stat(entry.path)
+                    found.add((status.st_dev, status.st_ino))
             except FileNotFoundError:           # closed while we looked
                 pass
     except (FileNotFoundError, ProcessLookupError, PermissionError):
@@ -204,12 +214,24 @@ def segments_of(pid: int, names: dict[int, str] | None = None) -> set[str]:
     return {names[inode] for inode in found if inode in names}
 
 
-def segment_names() -> dict[int, str]:
+def _opened_for_writing(pid: int, descriptor: str) -> bool:
+    flags = next(line for line in Path(f"/proc/{pid}/fdinfo/{descriptor}").read_text().splitlines() if line[:6] == "flags:")
+    return int(flags.split()[1], 8) & os.O_ACCMODE != os.O_RDONLY
+
+
+def segment_names() -> dict[Inode, str]:
     """The files in /dev/shm by inode."""
+    found: dict[Inode, str] = {}
     try:
-        return {entry.inode(): entry.name for entry in os.scandir(SHARED_MEMORY)}
+        for entry in os.scandir(SHARED_MEMORY):
+            try:
+                status = entry.stat(follow_symlinks=False)
+                found[status.st_dev, status.st_ino] = entry.name
+            except FileNotFoundError:           # gone while we looked
+                pass
     except FileNotFoundError:                   # a system without it
-        return {}
+        pass
+    return found
 
 
 def unlink_segments(names: Iterable[str]) -> list[str]:
@@ -218,7 +240,7 @@ def unlink_segments(names: Iterable[str]) -> list[str]:
     if not present:
         return []
     names = segment_names()
-    in_use = set().union(*(segments_of(pid, names) for pid in everything()))
+    in_use = set().union(*(segments_of(pid, names, written=False) for pid in everything()))
     removed = [name for name in present if name not in in_use]
     for name in removed:
         (SHARED_MEMORY / name).unlink(missing_ok=True)

@@ -124,8 +124,8 @@ def _require_commit(found: Any, source: QuestionSource, revision: str | None) ->
     CachedDatasetModuleFactory). Copies lie in folders named by their commit."""
     if revision is None or not COMMIT.fullmatch(revision) or Path(source.hub).exists():
         return
-    held = {part for file in getattr(found, "cache_files", ()) for part in Path(file["filename"]).parts if COMMIT.fullmatch(part)}
-    if others := held - {revision}:
+    held = {Path(file["filename"]).parent.name for file in getattr(found, "cache_files", ())}
+    if others := {commit for commit in held if COMMIT.fullmatch(commit)} - {revision}:
         raise DataError(f"{source.name}: {source.hub} at revision {revision} can not be loaded from the hub, and the cache holds "
                         f"revision {min(others)}; connect to the hub, or give a local copy ({source.name}=PATH)")
 

@@ -66,7 +66,9 @@ def transformer_config(config: Config, shape: ModelShape, layout: Layout) -> Tra
         gradient_accumulation_fusion=_adds_weight_gradients(config), masked_softmax_fusion=False,
         persist_layer_norm=False, apply_rope_fusion=False, bias_dropout_fusion=fused, bias_activation_fusion=fused,
         use_te_activation_func=not fused,       # has nothing to do with TE: MLPs take the activation named in layers.py
-        fp8="hybrid" if config.model.fp8 else None, fp8_recipe="delayed",
+        # scales of the values at hand: delayed ones follow earlier batches, are 1 at the start, where gradients divided by a
+        # million tokens would vanish, and would have to be kept with checkpoints
+        fp8="hybrid" if config.model.fp8 else None, fp8_recipe="tensorwise",
         **RECOMPUTE[config.parallel.recompute])
 
 

@@ -13,7 +13,7 @@ from alphamed.config_sections import AUTO_CHUNK_TOKENS, RolloutConfig
 from alphamed.model import tensor_sizes
 from alphamed.planner.job import Job
 from alphamed.planner.legality import least_cache_bytes
-from alphamed.planner.memory import engine_cache, engine_use
+from alphamed.planner.memory import engine_cache, engine_use, trainer_use
 from alphamed.planner.mending import FULL, Overrides, applied, axes, consistent, fits, layouts
 from alphamed.planner.plan import Plan
 from alphamed.planner.time import step_time
@@ -57,7 +57,10 @@ def mends(plan: Plan) -> list[Advice]:
     gpus = _gpus(plan)
     for attempt in (_caches(plan.job, gpus), _single(plan.job, gpus), _double(plan.job, gpus),
                     *(_relaid(plan.job, times * gpus) for times in ((1,) if plan.job.nodes else (1, 2, 4)))):
-        found = {overrides: step_time(job).total for overrides, job in attempt if fits(job)}
+        found: dict[Overrides, float] = {}
+        for overrides, job in attempt:
+            if not any(set(overrides) == set(other) for other in found) and fits(job):
+                found[overrides] = step_time(job).total
         if found:
             best = sorted(found.items(), key=lambda item: (len(item[0]), item[1]))[:2]
             return [Advice(overrides, seconds, 1 - seconds / plan.found.time.total) for overrides, seconds in best]
@@ -76,8 +79,10 @@ def _caches(job: Job, gpus: int) -> Iterator[tuple[Overrides, Job]]:
     if not job.gpu.is_cpu:
         share = -(-20 * use.total // job.gpu.memory_bytes) / 20
         shares = {RolloutConfig.model_fields["gpu_memory_utilization"].default, share}
+        if job.shared:                          # what the trainer leaves
+            shares = {(trainer.limit - trainer.total) * 20 // job.gpu.memory_bytes / 20 for trainer in [trainer_use(job)]}
         choices += [(f"rollout.gpu_memory_utilization={share}",) for share in sorted(shares)
-                    if r.gpu_memory_utilization < share < 1]
+                    if (job.shared or r.gpu_memory_utilization < share) and 0 < share < 1]
     for overrides in choices:
         if (changed := _applied(job, overrides, gpus)) is not None:
             yield overrides, changed
@@ -157,10 +162,10 @@ def _shares(job: Job, gpus: int) -> Iterator[Overrides]:
     if not job.engines:
         return
     for data in {2 * p.data, p.data // 2}:
-        engines = (gpus - p.tensor * p.context * p.pipeline * data) // r.tensor_parallel
+        engines = _left(job, gpus, p.tensor * p.context * p.pipeline * data) // r.tensor_parallel
         if data and engines > 0:
             yield f"parallel.data={data}", f"rollout.engines={engines}"
-    engines = (gpus - p.world) // r.tensor_parallel
+    engines = _left(job, gpus, p.world) // r.tensor_parallel
     if engines > r.engines:
         yield (f"rollout.engines={engines}",)
     if r.tensor_parallel % 2 == 0:
@@ -169,9 +174,14 @@ def _shares(job: Job, gpus: int) -> Iterator[Overrides]:
         yield f"rollout.tensor_parallel={2 * r.tensor_parallel}", f"rollout.engines={r.engines // 2}"
 
 
+def _left(job: Job, gpus: int, taken: int) -> int:
+    """GPUs for one side beside those that the other takes; all where they share them."""
+    return gpus if job.shared else gpus - taken
+
+
 def _relaid(job: Job, gpus: int) -> Iterator[tuple[Overrides, Job]]:
     """Every other layout beside the present engines, with full recomputation where it is not on."""
-    left, now = gpus - job.engines * job.rollout.tensor_parallel, axes(job)
+    left, now = _left(job, gpus, job.engines * job.rollout.tensor_parallel), axes(job)
     for cut in layouts(job, left):
         overrides = tuple(f"parallel.{axis}={size}" for axis, size in cut.items() if size != now[axis])
         overrides += consistent(job, cut)

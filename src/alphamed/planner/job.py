@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from alphamed.config import Config
-from alphamed.config_choices import Dtype, ReferencePlace
+from alphamed.config_choices import Dtype, ReferencePlace, Transport
 from alphamed.config_sections import AlgorithmConfig, ParallelConfig, RolloutConfig
 from alphamed.model import ModelShape
 from alphamed.planner.hardware import Gpu
@@ -38,6 +38,13 @@ class Job:
     def shared(self) -> bool:
         """Whether engines compute on the trainer's GPUs: in turn with it, or beside it in the same memory."""
         return self.colocated or (self.config.cluster.share_gpus and not self.gpu.is_cpu)
+
+    @property
+    def sync_through_host(self) -> bool:
+        """Whether weights leave GPUs by host memory: NCCL wants a GPU for each member (weights/sync.py)."""
+        asked = self.config.sync.transport
+        over_gloo = asked == Transport.GLOO or (asked == Transport.AUTO and self.config.cluster.share_gpus)
+        return over_gloo and not self.gpu.is_cpu and not self.colocated
 
     @property
     def rollout(self) -> RolloutConfig:

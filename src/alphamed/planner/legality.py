@@ -112,6 +112,8 @@ def engines_within(job: Job, world: int, tensor: int) -> int:
     """How many engines of `tensor` GPUs the nodes of a run have room for beside a trainer of `world` ranks: on the rest of
     its only node, or on nodes of their own."""
     per_node = job.gpus_per_node
+    if job.shared and not job.colocated:
+        return per_node // tensor if world <= per_node else 0
     beside = (per_node - world) // tensor if world < per_node else 0
     if job.nodes is None:
         return max(job.engines, beside)
@@ -128,13 +130,12 @@ def memory_problems(job: Job, uses: list[Use], cache: EngineCache | None) -> lis
                                  f"be used of {job.gpu.name}; the largest part is {largest}, "
                                  f"{use.causes[largest] / GIB:.1f} GiB"))
     if job.shared and not job.colocated and len(uses) == 2 and not found:
-        # an engine fills its share with its cache, unless the cache's size is given
+        # an engine fills its share with its cache; where the cache's size is given vLLM still wants all of the share free
         trainer, engine = uses
-        kept = engine.total if job.rollout.kv_cache_bytes else engine.limit
-        if trainer.total + kept > trainer.limit:
-            found.append(Problem(f"cluster.share_gpus: the trainer needs {trainer.total / GIB:.1f} GiB of a GPU, an engine keeps "
-                                 f"{kept / GIB:.1f} GiB of it, {trainer.limit / GIB:.1f} GiB can be used of {job.gpu.name}; "
-                                 f"lower rollout.gpu_memory_utilization, or set it to false"))
+        if trainer.total + engine.limit > trainer.limit:
+            found.append(Problem(f"cluster.share_gpus: the trainer needs {trainer.total / GIB:.1f} GiB of a GPU, "
+                                 f"rollout.gpu_memory_utilization keeps {engine.limit / GIB:.1f} GiB of it for an engine, "
+                                 f"{trainer.limit / GIB:.1f} GiB can be used of {job.gpu.name}"))
     if job.gpu.is_cpu:
         ranks = {"trainer": job.parallel.world, "engine": job.engines * job.rollout.tensor_parallel}
         together = sum(use.total * ranks[use.role] for use in uses)

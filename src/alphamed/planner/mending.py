@@ -133,6 +133,8 @@ def room(job: Job) -> int:
     if job.gpu.is_cpu:
         return job.gpus
     per_node = job.gpus_per_node
+    if job.shared and not job.colocated:
+        return per_node
     engines = job.engines * job.rollout.tensor_parallel
     return per_node * (job.nodes or -(-job.parallel.world // per_node) + -(-engines // per_node))
 

@@ -8,6 +8,7 @@ from alphamed.config_file import dump_config
 from alphamed.observe import plots
 from alphamed.planner import pictures, words
 from alphamed.planner.advice import Advice
+from alphamed.planner.job import Job
 from alphamed.planner.plan import Plan, bottleneck, hours, mfu, steps_text, tokens_rate
 
 STYLES = Path(plots.__file__).with_name("report.css")
@@ -38,4 +39,9 @@ def _tiles(plan: Plan) -> list[tuple[str, str, str]]:
     return [("A step", f"{time.total:.0f} s", f"{tokens_rate(plan):,.0f} tokens/s/GPU"),
             ("The run", f"{hours(plan):.1f} h", f"{steps_text(plan)}, {hours(plan) * gpus:,.0f} GPU-hours"),
             ("Update", f"{100 * mfu(plan):.0f}% MFU", "of the trainer's BF16 peak"),
-            ("GPUs", f"{gpus}", f"{plan.job.parallel.world} train, {gpus - plan.job.parallel.world} generate")]
+            ("GPUs", f"{gpus}", _uses_of_gpus(plan.job))]
+
+
+def _uses_of_gpus(job: Job) -> str:
+    world, engines = job.parallel.world, job.engines * job.rollout.tensor_parallel
+    return f"{world} train, {engines} generate" + (", shared" if job.shared else "")

@@ -1,6 +1,7 @@
 """Pictures of a plan as SVG text: the cluster's GPUs, memory by cause, and where a step's time goes."""
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from html import escape
 
@@ -27,18 +28,22 @@ svg .edge{fill:none;stroke:var(--soft);stroke-width:1}
 
 
 def cluster(job: Job, topology: Topology) -> str:
-    """A row per node, a cell per GPU: trainer ranks in a colour per pipeline stage, engines framed."""
+    """A row per node, a cell per GPU: trainer ranks in a colour per pipeline stage, engines framed; below one another where
+    they share GPUs."""
     nodes = min(topology.nodes, MAX_NODES)
     per_row = min(job.gpus_per_node, 8)
-    rows_per_node = -(-job.gpus_per_node // per_row)
+    deep = max(Counter((seat.node, seat.gpu) for seat in topology.seats).values())
+    rows_per_node = -(-job.gpus_per_node // per_row) * deep
     tall = rows_per_node * (CELL_HEIGHT + GAP) + 8
     several = job.parallel.context > 1
     parts = []
     for node in range(nodes):
         top = node * tall + 4
         parts.append(f'<text class="strong" x="0" y="{top + 22}">node {node}</text>')
+        drawn: Counter[int] = Counter()
         for seat in (seat for seat in topology.seats if seat.node == node):
-            column, row = seat.gpu % per_row, seat.gpu // per_row
+            column, row = seat.gpu % per_row, seat.gpu // per_row * deep + drawn[seat.gpu]
+            drawn[seat.gpu] += 1
             parts.append(_cell(seat, LABEL + column * (CELL + GAP), top + row * (CELL_HEIGHT + GAP), several))
     height = nodes * tall + (24 if topology.nodes > nodes else 0)
     if topology.nodes > nodes:

@@ -22,6 +22,10 @@ GRID = 200
 """Points at which generation is integrated."""
 
 
+HOST_SYNC_BYTES_PER_S = 1e9
+"""Of a push over gloo between processes with GPUs: assumed (benchmarks/weight_sync.py shows a third of it on two cores)."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepTime:
     """Seconds of a step by part. `total` is less than the sum where generation overlaps."""
@@ -222,7 +226,7 @@ def sync_seconds(job: Job, e: Efficiency) -> float:
     """Stages send at the same time; the one with most to send ends last."""
     stages = parameters.stage_parameters(job.shape, 1, job.parallel.pipeline, job.virtual)
     largest = max(parameters.count(stage) for stage in stages) * job.engine_bytes
-    return largest / e.sync
+    return largest / (HOST_SYNC_BYTES_PER_S if job.sync_through_host else e.sync)
 
 
 def handover_seconds(job: Job, e: Efficiency) -> float:

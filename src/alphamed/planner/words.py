@@ -63,8 +63,10 @@ def _cluster(plan: Plan, found: Assessment) -> Iterator[str]:
     engines = f"; {job.engines} engines of TP {job.rollout.tensor_parallel}" if job.engines else "; no engines (replay)"
     yield f"\nTOPOLOGY   {device}: trainer TP {p.tensor}{context} x PP {p.pipeline}{virtual} x DP {p.data}{engines}"
     for node in range(min(topology.nodes, MAX_NODES)):
-        seats = [seat for seat in topology.seats if seat.node == node]
-        yield f"  node {node:<3} " + "  ".join(seat_label(seat, p.context > 1) for seat in seats)
+        on_gpu: dict[int, list[str]] = {}
+        for seat in (seat for seat in topology.seats if seat.node == node):
+            on_gpu.setdefault(seat.gpu, []).append(seat_label(seat, p.context > 1))
+        yield f"  node {node:<3} " + "  ".join("+".join(labels) for labels in on_gpu.values())
     if topology.nodes > MAX_NODES:
         yield f"  ... {topology.nodes - MAX_NODES} more nodes (--html or --json lists them)"
     for group in topology.groups:

@@ -31,20 +31,22 @@ def check_sources(study: Study, runs: Iterable[PlannedRun]) -> None:
             if wanted.levels is not None and not wanted.levels.exists():
                 raise ConfigError(f"data.sources: {wanted.name}: {wanted.levels}: no such file of levels; annotate the set "
                                   f"(alphamed data difficulty)")
-        _check_further(one, medfacts_folder(study.folder))
+        if not _is_made(one):
+            _check_further(one, medfacts_folder(study.folder) if study.data is not None and study.data.medfacts else None)
 
 
-def _check_further(one: Set, facts: Path) -> None:
-    """What the recipe reads beside its sources, and that it is not written over. `facts` need not be there yet."""
+def _check_further(one: Set, facts: Path | None) -> None:
+    """What the recipe reads beside its sources, and that it is not written over. What lies in `facts` is made later."""
     from alphamed.evaluation.benchmarks import check_names, local_copy
 
     for file in one.recipe.decisions:
         if not file.exists():
             raise ConfigError(f"data.recipe.decisions: {file}: no such file; give an existing one (alphamed data suspects)")
     try:
-        check_names([name for name in one.recipe.against if facts not in (local_copy(name) or Path()).parents])
+        check_names([name for name in one.recipe.against
+                     if facts is None or facts.resolve() not in (local_copy(name) or Path()).resolve().parents])
         build.check(one.recipe, one.file)
-    except DataError as error:
+    except (ConfigError, DataError) as error:
         raise ConfigError(f"data.recipe: {error}") from None
 
 

@@ -163,5 +163,5 @@ class WeightSync:
                                            for _ in self._pool.engines], "the log-prob probe", COMMIT_DEADLINE_S)
         exact = self._config.model.dtype == self._config.rollout.dtype == Dtype.FP32
         for engine, score in zip(self._pool.engines, scores, strict=True):
-            if problem := Difference.between(policy, score).problem(exact):
+            if problem := Difference.between(policy, score).problem(exact, self._config.model.fp8):
                 raise RunFailed(str(engine.peer), problem)
