@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from alphamed.cluster import guard, launch, ledger, placement, processes
+from alphamed.cluster import guard, launch, ledger, nodes, placement, processes
 from alphamed.cluster.environment import enter, run_environment, without_torchrun
 from alphamed.cluster.ledger import Ledger, Lock, run_id
 from alphamed.cluster.nodes import part_of
@@ -398,3 +398,50 @@ def test_a_killed_supervisor_is_cleaned_up_after_by_the_guard(supervised, tmp_pa
     run.kill()
     wait_until(lambda: processes.describe(child) is None and not segment.exists())
     wait_until(lambda: not any(tmp_path.glob("processes-*.json")))
+
+
+# -------------------------------------------------------------------------------------------------------- a job's nodes
+@pytest.fixture
+def started(monkeypatch):
+    """What `nodes.run` begins on each node: checks, and the whole training of a single node."""
+    found = []
+    monkeypatch.setattr(nodes, "gpus_present", lambda: 8)
+    monkeypatch.setattr(nodes, "validate", lambda config: found.append("validate"))
+    monkeypatch.setattr(nodes.launch, "train", lambda config: found.append("train") or 0)
+    return found
+
+
+def test_a_run_on_one_node_is_checked_before_it_starts(started):
+    assert nodes.run(config(cluster={"device": "cuda"}), ["a"], 0) == 0
+    assert started == ["validate", "train"]
+
+
+def test_nodes_beyond_the_one_that_is_shared_stay_out(started, capsys):
+    shared = config(cluster={"device": "cuda", "share_gpus": True}, parallel={"tensor": 8}, rollout={"engines": 8})
+    assert [nodes.run(shared, ["a", "b", "c"], rank) for rank in (1, 2)] == [0, 0]
+    assert started == [] and capsys.readouterr().err == "node b is not needed\nnode c is not needed\n"
+    assert nodes.run(shared, ["a", "b", "c"], 0) == 0 and started == ["validate", "train"]
+
+
+def test_a_file_that_is_only_read_is_no_segment_of_the_run():
+    """A user's data may lie in /dev/shm."""
+    with tempfile.NamedTemporaryFile(dir=processes.SHARED_MEMORY) as file:
+        name = Path(file.name).name
+        assert name in processes.segments_of(os.getpid())               # open for writing here
+        code = f"import mmap, time; f = open({file.name!r}, 'rb'); print('on', flush=True); time.sleep(60)"
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as reader:
+            reader.stdout.readline()
+            assert processes.segments_of(reader.pid) == set()
+            assert processes.segments_of(reader.pid, written=False) == {name}
+            reader.kill()
+
+
+def test_the_resource_tracker_of_whoever_cleans_up_is_left_alone(tmp_path):
+    """It serves a process that stays: it would not end, and that process would be told that it died."""
+    lock = multiprocessing.get_context("spawn").Lock()                  # starts this process's tracker
+    book = Ledger(tmp_path, roots=(os.getpid(),))
+    done = book.clean_up()
+    trackers = [process for process in processes.descendants([os.getpid()], processes.everything()).values()
+                if processes.RESOURCE_TRACKER in process.command]
+    assert trackers and not any(processes.RESOURCE_TRACKER in process.command for process in done.ended)
+    assert lock.acquire(block=False)
