@@ -1,4 +1,7 @@
-"""Peak tensor bytes of real updates on the CPU, as torch's allocator counts them. Started by test_plan.py.
+"""Peak tensor bytes of real updates on the CPU. Started by test_plan_truth.py.
+
+One process: as torch's profiler counts them. It does not see what other threads free, and gloo's do: of several ranks the C
+library's count of bytes in use is taken every half millisecond, less what it was before.
 
 usage: memory_worker.py CASES RESULT
     CASES: JSON {name: {"model": fields of config.json, "config": tree, "groups": [questions, prompt, samples, response]}}
@@ -7,12 +10,15 @@ usage: memory_worker.py CASES RESULT
 """
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
 import sys
+import threading
 import warnings
 from pathlib import Path
+from typing import Self
 
 warnings.simplefilter("ignore")
 
@@ -47,13 +53,59 @@ def allocated(profile) -> list[int]:
     return found
 
 
+class InUse:
+    """Bytes that the C library has given out and not got back: at most while the block ran, and at its end, less those at its
+    beginning. MALLOC_MMAP_THRESHOLD_ must be set, or glibc moves it about."""
+
+    class _Info(ctypes.Structure):              # struct mallinfo2
+        _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks",
+                                                         "uordblks", "fordblks", "keepcost")]
+
+    def __enter__(self) -> Self:
+        self._mallinfo = ctypes.CDLL(None).mallinfo2
+        self._mallinfo.restype = self._Info
+        gc.collect()
+        self._before, self.peak, self._stop = self._now(), 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        self._thread.join()
+        gc.collect()
+        self.left = self._now() - self._before
+
+    def _now(self) -> int:
+        info = self._mallinfo()
+        return info.uordblks + info.hblkhd
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.0005):
+            self.peak = max(self.peak, self._now() - self._before)
+
+
+class Allocated:
+    """The same by torch's profiler."""
+
+    def __enter__(self) -> Self:
+        self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        self._profile.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._profile.__exit__(*error)
+        used = allocated(self._profile)
+        self.peak, self.left = max(used), used[-1]
+
+
 def measure(case: dict) -> dict:
     config, shape = build_config(case["config"]), shape_of(case["model"], "case")
     runtime = runtimes.start(config)
     from alphamed.megatron.policy import Policy, Reference
 
     groups = token_groups(shape.vocab, *case["groups"])
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with Allocated() if runtime.world == 1 else InUse() as used:
         policy = Policy.build(config, shape, runtime)
         reference = Reference.build(config, shape, runtime) if config.algorithm.kl_coefficient else None
         if reference:
@@ -64,10 +116,9 @@ def measure(case: dict) -> dict:
             batch = reference.logprobs(batch)
         policy.update(batch)                # Adam's moments exist from the first update on
         policy.update(batch)
-    used = allocated(profile)
     micros = batch.mini_batches[0].micro_batches
     largest = max(micros, key=lambda micro: len(micro.tokens))
-    found = {"peak": max(used), "static": used[-1], "tokens": len(largest.tokens), "responses": int(largest.mask.sum()),
+    found = {"peak": used.peak, "static": used.left, "tokens": len(largest.tokens), "responses": int(largest.mask.sum()),
              "rows": len(micros), "stage": policy.layout.pipeline_rank}
     if runtime.world == 1:
         runtimes.stop(runtime)

@@ -1,5 +1,6 @@
 """The planner's arithmetic against Megatron's own models on the meta device, and against torch's allocator."""
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -41,8 +42,9 @@ CASES = [[name] for name in BUILT] + [
     ["qwen25_7b_1node", "model.path=Qwen/Qwen2.5-3B-Instruct", "parallel.tensor=2", "parallel.pipeline=2"]]
 
 
-def child(arguments: list[str]) -> None:
-    run = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600)
+def child(arguments: list[str], **environment: str) -> None:
+    run = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600,
+                         env=os.environ | environment)
     assert run.returncode == 0, run.stderr[-3000:]
 
 
@@ -156,7 +158,7 @@ def measured_on_two_ranks(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("memory-of-two")
     (folder / "cases.json").write_text(json.dumps(TWO_RANKS))
     child(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(HERE / "memory_worker.py"),
-           str(folder / "cases.json"), str(folder / "result.json")])
+           str(folder / "cases.json"), str(folder / "result.json")], MALLOC_MMAP_THRESHOLD_="65536")
     return [json.loads((folder / f"result.json.{rank}").read_text()) for rank in range(2)]
 
 
@@ -165,4 +167,4 @@ def test_peak_memory_of_each_of_two_ranks_is_the_allocators_within_a_tenth(measu
     for found in measured_on_two_ranks:
         peak, static = expected(TWO_RANKS[name], found[name])
         assert peak == pytest.approx(found[name]["peak"], rel=0.1)
-        assert static == pytest.approx(found[name]["static"], rel=0.01)
+        assert static == pytest.approx(found[name]["static"], abs=6e6)      # with what libraries keep for themselves
