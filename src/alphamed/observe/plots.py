@@ -140,7 +140,7 @@ def interval_rows(rows: Sequence[tuple[str, Mapping[str, tuple[float, float, flo
 def gain_rows(rows: Sequence[tuple[str, float, float, float, bool]]) -> str:
     """Changes of a share with their intervals on one axis in percentage points: `rows` is (label, value, low, high, whether
     it is a control); controls are grey."""
-    left, right, row_height, width = 200, 84, 34, 720
+    left, right, row_height, width = 248, 84, 34, 720
     height = row_height * len(rows) + 40
     ticks = nice_ticks(100 * min([0.0, *(low for _, _, low, _, _ in rows)]), 100 * max([0.05, *(row[3] for row in rows)]))
     scale = (width - left - right) / (ticks[-1] - ticks[0])
