@@ -301,8 +301,8 @@ class EvaluationConfig(Section):
     every: NonNegative = 0
     background: bool | None = None
     """Those of `every` go on beside the next step, on what its own questions leave of the engines, and end before the next
-    push. None: where engines have GPUs of their own; on shared ones, and on shared cores, it takes longer. Never with rollout.deterministic, for what an engine
-    works on at once shows in the last bits."""
+    push. None: where engines have GPUs of their own; on shared ones, and on shared cores, it takes longer. Never with
+    rollout.deterministic, for what an engine works on at once shows in the last bits."""
     max_response_tokens: Positive | None = None
     """None: rollout.max_response_tokens."""
 
