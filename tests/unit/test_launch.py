@@ -436,12 +436,21 @@ def test_a_file_that_is_only_read_is_no_segment_of_the_run():
             reader.kill()
 
 
+CLEANS_UP = """
+import multiprocessing, os, sys
+from pathlib import Path
+from alphamed.cluster import processes
+from alphamed.cluster.ledger import Ledger
+
+lock = multiprocessing.get_context("spawn").Lock()                      # starts this process's tracker
+done = Ledger(Path(sys.argv[1]), roots=(os.getpid(),)).clean_up()
+left = processes.descendants([os.getpid()], processes.everything()).values()
+print(len(done.ended), any(processes.RESOURCE_TRACKER in process.command for process in left))
+"""
+
+
 def test_the_resource_tracker_of_whoever_cleans_up_is_left_alone(tmp_path):
-    """It serves a process that stays: it would not end, and that process would be told that it died."""
-    lock = multiprocessing.get_context("spawn").Lock()                  # starts this process's tracker
-    book = Ledger(tmp_path, roots=(os.getpid(),))
-    done = book.clean_up()
-    trackers = [process for process in processes.descendants([os.getpid()], processes.everything()).values()
-                if processes.RESOURCE_TRACKER in process.command]
-    assert trackers and not any(processes.RESOURCE_TRACKER in process.command for process in done.ended)
-    assert lock.acquire(block=False)
+    """It serves a process that stays: it would not end by itself, and that process would be told that it died. (In a process
+    of its own: everything below the one that cleans up is ended.)"""
+    done = subprocess.run([sys.executable, "-c", CLEANS_UP, tmp_path], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("0 True\n", "")
