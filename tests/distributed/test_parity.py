@@ -6,11 +6,9 @@ sides, with FP32 masters: log-probs 0.02 in the mean, gradient norm 5%.
 """
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import oracle
-from tiny import tiny_hf
+from jobs import make_job, run_cases
 from worker import Case
 
 pytestmark = pytest.mark.slow
@@ -113,10 +111,7 @@ def fp32_cases(world: int) -> list[Case]:
 @pytest.fixture(scope="session")
 def job(tmp_path_factory) -> dict:
     """Models, batches and the oracle's traces."""
-    root = tmp_path_factory.mktemp("parity")
-    folders = {name: tiny_hf(root / name, **options) for name, options in MODELS.items()}
-    data = {name: oracle.make_data(folder) for name, folder in folders.items()}
-    return {"root": root, "folders": {n: str(f) for n, f in folders.items()}, "data": data}
+    return make_job(tmp_path_factory.mktemp("parity"), MODELS)
 
 
 @pytest.fixture(scope="session")
@@ -126,17 +121,8 @@ def traces(job) -> dict[tuple[str, str], oracle.Trace]:
 
 
 def launch(job: dict, world: int) -> Path:
-    results = job["root"] / f"world{world}"
-    results.mkdir()
-    torch.save({"folders": job["folders"], "data": job["data"], "cases": [asdict(c) for c in cases(world)],
-                "behaviours": BEHAVIOURS.get(world, ())}, job["root"] / f"job{world}.pt")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}",
-               str(HERE / "worker.py"), str(job["root"] / f"job{world}.pt"), str(results)]
-    search = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": search, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, f"torchrun with {world} ranks failed:\n{done.stderr[-6000:]}"
-    return results
+    return run_cases(job, f"world{world}", world, cases(world), BEHAVIOURS.get(world, ()), OMP_NUM_THREADS="1",
+                     CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.fixture(scope="session")

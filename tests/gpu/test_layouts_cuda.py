@@ -5,13 +5,9 @@ another order than the CPU, so FP32 tolerances are ten times those of the CPU la
 """
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import os
-import signal
-import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,8 +17,8 @@ DISTRIBUTED = Path(__file__).parents[1] / "distributed"
 sys.path.insert(0, str(DISTRIBUTED))
 
 import oracle
+from jobs import make_job, run_cases
 from test_parity import CHUNKED, CP2, DP2, FULL, MODELS, OVERLAP, PP2, SELECTIVE, SMOOTH, SP, TP2, TRACES, VPP2
-from tiny import tiny_hf
 from worker import Case
 
 MULTI_RANK_NCCL = 23000
@@ -59,15 +55,13 @@ CASES = {
 }
 ALL = [(world, case) for world, cases in CASES.items() for case in cases]
 
-pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.skipif(ranks_possible() < 2, reason="fewer than two GPUs, and no NCCL that shares one")]
+pytestmark = [pytest.mark.gpu, pytest.mark.slow,
+              pytest.mark.skipif(ranks_possible() < 2, reason="fewer than two GPUs, and no NCCL that shares one")]
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory) -> dict:
-    root = tmp_path_factory.mktemp("cuda-layouts")
-    folders = {name: tiny_hf(root / name, **options) for name, options in MODELS.items()}
-    data = {name: oracle.make_data(folder) for name, folder in folders.items()}
-    return {"root": root, "folders": {name: str(folder) for name, folder in folders.items()}, "data": data}
+    return make_job(tmp_path_factory.mktemp("cuda-layouts"), MODELS)
 
 
 @pytest.fixture(scope="module")
@@ -98,27 +92,10 @@ def results(job):
 def launch(job: dict, world: int) -> Path:
     if ranks_possible() < world:
         pytest.skip(f"{world} ranks need {world} GPUs")
-    folder, job_file = job["root"] / f"world{world}", job["root"] / f"job{world}.pt"
-    folder.mkdir()
-    torch.save({"folders": job["folders"], "data": job["data"], "cases": [asdict(c) for c in CASES[world]]}, job_file)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}",
-               str(DISTRIBUTED / "worker.py"), str(job_file), str(folder)]
-    search = os.pathsep.join([str(DISTRIBUTED), str(DISTRIBUTED.parent), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": search, "NVIDIA_TF32_OVERRIDE": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    environment = {"NVIDIA_TF32_OVERRIDE": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     if torch.cuda.device_count() < world:
         environment["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"
-    with open(job["root"] / f"errors{world}", "w+") as errors:
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors, text=True,
-                                   start_new_session=True)
-        try:
-            status = process.wait(timeout=DEADLINE_S)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)      # torchrun's ranks too
-            process.wait()
-        errors.seek(0)
-        assert status == 0, f"torchrun with {world} ranks failed:\n{errors.read()[-6000:]}"
-    return folder
+    return run_cases(job, f"world{world}", world, CASES[world], timeout_s=DEADLINE_S, **environment)
 
 
 @pytest.mark.parametrize("world, case", ALL, ids=[case.name for _, case in ALL])

@@ -5,10 +5,7 @@ than the CPU, so tolerances are ten times those of the CPU layouts.
 """
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,7 +15,7 @@ DISTRIBUTED = Path(__file__).parents[1] / "distributed"
 sys.path.insert(0, str(DISTRIBUTED))
 
 import oracle
-from tiny import tiny_hf
+from jobs import make_job, run_cases
 from worker import Case
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -30,26 +27,13 @@ CASES = [Case(f"cuda-{model}", model, "plain", device="cuda") for model in MODEL
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory) -> dict:
-    root = tmp_path_factory.mktemp("cuda")
-    folders = {name: tiny_hf(root / name, **options) for name, options in MODELS.items()}
-    data = {name: oracle.make_data(folder) for name, folder in folders.items()}
-    return {"root": root, "folders": {name: str(folder) for name, folder in folders.items()}, "data": data}
+    return make_job(tmp_path_factory.mktemp("cuda"), MODELS)
 
 
 @pytest.fixture(scope="module")
 def results(job) -> Path:
     """One process runs all cases on the first device, without TF32."""
-    folder = job["root"] / "results"
-    folder.mkdir()
-    torch.save({"folders": job["folders"], "data": job["data"], "cases": [asdict(c) for c in CASES]}, job["root"] / "job.pt")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1",
-               str(DISTRIBUTED / "worker.py"), str(job["root"] / "job.pt"), str(folder)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(DISTRIBUTED), str(DISTRIBUTED.parent),
-                                                               os.environ.get("PYTHONPATH", "")]),
-                                "NVIDIA_TF32_OVERRIDE": "0"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, f"the worker failed:\n{done.stderr[-6000:]}"
-    return folder
+    return run_cases(job, "results", 1, CASES, timeout_s=400, NVIDIA_TF32_OVERRIDE="0")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

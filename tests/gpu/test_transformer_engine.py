@@ -6,10 +6,7 @@ FP8 keeps 3 bits of mantissa where bf16 keeps 7: its log-probs are allowed sever
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -19,8 +16,8 @@ DISTRIBUTED = Path(__file__).parents[1] / "distributed"
 sys.path.insert(0, str(DISTRIBUTED))
 
 import oracle
+from jobs import make_job, run_cases
 from test_parity import SMOOTH, TRACES, UNSHARED
-from tiny import tiny_hf
 from worker import Case
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow,
@@ -41,10 +38,7 @@ CASES = [case for model in MODELS for case in (
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory) -> dict:
-    root = tmp_path_factory.mktemp("te")
-    folders = {name: tiny_hf(root / name, **options, **SHAPE) for name, options in MODELS.items()}
-    return {"root": root, "folders": {name: str(folder) for name, folder in folders.items()},
-            "data": {name: oracle.make_data(folder) for name, folder in folders.items()}}
+    return make_job(tmp_path_factory.mktemp("te"), MODELS, **SHAPE)
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +51,7 @@ def test_three_updates(case, job, traces):
     """Each case in a process of its own: one that fails takes no other with it."""
     if case.fp8 and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU computes nothing in FP8")
-    folder, job_file = job["root"] / case.name, job["root"] / f"{case.name}.pt"
-    folder.mkdir()
-    torch.save({"folders": job["folders"], "data": job["data"], "cases": [asdict(case)]}, job_file)
-    search = os.pathsep.join([str(DISTRIBUTED), str(DISTRIBUTED.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1",
-                           str(DISTRIBUTED / "worker.py"), str(job_file), str(folder)],
-                          env=os.environ | {"PYTHONPATH": search}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"the worker failed:\n{done.stderr[-6000:]}"
+    folder = run_cases(job, case.name, 1, [case], timeout_s=300)
     found, trace = torch.load(folder / f"{case.name}.0.pt", weights_only=False), traces[case.model]
     kind = "fp8" if case.fp8 else "bf16"
     for stat, loss, norm in zip(found["stats"], trace.loss, trace.grad_norm, strict=True):
