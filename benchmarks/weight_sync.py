@@ -1,10 +1,11 @@
-"""Time of a weight push over gloo for several model sizes: tensor by tensor, in buckets, direct; beside a plain broadcast.
+"""Time of a weight push for several model sizes: tensor by tensor, in buckets, direct, over gloo and through shared memory;
+beside a plain broadcast over gloo.
 
     .venv/bin/python benchmarks/weight_sync.py [--sizes 5M 100M 400M] [--tensor 2] [--engine-tensor 2] [--engines 1]
 
 Processes of this machine stand for trainer ranks (`--tensor`, one pipeline stage) and engine workers; each uses one thread.
-They run the project's own sending and receiving, in bf16, digests included for `bucketed` and `direct`; a worker writes what
-it gets into parameters laid out as vLLM's, without vLLM, whose own loading and packing come on top. `plain` is one tensor of
+They run the project's own sending and receiving, in bf16, digests included except for `per-tensor`; a worker writes what it
+gets into parameters laid out as vLLM's, without vLLM, whose own loading and packing come on top. `plain` is one tensor of
 the model's size that nobody packs, digests or loads. Seconds are those of the slowest process, GB/s count the model's bytes
 once. Direct may beat plain: a worker receives its own share only. Medians of `--repeats` after one that does not count.
 """
@@ -41,12 +42,13 @@ from alphamed.weights.writer import ParameterWriter
 
 ADDRESS = "127.0.0.1"
 DEADLINE_S = 300.0
+DEADLINE = timedelta(seconds=DEADLINE_S)
 CPU = torch.device("cpu")
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 # layers, hidden, ffn, heads, KV heads, vocabulary; tied
 SIZES = {"5M": (4, 256, 768, 4, 2, 8192), "100M": (12, 768, 2048, 12, 4, 32768), "400M": (24, 1024, 4096, 16, 4, 49152),
          "1B": (16, 2048, 8192, 32, 8, 128256)}
-METHODS = ("plain", "per-tensor", "bucketed", "direct")
+METHODS = ("plain", "per-tensor", "bucketed", "direct", "bucketed ipc", "direct ipc")
 
 
 def main() -> None:
@@ -61,7 +63,7 @@ def main() -> None:
     workers = options.engines * options.engine_tensor
     print(f"trainer TP {options.tensor}, {options.engines} engine(s) of TP {options.engine_tensor}, buckets of "
           f"{options.bucket_bytes / 2**20:g} MiB, medians of {options.repeats}")
-    print(f"{'model':<8}{'MB':>8}  {'method':<12}{'seconds':>9}{'GB/s':>8}{'of plain':>10}", flush=True)
+    print(f"{'model':<8}{'MB':>8}  {'method':<14}{'seconds':>9}{'GB/s':>8}{'of plain':>10}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_process, (options, options.tensor + workers, str(Path(folder) / "rendezvous")),
                                     nprocs=options.tensor + workers)
@@ -78,7 +80,7 @@ def _process(rank: int, options: argparse.Namespace, world: int, rendezvous: str
     """A trainer rank, or a worker of an engine."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world,
-                            timeout=timedelta(seconds=DEADLINE_S))
+                            timeout=DEADLINE)
     trainer = dist.new_group(list(range(options.tensor)))
     store, port = links.host_store(ADDRESS, DEADLINE_S) if rank == 0 else (None, 0)
     ports = [port]
@@ -96,7 +98,7 @@ def _process(rank: int, options: argparse.Namespace, world: int, rendezvous: str
             seconds = statistics.median([_timed(push) for _ in range(1 + options.repeats)][1:])
             plain_s = plain_s or seconds
             if rank == 0:
-                print(f"{size if method == 'plain' else '':<8}{model_bytes / 1e6:>8.0f}  {method:<12}{seconds:>9.3f}"
+                print(f"{size if method == 'plain' else '':<8}{model_bytes / 1e6:>8.0f}  {method:<14}{seconds:>9.3f}"
                       f"{model_bytes / seconds / 1e9:>8.2f}{plain_s / seconds:>10.0%}", flush=True)
     dist.barrier()
     dist.destroy_process_group()
@@ -113,7 +115,8 @@ def _timed(push: Callable[[], None]) -> float:
 
 
 def _plan(method: str, shape: ModelShape, options: argparse.Namespace) -> SyncPlan:
-    wire = Wire("direct" if method == "direct" else "gather", "gloo", "bfloat16", options.bucket_bytes)
+    wire = Wire("direct" if method.startswith("direct") else "gather", "ipc" if method.endswith("ipc") else "gloo", "bfloat16",
+                options.bucket_bytes)
     return make_plan(shape, ParallelConfig(tensor=options.tensor), (options.engine_tensor,) * options.engines, wire)
 
 
@@ -140,16 +143,16 @@ def _sending(method: str, shape: ModelShape, options: argparse.Namespace, rank: 
     if rank not in plan.sources:
         return functools.partial(take_part, source, plan.mode) if method != "plain" else lambda: None
     sender = Sender(plan, source, store, ADDRESS, CPU, DEADLINE_S)
-    if method in ("bucketed", "direct"):
+    if method not in ("plain", "per-tensor"):
         return functools.partial(_send, sender)
-    link = sender.groups[plan.links[0].name]
+    channel = sender.channels[plan.links[0].name]
     if method == "plain":
         flat = torch.zeros(shape.parameters, dtype=torch.bfloat16)
-        return lambda: links.broadcast(link, flat).wait()
+        return lambda: channel.broadcast(flat).wait(DEADLINE)
 
     def one_by_one() -> None:
         for _, tensor in source.tensors():
-            links.broadcast(link, tensor.contiguous()).wait()
+            channel.broadcast(tensor.contiguous()).wait(DEADLINE)
     return one_by_one
 
 
@@ -186,23 +189,23 @@ def _receiving(method: str, shape: ModelShape, options: argparse.Namespace, memb
                store: dist.Store) -> Callable[[], None]:
     plan = _plan(method, shape, options)
     own = plan.links_to(member)
-    groups = {link.name: links.open_link(link.transport, store, ADDRESS, link.name, 1 + link.receivers.index(member),
-                                         link.size, DEADLINE_S) for link in own}
+    channels = {link.name: links.open_channel(link, 1 + link.receivers.index(member), store, ADDRESS, CPU, DEADLINE_S)
+                for link in own}
     engine = Engine(shape, options.engine_tensor, member % options.engine_tensor)
-    link = groups[own[0].name]
+    channel = channels[own[0].name]
     if method == "plain":
         flat = torch.empty(shape.parameters, dtype=torch.bfloat16)
-        return lambda: links.broadcast(link, flat).wait()
+        return lambda: channel.broadcast(flat).wait(DEADLINE)
     if method == "per-tensor":
-        return functools.partial(_one_by_one, link, own[0].slices, engine)
-    return functools.partial(_load, Membership(store, plan.mode, own, groups), engine)
+        return functools.partial(_one_by_one, channel, own[0].slices, engine)
+    return functools.partial(_load, Membership(store, plan.mode, own, channels), engine)
 
 
-def _one_by_one(link: dist.ProcessGroup, tensors: Sequence[Slice], engine: Engine) -> None:
+def _one_by_one(channel: links.Channel, tensors: Sequence[Slice], engine: Engine) -> None:
     writer = engine.writer(list(engine.boxes.values()))
     for piece in tensors:
         whole = torch.empty(piece.whole, dtype=torch.bfloat16)
-        links.broadcast(link, whole).wait()
+        channel.broadcast(whole).wait(DEADLINE)
         box = engine.boxes[piece.name]
         writer.write(box, whole[box_of(box)])
     writer.check_complete()

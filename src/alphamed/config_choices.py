@@ -17,6 +17,7 @@ class Transport(StrEnum):
     AUTO = "auto"
     NCCL = "nccl"
     GLOO = "gloo"
+    IPC = "ipc"
 
 
 class SyncMode(StrEnum):

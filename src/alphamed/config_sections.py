@@ -272,6 +272,8 @@ class SyncConfig(Section):
     """`gather` brings each tensor together on one rank of its stage and sends it whole; `direct` sends every rank's own
     shard to the engine ranks that need it."""
     transport: Transport = Transport.AUTO
+    """`nccl` between GPUs; `ipc` through shared host memory where trainer and engines are on one machine; `gloo` over the
+    network through host memory; `auto`: nccl where engines have GPUs of their own, else ipc where it can be, else gloo."""
     bucket_bytes: Positive = 256 << 20
     probe: bool = True
     """After the first push compare the engines' log-probs of a fixed text with the policy's."""

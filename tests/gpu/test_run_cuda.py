@@ -30,7 +30,7 @@ def workplace(tmp_path_factory) -> Workplace:
                      cluster={"device": "cuda", "share_gpus": True, "gpus_per_node": 1}, run={"steps": STEPS})
 
 
-@pytest.mark.parametrize("transport", ["gloo", "nccl"])
+@pytest.mark.parametrize("transport", ["ipc", "gloo", "nccl"])
 @pytest.mark.parametrize("mode", ["gather", "direct"])
 def test_a_run_on_a_shared_gpu(workplace, transport, mode, monkeypatch):
     if transport == "nccl":

@@ -490,10 +490,19 @@ def test_a_layout_that_is_too_large_for_shared_gpus_shrinks():
     assert "try" in str(two.problems[0]) and "parallel.data=1" in str(two.problems[0])
 
 
-def test_weights_through_host_memory_take_longer():
-    apart = step_time(job(QWEN_3B))
-    shared = step_time(job(QWEN_3B, **SHARED | {"parallel": SMALL}))
-    assert shared.sync == pytest.approx(3_085_938_688 * 2 / 1e9) and apart.sync == pytest.approx(3_085_938_688 * 2 / GPU.sync)
+def test_weights_over_gloo_take_longer():
+    shared = SHARED | {"parallel": SMALL}
+    for job_, bytes_per_s in ((job(QWEN_3B), GPU.sync), (job(QWEN_3B, **shared), GPU.sync),
+                              (job(QWEN_3B, **shared, sync={"transport": "gloo"}), 1e9)):
+        assert step_time(job_).sync == pytest.approx(3_085_938_688 * 2 / bytes_per_s)
+
+
+def test_shared_memory_does_not_reach_to_another_machine():
+    one = job(QWEN_3B, cluster={"device": "cuda", "gpus_per_node": 2}, sync={"transport": "ipc"})
+    assert not [problem for problem in make_plan(one).problems if "ipc" in problem.text]
+    two = make_plan(job(QWEN_3B, cluster={"device": "cuda", "gpus_per_node": 1}, sync={"transport": "ipc"}))
+    assert "sync.transport: ipc needs one machine, 1 trainer ranks and 1 engines of 1 GPUs need several of 1 GPUs" in str(
+        two.problems[0]) and "sync.transport=auto" in str(two.problems[0])
 
 
 def test_mends_are_not_told_twice():

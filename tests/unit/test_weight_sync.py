@@ -1,5 +1,7 @@
-"""Pushes over real gloo links, without vLLM: ranks and engine workers are threads, a model is a dictionary."""
+"""Pushes through real links, gloo and shared memory, without vLLM: ranks and engine workers are threads, a model is a
+dictionary."""
 import queue
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -10,6 +12,7 @@ from test_hf_io import megatron_like
 from test_sync_routes import SMALL, engine_like, fill, vllm_parameter
 
 from alphamed.cluster.failure import RunFailed
+from alphamed.config import ConfigError
 from alphamed.config_sections import ParallelConfig
 from alphamed.config_file import build_config
 from alphamed.records import Layout
@@ -17,18 +20,28 @@ from alphamed.rollout.failures import Peer
 from alphamed.weights import receiver
 from alphamed.weights.families import hf_shapes
 from alphamed.weights.hf_io import hf_parts
+from alphamed.weights.links import GroupChannel
 from alphamed.weights.plan import Link, Slice, SyncPlan, members
 from alphamed.weights.probe import Probe
 from alphamed.weights.receiver import WeightReceiver
 from alphamed.weights.routes import make_plan
-from alphamed.weights.sync import WeightSync
+from alphamed.weights.shared_memory import SharedMemoryReceiver
+from alphamed.weights.sync import WeightSync, choose_transport
 
 DEADLINE_S = 60
 
 
+transport = "auto"
+
+
+@pytest.fixture(params=["gloo", "ipc"], autouse=True)
+def over(request, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "transport", request.param)
+
+
 def config(dtype="fp32", bucket_bytes=64, mode="gather"):
     return build_config({"model": {"path": "m", "dtype": "fp32"}, "data": {"train": ["d.jsonl"]}, "cluster": {
-        "device": "cpu"}, "sync": {"bucket_bytes": bucket_bytes, "mode": mode}, "rollout": {"dtype": dtype}})
+        "device": "cpu"}, "sync": {"bucket_bytes": bucket_bytes, "mode": mode, "transport": transport}, "rollout": {"dtype": dtype}})
 
 
 class Source:
@@ -76,6 +89,7 @@ class Pool:
 
     def __init__(self, *tensor_parallel, scores=()):
         self.tensor_parallel, self.address, self.epoch, self.version = tensor_parallel, "127.0.0.1", 1, 0
+        self.on_this_machine = True
         self.workers = [[Worker(rank) for rank in range(size)] for size in tensor_parallel]
         self.engines = [SimpleNamespace(peer=Peer(f"engine {i}")) for i in range(len(tensor_parallel))]
         self.scores, self.committed = scores, []
@@ -275,7 +289,7 @@ def test_a_lost_receiver_breaks_the_link_and_the_export_is_carried_to_its_end():
     sync.push()
 
     def gone(**_):
-        pool.workers[0][0]._alphamed.groups.clear()             # what the death of its process does
+        pool.workers[0][0]._alphamed.channels.clear()             # what the death of its process does
         return {}
     pool.workers[0][0].alphamed_receive = gone
     with pytest.raises(RuntimeError, match="a weight link of trainer rank 0 broke"):
@@ -292,6 +306,34 @@ def test_the_links_are_built_anew_when_an_engine_comes():
     sync._pool = grown
     assert sync.push() == 2
     assert all(torch.equal(engine[0].loaded["w3"], tensors["w3"]) for engine in grown.workers)
+
+
+def test_weights_go_through_shared_memory_where_they_can(over, monkeypatch):
+    """`auto` on one machine; between machines gloo, and `ipc` is refused."""
+    monkeypatch.setattr(sys.modules[__name__], "transport", "auto")
+    tensors, pool = weights("w"), Pool(1)
+    sync = WeightSync(config(), Source(tensors), pool, Control().of(0))
+    sync.push()
+    assert type(pool.workers[0][0]._alphamed.channels["stage 0"]) is SharedMemoryReceiver
+    pool.on_this_machine, pool.epoch = False, 2
+    sync.push()
+    assert type(pool.workers[0][0]._alphamed.channels["stage 0"]) is GroupChannel
+    pool.on_this_machine, pool.epoch = True, 3
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")                 # the trainer itself is on two
+    sync.push()
+    assert type(pool.workers[0][0]._alphamed.channels["stage 0"]) is GroupChannel
+    assert torch.equal(pool.workers[0][0].loaded["w3"], tensors["w3"])
+    monkeypatch.setattr(sys.modules[__name__], "transport", "ipc")
+    with pytest.raises(ConfigError, match="sync.transport: ipc needs trainer and engines on one machine .*set it to auto"):
+        WeightSync(config(), Source(tensors), pool, Control().of(0)).push()
+
+
+@pytest.mark.parametrize("share_gpus, one_machine, chosen", [(False, True, "nccl"), (False, False, "nccl"), (True, True, "ipc")])
+def test_on_gpus_nccl_carries_weights_unless_members_share_one(share_gpus, one_machine, chosen):
+    wanted = build_config({"model": {"path": "m"}, "data": {"train": ["d.jsonl"]},
+                           "cluster": {"device": "cuda", "share_gpus": share_gpus}})
+    assert choose_transport(wanted, one_machine) == chosen
 
 
 # ------------------------------------------------------------------------------------------------------------------- probe

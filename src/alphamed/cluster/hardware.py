@@ -36,6 +36,12 @@ def wants_cuda(config: Config) -> bool:
     return config.cluster.device == Device.CUDA or (config.cluster.device == Device.AUTO and gpus_present() > 0)
 
 
+def this_machine() -> str:
+    """Equal for processes that can share memory: one kernel, and one network namespace, to which names of Unix sockets
+    belong."""
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/net')}"
+
+
 def cores() -> int:
     """CPU cores that this process may run on."""
     return len(os.sched_getaffinity(0))

@@ -40,11 +40,9 @@ class Job:
         return self.colocated or (self.config.cluster.share_gpus and not self.gpu.is_cpu)
 
     @property
-    def sync_through_host(self) -> bool:
-        """Whether weights leave GPUs by host memory: NCCL wants a GPU for each member (weights/sync.py)."""
-        asked = self.config.sync.transport
-        over_gloo = asked == Transport.GLOO or (asked == Transport.AUTO and self.config.cluster.share_gpus)
-        return over_gloo and not self.gpu.is_cpu and not self.colocated
+    def sync_over_gloo(self) -> bool:
+        """Whether weights leave GPUs for the network by host memory."""
+        return self.config.sync.transport == Transport.GLOO and not self.gpu.is_cpu and not self.colocated
 
     @property
     def rollout(self) -> RolloutConfig:

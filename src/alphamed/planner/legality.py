@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from alphamed.config import ConfigError
-from alphamed.config_choices import Recompute
+from alphamed.config_choices import Recompute, Transport
 from alphamed.model import check_context, check_layout, context_sizes, divisors, tensor_sizes
 from alphamed.planner.hardware import GIB
 from alphamed.planner.job import Job
@@ -83,6 +83,9 @@ def _node_problems(job: Job) -> Iterator[Problem]:
         return
     if p.world + wanted <= per_node:
         return
+    if job.engines and job.config.sync.transport == Transport.IPC:
+        yield Problem(f"sync.transport: ipc needs one machine, {p.world} trainer ranks and {job.engines} engines of "
+                      f"{r.tensor_parallel} GPUs need several of {per_node} GPUs", ("sync.transport=auto",))
     if p.world > per_node and p.world % per_node:
         near = max(1, round(p.world / per_node)) * per_node // (p.tensor * p.context * p.pipeline)
         yield Problem(f"parallel: {p.axes()} = {p.world} ranks do not fill nodes of {per_node} GPUs",

@@ -22,7 +22,7 @@ GRID = 200
 """Points at which generation is integrated."""
 
 
-HOST_SYNC_BYTES_PER_S = 1e9
+GLOO_BYTES_PER_S = 1e9
 """Of a push over gloo between processes with GPUs: assumed (benchmarks/weight_sync.py shows a third of it on two cores)."""
 
 
@@ -223,10 +223,11 @@ def prefill_seconds(job: Job, prompts: float, e: Efficiency) -> float:
 
 # ---------------------------------------------------------------------------------------------------------------- sync
 def sync_seconds(job: Job, e: Efficiency) -> float:
-    """Stages send at the same time; the one with most to send ends last."""
+    """Stages send at the same time; the one with most to send ends last. Shared memory (`ipc`) is taken to be as fast as NCCL:
+    a bus copies several times faster than an engine loads."""
     stages = parameters.stage_parameters(job.shape, 1, job.parallel.pipeline, job.virtual)
     largest = max(parameters.count(stage) for stage in stages) * job.engine_bytes
-    return largest / (HOST_SYNC_BYTES_PER_S if job.sync_through_host else e.sync)
+    return largest / (GLOO_BYTES_PER_S if job.sync_over_gloo else e.sync)
 
 
 def handover_seconds(job: Job, e: Efficiency) -> float:

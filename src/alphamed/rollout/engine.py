@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from alphamed.cluster import processes
 from alphamed.cluster.environment import TORCHRUN_PREFIXES, TORCHRUN_VARIABLES
 from alphamed.cluster.failure import RunFailed
+from alphamed.cluster.hardware import this_machine
 from alphamed.cluster.processes import Process
 from alphamed.data.tokenizer import load_tokenizer
 from alphamed.records import FinishReason, GenerationTask, Rollout, RolloutGroup, Sampling
@@ -43,8 +44,9 @@ class RolloutEngine:
         self._running = 0
         self._processes: dict[str, Process] = {}
 
-    async def start(self) -> dict[str, int]:
-        """Load the model. Returns the ids of the engine's processes by name (`actor`, `VLLM::EngineCore`, ...)."""
+    async def start(self) -> tuple[str, dict[str, int]]:
+        """Load the model. Returns the machine, and the ids of the engine's processes by name (`actor`, `VLLM::EngineCore`,
+        ...)."""
         _leave_torchrun()
         if self._spec.cores:
             os.sched_setaffinity(0, {core for ids in self._spec.cores for core in ids})
@@ -60,7 +62,7 @@ class RolloutEngine:
         self._watch = asyncio.create_task(self._watch_processes())
         self._version = FROM_FOLDER
         self._serving.set()
-        return {"actor": os.getpid()} | {name: process.pid for name, process in self._processes.items()}
+        return this_machine(), {"actor": os.getpid()} | {name: process.pid for name, process in self._processes.items()}
 
     async def stop(self) -> None:
         """End vLLM's processes in good order."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alphamed.cluster.failure import RunFailed
+from alphamed.cluster.hardware import this_machine
 from alphamed.config import Config
 from alphamed.model import ModelShape
 from alphamed.rollout.engine import RolloutEngine
@@ -22,10 +23,11 @@ STOP_DEADLINE_S = 20.0
 
 @dataclass(frozen=True)
 class Engine:
-    """A started engine. `processes`: ids by name, its actor's included."""
+    """A started engine. `machine`: as `this_machine` says there. `processes`: ids by name, its actor's included."""
     index: int
     actor: ActorHandle
     tensor_parallel: int
+    machine: str
     processes: Mapping[str, int]
 
     @property
@@ -64,13 +66,17 @@ class EnginePool:
             for actor in actors:
                 ray.kill(actor)
             raise
-        engines = [Engine(spec.index, actor, spec.tensor_parallel, processes)
-                   for spec, actor, processes in zip(specs, actors, started, strict=True)]
+        engines = [Engine(spec.index, actor, spec.tensor_parallel, *answer)
+                   for spec, actor, answer in zip(specs, actors, started, strict=True)]
         return cls(engines, ray.util.get_node_ip_address())
 
     @property
     def tensor_parallel(self) -> tuple[int, ...]:
         return tuple(engine.tensor_parallel for engine in self.engines)
+
+    @property
+    def on_this_machine(self) -> bool:
+        return all(engine.machine == this_machine() for engine in self.engines)
 
     def processes(self) -> dict[int, str]:
         """Ids of all processes of the engines, with the names that errors use."""

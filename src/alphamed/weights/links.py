@@ -1,14 +1,20 @@
-"""Stand-alone process groups between trainer and engines: gloo or NCCL over a TCP store, apart from torch.distributed's
-global state, which belongs to the trainer on one end and to vLLM on the other.
+"""Links between trainer and engines, joined over a TCP store: shared memory on one machine, stand-alone process groups (gloo
+or NCCL) between several, apart from torch.distributed's global state, which belongs to the trainer on one end and to vLLM on
+the other.
 """
 from __future__ import annotations
 
 import ipaddress
 import socket
 from datetime import timedelta
+from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from alphamed.weights.plan import Link
+from alphamed.weights.shared_memory import SharedMemoryReceiver, SharedMemorySource
 
 
 def host_store(address: str, deadline_s: float) -> tuple[dist.TCPStore, int]:
@@ -21,30 +27,54 @@ def reach_store(address: str, port: int, deadline_s: float) -> dist.TCPStore:
     return dist.TCPStore(address, port, None, is_master=False, timeout=timedelta(seconds=deadline_s))
 
 
-def open_link(transport: str, store: dist.TCPStore, address: str, name: str, rank: int, size: int,
-              deadline_s: float) -> dist.ProcessGroup:
-    """Join the group `name` of `size` members; returns when all have (gloo) or at once (NCCL, which joins at first use).
+class Transfer(Protocol):
+    """A bucket under way."""
+
+    def wait(self, timeout: timedelta) -> Any:
+        """Until a receiver has it, or the source may reuse its tensor. Raises RuntimeError for a lost or late peer."""
+
+
+class Channel(Protocol):
+    """This process's end of a link. Closed by dropping it."""
+
+    def broadcast(self, flat: Tensor) -> Transfer:
+        """Start sending (member 0) or receiving (all others) `flat`, whole and contiguous."""
+
+
+def open_channel(link: Link, member: int, store: dist.Store, address: str, device: torch.device, deadline_s: float) -> Channel:
+    """Join a link as its member 0, the source, or as a receiver, 1 or later. Returns when all have joined (NCCL: at once, it
+    joins at first use). Tensors lie on `device` (gloo: in host memory).
 
     `address` is where the store lives: on this machine alone gloo talks over the loopback interface, which needs no route.
     """
-    prefixed = dist.PrefixStore(name, store)
+    prefixed = dist.PrefixStore(link.name, store)
+    if link.transport == "ipc":
+        if member:
+            return SharedMemoryReceiver(prefixed, link.name, member, device, deadline_s)
+        largest = max(bucket.bytes for bucket in link.buckets())
+        return SharedMemorySource(prefixed, link.name, len(link.receivers), largest, device, deadline_s)
     timeout = timedelta(seconds=deadline_s)
-    if transport == "nccl":
+    if link.transport == "nccl":
         nccl = dist.ProcessGroupNCCL.Options()
         nccl._timeout = timeout
-        return dist.ProcessGroupNCCL(prefixed, rank, size, nccl)
-    assert transport == "gloo", f"unknown transport {transport!r}"
+        return GroupChannel(dist.ProcessGroupNCCL(prefixed, member, link.size, nccl))
+    assert link.transport == "gloo", f"unknown transport {link.transport!r}"
     gloo = dist.ProcessGroupGloo._Options()
     gloo._timeout = timeout
     gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=own_address(address))]
-    return dist.ProcessGroupGloo(prefixed, rank, size, gloo)
+    return GroupChannel(dist.ProcessGroupGloo(prefixed, member, link.size, gloo))
 
 
-def broadcast(link: dist.ProcessGroup, tensor: Tensor) -> dist.Work:
-    """Start sending (rank 0) or receiving (all others) `tensor`, whole and contiguous."""
-    options = dist.BroadcastOptions()
-    options.rootRank = options.rootTensor = 0
-    return link.broadcast([tensor], options)
+class GroupChannel:
+    """A process group as a channel."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self._group = group
+
+    def broadcast(self, flat: Tensor) -> dist.Work:
+        options = dist.BroadcastOptions()
+        options.rootRank = options.rootTensor = 0
+        return self._group.broadcast([flat], options)
 
 
 def own_address(peer: str) -> str:

@@ -20,7 +20,7 @@ FLOOR_S, SLOWEST_BYTES_PER_S = 30.0, 50e6
 class Wire:
     """How weights travel."""
     mode: str                        # "gather" (whole tensors, gathered to one rank of each stage) | "direct" (shards)
-    transport: str                   # "gloo" | "nccl"
+    transport: str                   # "nccl" | "gloo" | "ipc"
     dtype: str                       # the engines': "float32" | "bfloat16"
     bucket_bytes: int                # limit of a bucket
 

@@ -29,7 +29,7 @@ class Membership:
     store: dist.TCPStore
     mode: str
     links: tuple[Link, ...]
-    groups: dict[str, dist.ProcessGroup]        # by link
+    channels: dict[str, links.Channel]          # by link
 
 
 class WeightReceiver:
@@ -42,9 +42,9 @@ class WeightReceiver:
         plan = SyncPlan.from_json(store.get("plan").decode())
         member = first_member + self.rank
         own = plan.links_to(member)
-        groups = {link.name: links.open_link(link.transport, store, address, link.name, 1 + link.receivers.index(member),
-                                             link.size, deadline_s) for link in own}
-        self._alphamed = Membership(store, plan.mode, own, groups)
+        channels = {link.name: links.open_channel(link, 1 + link.receivers.index(member), store, address, self.device,
+                                                  deadline_s) for link in own}
+        self._alphamed = Membership(store, plan.mode, own, channels)
 
     def alphamed_receive(self, version: int, deadline_s: float) -> dict[str, list[list[int]]]:
         """Take and load one push. Returns the digest of each bucket, by link.
@@ -109,20 +109,20 @@ def arrivals(membership: Membership, device: torch.device, deadline_s: float) ->
     end = time.monotonic() + deadline_s
     waiting = {link.name: deque(link.buckets()) for link in membership.links}
     transports = {link.name: link.transport for link in membership.links}
-    posted: dict[str, tuple[Bucket, Tensor, dist.Work]] = {}
+    posted: dict[str, tuple[Bucket, Tensor, links.Transfer]] = {}
 
     def post(link: str) -> None:
         if waiting[link]:
             bucket = waiting[link].popleft()
-            flat = empty_flat(bucket, device if transports[link] == "nccl" else "cpu")
-            posted[link] = bucket, flat, links.broadcast(membership.groups[link], flat)
+            flat = empty_flat(bucket, "cpu" if transports[link] == "gloo" else device)
+            posted[link] = bucket, flat, membership.channels[link].broadcast(flat)
 
     for link in waiting:
         post(link)
     for bucket in in_turns(membership.links):
-        expected, flat, work = posted.pop(bucket.link)
+        expected, flat, transfer = posted.pop(bucket.link)
         assert expected == bucket, f"{bucket} is due, {expected} was posted"
-        work.wait(timedelta(seconds=max(1.0, end - time.monotonic())))
+        transfer.wait(timedelta(seconds=max(1.0, end - time.monotonic())))
         post(bucket.link)
         yield bucket, flat
 

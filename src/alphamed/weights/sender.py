@@ -26,8 +26,8 @@ class Sender:
     def __init__(self, plan: SyncPlan, source: WeightSource, store: dist.TCPStore, address: str, device: torch.device,
                  join_deadline_s: float):
         self._plan, self._source, self._device = plan, source, device
-        self.groups = {link.name: links.open_link(link.transport, store, address, link.name, 0, link.size, join_deadline_s)
-                        for link in plan.links_from(source.rank)}
+        self.channels = {link.name: links.open_channel(link, 0, store, address, device, join_deadline_s)
+                         for link in plan.links_from(source.rank)}
 
     def send(self) -> tuple[Digests, Exception | None]:
         """Send the buckets of all own links, in turns. Returns their digests, and the error that stopped the sending, if
@@ -35,7 +35,7 @@ class Sender:
         part = _Gathered(self._source.tensors()) if self._plan.mode == "gather" else held_parts(self._source.parts())
         try:
             return self._broadcast(part), None
-        except RuntimeError as error:           # what torch.distributed raises for a lost or late peer
+        except RuntimeError as error:           # a lost or late peer
             return {}, error
         finally:
             if isinstance(part, _Gathered):
@@ -43,18 +43,18 @@ class Sender:
 
     def _broadcast(self, part: Callable[[Slice], Tensor]) -> Digests:
         end = time.monotonic() + self._plan.deadline_s
-        found: dict[str, list[Tensor]] = {name: [] for name in self.groups}
-        under_way: deque[tuple[dist.Work, Tensor]] = deque()
+        found: dict[str, list[Tensor]] = {name: [] for name in self.channels}
+        under_way: deque[tuple[links.Transfer, Tensor]] = deque()
 
         def finish_oldest() -> None:
-            work, _ = under_way.popleft()
-            work.wait(timedelta(seconds=max(1.0, end - time.monotonic())))
+            transfer, _ = under_way.popleft()
+            transfer.wait(timedelta(seconds=max(1.0, end - time.monotonic())))
 
         for bucket in in_turns(self._plan.links_from(self._source.rank)):
             flat = pack(bucket, map(part, bucket.slices), self._device)
-            under_way.append((links.broadcast(self.groups[bucket.link], flat), flat))
+            under_way.append((self.channels[bucket.link].broadcast(flat), flat))
             found[bucket.link].append(digest(flat))
-            if len(under_way) > len(self.groups):      # one travels on every link while the next is packed
+            if len(under_way) > len(self.channels):      # one travels on every link while the next is packed
                 finish_oldest()
         while under_way:
             finish_oldest()

@@ -6,6 +6,7 @@ over which links are joined, workers learn the plan and other senders hand it th
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ import torch.distributed as dist
 
 from alphamed.cluster.failure import RunFailed
 from alphamed.cluster.hardware import wants_cuda
-from alphamed.config import Config
+from alphamed.config import Config, ConfigError
 from alphamed.config_choices import Dtype, Transport
 from alphamed.weights import links
 from alphamed.weights.plan import SyncPlan, Wire
@@ -40,6 +41,21 @@ class Order:
     address: str                        # of the store
     port: int
     engines: tuple[int, ...]            # tensor-parallel size of each
+    transport: str
+
+
+def choose_transport(config: Config, one_machine: bool) -> str:
+    """How weights travel between trainer and engines. `one_machine`: whether all of them are on this one. Raises
+    ConfigError."""
+    asked = config.sync.transport
+    if asked == Transport.IPC and not one_machine:
+        raise ConfigError("sync.transport: ipc needs trainer and engines on one machine (and in one network namespace); set "
+                          "it to auto")
+    if asked != Transport.AUTO:
+        return asked.value
+    if wants_cuda(config) and not config.cluster.share_gpus:    # NCCL wants a GPU for each member
+        return "nccl"
+    return "ipc" if one_machine else "gloo"
 
 
 class WeightSync:
@@ -55,12 +71,6 @@ class WeightSync:
         self._store: dist.TCPStore | None = None        # on rank 0 and on senders
         self._plan: SyncPlan | None = None
         self._sender: Sender | None = None              # on ranks with links of their own
-        cuda = wants_cuda(config)
-        # NCCL wants a GPU for each member, unless it is told otherwise
-        fitting = "nccl" if cuda and not config.cluster.share_gpus else "gloo"
-        transport = {Transport.AUTO: fitting}.get(config.sync.transport, config.sync.transport.value)
-        self._wire = Wire(config.sync.mode.value, transport, WIRE_DTYPE[config.rollout.dtype], config.sync.bucket_bytes)
-        self._device = torch.device("cuda", torch.cuda.current_device()) if transport == "nccl" else torch.device("cpu")
         self.seconds = 0.0                              # of the last push, without the probe
 
     @property
@@ -93,12 +103,16 @@ class WeightSync:
         if pool.epoch != self._epoch:
             self._sender = None
             self._store, self._port = links.host_store(pool.address, JOIN_DEADLINE_S)
-        return Order(self._version + 1, pool.epoch, pool.address, self._port, pool.tensor_parallel)
+        one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE") and pool.on_this_machine
+        return Order(self._version + 1, pool.epoch, pool.address, self._port, pool.tensor_parallel,
+                     choose_transport(self._config, one_machine))
 
     # --------------------------------------------------------------------------------------------------------- connecting
     def _connect(self, order: Order) -> None:
         """Make the plan and join the links of a new epoch."""
-        self._plan, self._sender = self._source.plan(order.engines, self._wire), None
+        sync = self._config.sync
+        wire = Wire(sync.mode.value, order.transport, WIRE_DTYPE[self._config.rollout.dtype], sync.bucket_bytes)
+        self._plan, self._sender = self._source.plan(order.engines, wire), None
         calls = []
         if self._pool:
             self._store.set("plan", self._plan.to_json())
@@ -108,7 +122,9 @@ class WeightSync:
         if self._source.rank in self._plan.sources:
             if not self._pool:
                 self._store = links.reach_store(order.address, order.port, JOIN_DEADLINE_S)
-            self._sender = Sender(self._plan, self._source, self._store, order.address, self._device, JOIN_DEADLINE_S)
+            on_gpu = wants_cuda(self._config) and order.transport != "gloo"
+            device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+            self._sender = Sender(self._plan, self._source, self._store, order.address, device, JOIN_DEADLINE_S)
         if self._pool:
             self._pool.end(calls, "joining the weight links", JOIN_DEADLINE_S)
         self._epoch = order.epoch

@@ -1,0 +1,190 @@
+"""A link within one machine: buckets lie in memory that the source and its receivers map, and none travels through a network.
+
+A Unix socket joins the source with each receiver. It carries the memory's file descriptor, then the number of every bucket
+that has been written and, back, of every one that has been taken. The memory has no name (memfd), so nothing stays behind
+however a run ends, and a container's limit on /dev/shm does not count; a peer that ends closes its socket, which is noticed at
+once. With CUDA the memory is registered with the driver, so that GPUs copy at the speed of their bus.
+"""
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import secrets
+import socket
+import struct
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+SLOTS = 2
+"""Buckets that lie in the memory at a time: one is written while the one before is taken."""
+PAGE = mmap.PAGESIZE
+NUMBER, CREDENTIALS = struct.Struct("<Q"), struct.Struct("3i")      # the latter: pid, uid, gid
+
+
+class Memory:
+    """`SLOTS` times `slot_bytes` of shared memory, mapped from a file descriptor, which may be closed then."""
+
+    def __init__(self, descriptor: int, slot_bytes: int, device: torch.device):
+        self._slot_bytes = slot_bytes
+        self._bytes = torch.frombuffer(mmap.mmap(descriptor, SLOTS * slot_bytes), dtype=torch.uint8)
+        if device.type == "cuda":
+            _register(self, self._bytes)
+
+    def slot(self, number: int, like: Tensor) -> Tensor:
+        """Where the bucket of this number lies, in shape and dtype of `like`."""
+        at, size = number % SLOTS * self._slot_bytes, like.numel() * like.element_size()
+        assert size <= self._slot_bytes, f"a bucket of {size} bytes in slots of {self._slot_bytes}"
+        return self._bytes[at:at + size].view(like.dtype).view(like.shape)
+
+
+class SharedMemorySource:
+    """Member 0's end. Waits until all receivers have joined; `slot_bytes`: of the largest bucket."""
+
+    def __init__(self, store: dist.Store, name: str, receivers: int, slot_bytes: int, device: torch.device, deadline_s: float):
+        self._name, self._deadline_s = name, deadline_s
+        self._written = 0                       # buckets so far
+        slot_bytes = -(-slot_bytes // PAGE) * PAGE
+        descriptor = os.memfd_create(f"alphamed {name}")
+        try:
+            os.ftruncate(descriptor, SLOTS * slot_bytes)
+            self._memory = Memory(descriptor, slot_bytes, device)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+                address = f"alphamed-{secrets.token_hex(16)}"
+                listener.bind("\0" + address)                       # abstract: no file
+                listener.listen(receivers)
+                store.set("address", address)
+                self._receivers = self._accept(listener, receivers, descriptor, slot_bytes)
+        finally:
+            os.close(descriptor)
+        self._taken = [0] * receivers           # buckets so far
+
+    def _accept(self, listener: socket.socket, receivers: int, descriptor: int, slot_bytes: int) -> tuple[socket.socket, ...]:
+        """The sockets of members 1, 2, ... Others of this machine can find the address too: only our own user is let in."""
+        end = time.monotonic() + self._deadline_s
+        found: dict[int, socket.socket] = {}
+        while len(found) < receivers:
+            missing = ", ".join(str(member) for member in range(1, receivers + 1) if member not in found)
+            with _errors(f"link {self._name}: member {missing} did not join"):
+                listener.settimeout(max(0.001, end - time.monotonic()))
+                peer, _ = listener.accept()
+                if CREDENTIALS.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size))[1] != os.getuid():
+                    peer.close()
+                    continue
+                found[_receive(peer, end)] = peer
+                socket.send_fds(peer, [NUMBER.pack(slot_bytes)], [descriptor])
+        return tuple(found[member] for member in range(1, receivers + 1))
+
+    def broadcast(self, flat: Tensor) -> Taking:
+        """Write a bucket where the one `SLOTS` before lay, when that has been taken by all. `flat` may be reused at once."""
+        number = self._written
+        self.await_taken(number - SLOTS + 1, time.monotonic() + self._deadline_s)
+        self._memory.slot(number, flat).copy_(flat)                 # from a GPU: waits until it is there
+        for member, peer in enumerate(self._receivers, 1):
+            with _errors(f"link {self._name}: member {member} is gone"):
+                peer.settimeout(self._deadline_s)
+                peer.send(NUMBER.pack(number))
+        self._written += 1
+        return Taking(self, self._written)
+
+    def await_taken(self, count: int, end: float) -> None:
+        """Wait until every receiver has taken the first `count` buckets."""
+        for index, peer in enumerate(self._receivers):
+            while self._taken[index] < count:
+                with _errors(f"link {self._name}: member {index + 1} did not take bucket {self._taken[index]}"):
+                    number = _receive(peer, end)
+                assert number == self._taken[index], f"bucket {number} taken, {self._taken[index]} is due"
+                self._taken[index] += 1
+
+
+class Taking:
+    """A bucket that has been written."""
+
+    def __init__(self, source: SharedMemorySource, count: int):
+        self._source, self._count = source, count
+
+    def wait(self, timeout: timedelta) -> None:
+        """Until every receiver has taken it. Raises RuntimeError."""
+        self._source.await_taken(self._count, time.monotonic() + timeout.total_seconds())
+
+
+class SharedMemoryReceiver:
+    """The end of member `rank`, 1 or later."""
+
+    def __init__(self, store: dist.Store, name: str, rank: int, device: torch.device, deadline_s: float):
+        self._name, self._taken = name, 0
+        end = time.monotonic() + deadline_s
+        address = store.get("address").decode()
+        self._source = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with _errors(f"link {name}: member {rank} could not join"):
+            self._source.settimeout(max(0.001, end - time.monotonic()))
+            self._source.connect("\0" + address)
+            self._source.send(NUMBER.pack(rank))
+            message, descriptors, _, _ = socket.recv_fds(self._source, NUMBER.size, 1)
+            if not descriptors:
+                raise EOFError("its source has left")
+        try:
+            self._memory = Memory(descriptors[0], NUMBER.unpack(message)[0], device)
+        finally:
+            os.close(descriptors[0])
+
+    def broadcast(self, flat: Tensor) -> Arrival:
+        return Arrival(self, flat)
+
+    def take(self, flat: Tensor, end: float) -> None:
+        """Copy the next bucket into `flat`: what loads it may keep it, while its slot is written anew."""
+        with _errors(f"link {self._name}: bucket {self._taken} did not come"):
+            number = _receive(self._source, end)
+            assert number == self._taken, f"bucket {number} came, {self._taken} is due"
+            flat.copy_(self._memory.slot(number, flat))
+            self._source.send(NUMBER.pack(number))
+        self._taken += 1
+
+
+class Arrival:
+    """A bucket that is due."""
+
+    def __init__(self, receiver: SharedMemoryReceiver, flat: Tensor):
+        self._receiver, self._flat = receiver, flat
+
+    def wait(self, timeout: timedelta) -> None:
+        """Until it lies in the tensor that was given. Raises RuntimeError. Arrivals of a link are waited for in turn."""
+        self._receiver.take(self._flat, time.monotonic() + timeout.total_seconds())
+
+
+def _receive(peer: socket.socket, end: float) -> int:
+    peer.settimeout(max(0.001, end - time.monotonic()))
+    message = peer.recv(NUMBER.size)
+    if not message:
+        raise EOFError("the other end has been closed")
+    return NUMBER.unpack(message)[0]
+
+
+@contextmanager
+def _errors(what: str) -> Iterator[None]:
+    """A lost or late peer raises RuntimeError, as with torch.distributed."""
+    try:
+        yield
+    except (OSError, EOFError) as error:
+        late = isinstance(error, TimeoutError)
+        raise RuntimeError(f"{what} in time" if late else f"{what}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _register(memory: Memory, pages: Tensor) -> None:
+    """Let CUDA copy from and to these pages directly."""
+    runtime = torch.cuda.cudart()
+    status = runtime.cudaHostRegister(pages.data_ptr(), pages.numel(), 0)
+    if int(status):
+        log.warning("the weight link's %d MiB of host memory could not be pinned (%s): copies will be slower",
+                    pages.numel() >> 20, status)
+        return
+    weakref.finalize(memory, lambda kept: runtime.cudaHostUnregister(kept.data_ptr()), pages)

@@ -1,0 +1,145 @@
+"""Links through shared memory, between threads and between processes."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from alphamed.weights import shared_memory
+from alphamed.weights.links import host_store
+from alphamed.weights.shared_memory import SLOTS, SharedMemoryReceiver, SharedMemorySource
+
+CPU = torch.device("cpu")
+DEADLINE_S = 60.0
+SOON = timedelta(seconds=0.3)
+
+
+def open_link(receivers, slot_bytes=4096, deadline_s=DEADLINE_S):
+    """Both ends of a link, in threads, as [source, receiver 1, receiver 2, ...]."""
+    store = dist.HashStore()
+    with ThreadPoolExecutor(1 + receivers) as threads:
+        source = threads.submit(SharedMemorySource, store, "l", receivers, slot_bytes, CPU, deadline_s)
+        ends = [threads.submit(SharedMemoryReceiver, store, "l", rank, CPU, deadline_s) for rank in range(1, receivers + 1)]
+        return [end.result(DEADLINE_S) for end in (source, *ends)]
+
+
+def test_every_receiver_gets_every_bucket_in_turn():
+    generator = torch.Generator().manual_seed(0)
+    sizes = (4096, 1, 77, 5000, 4096, 9, 10)                    # more than there are slots, and larger than a page
+    sent = [torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator) for size in sizes]
+    sent += [torch.randn(33, generator=generator), torch.randn(64, generator=generator).bfloat16()]
+    source, *receivers = open_link(3, slot_bytes=5000)
+
+    def send():
+        for bucket in sent:
+            scratch = bucket.clone()
+            source.broadcast(scratch)
+            scratch.zero_()                                     # it may be reused at once
+        return source.broadcast(sent[0]).wait(timedelta(seconds=DEADLINE_S))
+
+    def receive(receiver):
+        found = [torch.empty_like(bucket) for bucket in (*sent, sent[0])]
+        arrivals = [receiver.broadcast(flat) for flat in found]
+        for arrival in arrivals:
+            arrival.wait(timedelta(seconds=DEADLINE_S))
+        return found
+    with ThreadPoolExecutor(4) as threads:
+        sending = threads.submit(send)
+        for found in threads.map(receive, receivers, timeout=DEADLINE_S):
+            assert all(map(torch.equal, found, (*sent, sent[0])))
+        sending.result(DEADLINE_S)
+
+
+def test_no_bucket_is_overwritten_before_all_have_taken_it():
+    source, quick, slow = open_link(2, deadline_s=0.3)
+    for number in range(SLOTS):
+        source.broadcast(torch.full((8,), number))
+        quick.broadcast(torch.empty(8, dtype=torch.int64)).wait(SOON)
+    with pytest.raises(RuntimeError, match="link l: member 2 did not take bucket 0 in time"):
+        source.broadcast(torch.full((8,), 9))
+    late = torch.empty(8, dtype=torch.int64)
+    for number in range(SLOTS):
+        slow.broadcast(late).wait(SOON)
+        assert late.tolist() == [number] * 8
+
+
+def test_a_bucket_that_does_not_come_is_named():
+    source, receiver = open_link(1)
+    with pytest.raises(RuntimeError, match="link l: bucket 0 did not come in time"):
+        receiver.broadcast(torch.empty(8)).wait(SOON)
+    del source
+    with pytest.raises(RuntimeError, match="link l: bucket 0 did not come: the other end has been closed"):
+        receiver.broadcast(torch.empty(8)).wait(timedelta(seconds=DEADLINE_S))
+
+
+def test_a_member_that_does_not_join_is_named():
+    store = dist.HashStore()
+    with ThreadPoolExecutor(1) as threads:
+        source = threads.submit(SharedMemorySource, store, "l", 2, 4096, CPU, 0.5)
+        SharedMemoryReceiver(store, "l", 2, CPU, DEADLINE_S)
+        with pytest.raises(RuntimeError, match="link l: member 1 did not join in time"):
+            source.result(DEADLINE_S)
+
+
+def test_processes_of_other_users_are_not_let_in(monkeypatch):
+    store = dist.HashStore()
+    monkeypatch.setattr(shared_memory.os, "getuid", lambda: 54321)
+    with ThreadPoolExecutor(1) as threads:
+        source = threads.submit(SharedMemorySource, store, "l", 1, 4096, CPU, 0.5)
+        with pytest.raises(RuntimeError, match="link l: member 1 could not join"):
+            SharedMemoryReceiver(store, "l", 1, CPU, DEADLINE_S)
+        with pytest.raises(RuntimeError, match="member 1 did not join in time"):
+            source.result(DEADLINE_S)
+
+
+def test_a_closed_link_leaves_nothing():
+    def left():
+        return len(os.listdir("/proc/self/fd")), Path("/proc/self/maps").read_text().count("/memfd:alphamed")
+    before = left()
+    ends = open_link(2)
+    assert left()[1] == before[1] + 3
+    del ends
+    assert left() == before
+
+
+RECEIVER = """
+import sys, time, torch
+from datetime import timedelta
+from alphamed.weights.links import reach_store
+from alphamed.weights.shared_memory import SharedMemoryReceiver
+receiver = SharedMemoryReceiver(reach_store("127.0.0.1", int(sys.argv[1]), 60), "l", 1, torch.device("cpu"), 60)
+flat = torch.empty(1000)
+receiver.broadcast(flat).wait(timedelta(seconds=60))
+print(float(flat.sum()), flush=True)
+time.sleep(600)
+"""
+
+
+def test_the_death_of_a_receiving_process_is_noticed_at_once():
+    store, port = host_store("127.0.0.1", DEADLINE_S)
+    child = subprocess.Popen([sys.executable, "-c", RECEIVER, str(port)], stdout=subprocess.PIPE, text=True)
+    try:
+        source = SharedMemorySource(store, "l", 1, 4096, CPU, 600.0)
+        transfer = source.broadcast(torch.arange(1000.0))
+        assert float(child.stdout.readline()) == 499500
+        transfer.wait(timedelta(seconds=DEADLINE_S))
+        pending = source.broadcast(torch.zeros(1000))
+        os.kill(child.pid, signal.SIGKILL)
+        began = time.monotonic()
+        with pytest.raises(RuntimeError, match="link l: member 1 did not take bucket 1: Connection reset by peer"):
+            pending.wait(timedelta(seconds=600))
+        assert time.monotonic() - began < DEADLINE_S            # not its deadline
+        child.wait(DEADLINE_S)
+        with pytest.raises(RuntimeError, match="link l: member 1 is gone"):
+            source.broadcast(torch.zeros(1000))
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()
