@@ -36,11 +36,11 @@ def tiny(folder: Path, seed: int, tied: bool, family: str = "llama") -> Path:
                    hidden=128 if family == "qwen2" else 64)
 
 
-def config(mode: str = "gather", **rollout) -> Config:
+def config(mode: str = "gather", transport: str = "auto", **rollout) -> Config:
     dtype = rollout.get("dtype", "fp32")
     return build_config({
         "model": {"path": "m", "dtype": dtype}, "data": {"train": ["d.jsonl"]}, "cluster": {"device": "cpu"},
-        "prompt": {"max_tokens": 100}, "sync": {"mode": mode, "bucket_bytes": 50_000},
+        "prompt": {"max_tokens": 100}, "sync": {"mode": mode, "transport": transport, "bucket_bytes": 50_000},
         "rollout": {"dtype": dtype, "max_response_tokens": 28, "max_concurrent_requests": 32, "deterministic": True,
                     "kv_cache_bytes": 64 << 20} | rollout})
 

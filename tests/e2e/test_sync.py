@@ -57,13 +57,14 @@ def test_engines_begin_with_what_they_loaded(twins, fresh, old, new):
     assert largest_difference(two, logprobs(load(new), TEXT)) < 2e-4
 
 
+@pytest.mark.parametrize("transport", ["gloo", "ipc"])
 @pytest.mark.parametrize("mode", ["gather", "direct"])
-def test_after_a_push_an_engine_says_what_a_fresh_one_says(twins, fresh, old, new, tmp_path, mode):
+def test_after_a_push_an_engine_says_what_a_fresh_one_says(twins, fresh, old, new, tmp_path, mode, transport):
     if twins.version:
         sync_of(config(), twins, ModelSource(old), tmp_path).push()
     before = said(generate(twins.engines[0], TASKS, twins.version))
     source = ModelSource(new)
-    version = sync_of(config(mode), twins, source, tmp_path, probed=True).push()
+    version = sync_of(config(mode, transport), twins, source, tmp_path, probed=True).push()
     pushed = said(generate(twins.engines[0], TASKS, version))
     assert_said_alike(pushed, fresh[0])
     assert [tokens for tokens, _ in pushed] != [tokens for tokens, _ in before]

@@ -1,8 +1,9 @@
 """Buckets, order, digests and the probe's arithmetic, against hand-computed values."""
 import pytest
+import numpy
 import torch
 
-from alphamed.weights.buckets import DIGEST_WORDS, Assembly, digest, pack, unpack
+from alphamed.weights.buckets import BLOCK_ROWS, ROW_WORDS, Assembly, digest, pack, unpack
 from alphamed.weights.plan import Bucket, Link, Member, Slice, SyncPlan, in_turns, members
 from alphamed.weights.probe import Difference
 
@@ -110,12 +111,19 @@ def test_digest_is_the_sum_and_the_sum_weighted_by_position():
     assert digest(words(7, -2, 5)).tolist() == [10, 7 * 1 - 2 * 2 + 5 * 3]
 
 
-def test_digest_counts_positions_across_chunks_and_wraps_at_64_bits():
-    n = 8 * DIGEST_WORDS["cpu"] + 3
+def test_digest_counts_positions_across_blocks_and_wraps_at_64_bits():
+    n = (BLOCK_ROWS["cpu"] + 2) * ROW_WORDS + 3
     flat = torch.full((n,), 2**31 - 1, dtype=torch.int32).view(torch.float32)
     weighted = (2**31 - 1) * n * (n + 1) // 2
     assert weighted > 2**63
     assert digest(flat).tolist() == [(2**31 - 1) * n, (weighted + 2**63) % 2**64 - 2**63]
+
+
+def test_digest_of_random_words_is_what_numpy_says():
+    found = numpy.random.default_rng(0).integers(-2**31, 2**31, (BLOCK_ROWS["cpu"] + 2) * ROW_WORDS + 77, dtype=numpy.int32)
+    wide = found.astype(numpy.int64)
+    expected = [wide.sum(), (wide * numpy.arange(1, len(wide) + 1)).sum()]
+    assert digest(torch.from_numpy(found).view(torch.float32)).tolist() == expected
 
 
 def test_digest_sees_a_single_flipped_bit_of_bf16():

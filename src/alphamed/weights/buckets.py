@@ -9,8 +9,8 @@ from torch import Tensor
 
 from alphamed.weights.plan import Bucket, Slice
 
-DIGEST_WORDS = {"cpu": 1 << 15, "cuda": 1 << 24}
-"""Digested at a time: on CPU what stays in its cache (7 times as fast as 2^20 words), on CUDA enough to fill it."""
+ROW_WORDS, BLOCK_ROWS = 1 << 12, {"cpu": 64, "cuda": 1 << 16}
+"""A digest adds up rows of so many words, so many rows at a time: on CPU what stays in its cache, on CUDA enough to fill it."""
 
 
 def empty_flat(bucket: Bucket, device: torch.device | str) -> Tensor:
@@ -67,13 +67,20 @@ def digest(flat: Tensor) -> Tensor:
     Catches flipped bits, lost and exchanged words. Computed where the tensor lies; a cryptographic hash of 140 GB would take
     a minute.
     """
-    words, step = flat.view(torch.int32), DIGEST_WORDS[flat.device.type]
-    total = torch.zeros((), dtype=torch.int64, device=flat.device)
-    weighted = torch.zeros_like(total)
-    places = torch.arange(1, min(step, words.numel()) + 1, dtype=torch.int64, device=flat.device)
-    for start in range(0, words.numel(), step):
-        chunk = words[start:start + step].to(torch.int64)
-        part = chunk.sum()
-        total += part
-        weighted += (chunk * places[:chunk.numel()]).sum() + part * start
-    return torch.stack([total, weighted])
+    words = flat.view(torch.int32)
+    rows = words[:words.numel() // ROW_WORDS * ROW_WORDS].view(-1, ROW_WORDS)
+    rest = words[rows.numel():].to(torch.int64)
+    by_column = torch.zeros(ROW_WORDS, dtype=torch.int64, device=flat.device)
+    by_row = [rest.new_zeros(0)]
+    for block in rows.split(BLOCK_ROWS[flat.device.type]):
+        by_row.append(block.sum(1, dtype=torch.int64))
+        by_column += block.sum(0, dtype=torch.int64)
+    sums = torch.cat(by_row)
+    # word j of row i has weight i x ROW_WORDS + j + 1
+    weighted = ((_count(sums) * ROW_WORDS * sums).sum() + ((_count(by_column) + 1) * by_column).sum()
+                + ((_count(rest) + rows.numel() + 1) * rest).sum())
+    return torch.stack([sums.sum() + rest.sum(), weighted])
+
+
+def _count(like: Tensor) -> Tensor:
+    return torch.arange(like.numel(), device=like.device)
