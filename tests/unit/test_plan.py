@@ -497,6 +497,16 @@ def test_weights_over_gloo_take_longer():
         assert step_time(job_).sync == pytest.approx(3_085_938_688 * 2 / bytes_per_s)
 
 
+@pytest.mark.parametrize("nodes, engines, mend", [
+    (16, 8, ("parallel.data=1",)),                                      # 64 ranks on 8 nodes, 8 engines on the other 8
+    (12, 8, ("parallel.data=1", "rollout.engines=4")), (20, 8, ("rollout.engines=4",))])
+def test_a_run_that_is_too_large_for_its_nodes_shrinks_no_more_than_it_must(nodes, engines, mend):
+    large = job(LLAMA_70B, parallel={"tensor": 8, "pipeline": 4, "context": 2, "data": 2}, cluster={"device": "cuda", "nodes": nodes},
+                rollout={"tensor_parallel": 8, "engines": engines})
+    problem, = [one for one in make_plan(large).problems if one.text.startswith("cluster.nodes: 128 trainer ranks and 8 engines")]
+    assert problem.mend == mend
+
+
 def test_shared_memory_does_not_reach_to_another_machine():
     one = job(QWEN_3B, cluster={"device": "cuda", "gpus_per_node": 2}, sync={"transport": "ipc"})
     assert not [problem for problem in make_plan(one).problems if "ipc" in problem.text]

@@ -108,7 +108,11 @@ def _shrunk(job: Job) -> tuple[str, ...]:
         data = (per_node - r.tensor_parallel) // (p.tensor * p.context * p.pipeline)
         return (f"parallel.data={data}", "rollout.engines=1") if data else ()
     data = (total - per_node) // (p.tensor * p.context * p.pipeline)
-    return (f"parallel.data={data}", f"rollout.engines={per_node // r.tensor_parallel}") if data else ()
+    if not data:
+        return ()
+    engines = engines_within(job, data * p.tensor * p.context * p.pipeline, r.tensor_parallel)
+    fewer = (f"rollout.engines={engines}",) if engines < job.engines else ()
+    return (f"parallel.data={data}", *fewer)
 
 
 def engines_within(job: Job, world: int, tensor: int) -> int:
