@@ -148,11 +148,11 @@ def _sending(method: str, shape: ModelShape, options: argparse.Namespace, rank: 
     channel = sender.channels[plan.links[0].name]
     if method == "plain":
         flat = torch.zeros(shape.parameters, dtype=torch.bfloat16)
-        return lambda: channel.broadcast(flat).wait(DEADLINE)
+        return lambda: channel.broadcast(flat, DEADLINE).wait(DEADLINE)
 
     def one_by_one() -> None:
         for _, tensor in source.tensors():
-            channel.broadcast(tensor.contiguous()).wait(DEADLINE)
+            channel.broadcast(tensor.contiguous(), DEADLINE).wait(DEADLINE)
     return one_by_one
 
 
@@ -195,7 +195,7 @@ def _receiving(method: str, shape: ModelShape, options: argparse.Namespace, memb
     channel = channels[own[0].name]
     if method == "plain":
         flat = torch.empty(shape.parameters, dtype=torch.bfloat16)
-        return lambda: channel.broadcast(flat).wait(DEADLINE)
+        return lambda: channel.broadcast(flat, DEADLINE).wait(DEADLINE)
     if method == "per-tensor":
         return functools.partial(_one_by_one, channel, own[0].slices, engine)
     return functools.partial(_load, Membership(store, plan.mode, own, channels), engine)
@@ -205,7 +205,7 @@ def _one_by_one(channel: links.Channel, tensors: Sequence[Slice], engine: Engine
     writer = engine.writer(list(engine.boxes.values()))
     for piece in tensors:
         whole = torch.empty(piece.whole, dtype=torch.bfloat16)
-        channel.broadcast(whole).wait(DEADLINE)
+        channel.broadcast(whole, DEADLINE).wait(DEADLINE)
         box = engine.boxes[piece.name]
         writer.write(box, whole[box_of(box)])
     writer.check_complete()

@@ -18,7 +18,7 @@ from alphamed.weights.shared_memory import SLOTS, SharedMemoryReceiver, SharedMe
 
 CPU = torch.device("cpu")
 DEADLINE_S = 60.0
-SOON = timedelta(seconds=0.3)
+SOON, LATE = timedelta(seconds=0.3), timedelta(seconds=DEADLINE_S)
 
 
 def open_link(receivers, slot_bytes=4096, deadline_s=DEADLINE_S):
@@ -40,15 +40,15 @@ def test_every_receiver_gets_every_bucket_in_turn():
     def send():
         for bucket in sent:
             scratch = bucket.clone()
-            source.broadcast(scratch)
+            source.broadcast(scratch, LATE)
             scratch.zero_()                                     # it may be reused at once
-        return source.broadcast(sent[0]).wait(timedelta(seconds=DEADLINE_S))
+        return source.broadcast(sent[0], LATE).wait(LATE)
 
     def receive(receiver):
         found = [torch.empty_like(bucket) for bucket in (*sent, sent[0])]
-        arrivals = [receiver.broadcast(flat) for flat in found]
+        arrivals = [receiver.broadcast(flat, LATE) for flat in found]
         for arrival in arrivals:
-            arrival.wait(timedelta(seconds=DEADLINE_S))
+            arrival.wait(LATE)
         return found
     with ThreadPoolExecutor(4) as threads:
         sending = threads.submit(send)
@@ -58,25 +58,25 @@ def test_every_receiver_gets_every_bucket_in_turn():
 
 
 def test_no_bucket_is_overwritten_before_all_have_taken_it():
-    source, quick, slow = open_link(2, deadline_s=0.3)
+    source, quick, slow = open_link(2)
     for number in range(SLOTS):
-        source.broadcast(torch.full((8,), number))
-        quick.broadcast(torch.empty(8, dtype=torch.int64)).wait(SOON)
+        source.broadcast(torch.full((8,), number), LATE)
+        quick.broadcast(torch.empty(8, dtype=torch.int64), LATE).wait(SOON)
     with pytest.raises(RuntimeError, match="link l: member 2 did not take bucket 0 in time"):
-        source.broadcast(torch.full((8,), 9))
+        source.broadcast(torch.full((8,), 9), SOON)
     late = torch.empty(8, dtype=torch.int64)
     for number in range(SLOTS):
-        slow.broadcast(late).wait(SOON)
+        slow.broadcast(late, LATE).wait(SOON)
         assert late.tolist() == [number] * 8
 
 
 def test_a_bucket_that_does_not_come_is_named():
     source, receiver = open_link(1)
     with pytest.raises(RuntimeError, match="link l: bucket 0 did not come in time"):
-        receiver.broadcast(torch.empty(8)).wait(SOON)
+        receiver.broadcast(torch.empty(8), LATE).wait(SOON)
     del source
     with pytest.raises(RuntimeError, match="link l: bucket 0 did not come: the other end has been closed"):
-        receiver.broadcast(torch.empty(8)).wait(timedelta(seconds=DEADLINE_S))
+        receiver.broadcast(torch.empty(8), LATE).wait(LATE)
 
 
 def test_a_member_that_does_not_join_is_named():
@@ -116,7 +116,7 @@ from alphamed.weights.links import reach_store
 from alphamed.weights.shared_memory import SharedMemoryReceiver
 receiver = SharedMemoryReceiver(reach_store("127.0.0.1", int(sys.argv[1]), 60), "l", 1, torch.device("cpu"), 60)
 flat = torch.empty(1000)
-receiver.broadcast(flat).wait(timedelta(seconds=60))
+receiver.broadcast(flat, timedelta(seconds=60)).wait(timedelta(seconds=60))
 print(float(flat.sum()), flush=True)
 time.sleep(600)
 """
@@ -127,10 +127,10 @@ def test_the_death_of_a_receiving_process_is_noticed_at_once():
     child = subprocess.Popen([sys.executable, "-c", RECEIVER, str(port)], stdout=subprocess.PIPE, text=True)
     try:
         source = SharedMemorySource(store, "l", 1, 4096, CPU, 600.0)
-        transfer = source.broadcast(torch.arange(1000.0))
+        transfer = source.broadcast(torch.arange(1000.0), LATE)
         assert float(child.stdout.readline()) == 499500
-        transfer.wait(timedelta(seconds=DEADLINE_S))
-        pending = source.broadcast(torch.zeros(1000))
+        transfer.wait(LATE)
+        pending = source.broadcast(torch.zeros(1000), LATE)
         os.kill(child.pid, signal.SIGKILL)
         began = time.monotonic()
         with pytest.raises(RuntimeError, match="link l: member 1 did not take bucket 1: Connection reset by peer"):
@@ -138,7 +138,7 @@ def test_the_death_of_a_receiving_process_is_noticed_at_once():
         assert time.monotonic() - began < DEADLINE_S            # not its deadline
         child.wait(DEADLINE_S)
         with pytest.raises(RuntimeError, match="link l: member 1 is gone"):
-            source.broadcast(torch.zeros(1000))
+            source.broadcast(torch.zeros(1000), LATE)
     finally:
         child.kill()
         child.wait()

@@ -37,8 +37,9 @@ class Transfer(Protocol):
 class Channel(Protocol):
     """This process's end of a link. Closed by dropping it."""
 
-    def broadcast(self, flat: Tensor) -> Transfer:
-        """Start sending (member 0) or receiving (all others) `flat`, whole and contiguous."""
+    def broadcast(self, flat: Tensor, timeout: timedelta) -> Transfer:
+        """Start sending (member 0) or receiving (all others) `flat`, whole and contiguous. `timeout`: of what a sender may have
+        to wait for before. Raises RuntimeError."""
 
 
 def open_channel(link: Link, member: int, store: dist.Store, address: str, device: torch.device, deadline_s: float) -> Channel:
@@ -71,7 +72,7 @@ class GroupChannel:
     def __init__(self, group: dist.ProcessGroup):
         self._group = group
 
-    def broadcast(self, flat: Tensor) -> dist.Work:
+    def broadcast(self, flat: Tensor, timeout: timedelta) -> dist.Work:
         options = dist.BroadcastOptions()
         options.rootRank = options.rootTensor = 0
         return self._group.broadcast([flat], options)

@@ -111,18 +111,21 @@ def arrivals(membership: Membership, device: torch.device, deadline_s: float) ->
     transports = {link.name: link.transport for link in membership.links}
     posted: dict[str, tuple[Bucket, Tensor, links.Transfer]] = {}
 
+    def left() -> timedelta:
+        return timedelta(seconds=max(1.0, end - time.monotonic()))
+
     def post(link: str) -> None:
         if waiting[link]:
             bucket = waiting[link].popleft()
             flat = empty_flat(bucket, "cpu" if transports[link] == "gloo" else device)
-            posted[link] = bucket, flat, membership.channels[link].broadcast(flat)
+            posted[link] = bucket, flat, membership.channels[link].broadcast(flat, left())
 
     for link in waiting:
         post(link)
     for bucket in in_turns(membership.links):
         expected, flat, transfer = posted.pop(bucket.link)
         assert expected == bucket, f"{bucket} is due, {expected} was posted"
-        transfer.wait(timedelta(seconds=max(1.0, end - time.monotonic())))
+        transfer.wait(left())
         post(bucket.link)
         yield bucket, flat
 

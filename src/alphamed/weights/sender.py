@@ -46,13 +46,16 @@ class Sender:
         found: dict[str, list[Tensor]] = {name: [] for name in self.channels}
         under_way: deque[tuple[links.Transfer, Tensor]] = deque()
 
+        def left() -> timedelta:
+            return timedelta(seconds=max(1.0, end - time.monotonic()))
+
         def finish_oldest() -> None:
             transfer, _ = under_way.popleft()
-            transfer.wait(timedelta(seconds=max(1.0, end - time.monotonic())))
+            transfer.wait(left())
 
         for bucket in in_turns(self._plan.links_from(self._source.rank)):
             flat = pack(bucket, map(part, bucket.slices), self._device)
-            under_way.append((self.channels[bucket.link].broadcast(flat), flat))
+            under_way.append((self.channels[bucket.link].broadcast(flat, left()), flat))
             found[bucket.link].append(digest(flat))
             if len(under_way) > len(self.channels):      # one travels on every link while the next is packed
                 finish_oldest()

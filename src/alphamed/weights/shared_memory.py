@@ -51,7 +51,7 @@ class SharedMemorySource:
     """Member 0's end. Waits until all receivers have joined; `slot_bytes`: of the largest bucket."""
 
     def __init__(self, store: dist.Store, name: str, receivers: int, slot_bytes: int, device: torch.device, deadline_s: float):
-        self._name, self._deadline_s = name, deadline_s
+        self._name = name
         self._written = 0                       # buckets so far
         slot_bytes = -(-slot_bytes // PAGE) * PAGE
         descriptor = os.memfd_create(f"alphamed {name}")
@@ -63,19 +63,19 @@ class SharedMemorySource:
                 listener.bind("\0" + address)                       # abstract: no file
                 listener.listen(receivers)
                 store.set("address", address)
-                self._receivers = self._accept(listener, receivers, descriptor, slot_bytes)
+                self._receivers = self._accept(listener, receivers, descriptor, slot_bytes, time.monotonic() + deadline_s)
         finally:
             os.close(descriptor)
         self._taken = [0] * receivers           # buckets so far
 
-    def _accept(self, listener: socket.socket, receivers: int, descriptor: int, slot_bytes: int) -> tuple[socket.socket, ...]:
+    def _accept(self, listener: socket.socket, receivers: int, descriptor: int, slot_bytes: int,
+                end: float) -> tuple[socket.socket, ...]:
         """The sockets of members 1, 2, ... Others of this machine can find the address too: only our own user is let in."""
-        end = time.monotonic() + self._deadline_s
         found: dict[int, socket.socket] = {}
         while len(found) < receivers:
             missing = ", ".join(str(member) for member in range(1, receivers + 1) if member not in found)
             with _errors(f"link {self._name}: member {missing} did not join"):
-                listener.settimeout(max(0.001, end - time.monotonic()))
+                listener.settimeout(_left(end))
                 peer, _ = listener.accept()
                 if CREDENTIALS.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size))[1] != os.getuid():
                     peer.close()
@@ -84,14 +84,14 @@ class SharedMemorySource:
                 socket.send_fds(peer, [NUMBER.pack(slot_bytes)], [descriptor])
         return tuple(found[member] for member in range(1, receivers + 1))
 
-    def broadcast(self, flat: Tensor) -> Taking:
+    def broadcast(self, flat: Tensor, timeout: timedelta) -> Taking:
         """Write a bucket where the one `SLOTS` before lay, when that has been taken by all. `flat` may be reused at once."""
-        number = self._written
-        self.await_taken(number - SLOTS + 1, time.monotonic() + self._deadline_s)
+        number, end = self._written, time.monotonic() + timeout.total_seconds()
+        self.await_taken(number - SLOTS + 1, end)
         self._memory.slot(number, flat).copy_(flat)                 # from a GPU: waits until it is there
         for member, peer in enumerate(self._receivers, 1):
             with _errors(f"link {self._name}: member {member} is gone"):
-                peer.settimeout(self._deadline_s)
+                peer.settimeout(_left(end))
                 peer.send(NUMBER.pack(number))
         self._written += 1
         return Taking(self, self._written)
@@ -126,7 +126,7 @@ class SharedMemoryReceiver:
         address = store.get("address").decode()
         self._source = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with _errors(f"link {name}: member {rank} could not join"):
-            self._source.settimeout(max(0.001, end - time.monotonic()))
+            self._source.settimeout(_left(end))
             self._source.connect("\0" + address)
             self._source.send(NUMBER.pack(rank))
             message, descriptors, _, _ = socket.recv_fds(self._source, NUMBER.size, 1)
@@ -137,7 +137,7 @@ class SharedMemoryReceiver:
         finally:
             os.close(descriptors[0])
 
-    def broadcast(self, flat: Tensor) -> Arrival:
+    def broadcast(self, flat: Tensor, timeout: timedelta) -> Arrival:
         return Arrival(self, flat)
 
     def take(self, flat: Tensor, end: float) -> None:
@@ -161,8 +161,12 @@ class Arrival:
         self._receiver.take(self._flat, time.monotonic() + timeout.total_seconds())
 
 
+def _left(end: float) -> float:
+    return max(0.001, end - time.monotonic())       # 0 would mean: do not wait, and raise another error
+
+
 def _receive(peer: socket.socket, end: float) -> int:
-    peer.settimeout(max(0.001, end - time.monotonic()))
+    peer.settimeout(_left(end))
     message = peer.recv(NUMBER.size)
     if not message:
         raise EOFError("the other end has been closed")
