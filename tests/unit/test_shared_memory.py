@@ -1,6 +1,8 @@
 """Links through shared memory, between threads and between processes."""
+import gc
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +16,7 @@ import torch.distributed as dist
 
 from alphamed.weights import shared_memory
 from alphamed.weights.links import host_store
-from alphamed.weights.shared_memory import SLOTS, SharedMemoryReceiver, SharedMemorySource
+from alphamed.weights.shared_memory import SLOTS, Late, SharedMemoryReceiver, SharedMemorySource
 
 CPU = torch.device("cpu")
 DEADLINE_S = 60.0
@@ -84,8 +86,27 @@ def test_a_member_that_does_not_join_is_named():
     with ThreadPoolExecutor(1) as threads:
         source = threads.submit(SharedMemorySource, store, "l", 2, 4096, CPU, 0.5)
         SharedMemoryReceiver(store, "l", 2, CPU, DEADLINE_S)
-        with pytest.raises(RuntimeError, match="link l: member 1 did not join in time"):
+        with pytest.raises(Late, match="link l: member 1 did not join in time") as caught:
             source.result(DEADLINE_S)
+    assert caught.value.members == (1,)
+
+
+def test_a_process_that_says_nothing_keeps_nobody_out():
+    """Nor one that says what is no member."""
+    store = dist.HashStore()
+    with ThreadPoolExecutor(2) as threads:
+        source = threads.submit(SharedMemorySource, store, "l", 1, 4096, CPU, DEADLINE_S)
+        store.wait(["address"], LATE)
+        silent, wrong = (socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2))
+        with silent, wrong:
+            for one in (silent, wrong):
+                one.connect("\0" + store.get("address").decode())
+            wrong.send(shared_memory.NUMBER.pack(7))
+            receiver = SharedMemoryReceiver(store, "l", 1, CPU, DEADLINE_S)
+            source.result(DEADLINE_S).broadcast(torch.arange(5), LATE)
+            flat = torch.empty(5, dtype=torch.int64)
+            receiver.broadcast(flat, LATE).wait(LATE)
+            assert flat.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_processes_of_other_users_are_not_let_in(monkeypatch):
@@ -102,6 +123,7 @@ def test_processes_of_other_users_are_not_let_in(monkeypatch):
 def test_a_closed_link_leaves_nothing():
     def left():
         return len(os.listdir("/proc/self/fd")), Path("/proc/self/maps").read_text().count("/memfd:alphamed")
+    gc.collect()                                # tracebacks of other tests hold links in cycles
     before = left()
     ends = open_link(2)
     assert left()[1] == before[1] + 3

@@ -308,7 +308,36 @@ def test_the_links_are_built_anew_when_an_engine_comes():
     assert all(torch.equal(engine[0].loaded["w3"], tensors["w3"]) for engine in grown.workers)
 
 
-def test_weights_go_through_shared_memory_where_they_can(over, monkeypatch):
+def test_links_of_unequal_length_come_to_their_ends():
+    """Stage 1 has 1 bucket, stage 0 has 8, the last of which is the largest; a worker takes them in turn."""
+    pool, control = Pool(1, 1), Control(2)
+    one, two = weights("a", sizes=(9,) * 7 + (16,)), weights("b", sizes=(3,), seed=1)
+    syncs = [WeightSync(config(), Source(one, two, rank=rank, stage=rank), pool if rank == 0 else None, control.of(rank))
+             for rank in range(2)]
+    for version in (1, 2):
+        assert run_ranks(*syncs) == [version] * 2
+    for engine in pool.workers:
+        assert engine[0].order[:3] == ["a0", "b0", "a1"]
+        assert all(torch.equal(engine[0].loaded[name], tensor) for name, tensor in (one | two).items())
+
+
+def test_a_worker_that_takes_nothing_is_named_and_not_one_that_waits_for_it(monkeypatch):
+    """Shared memory can tell; a broadcast of gloo fails as a whole."""
+    monkeypatch.setattr(sys.modules[__name__], "transport", "ipc")
+    tensors, pool = weights("w"), Pool(1, 1)
+    sync = WeightSync(config(), Source(tensors), pool, Control().of(0))
+    sync.push()
+    monkeypatch.setattr(SyncPlan, "deadline_s", 1.0)
+    stuck, original = threading.Event(), pool.receive
+    pool.receive = lambda engine, **arguments: stuck.wait(DEADLINE_S) if engine == 0 else original(engine, **arguments)
+    with pytest.raises(RunFailed) as caught:
+        sync.push()
+    stuck.set()
+    assert caught.value.culprit == "engine 0 worker 0"
+    assert "version 2 was not done in time: link stage 0: member 1 did not take bucket" in caught.value.message
+
+
+def test_weights_go_through_shared_memory_where_they_can(monkeypatch):
     """`auto` on one machine; between machines gloo, and `ipc` is refused."""
     monkeypatch.setattr(sys.modules[__name__], "transport", "auto")
     tensors, pool = weights("w"), Pool(1)
@@ -329,7 +358,8 @@ def test_weights_go_through_shared_memory_where_they_can(over, monkeypatch):
         WeightSync(config(), Source(tensors), pool, Control().of(0)).push()
 
 
-@pytest.mark.parametrize("share_gpus, one_machine, chosen", [(False, True, "nccl"), (False, False, "nccl"), (True, True, "ipc")])
+@pytest.mark.parametrize("share_gpus, one_machine, chosen", [
+    (False, True, "nccl"), (False, False, "nccl"), (True, True, "ipc"), (True, False, "gloo")])
 def test_on_gpus_nccl_carries_weights_unless_members_share_one(share_gpus, one_machine, chosen):
     wanted = build_config({"model": {"path": "m"}, "data": {"train": ["d.jsonl"]},
                            "cluster": {"device": "cuda", "share_gpus": share_gpus}})

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import subprocess
 from pathlib import Path
 
@@ -37,9 +38,13 @@ def wants_cuda(config: Config) -> bool:
 
 
 def this_machine() -> str:
-    """Equal for processes that can share memory: one kernel, and one network namespace, to which names of Unix sockets
-    belong."""
-    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/net')}"
+    """Equal for processes that can share memory: of one user, on one kernel, in one network namespace, to which names of Unix
+    sockets belong. Where the system does not tell, equal to nothing."""
+    try:
+        kernel, namespace = Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/net")
+    except OSError:
+        return secrets.token_hex(16)
+    return f"{kernel} {namespace} {os.getuid()}"
 
 
 def cores() -> int:

@@ -13,7 +13,8 @@ from torch import Tensor
 from alphamed.weights import links
 from alphamed.weights.buckets import box_of, digest, pack
 from alphamed.weights.cuts import Box
-from alphamed.weights.plan import Slice, SyncPlan, in_turns
+from alphamed.weights.plan import Member, Slice, SyncPlan, in_turns
+from alphamed.weights.shared_memory import Late
 from alphamed.weights.source import WeightSource
 
 Digests = dict[str, list[list[int]]]
@@ -40,6 +41,13 @@ class Sender:
         finally:
             if isinstance(part, _Gathered):
                 part.drain()
+
+    def late(self, failure: Exception | None) -> list[Member]:
+        """The workers that a failed `send` waited for in vain, where the transport knows them."""
+        if not isinstance(failure, Late):
+            return []
+        link, = (link for link in self._plan.links if link.name == failure.link)
+        return [self._plan.members[link.receivers[member - 1]] for member in failure.members]
 
     def _broadcast(self, part: Callable[[Slice], Tensor]) -> Digests:
         end = time.monotonic() + self._plan.deadline_s

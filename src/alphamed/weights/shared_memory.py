@@ -2,8 +2,8 @@
 
 A Unix socket joins the source with each receiver. It carries the memory's file descriptor, then the number of every bucket
 that has been written and, back, of every one that has been taken. The memory has no name (memfd), so nothing stays behind
-however a run ends, and a container's limit on /dev/shm does not count; a peer that ends closes its socket, which is noticed at
-once. With CUDA the memory is registered with the driver, so that GPUs copy at the speed of their bus.
+however a run ends, and a container's limit on /dev/shm does not count; the end of a peer closes its socket, which is noticed at
+once (unless it has forked a child that lives on). With CUDA the memory is registered with the driver, so that GPUs copy at the speed of their bus.
 """
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ import socket
 import struct
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing.connection import wait
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,17 @@ log = logging.getLogger(__name__)
 SLOTS = 2
 """Buckets that lie in the memory at a time: one is written while the one before is taken."""
 PAGE = mmap.PAGESIZE
+BACKLOG = 64
+"""Others that may stand before our own: a full queue would turn those away."""
 NUMBER, CREDENTIALS = struct.Struct("<Q"), struct.Struct("3i")      # the latter: pid, uid, gid
+
+
+class Late(RuntimeError):
+    """Members of a link that did not do their part in time."""
+
+    def __init__(self, link: str, members: Sequence[int], what: str):
+        super().__init__(f"link {link}: member {_listed(members)} did not {what} in time")
+        self.link, self.members = link, tuple(members)
 
 
 class Memory:
@@ -36,7 +47,8 @@ class Memory:
 
     def __init__(self, descriptor: int, slot_bytes: int, device: torch.device):
         self._slot_bytes = slot_bytes
-        self._bytes = torch.frombuffer(mmap.mmap(descriptor, SLOTS * slot_bytes), dtype=torch.uint8)
+        with _errors(f"{SLOTS * slot_bytes} bytes of shared memory"):
+            self._bytes = torch.frombuffer(mmap.mmap(descriptor, SLOTS * slot_bytes), dtype=torch.uint8)
         if device.type == "cuda":
             _register(self, self._bytes)
 
@@ -54,14 +66,15 @@ class SharedMemorySource:
         self._name = name
         self._written = 0                       # buckets so far
         slot_bytes = -(-slot_bytes // PAGE) * PAGE
-        descriptor = os.memfd_create(f"alphamed {name}")
-        try:
+        with _errors(f"link {name}: {SLOTS * slot_bytes} bytes of shared memory"):
+            descriptor = os.memfd_create(f"alphamed {name}")
             os.ftruncate(descriptor, SLOTS * slot_bytes)
+        try:
             self._memory = Memory(descriptor, slot_bytes, device)
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
                 address = f"alphamed-{secrets.token_hex(16)}"
                 listener.bind("\0" + address)                       # abstract: no file
-                listener.listen(receivers)
+                listener.listen(BACKLOG + receivers)
                 store.set("address", address)
                 self._receivers = self._accept(listener, receivers, descriptor, slot_bytes, time.monotonic() + deadline_s)
         finally:
@@ -72,17 +85,27 @@ class SharedMemorySource:
                 end: float) -> tuple[socket.socket, ...]:
         """The sockets of members 1, 2, ... Others of this machine can find the address too: only our own user is let in."""
         found: dict[int, socket.socket] = {}
-        while len(found) < receivers:
-            missing = ", ".join(str(member) for member in range(1, receivers + 1) if member not in found)
-            with _errors(f"link {self._name}: member {missing} did not join"):
-                listener.settimeout(_left(end))
-                peer, _ = listener.accept()
-                if CREDENTIALS.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size))[1] != os.getuid():
-                    peer.close()
+        unnamed: list[socket.socket] = []       # have connected, have not said who they are
+        while missing := [member for member in range(1, 1 + receivers) if member not in found]:
+            ready = wait([listener, *unnamed], _left(end))
+            if not ready:
+                raise Late(self._name, missing, "join")
+            for peer in ready:
+                if peer is listener:
+                    with _errors(f"link {self._name}: member {_listed(missing)} could not join"):
+                        peer, _ = listener.accept()
+                    if _user_of(peer) == os.getuid():
+                        unnamed.append(peer)
+                    else:
+                        log.warning("link %s: a process of user %d was not let in", self._name, _user_of(peer))
                     continue
-                found[_receive(peer, end)] = peer
-                socket.send_fds(peer, [NUMBER.pack(slot_bytes)], [descriptor])
-        return tuple(found[member] for member in range(1, receivers + 1))
+                unnamed.remove(peer)
+                with _errors(f"link {self._name}: member {_listed(missing)} could not join"):
+                    member = _receive(peer, end)
+                    if member in missing:
+                        found[member] = peer
+                        socket.send_fds(peer, [NUMBER.pack(slot_bytes)], [descriptor])
+        return tuple(found[member] for member in sorted(found))
 
     def broadcast(self, flat: Tensor, timeout: timedelta) -> Taking:
         """Write a bucket where the one `SLOTS` before lay, when that has been taken by all. `flat` may be reused at once."""
@@ -98,12 +121,16 @@ class SharedMemorySource:
 
     def await_taken(self, count: int, end: float) -> None:
         """Wait until every receiver has taken the first `count` buckets."""
-        for index, peer in enumerate(self._receivers):
-            while self._taken[index] < count:
-                with _errors(f"link {self._name}: member {index + 1} did not take bucket {self._taken[index]}"):
-                    number = _receive(peer, end)
-                assert number == self._taken[index], f"bucket {number} taken, {self._taken[index]} is due"
-                self._taken[index] += 1
+        while behind := [index for index, taken in enumerate(self._taken) if taken < count]:
+            ready = wait([self._receivers[index] for index in behind], _left(end))
+            if not ready:
+                raise Late(self._name, [1 + index for index in behind], f"take bucket {count - 1}")
+            for index in behind:
+                if self._receivers[index] in ready:
+                    with _errors(f"link {self._name}: member {1 + index} did not take bucket {self._taken[index]}"):
+                        number = _receive(self._receivers[index], end)
+                    assert number == self._taken[index], f"bucket {number} taken, {self._taken[index]} is due"
+                    self._taken[index] += 1
 
 
 class Taking:
@@ -123,6 +150,7 @@ class SharedMemoryReceiver:
     def __init__(self, store: dist.Store, name: str, rank: int, device: torch.device, deadline_s: float):
         self._name, self._taken = name, 0
         end = time.monotonic() + deadline_s
+        store.wait(["address"], timedelta(seconds=deadline_s))
         address = store.get("address").decode()
         self._source = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with _errors(f"link {name}: member {rank} could not join"):
@@ -131,7 +159,7 @@ class SharedMemoryReceiver:
             self._source.send(NUMBER.pack(rank))
             message, descriptors, _, _ = socket.recv_fds(self._source, NUMBER.size, 1)
             if not descriptors:
-                raise EOFError("its source has left")
+                raise EOFError("no room for another file descriptor" if message else "its source has left")
         try:
             self._memory = Memory(descriptors[0], NUMBER.unpack(message)[0], device)
         finally:
@@ -173,6 +201,14 @@ def _receive(peer: socket.socket, end: float) -> int:
     return NUMBER.unpack(message)[0]
 
 
+def _user_of(peer: socket.socket) -> int:
+    return CREDENTIALS.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size))[1]
+
+
+def _listed(members: Sequence[int]) -> str:
+    return ", ".join(map(str, members))
+
+
 @contextmanager
 def _errors(what: str) -> Iterator[None]:
     """A lost or late peer raises RuntimeError, as with torch.distributed."""
@@ -187,8 +223,7 @@ def _register(memory: Memory, pages: Tensor) -> None:
     """Let CUDA copy from and to these pages directly."""
     runtime = torch.cuda.cudart()
     status = runtime.cudaHostRegister(pages.data_ptr(), pages.numel(), 0)
-    if int(status):
-        log.warning("the weight link's %d MiB of host memory could not be pinned (%s): copies will be slower",
-                    pages.numel() >> 20, status)
-        return
+    if int(status):                             # and CUDA would report it again, at some later kernel
+        raise RuntimeError(f"{pages.numel() >> 20} MiB of shared memory could not be registered with CUDA ({status}); set "
+                           f"sync.transport to gloo")
     weakref.finalize(memory, lambda kept: runtime.cudaHostUnregister(kept.data_ptr()), pages)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 JOIN_DEADLINE_S = 120.0
 COMMIT_DEADLINE_S = 60.0
+GRACE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,32 +120,43 @@ class WeightSync:
             calls = self._pool.begin("join", [dict(
                 address=order.address, port=order.port, first_member=sum(order.engines[:engine]),
                 deadline_s=JOIN_DEADLINE_S) for engine in range(len(order.engines))])
-        if self._source.rank in self._plan.sources:
-            if not self._pool:
-                self._store = links.reach_store(order.address, order.port, JOIN_DEADLINE_S)
-            on_gpu = wants_cuda(self._config) and order.transport != "gloo"
-            device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-            self._sender = Sender(self._plan, self._source, self._store, order.address, device, JOIN_DEADLINE_S)
-        if self._pool:
-            self._pool.end(calls, "joining the weight links", JOIN_DEADLINE_S)
+        failure = self._open_sender(order) if self._source.rank in self._plan.sources else None
+        if self._pool:                          # where an engine knows why the links do not come, that is raised
+            self._pool.end(calls, "joining the weight links", COMMIT_DEADLINE_S if failure else JOIN_DEADLINE_S)
+        if failure:
+            raise failure
         self._epoch = order.epoch
+
+    def _open_sender(self, order: Order) -> RuntimeError | None:
+        if not self._pool:
+            self._store = links.reach_store(order.address, order.port, JOIN_DEADLINE_S)
+        on_gpu = wants_cuda(self._config) and order.transport != "gloo"
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        try:
+            self._sender = Sender(self._plan, self._source, self._store, order.address, device, JOIN_DEADLINE_S)
+        except RuntimeError as error:
+            return error
+        return None
 
     # ------------------------------------------------------------------------------------------------------- transferring
     def _transfer(self, order: Order) -> None:
         calls, failure, sent = [], None, {}
         if self._pool:
-            calls = self._pool.begin("receive", [dict(version=order.version, deadline_s=self._plan.deadline_s)
+            # later than the senders' own deadline, which know who is late
+            calls = self._pool.begin("receive", [dict(version=order.version, deadline_s=self._plan.deadline_s + GRACE_S)
                                                  for _ in order.engines])
         if self._sender:
             sent, failure = self._sender.send()
             if not self._pool:
                 self._store.set(f"digests/{order.version}/{self._source.rank}", json.dumps(None if failure else sent))
+            if late := self._sender.late(failure):
+                raise RunFailed(", ".join(map(str, late)), f"the push of version {order.version} was not done in time: {failure}")
         elif self._source.exports:
             take_part(self._source, self._plan.mode)
         if self._pool:
             # a broken link is a consequence: where an engine knows the cause, that is raised
             received = self._pool.end(calls, f"receiving weights of version {order.version}",
-                                      COMMIT_DEADLINE_S if failure else self._plan.deadline_s)
+                                      COMMIT_DEADLINE_S if failure else self._plan.deadline_s + 2 * GRACE_S)
             if not failure:
                 self._confirm(order, sent, received)
         if failure:                             # no RunFailed: control waits a moment for the cause
