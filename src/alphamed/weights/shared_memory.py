@@ -98,6 +98,7 @@ class SharedMemorySource:
                         unnamed.append(peer)
                     else:
                         log.warning("link %s: a process of user %d was not let in", self._name, _user_of(peer))
+                        peer.close()
                     continue
                 unnamed.remove(peer)
                 with _errors(f"link {self._name}: member {_listed(missing)} could not join"):
@@ -105,6 +106,8 @@ class SharedMemorySource:
                     if member in missing:
                         found[member] = peer
                         socket.send_fds(peer, [NUMBER.pack(slot_bytes)], [descriptor])
+                    else:
+                        peer.close()
         return tuple(found[member] for member in sorted(found))
 
     def broadcast(self, flat: Tensor, timeout: timedelta) -> Taking:
