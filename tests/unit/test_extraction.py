@@ -301,3 +301,15 @@ def test_imports_only_the_standard_library():
     source = open(extraction.__file__, encoding="utf-8").read()
     imported = set(re.findall(r"^\s*(?:from|import)\s+([\w.]+)", source, flags=re.M))
     assert imported == {"__future__", "re", "collections.abc"}
+
+
+SIGNS = {"A": "50% dextrose", "B": "HLA-B_27 & others", "C": "#3 suture", "D": "50"}
+
+
+@pytest.mark.parametrize("text, letter", [
+    (r"\boxed{\text{A. 50\% dextrose}}", "A"), (r"\boxed{50\% dextrose}", None), (r"\boxed{A: 50% dextrose}", "A"),
+    (r"\boxed{B. HLA-B\_27 \& others}", "B"), (r"\boxed{(C) \#3 suture}", "C"), (r"\boxed{A. 50\%}", None),
+    (r"\boxed{B. 50\% dextrose}", None)])
+def test_signs_that_latex_escapes_are_those_of_the_option(text, letter):
+    """Inside a box `%`, `&`, `#` and `_` must be escaped to be valid."""
+    assert extract_answer(text, SIGNS) == letter

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 # it belongs to `\\boxed`, which a model writes that escapes its own output), a brace.
 _MARK = re.compile(r"(?P<box>\\boxed\s*\{)|\\[{}]|\\\\(?!boxed)|(?P<brace>[{}])")
 _WRAPPER = re.compile(r"\\(?:textbf|text|mathbf|mathrm)\s*(?=\{)")
-_ESCAPED_BRACKET = re.compile(r"\\(?=[()\[\]{}])")
+_ESCAPED = re.compile(r"\\(?=[()\[\]{}%&#_])")     # LaTeX writes `50\%`
 _FULL_WIDTH = {0xFF01 + i: 0x21 + i for i in range(94)}    # U+FF01..U+FF5E are `!`..`~`
 _CLOSES = {"(": ")", "[": "]", "{": "}"}
 _TRAILING = ".):"
@@ -121,8 +121,8 @@ def _canonical(text: str) -> str:
 
 
 def _fold(text: str) -> str:
-    """Full-width forms as ASCII, wrapper commands cut to their braces, escaped brackets to brackets, `$$` to `$`."""
-    return _ESCAPED_BRACKET.sub("", _WRAPPER.sub("", text.translate(_FULL_WIDTH))).replace("$$", "$")
+    """Full-width forms as ASCII, wrapper commands cut to their braces, escaped signs to signs, `$$` to `$`."""
+    return _ESCAPED.sub("", _WRAPPER.sub("", text.translate(_FULL_WIDTH))).replace("$$", "$")
 
 
 def _partners(text: str) -> dict[int, int]:
