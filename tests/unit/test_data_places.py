@@ -113,3 +113,17 @@ def test_bad_rows_are_counted_in_words(capsys):
     write("a.jsonl", [row(0), {"id": "x"}, {"id": "y"}])
     assert main(["data", "build", "--from", "a.jsonl", "--out", "t.jsonl"]) == 2
     assert "; 1 more bad row; mend the data" in capsys.readouterr().err
+
+
+def test_an_inspection_replaces_no_file_of_the_users(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    row = '{"id": "q", "question": "Why?", "options": {"A": "x", "B": "y"}, "answer": "A"}'
+    Path("orig.jsonl").write_text(row)
+    Path("orig.json").write_text("[1, 2]")
+    Path("other.jsonl").write_text(row)
+    assert main(["data", "inspect", "orig.jsonl"]) == 2
+    assert "the numbers would replace orig.json, which is of no inspection; give another --out" in capsys.readouterr().err
+    assert main(["data", "inspect", "orig.jsonl", "--out", "other.jsonl"]) == 2
+    assert "--out: other.jsonl is to be a page" in capsys.readouterr().err
+    assert Path("orig.json").read_text() == "[1, 2]" and Path("other.jsonl").read_text() == row
+    assert main(["data", "inspect", "other.jsonl"]) == 0 == main(["data", "inspect", "other.jsonl"])

@@ -61,7 +61,7 @@ def test_every_bad_row_is_listed_with_its_line(tmp_path):
         assert problem.startswith(expected)     # the recursion message goes on, differently between Python versions
     assert found[-1] == duplicate
     assert str(error.value) == (f"{file}:3: {BAD_LINES[0][1]}; 8 more bad rows; mend the data, or leave bad rows out "
-                                "with data.bad_rows=skip")
+                                "with data.bad_rows=skip (--bad-rows skip on the command line)")
     assert pickle.loads(pickle.dumps(error.value)).problems == error.value.problems
 
 
@@ -70,7 +70,7 @@ def test_one_bad_row_is_refused_without_talk_of_others(tmp_path):
     with pytest.raises(DataError) as error:
         load_questions([file])
     assert str(error.value) == (f"{file}:2: answer 'E' is not among the options A, B; mend the data, or leave bad rows "
-                                "out with data.bad_rows=skip")
+                                "out with data.bad_rows=skip (--bad-rows skip on the command line)")
 
 
 def test_skipping_keeps_the_good_rows_and_counts_the_bad(tmp_path):

@@ -44,7 +44,8 @@ def load_questions(paths: Iterable[str | Path], bad_rows: BadRows = BadRows.REFU
     questions, problems = check_questions(row for file, read in zip(files, readers) for row in read(file))
     if problems and bad_rows == BadRows.REFUSE:
         others = f"; {counted(len(problems) - 1, 'more bad row')}" if len(problems) > 1 else ""
-        raise DataError(f"{problems[0]}{others}; mend the data, or leave bad rows out with data.bad_rows=skip",
+        raise DataError(f"{problems[0]}{others}; mend the data, or leave bad rows out with data.bad_rows=skip "
+                        f"(--bad-rows skip on the command line)",
                         problems)
     if not questions:
         raise DataError(f"{', '.join(map(str, files))}: no usable question, all {len(problems)} rows are bad "

@@ -4,12 +4,14 @@ Like report.html it asks for nothing and runs nothing; question texts are escape
 """
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from alphamed.config import ConfigError
 from alphamed.config_choices import BadRows
 from alphamed.data.card import describe, file_sha256
 from alphamed.data.checks import Finding, check_set
@@ -30,6 +32,10 @@ def main(file: Path, out: Path | None) -> int:
     out = out or beside(file, ".html")
     numbers_file = beside(out, ".json")
     check_places({"--out": out, "the numbers": numbers_file}, {"FILE": [file]})
+    if out.suffix != ".html":
+        raise ConfigError(f"--out: {out} is to be a page; give a name that ends in .html")
+    if numbers_file.exists() and not _is_ours(numbers_file):
+        raise ConfigError(f"--out: the numbers would replace {numbers_file}, which is of no inspection; give another --out")
     loaded = load_questions([file], BadRows.SKIP)
     findings = check_set(loaded.questions, loaded.skipped)
     about = {"file": str(file), "sha256": file_sha256(file)} | describe(loaded.questions)
@@ -38,6 +44,14 @@ def main(file: Path, out: Path | None) -> int:
     write_all({out: text_writer(page), numbers_file: json_writer(numbers)})
     print(out)
     return 0
+
+
+def _is_ours(numbers_file: Path) -> bool:
+    try:
+        numbers = json.loads(numbers_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(numbers, dict) and {"sha256", "findings"} <= numbers.keys()
 
 
 def render(name: str, about: dict[str, Any], questions: Sequence[Question], findings: Sequence[Finding]) -> str:
