@@ -69,7 +69,7 @@ class FakeGrader:
 def scene(engines=1, concurrent=4, deadline_s=60.0):
     fakes, grader = [FakeEngine() for _ in range(engines)], FakeGrader()
     return fakes, grader, RolloutCoordinator(
-        [Engine(i, fake, 1, {"actor": 100 + i}) for i, fake in enumerate(fakes)], grader, 99, concurrent, deadline_s)
+        [Engine(i, fake, 1, "here", {"actor": 100 + i}) for i, fake in enumerate(fakes)], grader, 99, concurrent, deadline_s)
 
 
 async def settle():
