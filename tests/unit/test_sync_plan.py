@@ -1,6 +1,6 @@
 """Buckets, order, digests and the probe's arithmetic, against hand-computed values."""
-import pytest
 import numpy
+import pytest
 import torch
 
 from alphamed.weights.buckets import BLOCK_ROWS, ROW_WORDS, Assembly, digest, pack, unpack

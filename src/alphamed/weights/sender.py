@@ -43,11 +43,15 @@ class Sender:
                 part.drain()
 
     def late(self, failure: Exception | None) -> list[Member]:
-        """The workers that a failed `send` waited for in vain, where the transport knows them."""
+        """The workers that a failed `send` waited for in vain, where the transport knows them. None where one also takes from
+        other ranks: it may itself wait for those."""
         if not isinstance(failure, Late):
             return []
         link, = (link for link in self._plan.links if link.name == failure.link)
-        return [self._plan.members[link.receivers[member - 1]] for member in failure.members]
+        numbers = [link.receivers[member - 1] for member in failure.members]
+        if any(other.source != self._source.rank for number in numbers for other in self._plan.links_to(number)):
+            return []
+        return [self._plan.members[number] for number in numbers]
 
     def _broadcast(self, part: Callable[[Slice], Tensor]) -> Digests:
         end = time.monotonic() + self._plan.deadline_s

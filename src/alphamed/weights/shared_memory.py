@@ -68,8 +68,9 @@ class SharedMemorySource:
         slot_bytes = -(-slot_bytes // PAGE) * PAGE
         with _errors(f"link {name}: {SLOTS * slot_bytes} bytes of shared memory"):
             descriptor = os.memfd_create(f"alphamed {name}")
-            os.ftruncate(descriptor, SLOTS * slot_bytes)
         try:
+            with _errors(f"link {name}: {SLOTS * slot_bytes} bytes of shared memory"):
+                os.ftruncate(descriptor, SLOTS * slot_bytes)
             self._memory = Memory(descriptor, slot_bytes, device)
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
                 address = f"alphamed-{secrets.token_hex(16)}"
