@@ -21,11 +21,12 @@ from alphamed.weights import receiver
 from alphamed.weights.families import hf_shapes
 from alphamed.weights.hf_io import hf_parts
 from alphamed.weights.links import GroupChannel
-from alphamed.weights.plan import Link, Slice, SyncPlan, members
+from alphamed.weights.plan import Link, Slice, SyncPlan, Wire, members
 from alphamed.weights.probe import Probe
 from alphamed.weights.receiver import WeightReceiver
 from alphamed.weights.routes import make_plan
-from alphamed.weights.shared_memory import SharedMemoryReceiver
+from alphamed.weights.sender import Sender
+from alphamed.weights.shared_memory import Late, SharedMemoryReceiver
 from alphamed.weights.sync import WeightSync, choose_transport
 
 DEADLINE_S = 60
@@ -390,3 +391,13 @@ def test_the_probe_is_cut_to_what_an_engine_holds():
         tuple(range(5000)), lambda tokens: asked.append(tokens) or [0.0] * 3070))
     sync.push()
     assert asked == [tuple(range(1024 + 2048 - 1))]
+
+
+# ---------------------------------------------------------------------------------------------------------------- late workers
+@pytest.mark.parametrize("stages, named", [(1, ["engine 1 worker 0"]), (2, [])])
+def test_a_late_worker_is_named_where_it_can_not_be_waiting_for_another_rank(stages, named):
+    source = Source(*(weights(f"{stage}w") for stage in range(stages)))
+    sender = Sender.__new__(Sender)             # without links: what is asked needs none
+    sender._source, sender._plan = source, source.plan((1, 1), Wire("gather", "ipc", "float32", 64))
+    assert [str(worker) for worker in sender.late(Late("stage 0", [2], "take bucket 3"))] == named
+    assert sender.late(RuntimeError("link stage 0: member 2 is gone")) == [] == sender.late(None)
