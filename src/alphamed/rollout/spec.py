@@ -121,6 +121,9 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
             "OMP_NUM_THREADS": str(len(spec.cores[0])),
             "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, ids)) for ids in spec.cores),
             "GLOO_SOCKET_IFNAME": "lo",
+            # Engines run eagerly, but vLLM decorates small functions of its sampler with torch.compile: each start would
+            # compile them again for about 15 s, as the compiler's cache is in the run's own temporary folder.
+            "TORCHDYNAMO_DISABLE": "1",
         }
     return variables
 
