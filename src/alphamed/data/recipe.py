@@ -43,7 +43,7 @@ class SourceRecipe(Section):
     licence: str | None = None
     """For sets that are not known; rows that carry a licence of their own keep it."""
     levels: Path | None = None
-    """JSONL or Parquet with `id`, `level` and, where known, `informativeness`, over what the questions carry: what `alphamed
+    """A file of rows with `id`, `level` and, where known, `informativeness`, over what the questions carry: what `alphamed
     data difficulty` writes."""
 
 
