@@ -83,16 +83,16 @@ def check_file(file: Path) -> None:
 
 
 def columns(file: Path) -> list[str] | None:
-    """The names of a table's columns, or the keys of the first row of JSON; None where that is no object. Raises DataError as
+    """The names of a table's columns, or the keys of the first object in JSON; None where there is none. Raises DataError as
     `rows` does."""
     check_file(file)
     if kind_of(file) == ".parquet":
         return _parquet_names(file)
-    first = next(rows(file))
     if kind_of(file) in (".csv", ".tsv"):
+        next(rows(file))                        # says what is wrong with the file
         with jsonl.opened(file) as stream:
             return [name for name in _header(file, next(_records(file, stream))) if name]
-    return list(first.value) if isinstance(first.value, Mapping) else None
+    return next((list(row.value) for row in rows(file) if isinstance(row.value, Mapping)), None)
 
 
 # ----------------------------------------------------------------------------------------------------------------- JSON
