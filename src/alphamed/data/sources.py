@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from alphamed.config_choices import BadRows
-from alphamed.data.mcq import Row, RowProblem, check_questions
-from alphamed.data.tables import KINDS, DataError, check_file, columns, kind_of, rows
+from alphamed.data.mcq import DataError, Row, RowProblem, check_questions
+from alphamed.data.tables import KINDS, check_file, columns, kind_of, rows
 from alphamed.data.text import counted
 from alphamed.jsonl import unique_keys
 from alphamed.records import Question

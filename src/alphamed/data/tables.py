@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from alphamed import jsonl
-from alphamed.data.mcq import Row, RowProblem, short
+from alphamed.data.mcq import DataError, Row, short
 
 KINDS = ".jsonl, .json, .csv, .tsv (each also with .gz) or .parquet"
 NESTED = ("options", "choices", "answers", "data", "context")
@@ -29,14 +29,6 @@ WHOLE = ("level", "informativeness", "cop", "ra", "answer_index")
 """Columns of whole numbers in the schema and in public sets."""
 _TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-
-
-class DataError(ValueError):
-    """A mistake in data: one line naming the place, the problem and the fix. `problems` lists every bad row."""
-
-    def __init__(self, message: str, problems: Sequence[RowProblem] = ()):
-        super().__init__(message)
-        self.problems = tuple(problems)
 
 
 def kind_of(file: str | Path) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import unicodedata
 from collections.abc import Mapping
 
+from alphamed.folding import fold
 from alphamed.records import Question
 
 _WORD = re.compile(r"[^\W_]+(?:\.\d+)?")        # "7.4" is one word; underscores of fill-in blanks are none
@@ -29,7 +29,7 @@ def normalised(text: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+    return _WORD.findall(fold(text).lower())
 
 
 def content_words(text: str) -> list[str]:
@@ -39,7 +39,7 @@ def content_words(text: str) -> list[str]:
 
 def normalised_option(text: str) -> str:
     """An option's words, or the text itself where it has none (`+`, `-`, `>`)."""
-    return normalised(text) or text.strip()
+    return normalised(text) or fold(text).strip()
 
 
 def option_set(options: Mapping[str, str]) -> tuple[str, ...]:
