@@ -25,7 +25,7 @@ from alphamed.data.output import (beside, check_places, check_suffix, json_write
 from alphamed.data.recipe import BalanceRecipe, BuildRecipe, Overlap, SourceRecipe
 from alphamed.data.sources import DataError, read_rows
 from alphamed.data.tables import rows
-from alphamed.data.text import counted, normalised, option_set
+from alphamed.data.text import counted, is_unspaced, normalised, option_set
 from alphamed.data.upstream import QuestionSource, read_upstream
 from alphamed.records import Question
 
@@ -73,6 +73,9 @@ def build(recipe: BuildRecipe) -> Built:
         _read(built, wanted, recipe.bad_rows)
     _refuse_shared_ids(built.items)
     _decide(built, recipe)
+    if count := sum(is_unspaced(item.question.question) for item in built.items):
+        built.steps.append(f"words: {counted(count, 'question')} in a script without blanks between words; there characters are "
+                           f"counted as words")
     items, dropped = filtered(built.items, recipe.filter)
     built.keep("filter", items)
     built.steps += [f"filter: {count:,} left out by {reason}" for reason, count in sorted(dropped.items())]
