@@ -1,9 +1,9 @@
 """How texts are compared: one folding of signs that look alike or are not seen at all. Standard library only.
 
 Folded are quotes (curly, low, angled, primes), dashes and minus signs, spaces of every width, signs without width
-(zero-width spaces and joiners, soft hyphens, byte order marks, marks of direction), full-width forms, ligatures and the other
-compatibility forms of Unicode, and accents written as signs of their own. It is done on both sides of a comparison and
-nowhere else: what a model is shown, and what is written, stays as it was but for white space at the ends.
+(zero-width spaces and joiners, soft hyphens, byte order marks, marks of direction), full-width forms, ligatures and the
+other compatibility forms of Unicode, and accents written as signs of their own. It is done on both sides of a comparison
+and nowhere else: what a model is shown, and what is written, stays as it was but for white space at the ends.
 """
 from __future__ import annotations
 

@@ -240,7 +240,7 @@ HOSTILE = {
     "accents out of order": (lambda n: r"\boxed{A" + "\u0301\u0327" * n + "}", None),
     "ligatures of eighteen letters": (lambda n: r"\boxed{A: " + "\ufdfa" * n + "}", None),
     "signs that are not seen": (lambda n: r"\boxed{" + "\u200b" * n + "A" + "\u00ad" * n + "}", "A"),
-    "quotes": (lambda n: r"\boxed{A: " + "\u201c" * n + "Vitamin A" + "\u201d" * n + "}", None),      # too long for an option
+    "quotes": (lambda n: r"\boxed{A: " + "\u201c" * n + "Vitamin A" + "\u201d" * n + "}", None),  # too long
     "zero bytes": (lambda n: "\0" * n + r"\boxed{A}", "A"),
 }
 

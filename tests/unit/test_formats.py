@@ -22,7 +22,8 @@ def answers(questions):
 
 
 def source(file, name):
-    return answers(item.question for item in build(BuildRecipe(sources=[SourceRecipe(name=name, path=file)], shuffle=False)).items)
+    recipe = BuildRecipe(sources=[SourceRecipe(name=name, path=file)], shuffle=False)
+    return answers(item.question for item in build(recipe).items)
 
 
 def levels(file, _):

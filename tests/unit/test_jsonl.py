@@ -46,7 +46,7 @@ def test_questions_levels_items_and_shots_are_read_however_their_lines_end(write
     first, second = load_questions([questions]).questions
     assert (first.question, dict(first.options), first.level) == (QUESTION.question, dict(QUESTION.options), 3)
     assert load_benchmark(str(questions)).questions == (first, second)
-    assert _annotations(questions) == {QUESTION.id: {"level": 3}, "r": {"level": 4}}       # what `data difficulty` writes is a set of questions
+    assert _annotations(questions) == {QUESTION.id: {"level": 3}, "r": {"level": 4}}
     items = write("items.jsonl", ROW | {"letter": "A", "model": "m"}, ROW | {"id": "r", "letter": None, "model": "m"})
     assert [row["id"] for row in read_models([items])["m"]] == [QUESTION.id, "r"]
     shot = {"question": QUESTION.question, "options": dict(QUESTION.options), "response": "\\boxed{A}"}
@@ -90,8 +90,8 @@ def test_logs_and_work_files_of_the_program(tmp_path):
     assert looks.sentences(tmp_path) == [f"Test set set {SEPARATORS} was looked at once (step 3)."]
     append_json(tmp_path / "metrics.jsonl", {"step": 1, "loss": 0.5})
     assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5}]
-    append_json(tmp_path / "shard-1-of-1.jsonl", {"id": QUESTION.id, "content": content_of(QUESTION), "outcomes": ["correct"],
-                                                  "letters": ["A"], "tokens": [3], "question_tokens": 4})
+    append_json(tmp_path / "shard-1-of-1.jsonl", {"id": QUESTION.id, "content": content_of(QUESTION),
+                                                  "outcomes": ["correct"], "letters": ["A"], "tokens": [3], "question_tokens": 4})
     assert set(read_work(tmp_path, [QUESTION], 1)) == {QUESTION.id}
 
 

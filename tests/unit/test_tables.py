@@ -24,9 +24,10 @@ NAMES = ("mine.jsonl", "mine.json", "mine.csv", "mine.tsv", "mine.jsonl.gz", "mi
 # Texts that a reader may take for something else: missing values, numbers, truth, dates, signs of CSV itself
 ODD = ("None", "NA", "N/A", "null", "nan", "NaN", "", "5.0", "007", "1e3", "TRUE", "2020-01-01", "-", 'a "quoted", text',
        "two\nlines", "tab\there", "\u2028", "'", "[1]")
-ROWS = [{"id": f"q{i}", "question": f"Question {i}, really?", "options": {"A": text or "empty", "B": f"other {i}"}, "answer": "A",
-         "context": text or None, "level": i % 6 + 1} for i, text in enumerate(ODD)]
-FOUND = [(row["id"], row["question"], row["options"], "A", (row["context"] or "").strip() or None, row["level"]) for row in ROWS]
+ROWS = [{"id": f"q{i}", "question": f"Question {i}, really?", "options": {"A": text or "empty", "B": f"other {i}"},
+         "answer": "A", "context": text or None, "level": i % 6 + 1} for i, text in enumerate(ODD)]
+FOUND = [(row["id"], row["question"], row["options"], "A", (row["context"] or "").strip() or None, row["level"])
+         for row in ROWS]
 
 
 @pytest.fixture(autouse=True)
@@ -107,8 +108,8 @@ def test_a_json_name_may_hold_json_lines_or_a_single_row():
 
 
 def test_an_empty_cell_is_missing_and_a_python_dict_is_read():
-    table("x.csv", [{"id": "q1", "question": "Why?", "options": "{'A': 'None', 'B': \"it's\"}", "answer": "A", "context": " ",
-                     "source": "", "level": "3.0", "": "7"}])
+    table("x.csv", [{"id": "q1", "question": "Why?", "options": "{'A': 'None', 'B': \"it's\"}", "answer": "A",
+                     "context": " ", "source": "", "level": "3.0", "": "7"}])
     question, = load_questions(["x.csv"]).questions
     assert (dict(question.options), question.context, question.source, question.level) == (
         {"A": "None", "B": "it's"}, None, None, 3)
@@ -154,11 +155,12 @@ def test_the_authors_file_of_pubmedqa_is_read():
 
 
 @pytest.mark.parametrize("content, message", [
-    ('{"101": {"QUESTION": "Does wal', "hub.json: not JSON: Unterminated string starting at at character 22 (the file seems cut "
-                                       "off); give an array of rows"),
+    ('{"101": {"QUESTION": "Does wal', "hub.json: not JSON: Unterminated string starting at at character 22 (the file seems "
+                                       "cut off); give an array of rows"),
     ('{"101": {"Q": "x"}, "101": {}}', "hub.json: not JSON that can be used: key '101' stands twice; give"),
     ('[{"a": 1}]', "hub.json: rows are not in the layout of pubmedqa1000 (no 'pubid'); its columns are 'a'"),
-    ('["a"]', "hub.json gives no question (all 1 rows are bad, the first: hub.json:1: not an object of keys and values but text)"),
+    ('["a"]', "hub.json gives no question (all 1 rows are bad, the first: hub.json:1: not an object of keys and values but "
+              "text)"),
     ("[]", "hub.json: is empty"), ("", "hub.json: is empty")])
 def test_a_whole_json_file_that_can_not_be_used_says_why(content, message):
     Path("hub.json").write_text(content)
@@ -184,8 +186,8 @@ OPTIONS = b'"{""A"": ""x"", ""B"": ""y""}"'
     ("x.csv", HEAD + b'q1,"Why?,' + OPTIONS + b",A\n", "x.csv: line 2 cannot be read as a table ("),
     ("x.csv", HEAD + b'q1,"Why" not?,' + OPTIONS + b",A\n", "x.csv: line 2 cannot be read as a table ("),
     ("x.csv", b"id,question,question,answer\n", "x.csv: has two columns called 'question'; rename one"),
-    ("x.csv", b"id;question;options;answer\n1;2;3;4\n", "x.csv: has no column id, question, options, answer; its columns are "
-                                                      "id;question;options;answer"),
+    ("x.csv", b"id;question;options;answer\n1;2;3;4\n", "x.csv: has no column id, question, options, answer; its columns "
+                                                      "are id;question;options;answer"),
     ("x.csv", HEAD, "x.csv: is empty"), ("x.csv", b"", "x.csv: is empty"),
     ("x.csv", "\ufeffid,question".encode("utf-16"), "x.csv: is UTF-16; save it as UTF-8"),
     ("x.jsonl", json.dumps(ROWS[0]).encode("utf-16"), "x.jsonl: is UTF-16; save it as UTF-8"),
@@ -204,7 +206,8 @@ def test_a_file_that_can_not_be_read_is_one_line(name, content, message):
 
 def test_bad_rows_of_a_table_are_named_and_the_others_count():
     lines = [b'q1,"Two\nlines?",' + OPTIONS + b",A", b"q2,Short?," + OPTIONS, b"q3,Caf\xe9?," + OPTIONS + b",A",
-             b"q4,Options?,A or B,A", b'q5,Options?,"{""A"": ""x""",A', b'q6,Options?,"[""x""}",A', b"", b"q7,Good?," + OPTIONS + b",B"]
+             b"q4,Options?,A or B,A", b'q5,Options?,"{""A"": ""x""",A', b'q6,Options?,"[""x""}",A', b"",
+             b"q7,Good?," + OPTIONS + b",B"]
     Path("x.csv").write_bytes(HEAD + b"\r\n".join(lines))
     loaded = load_questions(["x.csv"], BadRows.SKIP)
     assert [q.id for q in loaded.questions] == ["q1", "q7"]

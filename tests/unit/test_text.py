@@ -21,8 +21,8 @@ def question(name, stem, options, answer="A"):
 
 # ----------------------------------------------------------------------------------------------- signs that look alike
 TYPED = ("Graves' disease", "Tay-Sachs disease", "Stress fracture", "5-10 mg", "infiltration")
-TYPESET = ("Graves\u2019\u00a0disease", "Tay\u2010Sachs dis\u00adease", "Stress \u200bfrac\u2060ture\n\"", "5\u201310\u202fmg",
-           "in\ufb01ltration")
+TYPESET = ("Graves\u2019\u00a0disease", "Tay\u2010Sachs dis\u00adease", "Stress \u200bfrac\u2060ture\n\"",
+           "5\u201310\u202fmg", "in\ufb01ltration")
 
 
 @pytest.mark.parametrize("typed, typeset", list(zip(TYPED, TYPESET)))
@@ -36,13 +36,14 @@ def test_options_without_words_are_compared_as_signs():
 
 
 def test_a_typeset_copy_is_contamination_a_repeat_and_a_conflict(tmp_path, monkeypatch):
-    stem, typeset = "Which is Hashimoto's - the auto-immune one?", "Which is Hashimoto\u2019s \u2013 the auto\u2011immune\u200b one?"
+    stem = "Which is Hashimoto's - the auto-immune one?"
+    typeset = "Which is Hashimoto\u2019s \u2013 the auto\u2011immune\u200b one?"
     one, other = question("a", stem, TYPED), question("b", typeset, TYPESET)
     assert [hit.rule for hit in find_hits([one], {"x": [other]})] == [Rule.EXACT]
     assert suspects([one, question("c", typeset, TYPESET, "B")], {}).keys() == {"a", "c"}
     monkeypatch.chdir(tmp_path)
-    Path("x.jsonl").write_text("".join(json.dumps({"id": q.id, "question": q.question, "options": dict(q.options), "answer": "A"})
-                                       + "\n" for q in (one, other)))
+    rows = [{"id": q.id, "question": q.question, "options": dict(q.options), "answer": "A"} for q in (one, other)]
+    Path("x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["data", "build", "--out", "o.jsonl", "--from", "x.jsonl", "drop_repeats=true"]) == 0
     kept, = Path("o.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(kept)["options"] == dict(one.options)         # what is written is as it was read
@@ -52,9 +53,11 @@ ROW = {"id": "q", "question": "Which?", "options": {"A": "x", "B": "y"}, "answer
 
 
 @pytest.mark.parametrize("change, problem", [
-    ({"options": {"A": "Graves' disease", "B": "Graves\u2019 disease"}}, "options A and B are the same: \"Graves' disease\""),
+    ({"options": {"A": "Graves' disease", "B": "Graves\u2019 disease"}},
+     "options A and B are the same: \"Graves' disease\""),
     ({"options": {"A": "5-10", "B": "x", "C": "5\u201310\ufeff"}}, "options A and C are the same: '5-10'"),
-    ({"options": {"A": "x", "B": "\u200b\ufeff"}}, "option B is empty"), ({"question": "\u200b \u2060"}, "question is empty")])
+    ({"options": {"A": "x", "B": "\u200b\ufeff"}}, "option B is empty"),
+    ({"question": "\u200b \u2060"}, "question is empty")])
 def test_options_that_look_the_same_and_texts_that_show_nothing_are_refused(change, problem):
     with pytest.raises(QuestionError) as error:
         parse_question(ROW | change, "f:1")
@@ -95,7 +98,8 @@ SAME = [
     ("使用warfarin的病人监测INR的目的是什么", "病人使用warfarin时，监测INR的目的是"),
     ("45歳の男性。3日前からの上腹部痛と悪心を主訴に来院した。血清アミラーゼ高値。最も考えられる診断はどれか",
      "45歳男性。上腹部痛と悪心が3日前から続き来院。血清アミラーゼは高値。最も考えられる診断はどれか"),
-    ("ผู้ป่วยชายอายุ 45 ปี ปวดท้องส่วนบนมา 3 วัน ร่วมกับคลื่นไส้อาเจียน ค่าอะไมเลสในเลือดสูง การวินิจฉัยที่เป็นไปได้มากที่สุดคืออะไร",
+    ("ผู้ป่วยชายอายุ 45 ปี ปวดท้องส่วนบนมา 3 วัน ร่วมกับคลื่นไส้อาเจียน ค่าอะไมเลสในเลือดสูง "
+     "การวินิจฉัยที่เป็นไปได้มากที่สุดคืออะไร",
      "ชายอายุ 45 ปี ปวดท้องส่วนบน 3 วัน คลื่นไส้อาเจียน ค่าอะไมเลสในเลือดสูง วินิจฉัยที่เป็นไปได้มากที่สุดคือ"),
 ]
 OTHER = [
@@ -121,8 +125,8 @@ def test_reworded_questions_are_found_and_others_with_the_same_template_are_not(
 
 
 def test_similarity_of_characters_and_their_pairs_by_hand():
-    """Features of each side: 4 characters and 3 pairs; common are 3 characters and 2 pairs, in both documents (weight log 2);
-    of one side each are 1 character and 1 pair (weight log 3)."""
+    """Features of each side: 4 characters and 3 pairs; common are 3 characters and 2 pairs, in both documents (weight
+    log 2); of one side each are 1 character and 1 pair (weight log 3)."""
     from math import log
 
     pair, = similar_pairs(["甲乙丙丁"], ["甲乙丙戊"], 0.1)

@@ -74,8 +74,8 @@ def build(recipe: BuildRecipe) -> Built:
     _refuse_shared_ids(built.items)
     _decide(built, recipe)
     if count := sum(is_unspaced(item.question.question) for item in built.items):
-        built.steps.append(f"words: {counted(count, 'question')} in a script without blanks between words; there characters are "
-                           f"counted as words")
+        built.steps.append(f"words: {counted(count, 'question')} in a script without blanks between words; there characters "
+                           f"are counted as words")
     items, dropped = filtered(built.items, recipe.filter)
     built.keep("filter", items)
     built.steps += [f"filter: {count:,} left out by {reason}" for reason, count in sorted(dropped.items())]
@@ -253,7 +253,8 @@ def _annotations(path: Path) -> dict[str, dict[str, int]]:
 def _annotated_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     for row in rows(path):
         if row.problem or not isinstance(row.value, Mapping):
-            raise DataError(f"{row.where}: {row.problem or f'{short(row.value)} is no row with id and level'}; annotate again")
+            what = row.problem or f"{short(row.value)} is no row with id and level"
+            raise DataError(f"{row.where}: {what}; annotate again")
         yield row.value
 
 

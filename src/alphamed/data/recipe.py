@@ -52,8 +52,8 @@ class FilterRecipe(Section):
     """Keep questions whose own `source` is or begins with one of these (`headqa/medicine`, `medqa`); empty: all."""
     min_words: NonNegative = 0
     max_words: Positive | None = None
-    """Words of question, context and options together; in scripts without blanks between words (Chinese, Japanese, Thai, Lao,
-    Khmer, Burmese) every character counts as one."""
+    """Words of question, context and options together; in scripts without blanks between words (Chinese, Japanese, Thai,
+    Lao, Khmer, Burmese) every character counts as one."""
     min_options: Annotated[int, Field(ge=2)] = 2
     max_options: Annotated[int, Field(ge=2)] = 26
     levels: tuple[Level, ...] = ()

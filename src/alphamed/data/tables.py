@@ -154,8 +154,8 @@ def _delimited(file: Path) -> Iterator[Row]:
                     yield _record(file, begin, names, cells)
                 begin = records.line_num + 1
         except csv.Error as error:
-            raise DataError(f"{file}: line {records.line_num} cannot be read as a table ({error}); write its texts in double "
-                            f"quotes, and a double quote inside them twice") from None
+            raise DataError(f"{file}: line {records.line_num} cannot be read as a table ({error}); write its texts in "
+                            f"double quotes, and a double quote inside them twice") from None
 
 
 def _records(file: Path, stream: BinaryIO) -> Any:

@@ -60,9 +60,9 @@ def read_upstream(source: QuestionSource, local: Path | None, revision: str | No
             value = source.adapt(row.value, number)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             if first:                           # the layout, not one odd row
-                raise DataError(f"{row.file}: rows are not in the layout of {source.name} ({_told(error)}); {_shown(row.value)}: "
-                                f"give the set as upstream publishes it, or in the schema ({', '.join(REQUIRED_COLUMNS)})"
-                                ) from None
+                raise DataError(f"{row.file}: rows are not in the layout of {source.name} ({_told(error)}); "
+                                f"{_shown(row.value)}: give the set as upstream publishes it, or in the schema "
+                                f"({', '.join(REQUIRED_COLUMNS)})") from None
             value, row = None, Row(row.file, row.line, problem=f"not in the layout of {source.name} ({_told(error)})")
             yield row
         first = False
@@ -79,7 +79,9 @@ def _upstream_rows(source: QuestionSource, local: Path | None, revision: str | N
 
 
 def _shown(row: object) -> str:
-    return f"its columns are {short(', '.join(map(str, row)), 200)}" if isinstance(row, Mapping) else f"a row is {short(row)}"
+    if not isinstance(row, Mapping):
+        return f"a row is {short(row)}"
+    return f"its columns are {short(', '.join(map(str, row)), 200)}"
 
 
 def _told(error: Exception) -> str:
@@ -98,7 +100,8 @@ def _has_schema(local: Path) -> bool:
 
 
 def _load(source: QuestionSource, local: Path | None, revision: str | None) -> Iterable[Any]:
-    """The rows of the split, from the hub or a folder. Files are read whole or not at all: one that was cut off is an error."""
+    """The rows of the split, from the hub or a folder. Files are read whole or not at all: one that was cut off is an
+    error."""
     import datasets
 
     try:
@@ -125,7 +128,8 @@ def _as_texts(found: Any, path: str, source: QuestionSource, **settings: Any) ->
         return found
     texts = datasets.Features({name: datasets.Value("string") for name in found.column_names})
     try:
-        found = datasets.load_dataset(path, source.config, split=source.split, features=texts, keep_default_na=False, **settings)
+        found = datasets.load_dataset(path, source.config, split=source.split, features=texts, keep_default_na=False,
+                                      **settings)
     except (OSError, ValueError):               # no network, and a cache that another program has filled: as it reads them
         return found
     return [from_cells(row) for row in found]

@@ -3,10 +3,11 @@ r"""Read the boxed answer letter out of a response: strict, pure, linear in the 
 Which box. The `\boxed{...}` that opens last among those that close decides; white space may stand before its brace. Of
 nested boxes that is the inner one; a later box that never closes is no box. `\{` and `\}` are characters, not braces.
 
-What it says. Signs are folded (folding.py: full-width forms, quotes, dashes, what is not seen), then `$...$`, `\text{}`, `\textbf{}`, `\mathbf{}`, `\mathrm{}`, pairs of
-() [] {} (also `\{ \}`, `\( \)`, `\[ \]`) and a trailing `.`, `)` or `:` are peeled off. What remains must be one
-letter of the question, in either case, or that letter, a separator and the option's own text (case, the amount of white
-space, double quotes at the ends and the forms that folding.py knows do not count). All else is no answer:
+What it says. Signs are folded (folding.py: full-width forms, quotes, dashes, what is not seen), then `$...$`, `\text{}`,
+`\textbf{}`, `\mathbf{}`, `\mathrm{}`, pairs of () [] {} (also `\{ \}`, `\( \)`, `\[ \]`) and a trailing `.`, `)` or `:` are
+peeled off. What remains must be one letter of the question, in either case, or that letter, a separator and the option's own
+text (case, the amount of white space, double quotes at the ends and the forms that folding.py knows do not count). All else
+is no answer:
 
     \boxed{C}   \boxed {(c)}   \boxed{\text{C.}}   \boxed{C: Vitamin C}   \boxed{B} or \boxed{C}    -> C
     \boxed{}   \boxed{B, C}   \boxed{Vitamin C}   \boxed{C: Vitamin B}   \boxed C   \fbox{C}   boxed{C}   -> None
