@@ -24,18 +24,24 @@ _UNSEEN = (0x00AD, 0x034F, 0x061C, 0x115F, 0x1160, 0x17B4, 0x17B5, *range(0x180B
 _SIGNS: dict[int, str | None] = ({0xFF01 + i: chr(0x21 + i) for i in range(94)}         # U+FF01..U+FF5E are `!`..`~`
                                  | {ord(other): sign for sign, others in _ALIKE.items() for other in others}
                                  | dict.fromkeys(_UNSEEN))
-# Ordering the accents of a long run of nothing but accents takes time by the square of its length: it is cut in pieces.
-_FOREIGN = re.compile(r"[\x00-\x7f]?[^\x00-\x7f]{1,400}")
+# All that can change: signs beyond ASCII, and the letter before one where there are accents. Ordering the accents of a long
+# run of nothing but accents takes time by the square of its length: it is cut in pieces.
+_FOREIGN, _ACCENT = re.compile(r"[^\x00-\x7f]{1,400}"), re.compile("[\u0300-\u036f]")
+_FOREIGN_WITH_LETTER = re.compile(rf"[\x00-\x7f]?{_FOREIGN.pattern}")
 
 
 def fold_signs(text: str) -> str:
     """`text` with plain quotes, dashes and full-width forms, without what is not seen. Every letter stays the one it is."""
-    return text if text.isascii() else text.translate(_SIGNS)
+    return text if text.isascii() else _FOREIGN.sub(lambda piece: piece[0].translate(_SIGNS), text)
 
 
 def fold(text: str) -> str:
     """`text` as it is compared. Case and the amount of white space are left to the caller. Linear in its length."""
     if text.isascii():
         return text
-    text = _FOREIGN.sub(lambda piece: unicodedata.normalize("NFKC", piece[0]), text.translate(_SIGNS))
-    return text.translate(_SIGNS)           # a few compatibility forms are made of such signs
+    return (_FOREIGN_WITH_LETTER if _ACCENT.search(text) else _FOREIGN).sub(_folded, text)
+
+
+def _folded(piece: re.Match[str]) -> str:
+    """Signs twice: a few compatibility forms are made of such signs."""
+    return unicodedata.normalize("NFKC", piece[0].translate(_SIGNS)).translate(_SIGNS)

@@ -91,7 +91,8 @@ def test_logs_and_work_files_of_the_program(tmp_path):
     append_json(tmp_path / "metrics.jsonl", {"step": 1, "loss": 0.5})
     assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5}]
     append_json(tmp_path / "shard-1-of-1.jsonl", {"id": QUESTION.id, "content": content_of(QUESTION),
-                                                  "outcomes": ["correct"], "letters": ["A"], "tokens": [3], "question_tokens": 4})
+                                                  "outcomes": ["correct"], "letters": ["A"],
+                                                  "tokens": [3], "question_tokens": 4})
     assert set(read_work(tmp_path, [QUESTION], 1)) == {QUESTION.id}
 
 

@@ -70,7 +70,7 @@ def _text(question: Question) -> _Text:
     content = content_words(question.question)
     return _Text(normalised(question.question), option_set(question.options),
                  normalised_option(question.options[question.answer]), frozenset(content),
-                 content_length(content) >= LONG_STEM)
+                 len(content) >= LONG_STEM and content_length(content) >= LONG_STEM)
 
 
 def _hits(train: Sequence[Question], texts: Sequence[_Text], name: str, questions: Sequence[Question],

@@ -24,6 +24,9 @@ def _of(kinds: str, *blocks: tuple[int, int]) -> str:
                    if unicodedata.category(chr(code))[0] in kinds)
 
 
+_FAR = re.compile("[\u0e00-\u1fff\u2e80-\U0003fffd]")     # where such scripts are: quick to look for in other texts
+
+
 _BLOCKS = ((0x0E00, 0x0F00), (0x1000, 0x10A0), (0x1780, 0x1800), (0x3005, 0x3008), (0x3040, 0x3100), (0x31F0, 0x3200),
            (0xA9E0, 0xAA00), (0xAA60, 0xAA80))        # Thai and Lao, Burmese, Khmer, Japanese, Burmese
 _UNSPACED = _of("LN", *_BLOCKS) + "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003fffd"
@@ -57,13 +60,16 @@ def normalised(text: str) -> str:
 
 def words(text: str) -> list[str]:
     """Words in their order; of scripts without blanks single characters."""
-    text = fold(text).lower()
-    return (_MIXED if is_unspaced(text) else _WORD).findall(text)
+    return _words(fold(text))
+
+
+def _words(folded: str) -> list[str]:
+    return (_MIXED if is_unspaced(folded) else _WORD).findall(folded.lower())
 
 
 def is_unspaced(text: str) -> bool:
     """Whether a text has characters of a script that puts no blanks between words."""
-    return not text.isascii() and _CHARACTER.search(text) is not None
+    return not text.isascii() and _FAR.search(text) is not None and _CHARACTER.search(text) is not None
 
 
 def pieces(text: str) -> list[str]:
@@ -83,7 +89,7 @@ def content_words(text: str) -> list[str]:
     text = fold(text)
     if is_unspaced(text):
         text = _STOP_PHRASES.sub(" ", text)
-    return [word[:STEM_LETTERS] for word in words(text) if word not in STOP_WORDS]
+    return [word[:STEM_LETTERS] for word in _words(text) if word not in STOP_WORDS]
 
 
 def content_length(content: Sequence[str]) -> float:
