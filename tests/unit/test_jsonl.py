@@ -61,6 +61,12 @@ def test_a_set_with_line_separators_can_name_itself_as_its_levels(write, tmp_pat
     assert {q.id: q.level for q in load_questions(["o.jsonl"]).questions} == {QUESTION.id: 3, "r": 4}
 
 
+def test_a_file_of_blank_lines_holds_no_worked_example(tmp_path):
+    (tmp_path / "shots.jsonl").write_bytes(b"\xef\xbb\xbf\r\n \n")
+    with pytest.raises(ConfigError, match="holds no example"):
+        _shots(tmp_path / "shots.jsonl")
+
+
 # ------------------------------------------------------------------------------------------- what the program writes itself
 def test_what_is_written_is_read_back(tmp_path):
     row = {"text": SEPARATORS + "\r\n\t", "half": "a\ud800b\udfff", "none": None, "number": 1.5, "more": [{"x": "\u2028"}]}
