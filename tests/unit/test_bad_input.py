@@ -204,8 +204,8 @@ CONFIGS = [
 ]
 DATA = [
     elsewhere("data.train", ["absent.jsonl"], "absent.jsonl", "no such file"),
-    Mistake("data of another kind", lambda run: run.set("data.train", [str(run.rows([], "train.csv"))]),
-            (".csv", ".jsonl")),
+    Mistake("data of another kind", lambda run: run.set("data.train", [str(run.rows([], "train.xlsx"))]),
+            (".xlsx", ".jsonl")),
     Mistake("empty data", lambda run: run.rows([]), ("train.jsonl", "empty")),
     Mistake("not JSON", lambda run: (run.folder / "train.jsonl").write_text('{"id": '), ("train.jsonl:1", "not JSON")),
     Mistake("Latin-1", lambda run: (run.folder / "train.jsonl").write_bytes(b'{"id": "\xe9"}'), ("encoding", "0xe9")),

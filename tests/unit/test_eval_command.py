@@ -237,7 +237,7 @@ def test_two_models_called_hf_get_folders_of_their_own(tmp_path):
     (["--top-p", "0.5"], "--top-p: 0.5 has no effect at temperature 0, which takes the likeliest token; raise"),
     (["--top-p", "0.5", "--samples", "2", "--temperature", "0"], "--temperature: 0 gives the same response 2 times"),
     (["--shots", "nowhere.jsonl"], "--shots: nowhere.jsonl: no such file; give a JSONL file"),
-    (["--shots", "/dev/null"], "--shots: /dev/null holds no example; give a JSONL file"),
+    (["--shots", "/dev/null"], "/dev/null: cannot be read (it is a device, not a regular file)"),
     (["--model", "nowhere"], "model.path: 'nowhere'"),
     (["--regrade", "x"], "--regrade: grades what is there, --model has no part in it")])
 def test_mistakes_are_one_line_and_write_nothing(tmp_path, model, monkeypatch, capsys, rest, message):

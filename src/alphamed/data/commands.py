@@ -122,10 +122,11 @@ def _add_source(sources: list[dict[str, Any]], text: str, given: dict[str, str])
     """Add what one --from says, or give a source of the recipe its path. `given` has what the ones before it said, by name:
     a second one of a name would take the place of the first."""
     from alphamed.data.catalogue import SOURCES
+    from alphamed.data.tables import bare_name, kind_of
 
     name, equals, path = text.partition("=")
-    if not equals and (name.endswith((".jsonl", ".parquet")) or Path(name).exists()):
-        name, path = re.sub(r"[^A-Za-z0-9._-]", "_", Path(text).stem), text
+    if not equals and (kind_of(name) or Path(name).exists()):
+        name, path = re.sub(r"[^A-Za-z0-9._-]", "_", bare_name(text)), text
     elif not equals and name not in SOURCES:
         raise ConfigError(f"--from: {text!r} is neither a known set ({', '.join(SOURCES)}) nor a file; give NAME, NAME=PATH "
                           f"or FILE")

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from alphamed.folding import fold_signs
 from alphamed.records import Question
 
 LEVELS = range(1, 7)
@@ -19,6 +20,14 @@ BINS = range(1, 1001)
 """Of informativeness. More than anyone will tell apart: a number beyond it is a mistake, and must fit a column of a file."""
 MIN_OPTIONS = 2
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")     # JSON can spell them (\ud800), UTF-8 can not encode them
+
+
+class DataError(ValueError):
+    """A mistake in data: one line naming the place, the problem and the mend. `problems` lists every bad row."""
+
+    def __init__(self, message: str, problems: Sequence[RowProblem] = ()):
+        super().__init__(message)
+        self.problems = tuple(problems)
 
 
 class QuestionError(ValueError):
@@ -127,7 +136,7 @@ def _text_problems(row: Mapping[str, Any], key: str, optional: bool = False) -> 
             yield f"no {key}"
     elif not isinstance(value, str):
         yield f"{key} is {_kind(value)}, not text"
-    elif not value.strip() and not optional:
+    elif not fold_signs(value).strip() and not optional:
         yield f"{key} is empty"
     elif _LONE_SURROGATE.search(value):
         yield f"{key} holds half a surrogate pair, which is not valid Unicode"
@@ -147,11 +156,11 @@ def _options_problems(options: object) -> Iterator[str]:
     for letter, text in options.items():
         if not isinstance(text, str):
             yield f"option {letter} is {_kind(text)}, not text"
-        if not text.strip():
+        if not fold_signs(text).strip():        # signs without width are nothing that can be chosen
             yield f"option {letter} is empty"
         if _LONE_SURROGATE.search(text):
             yield f"option {letter} holds half a surrogate pair, which is not valid Unicode"
-        same = " ".join(text.split())       # case counts: genotypes `Aa` and `aa` differ
+        same = " ".join(fold_signs(text).split())       # case counts: genotypes `Aa` and `aa` differ
         if same in first_letter:
             yield f"options {first_letter[same]} and {letter} are the same: {short(same)}"
         first_letter[same] = letter

@@ -12,6 +12,7 @@ from alphamed.config_choices import BadRows
 from alphamed.data import adapters
 from alphamed.data.mcq import RowProblem, check_questions
 from alphamed.data.sources import DataError, load_questions
+from alphamed.data.tables import KINDS, bare_name, kind_of
 from alphamed.data.text import counted
 from alphamed.data.upstream import QuestionSource, read_upstream
 from alphamed.records import Question
@@ -67,7 +68,7 @@ def load_benchmark(name: str) -> LoadedBenchmark:
     if known in BENCHMARKS:
         return _known(BENCHMARKS[known], local_copy(name))
     loaded = load_questions([name], BadRows.SKIP)
-    return LoadedBenchmark(Path(name).stem, None, name, loaded.questions, loaded.skipped, _complaint(loaded.skipped))
+    return LoadedBenchmark(bare_name(name), None, name, loaded.questions, loaded.skipped, _complaint(loaded.skipped))
 
 
 def load_benchmarks(names: Sequence[str]) -> list[LoadedBenchmark]:
@@ -81,7 +82,7 @@ def check_names(names: Sequence[str]) -> None:
     first: dict[str, str] = {}
     for name in names:
         check_name(name)
-        called = name.partition("=")[0] if name.partition("=")[0] in BENCHMARKS else Path(name).stem
+        called = name.partition("=")[0] if name.partition("=")[0] in BENCHMARKS else bare_name(name)
         if called in first:
             raise DataError(f"against: two benchmarks are called {called} ({first[called]} and {name}); give each once, or "
                             f"rename a file")
@@ -100,9 +101,9 @@ def check_name(name: str) -> None:
     if equals and known not in BENCHMARKS:
         raise DataError(f"benchmark {known!r} is not known; choose from {', '.join(BENCHMARKS)}, or name a file without "
                         f"NAME=")
-    if known not in BENCHMARKS and not name.endswith((".jsonl", ".parquet")):
-        raise DataError(f"benchmark {name!r} is neither known ({', '.join(BENCHMARKS)}) nor a .jsonl or .parquet file; name "
-                        f"one of these")
+    if known not in BENCHMARKS and not kind_of(name):
+        raise DataError(f"benchmark {name!r} is neither known ({', '.join(BENCHMARKS)}) nor a file ({KINDS}); name one "
+                        f"of these")
     if equals and not path:
         raise DataError(f"benchmark {name!r} names no file or folder; give one after =, or {known} for the hub's")
     place = local_copy(name)
