@@ -50,7 +50,7 @@ def card(*, name: str, base: str, config: Config, steps: int, record: Mapping[st
              *(f"- Warning. {text}" for text in warned), "",
              "## Prompt", "", "Questions were asked in this form, and the letter in the last `\\boxed{}` was graded:", "",
              "```", f"Question: ...\n\nOptions:\nA: ...\nB: ...\n\n{config.prompt.instruction}", "```", "",
-             f"Template: {config.prompt.template}{_shots(config)}; at most {rollout.max_response_tokens} tokens a response.",
+             f"Template: {config.prompt.template}{_shots(config)}{_variables(config)}; at most {rollout.max_response_tokens} tokens a response.",
              "", *_made(record)]
     return "\n".join(lines) + "\n"
 
@@ -119,6 +119,11 @@ def _base(config: Config) -> str:
 def _shots(config: Config) -> str:
     count = len(config.prompt.shots)
     return f", {count} worked example{'s' * (count != 1)} before the question" if count else ""
+
+
+def _variables(config: Config) -> str:
+    given = config.prompt.template_variables
+    return f", with {', '.join(f'`{name}: {value!r}`' for name, value in given.items())}" if given else ""
 
 
 def _made(record: Mapping[str, Any]) -> list[str]:

@@ -67,6 +67,13 @@ class WeightReceiver:
         return {name: [pair.tolist() for pair in digests] for name, digests in found.items()}
 
 
+    def alphamed_not_finite(self) -> list[str]:
+        """vLLM's names of this worker's parameters that hold values that are not finite. On CPU most have been packed and
+        hold none any more."""
+        return [name for name, parameter in self.model_runner.model.named_parameters()
+                if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all())]
+
+
 class WholeLoader:
     """Whole tensors, through the model's own loading."""
 
