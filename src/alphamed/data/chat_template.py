@@ -26,7 +26,7 @@ class ChatTemplate:
     """A compiled Jinja template, run in a sandbox. `folder` is named in errors."""
 
     def __init__(self, source: str, folder: Path):
-        from jinja2 import TemplateSyntaxError, meta
+        from jinja2 import TemplateSyntaxError, meta, nodes
         from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -38,14 +38,14 @@ class ChatTemplate:
         source = re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", source)
         try:
             self._template = environment.from_string(source)
-            named = meta.find_undeclared_variables(environment.parse(source))
+            tree = environment.parse(source)
         except TemplateSyntaxError as e:
             raise ConfigError(f"model.path: the chat template of {folder} is broken in line {e.lineno} ({e.message}); "
                               "mend or remove it") from None
         self._folder = folder
-        self.variables = frozenset(named - GIVEN - environment.globals.keys())
+        self.variables = frozenset(meta.find_undeclared_variables(tree) - GIVEN)
         """Names that a user can set; unset ones are undefined."""
-        self.writes_date = "strftime_now" in named
+        self.writes_date = any(name.name == "strftime_now" for name in tree.find_all(nodes.Name))
 
     def render(self, messages: Sequence[Message], special_tokens: Mapping[str, str],
                variables: Mapping[str, Any] | None = None) -> str:

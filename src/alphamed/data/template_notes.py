@@ -14,15 +14,16 @@ from alphamed.config_sections import PromptConfig
 from alphamed.data.chat_template import TEMPLATE_DATE, Message
 from alphamed.data.tokenizer import CONTENT, Tokenizer
 
+CASE = "capital letters"
 PROBES: Mapping[str, str] = {
     "leading blanks": "\n   Which one",
     "trailing blanks": "Which one   \n",
     "several blanks in a row": "Which   one",
     "empty lines": "Which\n\n\none",
     "the characters < > & \" '": "p < 0.05 & \"q\" > 'r'",
-    "capital letters": "Which ONE",
+    CASE: "Which ONE",
     "characters beyond ASCII": "5 µg ≥ 3 µg",
-    "backslashes and braces": "\\boxed{A}",
+    "backslashes and braces": "in\\boxed{A}",
     "what stands before </think>": "Which </think> one",
 }
 """What a template may change -> a text that shows it. None has a control token."""
@@ -43,7 +44,7 @@ class Remarks:
 def template_remarks(tokenizer: Tokenizer, prompt: PromptConfig) -> Remarks:
     """What the chat template adds to the conversations of this configuration and changes in their questions."""
     notes, warnings = [], []
-    changed = [what for what, probe in PROBES.items() if _plain(tokenizer, probe) not in _render(tokenizer, prompt, [probe])]
+    changed = [what for what in PROBES if not _kept(tokenizer, prompt, what)]
     if changed:
         warnings.append(f"the chat template drops or changes {', '.join(changed)} of a message")
     if tokenizer.turn_end is None:
@@ -62,6 +63,12 @@ def template_remarks(tokenizer: Tokenizer, prompt: PromptConfig) -> Remarks:
     return Remarks(tuple(notes), tuple(warnings))
 
 
+def _kept(tokenizer: Tokenizer, prompt: PromptConfig, what: str) -> bool:
+    """Whether a message comes through as it is, as far as `what` goes."""
+    probe, text = _plain(tokenizer, PROBES[what]), _render(tokenizer, prompt, [PROBES[what]])
+    return probe in text if what == CASE else probe.lower() in text.lower()
+
+
 def _added(tokenizer: Tokenizer, prompt: PromptConfig) -> tuple[str, str]:
     """What the template itself writes before the first message, and at the beginning of a response; control tokens and the
     names of roles are its layout and do not count."""
@@ -70,11 +77,11 @@ def _added(tokenizer: Tokenizer, prompt: PromptConfig) -> tuple[str, str]:
     if not 0 <= text.find(first) < text.find(answer) < text.find(last):
         return "", ""
     between, after = text.partition(first)[2].partition(answer)[0], text.partition(last)[2]
-    start = text.partition(prompt.system or first)[0]
-    wrap = text.partition(answer)[2].partition(last)[0]             # what comes before any user's message
+    start = tokenizer.without_control(text.partition(prompt.system or first)[0])
+    wrap = tokenizer.without_control(text.partition(answer)[2].partition(last)[0])      # stands before any user's message
     if not prompt.system:
         start = start[:len(start) - _common(start[::-1], wrap[::-1])]
-    said = re.sub(r"^\s*(system|user|human)\b:?\s*", "", tokenizer.without_control(start))
+    said = re.sub(r"^\s*(system|user|human)\b:?\s*", "", start)
     opening = after[_common(after, between):]
     return said.strip(), opening.strip()
 

@@ -19,8 +19,9 @@ from alphamed.config import ConfigError
 from alphamed.data.chat_template import Message, find_chat_template
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
-CONTENT = {("user", 0): "Xfirstquestionx", ("assistant", 0): "Xansweredx", ("user", 1): "Xnextquestionx"}
-"""(role, number) -> texts that a chat template is rendered with to see what it writes around them; none holds another."""
+CONTENT = {("user", 0): "1701411", ("assistant", 0): "1701412", ("user", 1): "1701413"}
+"""(role, number) -> texts that a chat template is rendered with to see what it writes around them. Digits: no template that
+changes case or quotes signs changes them."""
 _MEND = "give a folder with tokenizer.json or a SentencePiece tokenizer.model"
 
 
