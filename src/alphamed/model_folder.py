@@ -40,8 +40,8 @@ class ModelFolder:
 def check_model_folder(folder: Path, config: Config | None = None,
                        fits: Callable[[ModelShape], object] | None = None) -> ModelFolder:
     """Check a folder that a run starts from. Without a configuration prompts are the default ones, raw where the folder has
-    no chat template. `fits` is called with the shape before any weight is read; it raises where the shape is of no use. Raises
-    ConfigError.
+    no chat template. `fits` is called with the shape before any weight is read; it raises where the shape is of no use.
+    Raises ConfigError.
 
     Weights of at most SMALL_BYTES are read for values that are not finite; of larger ones the headers. Their values are
     checked where they are read anyway: by the trainer's ranks (`hf_io.load_hf`) and the engines.
@@ -89,8 +89,8 @@ def _remarks(folder: Path, shape: ModelShape, tokenizer: Tokenizer, prompt: Prom
                      f"last {tokenizer.vocab - shape.vocab} are refused")
     if tokenizer.turn_end is not None and tokenizer.turn_end not in tokenizer.named_eos_ids:
         token = tokenizer.decode([tokenizer.turn_end], skip_special=False)
-        notes.append(f"the chat template ends a turn with {token!r}, which the folder's files do not name as an end token; it "
-                     f"ends responses too")
+        notes.append(f"the chat template ends a turn with {token!r}, which the folder's files do not name as an end token; "
+                     f"it ends responses too")
     if prompt.template == PromptTemplate.RAW:
         return Remarks(tuple(notes))
     said = template_remarks(tokenizer, prompt)

@@ -19,7 +19,8 @@ READ = frozenset({
 
 HARMLESS = frozenset({
     "_name_or_path", "transformers_version", "use_cache", "pad_token_id", "initializer_range", "pretraining_tp",
-    "problem_type", "id2label", "label2id", "return_dict", "output_attentions", "output_hidden_states", "is_encoder_decoder", "torchscript",
+    "problem_type", "id2label", "label2id", "return_dict", "output_attentions", "output_hidden_states", "is_encoder_decoder",
+    "torchscript",
     "chunk_size_feed_forward", "attention_dropout", "hidden_dropout", "attn_implementation", "_attn_implementation",
     "_attn_implementation_autoset", "task_specific_params", "finetuning_task", "tokenizer_class", "transformers.js_config",
     "unsloth_version", "unsloth_fixed", "model_max_length", "is_llama_config",

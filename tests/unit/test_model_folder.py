@@ -11,8 +11,10 @@ from alphamed.config import ConfigError
 from alphamed.config_file import build_config
 from alphamed.model_folder import check_model_folder, remarks_on
 
-QUESTION = {"id": "q0", "question": "Which vitamin prevents scurvy?", "options": {"A": "A", "B": "C", "C": "D"}, "answer": "B"}
-DOUBLED = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n<|go|>"
+QUESTION = {"id": "q0", "question": "Which vitamin prevents scurvy?", "options": {"A": "A", "B": "C", "C": "D"},
+            "answer": "B"}
+OPENED = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "<|im_start|>assistant\n<|go|>")
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +102,7 @@ def test_a_key_that_changes_the_computation(folder, capsys):
 
 def test_a_template_that_writes_a_token_the_model_has_not(folder, capsys):
     assert add_token(folder, "<|go|>") == 509
-    (folder / "chat_template.jinja").write_text(DOUBLED)
+    (folder / "chat_template.jinja").write_text(OPENED)
     refused_everywhere(folder, capsys, "'<|go|>', id 509", "vocab_size of 509")
 
 
@@ -121,7 +123,8 @@ def test_an_end_token_that_the_model_has_not(folder, capsys):
 
 
 def test_settings_that_the_folder_can_not_serve(folder, capsys):
-    refused_everywhere(folder, capsys, "rollout.stop: 'the end' takes 7 tokens", but=("model",), rollout={"stop": ["the end"]})
+    refused_everywhere(folder, capsys, "rollout.stop: 'the end' takes 7 tokens", but=("model",),
+                       rollout={"stop": ["the end"]})
     refused_everywhere(folder, capsys, "'enable_thinking' is no variable", but=("model",),
                        prompt={"template_variables": {"enable_thinking": False}})
 
@@ -136,8 +139,8 @@ def test_a_check_prints_what_there_is_to_say_and_a_run_records_it(folder, capsys
     expected = ["warning: the chat template drops or changes leading blanks, trailing blanks of a message",
                 "note: config.json holds keys of which it is not known here whether they change the model: z_loss",
                 "note: the tokenizer has 510 ids, the model 509: prompts that would hold one of the last 1 are refused",
-                "note: the chat template ends a turn with '<|im_end|>', which the folder's files do not name as an end token; it "
-                "ends responses too",
+                "note: the chat template ends a turn with '<|im_end|>', which the folder's files do not name as an end token; "
+                "it ends responses too",
                 "note: the chat template writes a text of its own before the first message: 'Hello.'"]
     for name, command in commands(folder).items():
         if name in ("train", "model"):

@@ -12,8 +12,8 @@ SYSTEM = ("{% if messages[0].role != 'system' %}<|im_start|>system\nYou are Tiny
 THINKING = CHATML + ("{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}")
 OPENED = CHATML + "<think>\n"
 DATED = ("{% set day = strftime_now('%d %b %Y') %}<|im_start|>system\nToday is {{ day }}."
-         "{% if messages[0].role == 'system' %}\n{{ messages[0].content }}{% set messages = messages[1:] %}{% endif %}<|im_end|>\n"
-         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n")
+         "{% if messages[0].role == 'system' %}\n{{ messages[0].content }}{% set messages = messages[1:] %}{% endif %}"
+         "<|im_end|>\n{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n")
 NO_SYSTEM = ("{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
              "<|im_start|>assistant\n")
 ANSWERS_ONLY = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and '</think>' in m.content %}"
@@ -68,11 +68,11 @@ def test_a_turn_that_ends_with_no_token_is_warned_about(tmp_path):
     found = remarks(tmp_path, PLAIN)
     warning, = found.warnings
     assert "ends an assistant's turn with '\\nUSER: '" in warning and "only '<|im_end|>' ends a response" in warning
-    assert found.notes == ("the chat template writes a text of its own before the first message: 'A chat between a student and a "
-                           "teacher.'",)
+    assert found.notes == ("the chat template writes a text of its own before the first message: 'A chat between a student "
+                           "and a teacher.'",)
 
 
-# ------------------------------------------------------------------------------------------------------- what it adds, changes
+# ----------------------------------------------------------------------------------------------- what it adds, changes
 @pytest.mark.parametrize("template, prompt, expected", (
     (CHATML, {}, []), (CHATML, {"system": "Be brief."}, []), (CHATML, {"shots": (SHOT,)}, []),
     (SYSTEM + CHATML, {}, ["before the first message: 'You are Tiny, made by nobody.'"]),
@@ -81,7 +81,7 @@ def test_a_turn_that_ends_with_no_token_is_warned_about(tmp_path):
     (THINKING, {}, []),
     (THINKING, {"template_variables": {"enable_thinking": False}}, ["begins every response with '<think>\\n\\n</think>'"]),
     (DATED, {}, ["before the first message: 'Today is 26 Jul 2024.'", "it is always given 2024-07-26"]),
-    (DATED, {"system": "Be brief."}, ["before the first message: 'Today is 26 Jul 2024.'", "it is always given 2024-07-26"])))
+    (DATED, {"system": "Be brief."}, ["first message: 'Today is 26 Jul 2024.'", "it is always given 2024-07-26"])))
 def test_what_a_template_adds_is_noted(tmp_path, template, prompt, expected):
     found = remarks(tmp_path, template, **prompt)
     assert found.warnings == () and len(found.notes) == len(expected), found
@@ -89,7 +89,8 @@ def test_what_a_template_adds_is_noted(tmp_path, template, prompt, expected):
 
 
 @pytest.mark.parametrize("change, words", (
-    ("| trim", ["leading blanks", "trailing blanks"]), ("| upper", ["drops or changes capital letters, characters beyond ASCII of"]), ("| e", ["the characters < > &"]),
+    ("| trim", ["leading blanks", "trailing blanks"]), ("| e", ["the characters < > &"]),
+    ("| upper", ["drops or changes capital letters, characters beyond ASCII of"]),
     ("| replace('\\n\\n', '\\n')", ["empty lines"]), ("| tojson", ["backslashes"]), ("", [])))
 def test_what_a_template_changes_is_warned_about(tmp_path, change, words):
     template = CHATML.replace("message['content']", f"(message['content'] {change})")

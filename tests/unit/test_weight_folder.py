@@ -11,8 +11,8 @@ from tiny import tiny_hf
 
 from alphamed.config import ConfigError
 from alphamed.model import read_shape
-from alphamed.weights.folder import (CHUNK, INDEX, SINGLE, WeightFiles, check_weights, has_weights, require_finite, weight_bytes,
-                                     weight_files)
+from alphamed.weights.folder import (CHUNK, INDEX, SINGLE, WeightFiles, check_weights, has_weights, require_finite,
+                                     weight_bytes, weight_files)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,8 @@ def test_an_index_may_name_the_single_file(single, tmp_path):
     assert list(weight_files(folder)) == [SINGLE]
 
 
-@pytest.mark.parametrize("other", ("adapter_model.safetensors", "consolidated.safetensors", "model-00001-of-00002.safetensors"))
+@pytest.mark.parametrize("other", ("adapter_model.safetensors", "consolidated.safetensors",
+                                   "model-00001-of-00002.safetensors"))
 def test_a_single_file_beside_others_needs_an_index(single, tmp_path, other):
     folder = copied(single, tmp_path)
     shutil.copy(folder / SINGLE, folder / other)
@@ -91,7 +92,7 @@ def test_a_tensor_in_two_files_is_refused(sharded, tmp_path):
     (lambda d: (d / shards(d)[1]).unlink(), ("00002-of", "is missing")),
     (lambda d: (d / shards(d)[1]).write_bytes((d / shards(d)[1]).read_bytes()[:-4]), ("00002-of", "not a complete")),
     (lambda d: put_in_index(d, "model.extra", shards(d)[0]), ("does not hold tensor 'model.extra'", "00001-of")),
-    (lambda d: put_in_index(d, "model.norm.weight", "../m/model-00001-of-00005.safetensors"), ("not one of its own folder",)),
+    (lambda d: put_in_index(d, "model.norm.weight", "../m/model-00001-of-00005.safetensors"), ("not one of its own",)),
     (lambda d: (d / INDEX).write_text('{"weight_map": {}}'), ("names no weights",)),
     (lambda d: (d / INDEX).write_text('{"weight_map": [1]}'), ("is no weight index",)),
 ))
@@ -118,7 +119,8 @@ def test_vllm_reads_the_files_that_the_trainer_reads(single, sharded, tmp_path):
     shutil.copy(stray / shards(stray)[0], stray / "consolidated.safetensors")
 
     def chosen(folder, load_format="safetensors"):
-        files = get_model_loader(LoadConfig(load_format=load_format))._prepare_weights(str(folder), None, None, True, None)[1]
+        loader = get_model_loader(LoadConfig(load_format=load_format))
+        files = loader._prepare_weights(str(folder), None, None, True, None)[1]
         return sorted(file.rpartition("/")[2] for file in files)
 
     for folder in (single, sharded, stray):
@@ -138,8 +140,8 @@ def test_a_value_that_is_not_finite_is_found_by_tensor(tmp_path, dtype, value):
     save_file({"a.weight": good, "b.weight": bad}, tmp_path / SINGLE)
     with pytest.raises(ConfigError) as error:
         require_finite(tmp_path)
-    assert str(error.value) == (f"model.path: {tmp_path}: b.weight holds values that are not finite; repair the model or fetch it "
-                                f"again")
+    assert str(error.value) == (f"model.path: {tmp_path}: b.weight holds values that are not finite; repair the model or "
+                                f"fetch it again")
 
 
 def test_every_value_of_a_large_tensor_is_read(tmp_path):

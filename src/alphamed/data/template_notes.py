@@ -50,8 +50,8 @@ def template_remarks(tokenizer: Tokenizer, prompt: PromptConfig) -> Remarks:
     if tokenizer.turn_end is None:
         what = _shown(tokenizer.after_content()) if tokenizer.after_content() else "nothing that could be found"
         ends = ", ".join(repr(tokenizer.decode([i], skip_special=False)) for i in tokenizer.stop_ids())
-        warnings.append(f"the chat template ends an assistant's turn with {what}, which is no control token: only {ends} ends "
-                        f"a response; name another token in rollout.stop if the model writes one")
+        warnings.append(f"the chat template ends an assistant's turn with {what}, which is no control token: only {ends} "
+                        f"ends a response; name another token in rollout.stop if the model writes one")
     before, opening = _added(tokenizer, prompt)
     if before:
         notes.append(f"the chat template writes a text of its own before the first message: {_shown(before)}")
