@@ -9,6 +9,7 @@ from tiny import edit_config, tiny_hf
 from alphamed.cli import main
 from alphamed.config import ConfigError
 from alphamed.config_file import build_config
+from alphamed.evaluation import settings
 from alphamed.model_folder import check_model_folder, remarks_on
 
 QUESTION = {"id": "q0", "question": "Which vitamin prevents scurvy?", "options": {"A": "A", "B": "C", "C": "D"},
@@ -172,3 +173,16 @@ def test_raw_prompts_do_not_look_at_the_template(folder):
     with pytest.raises(ConfigError, match="set prompt.template=raw"):
         check_model_folder(folder, build_config(config(folder)))
     assert check_model_folder(folder).remarks.lines() == []
+
+
+def test_an_evaluation_records_variables_and_stop_tokens(folder):
+    """In evaluation.json, as parts of what was asked: answers of other settings can not stand beside these."""
+    (folder / "chat_template.jinja").write_text(OPENED.replace("<|go|>", "{{ '' if enable_thinking else 'no ' }}"))
+    plain = settings.asked(build_config(config(folder)), folder, 1, 0.0, 1.0, 16)
+    chosen = build_config(config(folder, prompt={"template_variables": {"enable_thinking": True}}, rollout={"stop": ["Z"]}))
+    now = settings.asked(chosen, folder, 1, 0.0, 1.0, 16)
+    assert now["prompt"]["template_variables"] == {"enable_thinking": True} and now["sampling"]["stop"] == ["Z"]
+    settings.write(folder, str(folder), plain, {"truncated": "nothing"}, {}, "")
+    with pytest.raises(ConfigError, match="prompt.template_variables.enable_thinking None, now it is True"):
+        settings.require_same(folder, now)
+    assert "stop" not in plain["sampling"]              # evaluations of before rollout.stop can be continued

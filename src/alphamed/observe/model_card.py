@@ -122,8 +122,10 @@ def _shots(config: Config) -> str:
 
 
 def _variables(config: Config) -> str:
-    given = config.prompt.template_variables
-    return f", with {', '.join(f'`{name}: {value!r}`' for name, value in given.items())}" if given else ""
+    """The template's variables and the further stop tokens, which whoever uses the model has to set as well."""
+    given = [f"`{name}: {_quoted(value)}`" for name, value in config.prompt.template_variables.items()]
+    stops = [f"`{text}`" for text in config.rollout.stop]
+    return (f" with {', '.join(given)}" if given else "") + (f", responses also end at {', '.join(stops)}" if stops else "")
 
 
 def _made(record: Mapping[str, Any]) -> list[str]:
@@ -137,7 +139,7 @@ def _made(record: Mapping[str, Any]) -> list[str]:
             f"response (config.yaml, provenance.json, rollouts/)."]
 
 
-def _quoted(text: str) -> str:
+def _quoted(text: Any) -> str:
     import json
 
     return json.dumps(text)

@@ -22,7 +22,7 @@ from alphamed.weights.cuts import held
 from alphamed.weights.families import Entry, Kind, cut_dimension, entries, shard_shape
 from alphamed.weights.folder import WeightFiles, check_tensor, not_finite
 from alphamed.weights.plan import Slice
-from alphamed.weights.tensors import to_hf, to_shard
+from alphamed.weights.tensors import all_finite, to_hf, to_shard
 
 LAYER = "decoder.layers."
 
@@ -84,8 +84,8 @@ def _check_finite(files: WeightFiles, entry: Entry, shard: Tensor, parameter: Pa
     """Refuse values that are not finite, as stored or in the parameter's dtype. Checked on the parameter's device, where it
     takes milliseconds, unless the parameter is of a type of its own (FP8)."""
     values = parameter.data if type(parameter.data) is Tensor else shard
-    if not torch.isfinite(values).all():
-        stored = (name for name in entry.hf if not torch.isfinite(files.slice(name)[:]).all())
+    if not all_finite(values):
+        stored = (name for name in entry.hf if not all_finite(files.slice(name)[:]))
         raise not_finite(files.folder, next(stored, " or ".join(entry.hf)))
 
 

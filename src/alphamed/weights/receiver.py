@@ -20,6 +20,7 @@ from torch import Tensor
 from alphamed.weights import links
 from alphamed.weights.buckets import Assembly, digest, empty_flat, unpack
 from alphamed.weights.plan import Bucket, Link, SyncPlan, in_turns
+from alphamed.weights.tensors import all_finite
 from alphamed.weights.writer import ParameterWriter
 
 
@@ -71,7 +72,7 @@ class WeightReceiver:
         """vLLM's names of this worker's parameters that hold values that are not finite. On CPU most have been packed and
         hold none any more."""
         return [name for name, parameter in self.model_runner.model.named_parameters()
-                if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all())]
+                if parameter.is_floating_point() and not all_finite(parameter)]
 
 
 class WholeLoader:
