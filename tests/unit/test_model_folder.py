@@ -11,6 +11,8 @@ from alphamed.config import ConfigError
 from alphamed.config_file import build_config
 from alphamed.evaluation import settings
 from alphamed.model_folder import check_model_folder, remarks_on
+from alphamed.observe import provenance
+from alphamed.run import Run
 
 QUESTION = {"id": "q0", "question": "Which vitamin prevents scurvy?", "options": {"A": "A", "B": "C", "C": "D"},
             "answer": "B"}
@@ -29,6 +31,16 @@ def folder(good, tmp_path, monkeypatch):
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(QUESTION | {"id": f"q{i}", "question": f"{i}?"}) + "\n"
                                               for i in range(4)))
     return shutil.copytree(good, tmp_path / "m")
+
+
+class Alone:
+    """The control of a world of one rank."""
+    rank = 0
+
+    def from_rank0(self, what, function):
+        return function()
+
+    everywhere = from_rank0
 
 
 def config(folder, **sections):
@@ -131,7 +143,7 @@ def test_settings_that_the_folder_can_not_serve(folder, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------- noted
-def test_a_check_prints_what_there_is_to_say_and_a_run_records_it(folder, capsys, monkeypatch):
+def test_a_check_prints_what_there_is_to_say_and_a_run_records_it(folder, capsys):
     end_with(folder, "<|endoftext|>", 0)
     add_token(folder, "<|unused|>")
     edit_config(folder, z_loss=0.1)
@@ -150,6 +162,10 @@ def test_a_check_prints_what_there_is_to_say_and_a_run_records_it(folder, capsys
     chosen = build_config(config(folder))
     assert remarks_on(folder, chosen).lines() == expected
     assert check_model_folder(folder, chosen).stop_ids == (0, 2)
+    run = Run.open(chosen, Alone())
+    run.begin(None, folder)
+    run.close()
+    assert [start["model_remarks"] for start in provenance.read(chosen.run_dir)["starts"]] == [expected]
 
 
 def test_nothing_is_said_of_an_ordinary_folder(folder, capsys):
