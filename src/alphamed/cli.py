@@ -207,6 +207,7 @@ def _train(options: argparse.Namespace) -> int:
 
     config = load_config(options.config, options.overrides)
     checked = validate(config)
+    checked.model.print_remarks()
     for problem in checked.skipped:
         print(f"skipped: {problem}", file=sys.stderr)
     if options.check:
@@ -281,12 +282,12 @@ def _model(options: argparse.Namespace) -> int:
     import shutil
 
     from alphamed.config_sections import ModelConfig
-    from alphamed.model import read_shape, resolve
-    from alphamed.weights.folder import check_weights
+    from alphamed.model import resolve
+    from alphamed.model_folder import check_model_folder
 
     folder = resolve(options.path, options.revision, ModelConfig.model_fields["cache"].default)
-    shape = read_shape(folder)
-    check_weights(folder, shape)
+    checked = check_model_folder(folder)
+    shape = checked.shape
     if options.out:
         if options.out.exists() and any(options.out.iterdir()):
             raise ConfigError(f"--out: {options.out} is not empty; name a new folder")
@@ -296,6 +297,7 @@ def _model(options: argparse.Namespace) -> int:
     print(f"{shape.family}, {shape.parameters:,} parameters: {shape.layers} layers, hidden {shape.hidden}, "
           f"FFN {shape.ffn}, {shape.heads} heads on {shape.kv_heads} KV heads of {shape.head_dim}, "
           f"vocabulary {shape.vocab:,}{' (tied)' if shape.tied else ''}, {shape.max_positions:,} positions")
+    checked.print_remarks()
     return 0
 
 

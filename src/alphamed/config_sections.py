@@ -114,6 +114,8 @@ class PromptConfig(Section):
     shots: tuple[Shot, ...] = ()
     max_tokens: Positive = 1024
     """Longer prompts are refused when the data is loaded."""
+    template_variables: dict[str, bool | int | float | str] = {}
+    """Variables of the model's chat template, as `{enable_thinking: false}`. Names that it does not use are refused."""
 
 
 class RolloutConfig(Section):
@@ -123,6 +125,9 @@ class RolloutConfig(Section):
     top_p: Share = 1.0
     top_k: int = -1
     max_response_tokens: Positive = 2048
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that end a response besides the model's own end tokens and its chat template's end of a turn. Each must be one
+    token of the tokenizer: the response ends where the model emits that token. It is trained on and is not graded."""
     engines: Count = 1
     tensor_parallel: Count = 1
     dtype: Dtype = Dtype.BF16

@@ -39,7 +39,7 @@ def from_hub(name: str, revision: str | None, cache: Path) -> Path:
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(name, revision=revision, cache_dir=cache / "hub", allow_patterns=HUB_FILES,
-                                      ignore_patterns=["*/*"]))
+                                      ignore_patterns=["*/*", "consolidated*"]))   # a second copy in another layout
     except Exception as e:                           # the many errors of a network all mean "not fetched"
         at = f" at revision {revision!r}" if revision else ""
         problem = f"{type(e).__name__}: {_last_line(str(e))}"

@@ -16,6 +16,7 @@ from typing import Any
 
 from alphamed.config import ConfigError
 from alphamed.config_sections import ParallelConfig, RolloutConfig
+from alphamed.model_keys import changing, unknown_keys
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 QWEN3_HEAD_DIM = 128            # what transformers takes where config.json is silent
@@ -72,6 +73,11 @@ def read_shape(folder: Path) -> ModelShape:
     feature the trainer does not compute (other architectures, quantised weights, sliding windows, partial rotary,
     ...)."""
     return _shape_of(_ConfigFile.read(Path(folder)))
+
+
+def unread_keys(folder: Path) -> list[str]:
+    """Keys of `folder/config.json` of which it is not known whether they change what the model computes. ConfigError."""
+    return unknown_keys(_ConfigFile.read(Path(folder)).tree)
 
 
 def shape_of(tree: dict[str, Any], name: str) -> ModelShape:
@@ -175,15 +181,22 @@ def _refuse_unsupported(source: _ConfigFile, family: str) -> None:
         refuse("hidden_act", "is not supported (only silu)", "choose another model")
     if family != "qwen2" and source.flag("attention_bias"):
         refuse("attention_bias", f"is not supported for {family}", "choose a model without attention biases")
+    if source.get("is_causal", True) is not True:
+        refuse("is_causal", "is not supported", "choose a model with causal attention")
     if source.flag("mlp_bias"):
         refuse("mlp_bias", "is not supported", "choose a model without MLP biases")
-    if "sliding_attention" in source.get("layer_types", []):
-        refuse("layer_types", "holds sliding windows, which are not supported", "choose a model with full attention")
+    if other := sorted({str(kind) for kind in source.get("layer_types", [])} - {"full_attention"}):
+        kinds = ", ".join("sliding windows" if kind == "sliding_attention" else kind for kind in other)
+        refuse("layer_types", f"holds {kinds}, which are not supported", "choose a model with full attention")
     slides = source.flag("use_sliding_window") and source.get("sliding_window") is not None
     if slides and source.get("max_window_layers", 0) < source.count("num_hidden_layers"):
         refuse("use_sliding_window", "is not supported", "choose a model with full attention in every layer")
+    if family == "llama" and source.get("sliding_window"):
+        refuse("sliding_window", "is not supported", "choose a model with full attention in every layer")
     if source.get("partial_rotary_factor", 1.0) != 1.0:
         refuse("partial_rotary_factor", "is not supported (only 1.0)", "choose another model")
+    for field, what in changing(source.tree, family):
+        refuse(field, f"means {what}, which the trainer does not compute", "choose another model")
 
 
 def _rope(source: _ConfigFile) -> tuple[float, RopeScaling | None]:
@@ -197,6 +210,9 @@ def _rope(source: _ConfigFile) -> tuple[float, RopeScaling | None]:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "llama3") or any(isinstance(v, dict) for v in rope.values()):
         raise source.error(name, rope, "is not supported (only rope types default and llama3)", "choose another model")
+    if rope.get("mrope_section"):
+        raise source.error(name, rope, "holds mrope_section, positions of images, which are not supported",
+                           "choose a text model")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise source.error(name, rope, "rotates a part of the head only, which is not supported",
                            "choose another model")

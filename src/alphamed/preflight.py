@@ -17,7 +17,8 @@ from alphamed.config_choices import Device, Transport
 from alphamed.data.mcq import RowProblem
 from alphamed.data.sources import load_questions
 from alphamed.data.text import normalised, option_set
-from alphamed.model import ModelShape, check_context, check_layout, read_shape, resolve
+from alphamed.model import ModelShape, check_context, check_layout, resolve
+from alphamed.model_folder import ModelFolder, check_model_folder
 from alphamed.records import Question
 from alphamed.reward.rules import check_rule
 from alphamed.rollout.curriculum import check_levels
@@ -26,11 +27,14 @@ from alphamed.rollout.curriculum import check_levels
 @dataclass(frozen=True, slots=True)
 class Checked:
     """What validation found on its way. `evaluation_questions`: those that will be asked, of all files."""
-    model_folder: Path
-    shape: ModelShape
+    model: ModelFolder
     questions: int
     evaluation_questions: int
     skipped: tuple[RowProblem, ...]
+
+    @property
+    def shape(self) -> ModelShape:
+        return self.model.shape
 
 
 def validate(config: Config) -> Checked:
@@ -48,10 +52,11 @@ def validate(config: Config) -> Checked:
                           f"{len(training.questions)} questions of data.train; lower it or add data")
     asked = _asked(config, [file.questions for file in evaluation])
     folder = resolve(config.model.path, config.model.revision, config.model.cache)
-    shape = _check_model(config, folder)
-    _check_plan(config, shape)
-    _check_prompts(config, folder, [*training.questions, *(q for file in evaluation for q in file.questions)])
-    return Checked(folder, shape, len(training.questions), asked,
+    model = _check_model(config, folder)
+    _check_plan(config, model.shape)
+    # every prompt once: one that is too long, or holds an id that the model has not, shows now and not at step 40
+    model.prompts.require_lengths([*training.questions, *(q for file in evaluation for q in file.questions)])
+    return Checked(model, len(training.questions), asked,
                    sum((file.skipped for file in evaluation), training.skipped))
 
 
@@ -138,19 +143,18 @@ def _check_hardware(config: Config) -> None:
         engine_cores(config)
 
 
-def _check_model(config: Config, folder: Path) -> ModelShape:
+def _check_model(config: Config, folder: Path) -> ModelFolder:
     from alphamed.rollout.spec import engine_specs
-    from alphamed.weights.folder import check_weights
     from alphamed.weights.routes import check_sync
 
-    shape = read_shape(folder)
-    check_layout(shape, config.parallel, config.rollout)
-    check_sync(config, shape)
-    check_context(shape, config.max_model_tokens, config.longest_response)
-    if not config.rollout.replay:
-        engine_specs(config, folder, shape, eos_ids=())
-    check_weights(folder, shape)
-    return shape
+    def fits(shape: ModelShape) -> None:
+        check_layout(shape, config.parallel, config.rollout)
+        check_sync(config, shape)
+        check_context(shape, config.max_model_tokens, config.longest_response)
+        if not config.rollout.replay:
+            engine_specs(config, folder, shape, eos_ids=())
+
+    return check_model_folder(folder, config, fits)
 
 
 def _check_plan(config: Config, shape: ModelShape) -> None:
@@ -165,11 +169,3 @@ def _check_plan(config: Config, shape: ModelShape) -> None:
         near = next((f"; {' '.join(one.overrides)} would fit" for one in mends(plan)), "")
         raise ConfigError(f"{plan.problems[0]}{near}; see `alphamed plan`, or set cluster.start_unfit=true to start all the "
                           f"same")
-
-
-def _check_prompts(config: Config, folder: Path, questions: Sequence[Question]) -> None:
-    """Render every prompt once: a template that fails, or a prompt that is too long, shows now and not at step 40."""
-    from alphamed.data.prompts import PromptBuilder
-    from alphamed.data.tokenizer import load_tokenizer
-
-    PromptBuilder(load_tokenizer(folder), config.prompt).require_lengths(questions)

@@ -116,10 +116,17 @@ class Run:
             self._spikes.check(row)
         changed = {name: {"old": old, "new": new} for name, (old, new) in self._directory.changed.items()}
         record = provenance.record_start(self.dir, sys.argv, self.config.data.train, model,
-                                         {"continued_after_step": self.state.step, "changed": changed})
+                                         {"continued_after_step": self.state.step, "changed": changed}
+                                         | self._remarks(model))
         self._sinks = [JsonLines(self._directory.metrics_file), self._console]
         if self.config.logging.wandb != WandbMode.OFF:
             self._sinks.append(Wandb(self.config, _wandb_id(record), self.note))
+
+    def _remarks(self, model: Path | None) -> dict[str, Any]:
+        """What the model's folder gave reason to say, for the record of this start."""
+        from alphamed.model_folder import remarks_on
+
+        return {} if model is None else {"model_remarks": remarks_on(model, self.config).lines()}
 
     # ---------------------------------------------------------------------------------------------------------- steps
     def steps(self) -> Iterator[int]:

@@ -171,7 +171,7 @@ def _engines(config: Config, folder: Path, shape: ModelShape, tokenizer: Tokeniz
         placement.start_ray(config)
         stack.callback(placement.stop_ray)
         grader = process.start(config)
-        pool = EnginePool.start(config, folder, shape, tokenizer.eos_ids)
+        pool = EnginePool.start(config, folder, shape, tokenizer.stop_ids(config.rollout.stop))
         stack.callback(pool.stop)
         found.append(Engines(pool, Coordinator.start(config, pool, grader)))
 

@@ -223,6 +223,34 @@ def test_wrong_tensors(tmp_path, what):
         refused_by(lambda: load_hf(folder, [megatron_like(shape, Layout())], shape, Layout()), message)
 
 
+@pytest.mark.parametrize("rank", (0, 1))
+def test_values_that_are_not_finite_are_refused_by_name(tmp_path, rank):
+    """By the rank that reads them; of several tensors in one parameter the one that holds them is named."""
+    folder = tiny_hf(tmp_path, "llama")
+    shape, layout, tensors = read_shape(folder), Layout(tensor=2, tensor_rank=rank), stored(folder)
+    tensors["model.layers.1.self_attn.k_proj.weight"][-1, 0] = float("nan")
+    save_file(tensors, folder / SINGLE)
+    load = lambda: load_hf(folder, [megatron_like(shape, layout)], shape, layout)     # noqa: E731
+    if rank:
+        refused_by(load, "model.layers.1.self_attn.k_proj.weight holds values that are not finite")
+    else:
+        load()
+
+
+def test_values_that_overflow_in_the_parameters_dtype_are_refused(tmp_path):
+    """The largest FP32 number rounds to infinity in BF16; the largest BF16 number is 3.39e38."""
+    folder = tiny_hf(tmp_path, "llama")
+    shape, tensors = read_shape(folder), stored(folder)
+
+    def load(value):
+        tensors["model.norm.weight"][3] = value
+        save_file(tensors, folder / SINGLE)
+        load_hf(folder, [megatron_like(shape, Layout(), dtype=torch.bfloat16)], shape, Layout())
+
+    load(3.38e38)
+    refused_by(lambda: load(3.4028e38), "model.norm.weight holds values that are not finite")
+
+
 def truncate(folder):
     file = folder / SINGLE
     file.write_bytes(file.read_bytes()[:-1000])

@@ -9,7 +9,7 @@ import pytest
 
 from alphamed.config import ConfigError
 from alphamed.config_sections import ParallelConfig, RolloutConfig
-from alphamed.model import RopeScaling, check_context, check_layout, read_shape, resolve
+from alphamed.model import RopeScaling, check_context, check_layout, read_shape, resolve, unread_keys
 
 LLAMA_31_8B = {    # as published, in transformers 4's spelling
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
@@ -100,6 +100,18 @@ def test_what_transformers_fills_in(tmp_path):
     ({"head_dim": 63}, "head_dim: 63", "odd"),
     ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: 'yes'", "neither true nor false"),
     ({"rms_norm_eps": -1}, "rms_norm_eps: -1", "not a positive number"),
+    ({"rope_parameters": {"rope_theta": 1e4, "mrope_section": [16, 24, 24]}}, "rope_parameters", "choose a text model"),
+    ({"layer_types": ["chunked_attention", "full_attention"]}, "layer_types", "chunked_attention"),
+    ({"sliding_window": 4096}, "sliding_window: 4096", "full attention"),
+    ({"is_causal": False}, "is_causal: False", "causal attention"),
+    ({"dual_chunk_attention_config": {"chunk_size": 262144}}, "dual_chunk_attention_config", "attention in chunks"),
+    ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: 50.0", "capped attention scores"),
+    ({"final_logit_softcapping": 30}, "final_logit_softcapping: 30", "capped logits"),
+    ({"logit_scale": 0.0625}, "logit_scale: 0.0625", "scaled logits"),
+    ({"attn_temperature_tuning": True}, "attn_temperature_tuning", "scaled by position"),
+    ({"rope_interleaved": True}, "rope_interleaved: True", "neighbouring pairs"),
+    ({"num_experts": 8}, "num_experts: 8", "mixtures of experts"),
+    ({"qk_norm": True}, "qk_norm: True", "normalised queries and keys"),
 ))
 def test_refusals(tmp_path, change, field, problem):
     with pytest.raises(ConfigError) as refused:
@@ -115,6 +127,32 @@ def test_broken_config_file(tmp_path, text, problem):
         folder_with(tmp_path, text)
     with pytest.raises(ConfigError, match=problem):
         read_shape(tmp_path)
+
+
+@pytest.mark.parametrize("change", (                  # values with which the keys above change nothing
+    {"dual_chunk_attention_config": None, "attn_logit_softcapping": None, "num_experts": 0, "qk_norm": False},
+    {"logit_scale": 1.0, "residual_multiplier": 1, "sliding_window": None, "is_causal": True, "layer_types": []},
+    {"layer_types": ["full_attention"] * 32, "rope_interleaved": False, "attention_dropout": 0.1}))
+def test_keys_that_change_nothing(tmp_path, change):
+    assert read_shape(folder_with(tmp_path, LLAMA_31_8B | change)) == read_shape(folder_with(tmp_path, LLAMA_31_8B))
+    assert unread_keys(tmp_path) == []
+
+
+def test_the_norm_that_a_family_has_anyway_is_no_change(tmp_path):
+    assert read_shape(folder_with(tmp_path, QWEN3_06B | {"use_qk_norm": True})).qk_norm
+
+
+def test_keys_that_nobody_knows_are_listed(tmp_path):
+    """Those of transformers' own defaults are known."""
+    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+    for kind in (LlamaConfig, Qwen2Config, Qwen3Config):
+        tree = kind().to_dict() | {"transformers_version": "5.0.0"}
+        assert unread_keys(folder_with(tmp_path, tree)) == []
+    for tree in (LLAMA_31_8B, QWEN25_7B, QWEN3_06B):
+        assert unread_keys(folder_with(tmp_path, tree)) == []
+    odd = LLAMA_31_8B | {"z_loss_weight": 1e-4, "attention_sink_size": 4, "norm_head": False, "extra": {}, "more": None}
+    assert unread_keys(folder_with(tmp_path, odd)) == ["attention_sink_size", "z_loss_weight"]
 
 
 def test_a_window_that_no_layer_uses_is_no_window(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import yaml
 from test_report import C, U, W, evaluate, graded, row
 
-from alphamed.config_file import build_config, dump_config
+from alphamed.config_file import build_config, changed_config, dump_config
 from alphamed.observe.files import append_json, replace_text
 from alphamed.observe.model_card import write_card
 from alphamed.observe.rollout_files import rollout_path, write_rollouts
@@ -62,6 +62,15 @@ def test_a_model_of_an_earlier_step_is_not_credited_with_later_ones(run_dir):
         evaluate(run_dir, step, outcomes)
     text = written(run_dir, config, step=5)
     assert "| | step 0 | step 5 |" in text and "step 12" not in text and "trained with" in text and ": 5 steps of" in text
+
+
+def test_the_card_tells_what_the_prompt_and_the_end_of_a_response_need(run_dir):
+    run_dir, config = run_dir
+    assert "Template: chat; at most" in written(run_dir, config)
+    config = changed_config(config, ["prompt.template_variables={enable_thinking: false, budget: low}",
+                                     "rollout.stop=['</answer>']"])
+    assert ("Template: chat with `enable_thinking: false`, `budget: \"low\"`, responses also end at `</answer>`; at most"
+            in written(run_dir, config))
 
 
 def test_warnings_of_the_run_are_on_its_card(run_dir):

@@ -189,7 +189,7 @@ def break_json(folder, name, text):
     (lambda d: break_json(bpe_folder(d), "generation_config.json", "[]"), "config.json is not a JSON object"),
     (lambda d: break_json(bpe_folder(d), "config.json", '{"eos_token_id": 400}'), "eos_token_id 400 in"),
     (lambda d: break_json(bpe_folder(d), "config.json", '{"eos_token_id": "</s>"}'), "eos_token_id '</s>' in"),
-    (lambda d: bpe_folder(d, eos="<gone>"), "names no end-of-text token; add eos_token_id to generation_config.json"),
+    (lambda d: bpe_folder(d, None, eos="<gone>"), "names no end-of-text token; add eos_token_id to generation_config.json"),
     (lambda d: bpe_folder(d, "{% for %}"), "is broken in line 1 ("),
     (lambda d: bpe_folder(d, None, chat_template=7), "is not UTF-8 text; mend or remove it"),
     (lambda d: bpe_folder(d, None, chat_template=["x"]), "is not UTF-8 text; mend or remove it"),

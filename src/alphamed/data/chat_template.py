@@ -12,6 +12,9 @@ from alphamed.config import ConfigError
 # Some templates (Llama 3.2) write today's date into the prompt, which would make a resumed run see other prompts than
 # the first start. The date stands still at Llama 3.1's own default.
 TEMPLATE_DATE = date(2024, 7, 26)
+GIVEN = frozenset({"messages", "add_generation_prompt", "tools", "documents", "bos_token", "eos_token", "unk_token",
+                   "pad_token", "sep_token", "cls_token"})
+"""Variables that are not the user's to set."""
 
 
 class Message(TypedDict):
@@ -23,7 +26,7 @@ class ChatTemplate:
     """A compiled Jinja template, run in a sandbox. `folder` is named in errors."""
 
     def __init__(self, source: str, folder: Path):
-        from jinja2 import TemplateSyntaxError
+        from jinja2 import TemplateSyntaxError, meta, nodes
         from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -35,17 +38,22 @@ class ChatTemplate:
         source = re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", source)
         try:
             self._template = environment.from_string(source)
+            tree = environment.parse(source)
         except TemplateSyntaxError as e:
             raise ConfigError(f"model.path: the chat template of {folder} is broken in line {e.lineno} ({e.message}); "
                               "mend or remove it") from None
         self._folder = folder
+        self.variables = frozenset(meta.find_undeclared_variables(tree) - GIVEN)
+        """Names that a user can set; unset ones are undefined."""
+        self.writes_date = any(name.name == "strftime_now" for name in tree.find_all(nodes.Name))
 
-    def render(self, messages: Sequence[Message], special_tokens: Mapping[str, str]) -> str:
+    def render(self, messages: Sequence[Message], special_tokens: Mapping[str, str],
+               variables: Mapping[str, Any] | None = None) -> str:
         """The text of the conversation up to where the assistant's next answer begins. `special_tokens` are the
         variables `bos_token`, `eos_token` and so on. Raises ConfigError where the template refuses the messages."""
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, tools=None, documents=None,
-                                         **special_tokens)
+            return self._template.render(**(variables or {}), **special_tokens, messages=messages,
+                                         add_generation_prompt=True, tools=None, documents=None)
         except Exception as e:      # the template is the model author's program
             raise ConfigError(f"prompt: the chat template of {self._folder} refuses this conversation "
                               f"({' '.join(str(e).split())}); remove prompt.system or prompt.shots, or set "

@@ -15,7 +15,7 @@ from alphamed.config_sections import PromptConfig
 from alphamed.data.chat_template import Message
 from alphamed.data.mcq import short
 from alphamed.data.sources import DataError
-from alphamed.data.tokenizer import Tokenizer
+from alphamed.data.tokenizer import CONTENT, Tokenizer
 from alphamed.records import Question
 
 
@@ -36,8 +36,23 @@ class PromptBuilder:
         if config.template == PromptTemplate.CHAT and not tokenizer.has_chat_template:
             raise ConfigError(f"prompt.template: chat needs a chat template, which {tokenizer.folder} has not; "
                               "set prompt.template=raw")
+        if config.template == PromptTemplate.RAW and config.template_variables:
+            raise ConfigError(f"prompt.template_variables: {config.template_variables!r} has no effect with "
+                              f"prompt.template=raw; remove it or set prompt.template=chat")
         self._shots = [(self._block(shot.question, shot.options), shot.response) for shot in config.shots]
-        self._assemble("Question")      # a template that refuses a system prompt or an example says so now
+        if config.template == PromptTemplate.CHAT:
+            self._require_kept()
+        tokenizer.require_known(self._ids(self._assemble("Question")))      # those that the template itself writes
+
+    def _require_kept(self) -> None:
+        """Raises ConfigError where the chat template refuses a system prompt or an example, or leaves it out in silence."""
+        text, shots = _squeezed(self._assemble(CONTENT["user", 0])), self._config.shots
+        for field, content in (("prompt.system", self._config.system or ""), ("the question", CONTENT["user", 0]),
+                               *((f"prompt.shots.{i}.question", shot.question) for i, shot in enumerate(shots)),
+                               *((f"prompt.shots.{i}.response", shot.response) for i, shot in enumerate(shots))):
+            if _squeezed(content) not in text:
+                raise ConfigError(f"{field}: the chat template of {self._tokenizer.folder} leaves it out, or a part of it; "
+                                  f"{'' if field == 'the question' else 'remove it or '}set prompt.template=raw")
 
     def text(self, question: Question) -> str:
         """The whole prompt as text, control tokens of the chat template included. Raises DataError (see `render`)."""
@@ -53,9 +68,17 @@ class PromptBuilder:
 
         Text of the question can not become control tokens: where it spells one it is broken up (`Tokenizer.plain`);
         DataError in the odd case that this fails. Instruction and worked examples are the user's own and stay as
-        they are.
+        they are. DataError, too, where the prompt holds an id that the model has not.
         """
-        ids = self._tokenizer.encode(self.text(question))
+        ids = self._ids(self.text(question))
+        try:
+            self._tokenizer.require_known(ids)
+        except ConfigError as error:
+            raise DataError(f"question {short(question.id)}: {error}") from None
+        return ids
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        ids = self._tokenizer.encode(text)
         if self._config.template == PromptTemplate.RAW:      # a chat template writes its own start token
             return (*self._tokenizer.bos_ids, *ids)
         return tuple(ids)
@@ -90,7 +113,8 @@ class PromptBuilder:
             messages = [Message(role="system", content=self._config.system)] if self._config.system else []
             for user, assistant in zip(asked, responses):
                 messages += [Message(role="user", content=user), Message(role="assistant", content=assistant)]
-            return self._tokenizer.chat_text([*messages, Message(role="user", content=self._ask(block))])
+            messages.append(Message(role="user", content=self._ask(block)))
+            return self._tokenizer.chat_text(messages, self._config.template_variables)
         parts = [self._config.system] if self._config.system else []
         parts += [f"{user}\n\nAnswer: {response}" for user, response in zip(asked, responses)]
         return "\n\n".join([*parts, f"{self._ask(block)}\n\nAnswer:"])
@@ -107,3 +131,8 @@ class PromptBuilder:
         texts = list(question.options.values())
         turns = (dict(zip(letters, texts[i:] + texts[:i])) for i in range(1, len(texts)))
         return max([tokens, *(len(self.render(replace(question, options=options))) for options in turns)])
+
+
+def _squeezed(text: str) -> str:
+    """`text` without blanks and line breaks."""
+    return "".join(text.split())

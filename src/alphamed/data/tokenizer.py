@@ -19,6 +19,9 @@ from alphamed.config import ConfigError
 from alphamed.data.chat_template import Message, find_chat_template
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+CONTENT = {("user", 0): "1701411", ("assistant", 0): "1701412", ("user", 1): "1701413"}
+"""(role, number) -> texts that a chat template is rendered with to see what it writes around them. Digits: no template that
+changes case or quotes signs changes them."""
 _MEND = "give a folder with tokenizer.json or a SentencePiece tokenizer.model"
 
 
@@ -38,24 +41,61 @@ class Backend(Protocol):
 class Tokenizer:
     """The tokenizer of a model folder.
 
-    `vocab` is one more than the largest token id, `eos_ids` are all ids that end an answer, `bos_ids` what the model
-    expects in front of a plain text (often nothing); a chat template writes its own.
+    `vocab` is one more than the largest token id, `model_vocab` the number of ids that the model has (config.json's
+    vocab_size, None without that file), `bos_ids` what the model expects in front of a plain text (often nothing); a chat
+    template writes its own. `eos_ids` are all ids that end an answer: `named_eos_ids`, those that the folder's files name,
+    and `turn_end`, the token that the chat template writes right after an assistant's content (None where it writes none).
     """
 
     def __init__(self, folder: Path, backend: Backend, settings: Mapping[str, Any]):
         self.folder = folder
         self.vocab = backend.size
         self.bos_ids = backend.bos_ids
-        self.eos_ids = _eos_ids(folder, backend)
+        self.model_vocab = _model_vocab(folder)
         self._backend = backend
         self._template = find_chat_template(folder, settings)
         unknown = backend.token_id(backend.special.get("unk_token", ""))     # may stand for any odd character
         self._control_ids = frozenset(backend.control.values()) - {unknown}
         self._control_text = _any_of(backend.control)
+        self.turn_end = self._turn_end()
+        self.named_eos_ids = _eos_ids(folder, backend)
+        ends = (*self.named_eos_ids, *(() if self.turn_end is None else (self.turn_end,)))
+        if not ends:
+            raise ConfigError(f"model.path: {folder} names no end-of-text token; add eos_token_id to generation_config.json")
+        self.eos_ids = tuple(dict.fromkeys(self._require_known(ends, "ends an answer")))
 
     @property
     def has_chat_template(self) -> bool:
         return self._template is not None
+
+    @property
+    def template_writes_date(self) -> bool:
+        """Whether the chat template asks for today's date, which is always `chat_template.TEMPLATE_DATE`."""
+        return self._template is not None and self._template.writes_date
+
+    def stop_ids(self, stop: Sequence[str] = ()) -> tuple[int, ...]:
+        """All ids that end a response: `eos_ids` and the tokens of `rollout.stop`. Raises ConfigError for a text that is not
+        one token."""
+        more = []
+        for text in stop:
+            ids = self.encode(text)
+            if len(ids) != 1:
+                raise ConfigError(f"rollout.stop: {text!r} takes {len(ids)} tokens of the tokenizer of {self.folder}; a "
+                                  f"response ends at one token, so give a text that is a single token")
+            more += self._require_known(ids, "is in rollout.stop")
+        return tuple(dict.fromkeys((*self.eos_ids, *more)))
+
+    def require_known(self, ids: Sequence[int]) -> None:
+        """Raises ConfigError where a prompt holds an id that the model has not."""
+        self._require_known(ids, "is in the prompt")
+
+    def _require_known(self, ids: Sequence[int], what: str) -> Sequence[int]:
+        if self.model_vocab is not None and ids and (largest := max(ids)) >= self.model_vocab:
+            token = self.decode([largest], skip_special=False)
+            raise ConfigError(f"model.path: {self.folder}: token {token!r}, id {largest}, {what}, but config.json has a "
+                              f"vocab_size of {self.model_vocab}; resize the model's embeddings, or take the tokenizer and "
+                              f"chat template that belong to it")
+        return ids
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; control tokens written in it become their ids, nothing is put in front or behind."""
@@ -65,19 +105,45 @@ class Tokenizer:
         """The text of `ids`. Ids beyond the vocabulary (padded columns) have no text."""
         return self._backend.decode([i for i in ids if 0 <= i < self.vocab], skip_special)
 
-    def chat_text(self, messages: Sequence[Message]) -> str:
-        """The conversation as text, up to where the assistant's next answer begins.
+    def chat_text(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> str:
+        """The conversation as text, up to where the assistant's next answer begins. `variables`: prompt.template_variables.
 
-        Raises ConfigError where there is no chat template or it refuses the conversation.
+        Raises ConfigError where there is no chat template, it refuses the conversation or does not use a variable.
         """
         if self._template is None:
             raise ConfigError(f"prompt.template: chat needs a chat template, which {self.folder} has not; "
                               "set prompt.template=raw")
-        return self._template.render(messages, self._backend.special)
+        if unused := sorted(set(variables or ()) - self._template.variables):
+            known = ", ".join(sorted(self._template.variables)) or "none"
+            raise ConfigError(f"prompt.template_variables: {unused[0]!r} is no variable of the chat template of "
+                              f"{self.folder}; it has: {known}")
+        return self._template.render(messages, self._backend.special, variables)
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of `chat_text(messages)`."""
         return self.encode(self.chat_text(messages))
+
+    def after_content(self) -> str:
+        """What the chat template writes between an assistant's content and the next user's; empty without a template, or
+        where it refuses such a conversation or leaves one of the two out."""
+        if self._template is None:
+            return ""
+        try:
+            text = self.chat_text([Message(role=role, content=CONTENT[role, number])
+                                   for role, number in (("user", 0), ("assistant", 0), ("user", 1))])
+        except ConfigError:
+            return ""
+        after = text.partition(CONTENT["assistant", 0])[2]
+        return after.partition(CONTENT["user", 1])[0] if CONTENT["user", 1] in after else ""
+
+    def _turn_end(self) -> int | None:
+        match = self._control_text.match(self.after_content().lstrip())
+        found = self._backend.control[match[0]] if match else None
+        return found if found in self._control_ids else None
+
+    def without_control(self, text: str) -> str:
+        """`text` without control tokens."""
+        return self._control_text.sub("", text)
 
     def plain(self, text: str) -> str:
         """`text` with a blank set into every control token (`<|im_end|>` -> `< |im_end|>`), so none is read as such.
@@ -220,10 +286,12 @@ def _eos_ids(folder: Path, backend: Backend) -> tuple[int, ...]:
                 raise ConfigError(f"model.path: eos_token_id {i!r} in {folder / name} is no id of its tokenizer "
                                   f"(0..{backend.size - 1}); mend the file")
             ids.append(i)
-    if not ids:
-        raise ConfigError(f"model.path: {folder} names no end-of-text token; add eos_token_id to "
-                          "generation_config.json")
     return tuple(dict.fromkeys(ids))
+
+
+def _model_vocab(folder: Path) -> int | None:
+    size = _read_json(folder / "config.json").get("vocab_size")
+    return size if type(size) is int else None      # model.read_shape refuses what is no number
 
 
 def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -19,11 +19,11 @@ from alphamed.cluster.environment import enter, run_environment
 from alphamed.cluster.launch import owned
 from alphamed.config import Config
 from alphamed.data.prompts import PromptBuilder
-from alphamed.data.tokenizer import load_tokenizer
-from alphamed.model import ModelShape, check_context, read_shape, resolve
+from alphamed.data.tokenizer import Tokenizer
+from alphamed.model import ModelShape, check_context, resolve
+from alphamed.model_folder import check_model_folder
 from alphamed.records import GenerationTask, Question, ScoredGroup
 from alphamed.rollout.spec import engine_specs
-from alphamed.weights.folder import check_weights
 
 if TYPE_CHECKING:
     from alphamed.rollout.coordinator import Arrivals
@@ -54,12 +54,12 @@ class Prompted:
 
     def __init__(self, config: Config, questions: Iterable[Question]):
         self.folder: Path = resolve(config.model.path, config.model.revision, config.model.cache)
-        self.shape: ModelShape = read_shape(self.folder)
-        check_context(self.shape, config.max_model_tokens, config.longest_response)
-        engine_specs(config, self.folder, self.shape, eos_ids=())
-        check_weights(self.folder, self.shape)
-        self.tokenizer = load_tokenizer(self.folder)
-        self.prompts = PromptBuilder(self.tokenizer, config.prompt)
+        self.checked = check_model_folder(self.folder, config, lambda shape: (
+            check_context(shape, config.max_model_tokens, config.longest_response),
+            engine_specs(config, self.folder, shape, eos_ids=())))
+        self.shape: ModelShape = self.checked.shape
+        self.tokenizer: Tokenizer = self.checked.tokenizer
+        self.prompts: PromptBuilder = self.checked.prompts
         self.prompts.require_lengths(questions)
 
 
@@ -87,6 +87,7 @@ def answering(config: Config, model: Prompted) -> Iterator[Answer]:
     from alphamed.rollout.coordinator import Coordinator
     from alphamed.rollout.pool import EnginePool
 
+    model.checked.print_remarks()
     with contextlib.ExitStack() as stack:
         ledger = stack.enter_context(owned(config.run_dir))
         enter(run_environment(config, ledger.make_temporary_folder()))
@@ -95,7 +96,7 @@ def answering(config: Config, model: Prompted) -> Iterator[Answer]:
         placement.start_ray(config)
         stack.callback(placement.stop_ray)
         grader = process.start(config)
-        pool = EnginePool.start(config, model.folder, model.shape, model.tokenizer.eos_ids)
+        pool = EnginePool.start(config, model.folder, model.shape, model.checked.stop_ids)
         stack.callback(pool.stop)
         coordinator = Coordinator.start(config, pool, grader)
         window = WAITING_PER_PLACE * config.rollout.max_concurrent_requests * config.rollout.engines

@@ -25,7 +25,8 @@ def asked(config: Config, folder: Path, samples: int, temperature: float, top_p:
     content = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
     return {"model": {"sha256": content}, "prompt": config.prompt.model_dump(mode="json"),
             "sampling": {"samples": samples, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens,
-                         "seed": config.run.seed if config.rollout.deterministic else None},
+                         "seed": config.run.seed if config.rollout.deterministic else None}
+            | ({"stop": list(config.rollout.stop)} if config.rollout.stop else {}),
             "dtype": str(config.rollout.dtype)}
 
 

@@ -50,7 +50,7 @@ def card(*, name: str, base: str, config: Config, steps: int, record: Mapping[st
              *(f"- Warning. {text}" for text in warned), "",
              "## Prompt", "", "Questions were asked in this form, and the letter in the last `\\boxed{}` was graded:", "",
              "```", f"Question: ...\n\nOptions:\nA: ...\nB: ...\n\n{config.prompt.instruction}", "```", "",
-             f"Template: {config.prompt.template}{_shots(config)}; at most {rollout.max_response_tokens} tokens a response.",
+             f"Template: {config.prompt.template}{_shots(config)}{_variables(config)}; at most {rollout.max_response_tokens} tokens a response.",
              "", *_made(record)]
     return "\n".join(lines) + "\n"
 
@@ -121,6 +121,13 @@ def _shots(config: Config) -> str:
     return f", {count} worked example{'s' * (count != 1)} before the question" if count else ""
 
 
+def _variables(config: Config) -> str:
+    """The template's variables and the further stop tokens, which whoever uses the model has to set as well."""
+    given = [f"`{name}: {_quoted(value)}`" for name, value in config.prompt.template_variables.items()]
+    stops = [f"`{text}`" for text in config.rollout.stop]
+    return (f" with {', '.join(given)}" if given else "") + (f", responses also end at {', '.join(stops)}" if stops else "")
+
+
 def _made(record: Mapping[str, Any]) -> list[str]:
     starts = record.get("starts", [])
     if not starts:
@@ -132,7 +139,7 @@ def _made(record: Mapping[str, Any]) -> list[str]:
             f"response (config.yaml, provenance.json, rollouts/)."]
 
 
-def _quoted(text: str) -> str:
+def _quoted(text: Any) -> str:
     import json
 
     return json.dumps(text)

@@ -6,7 +6,8 @@ from pathlib import Path
 import yaml
 
 from alphamed.config import Config, ConfigError
-from alphamed.model import ModelShape, read_shape, shape_of
+from alphamed.model import ModelShape, shape_of
+from alphamed.model_folder import check_present
 
 TABLE = Path(__file__).with_name("shapes.yaml")
 
@@ -16,9 +17,9 @@ def find_shape(config: Config) -> tuple[ModelShape, str]:
     path = config.model.path
     folder = Path(path).expanduser()
     if folder.is_dir():
-        return read_shape(folder), f"{folder}/config.json"
+        return check_present(folder, config), f"{folder}/config.json"
     if (cached := _cached(config)) is not None:
-        return read_shape(cached), f"{cached}/config.json"
+        return check_present(cached, config), f"{cached}/config.json"
     known = published()
     if path in known:
         return known[path], "table of published shapes"

@@ -21,6 +21,7 @@ from alphamed.data.tokenizer import load_tokenizer
 from alphamed.records import FinishReason, GenerationTask, Rollout, RolloutGroup, Sampling
 from alphamed.rollout.failures import EngineDied, StaleEngine
 from alphamed.rollout.spec import EngineSpec
+from alphamed.weights.folder import SMALL_BYTES, require_finite, weight_bytes
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -54,15 +55,27 @@ class RolloutEngine:
         self._drained, self._death = asyncio.Event(), asyncio.get_running_loop().create_future()
         self._drained.set()
         self._serving = asyncio.Event()
+        if not self._spec.cuda and weight_bytes(Path(self._spec.folder)) > SMALL_BYTES:
+            require_finite(Path(self._spec.folder))         # vLLM packs weights on CPU; smaller folders were read before
         try:
             self._llm = _start_vllm(self._spec)
         except RuntimeError as error:           # vLLM's own says no more than "see above"
             raise RunFailed(self._culprit(), f"vLLM did not start: {_root_cause() or error}") from error
         self._processes = _engine_processes()
         self._watch = asyncio.create_task(self._watch_processes())
+        await self._require_finite()
         self._version = FROM_FOLDER
         self._serving.set()
         return this_machine(), {"actor": os.getpid()} | {name: process.pid for name, process in self._processes.items()}
+
+    async def _require_finite(self) -> None:
+        """Raises ConfigError naming the folder's tensor where the weights that vLLM holds are not finite."""
+        names = sorted({name for worker in await self.call_workers("alphamed_not_finite") for name in worker})
+        if names:
+            await self.stop()
+            require_finite(Path(self._spec.folder))
+            raise RunFailed(self._culprit(), f"{names[0]} holds values that are not finite in {self._spec.dtype}; those of "
+                                             f"{self._spec.folder} are finite")
 
     async def stop(self) -> None:
         """End vLLM's processes in good order."""
@@ -107,8 +120,14 @@ class RolloutEngine:
         ids = tuple(completion.token_ids)
         logprobs = tuple(place[token].logprob for token, place in zip(ids, completion.logprobs, strict=True))
         return Rollout(group_id=task.group_id, question_id=task.question.id, sample_index=index, response_token_ids=ids,
-                       logprobs=logprobs, text=self._tokenizer.decode(ids),
+                       logprobs=logprobs, text=self._text(ids),
                        finish_reason=FinishReason(completion.finish_reason), policy_version=version)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        """What is graded: up to the first end token. Decoding leaves out control tokens but no others that are named in
+        rollout.stop."""
+        ends = frozenset(self._spec.eos_ids)
+        return self._tokenizer.decode(list(itertools.takewhile(lambda token: token not in ends, ids)))
 
     def _require(self, version: int) -> None:
         if self._death.done():
@@ -218,10 +237,12 @@ def _engine_args(spec: EngineSpec) -> AsyncEngineArgs:
     """The only place that builds vLLM's arguments."""
     from vllm.engine.arg_utils import AsyncEngineArgs
 
+    # left to themselves vLLM's formats are Mistral's where the folder holds a consolidated.safetensors besides its weights
     arguments: dict[str, Any] = dict(
-        model=spec.folder, skip_tokenizer_init=True, generation_config="vllm", dtype=spec.dtype, seed=spec.seed,
-        tensor_parallel_size=spec.tensor_parallel, distributed_executor_backend=_executor(spec),
-        max_model_len=spec.max_model_tokens, max_num_seqs=spec.max_sequences, kv_cache_memory_bytes=spec.kv_cache_bytes,
+        model=spec.folder, load_format="safetensors", config_format="hf", skip_tokenizer_init=True,
+        generation_config="vllm", dtype=spec.dtype, seed=spec.seed, tensor_parallel_size=spec.tensor_parallel,
+        distributed_executor_backend=_executor(spec), max_model_len=spec.max_model_tokens,
+        max_num_seqs=spec.max_sequences, kv_cache_memory_bytes=spec.kv_cache_bytes,
         gpu_memory_utilization=spec.gpu_memory_utilization, enable_prefix_caching=not spec.deterministic,
         logprobs_mode="processed_logprobs", worker_extension_cls=spec.worker_extension, disable_log_stats=True,
         enable_log_requests=False)

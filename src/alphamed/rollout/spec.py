@@ -35,7 +35,7 @@ class EngineSpec:
     gpu_memory_utilization: float
     deterministic: bool
     seed: int
-    eos_ids: tuple[int, ...]
+    eos_ids: tuple[int, ...]            # each ends a response and belongs to it, but not to its text
     asynchronous: bool = False          # pushes come while requests are under way
     on_push: str = "wait"               # what becomes of those: "wait" | "keep" | "abort"
     worker_extension: str = RECEIVER

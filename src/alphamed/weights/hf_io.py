@@ -20,9 +20,9 @@ from alphamed.model import ModelShape
 from alphamed.records import Layout
 from alphamed.weights.cuts import held
 from alphamed.weights.families import Entry, Kind, cut_dimension, entries, shard_shape
-from alphamed.weights.folder import WeightFiles, check_tensor
+from alphamed.weights.folder import WeightFiles, check_tensor, not_finite
 from alphamed.weights.plan import Slice
-from alphamed.weights.tensors import to_hf, to_shard
+from alphamed.weights.tensors import all_finite, to_hf, to_shard
 
 LAYER = "decoder.layers."
 
@@ -62,8 +62,8 @@ def load_hf(folder: Path, chunks: Sequence[Module], shape: ModelShape, layout: L
     """Fill this rank's parameters from a Hugging Face folder, converting to each parameter's dtype.
 
     Every rank reads on its own; there is no communication. Load before the optimizer is built, or have it take its FP32
-    copies from the parameters again afterwards. Raises ConfigError for missing, misshapen or corrupt tensors and for a
-    tied model whose stored `lm_head.weight` differs from its embedding.
+    copies from the parameters again afterwards. Raises ConfigError for missing, misshapen or corrupt tensors, for values
+    that are not finite and for a tied model whose stored `lm_head.weight` differs from its embedding.
     """
     with WeightFiles(folder) as files:
         for entry, parameter in stage_entries(chunks, shape):
@@ -77,6 +77,16 @@ def load_hf(folder: Path, chunks: Sequence[Module], shape: ModelShape, layout: L
             if shape.tied and entry.hf == ("model.embed_tokens.weight",) and "lm_head.weight" in files.names():
                 _check_tied(files, entry, shard, layout)
             parameter.data.copy_(shard)
+            _check_finite(files, entry, shard, parameter)
+
+
+def _check_finite(files: WeightFiles, entry: Entry, shard: Tensor, parameter: Parameter) -> None:
+    """Refuse values that are not finite, as stored or in the parameter's dtype. Checked on the parameter's device, where it
+    takes milliseconds, unless the parameter is of a type of its own (FP8)."""
+    values = parameter.data if type(parameter.data) is Tensor else shard
+    if not all_finite(values):
+        stored = (name for name in entry.hf if not all_finite(files.slice(name)[:]))
+        raise not_finite(files.folder, next(stored, " or ".join(entry.hf)))
 
 
 def _check_tied(files: WeightFiles, entry: Entry, shard: Tensor, layout: Layout) -> None:

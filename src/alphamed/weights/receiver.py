@@ -20,6 +20,7 @@ from torch import Tensor
 from alphamed.weights import links
 from alphamed.weights.buckets import Assembly, digest, empty_flat, unpack
 from alphamed.weights.plan import Bucket, Link, SyncPlan, in_turns
+from alphamed.weights.tensors import all_finite
 from alphamed.weights.writer import ParameterWriter
 
 
@@ -65,6 +66,13 @@ class WeightReceiver:
             raise failure
         loader.finish()
         return {name: [pair.tolist() for pair in digests] for name, digests in found.items()}
+
+
+    def alphamed_not_finite(self) -> list[str]:
+        """vLLM's names of this worker's parameters that hold values that are not finite. On CPU most have been packed and
+        hold none any more."""
+        return [name for name, parameter in self.model_runner.model.named_parameters()
+                if parameter.is_floating_point() and not all_finite(parameter)]
 
 
 class WholeLoader:

@@ -15,6 +15,9 @@ from torch import Tensor
 from alphamed.weights.cuts import pieces
 from alphamed.weights.families import Entry, Kind, cut_dimension, shard_shape
 
+FINITE_PART = 1 << 24
+"""Values that are checked at a time."""
+
 
 def to_shard(entry: Entry, sources: Sequence[Any], tp_size: int, tp_rank: int) -> Tensor:
     """The shard of `tp_rank`, [shard_shape], in the sources' dtype. `sources` are the Hugging Face tensors of
@@ -44,3 +47,9 @@ def to_hf(entry: Entry, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
             whole[p.source].narrow(dimension, p.start, length).copy_(shard.narrow(dimension, at, length))
             at += length
     return whole
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite. In parts: at once it would take twice the tensor's memory, which an engine's GPU
+    may not have."""
+    return all(bool(torch.isfinite(part).all()) for part in tensor.detach().reshape(-1).split(FINITE_PART))
