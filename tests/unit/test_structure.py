@@ -21,7 +21,7 @@ FENCES = {
 # what a laptop's `alphamed --help` and the data tools must never wait for
 HEAVY = ("torch", "transformers", "ray", "vllm", "megatron", "matplotlib", "wandb", "datasets")
 LIGHT = ("alphamed.config", "alphamed.records", "alphamed.model", "alphamed.cli", "alphamed.data.mcq",
-         "alphamed.data.sources", "alphamed.data.prompts", "alphamed.data.stream", "alphamed.data.tokenizer",
+         "alphamed.jsonl", "alphamed.folding", "alphamed.data.tables", "alphamed.data.text", "alphamed.data.sources", "alphamed.data.prompts", "alphamed.data.stream", "alphamed.data.tokenizer",
          "alphamed.data.medfacts", "alphamed.data.build", "alphamed.data.commands", "alphamed.data.decontaminate",
          "alphamed.data.matching", "alphamed.data.suspects", "alphamed.evaluation.benchmarks",
          "alphamed.observe.dataset_page", "alphamed.reward.extraction", "alphamed.reward.rules",
