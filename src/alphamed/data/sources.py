@@ -8,40 +8,37 @@ from pathlib import Path
 from typing import Any
 
 from alphamed.config_choices import BadRows
-from alphamed.data.mcq import Row, RowProblem, check_questions, short
+from alphamed.data.keys import KEY_FIELDS, AnswerForm
+from alphamed.data.mcq import DataError, Row, RowProblem, check_questions, short
+from alphamed.data.reading import Reading, interpret
 from alphamed.data.text import counted
 from alphamed.records import Question
 
 COLUMNS = ("id", "question", "options", "answer", "context", "source", "level", "informativeness")
-REQUIRED_COLUMNS = COLUMNS[:4]
-EXTRA_COLUMNS = ("licence",)      # read where present, no part of a Question
+REQUIRED_COLUMNS = ("question", "options", "answer")
+EXTRA_COLUMNS = ("licence", *KEY_FIELDS[1:])      # read where present, no part of a Question
 _BOM = b"\xef\xbb\xbf"      # what some editors put in front of UTF-8
-
-
-class DataError(ValueError):
-    """A mistake in data: one line naming the place, the problem and the mend. `problems` lists every bad row."""
-
-    def __init__(self, message: str, problems: Sequence[RowProblem] = ()):
-        super().__init__(message)
-        self.problems = tuple(problems)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedQuestions:
-    """The questions of some files in file order, and the bad rows that were left out of them."""
+    """The questions of some files in file order, the bad rows that were left out of them, and how each file was read."""
     questions: tuple[Question, ...]
     skipped: tuple[RowProblem, ...] = ()
+    readings: tuple[Reading, ...] = ()
 
 
-def load_questions(paths: Iterable[str | Path], bad_rows: BadRows = BadRows.REFUSE) -> LoadedQuestions:
-    """Read all files; ids must be unique across them.
+def load_questions(paths: Iterable[str | Path], bad_rows: BadRows = BadRows.REFUSE,
+                   answer: AnswerForm | None = None) -> LoadedQuestions:
+    """Read all files; ids must be unique across them. `answer` is the form of their keys where the user declares it.
 
     Raises DataError where a file can not be read, holds no question, or, with BadRows.REFUSE, has any bad row.
     """
     files = [Path(path) for path in paths]
     _refuse_repeats(files)
     readers = [_reader(file) for file in files]
-    questions, problems = check_questions(row for file, read in zip(files, readers) for row in read(file))
+    read = [interpret(reader(file), answer) for file, reader in zip(files, readers)]
+    questions, problems = check_questions(row for rows, _ in read for row in rows)
     if problems and bad_rows == BadRows.REFUSE:
         others = f"; {counted(len(problems) - 1, 'more bad row')}" if len(problems) > 1 else ""
         raise DataError(f"{problems[0]}{others}; mend the data, or leave bad rows out with data.bad_rows=skip "
@@ -50,7 +47,7 @@ def load_questions(paths: Iterable[str | Path], bad_rows: BadRows = BadRows.REFU
     if not questions:
         raise DataError(f"{', '.join(map(str, files))}: no usable question, all {len(problems)} rows are bad "
                         f"(the first: {problems[0]}); mend the data", problems)
-    return LoadedQuestions(tuple(questions), tuple(problems))
+    return LoadedQuestions(tuple(questions), tuple(problems), tuple(reading for _, reading in read))
 
 
 def read_rows(file: Path) -> Iterator[Row]:

@@ -17,11 +17,14 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from alphamed.data.adapters import Adapter
+from alphamed.data.keys import AnswerForm
 from alphamed.data.mcq import Row, short
-from alphamed.data.sources import REQUIRED_COLUMNS, DataError, read_rows
+from alphamed.data.sources import COLUMNS, DataError, read_rows
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 CONNECT_S = 5.0     # for a connection to the hub; a slower one is no network to fetch a set over
+SCHEMA_COLUMNS = COLUMNS[:4]
+"""What tells a file of the schema from one of the hub's layouts. A file of the user's own needs no `id`."""
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -44,6 +47,9 @@ class QuestionSource:
     context: bool = False
     """Whether questions come with an abstract or a vignette of their own."""
     note: str = ""
+    answer: AnswerForm | None = None
+    """The form of the keys at `revision` where it is known and they are numbers. Copies may count otherwise: there the form is
+    found from the values."""
 
 
 def read_upstream(source: QuestionSource, local: Path | None, revision: str | None = None) -> Iterator[Row]:
@@ -55,12 +61,12 @@ def read_upstream(source: QuestionSource, local: Path | None, revision: str | No
     place = str(local) if local is not None else f"{source.hub}@{revision or source.revision or 'newest'}"
     for number, row in enumerate(_load(source, local, revision)):
         try:
-            value = source.adapt(row, number)
+            value = source.adapt(row)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             if number == 0:                     # the layout, not one odd row
                 raise DataError(f"{place}: rows are not in the layout of {source.name} ({_told(error)}); its columns are "
                                 f"{short(', '.join(map(str, row)), 200)}: give the set as upstream publishes it, or in "
-                                f"the schema ({', '.join(REQUIRED_COLUMNS)})") from None
+                                f"the schema ({', '.join(SCHEMA_COLUMNS)})") from None
             yield Row(place, number + 1, problem=f"not in the layout of {source.name} ({_told(error)})")
             continue
         if value is not None:
@@ -81,14 +87,14 @@ def _has_schema(local: Path) -> bool:
         import pyarrow as pa
         import pyarrow.parquet as pq
         try:
-            return set(REQUIRED_COLUMNS) <= set(pq.read_schema(local).names)
+            return set(SCHEMA_COLUMNS) <= set(pq.read_schema(local).names)
         except (pa.ArrowException, OSError):
             return True                         # the schema's reader says what is wrong with the file
     if local.suffix == ".jsonl":
         with local.open("rb") as lines:
             first = next((line for line in lines if line.strip()), b"")
         try:
-            return set(REQUIRED_COLUMNS) <= set(json.loads(first))
+            return set(SCHEMA_COLUMNS) <= set(json.loads(first))
         except (ValueError, TypeError):
             return True
     return False

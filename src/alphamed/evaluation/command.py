@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alphamed.config import Config, ConfigError
-from alphamed.config_choices import PromptTemplate
+from alphamed.config_choices import BadRows, PromptTemplate
 
 if TYPE_CHECKING:
     from alphamed.evaluation.answers import Prompted
@@ -40,7 +40,10 @@ class Wanted:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--benchmarks", nargs="+", default=[], metavar="BENCHMARK",
-        help="NAME (`alphamed data sources` lists them), NAME=PATH of a local copy, or FILE (default: evaluation.files)")
+        help="NAME (`alphamed data sources` lists them), NAME=PATH of a local copy, or FILE (default: evaluation.files); "
+        "PATH:index1 declares how its keys are given (letter, index, index1, text)")
+    add("--bad-rows", choices=[str(one) for one in BadRows], help="what to do with rows that are no questions: refuse, or skip "
+        "and give their number with the result (default: data.bad_rows, refuse)")
     add("--out", type=Path, metavar="DIR", help="where the answers go, and are taken up again (default: RUN/eval/MODEL)")
     add("--samples", type=int, default=NOT_GIVEN["samples"], metavar="N",
         help="responses a question: majority vote, pass@k (default 1)")
@@ -81,7 +84,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _refuse_with_regrade(options: argparse.Namespace) -> None:
-    for name in ("model", "benchmarks", "config", "variants", "out", "shots", "template", "max_tokens", "overrides",
+    for name in ("model", "benchmarks", "config", "variants", "out", "bad_rows", "shots", "template", "max_tokens", "overrides",
                  "samples", "temperature", "top_p"):
         if getattr(options, name) not in (None, [], NOT_GIVEN.get(name)):
             shown = "key=value" if name == "overrides" else f"--{name.replace('_', '-')}"
@@ -97,16 +100,16 @@ def _wanted(options: argparse.Namespace) -> Wanted:
 
     (names, overrides), (variants, more) = _split(options.benchmarks), _split(options.variants)
     check_sampling(options)
-    config = config_of(options, [*overrides, *more, *options.overrides])
+    bad_rows = [f"data.bad_rows={options.bad_rows}"] if options.bad_rows else []
+    config = config_of(options, [*overrides, *more, *options.overrides, *bad_rows])
     check_rule(config.reward.name)
     if (folder := local_folder(config.model.path)) is not None:
         read_shape(folder)                          # before a benchmark is fetched for a model that can not be asked
     if not names and not config.evaluation.files:
         raise ConfigError("evaluation.files: [] leaves nothing to evaluate; name at least one file of questions there, or "
                           "give --benchmarks")
-    from_config = not names
     names = names or [str(file) for file in config.evaluation.files]
-    asked, sets = ask.asked_sets(names, variants, config, strict=from_config)
+    asked, sets = ask.asked_sets(names, variants, config)
     trained_on = config.data.train if options.config else ask.trained_on(Path(config.model.path))
     limit = options.max_tokens or config.evaluation.max_response_tokens or config.rollout.max_response_tokens
     out = _out(options, config)
