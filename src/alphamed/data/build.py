@@ -55,11 +55,11 @@ class Built:
         return count
 
 
-def check(recipe: BuildRecipe, out: Path, config: Path | None = None) -> None:
+def check(recipe: BuildRecipe, out: Path, config: Path | None = None, overwrite: bool = False) -> None:
     """Refuse what shows before any question is read; `config` is the file that the recipe came from. Raises ConfigError and
     DataError."""
     check_places({"--out": out, "the card": card_path(out), "the card for people": beside(out, ".card.md")},
-                 _places_read(recipe) | {"--config": [config]})
+                 _places_read(recipe) | {"--config": [config]}, overwrite)
     check_suffix(out)
 
 

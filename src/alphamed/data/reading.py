@@ -32,8 +32,9 @@ class Reading:
 
     def notes(self) -> list[str]:
         """In words, what is not plainly the schema."""
-        found = [f"keys ({name}) read as {MEANING[form]}" for name, form in self.forms.items()
-                 if (name, form) != ("answer", AnswerForm.LETTER)]
+        found = []
+        if set(self.forms.values()) - {AnswerForm.LETTER}:
+            found.append(f"keys read as {', '.join(f'{MEANING[form]} ({name})' for name, form in self.forms.items())}")
         if self.labels_removed:
             found.append(f"labels of options (A., (B), 3) ...) removed from {counted(self.labels_removed, 'question')}")
         if self.ids_made:

@@ -35,6 +35,7 @@ class Wanted:
     top_p: float
     max_tokens: int
     command: str
+    overwrite: bool = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bad-rows", choices=[str(one) for one in BadRows], help="what to do with rows that are no questions: refuse, or skip "
         "and give their number with the result (default: data.bad_rows, refuse)")
     add("--out", type=Path, metavar="DIR", help="where the answers go, and are taken up again (default: RUN/eval/MODEL)")
+    add("--overwrite", action="store_true", help="write to --out though it holds other files, or another evaluation, which is "
+        "replaced")
     add("--samples", type=int, default=NOT_GIVEN["samples"], metavar="N",
         help="responses a question: majority vote, pass@k (default 1)")
     add("--temperature", type=float, metavar="T", help="default: 0 (greedy), with several samples 1")
@@ -84,9 +87,9 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _refuse_with_regrade(options: argparse.Namespace) -> None:
-    for name in ("model", "benchmarks", "config", "variants", "out", "bad_rows", "shots", "template", "max_tokens", "overrides",
+    for name in ("model", "benchmarks", "config", "variants", "out", "bad_rows", "overwrite", "shots", "template", "max_tokens", "overrides",
                  "samples", "temperature", "top_p"):
-        if getattr(options, name) not in (None, [], NOT_GIVEN.get(name)):
+        if getattr(options, name) not in (None, [], False, NOT_GIVEN.get(name)):
             shown = "key=value" if name == "overrides" else f"--{name.replace('_', '-')}"
             raise ConfigError(f"--regrade: grades what is there, {shown} has no part in it; leave it out")
 
@@ -95,6 +98,7 @@ def _refuse_with_regrade(options: argparse.Namespace) -> None:
 def _wanted(options: argparse.Namespace) -> Wanted:
     from alphamed.evaluation import ask
     from alphamed.evaluation.answers import engine_tree
+    from alphamed.evaluation.place import check_free
     from alphamed.model import local_folder, read_shape
     from alphamed.reward.rules import check_rule
 
@@ -113,8 +117,9 @@ def _wanted(options: argparse.Namespace) -> Wanted:
     trained_on = config.data.train if options.config else ask.trained_on(Path(config.model.path))
     limit = options.max_tokens or config.evaluation.max_response_tokens or config.rollout.max_response_tokens
     out = _out(options, config)
+    check_free(out, options.overwrite)
     return Wanted(engine_tree(config, out, options.samples, limit), out, tuple(asked), sets, tuple(trained_on),
-                  options.samples, temperature_of(options), options.top_p, limit, options.command)
+                  options.samples, temperature_of(options), options.top_p, limit, options.command, options.overwrite)
 
 
 def _split(given: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -212,8 +217,11 @@ def _answer(wanted: Wanted, model: Prompted, how: Mapping[str, Any]) -> int:
     from alphamed.cluster.failure import RunFailed
     from alphamed.evaluation import settings
     from alphamed.evaluation.items import finished, read_items, regraded
+    from alphamed.evaluation.regrade import remove
 
     truncated = wanted.config.reward.truncated
+    if wanted.overwrite and settings.difference(wanted.out, how) is not None:
+        remove(wanted.out)
     settings.require_same(wanted.out, how)
     found = read_items(wanted.out)
     if found and settings.read(wanted.out) is None:
