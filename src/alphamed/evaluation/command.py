@@ -89,7 +89,7 @@ def main(options: argparse.Namespace) -> int:
 def _refuse_with_regrade(options: argparse.Namespace) -> None:
     for name in ("model", "benchmarks", "config", "variants", "out", "bad_rows", "overwrite", "shots", "template", "max_tokens", "overrides",
                  "samples", "temperature", "top_p"):
-        if getattr(options, name) not in (None, [], False, NOT_GIVEN.get(name)):
+        if (given := getattr(options, name)) is not False and given not in (None, [], NOT_GIVEN.get(name)):
             shown = "key=value" if name == "overrides" else f"--{name.replace('_', '-')}"
             raise ConfigError(f"--regrade: grades what is there, {shown} has no part in it; leave it out")
 
