@@ -87,7 +87,8 @@ def read_keys(rows: Sequence[Keyed], declared: AnswerForm | None) -> tuple[list[
 
 # ------------------------------------------------------------------------------------------------------------- one key
 def _readings(one: Keyed, name: str) -> dict[AnswerForm, str]:
-    """Form -> letter of every form in which the key can be read."""
+    """Form -> letter of every form in which the key can be read. A place of a list that holds no option has a letter too: a key
+    to it says how the file counts, if not which option is right."""
     value = one.keys.stated.get(name)
     letters, number = list(one.texts), _whole(value)
     found: dict[AnswerForm, str] = {}
@@ -100,7 +101,7 @@ def _readings(one: Keyed, name: str) -> dict[AnswerForm, str]:
     # Where a file calls its options by letters, "A" is a letter even if an option's text is "A" too (blood groups).
     if not (one.lettered and AnswerForm.LETTER in found) and len(same := _letters_of(value, one)) == 1:
         found[AnswerForm.TEXT] = same[0]
-    return {form: letter for form, letter in found.items() if one.texts[letter] is not None}
+    return found
 
 
 def _whole(value: Any) -> int | None:
@@ -217,8 +218,8 @@ def _key(one: Keyed, place: int, readings: Mapping[str, Readings], chosen: Mappi
     for name, form in chosen.items():
         if name not in one.keys.stated:
             continue
-        if form in readings[name][place]:
-            letters[name] = readings[name][place][form]
+        if one.texts.get(letter := readings[name][place].get(form, "")) is not None:
+            letters[name] = letter
         elif form != AnswerForm.TEXT or len(chosen) == 1 or not _several(one, name):
             return NoKey(f"{name} {short(one.keys.stated[name])} is not among the options "
                          f"{', '.join(letter for letter, text in one.texts.items() if text is not None)}"
