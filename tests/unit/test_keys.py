@@ -64,7 +64,7 @@ def test_a_row_with_more_options_can_decide():
 def test_two_forms_in_one_file_are_refused_and_a_declared_one_makes_bad_rows_of_the_others(keys, words):
     with pytest.raises(DataError) as error:
         read(keys)
-    assert str(error.value).startswith(words) and "correct the file, or declare their form: FILE:" in str(error.value)
+    assert str(error.value).startswith(words) and "correct the file, or, to have keys of other forms as bad rows, declare their form: FILE:" in str(error.value)
 
 
 def test_with_a_declared_form_keys_of_another_one_are_bad_rows():

@@ -189,7 +189,7 @@ def _mixed(rows: Sequence[Keyed], name: str, found: Readings) -> str:
     usual = next((place for place in of_most if not set(found[place]) >= set(found[odd])), of_most[0])
     return (f"{rows[odd].row.where}: {name} {_shown(rows[odd], name)} is of another form than {counts[most]:,} of "
             f"{len(readable):,} keys of the file, {MEANING[most]} ({rows[usual].row.where}: {_shown(rows[usual], name)}); "
-            f"correct the file, or {declare(most)}: keys of other forms are bad rows then")
+            f"correct the file, or, to have keys of other forms as bad rows, {declare(most)}")
 
 
 def _undecided(rows: Sequence[Keyed], name: str, fitting: Sequence[AnswerForm], found: Readings) -> str:
