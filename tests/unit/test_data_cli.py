@@ -233,7 +233,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(capsys, verb, name):
     (["build", "--out", "s.jsonl", "--from", "a.jsonl", "sorce=1"], "sorce: unknown key; did you mean 'sources'?"),
     (["build", "--out", "s.jsonl", "--from", "a.jsonl", "filter.min_words=900"],
      "no question is left (filter: 3 left out by length)"),
-    (["build", "--out", "s.jsonl", "--from", "a.jsonl", "--from", "b=a.jsonl"], "id 'q0' stands in a and in b"),
+    (["build", "--out", "s.jsonl", "--from", "a.jsonl", "--from", "b=a.jsonl"], "question 'q0' stands in a and in b; keep one of "
+     "the two with drop_repeats=true"),
     (["build", "--out", "s.jsonl", "--from", "a.jsonl", "--against", "nosuch"], "benchmark 'nosuch' is neither known"),
     (["build", "--out", "s.jsonl", "--from", "a.jsonl", "--decisions", "none.yaml"], "none.yaml: no such file"),
     (["build", "--out", "s.jsonl", "sources=[{name: mine}]"], "'mine' is not known and has neither path nor hub"),

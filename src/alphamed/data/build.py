@@ -27,7 +27,7 @@ from alphamed.data.output import (beside, check_places, check_suffix, json_write
 from alphamed.data.reading import interpret
 from alphamed.data.recipe import BalanceRecipe, BuildRecipe, Conflicts, Overlap, SourceRecipe
 from alphamed.data.sources import DataError, read_rows
-from alphamed.data.text import counted, normalised, normalised_option, option_set
+from alphamed.data.text import counted, fingerprint, normalised, normalised_option, option_set
 from alphamed.data.upstream import QuestionSource, read_upstream
 from alphamed.records import Question
 
@@ -73,7 +73,7 @@ def build(recipe: BuildRecipe) -> Built:
     built = Built([])
     for wanted in recipe.sources:
         _read(built, wanted, recipe.bad_rows)
-    _refuse_shared_ids(built.items)
+    _resolve_shared_ids(built, recipe.drop_repeats)
     _decide(built, recipe)
     _resolve_conflicts(built, recipe.conflicts)
     items, dropped = filtered(built.items, recipe.filter)
@@ -269,13 +269,21 @@ def _counted(annotations: Mapping[str, Mapping[str, int]], questions: Sequence[Q
             for axis, count in counts.items() if count or axis == "levels"]
 
 
-def _refuse_shared_ids(items: Sequence[Item]) -> None:
-    origin: dict[str, str] = {}
-    for item in items:
-        other = origin.setdefault(item.question.id, item.origin)
-        if other != item.origin:
-            raise DataError(f"id {item.question.id!r} stands in {other} and in {item.origin}; give the questions ids of "
+def _resolve_shared_ids(built: Built, drop_repeats: bool) -> None:
+    """Refuse ids that two sources have. Of the same question, which has one made id, `drop_repeats` keeps the first."""
+    first: dict[str, Item] = {}
+    kept = []
+    for item in built.items:
+        other = first.setdefault(item.question.id, item)
+        if other is item:
+            kept.append(item)
+        elif fingerprint(other.question) != fingerprint(item.question):
+            raise DataError(f"id {item.question.id!r} stands in {other.origin} and in {item.origin}; give the questions ids of "
                             f"their own")
+        elif not drop_repeats:
+            raise DataError(f"question {item.question.id!r} stands in {other.origin} and in {item.origin}; keep one of the two "
+                            f"with drop_repeats=true, or give them ids of their own")
+    built.keep("repeats", kept)
 
 
 # ---------------------------------------------------------------------------------------------------------------- steps
@@ -320,7 +328,8 @@ def _drop_repeats(built: Built) -> None:
         if key not in seen:
             seen.add(key)
             kept.append(item)
-    built.steps.append(f"repeats: {built.keep('repeats', kept):,} left out")
+    built.keep("repeats", kept)
+    built.steps.append(f"repeats: {built.left_out['repeats']:,} left out")
 
 
 def _draw(built: Built, recipe: BuildRecipe) -> None:
