@@ -31,6 +31,8 @@ class Checked:
     questions: int
     evaluation_questions: int
     skipped: tuple[RowProblem, ...]
+    notes: tuple[str, ...]
+    """How files were read that are not in the form of the schema."""
 
 
 def validate(config: Config) -> Checked:
@@ -52,7 +54,10 @@ def validate(config: Config) -> Checked:
     _check_plan(config, shape)
     _check_prompts(config, folder, [*training.questions, *(q for file in evaluation for q in file.questions)])
     return Checked(folder, shape, len(training.questions), asked,
-                   sum((file.skipped for file in evaluation), training.skipped))
+                   sum((file.skipped for file in evaluation), training.skipped),
+                   tuple(f"{path}: {note}" for path, reading in zip(
+                       (*config.data.train, *config.evaluation.all_files),
+                       (*training.readings, *(file.readings[0] for file in evaluation)), strict=True) for note in reading.notes()))
 
 
 def _asked(config: Config, files: Sequence[Sequence[Question]]) -> int:
