@@ -217,8 +217,8 @@ def test_provenance_says_how_training_files_were_read():
     write("two.jsonl", [question(3)])
     found = provenance.training_set([Path("one.jsonl"), Path("two.jsonl")])
     assert (found["questions"], found["bad_rows"]) == (3, 1)
-    assert found["reading"] == {"one.jsonl": {"keys": {"answer": "index1"}, "labels_removed": 3, "ids_made": 0},
-                                "two.jsonl": {"keys": {"answer": "letter"}, "labels_removed": 0, "ids_made": 0}}
+    assert found["reading"] == {"one.jsonl": {"keys": {"answer": "index1"}, "labels_removed": 3, "ids_made": 0, "repeats": []},
+                                "two.jsonl": {"keys": {"answer": "letter"}, "labels_removed": 0, "ids_made": 0, "repeats": []}}
 
 
 def test_the_report_counts_by_bin_where_there_are_several(tmp_path):

@@ -54,7 +54,7 @@ def test_build_writes_the_set_and_a_card_that_agrees_with_it(suffix, capsys):
     assert card["set"]["levels"] == {"none": 4} | {str(level): 1 for level in range(1, 7)}
     assert card["set"]["sources"] == Counter(q.source or "unknown" for q in questions)
     assert card["set"]["options"] == {"2": 4, "3": 6} and card["set"]["answers"] == {"A": 10}
-    assert card["sources"]["a"].pop("reading") == {"keys": {"answer": "letter"}, "labels_removed": 0, "ids_made": 0}
+    assert card["sources"]["a"].pop("reading") == {"keys": {"answer": "letter"}, "labels_removed": 0, "ids_made": 0, "repeats": []}
     assert {key: value for key, value in card["sources"]["a"].items() if key != "sha256"} == {
         "place": "a.jsonl", "read": 12, "bad_rows": 0, "note": "", "problems": [], "kept": 6, "licences": {"MIT": 6}}
     assert card["sources"]["bee"]["licences"] == {"not stated": 4}

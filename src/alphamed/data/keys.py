@@ -109,7 +109,7 @@ def _whole(value: Any) -> int | None:
     if isinstance(value, bool):
         return None
     if isinstance(value, str):
-        text = value.strip()
+        text = value.strip().removesuffix(".0")         # as pandas writes a column of whole numbers with gaps
         return int(text) if text.isascii() and text.isdecimal() and len(text) < 4 else None
     if isinstance(value, float):
         return int(value) if value.is_integer() and abs(value) < 1000 else None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import string
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,18 +18,21 @@ from alphamed.data.mcq import NoKey, QuestionError, Row, parse_question
 from alphamed.data.text import counted, fingerprint
 
 LETTERS = string.ascii_uppercase
+SHOWN_REPEATS = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How a file was read. `forms`: field -> form of its keys; the others count rows."""
+    """How a file was read. `forms`: field -> form of its keys; `labels_removed` and `ids_made` count rows; `repeats` names the
+    rows without ids that repeat an earlier one."""
     forms: Mapping[str, AnswerForm] = field(default_factory=dict)
     labels_removed: int = 0
     ids_made: int = 0
+    repeats: tuple[str, ...] = ()
 
     def plain(self) -> dict[str, Any]:
         return {"keys": {name: str(form) for name, form in self.forms.items()}, "labels_removed": self.labels_removed,
-                "ids_made": self.ids_made}
+                "ids_made": self.ids_made, "repeats": list(self.repeats[:SHOWN_REPEATS])}
 
     def notes(self) -> list[str]:
         """In words, what is not plainly the schema."""
@@ -39,6 +43,9 @@ class Reading:
             found.append(f"labels of options (A., (B), 3) ...) removed from {counted(self.labels_removed, 'question')}")
         if self.ids_made:
             found.append(f"ids made from the content of {counted(self.ids_made, 'question')}, none had one")
+        if self.repeats:
+            found.append(f"{counted(len(self.repeats), 'question')} of the same content as an earlier one (the first: "
+                         f"{self.repeats[0]}); drop_repeats=true of `alphamed data build` leaves them out")
         return found
 
 
@@ -63,10 +70,10 @@ def interpret(rows: Iterable[Row], declared: AnswerForm | None = None) -> tuple[
     letters, forms = read_keys(list(keyed.values()), declared)
     for (place, one), letter in zip(keyed.items(), letters, strict=True):
         values[place] |= _options(one, letter)
-    made = _make_ids(rows, values)
+    made, repeats = _make_ids(rows, values)
     found = [replace(row, value=values[place]) if place in values and row.problem is None else row
              for place, row in enumerate(rows)]
-    return found, Reading(forms, labelled, made)
+    return found, Reading(forms, labelled, made, repeats)
 
 
 def _texts(options: Any) -> dict[str, str | None] | None:
@@ -95,12 +102,14 @@ def _options(one: Keyed, letter: str | NoKey) -> dict[str, Any]:
             "answer": new[letter] if isinstance(letter, str) else letter}
 
 
-def _make_ids(rows: list[Row], values: Mapping[int, dict[str, Any]]) -> int:
-    """Give the rows of a file that has no ids ids of their content; returns how many. A row with the content of an earlier one
-    gets a problem: under one id only one of them can be told of."""
+def _make_ids(rows: list[Row], values: Mapping[int, dict[str, Any]]) -> tuple[int, tuple[str, ...]]:
+    """Give the rows of a file that has no ids ids of their content; returns how many, and which rows repeat an earlier one: the
+    second copy's id ends in -2, the third's in -3."""
     if any(value.get("id") is not None for value in values.values()):
-        return 0
+        return 0, ()
     first: dict[str, str] = {}
+    copies: Counter[str] = Counter()
+    repeats = []
     for place, value in values.items():
         row = rows[place]
         value["id"] = f"row {row.line}"         # of a row that is no question: its problem is reported, not its id
@@ -110,12 +119,13 @@ def _make_ids(rows: list[Row], values: Mapping[int, dict[str, Any]]) -> int:
             question = parse_question(value, row.where)
         except QuestionError:
             continue
-        value["id"] = content_id(fingerprint(question), question.source)
-        if value["id"] in first:
-            rows[place] = replace(row, problem=f"repeats {first[value['id']]}: the same question, options and answer (no row "
-                                               f"has an id of its own)")
-        first.setdefault(value["id"], row.where)
-    return len(first)
+        made = content_id(fingerprint(question), question.source)
+        copies[made] += 1
+        value["id"] = made if copies[made] == 1 else f"{made}-{copies[made]}"
+        if copies[made] > 1:
+            repeats.append(f"{row.where} repeats {first[made]}")
+        first.setdefault(made, row.where)
+    return copies.total(), tuple(repeats)
 
 
 def content_id(content: str, source: str | None) -> str:
