@@ -53,11 +53,11 @@ def validate(config: Config) -> Checked:
     shape = _check_model(config, folder)
     _check_plan(config, shape)
     _check_prompts(config, folder, [*training.questions, *(q for file in evaluation for q in file.questions)])
+    paths = (*config.data.train, *config.evaluation.all_files)
+    readings = sum((file.readings for file in evaluation), training.readings)
     return Checked(folder, shape, len(training.questions), asked,
                    sum((file.skipped for file in evaluation), training.skipped),
-                   tuple(f"{path}: {note}" for path, reading in zip(
-                       (*config.data.train, *config.evaluation.all_files),
-                       (*training.readings, *(file.readings[0] for file in evaluation)), strict=True) for note in reading.notes()))
+                   tuple(f"{path}: {note}" for path, reading in zip(paths, readings, strict=True) for note in reading.notes()))
 
 
 def _asked(config: Config, files: Sequence[Sequence[Question]]) -> int:

@@ -2,9 +2,9 @@
 
 An adapter takes an upstream row and returns a row with the schema's fields, or None where the row is no part of the set
 (another subject). Options may be a list still, and the answer the `Keys` that the row states: what form they have is found
-from the whole file (`keys.py`), never assumed here. A set without ids gets none: they are made from the content. Nothing is
-checked that the schema checks: a missing or wrong value becomes a reported bad row there. A broken layout shows as KeyError or
-TypeError, which the reader reports as a wrong schema.
+from the whole file (`keys.py`), never assumed here. A set without ids gets none: they are made from the content. Nothing
+is checked that the schema checks: a missing or wrong value becomes a reported bad row there. A broken layout shows as
+KeyError or TypeError, which the reader reports as a wrong schema.
 """
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def openlife(row: Upstream) -> dict[str, Any]:
 
 
 def headqa(row: Upstream) -> dict[str, Any] | None:
-    """HEAD-QA; questions that ask about an image are left out, since a text model cannot see it. Options have numbers of their
-    own (`aid`), which say how `ra` counts."""
+    """HEAD-QA; questions that ask about an image are left out, since a text model cannot see it. Options have numbers of
+    their own (`aid`), which say how `ra` counts."""
     if row.get("image"):
         return None
     numbers = [int(answer["aid"]) for answer in row["answers"]]
@@ -72,7 +72,7 @@ def headqa(row: Upstream) -> dict[str, Any] | None:
 
 
 def mmlu_pro_medical(row: Upstream) -> dict[str, Any] | None:
-    """MMLU-Pro, health and biology: up to 10 options; "N/A" stands for an option that is none. The key as index and letter."""
+    """MMLU-Pro, health and biology: up to 10 options; "N/A" stands for an option that is none. The key: index and letter."""
     if row["category"] not in ("health", "biology"):
         return None
     stated = {"answer_index": row["answer_index"], "answer": row.get("answer")}
@@ -93,8 +93,8 @@ def gpqa_medical(row: Upstream) -> dict[str, Any] | None:
 
 
 def medxpertqa(row: Upstream) -> dict[str, Any]:
-    """MedXpertQA Text: ten options; reasoning and understanding are told apart by source. Copies for benchmark harnesses have
-    the options in the question alone, which the schema's check refuses."""
+    """MedXpertQA Text: ten options; reasoning and understanding are told apart by source. Copies for benchmark harnesses
+    have the options in the question alone, which the schema's check refuses."""
     options = row.get("options")
     return {"id": f"medxpertqa-{row['id']}", "options": options, "answer": Keys({"label": row["label"]}),
             "question": _REPEATED_OPTIONS.sub("", row["question"]) if options else row["question"],

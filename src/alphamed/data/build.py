@@ -278,11 +278,11 @@ def _resolve_shared_ids(built: Built, drop_repeats: bool) -> None:
         if other is item:
             kept.append(item)
         elif fingerprint(other.question) != fingerprint(item.question):
-            raise DataError(f"id {item.question.id!r} stands in {other.origin} and in {item.origin}; give the questions ids of "
-                            f"their own")
+            raise DataError(f"id {item.question.id!r} stands in {other.origin} and in {item.origin}; give the questions ids "
+                            f"of their own")
         elif not drop_repeats:
-            raise DataError(f"question {item.question.id!r} stands in {other.origin} and in {item.origin}; keep one of the two "
-                            f"with drop_repeats=true, or give them ids of their own")
+            raise DataError(f"question {item.question.id!r} stands in {other.origin} and in {item.origin}; keep one of the "
+                            f"two with drop_repeats=true, or give them ids of their own")
     built.keep("repeats", kept)
 
 

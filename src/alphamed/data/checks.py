@@ -32,10 +32,11 @@ class Finding:
     serious: bool = False
 
 
-def check_set(questions: Sequence[Question], bad_rows: Sequence[RowProblem] = (), reading: Reading = Reading()) -> list[Finding]:
+def check_set(questions: Sequence[Question], bad_rows: Sequence[RowProblem] = (),
+              reading: Reading = Reading()) -> list[Finding]:
     """All findings, serious ones first."""
-    found = [*_rows(bad_rows), *_read(reading, len(questions)), *_repeats(questions), *_conflicts(questions), *_answer_texts(questions), *_letters(questions),
-             *_longest(questions), *_images(questions), *_references(questions)]
+    found = [*_rows(bad_rows), *_read(reading, len(questions)), *_repeats(questions), *_conflicts(questions),
+             *_answer_texts(questions), *_letters(questions), *_longest(questions), *_images(questions), *_references(questions)]
     return sorted(found, key=lambda finding: not finding.serious)
 
 

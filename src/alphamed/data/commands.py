@@ -33,8 +33,8 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("--preset", metavar="NAME", help="a named mixture (`alphamed data sources` lists them)")
     sub.add_argument("--config", type=Path, metavar="FILE", help="YAML file with a recipe")
     sub.add_argument("--from", dest="sources", action="append", default=[], metavar="NAME[=PATH]|FILE",
-                     help="a public set from the hub or a local copy, or a file of the schema; PATH:index1 declares how its keys "
-                     "are given (letter, index, index1, text); may be repeated")
+                     help="a public set from the hub or a local copy, or a file of the schema; PATH:index1 declares how its "
+                     "keys are given (letter, index, index1, text); may be repeated")
     sub.add_argument("--against", action="append", default=[], metavar="BENCHMARK",
                      help="NAME, NAME=PATH or FILE that must not share questions with the set; may be repeated")
     sub.add_argument("--decisions", action="append", default=[], metavar="FILE", help="decisions on suspects")

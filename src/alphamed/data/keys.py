@@ -87,8 +87,8 @@ def read_keys(rows: Sequence[Keyed], declared: AnswerForm | None) -> tuple[list[
 
 # ------------------------------------------------------------------------------------------------------------- one key
 def _readings(one: Keyed, name: str) -> dict[AnswerForm, str]:
-    """Form -> letter of every form in which the key can be read. A place of a list that holds no option has a letter too: a key
-    to it says how the file counts, if not which option is right."""
+    """Form -> letter of every form in which the key can be read. A place of a list that holds no option has a letter too: a
+    key to it says how the file counts, if not which option is right."""
     value = one.keys.stated.get(name)
     letters, number = list(one.texts), _whole(value)
     found: dict[AnswerForm, str] = {}
@@ -142,8 +142,8 @@ def _fitting(found: Readings) -> list[AnswerForm]:
 
 def _declared(rows: Sequence[Keyed], readings: Mapping[str, Readings], forms: Mapping[str, list[AnswerForm]],
               declared: AnswerForm) -> dict[str, list[AnswerForm]]:
-    """The forms with what is declared in place of what is found, where a field can be read so. Raises DataError where no field
-    can: keys that are all read, one option off, are worse than none."""
+    """The forms with what is declared in place of what is found, where a field can be read so. Raises DataError where no
+    field can: keys that are all read, one option off, are worse than none."""
     found, taken = dict(forms), False
     for name, fitting in forms.items():
         reads = [one for one in readings[name] if one]
@@ -194,8 +194,8 @@ def _mixed(rows: Sequence[Keyed], name: str, found: Readings) -> str:
 
 def _undecided(rows: Sequence[Keyed], name: str, fitting: Sequence[AnswerForm], found: Readings) -> str:
     place = next(i for i, one in enumerate(found) if one and len({one[form] for form in fitting}) > 1)
-    return (f"{rows[place].row.file}: its keys ({name}) can be {' or '.join(MEANING[form] for form in fitting)}, and nothing in "
-            f"the file says which ({rows[place].row.where}: {_shown(rows[place], name)} is option "
+    return (f"{rows[place].row.file}: its keys ({name}) can be {' or '.join(MEANING[form] for form in fitting)}, and nothing "
+            f"in the file says which ({rows[place].row.where}: {_shown(rows[place], name)} is option "
             f"{' or '.join(dict.fromkeys(found[place][form] for form in fitting))}); {declare(*fitting)}")
 
 

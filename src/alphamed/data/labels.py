@@ -1,4 +1,4 @@
-"""Labels that option texts carry themselves ("A. Spleen", "(B) Liver", "3) Thymus"): told from texts that begin so by chance.
+"""Labels that option texts carry themselves ("A. Spleen", "(B) Liver", "3) Thymus"), and texts that begin so by chance.
 
 Letters and numbers begin innocent texts too: "C. difficile", "E. coli", "1.5 mg", "A: T". So labels count only where every
 option of a question has one and they follow the options' order; then they are removed. Where labels of the question's own
@@ -72,10 +72,10 @@ def _problem(options: Mapping[str, str], labels: Mapping[str, Label], places: Ma
     wrong, own = FEWEST[next(iter(labels.values())).style]
     if not in_order and (len(labels) == len(options) or wrong is not None and len(labels) >= wrong):
         letter = next(letter for letter, label in labels.items() if label.place != places[letter])
-        return (f"option {letter} carries another label, {options[letter][:40]!r}: its options were put in another order with "
-                f"their labels; remove the labels where the file was made")
+        return (f"option {letter} carries another label, {options[letter][:40]!r}: its options were put in another order "
+                f"with their labels; remove the labels where the file was made")
     if in_order and len(labels) < len(options) and len(labels) >= own:
-        letter = next(letter for letter in options if letter not in labels)
-        carry = f"option {next(iter(labels))} carries a label" if len(labels) == 1 else f"options {', '.join(labels)} carry labels"
+        letters, letter = ", ".join(labels), next(letter for letter in options if letter not in labels)
+        carry = f"option {letters} carries a label" if len(labels) == 1 else f"options {letters} carry labels"
         return f"{carry} ({options[next(iter(labels))][:40]!r}), option {letter} does not; remove them, or label all"
     return None

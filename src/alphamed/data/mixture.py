@@ -84,8 +84,8 @@ def _is_of(source: str | None, name: str) -> bool:
 
 # ----------------------------------------------------------------------------------------------------------- conflicts
 def conflicting(items: Iterable[Item]) -> list[list[Item]]:
-    """Groups of items that ask the same (stem, context and options, but for case, punctuation and letters) and have different
-    keys."""
+    """Groups of items that ask the same (stem, context and options, but for case, punctuation and letters) and have
+    different keys."""
     groups: dict[tuple, list[Item]] = defaultdict(list)
     for item in items:
         q = item.question

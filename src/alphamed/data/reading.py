@@ -23,8 +23,8 @@ SHOWN_REPEATS = 20
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How a file was read. `forms`: field -> form of its keys; `labels_removed` and `ids_made` count rows; `repeats` names the
-    rows without ids that repeat an earlier one."""
+    """How a file was read. `forms`: field -> form of its keys; `labels_removed` and `ids_made` count rows; `repeats` names
+    the rows without ids that repeat an earlier one."""
     forms: Mapping[str, AnswerForm] = field(default_factory=dict)
     labels_removed: int = 0
     ids_made: int = 0
@@ -53,7 +53,8 @@ def interpret(rows: Iterable[Row], declared: AnswerForm | None = None) -> tuple[
     """The rows of one file as rows of the schema, and how they were read; what can not be a question has its problem.
     `declared` is the form of its keys where the user says it. Raises DataError where the form can not be told."""
     rows = list(rows)
-    values = {place: dict(row.value) for place, row in enumerate(rows) if row.problem is None and isinstance(row.value, Mapping)}
+    values = {place: dict(row.value) for place, row in enumerate(rows)
+              if row.problem is None and isinstance(row.value, Mapping)}
     keyed: dict[int, Keyed] = {}
     labelled = 0
     for place, value in values.items():
@@ -103,8 +104,8 @@ def _options(one: Keyed, letter: str | NoKey) -> dict[str, Any]:
 
 
 def _make_ids(rows: list[Row], values: Mapping[int, dict[str, Any]]) -> tuple[int, tuple[str, ...]]:
-    """Give the rows of a file that has no ids ids of their content; returns how many, and which rows repeat an earlier one: the
-    second copy's id ends in -2, the third's in -3."""
+    """Give the rows of a file that has no ids ids of their content; returns how many, and which rows repeat an earlier one:
+    the second copy's id ends in -2, the third's in -3."""
     if any(value.get("id") is not None for value in values.values()):
         return 0, ()
     first: dict[str, str] = {}

@@ -120,8 +120,8 @@ class BuildRecipe(Section):
     drop_repeats: bool = False
     """Keep one of questions with the same stem, context, options and key. The published sets hold a few."""
     conflicts: Conflicts = Conflicts.REFUSE
-    """Of a question (context and options included) that has another key elsewhere in the sources, whether decisions left it or
-    not: `drop` leaves out all versions, since nothing says which key is right."""
+    """Of a question (context and options included) that has another key elsewhere in the sources after decisions: `drop`
+    leaves out all versions, since nothing says which key is right."""
     shuffle: bool = True
     """Put the questions in an order by seed; false: sources one after the other, as read."""
     shuffle_options: bool = False
@@ -152,8 +152,8 @@ class BuildRecipe(Section):
                 if part.source not in names:
                     yield f"{kind}: {part.source!r} is none of the sources {', '.join(names)}; name one of them"
         if self.overlap in (Overlap.DROP, Overlap.FLAG) and not self.against:
-            yield (f"overlap: {self.overlap} checks nothing without against; name the benchmarks there (--against), or leave "
-                   f"overlap out")
+            yield (f"overlap: {self.overlap} checks nothing without against; name the benchmarks there (--against), or "
+                   f"leave overlap out")
         if self.decisions_version is not None and len(self.decisions) != 1:
             yield (f"decisions_version: {self.decisions_version} is the version of one file, {len(self.decisions)} are "
                    f"given; give one")

@@ -48,8 +48,8 @@ class QuestionSource:
     """Whether questions come with an abstract or a vignette of their own."""
     note: str = ""
     answer: AnswerForm | None = None
-    """The form of the keys at `revision` where it is known and they are numbers. Copies may count otherwise: there the form is
-    found from the values."""
+    """The form of the keys at `revision` where it is known and they are numbers. Copies may count otherwise: there the form
+    is found from the values."""
 
 
 def read_upstream(source: QuestionSource, local: Path | None, revision: str | None = None) -> Iterator[Row]:

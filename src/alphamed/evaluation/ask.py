@@ -19,8 +19,8 @@ from alphamed.records import Question
 def asked_sets(names: Sequence[str], variants: Sequence[str], config: Config,
                ) -> tuple[list[Asked], dict[str, dict[str, Any]]]:
     """All questions of all sets, and per set where it is from: place, expected and available count, complaint (None where
-    all is as expected), bad rows that were left out (data.bad_rows: skip), how it was read, the number of questions that have
-    no such variant, decisions, the ids that are asked.
+    all is as expected), bad rows that were left out (data.bad_rows: skip), how it was read, the number of questions that
+    have no such variant, decisions, the ids that are asked.
 
     Raises ConfigError and DataError.
     """

@@ -64,8 +64,8 @@ class LoadedBenchmark:
 
 def load_benchmark(name: str, bad_rows: BadRows = BadRows.REFUSE) -> LoadedBenchmark:
     """A benchmark by NAME (from the hub), NAME=PATH (a local copy, in the hub's layout or in the schema), or a file of the
-    schema; :FORM behind a path declares the form of its keys. DataError where it can not be read, or has bad rows that are not
-    to be skipped."""
+    schema; :FORM behind a path declares the form of its keys. DataError where it cannot be read, or has bad rows that are
+    not to be skipped."""
     check_name(name)
     place, answer = form_of(name)
     known = place.partition("=")[0]
@@ -134,8 +134,8 @@ def _known(source: QuestionSource, local: Path | None, answer: AnswerForm | None
 def _refuse_bad_rows(problems: Sequence[RowProblem], bad_rows: BadRows) -> None:
     if problems and bad_rows == BadRows.REFUSE:
         more = f"; {counted(len(problems) - 1, 'more bad row')}" if len(problems) > 1 else ""
-        raise DataError(f"{problems[0]}{more}; mend the data, or leave bad rows out with --bad-rows skip (in a recipe bad_rows: "
-                        f"skip); their number is given with the result")
+        raise DataError(f"{problems[0]}{more}; mend the data, or leave bad rows out with --bad-rows skip (in a recipe "
+                        f"bad_rows: skip); their number is given with the result")
 
 
 def _complaint(problems, source: QuestionSource | None = None, questions=()) -> str | None:

@@ -43,11 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--benchmarks", nargs="+", default=[], metavar="BENCHMARK",
         help="NAME (`alphamed data sources` lists them), NAME=PATH of a local copy, or FILE (default: evaluation.files); "
         "PATH:index1 declares how its keys are given (letter, index, index1, text)")
-    add("--bad-rows", choices=[str(one) for one in BadRows], help="what to do with rows that are no questions: refuse, or skip "
-        "and give their number with the result (default: data.bad_rows, refuse)")
+    add("--bad-rows", choices=[str(one) for one in BadRows], help="what to do with rows that are no questions: refuse, or "
+        "skip and give their number with the result (default: data.bad_rows, refuse)")
     add("--out", type=Path, metavar="DIR", help="where the answers go, and are taken up again (default: RUN/eval/MODEL)")
-    add("--overwrite", action="store_true", help="write to --out though it holds other files, or another evaluation, which is "
-        "replaced")
+    add("--overwrite", action="store_true", help="write to --out though it holds other files, or another evaluation, which "
+        "is replaced")
     add("--samples", type=int, default=NOT_GIVEN["samples"], metavar="N",
         help="responses a question: majority vote, pass@k (default 1)")
     add("--temperature", type=float, metavar="T", help="default: 0 (greedy), with several samples 1")
@@ -87,8 +87,8 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _refuse_with_regrade(options: argparse.Namespace) -> None:
-    for name in ("model", "benchmarks", "config", "variants", "out", "bad_rows", "overwrite", "shots", "template", "max_tokens", "overrides",
-                 "samples", "temperature", "top_p"):
+    for name in ("model", "benchmarks", "config", "variants", "out", "bad_rows", "overwrite", "shots", "template", "max_tokens",
+                 "overrides", "samples", "temperature", "top_p"):
         if (given := getattr(options, name)) is not False and given not in (None, [], NOT_GIVEN.get(name)):
             shown = "key=value" if name == "overrides" else f"--{name.replace('_', '-')}"
             raise ConfigError(f"--regrade: grades what is there, {shown} has no part in it; leave it out")

@@ -117,7 +117,7 @@ def _states_own_text(text: str, head_end: int, letter: str, options: Mapping[str
 
 
 def _without_label(option: str, letter: str) -> str | None:
-    """An option's text, as it is compared, behind the letter that it carries itself ("B. Liver"); None where it carries none."""
+    """An option's text, as it is compared, behind the letter that it carries itself ("B. Liver"); None without one."""
     head, rest = _fold(option).strip()[:1], _fold(option).strip()[1:].lstrip()
     return _canonical(rest[1:]) if head.casefold() == letter.casefold() and rest[:1] in ".):" and rest[:1] else None
 
