@@ -278,12 +278,12 @@ def test_a_full_disk_leaves_the_old_files_as_they_were(out):
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real medical files of ../shared/data are not on this machine")
 def test_a_mixture_of_real_questions(capsys):
     """Counts from the data's own README: 2,706 + 7,131 + 950 + 2,565 rows, 23 of them with repeated options; three questions of
-    MedMCQA have one option that carries a label ("b)Atenolol")."""
+    MedMCQA have one option that carries a label ("b)Atenolol"), and one of its questions stands there with two keys."""
     sources = [part for name in ("medqa", "medmcqa", "pubmedqa", "headqa_en")
                for part in ("--from", f"{name}={REAL / f'train_{name}.jsonl'}")]
     assert main(["data", "build", "--out", "s.parquet", *sources, "--against",
                  f"medqa={REAL / 'dev_medqa.jsonl'}", "bad_rows=skip", "overlap=drop",
-                 "balance=[{source: pubmedqa, max_share: 0.5}]",
+                 "conflicts=drop", "balance=[{source: pubmedqa, max_share: 0.5}]",
                  "quotas=[{source: medqa, count: 600}, {source: medmcqa, count: 600}, {source: pubmedqa, count: 400}]"]) == 0
     card = json.loads(Path("s.card.json").read_text())
     assert [source["read"] for source in card["sources"].values()] == [2705, 7108, 950, 2563]
