@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from alphamed import jsonl
 from alphamed.archive import write_archive
 from alphamed.config import Config, ConfigError
 from alphamed.config_file import dump_config
@@ -116,10 +117,10 @@ def without_flips(path: Path) -> bytes:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: no comparison of `alphamed eval` ({type(error).__name__}: {error}); remove it, or make "
                           f"it again") from None
-    return json.dumps(tree, ensure_ascii=False, indent=2).encode() + b"\n"
+    return jsonl.encode(tree, indent=2) + b"\n"
 
 
 def without_texts(items: Iterable[Mapping[str, Any]]) -> bytes:
     """Graded answers as JSONL with ids, letters and outcomes, but nothing that quotes a question."""
     rows = ({key: item[key] for key in KEPT if key in item} for item in items)
-    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+    return b"".join(map(jsonl.line, rows))

@@ -90,7 +90,7 @@ class LevelsConfig(Section):
 
 class DataConfig(Section):
     train: tuple[Path, ...] = Field(min_length=1)
-    """JSONL or Parquet files of questions."""
+    """Files of questions (docs/formats.md)."""
     bad_rows: BadRows = BadRows.REFUSE
     levels: LevelsConfig = LevelsConfig()
     answer_keys: AnswerKeys = AnswerKeys.GIVEN

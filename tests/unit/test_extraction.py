@@ -2,9 +2,12 @@
 import re
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from alphamed import folding
+from alphamed.folding import fold, fold_signs
 from alphamed.reward import extraction
 from alphamed.reward.extraction import extract_answer
 
@@ -248,6 +251,10 @@ HOSTILE = {
     "letter and separators": (lambda n: r"\boxed{A" + " -" * n + " Vitamin A}", None),
     "long text after the letter": (lambda n: r"\boxed{A: " + "Vitamin " * n + "}", None),
     "full-width": (lambda n: r"\boxed{" + "\uff08" * n + "\uff21" + "\uff09" * n + "}", "A"),
+    "accents out of order": (lambda n: r"\boxed{A" + "\u0301\u0327" * n + "}", None),
+    "ligatures of eighteen letters": (lambda n: r"\boxed{A: " + "\ufdfa" * n + "}", None),
+    "signs that are not seen": (lambda n: r"\boxed{" + "\u200b" * n + "A" + "\u00ad" * n + "}", "A"),
+    "quotes": (lambda n: r"\boxed{A: " + "\u201c" * n + "Vitamin A" + "\u201d" * n + "}", None),  # too long
     "zero bytes": (lambda n: "\0" * n + r"\boxed{A}", "A"),
 }
 
@@ -312,9 +319,11 @@ def test_one_hundred_thousand_nested_boxes_need_no_recursion():
 
 
 def test_imports_only_the_standard_library():
-    source = open(extraction.__file__, encoding="utf-8").read()
-    imported = set(re.findall(r"^\s*(?:from|import)\s+([\w.]+)", source, flags=re.M))
-    assert imported == {"__future__", "re", "collections.abc"}
+    def imported(module):
+        return set(re.findall(r"^\s*(?:from|import)\s+([\w.]+)", Path(module.__file__).read_text("utf-8"), flags=re.M))
+
+    assert imported(extraction) == {"__future__", "re", "collections.abc", "alphamed.folding"}
+    assert imported(folding) == {"__future__", "re", "unicodedata"}
 
 
 SIGNS = {"A": "50% dextrose", "B": "HLA-B_27 & others", "C": "#3 suture", "D": "50"}
@@ -327,3 +336,45 @@ SIGNS = {"A": "50% dextrose", "B": "HLA-B_27 & others", "C": "#3 suture", "D": "
 def test_signs_that_latex_escapes_are_those_of_the_option(text, letter):
     """Inside a box `%`, `&`, `#` and `_` must be escaped to be valid."""
     assert extract_answer(text, SIGNS) == letter
+
+
+# -------------------------------------------------------------------------------------------- signs that look alike
+PLAIN = {"'": "\u2018\u2019\u201a\u201b\u2032\u02bc\u00b4\u2039\u203a\uff07",
+         '"': "\u201c\u201d\u201e\u201f\u2033\u00ab\u00bb\uff02",
+         "-": "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d",
+         " ": "\u00a0\u2002\u2003\u2007\u2009\u200a\u202f\u205f\u3000",
+         "": "\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\ufe0f\u202a\u2066",
+         "fi": "\ufb01", "ffl": "\ufb04", "A": "\uff21", "9": "\uff19", "%": "\uff05", "\u00b0C": "\u2103", "mg": "\u338e",
+         "\u03bc": "\u00b5", "2": "\u00b2\u2082", "\u00e9": ("e\u0301",), "...": "\u2026"}
+
+
+@pytest.mark.parametrize("plain, sign", [(plain, sign) for plain, signs in PLAIN.items() for sign in signs])
+def test_each_sign_is_folded_to_its_plain_form_and_so_in_options_and_boxes(plain, sign):
+    assert fold(f"x{sign}y") == f"x{plain}y" == fold(f"x{plain}y")
+    typeset, typed = {"A": f"one{sign}two", "B": "other"}, {"A": f"one{plain}two", "B": "other"}
+    for options in (typeset, typed):
+        for said in (typeset, typed):
+            assert extract_answer(f"\\boxed{{A: {said['A']}}}", options) == "A"
+            assert extract_answer(f"\\boxed{{B: {said['A']}}}", options) is None
+
+
+def test_folding_twice_is_folding_once():
+    everything = " x ".join(map(chr, (*range(0xD800), *range(0xE000, 0x3_0000))))
+    assert fold(fold(everything)) == fold(everything) and fold_signs(fold_signs(everything)) == fold_signs(everything)
+
+
+@pytest.mark.parametrize("box, letter", [
+    ("A: Graves' disease", "A"), ("B: Tay-Sachs disease", "B"), ("C: Stress fracture", "C"), ("D: Gout", "D"),
+    ("D. \u201cGout\u201d", "D"), ("E: I feel fine", "E"), ("E: \"I feel fine.\"", "E"), ("D: Graves' disease", None),
+    ("\u200bC\ufeff", "C"), ("B \u2212 Tay\u2010Sachs disease", "B"), ("'A'", None), ('"A"', None), ("\u201cA\u201d", None)])
+def test_options_with_typographic_signs_stray_quotes_and_signs_without_width(box, letter):
+    options = {"A": "Graves\u2019 disease", "B": "Tay\u2013Sachs disease", "C": "Stress \u200bfracture", "D": 'Gout\n"',
+               "E": '"I feel fine."""'}
+    assert extract_answer(f"\\boxed{{{box}}}", options) == letter
+
+
+def test_a_minus_sign_is_a_minus():
+    """Two options that differ by the sign only stay two, however it is typeset."""
+    options = {"A": "5 mmol/L", "B": "\u22125 mmol/L"}
+    assert [extract_answer(f"\\boxed{{{box}}}", options) for box in ("B: -5 mmol/L", "B: \u20135 mmol/L", "A: 5 mmol/L",
+                                                                    "A: -5 mmol/L")] == ["B", "B", "A", None]

@@ -87,16 +87,17 @@ def test_duplicate_ids_are_found_across_files(tmp_path):
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda d: [d / "none.jsonl"], "none.jsonl: no such file; name an existing .jsonl or .parquet file"),
-    (lambda d: [d], ": is a folder; name the .jsonl or .parquet files in it"),
-    (lambda d: [write(d / "x.csv", b"a,b")], "x.csv: .csv is not supported; give .jsonl or .parquet"),
-    (lambda d: [write(d / "data", b"a,b")], "data: a name without suffix is not supported; give .jsonl or .parquet"),
-    (lambda d: [write(d / "x.jsonl", b"")], "x.jsonl: is empty; give a file with one question a line"),
-    (lambda d: [write(d / "x.jsonl", b" \n\n")], "x.jsonl: is empty; give a file with one question a line"),
+    (lambda d: [d / "none.jsonl"], "none.jsonl: no such file; name an existing one (.jsonl, .json, "),
+    (lambda d: [d], ": is a folder; name the files in it (.jsonl, .json, .csv, "),
+    (lambda d: [write(d / "x.xlsx", b"a,b")], "x.xlsx: .xlsx is not supported; give .jsonl, .json, .csv, .tsv (each also "
+                                              "with .gz) or .parquet"),
+    (lambda d: [write(d / "data", b"a,b")], "data: a name without suffix is not supported; give .jsonl, .json,"),
+    (lambda d: [write(d / "x.jsonl", b"")], "x.jsonl: is empty; give a file with questions"),
+    (lambda d: [write(d / "x.jsonl", b" \n\n")], "x.jsonl: is empty; give a file with questions"),
     (lambda d: [write(d / "x.jsonl", row(1)), d / "." / "x.jsonl"], "x.jsonl: named twice; name every data file once"),
-    (lambda d: [write(d / "x.jsonl", row(1)), d / "y.jsonl"], "y.jsonl: no such file; name an existing .jsonl or"),
+    (lambda d: [write(d / "x.jsonl", row(1)), d / "y.jsonl"], "y.jsonl: no such file; name an existing one"),
     (lambda d: [write(d / "x.parquet", b"PAR1 not really")], "x.parquet: not a readable Parquet file"),
-    (lambda d: [], "no data file is given; name a .jsonl or .parquet file"),
+    (lambda d: [], "no data file is given; name one (.jsonl, .json, "),
 ])
 def test_a_file_that_can_not_be_used_is_one_line(tmp_path, make, message):
     for bad_rows in BadRows:

@@ -82,7 +82,7 @@ def test_models_are_named_by_row_file_or_folder(tmp_path):
                                               ":1: no graded answer") for change in (
                                                {"options": None}, {"options": ["x"]}, {"id": ["a"]}, {"letter": ["A"]},
                                                {"options": {"A": 7}}, {"letter": 1})),
-                                           ("{\n", "not JSONL"), ("[" * 100_000, "not JSONL")])
+                                           ("{\n", "x.jsonl:1: not JSON: "), ("[" * 100_000, "not JSON that can be used")])
 def test_files_that_hold_no_graded_answers(tmp_path, content, word):
     (tmp_path / "x.jsonl").write_text(content)
     with pytest.raises(DataError, match=word):

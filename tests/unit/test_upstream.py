@@ -179,7 +179,8 @@ def cut(folder):
 
 
 @pytest.mark.parametrize("make, words", [
-    (lambda d: cut(hub_folder(d / "c", None, "test", layouts.MEDQA)), ["can not be read as medqa", "cut off"]),
+    (lambda d: cut(hub_folder(d / "c", None, "test", layouts.MEDQA)),
+     ["can not be read as medqa", "Parquet magic bytes not found"]),
     (lambda d: hub_folder(d / "w", None, "test", layouts.MMLU),
      ["not in the layout of medqa (no 'options')", "question, subject, choices, answer"]),
     (lambda d: hub_folder(d / "s", None, "train", layouts.MEDQA), ["can not be read as medqa, split test"]),

@@ -43,7 +43,11 @@ def medmcqa(row: Upstream) -> dict[str, Any]:
 
 
 def pubmedqa(row: Upstream) -> dict[str, Any]:
-    """PubMedQA as in qiaojin/PubMedQA: the abstract without its conclusion is the context."""
+    """PubMedQA as in qiaojin/PubMedQA, or as its authors publish it (ori_pqal.json, whose keys are the ids): the abstract
+    without its conclusion is the context."""
+    if "QUESTION" in row:
+        row = {"pubid": row["id"], "question": row["QUESTION"], "context": {"contexts": row["CONTEXTS"]},
+               "final_decision": row["final_decision"]}
     answers = {text: letter for letter, text in YES_NO_MAYBE.items()}
     return {"id": f"pubmedqa-{row['pubid']}", "question": row["question"], "options": YES_NO_MAYBE,
             "answer": answers.get(row["final_decision"], row["final_decision"]),

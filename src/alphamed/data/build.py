@@ -3,7 +3,6 @@ with its card, all files or none.
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -27,7 +26,8 @@ from alphamed.data.output import (beside, check_places, check_suffix, json_write
 from alphamed.data.reading import interpret
 from alphamed.data.recipe import BalanceRecipe, BuildRecipe, Conflicts, Overlap, SourceRecipe
 from alphamed.data.sources import DataError, read_rows
-from alphamed.data.text import counted, fingerprint, normalised, normalised_option, option_set
+from alphamed.data.tables import rows
+from alphamed.data.text import counted, fingerprint, is_unspaced, normalised, normalised_option, option_set
 from alphamed.data.upstream import QuestionSource, read_upstream
 from alphamed.records import Question
 
@@ -76,6 +76,9 @@ def build(recipe: BuildRecipe) -> Built:
     _resolve_shared_ids(built, recipe.drop_repeats)
     _decide(built, recipe)
     _resolve_conflicts(built, recipe.conflicts)
+    if count := sum(is_unspaced(item.question.question) for item in built.items):
+        built.steps.append(f"words: {counted(count, 'question')} in a script without blanks between words; there characters "
+                           f"are counted as words")
     items, dropped = filtered(built.items, recipe.filter)
     built.keep("filter", items)
     built.steps += [f"filter: {count:,} left out by {reason}" for reason, count in sorted(dropped.items())]
@@ -229,11 +232,13 @@ def _licences(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def _annotations(path: Path) -> dict[str, dict[str, int]]:
-    """id -> field -> value of the attributes in a JSONL or Parquet file; ids without any are left out. Raises DataError."""
-    rows = _annotated_rows(path)
+    """id -> field -> value of the attributes in a file of rows; ids without any are left out. Raises DataError."""
     try:
         found = {row["id"]: {one.field: one.checked(row[one.field]) for one in ATTRIBUTES
-                             if (one.field in row or one.field == "level") and row[one.field] is not None} for row in rows}
+                             if (one.field in row or one.field == "level") and row[one.field] is not None}
+                 for row in _annotated_rows(path)}
+    except DataError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: rows need id and level ({type(error).__name__}: {error}); annotate again") from None
     found = {i: values for i, values in found.items() if values}
@@ -243,20 +248,12 @@ def _annotations(path: Path) -> dict[str, dict[str, int]]:
     return found
 
 
-def _annotated_rows(path: Path) -> list[Mapping[str, Any]]:
-    if path.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-        try:
-            names = pq.read_schema(path).names
-            columns = ["id", *(one.field for one in ATTRIBUTES if one.field in names or one.field == "level")]
-            return pq.read_table(path, columns=columns).to_pylist()
-        except (pa.ArrowException, OSError, KeyError) as error:
-            raise DataError(f"{path}: not a Parquet file with id and level ({error}); annotate again") from None
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not a readable JSONL file ({error}); give one with id and level") from None
+def _annotated_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    for row in rows(path):
+        if row.problem or not isinstance(row.value, Mapping):
+            what = row.problem or f"{short(row.value)} is no row with id and level"
+            raise DataError(f"{row.where}: {what}; annotate again")
+        yield row.value
 
 
 def _counted(annotations: Mapping[str, Mapping[str, int]], questions: Sequence[Question], wanted: SourceRecipe) -> list[str]:

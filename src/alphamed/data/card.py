@@ -11,7 +11,7 @@ from typing import Any
 from alphamed.data.attributes import ATTRIBUTES
 from alphamed.data.mixture import Item, length_words
 from alphamed.data.output import content_sha256
-from alphamed.data.text import counted
+from alphamed.data.text import counted, word_count
 from alphamed.records import Question
 
 
@@ -24,7 +24,7 @@ def describe(questions: Sequence[Question]) -> dict[str, Any]:
             "answers": _counts(q.answer for q in questions),
             "with_context": sum(q.context is not None for q in questions),
             "words": _lengths([length_words(q) for q in questions]),
-            "question_words": _lengths([len(q.question.split()) for q in questions])}
+            "question_words": _lengths([word_count(q.question) for q in questions])}
 
 
 def licences(items: Iterable[Item]) -> dict[str, dict[str, int]]:

@@ -135,11 +135,12 @@ def _add_source(sources: list[dict[str, Any]], text: str, given: dict[str, str])
     a second one of a name would take the place of the first."""
     from alphamed.data.catalogue import SOURCES
     from alphamed.data.keys import form_of
+    from alphamed.data.tables import bare_name, kind_of
 
     place, answer = form_of(text)
     name, equals, path = place.partition("=")
-    if not equals and (name.endswith((".jsonl", ".parquet")) or Path(name).exists()):
-        name, path = re.sub(r"[^A-Za-z0-9._-]", "_", Path(place).stem), place
+    if not equals and (kind_of(name) or Path(name).exists()):
+        name, path = re.sub(r"[^A-Za-z0-9._-]", "_", bare_name(place)), place
     elif not equals and name not in SOURCES:
         raise ConfigError(f"--from: {text!r} is neither a known set ({', '.join(SOURCES)}) nor a file; give NAME, NAME=PATH "
                           f"or FILE")

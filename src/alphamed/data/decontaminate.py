@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from alphamed.data.text import content_words, normalised, normalised_option, option_set
+from alphamed.data.text import content_length, content_words, normalised, normalised_option, option_set
 from alphamed.records import Question
 
 OPTION_STEM = 0.2        # of 196 MedMCQA pairs with equal options and key, those that share fewer words ask other things
@@ -69,7 +69,8 @@ def find_hits(train: Sequence[Question], benchmarks: Mapping[str, Sequence[Quest
 def _text(question: Question) -> _Text:
     content = content_words(question.question)
     return _Text(normalised(question.question), option_set(question.options),
-                 normalised_option(question.options[question.answer]), frozenset(content), len(content) >= LONG_STEM)
+                 normalised_option(question.options[question.answer]), frozenset(content),
+                 len(content) >= LONG_STEM and content_length(content) >= LONG_STEM)
 
 
 def _hits(train: Sequence[Question], texts: Sequence[_Text], name: str, questions: Sequence[Question],

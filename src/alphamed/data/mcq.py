@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from alphamed.folding import fold_signs
 from alphamed.records import Question
 
 LEVELS = range(1, 7)
@@ -145,7 +146,7 @@ def _text_problems(row: Mapping[str, Any], key: str, optional: bool = False) -> 
             yield f"no {key}"
     elif not isinstance(value, str):
         yield f"{key} is {_kind(value)}, not text"
-    elif not value.strip() and not optional:
+    elif not fold_signs(value).strip() and not optional:
         yield f"{key} is empty"
     elif _LONE_SURROGATE.search(value):
         yield f"{key} holds half a surrogate pair, which is not valid Unicode"
@@ -168,11 +169,11 @@ def _options_problems(options: object, question: str) -> Iterator[str]:
     for letter, text in options.items():
         if not isinstance(text, str):
             yield f"option {letter} is {_kind(text)}, not text"
-        if not text.strip():
+        if not fold_signs(text).strip():        # signs without width are nothing that can be chosen
             yield f"option {letter} is empty"
         if _LONE_SURROGATE.search(text):
             yield f"option {letter} holds half a surrogate pair, which is not valid Unicode"
-        same = " ".join(text.split())       # case counts: genotypes `Aa` and `aa` differ
+        same = " ".join(fold_signs(text).split())       # case counts: genotypes `Aa` and `aa` differ
         if same in first_letter:
             yield f"options {first_letter[same]} and {letter} are the same: {short(same)}"
         first_letter[same] = letter

@@ -20,7 +20,7 @@ from random import Random
 from typing import TypeVar
 
 from alphamed.data.medfacts_table import FEWEST_OPTIONS, Category, Fact, Form, table
-from alphamed.observe.files import replace_text
+from alphamed.observe.files import replace_json_lines
 from alphamed.records import Question
 
 T = TypeVar("T")
@@ -230,7 +230,7 @@ def write(folder: Path, seed: int, **filters) -> dict[str, Path]:
     splits = build(seed, **filters)
     paths = files_of(folder)
     for split, path in paths.items():
-        replace_text(path, "".join(_row(question) + "\n" for question in getattr(splits, split)))
+        replace_json_lines(path, map(_row, getattr(splits, split)))
     return paths
 
 
@@ -239,9 +239,9 @@ def files_of(folder: Path) -> dict[str, Path]:
     return {field.name: folder / f"{field.name}.jsonl" for field in fields(Splits)}
 
 
-def _row(question: Question) -> str:
+def _row(question: Question) -> dict[str, object]:
     keys = ("id", "question", "options", "answer", "source", "level")
-    return json.dumps({key: getattr(question, key) for key in keys}, ensure_ascii=False)
+    return {key: getattr(question, key) for key in keys}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

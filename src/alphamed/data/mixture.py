@@ -15,7 +15,7 @@ from alphamed.data.mcq import LEVELS
 from alphamed.data.recipe import BalanceRecipe, FilterRecipe, QuotaRecipe, Short
 from alphamed.data.sources import DataError
 from alphamed.data.stream import refers_to_options, shuffle_options
-from alphamed.data.text import draw, normalised, normalised_option, option_set
+from alphamed.data.text import draw, normalised, normalised_option, option_set, word_count
 from alphamed.records import Question
 
 ANNOTATE = "annotate them (alphamed data difficulty) and name the result as levels of the source"
@@ -30,9 +30,8 @@ class Item:
 
 
 def length_words(question: Question) -> int:
-    """Words of context, question and options, split at white space."""
-    texts = (question.context or "", question.question, *question.options.values())
-    return sum(len(text.split()) for text in texts)
+    """Words of context, question and options (`text.word_count`: characters in scripts without blanks)."""
+    return sum(map(word_count, (question.context or "", question.question, *question.options.values())))
 
 
 # ------------------------------------------------------------------------------------------------------------- filters

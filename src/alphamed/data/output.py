@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from alphamed import jsonl
 from alphamed.config import ConfigError
 from alphamed.data.sources import DataError
 from alphamed.observe.files import replace_files
@@ -83,7 +84,7 @@ def text_writer(text: str) -> Writer:
 
 
 def json_writer(value: Any) -> Writer:
-    return text_writer(json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+    return lambda path: path.write_bytes(jsonl.encode(value, indent=2) + b"\n") and None
 
 
 def content_sha256(questions: Iterable[Question]) -> str:
@@ -105,9 +106,8 @@ def _disk_errors(name: str) -> Iterator[None]:
 
 
 def _write_jsonl(path: Path, rows: Iterable[Extra]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    with path.open("wb") as file:
+        file.writelines(map(jsonl.line, rows))
 
 
 def _write_parquet(path: Path, rows: Sequence[Extra]) -> None:

@@ -50,7 +50,7 @@ class SourceRecipe(Section):
     licence: str | None = None
     """For sets that are not known; rows that carry a licence of their own keep it."""
     levels: Path | None = None
-    """JSONL or Parquet with `id`, `level` and, where known, `informativeness`, over what the questions carry: what `alphamed
+    """A file of rows with `id`, `level` and, where known, `informativeness`, over what the questions carry: what `alphamed
     data difficulty` writes."""
 
 
@@ -59,7 +59,8 @@ class FilterRecipe(Section):
     """Keep questions whose own `source` is or begins with one of these (`headqa/medicine`, `medqa`); empty: all."""
     min_words: NonNegative = 0
     max_words: Positive | None = None
-    """Words of question, context and options together."""
+    """Words of question, context and options together; in scripts without blanks between words (Chinese, Japanese, Thai,
+    Lao, Khmer, Burmese) every character counts as one."""
     min_options: Annotated[int, Field(ge=2)] = 2
     max_options: Annotated[int, Field(ge=2)] = 26
     levels: tuple[Level, ...] = ()

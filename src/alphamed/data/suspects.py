@@ -8,12 +8,12 @@ It finds, people decide (decisions.py). Two kinds of evidence:
 """
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from alphamed import jsonl
 from alphamed.data.decisions import Decision
 from alphamed.data.sources import DataError
 from alphamed.data.text import fingerprint, normalised, normalised_option, option_set
@@ -104,7 +104,7 @@ def read_models(paths: Iterable[Path]) -> dict[str, list[dict[str, Any]]]:
             raise DataError(f"--items: {path} is given twice; give every file once")
         seen.add(path.resolve())
         default = path.resolve().parent.name if path.name == "items.jsonl" else path.name.removesuffix(".jsonl")
-        for number, row in enumerate(_rows(path), start=1):
+        for number, row in _rows(path):
             if not _is_answer(row):
                 raise DataError(f"{path}:{number}: no graded answer (it needs id, letter or null, and options as letter -> "
                                 f"text); give an items.jsonl of `alphamed eval`")
@@ -122,16 +122,16 @@ def _is_answer(row: Any) -> bool:
             and all(isinstance(text, str) for text in options.values()))
 
 
-def _rows(path: Path) -> Iterator[Any]:
+def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """(number of the line, its value)."""
     try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield json.loads(line)
+        for number, line in enumerate(jsonl.byte_lines(path), start=1):
+            if not jsonl.is_blank(line):
+                yield number, jsonl.parse(line)
     except OSError as error:
-        raise DataError(f"{path}: can not be read ({error.strerror}); name an existing items.jsonl") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSONL in UTF-8 ({error}); give an items.jsonl of `alphamed eval`") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror}); name an existing items.jsonl") from None
+    except ValueError as error:
+        raise DataError(f"{path}:{number}: {error}; give an items.jsonl of `alphamed eval`") from None
 
 
 def _agreements(questions: Sequence[Question], items: Mapping[str, Sequence[Mapping[str, Any]]], models: int,

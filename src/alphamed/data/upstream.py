@@ -1,14 +1,13 @@
 """Question sets as upstream publishes them: where each lies, and reading it from the hub or from a local copy.
 
-`datasets` reads both: a hub name at a pinned revision, or a local folder (or file) in the layout of the hub. A file that has
-the schema's own columns is read as such.
+`datasets` reads a hub name at a pinned revision, or a local folder in the layout of the hub. A single file is read as every
+question file is (tables.py); one that has the schema's own columns is read as such.
 """
 from __future__ import annotations
 
-import json
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,12 @@ from alphamed.data.adapters import Adapter
 from alphamed.data.keys import AnswerForm
 from alphamed.data.mcq import Row, short
 from alphamed.data.sources import COLUMNS, DataError, read_rows
+from alphamed.data.tables import check_file, columns, from_cells, rows
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 CONNECT_S = 5.0     # for a connection to the hub; a slower one is no network to fetch a set over
 SCHEMA_COLUMNS = COLUMNS[:4]
 """What tells a file of the schema from one of the hub's layouts. A file of the user's own needs no `id`."""
-LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,19 +57,37 @@ def read_upstream(source: QuestionSource, local: Path | None, revision: str | No
     if local is not None and _has_schema(local):
         yield from read_rows(local)
         return
-    place = str(local) if local is not None else f"{source.hub}@{revision or source.revision or 'newest'}"
-    for number, row in enumerate(_load(source, local, revision)):
-        try:
-            value = source.adapt(row)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            if number == 0:                     # the layout, not one odd row
-                raise DataError(f"{place}: rows are not in the layout of {source.name} ({_told(error)}); its columns are "
-                                f"{short(', '.join(map(str, row)), 200)}: give the set as upstream publishes it, or in "
-                                f"the schema ({', '.join(SCHEMA_COLUMNS)})") from None
-            yield Row(place, number + 1, problem=f"not in the layout of {source.name} ({_told(error)})")
+    first = True
+    for row in _upstream_rows(source, local, revision):
+        if row.problem:
+            yield row
             continue
+        try:
+            value = source.adapt(row.value)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            if first:                           # the layout, not one odd row
+                raise DataError(f"{row.file}: rows are not in the layout of {source.name} ({_told(error)}); "
+                                f"{_shown(row.value)}: give the set as upstream publishes it, or in the schema "
+                                f"({', '.join(SCHEMA_COLUMNS)})") from None
+            value, row = None, Row(row.file, row.line, problem=f"not in the layout of {source.name} ({_told(error)})")
+            yield row
+        first = False
         if value is not None:
-            yield Row(place, number + 1, value)
+            yield Row(row.file, row.line, value)
+
+
+def _upstream_rows(source: QuestionSource, local: Path | None, revision: str | None) -> Iterable[Row]:
+    """The rows as upstream has them, each with its place."""
+    if local is not None and not local.is_dir():
+        return rows(local)
+    place = str(local) if local is not None else f"{source.hub}@{revision or source.revision or 'newest'}"
+    return (Row(place, number, row) for number, row in enumerate(_load(source, local, revision), start=1))
+
+
+def _shown(row: object) -> str:
+    if not isinstance(row, Mapping):
+        return f"a row is {short(row)}"
+    return f"its columns are {short(', '.join(map(str, row)), 200)}"
 
 
 def _told(error: Exception) -> str:
@@ -83,46 +100,45 @@ def _has_schema(local: Path) -> bool:
         raise DataError(f"{local}: no such file or folder; name an existing one")
     if local.is_dir():
         return False
-    if local.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-        try:
-            return set(SCHEMA_COLUMNS) <= set(pq.read_schema(local).names)
-        except (pa.ArrowException, OSError):
-            return True                         # the schema's reader says what is wrong with the file
-    if local.suffix == ".jsonl":
-        with local.open("rb") as lines:
-            first = next((line for line in lines if line.strip()), b"")
-        try:
-            return set(SCHEMA_COLUMNS) <= set(json.loads(first))
-        except (ValueError, TypeError):
-            return True
-    return False
+    check_file(local)
+    names = columns(local)
+    return names is None or set(SCHEMA_COLUMNS) <= set(names)       # None: the schema's reader says what is wrong
 
 
-def _load(source: QuestionSource, local: Path | None, revision: str | None) -> Any:
-    """The split as a `datasets.Dataset`. Files are read whole or not at all: one that was cut off is an error."""
+def _load(source: QuestionSource, local: Path | None, revision: str | None) -> Iterable[Any]:
+    """The rows of the split, from the hub or a folder. Files are read whole or not at all: one that was cut off is an
+    error."""
     import datasets
 
     try:
-        if local is None:
-            with _quiet(), _no_retries_without_network(source.hub):
-                found = datasets.load_dataset(source.hub, source.config, split=source.split,
-                                              revision=revision or source.revision)
-            _require_commit(found, source, revision or source.revision)
-            return found
-        if local.is_dir():
+        if local is not None:
             with _quiet():
-                return datasets.load_dataset(str(local), source.config, split=source.split)
-        if local.suffix not in LOADERS:
-            raise DataError(f"{local}: {local.suffix or 'a name without suffix'} is not supported; give a folder or "
-                            f"{', '.join(LOADERS)}")
-        with _quiet():
-            return datasets.load_dataset(LOADERS[local.suffix], data_files=str(local), split="train")
+                return _as_texts(datasets.load_dataset(str(local), source.config, split=source.split), str(local), source)
+        with _quiet(), _no_retries_without_network(source.hub):
+            at = {"revision": revision or source.revision}
+            found = datasets.load_dataset(source.hub, source.config, split=source.split, **at)
+            _require_commit(found, source, at["revision"])
+            return _as_texts(found, source.hub, source, **at)
     except DataError:
         raise
     except Exception as error:                  # the library's many errors all mean "not loaded"
         raise DataError(_not_loaded(source, local, revision, error)) from None
+
+
+def _as_texts(found: Any, path: str, source: QuestionSource, **settings: Any) -> Iterable[Any]:
+    """The rows of what `datasets` has loaded. A set kept as CSV is loaded once more with all columns as texts: `datasets`
+    reads it with pandas, to which "None", "NA" and "null" are missing values and an option "5.0" a number."""
+    import datasets
+
+    if getattr(found, "builder_name", None) != "csv":
+        return found
+    texts = datasets.Features({name: datasets.Value("string") for name in found.column_names})
+    try:
+        found = datasets.load_dataset(path, source.config, split=source.split, features=texts, keep_default_na=False,
+                                      **settings)
+    except (OSError, ValueError):               # no network, and a cache that another program has filled: as it reads them
+        return found
+    return [from_cells(row) for row in found]
 
 
 def _require_commit(found: Any, source: QuestionSource, revision: str | None) -> None:
@@ -195,10 +211,13 @@ def _reachable(address: str) -> bool:
 
 
 def _not_loaded(source: QuestionSource, local: Path | None, revision: str | None, error: Exception) -> str:
-    told = f"{type(error).__name__}: {short(' '.join(str(error).split()), 160)}"
+    cause = error
+    while cause.__cause__ is not None:          # "an error occurred while generating the dataset" hides what went wrong
+        cause = cause.__cause__
+    told = f"{type(cause).__name__}: {short(' '.join(str(cause).split()), 160)}"
     if local is not None:
-        return (f"{local}: can not be read as {source.name}, split {source.split} ({told}); fetch it again, it may be cut "
-                f"off, or mend its layout")
+        return (f"{local}: can not be read as {source.name}, split {source.split} ({told}); give a whole copy of the hub's "
+                f"folder, or name one file in it")
     at = revision or source.revision
     return (f"{source.name}: {source.hub}{f' at revision {at}' if at else ''} can not be loaded from the hub ({told}); "
             f"check network, access and revision, or give a local copy ({source.name}=PATH)")

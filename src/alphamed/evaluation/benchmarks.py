@@ -14,6 +14,7 @@ from alphamed.data.keys import AnswerForm, form_of
 from alphamed.data.mcq import RowProblem, check_questions
 from alphamed.data.reading import Reading, interpret
 from alphamed.data.sources import DataError, load_questions
+from alphamed.data.tables import KINDS, bare_name, kind_of
 from alphamed.data.text import counted
 from alphamed.data.upstream import QuestionSource, read_upstream
 from alphamed.records import Question
@@ -73,7 +74,7 @@ def load_benchmark(name: str, bad_rows: BadRows = BadRows.REFUSE) -> LoadedBench
         return _known(BENCHMARKS[known], local_copy(name), answer, bad_rows)
     loaded = load_questions([place], BadRows.SKIP, answer)
     _refuse_bad_rows(loaded.skipped, bad_rows)
-    return LoadedBenchmark(Path(place).stem, None, place, loaded.questions, loaded.skipped, _complaint(loaded.skipped),
+    return LoadedBenchmark(bare_name(place), None, place, loaded.questions, loaded.skipped, _complaint(loaded.skipped),
                            *loaded.readings)
 
 
@@ -88,7 +89,7 @@ def check_names(names: Sequence[str]) -> None:
     first: dict[str, str] = {}
     for name in names:
         check_name(name)
-        called = name.partition("=")[0] if name.partition("=")[0] in BENCHMARKS else Path(form_of(name)[0]).stem
+        called = name.partition("=")[0] if name.partition("=")[0] in BENCHMARKS else bare_name(form_of(name)[0])
         if called in first:
             raise DataError(f"against: two benchmarks are called {called} ({first[called]} and {name}); give each once, or "
                             f"rename a file")
@@ -109,9 +110,9 @@ def check_name(name: str) -> None:
     if equals and known not in BENCHMARKS:
         raise DataError(f"benchmark {known!r} is not known; choose from {', '.join(BENCHMARKS)}, or name a file without "
                         f"NAME=")
-    if known not in BENCHMARKS and not name.endswith((".jsonl", ".parquet")):
-        raise DataError(f"benchmark {name!r} is neither known ({', '.join(BENCHMARKS)}) nor a .jsonl or .parquet file; name "
-                        f"one of these")
+    if known not in BENCHMARKS and not kind_of(name):
+        raise DataError(f"benchmark {name!r} is neither known ({', '.join(BENCHMARKS)}) nor a file ({KINDS}); name one "
+                        f"of these")
     if equals and not path:
         raise DataError(f"benchmark {name!r} names no file or folder; give one after =, or {known} for the hub's")
     place = local_copy(name)

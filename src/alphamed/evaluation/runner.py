@@ -62,11 +62,12 @@ def load_sets(files: Sequence[Path], limit: int | None, seed: int, bad_rows: Bad
     that for a higher one.
     """
     from alphamed.data.sources import load_questions
+    from alphamed.data.tables import bare_name
 
     sets: list[QuestionSet] = []
     for file in files:
         chosen, available, applied = choose(load_questions([file], bad_rows).questions, limit, seed, decisions)
-        name = file.stem
+        name = bare_name(file)
         if any(other.name == name for other in sets):
             name = str(file)
         sets.append(QuestionSet(name, file, chosen, available, applied))

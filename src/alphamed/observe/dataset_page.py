@@ -69,8 +69,9 @@ def render(name: str, about: dict[str, Any], questions: Sequence[Question], find
 def set_figures(questions: Sequence[Question]) -> list[Figure]:
     """Figures of a set in reading order; what is the same everywhere is left out."""
     lengths = [length_words(q) for q in questions]
-    found = [Figure("words", "Length", "Words of context, question and options together; the last bar holds longer ones.",
-                    _lengths(lengths))]
+    caption = ("Words of context, question and options together (characters in scripts without blanks); the last bar holds "
+               "longer ones.")
+    found = [Figure("words", "Length", caption, _lengths(lengths))]
     for key, title, caption, values in (
             ("sources", "Sources", "As the questions name them.", [q.source or "unknown" for q in questions]),
             ("levels", "Levels", "1 easy to 6 hard.", [f"level {q.level}" if q.level else "none" for q in questions]),

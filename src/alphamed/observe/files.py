@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from alphamed import jsonl
 from alphamed.config import ConfigError
 
 
@@ -54,7 +54,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def replace_json(path: Path, value: Any) -> None:
-    replace_text(path, json.dumps(finite(value), ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+    replace_file(path, lambda partial: partial.write_bytes(jsonl.encode(finite(value), indent=2) + b"\n") and None)
 
 
 def append_json(path: Path, row: Mapping[str, Any]) -> None:
@@ -65,7 +65,7 @@ def append_json(path: Path, row: Mapping[str, Any]) -> None:
 
 def append_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Add lines as `append_json` does, in one write. A kill, or a full disk, can leave the first of them."""
-    lines = _json_lines(rows).encode()
+    lines = _json_lines(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _naming(path), path.open("a+b") as file:
         if _ends_amid_line(file):
@@ -81,26 +81,28 @@ def read_json_lines(path: Path, by_hand: bool = False) -> list[dict[str, Any]]:
     `by_hand`: a person wrote it. Its last line counts without a line end too, and empty ones do not."""
     if not path.exists():
         return []
-    *lines, last = path.read_bytes().split(b"\n")       # what follows the last line end is empty or half a line
-    if by_hand:
-        lines = [line for line in (*lines, last) if line.strip()]
     rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise ConfigError(f"{path}: line {number} is not JSON ({error}); remove it") from None
-        if not isinstance(rows[-1], dict):
-            raise ConfigError(f"{path}: line {number} is no JSON object; remove it")
+    try:
+        for number, line in enumerate(jsonl.byte_lines(path), start=1):
+            if not by_hand and not line.endswith(b"\n") or by_hand and jsonl.is_blank(line):
+                continue                            # half a line that a kill has left, or an empty one of a person
+            rows.append(jsonl.parse(line))
+            if not isinstance(rows[-1], dict):
+                raise ValueError("no JSON object")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); fix the file or its permissions") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: line {number} is {error}; remove it") from None
     return rows
 
 
 def replace_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    replace_text(path, _json_lines(rows))
+    lines = _json_lines(rows)
+    replace_file(path, lambda partial: partial.write_bytes(lines) and None)
 
 
-def _json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
-    return "".join(json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+def _json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    return b"".join(jsonl.line(finite(row)) for row in rows)
 
 
 def finite(value: Any) -> Any:

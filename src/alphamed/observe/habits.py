@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+from alphamed.data.text import is_unspaced, pieces, word_count
 from alphamed.observe.metrics import is_bare_box
 from alphamed.records import Outcome
 from alphamed.reward.extraction import closed_boxes
@@ -59,7 +60,7 @@ def side_by_side(boxes: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 def repetition(text: str) -> float:
     """Share of word 4-grams among the last TAIL_WORDS words that occurred before; 0 for short texts."""
-    words = text.rsplit(maxsplit=TAIL_WORDS)[-TAIL_WORDS:]
+    words = (pieces(text[-10 * TAIL_WORDS:]) if is_unspaced(text) else text.rsplit(maxsplit=TAIL_WORDS))[-TAIL_WORDS:]
     total = len(words) - NGRAM + 1
     if total < LEAST_NGRAMS:
         return 0.0
@@ -68,5 +69,5 @@ def repetition(text: str) -> float:
 
 def _goes_on(text: str, start: int, end: int) -> bool:
     """Whether at least AFTERWARDS_WORDS words follow the first box, and more than stand before it."""
-    after = len(text[end + 1:].split())
-    return after >= AFTERWARDS_WORDS and after > len(text[:start].split()) - 1       # the box itself begins a word
+    after = word_count(text[end + 1:])
+    return after >= AFTERWARDS_WORDS and after > word_count(text[:start]) - 1       # the box itself begins a word

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alphamed.config import ConfigError
+from alphamed.data.text import word_count
 from alphamed.observe.files import read_json_lines
 from alphamed.records import FinishReason, Outcome, ScoredGroup
 
@@ -159,7 +160,7 @@ def reduce_groups(groups: Sequence[ScoredGroup]) -> dict[str, float]:
 
 def is_bare_box(text: str) -> bool:
     """Whether fewer than BARE_BOX_WORDS words stand before the last `\\boxed` of a response."""
-    return len(text[:text.rfind("\\boxed")].split()) < BARE_BOX_WORDS if "\\boxed" in text else False
+    return word_count(text[:text.rfind("\\boxed")]) < BARE_BOX_WORDS if "\\boxed" in text else False
 
 
 def rates(metrics: Mapping[str, float], response_tokens: int) -> dict[str, float]:

@@ -157,7 +157,8 @@ def _rows(index: int, scored: ScoredGroup) -> list[dict[str, Any]]:
         "group_index": index, "group_id": group.group_id, "question_id": group.question.id,
         "question": question_json(group.question), "sample_index": rollout.sample_index,
         "policy_version": rollout.policy_version, "prompt_token_ids": group.prompt_token_ids,
-        "response_token_ids": rollout.response_token_ids, "logprobs": rollout.logprobs, "text": rollout.text,
+        "response_token_ids": rollout.response_token_ids, "logprobs": rollout.logprobs,
+        "text": rollout.text.encode(errors="replace").decode(),         # half a surrogate pair has no UTF-8
         "finish_reason": str(rollout.finish_reason), "outcome": str(outcome), "reward": reward,
         "advantage": advantage, "letter": letter, "grading_s": scored.grading_s,
     } for rollout, outcome, reward, advantage, letter in graded]

@@ -3,10 +3,11 @@ r"""Read the boxed answer letter out of a response: strict, pure, linear in the 
 Which box. The `\boxed{...}` that opens last among those that close decides; white space may stand before its brace. Of
 nested boxes that is the inner one; a later box that never closes is no box. `\{` and `\}` are characters, not braces.
 
-What it says. Full-width forms are folded, then `$...$`, `\text{}`, `\textbf{}`, `\mathbf{}`, `\mathrm{}`, pairs of
-() [] {} (also `\{ \}`, `\( \)`, `\[ \]`) and a trailing `.`, `)` or `:` are peeled off. What remains must be one
-letter of the question, in either case, or that letter, a separator and the option's own text (case and the amount of
-white space do not count). All else is no answer:
+What it says. Signs are folded (folding.py: full-width forms, quotes, dashes, what is not seen), then `$...$`, `\text{}`,
+`\textbf{}`, `\mathbf{}`, `\mathrm{}`, pairs of () [] {} (also `\{ \}`, `\( \)`, `\[ \]`) and a trailing `.`, `)` or `:` are
+peeled off. What remains must be one letter of the question, in either case, or that letter, a separator and the option's own
+text (case, the amount of white space, double quotes at the ends and the forms that folding.py knows do not count). All else
+is no answer:
 
     \boxed{C}   \boxed {(c)}   \boxed{\text{C.}}   \boxed{C: Vitamin C}   \boxed{B} or \boxed{C}    -> C
     \boxed{}   \boxed{B, C}   \boxed{Vitamin C}   \boxed{C: Vitamin B}   \boxed C   \fbox{C}   boxed{C}   -> None
@@ -16,15 +17,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from alphamed.folding import fold, fold_signs
+
 # What the search for boxes looks at, in this order: the start of a box, an escaped brace, an escaped backslash (unless
 # it belongs to `\\boxed`, which a model writes that escapes its own output), a brace.
 _MARK = re.compile(r"(?P<box>\\boxed\s*\{)|\\[{}]|\\\\(?!boxed)|(?P<brace>[{}])")
 _WRAPPER = re.compile(r"\\(?:textbf|text|mathbf|mathrm)\s*(?=\{)")
 _ESCAPED = re.compile(r"\\(?=[()\[\]{}%&#_])")     # LaTeX writes `50\%`
-_FULL_WIDTH = {0xFF01 + i: 0x21 + i for i in range(94)}    # U+FF01..U+FF5E are `!`..`~`
 _CLOSES = {"(": ")", "[": "]", "{": "}"}
 _TRAILING = ".):"
-_SEPARATORS = ".):,;-\u2013\u2014="                        # with en and em dash
+_SEPARATORS = ".):,;-="
+_SURPLUS = 1_000                                           # no box is so much longer than an option and only says it
 _MAX_SEPARATORS = 3                                        # as in `C.) - text`; a bound keeps the reading linear
 
 
@@ -98,6 +101,8 @@ def _states_own_text(text: str, head_end: int, letter: str, options: Mapping[str
     The separators are taken off one by one and the first reading that is any option's text decides: "D: -5" names the
     option "-5" even where another option is "5". Where "A virus" as a whole is an option's text, it states no letter.
     """
+    if len(text) > _SURPLUS + 4 * max(map(len, options.values())):
+        return False
     texts = {key: _canonical(option) for key, option in options.items()}
     rest = text[head_end:]
     if _canonical(text) in texts.values():      # "B. Liver" where that is the text of B: letter and words are its own
@@ -123,15 +128,20 @@ def _without_label(option: str, letter: str) -> str | None:
 
 
 def _canonical(text: str) -> str:
-    """A text as it is compared: folded, peeled, lower case, white space collapsed."""
-    text = _fold(text)
+    """A text as it is compared: folded, peeled, without double quotes at its ends (one set of questions has a stray one
+    there), lower case, white space collapsed."""
+    text = _bare(_bare(_fold(fold(text))).strip('" \t\r\n'))
+    return " ".join(text.casefold().split())
+
+
+def _bare(text: str) -> str:
     low, high = _peel(text, _partners(text), 0, len(text))
-    return " ".join(text[low:high].casefold().split())
+    return text[low:high]
 
 
 def _fold(text: str) -> str:
-    """Full-width forms as ASCII, wrapper commands cut to their braces, escaped signs to signs, `$$` to `$`."""
-    return _ESCAPED.sub("", _WRAPPER.sub("", text.translate(_FULL_WIDTH))).replace("$$", "$")
+    """Signs folded, wrapper commands cut to their braces, escaped signs to signs, `$$` to `$`."""
+    return _ESCAPED.sub("", _WRAPPER.sub("", fold_signs(text))).replace("$$", "$")
 
 
 def _partners(text: str) -> dict[int, int]:

@@ -1,0 +1,86 @@
+r"""JSON lines: the one reader and the one writer of every file that holds a JSON value a line. Standard library only.
+
+A line ends at the byte `\n` and nowhere else: U+2028, U+2029, U+0085 and the like may stand inside a JSON text, so that
+`str.splitlines` and text files would cut a value in two. A byte order mark in front of a line and `\r` behind it do not
+count. Half a surrogate pair is read as JSON spells it (`\ud800`) and written so: UTF-8 has no bytes for it.
+
+Only regular files are opened (a link to one is one): a named pipe or a device would be waited for without end. A name that
+ends in .gz is unpacked.
+"""
+from __future__ import annotations
+
+import errno
+import gzip
+import json
+import os
+import stat
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+BOM = b"\xef\xbb\xbf"      # what some editors put in front of UTF-8
+_KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+          stat.S_IFDIR: "a folder"}
+
+
+def require_regular(path: Path) -> None:
+    """OSError where `path` is no regular file, before anything waits for it."""
+    kind = stat.S_IFMT(os.stat(path).st_mode)
+    if kind != stat.S_IFREG:
+        raise OSError(errno.EINVAL, f"it is {_KINDS.get(kind, 'something else')}, not a regular file", str(path))
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a regular file, unpacked where it is called .gz. OSError with a `strerror` for all that can go wrong."""
+    require_regular(path)
+    try:
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
+            yield stream
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise OSError(errno.EIO, f"not a whole gzip file: {error}", str(path)) from None
+
+
+def byte_lines(path: Path) -> Iterator[bytes]:
+    """The lines with their ends; a last one may have none. OSError as in `opened`."""
+    with opened(path) as stream:
+        yield from stream
+
+
+def parse(line: bytes) -> Any:
+    """The value of one line. ValueError says in a short phrase what is wrong with it."""
+    line = line.removeprefix(BOM).rstrip(b"\r\n")
+    try:
+        return json.loads(line.decode("utf-8"), object_pairs_hook=unique_keys)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"wrong encoding: byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line is not "
+                         f"UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from None
+    except (ValueError, RecursionError) as error:   # a repeated key, a number of 5,000 digits, brackets 10,000 deep
+        raise ValueError(f"not JSON that can be used: {error}") from None
+
+
+def is_blank(line: bytes) -> bool:
+    return not line.removeprefix(BOM).strip()
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as dict. Plain json keeps the last of two equal keys, which would lose an option in silence."""
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r:.60} stands twice")
+    return tree
+
+
+def encode(value: Any, indent: int | None = None) -> bytes:
+    """JSON in UTF-8 that `parse` reads back as the same value. ValueError for NaN and infinities, which JSON has not."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent).encode("utf-8", "backslashreplace")
+
+
+def line(value: Any) -> bytes:
+    """`value` as one line with its end."""
+    return encode(value) + b"\n"
