@@ -210,6 +210,8 @@ def _train(options: argparse.Namespace) -> int:
     checked.model.print_remarks()
     for problem in checked.skipped:
         print(f"skipped: {problem}", file=sys.stderr)
+    for note in checked.notes:
+        print(f"note: {note}", file=sys.stderr)
     if options.check:
         print(f"{options.config}: in order; {checked.questions} questions, {checked.evaluation_questions} for "
               f"evaluation, {checked.shape.parameters:,} parameters, {config.parallel.world} ranks, "

@@ -31,6 +31,8 @@ class Checked:
     questions: int
     evaluation_questions: int
     skipped: tuple[RowProblem, ...]
+    notes: tuple[str, ...]
+    """How files were read that are not in the form of the schema."""
 
     @property
     def shape(self) -> ModelShape:
@@ -56,8 +58,11 @@ def validate(config: Config) -> Checked:
     _check_plan(config, model.shape)
     # every prompt once: one that is too long, or holds an id that the model has not, shows now and not at step 40
     model.prompts.require_lengths([*training.questions, *(q for file in evaluation for q in file.questions)])
+    paths = (*config.data.train, *config.evaluation.all_files)
+    readings = sum((file.readings for file in evaluation), training.readings)
     return Checked(model, len(training.questions), asked,
-                   sum((file.skipped for file in evaluation), training.skipped))
+                   sum((file.skipped for file in evaluation), training.skipped),
+                   tuple(f"{path}: {note}" for path, reading in zip(paths, readings, strict=True) for note in reading.notes()))
 
 
 def _asked(config: Config, files: Sequence[Sequence[Question]]) -> int:

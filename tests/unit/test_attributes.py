@@ -209,6 +209,18 @@ def test_provenance_counts_bins():
     assert found["informativeness"] == {"1": 1, "4": 1, "none": 1} and found["levels"] == {"none": 3}
 
 
+def test_provenance_says_how_training_files_were_read():
+    """Keys from 1 and labels: question 1 has key 3 of its three options; the row with key 9 is left out."""
+    options = {letter: f"{letter}) finding {letter}" for letter in "ABC"}
+    write("one.jsonl", [question(0, options=options, answer=1), question(1, options=options, answer=3),
+                        question(2, options=options, answer=9)])
+    write("two.jsonl", [question(3)])
+    found = provenance.training_set([Path("one.jsonl"), Path("two.jsonl")])
+    assert (found["questions"], found["bad_rows"]) == (3, 1)
+    assert found["reading"] == {"one.jsonl": {"keys": {"answer": "index1"}, "labels_removed": 3, "ids_made": 0, "repeats": []},
+                                "two.jsonl": {"keys": {"answer": "letter"}, "labels_removed": 0, "ids_made": 0, "repeats": []}}
+
+
 def test_the_report_counts_by_bin_where_there_are_several(tmp_path):
     run = make_run(tmp_path, "r")
     write_rollouts(rollout_path(run, 1), 1, [scored("a", [C, W], informativeness=1), scored("b", [C, C], informativeness=2),

@@ -54,6 +54,7 @@ def test_build_writes_the_set_and_a_card_that_agrees_with_it(suffix, capsys):
     assert card["set"]["levels"] == {"none": 4} | {str(level): 1 for level in range(1, 7)}
     assert card["set"]["sources"] == Counter(q.source or "unknown" for q in questions)
     assert card["set"]["options"] == {"2": 4, "3": 6} and card["set"]["answers"] == {"A": 10}
+    assert card["sources"]["a"].pop("reading") == {"keys": {"answer": "letter"}, "labels_removed": 0, "ids_made": 0, "repeats": []}
     assert {key: value for key, value in card["sources"]["a"].items() if key != "sha256"} == {
         "place": "a.jsonl", "read": 12, "bad_rows": 0, "note": "", "problems": [], "kept": 6, "licences": {"MIT": 6}}
     assert card["sources"]["bee"]["licences"] == {"not stated": 4}
@@ -143,7 +144,7 @@ def test_a_set_that_overlaps_a_benchmark_is_refused_unless_told(capsys):
     assert files() == ["a.jsonl", "bench.jsonl"]
     assert main([*arguments, "overlap=drop"]) == 0
     assert {q.id for q in load_questions(["s.jsonl"]).questions} == {f"q{i}" for i in range(20)} - {"q7", "q8"}
-    assert main([*arguments, "overlap=flag"]) == 0
+    assert main([*arguments, "--overwrite", "overlap=flag"]) == 0
     marked = {one["id"]: one.get("overlaps") for one in map(json.loads, Path("s.jsonl").read_text().splitlines())}
     assert len(marked) == 20
     assert {k: v for k, v in marked.items() if v} == {"q7": "bench:x7 (exact)", "q8": "bench:x8 (exact)"}
@@ -159,7 +160,8 @@ def test_decontaminate_drops_or_flags_and_reports(capsys):
     assert (report["contaminated"], report["action"], report["benchmarks"]["bench"]["touched"]) == (2, "drop", 2)
     assert {(hit["train"]["id"], hit["against"]["id"]) for hit in report["hits"]} == {("q7", "x7"), ("q8", "x8")}
     assert "bench (bench.jsonl): 2 of 3 questions touched; 2 exact" in capsys.readouterr().out
-    assert main([*arguments, "--flag"]) == 0
+    assert main([*arguments, "--flag"]) == 2 and len(load_questions(["clean.parquet"]).questions) == 18
+    assert main([*arguments, "--flag", "--overwrite"]) == 0
     table = pq.read_table("clean.parquet").to_pylist()
     assert {one["id"] for one in table if one["overlaps"]} == {"q7", "q8"} and len(table) == 20
 
@@ -184,12 +186,15 @@ def raw(content):
 GOOD = json.dumps(row(1)).encode() + b"\n"
 BAD_INPUT = {
     "truncated Parquet": (cut_parquet, "not a readable Parquet file"),
-    "wrong schema": (other_columns, "has no column id, question, options, answer"),
-    "wrong keys": (lambda: write("in.jsonl", [{"prompt": "a"}]), "in.jsonl:1: no id"),
-    "answer as index": (lambda: write("in.jsonl", [row(1, answer=0)]), "in.jsonl:1: answer is a number, not text; mend the "
-                        "data, say how in names answers (answer: letter, index, index1 or text)"),
-    "answer as text": (lambda: write("in.jsonl", [row(1, answer="sign 1")]), "answer 'sign 1' is not among the options"),
-    "lower case answer": (lambda: write("in.jsonl", [row(1, answer="a")]), "answer 'a' is not among"),
+    "wrong schema": (other_columns, "has no column question, options, answer"),
+    "wrong keys": (lambda: write("in.jsonl", [{"prompt": "a"}]), "in.jsonl:1: no question"),
+    "an index of unknown base": (lambda: write("in.jsonl", [row(1, answer=1)]), "in.jsonl: its keys (answer) can be numbers from "
+                                 "0 or numbers from 1"),
+    "two forms of answers": (lambda: write("in.jsonl", [row(1), row(2), row(3, answer=0)]), "in.jsonl:3: answer 0 of 3 options is "
+                             "of another form than 2 of 3 keys of the file, letters (in.jsonl:1: 'A' of 3 options)"),
+    "answer that is none": (lambda: write("in.jsonl", [row(1, answer="sign 9")]), "answer 'sign 9' is not among the options"),
+    "more options than letters": (lambda: write("in.jsonl", [row(1, options=[f"o{i}" for i in range(27)])]),
+                                  "in.jsonl:1: 27 options, at most 26 can have a letter"),
     "duplicate options": (lambda: write("in.jsonl", [row(1, options={"A": "x", "B": "x "})]), "options A and B are"),
     "duplicate ids": (lambda: write("in.jsonl", [row(1), row(1)]), "in.jsonl:2: duplicate id 'q1'"),
     "not UTF-8": (lambda: raw(GOOD + '{"id": "é"}\n'.encode("latin-1")), "in.jsonl:2: wrong encoding: byte 0xe9"),
@@ -228,7 +233,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(capsys, verb, name):
     (["build", "--out", "s.jsonl", "--from", "a.jsonl", "sorce=1"], "sorce: unknown key; did you mean 'sources'?"),
     (["build", "--out", "s.jsonl", "--from", "a.jsonl", "filter.min_words=900"],
      "no question is left (filter: 3 left out by length)"),
-    (["build", "--out", "s.jsonl", "--from", "a.jsonl", "--from", "b=a.jsonl"], "id 'q0' stands in a and in b"),
+    (["build", "--out", "s.jsonl", "--from", "a.jsonl", "--from", "b=a.jsonl"], "question 'q0' stands in a and in b; keep one of "
+     "the two with drop_repeats=true"),
     (["build", "--out", "s.jsonl", "--from", "a.jsonl", "--against", "nosuch"], "benchmark 'nosuch' is neither known"),
     (["build", "--out", "s.jsonl", "--from", "a.jsonl", "--decisions", "none.yaml"], "none.yaml: no such file"),
     (["build", "--out", "s.jsonl", "sources=[{name: mine}]"], "'mine' is not known and has neither path nor hub"),
@@ -262,8 +268,8 @@ def test_a_full_disk_leaves_the_old_files_as_they_were(out):
     before = {name: Path(name).read_bytes() for name in files()}
     code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); "
             "from alphamed.cli import main; sys.exit(main(sys.argv[1:]))")
-    done = subprocess.run([sys.executable, "-c", code, "data", "build", "--out", out, "--from", "a.jsonl"],
-                          capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code, "data", "build", "--out", out, "--from", "a.jsonl",
+                           "--overwrite"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert "can not be written (" in done.stderr and "File too large" in done.stderr
     assert {name: Path(name).read_bytes() for name in files()} == before
@@ -271,15 +277,16 @@ def test_a_full_disk_leaves_the_old_files_as_they_were(out):
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real medical files of ../shared/data are not on this machine")
 def test_a_mixture_of_real_questions(capsys):
-    """Counts from the data's own README: 2,706 + 7,131 + 950 + 2,565 rows, 23 of them with repeated options."""
+    """Counts from the data's own README: 2,706 + 7,131 + 950 + 2,565 rows, 23 of them with repeated options; three questions of
+    MedMCQA have one option that carries a label ("b)Atenolol"), and one of its questions stands there with two keys."""
     sources = [part for name in ("medqa", "medmcqa", "pubmedqa", "headqa_en")
                for part in ("--from", f"{name}={REAL / f'train_{name}.jsonl'}")]
     assert main(["data", "build", "--out", "s.parquet", *sources, "--against",
                  f"medqa={REAL / 'dev_medqa.jsonl'}", "bad_rows=skip", "overlap=drop",
-                 "balance=[{source: pubmedqa, max_share: 0.5}]",
+                 "conflicts=drop", "balance=[{source: pubmedqa, max_share: 0.5}]",
                  "quotas=[{source: medqa, count: 600}, {source: medmcqa, count: 600}, {source: pubmedqa, count: 400}]"]) == 0
     card = json.loads(Path("s.card.json").read_text())
-    assert [source["read"] for source in card["sources"].values()] == [2705, 7111, 950, 2563]
+    assert [source["read"] for source in card["sources"].values()] == [2705, 7108, 950, 2563]
     assert [source["kept"] for source in card["sources"].values()] == [600, 600, 400, 0]
     yes = sum(q.options[q.answer] == "yes" for q in load_questions(["s.parquet"]).questions)
     assert 150 <= yes <= 250 and "1,267 questions, 1,273 were expected" in capsys.readouterr().out

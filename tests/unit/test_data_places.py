@@ -65,8 +65,8 @@ def test_a_link_is_the_file_it_leads_to():
     Path("a").write_text("")
     Path("b").symlink_to("a")
     with pytest.raises(ConfigError, match="--out: b is what --in reads; choose another file"):
-        check_places({"--out": Path("b")}, {"--in": [Path("a")]})
-    check_places({"--out": Path("c"), "--more": None}, {"--in": [Path("a"), None]})
+        check_places({"--out": Path("b")}, {"--in": [Path("a")]}, overwrite=True)
+    check_places({"--out": Path("c"), "--more": None}, {"--in": [Path("a"), None]}, overwrite=False)
 
 
 # ------------------------------------------------------------------------------------------------- two of one name
@@ -121,9 +121,30 @@ def test_an_inspection_replaces_no_file_of_the_users(tmp_path, monkeypatch, caps
     Path("orig.jsonl").write_text(row)
     Path("orig.json").write_text("[1, 2]")
     Path("other.jsonl").write_text(row)
-    assert main(["data", "inspect", "orig.jsonl"]) == 2
+    assert main(["data", "inspect", "orig.jsonl", "--overwrite"]) == 2
     assert "the numbers would replace orig.json, which is of no inspection; give another --out" in capsys.readouterr().err
-    assert main(["data", "inspect", "orig.jsonl", "--out", "other.jsonl"]) == 2
+    assert main(["data", "inspect", "orig.jsonl", "--out", "other.jsonl", "--overwrite"]) == 2
     assert "--out: other.jsonl is to be a page" in capsys.readouterr().err
     assert Path("orig.json").read_text() == "[1, 2]" and Path("other.jsonl").read_text() == row
-    assert main(["data", "inspect", "other.jsonl"]) == 0 == main(["data", "inspect", "other.jsonl"])
+    assert main(["data", "inspect", "other.jsonl"]) == 0 == main(["data", "inspect", "other.jsonl", "--overwrite"])
+
+
+@pytest.mark.parametrize("arguments, made", [
+    ([*BUILD, "--out", "s.jsonl"], ["s.card.json", "s.card.md", "s.jsonl"]),
+    ([*CLEAN, "--out", "s.jsonl", "--report", "r.json"], ["r.json", "s.jsonl"]),
+    (["inspect", "a.jsonl", "--out", "p.html"], ["p.html", "p.json"])])
+def test_what_is_there_is_replaced_with_overwrite_only(capsys, arguments, made):
+    """Any one of the files that a verb writes is enough for it to be refused."""
+    write("a.jsonl", [row(i) for i in range(3)])
+    write("bench.jsonl", [row(50)])
+    assert main(["data", *arguments]) == 0
+    capsys.readouterr()
+    for name in made:
+        for other in made:
+            Path(other).unlink(missing_ok=True)
+        Path(name).write_text('{"sha256": 0, "findings": []}')
+        assert main(["data", *arguments]) == 2
+        assert capsys.readouterr().err.endswith(f": {name} is there already; choose another name, or replace it with "
+                                                "--overwrite\n")
+        assert [one for one in files() if one in made] == [name] and Path(name).read_text().startswith('{"sha256": 0')
+    assert main(["data", *arguments, "--overwrite"]) == 0 and set(made) <= set(files())

@@ -148,7 +148,8 @@ def test_another_measure_of_informativeness_asks_nothing_again(model, engines, m
     asked, _ = engines
     assert annotate(model) == 0
     asked.clear()
-    assert annotate(model, "--informativeness", "options") == 0 and asked == []
+    assert annotate(model, "--informativeness", "options") == 2 and asked == []            # the set is there
+    assert annotate(model, "--informativeness", "options", "--overwrite") == 0 and asked == []
     assert [q.informativeness for q in load_questions(["out.jsonl"]).questions] == [2, 2]
 
 
@@ -156,7 +157,7 @@ def test_a_question_with_another_text_is_asked_anew(model, engines):
     asked, _ = engines
     annotate(model, questions=write("q.jsonl", rows(3)))
     asked.clear()
-    annotate(model, questions=write("q.jsonl", [rows(3)[0], rows(3)[1] | {"question": "Other?"}, rows(3)[2]]))
+    annotate(model, "--overwrite", questions=write("q.jsonl", [rows(3)[0], rows(3)[1] | {"question": "Other?"}, rows(3)[2]]))
     assert [task.question.id for task in asked] == ["q1"]
 
 
@@ -189,7 +190,7 @@ def test_mistakes_are_one_line_and_write_nothing(model, engines, capsys, rest, m
 def test_other_settings_do_not_mix(model, engines, capsys):
     write("q.jsonl", rows(2))
     assert annotate(model) == 0
-    assert annotate(model, "--samples", "3") == 2
+    assert annotate(model, "--samples", "3", "--overwrite") == 2
     assert "sampling.samples 5, now it is 3" in capsys.readouterr().err
 
 

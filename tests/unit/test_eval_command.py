@@ -295,6 +295,73 @@ def test_shots_and_template_reach_the_prompt(tmp_path, model, monkeypatch):
     assert text.startswith("Question: Which organ?") and "Answer: It is \\boxed{B}" in text and text.endswith("Answer:")
 
 
+# ------------------------------------------------------------------------------------------- bad rows, keys, places
+def bad_rows(folder):
+    file = questions(folder)
+    file.write_text(file.read_text() + json.dumps({"id": "bad", "question": "?", "options": ["x", "y"], "answer": "z"}) + "\n")
+    return file
+
+
+def test_bad_rows_of_a_benchmark_are_refused_or_counted_in_the_result(tmp_path, model, monkeypatch, capsys):
+    script(monkeypatch, lambda question, j: "\\boxed{A}")
+    file, out = bad_rows(tmp_path), tmp_path / "out"
+    assert evaluate(model, out, "--benchmarks", file) == 2 and not out.exists()
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {file}:5: answer 'z' is not among the options A, B; ") and "--bad-rows skip" in told
+    assert evaluate(model, out, "--bad-rows", "skip", "--benchmarks", file) == 0
+    told = capsys.readouterr().out
+    assert "n = 4 (1 bad row left out), " in told and f"1 bad row left out (the first: {file}:5: answer 'z'" in told
+    assert results(out)["benchmarks"]["e"]["bad_rows"] == [f"{file}:5: answer 'z' is not among the options A, B"]
+    assert json.loads((out / "evaluation.json").read_text())["sets"]["e"]["bad_rows"] == results(out)["benchmarks"]["e"]["bad_rows"]
+
+
+def test_keys_of_a_benchmark_are_declared_behind_its_path(tmp_path, model, monkeypatch, capsys):
+    """q0 has key 1, q1 key 2 of three options: from 0 B and C, from 1 A and B."""
+    script(monkeypatch, lambda question, j: "\\boxed{B}")
+    file = questions(tmp_path, count=2)
+    rows = [json.loads(line) | {"answer": i + 1} for i, line in enumerate(file.read_text().splitlines())]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluate(model, tmp_path / "out", "--benchmarks", file) == 2
+    assert "can be numbers from 0 or numbers from 1" in capsys.readouterr().err
+    for form, right in (("index", [True, False]), ("index1", [False, True])):
+        out = tmp_path / form
+        assert evaluate(model, out, "--benchmarks", f"{file}:{form}") == 0
+        assert [item["outcome"] == "correct" for item in items(out)] == right
+        assert results(out)["benchmarks"]["e"]["reading"]["keys"] == {"answer": form}
+    assert "e: keys read as numbers from 1 (answer)" in capsys.readouterr().out
+
+
+def test_a_folder_of_other_files_is_no_place_for_an_evaluation(tmp_path, model, monkeypatch, capsys):
+    script(monkeypatch, lambda question, j: "\\boxed{A}")
+    file, out = questions(tmp_path), tmp_path / "out"
+    out.mkdir()
+    assert evaluate(model, out, "--benchmarks", file) == 0                      # an empty one is
+    (out / "notes.txt").write_text("mine")
+    assert evaluate(model, out, "--benchmarks", file) == 0                      # so is an evaluation
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    capsys.readouterr()
+    assert evaluate(model, other, "--benchmarks", file) == 2
+    assert capsys.readouterr().err == (f"error: --out: {other} holds other files (notes.txt) and no evaluation; choose another "
+                                       "folder, or put it there all the same with --overwrite\n")
+    assert [path.name for path in other.iterdir()] == ["notes.txt"]
+    assert evaluate(model, other, "--overwrite", "--benchmarks", file) == 0
+    assert (other / "notes.txt").read_text() == "mine" and len(items(other)) == 4
+
+
+def test_an_evaluation_with_other_settings_is_replaced_with_overwrite_only(tmp_path, model, monkeypatch, capsys):
+    asked, file, out = script(monkeypatch, lambda question, j: "\\boxed{A}"), questions(tmp_path), tmp_path / "out"
+    assert evaluate(model, out, "--benchmarks", file) == 0
+    before = (out / "items.jsonl").read_bytes()
+    assert evaluate(model, out, "--samples", "2", "--benchmarks", file) == 2 and (out / "items.jsonl").read_bytes() == before
+    assert "replace it with --overwrite" in capsys.readouterr().err
+    asked.tasks.clear()
+    assert evaluate(model, out, "--overwrite", "--benchmarks", file) == 0 and asked.tasks == []     # the same: taken up
+    assert evaluate(model, out, "--overwrite", "--samples", "2", "--benchmarks", file) == 0
+    assert len(items(out)) == 8 and results(out)["asked"]["sampling"]["samples"] == 2
+
+
 def test_settings_among_benchmarks_are_told_apart():
     assert _split(["medqa=copy/e.jsonl", "rollout.dtype=fp32", "x.jsonl"]) == (["medqa=copy/e.jsonl", "x.jsonl"],
                                                                               ["rollout.dtype=fp32"])

@@ -15,6 +15,8 @@ VITAMINS = {"A": "Vitamin A", "B": "Vitamin B12", "C": "Vitamin C (ascorbic acid
             "E": "$\\beta$-carotene"}
 NUMBERS = {"A": "5 mmol/L", "B": "-5 mmol/L", "C": ".5 mg", "D": "virus", "E": "A virus"}
 GROUPS = {"A": "AB", "B": "A", "C": "B", "D": "O"}
+LABELLED = {"A": "A. Spleen", "B": "B. Liver", "C": "C. Thymus"}
+GERMS = {"A": "C. difficile", "B": "B. cereus", "C": "A. fumigatus"}
 TEN = {letter: f"finding {i}" for i, letter in enumerate("ABCDEFGHIJ")}
 
 # (response, the letter it states for VITAMINS)
@@ -193,6 +195,18 @@ OTHER_OPTIONS = [
     ("\\boxed{\u212a}", {"S": "sodium", "K": "potassium"}, None),
     (r"\boxed{A: x}", {"A": "x.", "B": "y"}, "A"),      # trailing punctuation of an option's text does not count
     (r"\boxed{A}", {}, None),
+    (r"\boxed{B. Liver}", {"A": "Spleen", "B": "Liver"}, "B"),
+    (r"\boxed{B: Spleen}", {"A": "Spleen", "B": "Liver"}, None),
+    (r"\boxed{B. Liver}", LABELLED, "B"),
+    (r"\boxed{B: Liver}", LABELLED, "B"),
+    (r"\boxed{(b) liver}", LABELLED, "B"),
+    (r"\boxed{B: B. Liver}", LABELLED, "B"),
+    (r"\boxed{B: A. Spleen}", LABELLED, None),
+    (r"\boxed{B. Spleen}", LABELLED, None),
+    (r"\boxed{C. difficile}", GERMS, None),             # the text of A, and no statement of the letter C
+    (r"\boxed{C: A. fumigatus}", GERMS, "C"),
+    (r"\boxed{C. fumigatus}", GERMS, None),
+    (r"\boxed{B. cereus}", GERMS, "B"),
 ]
 
 

@@ -180,15 +180,18 @@ def test_jsonl_and_parquet_of_the_same_rows_are_equal(tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------- real data
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real medical files of ../shared/data are not on this machine")
-@pytest.mark.parametrize("name, rows, repeated_options", [
-    ("train_medqa", 2706, 1), ("train_medmcqa", 7131, 20), ("train_pubmedqa", 950, 0), ("train_headqa_en", 2565, 2)])
-def test_real_files_load_through_the_same_path(name, rows, repeated_options):
-    """Row counts are those of the data's own README; repeated options were counted with a script of a few lines."""
+@pytest.mark.parametrize("name, rows, repeated_options, some_labels, all_labels", [
+    ("train_medqa", 2706, 1, 0, 0), ("train_medmcqa", 7131, 20, 3, 6), ("train_pubmedqa", 950, 0, 0, 0),
+    ("train_headqa_en", 2565, 2, 0, 0)])
+def test_real_files_load_through_the_same_path(name, rows, repeated_options, some_labels, all_labels):
+    """Row counts are those of the data's own README; repeated options were counted with a script of a few lines, labels of one
+    option ("b)Atenolol") and of all options by reading all that begin with a letter and a sign."""
     file = REAL / f"{name}.jsonl"
     loaded = load_questions([file], BadRows.SKIP)
-    assert len(loaded.questions) == rows - repeated_options
-    assert len(loaded.skipped) == repeated_options
-    assert all("are the same" in p.problem for p in loaded.skipped)
+    assert len(loaded.questions) == rows - repeated_options - some_labels
+    assert sum("are the same" in p.problem for p in loaded.skipped) == repeated_options
+    assert sum("carries" in p.problem for p in loaded.skipped) == some_labels == len(loaded.skipped) - repeated_options
+    assert loaded.readings[0].labels_removed == all_labels
     if repeated_options:
         with pytest.raises(DataError, match="data.bad_rows=skip"):
             load_questions([file])

@@ -187,6 +187,8 @@ def test_long_names_are_cut_and_stay_apart():
     (own_axes(levels=[[1, 2], "all", [2, 1]]), ["axes.levels: [2, 1] is [1, 2] in another order"]),
     (own_axes(sources=["own+more", "more+own"]), ['axes.sources: "more+own" is "own+more" in another order']),
     (own_axes(sources=["own+own"]), ['axes.sources: "own+own" names one thing twice']),
+    *((own_axes(**{axis: []}), [f"axes.{axis}: [] leaves no value to run; give at least one, or remove the axis"])
+      for axis in ("seeds", "sizes", "levels", "informativeness", "sources")),
     (own_axes(sizes=[10, 10]), ["axes.sizes: 10 stands twice"]),
     ({"data": OWN, "grids": [{"name": name, "axes": {"sources": ["own"], "levels": levels}}
                              for name, levels in (("a", [[1, 2]]), ("b", [[2, 1]]))]},

@@ -15,6 +15,7 @@ from alphamed.data.catalogue import SOURCES
 from alphamed.data.mcq import check_questions
 from alphamed.data.sources import DataError, load_questions
 from alphamed.data.tables import bare_name, kind_of
+from alphamed.data.reading import interpret
 from alphamed.data.upstream import read_upstream
 from alphamed.evaluation.benchmarks import BENCHMARKS, load_benchmark
 from alphamed.evaluation.runner import load_sets
@@ -139,7 +140,7 @@ def test_options_that_pandas_takes_for_missing_or_for_numbers_stay_texts(texts):
     table("copy/train.csv", medmcqa(texts))
     for rows in (read_upstream(source, Path("copy/train.csv")), read_upstream(source, Path("copy")),
                  read_upstream(replace(source, hub=str(Path("copy").resolve())), None)):
-        questions, problems = check_questions(rows)
+        questions, problems = check_questions(interpret(rows, source.answer)[0])
         assert problems == [] and {q.id: (q.answer, q.options["D"]) for q in questions} == expected
 
 
@@ -186,7 +187,7 @@ OPTIONS = b'"{""A"": ""x"", ""B"": ""y""}"'
     ("x.csv", HEAD + b'q1,"Why?,' + OPTIONS + b",A\n", "x.csv: line 2 cannot be read as a table ("),
     ("x.csv", HEAD + b'q1,"Why" not?,' + OPTIONS + b",A\n", "x.csv: line 2 cannot be read as a table ("),
     ("x.csv", b"id,question,question,answer\n", "x.csv: has two columns called 'question'; rename one"),
-    ("x.csv", b"id;question;options;answer\n1;2;3;4\n", "x.csv: has no column id, question, options, answer; its columns "
+    ("x.csv", b"id;question;options;answer\n1;2;3;4\n", "x.csv: has no column question, options, answer; its columns "
                                                       "are id;question;options;answer"),
     ("x.csv", HEAD, "x.csv: is empty"), ("x.csv", b"", "x.csv: is empty"),
     ("x.csv", "\ufeffid,question".encode("utf-16"), "x.csv: is UTF-16; save it as UTF-8"),

@@ -1,4 +1,5 @@
 """Public sets in their own layouts: every row of the tables through `datasets`, by hub name and from local copies."""
+import hashlib
 import json
 import shutil
 import socket
@@ -12,9 +13,11 @@ import upstream_layouts as layouts
 from huggingface_hub import constants
 from upstream_layouts import hub_folder
 
+from alphamed.config_choices import BadRows
 from alphamed.data import adapters, upstream
 from alphamed.data.catalogue import PRESETS, SOURCES
 from alphamed.data.mcq import check_questions
+from alphamed.data.reading import interpret
 from alphamed.data.sources import DataError
 from alphamed.data.upstream import read_upstream
 from alphamed.evaluation import benchmarks
@@ -26,9 +29,22 @@ LAYOUTS = {adapters.medqa: layouts.MEDQA, adapters.medmcqa: layouts.MEDMCQA, ada
 TABLE = [pytest.param(table, name, id=f"{kind}-{name}") for kind, table in (("train", SOURCES), ("benchmark", BENCHMARKS))
          for name in table]
 
+
+
+def made_id(name, question, options, right):
+    """The id of a question that has none, as docs/formats.md describes it."""
+    content = json.dumps([question, None, sorted(options), right], ensure_ascii=False)
+    return f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+
+
+SAILOR = made_id("medqa", "A sailor has bleeding gums. Which vitamin is missing?",
+                 ["Vitamin A", "Vitamin B12", "Vitamin C", "Vitamin D"], "Vitamin C")
+INSULIN = made_id("medqa", "Which organ makes insulin?", ["Pancreas", "Liver", "Spleen", "Kidney"], "Pancreas")
+BONES = made_id("mmlu", "Which ion makes bones hard?", ["Sodium", "Calcium", "Iron", "Iodine"], "Calcium")
+
 # What a reader of the rows in upstream_layouts.py expects: id -> (right text, number of options, source, context)
 EXPECTED = {
-    adapters.medqa: {"medqa-00000": ("Vitamin C", 4, "medqa", None), "medqa-00001": ("Pancreas", 4, "medqa", None)},
+    adapters.medqa: {SAILOR: ("Vitamin C", 4, "medqa", None), INSULIN: ("Pancreas", 4, "medqa", None)},
     adapters.medmcqa: {"medmcqa-e1": ("Aorta", 4, "medmcqa", None), "medmcqa-e2": ("I", 4, "medmcqa", None)},
     adapters.pubmedqa: {"pubmedqa-101": ("yes", 3, "pubmedqa", "We let 10 people walk.\nThey felt better."),
                         "pubmedqa-102": ("maybe", 3, "pubmedqa", "We let 10 people stand.")},
@@ -42,7 +58,7 @@ EXPECTED = {
                             "gpqa-rec4": ("right", 4, "gpqa/genetics", None)},
     adapters.medxpertqa: {"medxpertqa-Text-0": ("o9", 10, "medxpertqa/reasoning", None),
                           "medxpertqa-Text-1": ("p0", 10, "medxpertqa/understanding", None)},
-    adapters.mmlu_medical: {"mmlu-00000": ("Calcium", 4, "mmlu/anatomy", None)},
+    adapters.mmlu_medical: {BONES: ("Calcium", 4, "mmlu/anatomy", None)},
 }
 
 
@@ -60,10 +76,11 @@ def test_every_row_loads_by_its_hub_name_from_a_repository_of_the_same_layout(tm
     """The path of the hub: `datasets.load_dataset(hub, config, split, revision)`, with a folder as the hub's repository."""
     source = table[name]
     folder = hub_folder(tmp_path / "repository", source.config, source.split, LAYOUTS[source.adapt])
-    questions, problems = check_questions(read_upstream(replace(source, hub=str(folder)), None))
+    rows, _ = interpret(read_upstream(replace(source, hub=str(folder)), None), source.answer)
+    questions, problems = check_questions(rows)
     assert told(questions) == EXPECTED[source.adapt]
     if source.adapt is adapters.medmcqa:        # the question without a public key
-        assert [p.problem for p in problems] == ["answer '?' is not among the options A, B, C, D"]
+        assert [p.problem for p in problems] == ["cop -1 is not among the options A, B, C, D (keys are numbers from 0)"]
     else:
         assert problems == []
 
@@ -80,12 +97,12 @@ def test_a_local_copy_of_a_repository_or_of_its_file_gives_the_same(tmp_path, na
 
 
 def test_gpqas_right_answer_does_not_stay_first():
-    answers = {adapters.gpqa_medical(layouts.GPQA[0] | {"Record ID": f"r{i}"}, 0)["answer"] for i in range(40)}
+    answers = {adapters.gpqa_medical(layouts.GPQA[0] | {"Record ID": f"r{i}"})["answer"] for i in range(40)}
     assert answers == set("ABCD")
 
 
 def test_medxpertqas_question_does_not_repeat_its_options():
-    assert adapters.medxpertqa(layouts.MEDXPERTQA[0], 0)["question"] == "What comes next?"
+    assert adapters.medxpertqa(layouts.MEDXPERTQA[0])["question"] == "What comes next?"
 
 
 # ----------------------------------------------------------------------------------------------------------- the tables
@@ -129,8 +146,14 @@ def test_the_right_count_is_no_complaint(tmp_path, monkeypatch):
 
 
 def test_more_letters_than_expected_and_bad_rows_are_told(tmp_path):
-    rows = [layouts.MEDQA[0] | {"options": {letter: letter for letter in "ABCDE"}}, layouts.MEDQA[1] | {"answer_idx": "Z"}]
-    loaded = load_benchmark(f"medqa={hub_folder(tmp_path / 'copy', None, 'test', rows)}")
+    rows = [layouts.MEDQA[0] | {"options": {letter: f"Vitamin {letter}" for letter in "ABCDE"}},
+            layouts.MEDQA[1] | {"answer_idx": "Z"}]
+    name = f"medqa={hub_folder(tmp_path / 'copy', None, 'test', rows)}"
+    with pytest.raises(DataError, match="'Z' is not among the options A, B, C, D; mend the data, or leave bad rows out with "
+                                        "--bad-rows skip"):
+        load_benchmark(name)
+    loaded = load_benchmark(name, BadRows.SKIP)
+    assert [problem.problem for problem in loaded.problems] == ["answer_idx 'Z' is not among the options A, B, C, D"]
     assert "1 questions, 1,273 were expected; 5 options in a question, at most 4 were expected; 1 bad row left out" in \
         loaded.complaint
 

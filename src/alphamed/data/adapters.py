@@ -1,21 +1,22 @@
 """Rows of public question sets -> rows of the schema (`mcq.py`): one small function per layout.
 
-An adapter takes an upstream row and its position and returns a row of the schema, or None where the row is no part of the
-set (another subject, no key). It checks nothing that the schema checks: a missing or wrong value becomes a reported bad row
-there. A broken layout shows as KeyError or TypeError, which the reader reports as a wrong schema.
+An adapter takes an upstream row and returns a row with the schema's fields, or None where the row is no part of the set
+(another subject). Options may be a list still, and the answer the `Keys` that the row states: what form they have is found
+from the whole file (`keys.py`), never assumed here. A set without ids gets none: they are made from the content. Nothing
+is checked that the schema checks: a missing or wrong value becomes a reported bad row there. A broken layout shows as
+KeyError or TypeError, which the reader reports as a wrong schema.
 """
 from __future__ import annotations
 
 import re
-import string
-from collections.abc import Callable, Mapping, Sequence
-from enum import StrEnum
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from alphamed.data.text import draw, normalised_option
+from alphamed.data.keys import AnswerForm, Keys
+from alphamed.data.text import draw
 
 Upstream = Mapping[str, Any]
-Adapter = Callable[[Upstream, int], dict[str, Any] | None]
+Adapter = Callable[[Upstream], dict[str, Any] | None]
 
 YES_NO_MAYBE = {"A": "yes", "B": "no", "C": "maybe"}
 MMLU_MEDICAL = frozenset({"anatomy", "clinical_knowledge", "college_biology", "college_medicine", "medical_genetics",
@@ -24,33 +25,24 @@ MMLU_MEDICAL = frozenset({"anatomy", "clinical_knowledge", "college_biology", "c
 _REPEATED_OPTIONS = re.compile(r"\s*Answer Choices:\s*\(A\).*\Z", re.DOTALL)
 
 
-def lettered(texts: Sequence[Any]) -> dict[str, Any]:
-    """Letter -> text for a list of options."""
-    if isinstance(texts, (str, bytes)):
-        raise TypeError(f"options are text, not a list: {texts!r}")
-    return dict(zip(string.ascii_uppercase, texts))
-
-
-def _letter(index: Any) -> str:
-    """The letter of an index from 0. A class label that says "none" (-1) becomes a letter that no option has."""
-    return string.ascii_uppercase[index] if 0 <= index < 26 else "?"
-
-
 # ---------------------------------------------------------------------------------------------------------- public sets
-def medqa(row: Upstream, number: int) -> dict[str, Any]:
-    """MedQA-USMLE as in GBaker/MedQA-USMLE-4-options and jind11/MedQA (4 or 5 options)."""
-    return {"id": f"medqa-{number:05d}", "question": row["question"], "options": _present(row["options"]),
-            "answer": row["answer_idx"], "source": "medqa"}
+def medqa(row: Upstream) -> dict[str, Any]:
+    """MedQA-USMLE as in GBaker/MedQA-USMLE-4-options and jind11/MedQA (4 or 5 options): the key as letter and as text."""
+    stated = {name: row[name] for name in ("answer_idx", "answer") if row.get(name) is not None}
+    if not stated:
+        raise KeyError("answer_idx")
+    return {"id": row.get("id"), "question": row["question"], "options": row["options"], "answer": Keys(stated),
+            "source": "medqa"}
 
 
-def medmcqa(row: Upstream, number: int) -> dict[str, Any]:
-    """MedMCQA; its test split has no keys (cop = -1)."""
+def medmcqa(row: Upstream) -> dict[str, Any]:
+    """MedMCQA. Its authors' files count `cop` from 1, the hub's copy from 0; its test split has no keys (cop = -1)."""
     return {"id": f"medmcqa-{row['id']}", "question": row["question"],
-            "options": lettered([row["opa"], row["opb"], row["opc"], row["opd"]]), "answer": _letter(row["cop"]),
+            "options": [row["opa"], row["opb"], row["opc"], row["opd"]], "answer": Keys({"cop": row["cop"]}),
             "source": "medmcqa"}
 
 
-def pubmedqa(row: Upstream, number: int) -> dict[str, Any]:
+def pubmedqa(row: Upstream) -> dict[str, Any]:
     """PubMedQA as in qiaojin/PubMedQA, or as its authors publish it (ori_pqal.json, whose keys are the ids): the abstract
     without its conclusion is the context."""
     if "QUESTION" in row:
@@ -62,96 +54,65 @@ def pubmedqa(row: Upstream, number: int) -> dict[str, Any]:
             "context": "\n".join(row["context"]["contexts"]), "source": "pubmedqa"}
 
 
-def openlife(row: Upstream, number: int) -> dict[str, Any]:
+def openlife(row: Upstream) -> dict[str, Any]:
     """The official 500 test questions of PubMedQA as in openlifescienceai/pubmedqa."""
     data = row["data"]
-    return {"id": f"pubmedqa-{row['id']}", "question": data["Question"], "options": _present(data["Options"]),
+    return {"id": f"pubmedqa-{row['id']}", "question": data["Question"], "options": data["Options"],
             "answer": data["Correct Option"], "context": "\n".join(data["Context"]), "source": "pubmedqa"}
 
 
-def headqa(row: Upstream, number: int) -> dict[str, Any] | None:
-    """HEAD-QA; questions that ask about an image are left out, since a text model can not see it."""
+def headqa(row: Upstream) -> dict[str, Any] | None:
+    """HEAD-QA; questions that ask about an image are left out, since a text model cannot see it. Options have numbers of
+    their own (`aid`), which say how `ra` counts."""
     if row.get("image"):
         return None
-    order = [answer["aid"] for answer in row["answers"]]
-    right = int(row["ra"])
+    numbers = [int(answer["aid"]) for answer in row["answers"]]
+    forms = {0: AnswerForm.INDEX, 1: AnswerForm.INDEX1}
+    if numbers[0] not in forms or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+        raise ValueError(f"options are numbered {numbers}, not 1, 2, 3 ...")
     return {"id": f"headqa-{row['name']}-{row['qid']}", "question": row["qtext"],
-            "options": lettered([answer["atext"] for answer in row["answers"]]),
-            "answer": _letter(order.index(right)) if right in order else "?", "source": f"headqa/{row['category']}"}
+            "options": [answer["atext"] for answer in row["answers"]],
+            "answer": Keys({"ra": row["ra"]}, forms[numbers[0]]), "source": f"headqa/{row['category']}"}
 
 
-def mmlu_pro_medical(row: Upstream, number: int) -> dict[str, Any] | None:
-    """MMLU-Pro, health and biology: up to 10 options; "N/A" stands for an option that is none."""
+def mmlu_pro_medical(row: Upstream) -> dict[str, Any] | None:
+    """MMLU-Pro, health and biology: up to 10 options; "N/A" stands for an option that is none. The key: index and letter."""
     if row["category"] not in ("health", "biology"):
         return None
-    kept = [text for text in row["options"] if text != "N/A"]
-    answer = row["options"][row["answer_index"]]
-    return {"id": f"mmlu_pro-{row['question_id']}", "question": row["question"], "options": lettered(kept),
-            "answer": _letter(kept.index(answer)), "source": f"mmlu_pro/{row['category']}"}
+    stated = {"answer_index": row["answer_index"], "answer": row.get("answer")}
+    return {"id": f"mmlu_pro-{row['question_id']}", "question": row["question"],
+            "options": [None if text == "N/A" else text for text in row["options"]],
+            "answer": Keys({name: value for name, value in stated.items() if value is not None}),
+            "source": f"mmlu_pro/{row['category']}"}
 
 
-def gpqa_medical(row: Upstream, number: int) -> dict[str, Any] | None:
+def gpqa_medical(row: Upstream) -> dict[str, Any] | None:
     """GPQA, genetics and molecular biology. Upstream the right answer stands first; here a hash of the record places it."""
     if row["Subdomain"] not in ("Genetics", "Molecular Biology"):
         return None
     texts = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
     order = sorted(range(4), key=lambda i: draw(row["Record ID"], i))
-    return {"id": f"gpqa-{row['Record ID']}", "question": row["Question"], "options": lettered([texts[i] for i in order]),
-            "answer": _letter(order.index(0)), "source": f"gpqa/{row['Subdomain'].lower().replace(' ', '_')}"}
+    return {"id": f"gpqa-{row['Record ID']}", "question": row["Question"], "options": [texts[i] for i in order],
+            "answer": "ABCD"[order.index(0)], "source": f"gpqa/{row['Subdomain'].lower().replace(' ', '_')}"}
 
 
-def medxpertqa(row: Upstream, number: int) -> dict[str, Any]:
-    """MedXpertQA Text: ten options; reasoning and understanding are told apart by source."""
-    return {"id": f"medxpertqa-{row['id']}", "question": _REPEATED_OPTIONS.sub("", row["question"]),
-            "options": _present(row["options"]), "answer": row["label"],
-            "source": f"medxpertqa/{row['question_type'].lower()}"}
+def medxpertqa(row: Upstream) -> dict[str, Any]:
+    """MedXpertQA Text: ten options; reasoning and understanding are told apart by source. Copies for benchmark harnesses
+    have the options in the question alone, which the schema's check refuses."""
+    options = row.get("options")
+    return {"id": f"medxpertqa-{row['id']}", "options": options, "answer": Keys({"label": row["label"]}),
+            "question": _REPEATED_OPTIONS.sub("", row["question"]) if options else row["question"],
+            "source": f"medxpertqa/{row.get('question_type', 'text').lower()}"}
 
 
-def mmlu_medical(row: Upstream, number: int) -> dict[str, Any] | None:
+def mmlu_medical(row: Upstream) -> dict[str, Any] | None:
     """The six medical subjects of MMLU."""
     if row["subject"] not in MMLU_MEDICAL:
         return None
-    return {"id": f"mmlu-{number:05d}", "question": row["question"], "options": lettered(row["choices"]),
-            "answer": _letter(row["answer"]), "source": f"mmlu/{row['subject']}"}
+    return {"question": row["question"], "options": row["choices"], "answer": Keys({"answer": row["answer"]}),
+            "source": f"mmlu/{row['subject']}"}
 
 
-def _present(options: Upstream) -> dict[str, Any]:
-    """Arrow fills letters that a row does not have with None."""
-    return {letter: text for letter, text in options.items() if text is not None}
-
-
-# ---------------------------------------------------------------------------------------------------------- the schema
-class AnswerForm(StrEnum):
-    """How a file of the schema names the right option."""
-    LETTER = "letter"
-    INDEX = "index"          # from 0
-    INDEX1 = "index1"        # from 1
-    TEXT = "text"            # the option's text, as it stands there but for case, punctuation and white space
-
-
-def schema(form: AnswerForm) -> Adapter:
-    """Row -> row with options as letter -> text and the answer as a letter. What does not fit is left as it is, so that
-    the schema's own check names it."""
-    def adapt(row: Any, number: int) -> Any:
-        if not isinstance(row, Mapping):
-            return row
-        options = row.get("options")
-        if isinstance(options, list) and all(isinstance(text, str) for text in options):
-            options = lettered(options)
-        if not isinstance(options, Mapping):
-            return row
-        options = _present(options)
-        return {**row, "options": options, "answer": _answer(row.get("answer"), options, form)}
-    return adapt
-
-
-def _answer(answer: Any, options: Mapping[str, Any], form: AnswerForm) -> Any:
-    letters = list(options)
-    if form in (AnswerForm.INDEX, AnswerForm.INDEX1) and type(answer) is int:
-        at = answer - (form == AnswerForm.INDEX1)
-        return letters[at] if 0 <= at < len(letters) else str(answer)
-    if form == AnswerForm.TEXT and isinstance(answer, str):
-        same = [letter for letter, text in options.items() if isinstance(text, str)
-                and normalised_option(text) == normalised_option(answer)]
-        return same[0] if len(same) == 1 else answer
-    return answer
+def schema(row: Any) -> Any:
+    """A row that is in the schema already."""
+    return row

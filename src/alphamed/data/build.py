@@ -19,13 +19,15 @@ from alphamed.data.catalogue import SOURCES
 from alphamed.data.decisions import apply_files
 from alphamed.data.decontaminate import Hit, find_hits
 from alphamed.data.mcq import Row, RowProblem, check_questions, short
-from alphamed.data.mixture import Item, balanced, commonest_answer, drawn, filtered, mixed, relettered, shuffled
+from alphamed.data.mixture import (Item, balanced, commonest_answer, conflicting, drawn, filtered, mixed, relettered,
+                                   shuffled)
 from alphamed.data.output import (beside, check_places, check_suffix, json_writer, question_writer, text_writer,
                                   write_all)
-from alphamed.data.recipe import BalanceRecipe, BuildRecipe, Overlap, SourceRecipe
+from alphamed.data.reading import interpret
+from alphamed.data.recipe import BalanceRecipe, BuildRecipe, Conflicts, Overlap, SourceRecipe
 from alphamed.data.sources import DataError, read_rows
 from alphamed.data.tables import rows
-from alphamed.data.text import counted, is_unspaced, normalised, option_set
+from alphamed.data.text import counted, fingerprint, is_unspaced, normalised, normalised_option, option_set
 from alphamed.data.upstream import QuestionSource, read_upstream
 from alphamed.records import Question
 
@@ -53,11 +55,11 @@ class Built:
         return count
 
 
-def check(recipe: BuildRecipe, out: Path, config: Path | None = None) -> None:
+def check(recipe: BuildRecipe, out: Path, config: Path | None = None, overwrite: bool = False) -> None:
     """Refuse what shows before any question is read; `config` is the file that the recipe came from. Raises ConfigError and
     DataError."""
     check_places({"--out": out, "the card": card_path(out), "the card for people": beside(out, ".card.md")},
-                 _places_read(recipe) | {"--config": [config]})
+                 _places_read(recipe) | {"--config": [config]}, overwrite)
     check_suffix(out)
 
 
@@ -71,8 +73,9 @@ def build(recipe: BuildRecipe) -> Built:
     built = Built([])
     for wanted in recipe.sources:
         _read(built, wanted, recipe.bad_rows)
-    _refuse_shared_ids(built.items)
+    _resolve_shared_ids(built, recipe.drop_repeats)
     _decide(built, recipe)
+    _resolve_conflicts(built, recipe.conflicts)
     if count := sum(is_unspaced(item.question.question) for item in built.items):
         built.steps.append(f"words: {counted(count, 'question')} in a script without blanks between words; there characters "
                            f"are counted as words")
@@ -170,43 +173,44 @@ def source_of(wanted: SourceRecipe) -> QuestionSource:
         return replace(known, hub=wanted.hub or known.hub, config=wanted.config or known.config,
                        split=wanted.split or known.split,
                        revision=wanted.revision or (None if wanted.hub else known.revision),
-                       expected=None if wanted.split or wanted.hub else known.expected)
+                       expected=None if wanted.split or wanted.hub else known.expected,
+                       answer=None if wanted.hub or wanted.revision else known.answer)
     if wanted.path is None and wanted.hub is None:
         raise ConfigError(f"sources: {wanted.name!r} is not known and has neither path nor hub; choose from "
                           f"{', '.join(SOURCES)}, or give one of the two")
     return QuestionSource(wanted.name, wanted.hub or "", wanted.revision, wanted.config, wanted.split or "train",
-                          adapters.schema(wanted.answer), wanted.licence or "not stated", letters="")
+                          adapters.schema, wanted.licence or "not stated", letters="")
 
 
 def _read(built: Built, wanted: SourceRecipe, bad_rows: BadRows) -> None:
     """Add the questions of one source to the pool."""
     source = source_of(wanted)
-    found: dict[str, str] = {}
     annotations = _annotations(wanted.levels) if wanted.levels else None
-    questions, problems = check_questions(_noting(_rows(source, wanted), found))
+    rows, reading = interpret(_rows(source, wanted), wanted.answer or (source.answer if wanted.path is None else None))
+    questions, problems = check_questions(rows)
     if problems and bad_rows == BadRows.REFUSE:
-        raise DataError(_refusal(problems, wanted.name), problems)
+        raise DataError(_refusal(problems), problems)
     if not questions:
         bad = f", all {len(problems)} rows are bad (the first: {problems[0]})" if problems else ""
         raise DataError(f"{wanted.name}: no usable question{bad}; mend the data")
     if annotations is not None:
         built.steps += _counted(annotations, questions, wanted)
         questions = [replace(q, **annotations.get(q.id, {})) for q in questions]
-    licence = wanted.licence or source.licence
+    licence, found = wanted.licence or source.licence, _licences(rows)
     built.items += [Item(q, wanted.name, found.get(q.id, licence)) for q in questions]
     place = str(wanted.path) if wanted.path else f"{source.hub}@{source.revision or 'newest'}, split {source.split}"
     built.sources[wanted.name] = {
         "place": place, "read": len(questions), "bad_rows": len(problems), "note": _note(source, len(questions)),
-        "sha256": file_sha256(wanted.path) if wanted.path and wanted.path.is_file() else None,
+        "reading": reading.plain(), "sha256": file_sha256(wanted.path) if wanted.path and wanted.path.is_file() else None,
         "problems": [str(problem) for problem in problems[:SHOWN_PROBLEMS]]}
+    built.steps += [f"reading {wanted.name}: {note}" for note in reading.notes()]
+    if problems:
+        built.steps.append(f"bad rows: {len(problems):,} of {wanted.name} left out (the first: {problems[0]})")
 
 
-def _refusal(problems: Sequence[RowProblem], name: str) -> str:
+def _refusal(problems: Sequence[RowProblem]) -> str:
     more = f"; {counted(len(problems) - 1, 'more bad row')}" if len(problems) > 1 else ""
-    mend = "mend the data"
-    if "answer" in problems[0].problem:
-        mend = f"mend the data, say how {name} names answers (answer: letter, index, index1 or text)"
-    return f"{problems[0]}{more}; {mend}, or leave bad rows out with bad_rows=skip"
+    return f"{problems[0]}{more}; mend the data, or leave bad rows out with bad_rows=skip"
 
 
 def _note(source: QuestionSource, count: int) -> str:
@@ -216,21 +220,15 @@ def _note(source: QuestionSource, count: int) -> str:
 
 
 def _rows(source: QuestionSource, wanted: SourceRecipe) -> Iterator[Row]:
-    """Rows of the schema. Files that are in it already still may name answers in another form."""
+    """The rows as they stand there; a file under a name of the user's own is in the schema."""
     in_schema = wanted.name not in SOURCES and wanted.path is not None and not wanted.path.is_dir()
-    if not in_schema:
-        yield from read_upstream(source, wanted.path)
-        return
-    for row in read_rows(wanted.path):
-        yield row if row.problem else replace(row, value=source.adapt(row.value, row.line))
+    return read_rows(wanted.path) if in_schema else read_upstream(source, wanted.path)
 
 
-def _noting(rows: Iterator[Row], licences_found: dict[str, str]) -> Iterator[Row]:
-    """The same rows; licences they carry are noted by id on the way."""
-    for row in rows:
-        if isinstance(row.value, Mapping) and isinstance(row.value.get("licence"), str):
-            licences_found[str(row.value.get("id")).strip()] = row.value["licence"]
-        yield row
+def _licences(rows: Sequence[Row]) -> dict[str, str]:
+    """Id -> licence of the rows that carry one of their own."""
+    values = [row.value for row in rows if isinstance(row.value, Mapping)]
+    return {str(value.get("id")).strip(): value["licence"] for value in values if isinstance(value.get("licence"), str)}
 
 
 def _annotations(path: Path) -> dict[str, dict[str, int]]:
@@ -268,16 +266,45 @@ def _counted(annotations: Mapping[str, Mapping[str, int]], questions: Sequence[Q
             for axis, count in counts.items() if count or axis == "levels"]
 
 
-def _refuse_shared_ids(items: Sequence[Item]) -> None:
-    origin: dict[str, str] = {}
-    for item in items:
-        other = origin.setdefault(item.question.id, item.origin)
-        if other != item.origin:
-            raise DataError(f"id {item.question.id!r} stands in {other} and in {item.origin}; give the questions ids of "
-                            f"their own")
+def _resolve_shared_ids(built: Built, drop_repeats: bool) -> None:
+    """Refuse ids that two sources have. Of the same question, which has one made id, `drop_repeats` keeps the first."""
+    first: dict[str, Item] = {}
+    kept = []
+    for item in built.items:
+        other = first.setdefault(item.question.id, item)
+        if other is item:
+            kept.append(item)
+        elif fingerprint(other.question) != fingerprint(item.question):
+            raise DataError(f"id {item.question.id!r} stands in {other.origin} and in {item.origin}; give the questions ids "
+                            f"of their own")
+        elif not drop_repeats:
+            raise DataError(f"question {item.question.id!r} stands in {other.origin} and in {item.origin}; keep one of the "
+                            f"two with drop_repeats=true, or give them ids of their own")
+    built.keep("repeats", kept)
 
 
 # ---------------------------------------------------------------------------------------------------------------- steps
+def _resolve_conflicts(built: Built, conflicts: Conflicts) -> None:
+    """Refuse or leave out questions that have two keys. Raises DataError."""
+    groups = conflicting(built.items)
+    if not groups:
+        return
+    first = groups[0][0].question
+    other = next(item.question for item in groups[0]
+                 if normalised_option(item.question.options[item.question.answer])
+                 != normalised_option(first.options[first.answer]))
+    both = (f"{first.id} ({short(first.options[first.answer], 40)}) and {other.id} "
+            f"({short(other.options[other.answer], 40)})")
+    if conflicts == Conflicts.REFUSE:
+        more = f"; {counted(len(groups) - 1, 'more such question')}" if len(groups) > 1 else ""
+        raise DataError(f"{both} are one question with different keys{more}; decide which is right (alphamed data suspects, "
+                        f"--decisions), or leave all versions out with conflicts=drop")
+    gone = {item.question.id for group in groups for item in group}
+    count = built.keep("conflicts", [item for item in built.items if item.question.id not in gone])
+    built.steps.append(f"conflicts: {count:,} left out that are {counted(len(groups), 'question')} with different keys (the "
+                       f"first: {both})")
+
+
 def _decide(built: Built, recipe: BuildRecipe) -> None:
     questions, told = apply_files([item.question for item in built.items], recipe.decisions, recipe.decisions_version)
     after = {question.id: question for question in questions}
@@ -298,7 +325,8 @@ def _drop_repeats(built: Built) -> None:
         if key not in seen:
             seen.add(key)
             kept.append(item)
-    built.steps.append(f"repeats: {built.keep('repeats', kept):,} left out")
+    built.keep("repeats", kept)
+    built.steps.append(f"repeats: {built.left_out['repeats']:,} left out")
 
 
 def _draw(built: Built, recipe: BuildRecipe) -> None:
@@ -332,9 +360,10 @@ def _balance_told(items: Sequence[Item], wanted: BalanceRecipe, cut: int) -> str
 def _benchmarks(built: Built, recipe: BuildRecipe) -> dict[str, Sequence[Question]]:
     from alphamed.evaluation.benchmarks import load_benchmarks
 
-    loaded = load_benchmarks(recipe.against)
-    built.benchmarks = [{"name": one.name, "place": one.place, "questions": len(one.questions), "complaint": one.complaint}
-                        for one in loaded]
+    loaded = load_benchmarks(recipe.against, recipe.bad_rows)
+    built.benchmarks = [{"name": one.name, "place": one.place, "questions": len(one.questions), "complaint": one.complaint,
+                         "bad_rows": len(one.problems), "reading": one.reading.plain()} for one in loaded]
+    built.steps += [f"reading {one.name} (against): {note}" for one in loaded for note in one.reading.notes()]
     return {one.name: one.questions for one in loaded}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from alphamed.data import adapters
+from alphamed.data.keys import AnswerForm
 from alphamed.data.upstream import QuestionSource
 
 _PUBMEDQA = ("qiaojin/PubMedQA", "9001f2853fb87cab8d220904e0de81ac6973b318")
@@ -17,7 +18,8 @@ SOURCES = {source.name: source for source in (
                    adapters.medqa, "MIT (jind11/MedQA); the hub's card says CC-BY-4.0; some rows are of exam-prep sites",
                    expected=10_178),
     QuestionSource("medmcqa", "openlifescienceai/medmcqa", "91c6572c454088bf71b679ad90aa8dffcd0d5868", None, "train",
-                   adapters.medmcqa, "Apache-2.0 (hub card); MIT (medmcqa/medmcqa)", expected=182_822),
+                   adapters.medmcqa, "Apache-2.0 (hub card); MIT (medmcqa/medmcqa)", expected=182_822,
+                   answer=AnswerForm.INDEX),
     QuestionSource("pubmedqa_artificial", *_PUBMEDQA, "pqa_artificial", "train", adapters.pubmedqa,
                    "MIT; abstracts belong to their publishers", expected=211_269, letters="ABC", context=True,
                    note="Keys are derived from titles; there is no maybe. The set that PubMedQA's small mixture is drawn "

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from alphamed.data.mcq import RowProblem
+from alphamed.data.reading import Reading
 from alphamed.data.stream import refers_to_options
 from alphamed.data.suspects import suspects
 from alphamed.data.text import draw, normalised, normalised_option, option_set
@@ -31,10 +32,11 @@ class Finding:
     serious: bool = False
 
 
-def check_set(questions: Sequence[Question], bad_rows: Sequence[RowProblem] = ()) -> list[Finding]:
+def check_set(questions: Sequence[Question], bad_rows: Sequence[RowProblem] = (),
+              reading: Reading = Reading()) -> list[Finding]:
     """All findings, serious ones first."""
-    found = [*_rows(bad_rows), *_repeats(questions), *_conflicts(questions), *_answer_texts(questions), *_letters(questions),
-             *_longest(questions), *_images(questions), *_references(questions)]
+    found = [*_rows(bad_rows), *_read(reading, len(questions)), *_repeats(questions), *_conflicts(questions),
+             *_answer_texts(questions), *_letters(questions), *_longest(questions), *_images(questions), *_references(questions)]
     return sorted(found, key=lambda finding: not finding.serious)
 
 
@@ -42,6 +44,12 @@ def _rows(bad_rows: Sequence[RowProblem]) -> Iterator[Finding]:
     if bad_rows:
         yield Finding("Bad rows", "Rows that are no questions; they are in none of the numbers here.", len(bad_rows),
                       tuple(map(str, bad_rows[:EXAMPLES])), serious=True)
+
+
+def _read(reading: Reading, count: int) -> Iterator[Finding]:
+    if notes := reading.notes():
+        yield Finding("Read otherwise than it stands", f"The file is not in the form of the schema: {'; '.join(notes)}. "
+                      f"`alphamed data build` writes what was read.", count)
 
 
 def _repeats(questions: Sequence[Question]) -> Iterator[Finding]:

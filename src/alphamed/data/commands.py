@@ -4,12 +4,15 @@ from __future__ import annotations
 import argparse
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from alphamed.config import ConfigError
 from alphamed.config_choices import BadRows
+
+if TYPE_CHECKING:
+    from alphamed.data.reading import Reading
 
 Verb = Callable[..., argparse.ArgumentParser]
 
@@ -30,10 +33,12 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("--preset", metavar="NAME", help="a named mixture (`alphamed data sources` lists them)")
     sub.add_argument("--config", type=Path, metavar="FILE", help="YAML file with a recipe")
     sub.add_argument("--from", dest="sources", action="append", default=[], metavar="NAME[=PATH]|FILE",
-                     help="a public set from the hub or a local copy, or a file of the schema; may be repeated")
+                     help="a public set from the hub or a local copy, or a file of the schema; PATH:index1 declares how its "
+                     "keys are given (letter, index, index1, text); may be repeated")
     sub.add_argument("--against", action="append", default=[], metavar="BENCHMARK",
                      help="NAME, NAME=PATH or FILE that must not share questions with the set; may be repeated")
     sub.add_argument("--decisions", action="append", default=[], metavar="FILE", help="decisions on suspects")
+    _overwrite(sub)
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="last: settings over the recipe, for instance "
                      "filter.levels=[2,3] size=1200 shuffle_options=true bad_rows=skip")
     sub = verb("decontaminate", _decontaminate, "Find training questions that benchmarks hold too; drop or flag them.")
@@ -45,9 +50,11 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("--flag", action="store_true", help="keep the hits and mark them in a column `overlaps`")
     sub.add_argument("--similarity", type=float, default=0.6, metavar="S", help="of stems, 0..1 (default 0.6)")
     _bad_rows(sub)
+    _overwrite(sub)
     sub = verb("difficulty", _difficulty, "Sample a model's answers to every question: pass rate, level, informativeness.")
     add_difficulty(sub)
     _bad_rows(sub)
+    _overwrite(sub)
     sub = verb("suspects", _suspects, "Find questions whose key may be wrong; write a file of decisions.")
     sub.add_argument("--questions", type=Path, action="append", required=True, metavar="FILE")
     sub.add_argument("--items", type=Path, action="append", default=[], metavar="items.jsonl",
@@ -59,7 +66,12 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
     sub = verb("inspect", _inspect, "Show a set as one HTML page: lengths, answers, sources, levels, examples, problems.")
     sub.add_argument("file", type=Path, metavar="FILE")
     sub.add_argument("--out", type=Path, metavar="FILE.html", help="default: FILE with .html; numbers beside as .json")
+    _overwrite(sub)
     verb("sources", _sources, "List the public sets, the presets and the benchmarks that are known by name.")
+
+
+def _overwrite(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--overwrite", action="store_true", help="replace what is there (default: refuse)")
 
 
 def _bad_rows(sub: argparse.ArgumentParser) -> None:
@@ -76,7 +88,7 @@ def _build(options: argparse.Namespace) -> int:
     from alphamed.data.text import counted
 
     recipe = validated(BuildRecipe, recipe_tree(options))
-    build.check(recipe, options.out, options.config)
+    build.check(recipe, options.out, options.config, options.overwrite)
     built = build.build(recipe)
     card = build.write(built, recipe, options.out, options.command)
     print(f"{options.out}: {card['set']['questions']:,} questions")
@@ -122,11 +134,13 @@ def _add_source(sources: list[dict[str, Any]], text: str, given: dict[str, str])
     """Add what one --from says, or give a source of the recipe its path. `given` has what the ones before it said, by name:
     a second one of a name would take the place of the first."""
     from alphamed.data.catalogue import SOURCES
+    from alphamed.data.keys import form_of
     from alphamed.data.tables import bare_name, kind_of
 
-    name, equals, path = text.partition("=")
+    place, answer = form_of(text)
+    name, equals, path = place.partition("=")
     if not equals and (kind_of(name) or Path(name).exists()):
-        name, path = re.sub(r"[^A-Za-z0-9._-]", "_", bare_name(text)), text
+        name, path = re.sub(r"[^A-Za-z0-9._-]", "_", bare_name(place)), place
     elif not equals and name not in SOURCES:
         raise ConfigError(f"--from: {text!r} is neither a known set ({', '.join(SOURCES)}) nor a file; give NAME, NAME=PATH "
                           f"or FILE")
@@ -137,9 +151,11 @@ def _add_source(sources: list[dict[str, Any]], text: str, given: dict[str, str])
                           f"one of them a name of its own, as NAME=PATH")
     given[name] = text
     if source is None:
-        sources.append({"name": name, "path": path or None})
+        sources.append(source := {"name": name, "path": path or None})
     elif path:
         source["path"] = path
+    if answer is not None:
+        source["answer"] = str(answer)
 
 
 # ------------------------------------------------------------------------------------------------------------ the others
@@ -147,15 +163,16 @@ def _decontaminate(options: argparse.Namespace) -> int:
     from alphamed.data.decontaminate import find_hits, report
     from alphamed.data.output import check_places, check_suffix, json_writer, question_writer, write_all
     from alphamed.data.sources import load_questions
+    from alphamed.data.text import counted
     from alphamed.evaluation.benchmarks import load_benchmarks, local_copy
 
     check_places({"--out": options.out, "--report": options.report},
-                 {"--train": [options.train], "--against": map(local_copy, options.against)})
+                 {"--train": [options.train], "--against": map(local_copy, options.against)}, options.overwrite)
     check_suffix(options.out)
     if not 0 < options.similarity <= 1:
         raise ConfigError(f"--similarity: {options.similarity} is not between 0 and 1; give for instance 0.6")
     train = load_questions([options.train], BadRows(options.bad_rows))
-    benchmarks = load_benchmarks(options.against)
+    benchmarks = load_benchmarks(options.against, BadRows(options.bad_rows))
     by_name = {one.name: one.questions for one in benchmarks}
     hits = find_hits(train.questions, by_name, options.similarity)
     told: dict[str, list[str]] = {}
@@ -168,16 +185,26 @@ def _decontaminate(options: argparse.Namespace) -> int:
     extras = [{"overlaps": "; ".join(told[q.id])} if q.id in told else {} for q in kept]
     found = report(train.questions, by_name, hits, options.similarity)
     found |= {"action": "flag" if options.flag else "drop", "command": options.command, "train_file": str(options.train),
-              "complaints": {one.name: one.complaint for one in benchmarks if one.complaint}}
+              "complaints": {one.name: one.complaint for one in benchmarks if one.complaint},
+              "bad_rows": [str(problem) for problem in train.skipped],
+              "reading": {"train": train.readings[0].plain()} | {one.name: one.reading.plain() for one in benchmarks}}
     write_all({options.out: question_writer(options.out, kept, extras), options.report: json_writer(found)})
+    _print_reading({str(options.train): train.readings[0]} | {one.name: one.reading for one in benchmarks})
     for one in benchmarks:
         counts = found["benchmarks"][one.name]
         rules = ", ".join(f"{count} {rule}" for rule, count in counts["rules"].items()) or "no hit"
         print(f"{one.name} ({one.place}): {counts['touched']} of {counts['questions']} questions touched; {rules}"
               + (f"; {one.complaint}" if one.complaint else ""))
     print(f"{options.out}: {len(kept):,} of {len(train.questions):,} questions, {len(told):,} "
-          f"{'flagged' if options.flag else 'dropped'}; evidence in {options.report}")
+          f"{'flagged' if options.flag else 'dropped'}; evidence in {options.report}"
+          + (f"; {counted(len(train.skipped), 'bad row')} left out (the first: {train.skipped[0]})" if train.skipped else ""))
     return 0
+
+
+def _print_reading(readings: Mapping[str, Reading]) -> None:
+    for name, reading in readings.items():
+        for note in reading.notes():
+            print(f"{name}: {note}")
 
 
 def _difficulty(options: argparse.Namespace) -> int:
@@ -194,7 +221,7 @@ def _suspects(options: argparse.Namespace) -> int:
     from alphamed.data.sources import load_questions
     from alphamed.data.suspects import read_models, suspects
 
-    check_places({"--out": options.out}, {"--questions": options.questions, "--items": options.items})
+    check_places({"--out": options.out}, {"--questions": options.questions, "--items": options.items}, overwrite=True)
     if options.models < 1:
         raise ConfigError(f"--models: {options.models} is no number of models that can agree; give 1 or more")
     if not 0 < options.share <= 1:
@@ -216,7 +243,7 @@ def _suspects(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from alphamed.observe import dataset_page
 
-    return dataset_page.main(options.file, options.out)
+    return dataset_page.main(options.file, options.out, options.overwrite)
 
 
 def _sources(options: argparse.Namespace) -> int:

@@ -144,7 +144,7 @@ def main(options: argparse.Namespace) -> int:
     from alphamed.evaluation.place import held
 
     check_places({"--out": options.out}, {"--questions": options.questions, "--config": [options.config],
-                                          "--shots": [options.shots]})
+                                          "--shots": [options.shots]}, options.overwrite)
     check_suffix(options.out)
     shard, shards = _shard(options.shard)
     if options.temperature == 0:

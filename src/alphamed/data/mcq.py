@@ -19,6 +19,8 @@ LEVELS = range(1, 7)
 BINS = range(1, 1001)
 """Of informativeness. More than anyone will tell apart: a number beyond it is a mistake, and must fit a column of a file."""
 MIN_OPTIONS = 2
+MAX_OPTIONS = len(string.ascii_uppercase)
+_OPTIONS_IN_TEXT = re.compile(r"(?s)(?:^|\W)\(?A[).:]\s.*\W\(?B[).:]\s")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")     # JSON can spell them (\ud800), UTF-8 can not encode them
 
 
@@ -63,6 +65,12 @@ class Row:
     @property
     def where(self) -> str:
         return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class NoKey:
+    """Stands for the answer of a row whose key names none of its options, and says why."""
+    problem: str
 
 
 def parse_question(row: object, where: str) -> Question:
@@ -117,7 +125,9 @@ def _problems(row: object) -> Iterator[str]:
         return
     yield from _text_problems(row, "id")
     yield from _text_problems(row, "question")
-    yield from _options_problems(row.get("options"))
+    yield from _options_problems(row.get("options"), row["question"])
+    if isinstance(row.get("answer"), NoKey):
+        yield row["answer"].problem
     yield from _text_problems(row, "answer")
     if row["answer"] not in row["options"]:
         yield f"answer {short(row['answer'])} is not among the options {_letters(row['options'])}"
@@ -142,9 +152,12 @@ def _text_problems(row: Mapping[str, Any], key: str, optional: bool = False) -> 
         yield f"{key} holds half a surrogate pair, which is not valid Unicode"
 
 
-def _options_problems(options: object) -> Iterator[str]:
+def _options_problems(options: object, question: str) -> Iterator[str]:
     if options is None:
-        yield "no options"
+        yield ("no options: they stand in the text of the question; take them out of it and give them as options (letter -> "
+               "text)" if _OPTIONS_IN_TEXT.search(question) else "no options")
+    if isinstance(options, list) and len(options) > MAX_OPTIONS:
+        yield f"{len(options)} options, at most {MAX_OPTIONS} can have a letter"
     if not isinstance(options, Mapping):
         yield f"options are {_kind(options)}, not letter -> text"
         return

@@ -15,7 +15,7 @@ from alphamed.data.mcq import LEVELS
 from alphamed.data.recipe import BalanceRecipe, FilterRecipe, QuotaRecipe, Short
 from alphamed.data.sources import DataError
 from alphamed.data.stream import refers_to_options, shuffle_options
-from alphamed.data.text import draw, normalised_option, word_count
+from alphamed.data.text import draw, normalised, normalised_option, option_set, word_count
 from alphamed.records import Question
 
 ANNOTATE = "annotate them (alphamed data difficulty) and name the result as levels of the source"
@@ -79,6 +79,18 @@ def _require_annotated(pool: Sequence[Item], wanted: FilterRecipe) -> None:
 
 def _is_of(source: str | None, name: str) -> bool:
     return source is not None and (source == name or source.startswith(name + "/"))
+
+
+# ----------------------------------------------------------------------------------------------------------- conflicts
+def conflicting(items: Iterable[Item]) -> list[list[Item]]:
+    """Groups of items that ask the same (stem, context and options, but for case, punctuation and letters) and have
+    different keys."""
+    groups: dict[tuple, list[Item]] = defaultdict(list)
+    for item in items:
+        q = item.question
+        groups[normalised(q.question), normalised(q.context or ""), option_set(q.options)].append(item)
+    return [group for group in groups.values()
+            if len({normalised_option(item.question.options[item.question.answer]) for item in group}) > 1]
 
 
 # ------------------------------------------------------------------------------------------------------------- balance

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from alphamed.config_choices import BadRows
 from alphamed.config_sections import DottedName, NonNegative, Positive, Section
-from alphamed.data.adapters import AnswerForm
+from alphamed.data.keys import AnswerForm
 
 Level = Annotated[int, Field(ge=1, le=6)]
 
@@ -20,6 +20,12 @@ class Overlap(StrEnum):
     REFUSE = "refuse"
     DROP = "drop"
     FLAG = "flag"
+
+
+class Conflicts(StrEnum):
+    """What to do with a question that stands in the sources with different keys."""
+    REFUSE = "refuse"
+    DROP = "drop"
 
 
 class Short(StrEnum):
@@ -38,8 +44,9 @@ class SourceRecipe(Section):
     config: str | None = None
     split: str | None = None
     revision: str | None = None
-    answer: AnswerForm = AnswerForm.LETTER
-    """How rows of the schema name the right option."""
+    answer: AnswerForm | None = None
+    """How the file names the right option; not given: found from all of its keys, and refused where they can be read in two
+    ways."""
     licence: str | None = None
     """For sets that are not known; rows that carry a licence of their own keep it."""
     levels: Path | None = None
@@ -113,6 +120,9 @@ class BuildRecipe(Section):
     seed: NonNegative = 0
     drop_repeats: bool = False
     """Keep one of questions with the same stem, context, options and key. The published sets hold a few."""
+    conflicts: Conflicts = Conflicts.REFUSE
+    """Of a question (context and options included) that has another key elsewhere in the sources after decisions: `drop`
+    leaves out all versions, since nothing says which key is right."""
     shuffle: bool = True
     """Put the questions in an order by seed; false: sources one after the other, as read."""
     shuffle_options: bool = False
@@ -142,6 +152,9 @@ class BuildRecipe(Section):
             for part in parts:
                 if part.source not in names:
                     yield f"{kind}: {part.source!r} is none of the sources {', '.join(names)}; name one of them"
+        if self.overlap in (Overlap.DROP, Overlap.FLAG) and not self.against:
+            yield (f"overlap: {self.overlap} checks nothing without against; name the benchmarks there (--against), or "
+                   f"leave overlap out")
         if self.decisions_version is not None and len(self.decisions) != 1:
             yield (f"decisions_version: {self.decisions_version} is the version of one file, {len(self.decisions)} are "
                    f"given; give one")

@@ -8,25 +8,29 @@ from pathlib import Path
 from typing import Any
 
 from alphamed.config_choices import BadRows
+from alphamed.data.keys import AnswerForm
 from alphamed.data.mcq import DataError, Row, RowProblem, check_questions
+from alphamed.data.reading import Reading, interpret
 from alphamed.data.tables import KINDS, check_file, columns, kind_of, rows
 from alphamed.data.text import counted
 from alphamed.jsonl import unique_keys
 from alphamed.records import Question
 
 COLUMNS = ("id", "question", "options", "answer", "context", "source", "level", "informativeness")
-REQUIRED_COLUMNS = COLUMNS[:4]
+REQUIRED_COLUMNS = ("question", "options", "answer")
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedQuestions:
-    """The questions of some files in file order, and the bad rows that were left out of them."""
+    """The questions of some files in file order, the bad rows that were left out of them, and how each file was read."""
     questions: tuple[Question, ...]
     skipped: tuple[RowProblem, ...] = ()
+    readings: tuple[Reading, ...] = ()
 
 
-def load_questions(paths: Iterable[str | Path], bad_rows: BadRows = BadRows.REFUSE) -> LoadedQuestions:
-    """Read all files; ids must be unique across them.
+def load_questions(paths: Iterable[str | Path], bad_rows: BadRows = BadRows.REFUSE,
+                   answer: AnswerForm | None = None) -> LoadedQuestions:
+    """Read all files; ids must be unique across them. `answer` is the form of their keys where the user declares it.
 
     Raises DataError where a file can not be read, holds no question, or, with BadRows.REFUSE, has any bad row.
     """
@@ -34,7 +38,8 @@ def load_questions(paths: Iterable[str | Path], bad_rows: BadRows = BadRows.REFU
     _refuse_repeats(files)
     for file in files:
         check_file(file)
-    questions, problems = check_questions(row for file in files for row in read_rows(file))
+    read = [interpret(read_rows(file), answer) for file in files]
+    questions, problems = check_questions(row for found, _ in read for row in found)
     if problems and bad_rows == BadRows.REFUSE:
         others = f"; {counted(len(problems) - 1, 'more bad row')}" if len(problems) > 1 else ""
         raise DataError(f"{problems[0]}{others}; mend the data, or leave bad rows out with data.bad_rows=skip "
@@ -43,7 +48,7 @@ def load_questions(paths: Iterable[str | Path], bad_rows: BadRows = BadRows.REFU
     if not questions:
         raise DataError(f"{', '.join(map(str, files))}: no usable question, all {len(problems)} rows are bad "
                         f"(the first: {problems[0]}); mend the data", problems)
-    return LoadedQuestions(tuple(questions), tuple(problems))
+    return LoadedQuestions(tuple(questions), tuple(problems), tuple(reading for _, reading in read))
 
 
 def read_rows(file: Path) -> Iterator[Row]:

@@ -16,12 +16,15 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from alphamed.data.adapters import Adapter
+from alphamed.data.keys import AnswerForm
 from alphamed.data.mcq import Row, short
-from alphamed.data.sources import REQUIRED_COLUMNS, DataError, read_rows
+from alphamed.data.sources import COLUMNS, DataError, read_rows
 from alphamed.data.tables import check_file, columns, from_cells, rows
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 CONNECT_S = 5.0     # for a connection to the hub; a slower one is no network to fetch a set over
+SCHEMA_COLUMNS = COLUMNS[:4]
+"""What tells a file of the schema from one of the hub's layouts. A file of the user's own needs no `id`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,9 @@ class QuestionSource:
     context: bool = False
     """Whether questions come with an abstract or a vignette of their own."""
     note: str = ""
+    answer: AnswerForm | None = None
+    """The form of the keys at `revision` where it is known and they are numbers. Copies may count otherwise: there the form
+    is found from the values."""
 
 
 def read_upstream(source: QuestionSource, local: Path | None, revision: str | None = None) -> Iterator[Row]:
@@ -52,17 +58,17 @@ def read_upstream(source: QuestionSource, local: Path | None, revision: str | No
         yield from read_rows(local)
         return
     first = True
-    for number, row in enumerate(_upstream_rows(source, local, revision)):
+    for row in _upstream_rows(source, local, revision):
         if row.problem:
             yield row
             continue
         try:
-            value = source.adapt(row.value, number)
+            value = source.adapt(row.value)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             if first:                           # the layout, not one odd row
                 raise DataError(f"{row.file}: rows are not in the layout of {source.name} ({_told(error)}); "
                                 f"{_shown(row.value)}: give the set as upstream publishes it, or in the schema "
-                                f"({', '.join(REQUIRED_COLUMNS)})") from None
+                                f"({', '.join(SCHEMA_COLUMNS)})") from None
             value, row = None, Row(row.file, row.line, problem=f"not in the layout of {source.name} ({_told(error)})")
             yield row
         first = False
@@ -96,7 +102,7 @@ def _has_schema(local: Path) -> bool:
         return False
     check_file(local)
     names = columns(local)
-    return names is None or set(REQUIRED_COLUMNS) <= set(names)       # None: the schema's reader says what is wrong
+    return names is None or set(SCHEMA_COLUMNS) <= set(names)       # None: the schema's reader says what is wrong
 
 
 def _load(source: QuestionSource, local: Path | None, revision: str | None) -> Iterable[Any]:

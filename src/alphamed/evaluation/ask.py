@@ -16,12 +16,13 @@ from alphamed.evaluation.variants import VARIANTS
 from alphamed.records import Question
 
 
-def asked_sets(names: Sequence[str], variants: Sequence[str], config: Config, strict: bool = False,
+def asked_sets(names: Sequence[str], variants: Sequence[str], config: Config,
                ) -> tuple[list[Asked], dict[str, dict[str, Any]]]:
     """All questions of all sets, and per set where it is from: place, expected and available count, complaint (None where
-    all is as expected), the number of questions that have no such variant, decisions, the ids that are asked.
+    all is as expected), bad rows that were left out (data.bad_rows: skip), how it was read, the number of questions that
+    have no such variant, decisions, the ids that are asked.
 
-    `strict`: the names are files of the configuration, and its data.bad_rows holds. Raises ConfigError and DataError.
+    Raises ConfigError and DataError.
     """
     for variant in variants:
         if variant not in VARIANTS:
@@ -33,12 +34,14 @@ def asked_sets(names: Sequence[str], variants: Sequence[str], config: Config, st
     asked: list[Asked] = []
     sets: dict[str, dict[str, Any]] = {}
     for name in names:
-        loaded = _loaded(name, config, strict)
+        loaded = load_benchmark(name, config.data.bad_rows)
         if loaded.name in sets:                 # two files of the same name
             loaded = replace(loaded, name=name)
         questions, decisions = _chosen(loaded, config)
         about = {"place": loaded.place, "expected": loaded.source.expected if loaded.source else None,
-                 "available": len(loaded.questions), "complaint": loaded.complaint, "decisions": decisions}
+                 "available": len(loaded.questions), "complaint": loaded.complaint, "decisions": decisions,
+                 "bad_rows": [str(problem) for problem in loaded.problems], "reading": loaded.reading.plain(),
+                 "notes": loaded.reading.notes()}
         for variant in (None, *dict.fromkeys(variants)):
             changed = list(_changed(loaded.name, variant, questions, config.run.seed))
             if not changed:
@@ -49,13 +52,6 @@ def asked_sets(names: Sequence[str], variants: Sequence[str], config: Config, st
                                             "without_variant": len(questions) - len(changed),
                                             "ids": [one.question.id for one in changed]}
     return asked, sets
-
-
-def _loaded(name: str, config: Config, strict: bool) -> LoadedBenchmark:
-    loaded = load_benchmark(name)
-    if strict and loaded.problems and config.data.bad_rows == BadRows.REFUSE:
-        load_questions([name], BadRows.REFUSE)  # says what is wrong
-    return loaded
 
 
 def _chosen(loaded: LoadedBenchmark, config: Config) -> tuple[list[Question], list[Any]]:

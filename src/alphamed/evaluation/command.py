@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alphamed.config import Config, ConfigError
-from alphamed.config_choices import PromptTemplate
+from alphamed.config_choices import BadRows, PromptTemplate
 
 if TYPE_CHECKING:
     from alphamed.evaluation.answers import Prompted
@@ -35,13 +35,19 @@ class Wanted:
     top_p: float
     max_tokens: int
     command: str
+    overwrite: bool = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--benchmarks", nargs="+", default=[], metavar="BENCHMARK",
-        help="NAME (`alphamed data sources` lists them), NAME=PATH of a local copy, or FILE (default: evaluation.files)")
+        help="NAME (`alphamed data sources` lists them), NAME=PATH of a local copy, or FILE (default: evaluation.files); "
+        "PATH:index1 declares how its keys are given (letter, index, index1, text)")
+    add("--bad-rows", choices=[str(one) for one in BadRows], help="what to do with rows that are no questions: refuse, or "
+        "skip and give their number with the result (default: data.bad_rows, refuse)")
     add("--out", type=Path, metavar="DIR", help="where the answers go, and are taken up again (default: RUN/eval/MODEL)")
+    add("--overwrite", action="store_true", help="write to --out though it holds other files, or another evaluation, which "
+        "is replaced")
     add("--samples", type=int, default=NOT_GIVEN["samples"], metavar="N",
         help="responses a question: majority vote, pass@k (default 1)")
     add("--temperature", type=float, metavar="T", help="default: 0 (greedy), with several samples 1")
@@ -81,9 +87,9 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _refuse_with_regrade(options: argparse.Namespace) -> None:
-    for name in ("model", "benchmarks", "config", "variants", "out", "shots", "template", "max_tokens", "overrides",
-                 "samples", "temperature", "top_p"):
-        if getattr(options, name) not in (None, [], NOT_GIVEN.get(name)):
+    for name in ("model", "benchmarks", "config", "variants", "out", "bad_rows", "overwrite", "shots", "template", "max_tokens",
+                 "overrides", "samples", "temperature", "top_p"):
+        if (given := getattr(options, name)) is not False and given not in (None, [], NOT_GIVEN.get(name)):
             shown = "key=value" if name == "overrides" else f"--{name.replace('_', '-')}"
             raise ConfigError(f"--regrade: grades what is there, {shown} has no part in it; leave it out")
 
@@ -92,26 +98,28 @@ def _refuse_with_regrade(options: argparse.Namespace) -> None:
 def _wanted(options: argparse.Namespace) -> Wanted:
     from alphamed.evaluation import ask
     from alphamed.evaluation.answers import engine_tree
+    from alphamed.evaluation.place import check_free
     from alphamed.model import local_folder, read_shape
     from alphamed.reward.rules import check_rule
 
     (names, overrides), (variants, more) = _split(options.benchmarks), _split(options.variants)
     check_sampling(options)
-    config = config_of(options, [*overrides, *more, *options.overrides])
+    bad_rows = [f"data.bad_rows={options.bad_rows}"] if options.bad_rows else []
+    config = config_of(options, [*overrides, *more, *options.overrides, *bad_rows])
     check_rule(config.reward.name)
     if (folder := local_folder(config.model.path)) is not None:
         read_shape(folder)                          # before a benchmark is fetched for a model that can not be asked
     if not names and not config.evaluation.files:
         raise ConfigError("evaluation.files: [] leaves nothing to evaluate; name at least one file of questions there, or "
                           "give --benchmarks")
-    from_config = not names
     names = names or [str(file) for file in config.evaluation.files]
-    asked, sets = ask.asked_sets(names, variants, config, strict=from_config)
+    asked, sets = ask.asked_sets(names, variants, config)
     trained_on = config.data.train if options.config else ask.trained_on(Path(config.model.path))
     limit = options.max_tokens or config.evaluation.max_response_tokens or config.rollout.max_response_tokens
     out = _out(options, config)
+    check_free(out, options.overwrite)
     return Wanted(engine_tree(config, out, options.samples, limit), out, tuple(asked), sets, tuple(trained_on),
-                  options.samples, temperature_of(options), options.top_p, limit, options.command)
+                  options.samples, temperature_of(options), options.top_p, limit, options.command, options.overwrite)
 
 
 def _split(given: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -209,8 +217,11 @@ def _answer(wanted: Wanted, model: Prompted, how: Mapping[str, Any]) -> int:
     from alphamed.cluster.failure import RunFailed
     from alphamed.evaluation import settings
     from alphamed.evaluation.items import finished, read_items, regraded
+    from alphamed.evaluation.regrade import remove
 
     truncated = wanted.config.reward.truncated
+    if wanted.overwrite and settings.difference(wanted.out, how) is not None:
+        remove(wanted.out)
     settings.require_same(wanted.out, how)
     found = read_items(wanted.out)
     if found and settings.read(wanted.out) is None:

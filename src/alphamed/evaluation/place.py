@@ -5,8 +5,24 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from alphamed.cluster.ledger import Lock
+from alphamed.cluster.ledger import LOCK_FILE, Lock
 from alphamed.config import ConfigError
+from alphamed.evaluation.settings import SETTINGS
+
+
+LEFT_OVER = (LOCK_FILE, "engines")
+"""What a start leaves that ended before it had written its settings."""
+
+
+def check_free(out: Path, overwrite: bool) -> None:
+    """Raises ConfigError where `out` is a folder of other things: answers would be mixed with them. An earlier evaluation is
+    taken up again, if its settings are the same."""
+    if overwrite or not out.is_dir() or (out / SETTINGS).exists():
+        return
+    other = sorted(path.name for path in out.iterdir() if path.name not in LEFT_OVER and path.suffix != ".partial")
+    if other:
+        raise ConfigError(f"--out: {out} holds other files ({', '.join(other[:3])}{', ...' * (len(other) > 3)}) and no "
+                          f"evaluation; choose another folder, or put it there all the same with --overwrite")
 
 
 @contextlib.contextmanager

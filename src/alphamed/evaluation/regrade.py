@@ -14,6 +14,12 @@ from alphamed.observe.files import replace_json, replace_json_lines
 RESULTS, COMPARISON = "results.json", "comparison.json"
 
 
+def remove(folder: Path) -> None:
+    """Take an evaluation away that another one is to replace; other files of the folder stay."""
+    for name in (ITEMS, RESULTS, COMPARISON, settings.SETTINGS):
+        (folder / name).unlink(missing_ok=True)
+
+
 def require_evaluation(option: str, folder: Path) -> None:
     """Raises ConfigError where `folder` holds no evaluation."""
     if not (folder / ITEMS).is_file() or settings.read(folder) is None:
@@ -41,6 +47,8 @@ def told(folder: Path, against: Path | None) -> int:
         print(results.line(name, one))
         if one["complaint"]:
             print(f"  warning: {name}: {one['complaint']}")
+        for note in one.get("notes", ()):
+            print(f"  {name}: {note}")
         if one["change"]:
             print(f"  against the questions as they are: {paired.line(one['benchmark'], one['change'])}")
     if found["mean"]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from alphamed.data.attributes import ATTRIBUTES
+from alphamed.data.text import counted
 from alphamed.evaluation.items import Item
 from alphamed.evaluation.sampling import bootstrap_mean, bootstrap_mean_of_means, pass_at_k, shown_ks, vote
 from alphamed.evaluation.score import wilson
@@ -50,8 +51,10 @@ def mean_result(sets: Mapping[str, Answers], seed: int = 0) -> dict[str, Any] | 
 
 def line(name: str, found: Mapping[str, Any]) -> str:
     """One line for the terminal."""
+    left_out = len(found.get("bad_rows") or ())
+    rows = f" ({counted(left_out, 'bad row')} left out)" if left_out else ""
     told = (f"{name}: accuracy {_percent(found['accuracy'])} [{_percent(found['ci_low'])}, {_percent(found['ci_high'])}], "
-            f"n = {found['n']:,}, boxed {_percent(found['boxed'])}, right among boxed "
+            f"n = {found['n']:,}{rows}, boxed {_percent(found['boxed'])}, right among boxed "
             f"{_percent(found['accuracy_among_boxed'])}, unparseable {_percent(found['unparseable'])}, truncated "
             f"{_percent(found['truncated'])}, {found['tokens']['mean']:.0f} tokens")
     if found["samples"] > 1:

@@ -69,14 +69,21 @@ def write(folder: Path, model: str, asked_now: Mapping[str, Any], grading: Mappi
 
 def require_same(folder: Path, asked_now: Mapping[str, Any]) -> None:
     """Raises ConfigError naming the first setting in which the folder's evaluation differs from this one."""
+    if (told := difference(folder, asked_now)) is not None:
+        raise ConfigError(f"--out: {folder} holds an evaluation with {told}; choose another folder, or replace it with "
+                          f"--overwrite")
+
+
+def difference(folder: Path, asked_now: Mapping[str, Any]) -> str | None:
+    """The first setting in which the folder's evaluation differs from this one, in words; None where there is none."""
     before = read(folder)
     if before is None:
-        return
+        return None
     old, new = _leaves(before["asked"]), _leaves(json.loads(json.dumps(asked_now)))
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
-            told = "another model" if name == "model.sha256" else f"{name} {old.get(name)!r}, now it is {new.get(name)!r}"
-            raise ConfigError(f"--out: {folder} holds an evaluation with {told}; choose another folder")
+            return "another model" if name == "model.sha256" else f"{name} {old.get(name)!r}, now it is {new.get(name)!r}"
+    return None
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -27,18 +27,19 @@ EXAMPLES = 10
 MOST_BARS = 14
 
 
-def main(file: Path, out: Path | None) -> int:
+def main(file: Path, out: Path | None, overwrite: bool = False) -> int:
     """`alphamed data inspect FILE`: write the page and its numbers, say where they lie."""
     out = out or beside(file, ".html")
     numbers_file = beside(out, ".json")
-    check_places({"--out": out, "the numbers": numbers_file}, {"FILE": [file]})
+    check_places({"--out": out, "the numbers": numbers_file}, {"FILE": [file]}, overwrite)
     if out.suffix != ".html":
         raise ConfigError(f"--out: {out} is to be a page; give a name that ends in .html")
     if numbers_file.exists() and not _is_ours(numbers_file):
         raise ConfigError(f"--out: the numbers would replace {numbers_file}, which is of no inspection; give another --out")
     loaded = load_questions([file], BadRows.SKIP)
-    findings = check_set(loaded.questions, loaded.skipped)
-    about = {"file": str(file), "sha256": file_sha256(file)} | describe(loaded.questions)
+    reading, = loaded.readings
+    findings = check_set(loaded.questions, loaded.skipped, reading)
+    about = {"file": str(file), "sha256": file_sha256(file), "reading": reading.plain()} | describe(loaded.questions)
     numbers = about | {"findings": [_plain(finding) for finding in findings]}
     page = render(file.name, about, loaded.questions, findings)
     write_all({out: text_writer(page), numbers_file: json_writer(numbers)})

@@ -141,19 +141,22 @@ def _processor() -> str:
 
 # ---------------------------------------------------------------------------------------------------------------- files
 def training_set(data: Sequence[Path]) -> dict[str, Any] | None:
-    """Number, sources, attributes and a hash of the questions in training files, bad rows left out; None where they hold none
-    (no run starts with such files)."""
+    """Number, sources, attributes and a hash of the questions in training files, how many bad rows are left out and how each
+    file was read; None where they hold none (no run starts with such files)."""
     from alphamed.config_choices import BadRows
     from alphamed.data.attributes import ATTRIBUTES
     from alphamed.data.card import describe
     from alphamed.data.sources import DataError, load_questions
 
     try:
-        about = describe(load_questions(data, BadRows.SKIP).questions) if data else None
+        loaded = load_questions(data, BadRows.SKIP) if data else None
     except DataError:
         return None
-    kept = ("questions", "content_sha256", "sources", *(one.axis for one in ATTRIBUTES))
-    return about and {key: about[key] for key in kept}
+    if loaded is None:
+        return None
+    about, kept = describe(loaded.questions), ("questions", "content_sha256", "sources", *(one.axis for one in ATTRIBUTES))
+    return {key: about[key] for key in kept} | {
+        "bad_rows": len(loaded.skipped), "reading": {str(file): one.plain() for file, one in zip(data, loaded.readings)}}
 
 
 def model_entries(folder: Path) -> list[dict[str, Any]]:

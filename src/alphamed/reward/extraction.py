@@ -96,7 +96,7 @@ def _letter(character: str, options: Mapping[str, str]) -> str | None:
 
 def _states_own_text(text: str, head_end: int, letter: str, options: Mapping[str, str]) -> bool:
     """Whether `text`, a head of `head_end` characters that states `letter`, goes on with a separator and the letter's
-    own option text.
+    own option text, or what follows the letter in it where the option carries its own ("B. Liver").
 
     The separators are taken off one by one and the first reading that is any option's text decides: "D: -5" names the
     option "-5" even where another option is "5". Where "A virus" as a whole is an option's text, it states no letter.
@@ -104,18 +104,27 @@ def _states_own_text(text: str, head_end: int, letter: str, options: Mapping[str
     if len(text) > _SURPLUS + 4 * max(map(len, options.values())):
         return False
     texts = {key: _canonical(option) for key, option in options.items()}
-    if _canonical(text) in texts.values():
-        return False
     rest = text[head_end:]
+    if _canonical(text) in texts.values():      # "B. Liver" where that is the text of B: letter and words are its own
+        return texts[letter] == _canonical(text) and rest.lstrip()[:1] in (*_SEPARATORS,)
+    own = _without_label(options[letter], letter)
     for _ in range(_MAX_SEPARATORS + 1):
         reading = _canonical(rest)
         if reading in texts.values():
             return texts[letter] == reading
+        if reading and reading == own:
+            return True
         rest = rest.lstrip()
         if not rest or rest[0] not in _SEPARATORS:
             return False
         rest = rest[1:]
     return False
+
+
+def _without_label(option: str, letter: str) -> str | None:
+    """An option's text, as it is compared, behind the letter that it carries itself ("B. Liver"); None without one."""
+    head, rest = _fold(option).strip()[:1], _fold(option).strip()[1:].lstrip()
+    return _canonical(rest[1:]) if head.casefold() == letter.casefold() and rest[:1] in ".):" and rest[:1] else None
 
 
 def _canonical(text: str) -> str:

@@ -45,7 +45,7 @@ def _check_further(one: Set, facts: Path | None) -> None:
     try:
         check_names([name for name in one.recipe.against
                      if facts is None or facts.resolve() not in (local_copy(name) or Path()).resolve().parents])
-        build.check(one.recipe, one.file)
+        build.check(one.recipe, one.file, overwrite=True)        # an old one of another recipe, or half a one
     except (ConfigError, DataError) as error:
         raise ConfigError(f"data.recipe: {error}") from None
 

@@ -158,6 +158,9 @@ class Study(Section):
             for axis in DATA_AXES:
                 if getattr(grid.axes, axis) and self.data is None:
                     yield f"grids.{grid.name}.axes.{axis}: needs data, which builds the sets; add it or remove the axis"
+            for axis in ("seeds", *DATA_AXES):
+                if axis in grid.axes.model_fields_set and not getattr(grid.axes, axis):
+                    yield f"grids.{grid.name}.axes.{axis}: [] leaves no value to run; give at least one, or remove the axis"
             if self.data is not None and not grid.axes.sources:
                 yield f"grids.{grid.name}.axes.sources: missing; name the sets that its runs are trained on"
             for axis in (one.axis for one in ATTRIBUTES):

@@ -1,0 +1,81 @@
+"""Labels that option texts carry themselves ("A. Spleen", "(B) Liver", "3) Thymus"), and texts that begin so by chance.
+
+Letters and numbers begin innocent texts too: "C. difficile", "E. coli", "1.5 mg", "A: T". So labels count only where every
+option of a question has one and they follow the options' order; then they are removed. Where labels of the question's own
+letters stand at other places (an earlier shuffle left "C. Thymus" as option A), or only some options carry theirs, a prompt
+would name two letters for one text: such a row is refused. All other texts stay as they are.
+"""
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+_LABEL = re.compile(r"""
+    \s* (?: [(\[（] \s* (?P<paired> [A-Za-z] | [1-9][0-9]? ) \s* [)\]）] [.:：]? \s*   # (A) text
+          | (?P<paren> [A-Za-z] | [1-9][0-9]? ) \s? [)）] [.:]? \s*                  # A) text
+          | (?P<dot> [A-Za-z] ) (?: [.:：．、] \s* | \s+ [-\u2013\u2014:] \s+ )        # A. text, A: text, A - text
+          | (?P<number> [1-9][0-9]? ) (?: [.:：] \s+ | [．、] \s* )                   # 1. text; 1.5 mg is none
+        ) (?=\S)""", re.VERBOSE)
+FEWEST = {"paren": (1, 1), "paired": (2, 2), "dot": (None, 3), "number": (None, 3)}
+"""Style -> how many labels are no chance where not all options have one: (of which one stands at a wrong place, all at their
+own). No text begins with "b)" by chance, few with "(R)"; "C. albicans", "A: T" and "1. day" do: None, in any number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """What a text begins with: the place that it names (from 0), its style, and the text behind it."""
+    place: int
+    style: str                   # of FEWEST
+    number: bool
+    rest: str
+
+
+def label_of(text: str) -> Label | None:
+    match = _LABEL.match(text)
+    if match is None:
+        return None
+    style = match.lastgroup or ""
+    name = match[style]
+    place = int(name) - 1 if name.isdecimal() else string.ascii_uppercase.index(name.upper())
+    return Label(place, style, name.isdecimal(), text[match.end():].strip())
+
+
+def without_labels(options: Mapping[str, str]) -> tuple[dict[str, str], bool, str | None]:
+    """(options without the labels they carry, whether they carried any, why the question can not be used or None)."""
+    found = {letter: label_of(text) for letter, text in options.items()}
+    labels = {letter: label for letter, label in found.items() if label is not None}
+    if not labels:
+        return dict(options), False, None
+    places = {letter: place for place, letter in enumerate(options)}
+    in_order = all(label.place == places[letter] for letter, label in labels.items())
+    one_style = len({(label.style, label.number) for label in labels.values()}) == 1
+    if len(labels) == len(options) and in_order and len({label.number for label in labels.values()}) == 1:
+        bare = {letter: label.rest for letter, label in labels.items()}
+        return (bare, True, None) if _are_texts(bare) else (dict(options), False, None)
+    return dict(options), False, _problem(options, labels, places, in_order) if one_style else None
+
+
+def _are_texts(bare: Mapping[str, str]) -> bool:
+    """Whether what is left still tells the options apart: of "1. day" and "2. day" the number is what is meant."""
+    texts = {" ".join(text.split()) for text in bare.values()}
+    return len(texts) == len(bare) and all(any(map(str.isalnum, text)) or len(text) < 4 for text in texts)
+
+
+def _problem(options: Mapping[str, str], labels: Mapping[str, Label], places: Mapping[str, int],
+             in_order: bool) -> str | None:
+    """Why labels that are not one for each option in order make a question unusable; None where they may be chance."""
+    distinct = {label.place for label in labels.values()}
+    if len(distinct) < len(labels) or max(distinct) >= len(options):
+        return None                             # S. aureus, E. coli: not the letters of these options
+    wrong, own = FEWEST[next(iter(labels.values())).style]
+    if not in_order and (len(labels) == len(options) or wrong is not None and len(labels) >= wrong):
+        letter = next(letter for letter, label in labels.items() if label.place != places[letter])
+        return (f"option {letter} carries another label, {options[letter][:40]!r}: its options were put in another order "
+                f"with their labels; remove the labels where the file was made")
+    if in_order and len(labels) < len(options) and len(labels) >= own:
+        letters, letter = ", ".join(labels), next(letter for letter in options if letter not in labels)
+        carry = f"option {letters} carries a label" if len(labels) == 1 else f"options {letters} carry labels"
+        return f"{carry} ({options[next(iter(labels))][:40]!r}), option {letter} does not; remove them, or label all"
+    return None

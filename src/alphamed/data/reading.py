@@ -1,0 +1,135 @@
+"""From the rows of one file to rows of the schema: letters for lists of options, labels removed, keys as letters, ids made.
+
+All readers of questions pass through `interpret`, so that a file means the same as a source, a benchmark and training data.
+What was found and done is recorded in a `Reading`: cards, results and provenance carry it.
+"""
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from alphamed.data.keys import MEANING, AnswerForm, Keyed, keys_of, read_keys
+from alphamed.data.labels import without_labels
+from alphamed.data.mcq import NoKey, QuestionError, Row, parse_question
+from alphamed.data.text import counted, fingerprint
+
+LETTERS = string.ascii_uppercase
+SHOWN_REPEATS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How a file was read. `forms`: field -> form of its keys; `labels_removed` and `ids_made` count rows; `repeats` names
+    the rows without ids that repeat an earlier one."""
+    forms: Mapping[str, AnswerForm] = field(default_factory=dict)
+    labels_removed: int = 0
+    ids_made: int = 0
+    repeats: tuple[str, ...] = ()
+
+    def plain(self) -> dict[str, Any]:
+        return {"keys": {name: str(form) for name, form in self.forms.items()}, "labels_removed": self.labels_removed,
+                "ids_made": self.ids_made, "repeats": list(self.repeats[:SHOWN_REPEATS])}
+
+    def notes(self) -> list[str]:
+        """In words, what is not plainly the schema."""
+        found = []
+        if set(self.forms.values()) - {AnswerForm.LETTER}:
+            found.append(f"keys read as {', '.join(f'{MEANING[form]} ({name})' for name, form in self.forms.items())}")
+        if self.labels_removed:
+            found.append(f"labels of options (A., (B), 3) ...) removed from {counted(self.labels_removed, 'question')}")
+        if self.ids_made:
+            found.append(f"ids made from the content of {counted(self.ids_made, 'question')}, none had one")
+        if self.repeats:
+            found.append(f"{counted(len(self.repeats), 'question')} of the same content as an earlier one (the first: "
+                         f"{self.repeats[0]}); drop_repeats=true of `alphamed data build` leaves them out")
+        return found
+
+
+def interpret(rows: Iterable[Row], declared: AnswerForm | None = None) -> tuple[list[Row], Reading]:
+    """The rows of one file as rows of the schema, and how they were read; what can not be a question has its problem.
+    `declared` is the form of its keys where the user says it. Raises DataError where the form can not be told."""
+    rows = list(rows)
+    values = {place: dict(row.value) for place, row in enumerate(rows)
+              if row.problem is None and isinstance(row.value, Mapping)}
+    keyed: dict[int, Keyed] = {}
+    labelled = 0
+    for place, value in values.items():
+        texts = _texts(value.get("options"))
+        if texts is None:
+            value["answer"] = _unread(value)
+            continue
+        bare, removed, problem = without_labels({letter: text for letter, text in texts.items() if text is not None})
+        labelled += removed
+        if problem is not None:
+            rows[place] = replace(rows[place], problem=problem)
+        listed = isinstance(value["options"], list)
+        keyed[place] = Keyed(rows[place], texts, bare, not listed, keys_of(value))
+    letters, forms = read_keys(list(keyed.values()), declared)
+    for (place, one), letter in zip(keyed.items(), letters, strict=True):
+        values[place] |= _options(one, letter)
+    made, repeats = _make_ids(rows, values)
+    found = [replace(row, value=values[place]) if place in values and row.problem is None else row
+             for place, row in enumerate(rows)]
+    return found, Reading(forms, labelled, made, repeats)
+
+
+def _texts(options: Any) -> dict[str, str | None] | None:
+    """Letter -> text of options whose keys can be read; None where the schema's check will say what is wrong with them."""
+    if isinstance(options, list) and len(options) <= len(LETTERS):
+        options = dict(zip(LETTERS, options))
+    elif isinstance(options, Mapping):          # Arrow fills letters that a row does not have with None
+        options = {letter: text for letter, text in options.items() if text is not None}
+        if list(options) != list(LETTERS[:len(options)]):
+            return None
+    else:
+        return None
+    return options if options and all(text is None or isinstance(text, str) for text in options.values()) else None
+
+
+def _unread(value: Mapping[str, Any]) -> Any:
+    """What stands for the key of a row whose options can not be used: they are the problem."""
+    return "?" if keys_of(value).stated else None
+
+
+def _options(one: Keyed, letter: str | NoKey) -> dict[str, Any]:
+    """`options` and `answer` of the schema: places of a list that hold no option are closed up."""
+    kept = [old for old, text in one.texts.items() if text is not None]
+    new = dict(zip(kept, LETTERS))
+    return {"options": {new[old]: one.bare[old] for old in kept},
+            "answer": new[letter] if isinstance(letter, str) else letter}
+
+
+def _make_ids(rows: list[Row], values: Mapping[int, dict[str, Any]]) -> tuple[int, tuple[str, ...]]:
+    """Give the rows of a file that has no ids ids of their content; returns how many, and which rows repeat an earlier one:
+    the second copy's id ends in -2, the third's in -3."""
+    if any(value.get("id") is not None for value in values.values()):
+        return 0, ()
+    first: dict[str, str] = {}
+    copies: Counter[str] = Counter()
+    repeats = []
+    for place, value in values.items():
+        row = rows[place]
+        value["id"] = f"row {row.line}"         # of a row that is no question: its problem is reported, not its id
+        if row.problem is not None:
+            continue
+        try:
+            question = parse_question(value, row.where)
+        except QuestionError:
+            continue
+        made = content_id(fingerprint(question), question.source)
+        copies[made] += 1
+        value["id"] = made if copies[made] == 1 else f"{made}-{copies[made]}"
+        if copies[made] > 1:
+            repeats.append(f"{row.where} repeats {first[made]}")
+        first.setdefault(made, row.where)
+    return copies.total(), tuple(repeats)
+
+
+def content_id(content: str, source: str | None) -> str:
+    """`medqa-` or, without a source, `q-`, and the 16 digits of the fingerprint."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", (source or "q").partition("/")[0])
+    return f"{name or 'q'}-{content}"
