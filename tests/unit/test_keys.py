@@ -2,10 +2,12 @@
 import json
 from dataclasses import replace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from alphamed.config_choices import BadRows
-from alphamed.data import adapters, sources
+from alphamed.data import adapters
 from alphamed.data.catalogue import SOURCES
 from alphamed.data.keys import AnswerForm, form_of
 from alphamed.data.mcq import DataError, Row, check_questions
@@ -214,4 +216,14 @@ def test_training_files_are_read_by_the_same_rule(tmp_path):
     for bad_rows in BadRows:
         with pytest.raises(DataError, match="write the set with `alphamed data build` first"):
             load_questions([file], bad_rows)
-    assert "answer_idx" in sources.EXTRA_COLUMNS               # Parquet: other columns are not read
+
+
+def test_every_field_of_a_parquet_file_that_states_a_key_is_read(tmp_path):
+    """q2's text and letter contradict each other, which one of the two alone would not show."""
+    rows = [{"id": f"q{i}", "question": f"Valve {i}?", "options": FOUR, "answer": FOUR[i], "answer_idx": letter}
+            for i, letter in enumerate("ABD")]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    loaded = load_questions([tmp_path / "x.parquet"], BadRows.SKIP)
+    assert [q.answer for q in loaded.questions] == ["A", "B"]
+    assert [p.problem for p in loaded.skipped] == [
+        "its keys contradict each other (answer 'Mitral' is option C, answer_idx 'D' is option D)"]
