@@ -280,7 +280,8 @@ def _resolve_shared_ids(built: Built, drop_repeats: bool) -> None:
         elif not drop_repeats:
             raise DataError(f"question {item.question.id!r} stands in {other.origin} and in {item.origin}; keep one of the "
                             f"two with drop_repeats=true, or give them ids of their own")
-    built.keep("repeats", kept)
+    if len(kept) < len(built.items):
+        built.keep("repeats", kept)
 
 
 # ---------------------------------------------------------------------------------------------------------------- steps
