@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from alphamed.data.sources import load_questions
 from alphamed.data.text import normalised, option_set
 from alphamed.model import ModelShape, check_context, check_layout, read_shape, resolve
 from alphamed.records import Question
-from alphamed.reward.rules import check_rule
+from alphamed.reward.rules import check_name, opened_rule, try_rule
+from alphamed.reward.thinking import Thinking
 from alphamed.rollout.curriculum import check_levels
 
 
@@ -31,13 +32,15 @@ class Checked:
     questions: int
     evaluation_questions: int
     skipped: tuple[RowProblem, ...]
+    rewards: Mapping[str, float]
+    """Of a right, a wrong and an empty answer to the first question; none where rollouts are replayed."""
 
 
 def validate(config: Config) -> Checked:
     """Check a run before it starts. A model that has to be fetched is fetched."""
     _check_run_dir(config)
     _check_hardware(config)
-    check_rule(config.reward.name)
+    check_name(config.reward.name)
     training = load_questions(config.data.train, config.data.bad_rows)
     check_levels(config.data.levels, training.questions)
     evaluation = [load_questions((path,), config.data.bad_rows) for path in config.evaluation.all_files]
@@ -50,9 +53,10 @@ def validate(config: Config) -> Checked:
     folder = resolve(config.model.path, config.model.revision, config.model.cache)
     shape = _check_model(config, folder)
     _check_plan(config, shape)
-    _check_prompts(config, folder, [*training.questions, *(q for file in evaluation for q in file.questions)])
+    thinking = _check_prompts(config, folder, [*training.questions, *(q for file in evaluation for q in file.questions)])
     return Checked(folder, shape, len(training.questions), asked,
-                   sum((file.skipped for file in evaluation), training.skipped))
+                   sum((file.skipped for file in evaluation), training.skipped),
+                   _check_reward(config, training.questions[0], thinking))
 
 
 def _asked(config: Config, files: Sequence[Sequence[Question]]) -> int:
@@ -96,7 +100,7 @@ def _check_run_dir(config: Config) -> None:
     _check_place(config.run_dir)
     check_resume(config)
     if config.rollout.replay:
-        _check_replay(config.rollout.replay, config.run.last_step)
+        _check_replay(config, config.rollout.replay)
 
 
 def _check_place(folder: Path) -> None:
@@ -109,10 +113,12 @@ def _check_place(folder: Path) -> None:
         raise ConfigError(f"run.root: {folder} can not be made or written ({error.strerror}); choose another") from None
 
 
-def _check_replay(run_dir: Path, last_step: int) -> None:
-    """Whether the rollouts to train on reach to the last step."""
+def _check_replay(config: Config, run_dir: Path) -> None:
+    """Whether the rollouts to train on reach to the last step, and come from settings like these."""
     from alphamed.observe.rollout_files import recorded_steps
+    from alphamed.replay import require_recorded
 
+    last_step = config.run.last_step
     if not (run_dir / "rollouts").is_dir():
         raise ConfigError(f"rollout.replay: {str(run_dir)!r} holds no rollouts/ folder; give the "
                           f"directory of a run that recorded them (logging.rollout_files: true)")
@@ -121,6 +127,7 @@ def _check_replay(run_dir: Path, last_step: int) -> None:
         present = f"rollouts of steps {recorded[0]} to {recorded[-1]}" if recorded else "no rollouts"
         raise ConfigError(f"rollout.replay: {str(run_dir)!r} holds {present}, this run trains to step {last_step}; set "
                           f"run.stop_after to a recorded step")
+    require_recorded(config, run_dir)
 
 
 def _check_hardware(config: Config) -> None:
@@ -167,9 +174,21 @@ def _check_plan(config: Config, shape: ModelShape) -> None:
                           f"same")
 
 
-def _check_prompts(config: Config, folder: Path, questions: Sequence[Question]) -> None:
-    """Render every prompt once: a template that fails, or a prompt that is too long, shows now and not at step 40."""
+def _check_reward(config: Config, question: Question, thinking: Thinking) -> Mapping[str, float]:
+    """Try the reward on answers to a question; where rollouts are replayed none is asked for."""
+    if config.rollout.replay:
+        return {}
+    with opened_rule(config.reward, config.prompt, config.run.seed) as rule:
+        return try_rule(rule, question, thinking)
+
+
+def _check_prompts(config: Config, folder: Path, questions: Sequence[Question]) -> Thinking:
+    """Render every prompt once: a template that fails, or a prompt that is too long, shows now and not at step 40. Returns how
+    the model ends its thinking."""
     from alphamed.data.prompts import PromptBuilder
     from alphamed.data.tokenizer import load_tokenizer
 
-    PromptBuilder(load_tokenizer(folder), config.prompt).require_lengths(questions)
+    tokenizer = load_tokenizer(folder)
+    prompts = PromptBuilder(tokenizer, config.prompt)
+    prompts.require_lengths(questions)
+    return Thinking.of(config.reward.answer_after, tokenizer, prompts)

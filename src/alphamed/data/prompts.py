@@ -36,12 +36,11 @@ class PromptBuilder:
         if config.template == PromptTemplate.CHAT and not tokenizer.has_chat_template:
             raise ConfigError(f"prompt.template: chat needs a chat template, which {tokenizer.folder} has not; "
                               "set prompt.template=raw")
-        self._shots = [(self._block(shot.question, shot.options), shot.response) for shot in config.shots]
         self._assemble("Question")      # a template that refuses a system prompt or an example says so now
 
     def text(self, question: Question) -> str:
         """The whole prompt as text, control tokens of the chat template included. Raises DataError (see `render`)."""
-        block = self._block(question.question, question.options, question.context)
+        block = _block(question.question, question.options, question.context)
         try:
             plain = self._tokenizer.plain(block)
         except ValueError as e:
@@ -76,27 +75,10 @@ class PromptBuilder:
         raise DataError(f"question {short(longest.question_id)}: its prompt takes {longest.tokens} tokens, "
                         f"prompt.max_tokens is {longest.limit}{others}; raise it or leave such questions out")
 
-    # ----------------------------------------------------------------------------------------------------- the template
-    def _block(self, question: str, options: Mapping[str, str], context: str | None = None) -> str:
-        lines = "\n".join(f"{letter}: {text}" for letter, text in options.items())
-        front = f"Context: {context}\n\n" if context else ""
-        return f"{front}Question: {question}\n\nOptions:\n{lines}" if options else f"{front}Question: {question}"
-
     def _assemble(self, block: str) -> str:
         """The prompt around the block of one question."""
-        asked = [self._ask(shot) for shot, _ in self._shots]
-        responses = [response for _, response in self._shots]
-        if self._config.template == PromptTemplate.CHAT:
-            messages = [Message(role="system", content=self._config.system)] if self._config.system else []
-            for user, assistant in zip(asked, responses):
-                messages += [Message(role="user", content=user), Message(role="assistant", content=assistant)]
-            return self._tokenizer.chat_text([*messages, Message(role="user", content=self._ask(block))])
-        parts = [self._config.system] if self._config.system else []
-        parts += [f"{user}\n\nAnswer: {response}" for user, response in zip(asked, responses)]
-        return "\n\n".join([*parts, f"{self._ask(block)}\n\nAnswer:"])
-
-    def _ask(self, block: str) -> str:
-        return f"{block}\n\n{self._config.instruction}" if self._config.instruction else block
+        asked = _assembled(self._config, block)
+        return asked if isinstance(asked, str) else self._tokenizer.chat_text(asked)
 
     def _longest(self, question: Question) -> int:
         """Tokens of the prompt. Close to the limit, the most that any turn of its options takes: another text before
@@ -107,3 +89,32 @@ class PromptBuilder:
         texts = list(question.options.values())
         turns = (dict(zip(letters, texts[i:] + texts[:i])) for i in range(1, len(texts)))
         return max([tokens, *(len(self.render(replace(question, options=options))) for options in turns)])
+
+
+# --------------------------------------------------------------------------------------------------------- the template
+def asked_of_model(config: PromptConfig, question: Question) -> list[Message] | str:
+    """What a question is asked with: the conversation that a chat template renders, or the text of a raw prompt."""
+    return _assembled(config, _block(question.question, question.options, question.context))
+
+
+def _assembled(config: PromptConfig, block: str) -> list[Message] | str:
+    """Everything around the block of one question."""
+    shots = [(_ask(config, _block(shot.question, shot.options)), shot.response) for shot in config.shots]
+    if config.template == PromptTemplate.CHAT:
+        messages = [Message(role="system", content=config.system)] if config.system else []
+        for user, assistant in shots:
+            messages += [Message(role="user", content=user), Message(role="assistant", content=assistant)]
+        return [*messages, Message(role="user", content=_ask(config, block))]
+    parts = [config.system] if config.system else []
+    parts += [f"{user}\n\nAnswer: {response}" for user, response in shots]
+    return "\n\n".join([*parts, f"{_ask(config, block)}\n\nAnswer:"])
+
+
+def _block(question: str, options: Mapping[str, str], context: str | None = None) -> str:
+    lines = "\n".join(f"{letter}: {text}" for letter, text in options.items())
+    front = f"Context: {context}\n\n" if context else ""
+    return f"{front}Question: {question}\n\nOptions:\n{lines}" if options else f"{front}Question: {question}"
+
+
+def _ask(config: PromptConfig, block: str) -> str:
+    return f"{block}\n\n{config.instruction}" if config.instruction else block

@@ -22,6 +22,7 @@ from alphamed.data.prompts import PromptBuilder
 from alphamed.data.tokenizer import load_tokenizer
 from alphamed.model import ModelShape, check_context, read_shape, resolve
 from alphamed.records import GenerationTask, Question, ScoredGroup
+from alphamed.reward.thinking import Thinking
 from alphamed.rollout.spec import engine_specs
 from alphamed.weights.folder import check_weights
 
@@ -60,6 +61,7 @@ class Prompted:
         check_weights(self.folder, self.shape)
         self.tokenizer = load_tokenizer(self.folder)
         self.prompts = PromptBuilder(self.tokenizer, config.prompt)
+        self.thinking = Thinking.of(config.reward.answer_after, self.tokenizer, self.prompts)
         self.prompts.require_lengths(questions)
 
 
@@ -72,7 +74,8 @@ def engine_tree(config: Config, place: Path, samples: int, max_tokens: int) -> C
     tree["run"] |= {"root": str(place), "name": ENGINES_FOLDER}
     tree["rollout"] |= {"samples_per_question": max(2, samples), "max_response_tokens": max_tokens, "replay": None,
                         "max_staleness": 0}
-    tree["reward"] |= {"name": "correct", "overlong_buffer_tokens": 0}     # outcomes follow from letters, not from rewards
+    tree["reward"] |= {"name": "correct", "signature": "alphamed",         # outcomes follow from letters, not from rewards
+                       "overlong_buffer_tokens": 0}
     tree["evaluation"] |= {"before": False, "after": False, "every": 0, "max_response_tokens": None}
     tree["parallel"] |= {"micro_batch_tokens": max(config.parallel.micro_batch_tokens,
                                                    config.prompt.max_tokens + max_tokens + config.token_multiple)}
@@ -94,7 +97,7 @@ def answering(config: Config, model: Prompted) -> Iterator[Answer]:
         stack.callback(ledger.clean_up)
         placement.start_ray(config)
         stack.callback(placement.stop_ray)
-        grader = process.start(config)
+        grader = process.start(config, model.thinking)
         pool = EnginePool.start(config, model.folder, model.shape, model.tokenizer.eos_ids)
         stack.callback(pool.stop)
         coordinator = Coordinator.start(config, pool, grader)
