@@ -197,7 +197,7 @@ def test_outcomes_of_the_grader_that_are_no_answer_are_no_right_ones():
     from alphamed.data.difficulty import Annotated
 
     one = Annotated("q", "", tuple(map(str, (Outcome.CORRECT, Outcome.TRUNCATED, Outcome.UNPARSEABLE, Outcome.WRONG))),
-                    ("A", "A", None, "B"), (4, 16, 3, 5), 9)
-    assert one.columns("m") == {"pass_rate": 0.25, "samples": 4, "unparsed": 0.25, "truncated": 0.25,
+                    ("A", "A", None, "B"), (4, 16, 3, 5), 9, (True, True, False, False))
+    assert one.columns("m") == {"pass_rate": 0.25, "samples": 4, "unparsed": 0.25, "truncated": 0.5,     # one cut, yet right
                                 "response_tokens_mean": 7.0, "question_tokens": 9, "annotated_by": "m"}
     assert one.level == 5                           # 0.25 is nearest to 0.2

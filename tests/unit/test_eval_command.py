@@ -330,9 +330,9 @@ def test_one_rule_for_truncated_answers_holds_for_all_sets_of_a_folder(tmp_path,
     assert evaluate(model, out, "--benchmarks", questions(tmp_path)) == 0
     assert evaluate(model, out, "--benchmarks", questions(tmp_path, "f.jsonl"), "reward.truncated=grade") == 0
     found = results(out)
-    assert found["grading"] == {"truncated": "grade"}
+    assert found["grading"] == {"truncated": "grade", "answer_after": "", "prompt_opens_thinking": False}
     assert {name: (one["accuracy"], one["truncated"]) for name, one in found["benchmarks"].items()} == {
-        "e": (0.5, 0.0), "f": (0.5, 0.0)}
+        "e": (0.5, 1.0), "f": (0.5, 1.0)}        # all were cut, and graded all the same
 
 
 def test_another_file_of_the_same_name_does_not_take_the_place_of_the_first(tmp_path, model, monkeypatch, capsys):

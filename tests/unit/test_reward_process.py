@@ -18,7 +18,7 @@ from alphamed.config_sections import RewardConfig
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup
 from alphamed.reward.grader import GraderDied, GraderPool, RewardTimeout
 from alphamed.reward.process import GradingFailed, RewardProcess, advantages
-from alphamed.reward.rules import Graded
+from alphamed.reward.thinking import Thinking
 
 QUESTION = Question("q1", "Which?", {"A": "this", "B": "that"}, "A")
 RIGHT, WRONG, NONE = r"\boxed{A}", r"\boxed{B}", "?"
@@ -73,11 +73,34 @@ def test_truncated_follows_the_configuration():
 
 
 def test_failed_samples_teach_nothing():
-    graded = [Graded(Outcome.CORRECT, 1.0, "A"), Graded(Outcome.CRASH, 0.0, None, "..."),
-              Graded(Outcome.WRONG, 0.0, "B"), Graded(Outcome.TIMEOUT, 0.0, None, "...")]
-    assert advantages(graded, "dr_grpo") == (0.5, 0.0, -0.5, 0.0)
-    assert advantages(graded[:2], "grpo") == (0.0, 0.0)          # one graded sample has nothing to be compared with
-    assert advantages([graded[1], graded[3]], "grpo") == (0.0, 0.0)
+    outcomes = (Outcome.CORRECT, Outcome.CRASH, Outcome.WRONG, Outcome.TIMEOUT)
+    assert advantages(outcomes, (1.0, 0.0, 0.0, 0.0), "dr_grpo") == (0.5, 0.0, -0.5, 0.0)
+    assert advantages(outcomes[:2], (1.0, 0.0), "grpo") == (0.0, 0.0)          # one sample has nothing to be compared with
+    assert advantages((outcomes[1], outcomes[3]), (0.0, 0.0), "grpo") == (0.0, 0.0)
+
+
+def test_an_evaluation_asks_whether_answers_are_right_whatever_the_reward_is(user_rewards):
+    """The function crashes on every B; of an evaluation that is neither an outcome nor a failure of the run's."""
+    process = process_of(f"{user_rewards}:raises_for_b", step_samples=8, max_failure_share=0.0)
+
+    async def run():
+        asked = [await process.grade(group_of(RIGHT, WRONG, NONE), evaluation=True) for _ in range(4)]
+        await process.check()
+        return asked
+
+    for scored in asyncio.run(run()):
+        assert scored.outcomes == (Outcome.CORRECT, Outcome.WRONG, Outcome.UNPARSEABLE)
+        assert scored.rewards == (1.0, 0.0, 0.0)
+
+
+def test_thinking_is_cut_off_in_training_and_evaluation_alike():
+    """The draft boxes the right letter, the answer the wrong one."""
+    process = RewardProcess(RewardConfig(), "grpo", 1000, sys.path, thinking=Thinking("</think>"))
+    group = group_of(r"<think>\boxed{A}</think> \boxed{B}", r"<think>\boxed{A}", r"\boxed{A}")
+    for evaluation in (False, True):
+        scored = asyncio.run(process.grade(group, evaluation))
+        assert scored.outcomes == (Outcome.WRONG, Outcome.UNPARSEABLE, Outcome.CORRECT)
+        assert scored.letters == ("B", None, "A")
 
 
 def test_graders_work_at_the_same_time(user_rewards, tmp_path):
