@@ -187,19 +187,19 @@ def test_wrong_and_unparseable_answers_are_no_failures():
 # ------------------------------------------------------------------------------------------------ graders and their end
 def test_a_grader_is_kept_for_the_next_call(user_rewards):
     with GraderPool(f"{user_rewards}:pid", workers=3, timeout_s=60) as pool:
-        assert len({pool({}, "", None) for _ in range(5)}) == 1
+        assert len({pool(QUESTION, "", None, "") for _ in range(5)}) == 1
 
 
 def test_a_hanging_grader_is_killed_with_its_children_and_replaced(user_rewards, tmp_path):
     with GraderPool(f"{user_rewards}:hangs_with_child", workers=1, timeout_s=3.0) as pool:
         grader, = pool.pids
         with pytest.raises(RewardTimeout):
-            pool({}, str(tmp_path / "child"), None)
+            pool(QUESTION, str(tmp_path / "child"), None, "")
         child = int((tmp_path / "child").read_text())
         assert gone(grader) and pool.pids == []
         eventually(lambda: gone(child), "end of the child")
         with pytest.raises(RewardTimeout):           # a new grader, not a dead one, was asked
-            pool({}, str(tmp_path / "child"), None)
+            pool(QUESTION, str(tmp_path / "child"), None, "")
         pool.check_alive()                           # what the pool killed itself is no murder
 
 
@@ -240,7 +240,7 @@ def test_graders_do_not_see_torchrun(user_rewards, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("SOMETHING_ELSE", "3")
     with GraderPool(f"{user_rewards}:environment", workers=1, timeout_s=60) as pool:
-        assert pool({}, "RANK", None) == 0.0 and pool({}, "SOMETHING_ELSE", None) == 1.0
+        assert pool(QUESTION, "RANK", None, "") == 0.0 and pool(QUESTION, "SOMETHING_ELSE", None, "") == 1.0
 
 
 def test_graders_end_with_the_pool(user_rewards):
@@ -255,10 +255,11 @@ def test_graders_end_with_the_pool(user_rewards):
 
 PARENT = """
 import sys
+from alphamed.records import Question
 from alphamed.reward.grader import GraderPool
 pool = GraderPool(sys.argv[1], workers=1, timeout_s=600)
 print(*pool.pids, flush=True)
-pool({}, sys.argv[2], None)                          # never answers
+pool(Question("q", "?", {"A": "a"}, "A"), sys.argv[2], None, "")                          # never answers
 """
 
 
@@ -282,4 +283,4 @@ def test_a_pool_started_from_a_thread_that_ends_lives_on(user_rewards):
     with pools[0] as pool:
         time.sleep(0.2)
         pool.check_alive()
-        assert pool({"answer": "A"}, "A", None) == 0.5
+        assert pool(QUESTION, "A", None, "A") == 0.5

@@ -147,9 +147,10 @@ def test_evaluation_keeps_order_and_reads_back(tmp_path):
     sets = [QuestionSet("one", Path("one.jsonl"), QUESTIONS[:3], 9),
             QuestionSet("two", Path("two.jsonl"), QUESTIONS, 4)]
     begun = []
-    finish = begin_evaluation(sets, lambda question: [len(question.id)], lambda name, tasks: begun.append(name) or (
+    finish = begin_evaluation(sets, lambda question: [len(question.id)], lambda name, tasks: begun.append((name, tasks)) or (
         lambda: answer_a(tasks)), max_tokens=64, policy_version=4)
-    assert begun == ["one", "two"]                              # before anything is waited for
+    assert [name for name, _ in begun] == ["one", "two"]        # before anything is waited for
+    assert all(task.evaluation for _, tasks in begun for task in tasks)
     found = finish()
     assert [group.group.question.id for group in found.results[0].groups] == ["q0", "q1", "q2"]
     assert found.results[0].score.accuracy == Share(2, 3) and found.results[1].score.accuracy == Share(2, 4)
