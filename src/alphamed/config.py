@@ -165,7 +165,7 @@ class Config(Section):
         a, reward = self.algorithm, self.reward
         if a.kl_coefficient and a.kl_estimator == KlEstimator.K1:
             yield (f"algorithm.kl_estimator: k1 has a gradient of 0 in expectation, so that algorithm.kl_coefficient "
-                   f"({a.kl_coefficient}) would add noise and hold nothing back; set it to k2 or k3, or the coefficient to 0")
+                   f"({a.kl_coefficient}) would add noise and hold nothing back; set it to k2 or k3, the coefficient to 0")
         if reward.signature != RewardSignature.ALPHAMED and ":" not in reward.name:
             yield (f"reward.signature: {reward.signature} says how a function of your own is called, reward.name is "
                    f"{reward.name!r}; leave it out, or name the function (module:function)")

@@ -171,8 +171,8 @@ class RewardConfig(Section):
     name: str = "correct"
     """A built-in reward (`correct`, `correct_and_format`; as controls `format_only`, `random`) or `module:function`."""
     signature: RewardSignature = RewardSignature.ALPHAMED
-    """Whose arguments a user's function takes: this project's, or those of a reward function of verl or TRL (docs/rewards.md).
-    They are passed by name."""
+    """Whose arguments a user's function takes, by name: this project's, or those of a reward function of verl or TRL
+    (docs/rewards.md)."""
     answer_after: str | None = "auto"
     """The answer is what follows the last occurrence of this text, for models that think before they answer. `auto`:
     `</think>` where the tokenizer or the chat template knows it, else off. Empty or null: the whole response."""

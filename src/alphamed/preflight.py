@@ -183,8 +183,8 @@ def _check_reward(config: Config, question: Question, thinking: Thinking) -> Map
 
 
 def _check_prompts(config: Config, folder: Path, questions: Sequence[Question]) -> Thinking:
-    """Render every prompt once: a template that fails, or a prompt that is too long, shows now and not at step 40. Returns how
-    the model ends its thinking."""
+    """Render every prompt once: a template that fails, or a prompt that is too long, shows now and not at step 40. Returns
+    how the model ends its thinking."""
     from alphamed.data.prompts import PromptBuilder
     from alphamed.data.tokenizer import load_tokenizer
 

@@ -57,12 +57,14 @@ def require_recorded(config: Config, run_dir: Path) -> None:
         if was == now or name in LIMITS:
             continue
         if _is_of(name, GRADED_BY):
-            raise ConfigError(f"{name}: {now!r}, but the rewards recorded in {run_dir} were given with {was!r}, and a replay "
-                              f"trains on those; set it back (what another reward gives these responses shows `alphamed replay "
-                              f"{run_dir} --step N --only reward {name}={now}`)")
+            shown = "null" if now is None else now
+            other = (f" (what it gives these responses shows `alphamed replay {run_dir} --step N --only reward "
+                     f"{name}={shown}`)" if name.startswith("reward.") else "")
+            raise ConfigError(f"{name}: {now!r}, but the rewards recorded in {run_dir} were given with {was!r}, and a "
+                              f"replay trains on those; set it back{other}")
         if _is_of(name, SAMPLED_BY):
-            raise ConfigError(f"{name}: {now!r}, but the rollouts in {run_dir} were sampled with {was!r}, and a replay samples "
-                              f"none; set it back")
+            raise ConfigError(f"{name}: {now!r}, but the rollouts in {run_dir} were sampled with {was!r}, and a replay "
+                              f"samples none; set it back")
 
 
 def _is_of(name: str, settings: Sequence[str]) -> bool:
@@ -70,8 +72,8 @@ def _is_of(name: str, settings: Sequence[str]) -> bool:
 
 
 def main(run_dir: Path, step: int, only: str, overrides: Sequence[str] = ()) -> int:
-    """`alphamed replay RUN --step N --only reward|update [key=value ...]`: 0 where the step comes out as recorded, 1 where it
-    does not."""
+    """`alphamed replay RUN --step N --only reward|update [key=value ...]`: 0 where the step comes out as recorded, 1 where
+    it does not."""
     if only == "update":
         from alphamed import rerun
 
@@ -110,8 +112,8 @@ def _require_graded_by(overrides: Sequence[str]) -> None:
     for item in overrides:
         name = item.partition("=")[0]
         if not name.startswith("reward.") and name not in ("algorithm.advantage", "run.seed"):
-            raise ConfigError(f"{name}: has no part in --only reward, which grades what is recorded; leave it out or use --only "
-                              f"update")
+            raise ConfigError(f"{name}: has no part in --only reward, which grades what is recorded; leave it out, or use "
+                              f"--only update")
 
 
 def _grade(groups: tuple[ScoredGroup, ...], config: Config) -> tuple[ScoredGroup, ...]:

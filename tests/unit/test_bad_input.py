@@ -305,10 +305,10 @@ def test_the_run_that_the_table_breaks_is_in_order(run, capsys):
 
 def test_a_check_shows_what_a_reward_of_ones_own_gives(run, capsys):
     own_reward(run, "def f(data_source, solution_str, ground_truth, extra_info=None):\n"
-                    "    return {'score': 0.5 if '{' + ground_truth + '}' in solution_str else -0.25 * len(data_source + '12')}")
+                    "    return {'score': 0.5 if '{' + ground_truth + '}' in solution_str else -len(data_source + '12') / 4}")
     run.set("reward.signature", "verl")
     assert main(["train", "--check", "--config", str(run.write())]) == 0
-    assert "reward own_rewards:f: 0.5 for a right answer, -0.5 for a wrong answer, -0.5 for an empty" in capsys.readouterr().out
+    assert "reward own_rewards:f: 0.5 for a right answer, -0.5 for a wrong answer, -0.5 for an" in capsys.readouterr().out
 
 
 def test_a_check_counts_the_questions_that_an_evaluation_asks(run, capsys):

@@ -99,10 +99,10 @@ def test_thinking_is_told_from_the_responses_where_the_model_is_elsewhere(tmp_pa
             if d.field in ("outcome", "letter")] == [(2, "outcome", C), (2, "letter", "B")]
 
 
-# ------------------------------------------------------------------------------------------------- what a replay can not change
+# ---------------------------------------------------------------------------------------- what a replay can not change
 @pytest.mark.parametrize("setting, message", [
-    ("reward.name=format_only", "reward.name: 'format_only', but the rewards recorded in .* were given with 'correct'.*set it "
-                                "back .*--only reward reward.name=format_only"),
+    ("reward.name=format_only", "reward.name: 'format_only', but the rewards recorded in .* were given with 'correct'"
+                                ".*set it back .*--only reward reward.name=format_only`"),
     ("reward.truncated=grade", "reward.truncated: 'grade', .* given with 'nothing'"),
     ("reward.overlong_buffer_tokens=9", "reward.overlong_buffer_tokens: 9, .* given with 0"),
     ("reward.answer_after=null", "reward.answer_after: None, .* given with 'auto'"),

@@ -16,7 +16,8 @@ from alphamed.rollout.tasks import greedy_tasks, training_tasks
 
 def config(advantage="grpo", **rollout):
     return build_config({"model": {"path": "m"}, "data": {"train": ["d.jsonl"]}, "run": {"name": "r"}, "prompt": {
-        "max_tokens": 16}, "algorithm": {"advantage": advantage}, "rollout": {"questions_per_step": 2, "samples_per_question": 2, "max_response_tokens": 8} | rollout})
+        "max_tokens": 16}, "algorithm": {"advantage": advantage}, "rollout": {
+            "questions_per_step": 2, "samples_per_question": 2, "max_response_tokens": 8} | rollout})
 
 
 def question(name):

@@ -207,7 +207,7 @@ def test_a_trial_gives_the_rewards_of_a_right_a_wrong_and_an_empty_answer(ported
 
 
 @pytest.mark.parametrize("function, timeout_s, problem", [
-    ("raises_for_b", 60, r"a wrong answer to question 'q1' and failed: KeyError: 'no rule for B' \(.*user_rewards.py, line \d+\)"),
+    ("raises_for_b", 60, r"a wrong answer to question 'q1' and failed: KeyError: 'no rule for B' \(.*rewards.py, line \d+\)"),
     ("system_exit", 60, r"a right answer to question 'q1' and failed: SystemExit: bye"),
     ("segfaults", 60, r"a right answer .*: the process of reward function user_rewards:segfaults died of signal 11"),
     ("hangs", 0.5, r"a right answer .*: reward function user_rewards:hangs gave no answer within 0.5 s")])

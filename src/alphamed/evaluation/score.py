@@ -51,8 +51,8 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Result of one question set. `truncated`: cut by the token limit, which with `reward.truncated: grade` may be correct all
-    the same. `chance` is the mean of 1 / options: what picking letters blindly gives."""
+    """Result of one question set. `truncated`: cut by the token limit, which with `reward.truncated: grade` may be correct
+    all the same. `chance` is the mean of 1 / options: what picking letters blindly gives."""
     n: int
     boxed: Share
     accuracy: Share

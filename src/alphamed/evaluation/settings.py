@@ -58,7 +58,8 @@ def _require(found: Mapping[str, Any]) -> None:
 
 def _require_grading(grading: Mapping[str, Any]) -> None:
     TruncatedReward(grading["truncated"])
-    if not isinstance(grading.get("answer_after", ""), str) or not isinstance(grading.get("prompt_opens_thinking", False), bool):
+    after, opens = grading.get("answer_after", ""), grading.get("prompt_opens_thinking", False)
+    if not isinstance(after, str) or not isinstance(opens, bool):
         raise TypeError("grading.answer_after is text, grading.prompt_opens_thinking true or false")
 
 

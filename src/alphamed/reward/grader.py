@@ -57,8 +57,8 @@ class Grader:
     """One process with the user's function loaded. Not safe for threads: one call at a time."""
 
     def __init__(self, function: str, signature: str, search_path: Sequence[str]):
-        """Start the process and load the function, which is called as `signature` says. Raises ConfigError where it can not be
-        used."""
+        """Start the process and load the function, which is called as `signature` says. Raises ConfigError where it can not
+        be used."""
         self._function = function
         self._crash = tempfile.TemporaryFile()          # has no name: nothing is left behind
         self._socket, theirs = socket.socketpair()
@@ -81,8 +81,8 @@ class Grader:
             raise
         if loaded["problem"]:
             self.kill()
-            place = (f"; give module:function, a function of ({', '.join(SIGNATURES[signature].meanings)}) in a module that is "
-                     f"in the current directory or on PYTHONPATH") if loaded["place"] else ""
+            place = (f"; give module:function, a function of ({', '.join(SIGNATURES[signature].meanings)}) in a module that "
+                     f"is in the current directory or on PYTHONPATH") if loaded["place"] else ""
             raise ConfigError(f"reward.name: {function!r} {loaded['problem']}{place}")
 
     @property

@@ -50,8 +50,8 @@ class GradingFailed(RunFailed):
 
 
 def start(config: Config, thinking: Thinking = Thinking()) -> ActorHandle:
-    """Create the actor on this node and return its handle; the actor ends with its last handle or with the driver. `thinking`
-    is what `reward.answer_after` means for the model.
+    """Create the actor on this node and return its handle; the actor ends with its last handle or with the driver.
+    `thinking` is what `reward.answer_after` means for the model.
 
     It needs no CPU reserved: built-in rewards take microseconds, a user's function runs in `reward.workers` processes.
     """

@@ -84,9 +84,9 @@ def grade(question: Question, text: str, finish_reason: FinishReason, rule: Rule
     """Grade one response by what follows its thinking.
 
     A response that did not end by itself (token limit, abort) is TRUNCATED and earns 0 without asking the rule; with
-    `truncated=grade` it is graded like any other. One whose thinking did not end is UNPARSEABLE. A user's function that fails
-    gives TIMEOUT or CRASH; GraderDied is passed on. A coin is tossed for every response: truncated ones too, or it would teach
-    to end in time.
+    `truncated=grade` it is graded like any other. One whose thinking did not end is UNPARSEABLE. A user's function that
+    fails gives TIMEOUT or CRASH; GraderDied is passed on. A coin is tossed for every response: truncated ones too, or it
+    would teach to end in time.
     """
     answer_text = thinking.answer(text) or ""
     letter = extract_answer(answer_text, question.options)
@@ -181,9 +181,9 @@ def try_rule(rule: Rule, question: Question = SAMPLE, thinking: Thinking = Think
         graded = grade(question, text, FinishReason.STOP, rule, thinking=thinking, sample=kind)
         if graded.problem is not None:
             assert isinstance(rule, GraderPool)
-            raise ConfigError(f"reward.name: {rule.function!r} was tried on {'an empty' if kind == 'empty' else f'a {kind}'} answer "
-                              f"to question {question.id!r} and failed: {_one_line(graded.problem)}; fix it before it grades a "
-                              f"run")
+            answer = "an empty answer" if kind == "empty" else f"a {kind} answer"
+            raise ConfigError(f"reward.name: {rule.function!r} was tried on {answer} to question {question.id!r} and "
+                              f"failed: {_one_line(graded.problem)}; fix it before it grades a run")
         found[kind] = graded.reward
     return found
 

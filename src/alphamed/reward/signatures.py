@@ -125,7 +125,7 @@ def bind(function: Callable[..., Any], signature: str) -> Binding:
         return Binding(function, tuple(positional), tuple(named), chosen)
     other = next((name for name in SIGNATURES if name != signature and _looks_like(parameters, name)), None)
     hint = (f"these are the arguments of a reward function of {'this project' if other == 'alphamed' else other}: set "
-            f"reward.signature={other}") if other else "rename its parameters, or give those that have no value here a default"
+            f"reward.signature={other}") if other else "rename its parameters, or give those without a value here a default"
     problem = f"{', '.join(unknown)} is not passed" if unknown else "it takes none of the arguments"
     there = "; ".join(f"{name} ({meaning})" for name, meaning in chosen.meanings.items())
     raise Refused(f"takes {inspect.signature(function)}, but {problem}: arguments go by name, and with reward.signature "

@@ -46,7 +46,8 @@ class Thinking:
         by the prompt where none of them opens it."""
         end = THINK_END if setting == AUTO else setting or ""
         begin, closed = begin_of(end), any(end in text for text in texts)
-        return cls(end if closed or setting != AUTO else "", closed and bool(begin) and not any(begin in text for text in texts))
+        opened = closed and bool(begin) and not any(begin in text for text in texts)
+        return cls(end if closed or setting != AUTO else "", opened)
 
     def answer(self, text: str) -> str | None:
         """The part of a response that states its answer: what follows the last `end`. None where thinking began and did not

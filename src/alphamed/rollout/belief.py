@@ -1,10 +1,10 @@
 """What a run believes of each question: its pass rate, and how likely the rewards of a group of answers to it differ.
 
 A pass rate p has a Beta(1/2 + r, 1/2 + w) distribution (Jeffreys' prior and r right, w wrong samples). The rewards that
-answers earn have a Dirichlet distribution, which with two of them is the same. The level of a question counts as samples from
-before the first step: 1 is 5 of 5 right, 6 is 0 of 5. Every observation fades, by half each `half_life_steps`, because the
-policy it was made of is gone; what is left in the end is a question nothing is known of. Pure, without random numbers: the
-same results give the same beliefs.
+answers earn have a Dirichlet distribution, which with two of them is the same. The level of a question counts as samples
+from before the first step: 1 is 5 of 5 right, 6 is 0 of 5. Every observation fades, by half each `half_life_steps`, because
+the policy it was made of is gone; what is left in the end is a question nothing is known of. Pure, without random numbers:
+the same results give the same beliefs.
 """
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ JEFFREYS = 0.5
 LEVELS = 6
 FAILED = (Outcome.TIMEOUT, Outcome.CRASH)
 MAX_REWARDS = 8
-"""Different rewards of a question that are kept, the commonest ones. With more the chance that all of a group are the same is
-next to nothing."""
+"""Different rewards of a question that are kept, the commonest ones. With more the chance that all of a group are the same
+is next to nothing."""
 DIGITS = 6
 """To which rewards are compared: taking the length penalty off again leaves rounding errors."""
 
@@ -43,8 +43,8 @@ class Evidence:
 
 
 class PassRates:
-    """The beliefs of a run whose groups hold `samples` answers. `earns`: what a right and what a wrong answer earns; None where
-    the reward does not follow from that, so that levels say nothing of it."""
+    """The beliefs of a run whose groups hold `samples` answers. `earns`: what a right and what a wrong answer earns; None
+    where the reward does not follow from that, so that levels say nothing of it."""
 
     def __init__(self, config: DynamicSamplingConfig, samples: int, earns: tuple[float, float] | None = (1.0, 0.0),
                  overlong: Overlong = Overlong(0, 0)):
@@ -134,8 +134,8 @@ def signal_chance(right: float, wrong: float, samples: int) -> float:
 
 
 def differing_chance(counts: Iterable[float], graded: float, samples: int) -> float:
-    """Chance that `samples` answers do not all earn the same: 1 - sum over K rewards of E[p^G], where `counts` of the `graded`
-    samples earned each of them and p ~ Dirichlet(1/K + counts). There are two rewards at least."""
+    """Chance that `samples` answers do not all earn the same: 1 - sum over K rewards of E[p^G], where `counts` of the
+    `graded` samples earned each of them and p ~ Dirichlet(1/K + counts). There are two rewards at least."""
     different = [*counts]
     different += [0.0] * (2 - len(different))
     prior = 2 * JEFFREYS / len(different)

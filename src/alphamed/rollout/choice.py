@@ -1,9 +1,9 @@
 """Which questions are asked next: those of the stream in its order, without those that are unlikely to teach.
 
 The stream gives the order, and with it the epochs, the letters of options and any curriculum; here questions are only
-passed over. A group teaches where its rewards differ, whatever the reward is. A question is asked at once if its group is at
-least as likely to teach as that of a question nothing is known of, or if it was passed over `max_passes` times in a row (some
-sooner), so that none starves. Where a search does not find enough of these, the likeliest of the others are asked.
+passed over. A group teaches where its rewards differ, whatever the reward is. A question is asked at once if its group is
+at least as likely to teach as that of a question nothing is known of, or if it was passed over `max_passes` times in a row
+(some sooner), so that none starves. Where a search does not find enough of these, the likeliest of the others are asked.
 """
 from __future__ import annotations
 
