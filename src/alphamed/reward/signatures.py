@@ -126,7 +126,7 @@ def bind(function: Callable[..., Any], signature: str) -> Binding:
     other = next((name for name in SIGNATURES if name != signature and _looks_like(parameters, name)), None)
     hint = (f"these are the arguments of a reward function of {'this project' if other == 'alphamed' else other}: set "
             f"reward.signature={other}") if other else "rename its parameters, or give those without a value here a default"
-    problem = f"{', '.join(unknown)} is not passed" if unknown else "it takes none of the arguments"
+    problem = f"there is no {', '.join(unknown)}" if unknown else "it takes none of the arguments"
     there = "; ".join(f"{name} ({meaning})" for name, meaning in chosen.meanings.items())
     raise Refused(f"takes {inspect.signature(function)}, but {problem}: arguments go by name, and with reward.signature "
                   f"{signature} there are {there}; {hint}")
