@@ -93,10 +93,12 @@ def _wanted(options: argparse.Namespace) -> Wanted:
     from alphamed.evaluation import ask
     from alphamed.evaluation.answers import engine_tree
     from alphamed.model import local_folder, read_shape
+    from alphamed.reward.rules import check_name
 
     (names, overrides), (variants, more) = _split(options.benchmarks), _split(options.variants)
     check_sampling(options)
     config = config_of(options, [*overrides, *more, *options.overrides])
+    check_name(config.reward.name)                  # a slip; answers are graded by their letters whatever it is
     if (folder := local_folder(config.model.path)) is not None:
         read_shape(folder)                          # before a benchmark is fetched for a model that can not be asked
     if not names and not config.evaluation.files:

@@ -184,7 +184,7 @@ def try_rule(rule: Rule, question: Question = SAMPLE, thinking: Thinking = Think
             answer = "an empty answer" if kind == "empty" else f"a {kind} answer"
             raise ConfigError(f"reward.name: {rule.function!r} was tried on {answer} to question {question.id!r} and "
                               f"failed: {_one_line(graded.problem)}; fix it before it grades a run")
-        found[kind] = graded.reward
+        found |= {kind: graded.reward}
     return found
 
 
