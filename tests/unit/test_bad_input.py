@@ -128,6 +128,16 @@ def own_reward(run: Run, source: str) -> None:
     run.set("reward.name", "own_rewards:f")
 
 
+def recorded(run: Run, changes: dict) -> None:
+    """Replay a run that was recorded with other settings."""
+    old = run.folder / "old"
+    (old / "rollouts").mkdir(parents=True)
+    (old / "rollouts" / "step_000002.parquet").touch()
+    (old / "config.yaml").write_text(yaml.safe_dump(run.tree | {
+        name: run.tree.get(name, {}) | section for name, section in changes.items()}))
+    run.set("rollout.replay", str(old))
+
+
 CONFIGS = [
     Mistake("no such config", lambda run: None, ("absent.yaml", "no such file"), ("--config", "absent.yaml")),
     Mistake("config is a folder", lambda run: None, ("can not be read",), ("--config", "{folder}")),
@@ -202,6 +212,10 @@ CONFIGS = [
         (run.folder / "old" / "rollouts" / "step_000001.parquet").touch(),
         run.set("rollout.replay", str(run.folder / "old"))),
             ("rollout.replay", "steps 1 to 1", "to step 2", "run.stop_after")),
+    Mistake("a replay at another temperature", lambda run: recorded(run, {"rollout": {"temperature": 0.5}}),
+            ("rollout.temperature: 1.0", "were sampled with 0.5", "set it back")),
+    Mistake("a replay by another reward", lambda run: recorded(run, {"reward": {"name": "format_only"}}),
+            ("reward.name: 'correct'", "were given with 'format_only'", "--only reward reward.name=correct")),
     Mistake("decisions that are not there", lambda run: evaluated(run, "nope.yaml"),
             ("evaluation.decisions: decisions nope.yaml: no such file",)),
     Mistake("decisions that are something else", lambda run: evaluated(run, str(run.rows([QUESTION], "e2.jsonl"))),
