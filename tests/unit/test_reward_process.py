@@ -259,13 +259,13 @@ from alphamed.records import Question
 from alphamed.reward.grader import GraderPool
 pool = GraderPool(sys.argv[1], workers=1, timeout_s=600)
 print(*pool.pids, flush=True)
-pool(Question("q", "?", {"A": "a"}, "A"), sys.argv[2], None, "")                          # never answers
+pool(Question("q", "?", {"A": "a"}, "A"), sys.argv[2], None, "")      # never answers
 """
 
 
 @pytest.mark.parametrize("function", ["hangs", "waits_for_file"])
 def test_a_grader_at_work_ends_with_its_parent(user_rewards, tmp_path, function):
-    env = os.environ | {"PYTHONPATH": str(tmp_path / "user")}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "user"), *filter(None, sys.path)])}
     with subprocess.Popen([sys.executable, "-c", PARENT, f"{user_rewards}:{function}", str(tmp_path / "never")],
                           stdout=subprocess.PIPE, text=True, env=env) as parent:
         grader = int(parent.stdout.readline())
