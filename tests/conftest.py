@@ -82,6 +82,9 @@ async def coroutine(question, text, letter):
 
 def two_arguments(question, text):
     return 1.0
+
+def of_nothing():
+    return 1.0
 '''
 
 

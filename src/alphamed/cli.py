@@ -216,6 +216,10 @@ def _train(options: argparse.Namespace) -> int:
         print(f"{options.config}: in order; {checked.questions} questions, {checked.evaluation_questions} for "
               f"evaluation, {checked.shape.parameters:,} parameters, {config.parallel.world} ranks, "
               f"{config.rollout.engines} engines")
+        earned = ", ".join(f"{reward:g} for {'an' if kind == 'empty' else 'a'} {kind} answer"
+                           for kind, reward in checked.rewards.items())
+        if earned:
+            print(f"reward {config.reward.name}: {earned}")
         return 0
     return launch.train(config)
 

@@ -11,12 +11,14 @@ from typing import Self
 
 from pydantic import model_validator
 
-from alphamed.config_choices import Correction, Device, Dtype, OldLogprobs, ReferencePlace, SyncMode, Transport
+from alphamed.config_choices import (Correction, Device, Dtype, KlEstimator, OldLogprobs, ReferencePlace, RewardSignature,
+                                     SyncMode, Transport)
 from alphamed.config_sections import (AlgorithmConfig, CheckpointConfig, ClusterConfig, DataConfig, DynamicSamplingConfig,
                                       EvaluationConfig, LoggingConfig, MAX_GPUS, ModelConfig, OptimizerConfig,
                                       ParallelConfig, PromptConfig, RewardConfig, RolloutConfig, RunConfig, Section,
                                       SyncConfig)
 from alphamed.reward.extraction import extract_answer
+from alphamed.reward.thinking import AUTO, THINK_END, Thinking
 
 
 class ConfigError(ValueError):
@@ -150,12 +152,25 @@ class Config(Section):
                    f"to divide one another; change one of them or set it to gather")
         if self.sync.transport == Transport.NCCL and self.cluster.device == Device.CPU:
             yield "sync.transport: nccl needs CUDA; set it to gloo or auto"
+        thinking = Thinking(THINK_END if self.reward.answer_after == AUTO else self.reward.answer_after or "")
         for i, shot in enumerate(self.prompt.shots):
-            if extract_answer(shot.response, shot.options) is None:
+            if extract_answer(thinking.answer(shot.response) or "", shot.options) is None:
                 yield (f"prompt.shots.{i}.response: boxes none of its letters ({', '.join(shot.options)}); end with a boxed "
                        f"one")
+        yield from self._reward_problems()
         yield from self._level_problems()
         yield from self._evaluation_problems()
+
+    def _reward_problems(self):
+        a, reward = self.algorithm, self.reward
+        if a.kl_coefficient and a.kl_estimator == KlEstimator.K1:
+            yield (f"algorithm.kl_estimator: k1 has a gradient of 0 in expectation, so that algorithm.kl_coefficient "
+                   f"({a.kl_coefficient}) would add noise and hold nothing back; set it to k2 or k3, the coefficient to 0")
+        if reward.signature != RewardSignature.ALPHAMED and ":" not in reward.name:
+            yield (f"reward.signature: {reward.signature} says how a function of your own is called, reward.name is "
+                   f"{reward.name!r}; leave it out, or name the function (module:function)")
+        if reward.answer_after and not reward.answer_after.strip():
+            yield "reward.answer_after: it is white space only; give the text that ends the thinking, auto or null"
 
     def _evaluation_problems(self):
         if self.run.last_step == 0 and not (self.evaluation.before or self.evaluation.after):

@@ -88,6 +88,12 @@ class TruncatedReward(StrEnum):
     GRADE = "grade"
 
 
+class RewardSignature(StrEnum):
+    ALPHAMED = "alphamed"
+    VERL = "verl"
+    TRL = "trl"
+
+
 class OldLogprobs(StrEnum):
     AUTO = "auto"
     RECOMPUTE = "recompute"

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from alphamed.config_choices import (Advantage, Aggregation, AnswerKeys, BadRows, Correction, Device, Dtype, KlEstimator,
                                      LevelsFrom, Loss, OldLogprobs, OnPush, PromptTemplate, Recompute, ReferencePlace,
-                                     Schedule, SyncMode, Transport, TruncatedReward, WandbMode)
+                                     RewardSignature, Schedule, SyncMode, Transport, TruncatedReward, WandbMode)
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -175,6 +175,12 @@ class DynamicSamplingConfig(Section):
 class RewardConfig(Section):
     name: str = "correct"
     """A built-in reward (`correct`, `correct_and_format`; as controls `format_only`, `random`) or `module:function`."""
+    signature: RewardSignature = RewardSignature.ALPHAMED
+    """Whose arguments a user's function takes, by name: this project's, or those of a reward function of verl or TRL
+    (docs/rewards.md)."""
+    answer_after: str | None = "auto"
+    """The answer is what follows the last occurrence of this text, for models that think before they answer. `auto`:
+    `</think>` where the tokenizer or the chat template knows it, else off. Empty or null: the whole response."""
     truncated: TruncatedReward = TruncatedReward.NOTHING
     """What a response that hit the token limit may earn."""
     overlong_buffer_tokens: NonNegative = 0

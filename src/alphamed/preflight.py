@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from alphamed.data.text import normalised, option_set
 from alphamed.model import ModelShape, check_context, check_layout, resolve
 from alphamed.model_folder import ModelFolder, check_model_folder
 from alphamed.records import Question
-from alphamed.reward.rules import check_rule
+from alphamed.reward.rules import check_name, opened_rule, try_rule
+from alphamed.reward.thinking import Thinking
 from alphamed.rollout.curriculum import check_levels
 
 
@@ -33,6 +34,8 @@ class Checked:
     skipped: tuple[RowProblem, ...]
     notes: tuple[str, ...]
     """How files were read that are not in the form of the schema."""
+    rewards: Mapping[str, float]
+    """Of a right, a wrong and an empty answer to the first question; none where rollouts are replayed."""
 
     @property
     def shape(self) -> ModelShape:
@@ -43,7 +46,7 @@ def validate(config: Config) -> Checked:
     """Check a run before it starts. A model that has to be fetched is fetched."""
     _check_run_dir(config)
     _check_hardware(config)
-    check_rule(config.reward.name)
+    check_name(config.reward.name)
     training = load_questions(config.data.train, config.data.bad_rows)
     check_levels(config.data.levels, training.questions)
     evaluation = [load_questions((path,), config.data.bad_rows) for path in config.evaluation.all_files]
@@ -60,9 +63,11 @@ def validate(config: Config) -> Checked:
     model.prompts.require_lengths([*training.questions, *(q for file in evaluation for q in file.questions)])
     paths = (*config.data.train, *config.evaluation.all_files)
     readings = sum((file.readings for file in evaluation), training.readings)
+    thinking = Thinking.of(config.reward.answer_after, model.tokenizer, model.prompts)
     return Checked(model, len(training.questions), asked,
                    sum((file.skipped for file in evaluation), training.skipped),
-                   tuple(f"{path}: {note}" for path, reading in zip(paths, readings, strict=True) for note in reading.notes()))
+                   tuple(f"{path}: {note}" for path, reading in zip(paths, readings, strict=True) for note in reading.notes()),
+                   _check_reward(config, training.questions[0], thinking))
 
 
 def _asked(config: Config, files: Sequence[Sequence[Question]]) -> int:
@@ -106,7 +111,7 @@ def _check_run_dir(config: Config) -> None:
     _check_place(config.run_dir)
     check_resume(config)
     if config.rollout.replay:
-        _check_replay(config.rollout.replay, config.run.last_step)
+        _check_replay(config, config.rollout.replay)
 
 
 def _check_place(folder: Path) -> None:
@@ -119,10 +124,12 @@ def _check_place(folder: Path) -> None:
         raise ConfigError(f"run.root: {folder} can not be made or written ({error.strerror}); choose another") from None
 
 
-def _check_replay(run_dir: Path, last_step: int) -> None:
-    """Whether the rollouts to train on reach to the last step."""
+def _check_replay(config: Config, run_dir: Path) -> None:
+    """Whether the rollouts to train on reach to the last step, and come from settings like these."""
     from alphamed.observe.rollout_files import recorded_steps
+    from alphamed.replay import require_recorded
 
+    last_step = config.run.last_step
     if not (run_dir / "rollouts").is_dir():
         raise ConfigError(f"rollout.replay: {str(run_dir)!r} holds no rollouts/ folder; give the "
                           f"directory of a run that recorded them (logging.rollout_files: true)")
@@ -131,6 +138,7 @@ def _check_replay(run_dir: Path, last_step: int) -> None:
         present = f"rollouts of steps {recorded[0]} to {recorded[-1]}" if recorded else "no rollouts"
         raise ConfigError(f"rollout.replay: {str(run_dir)!r} holds {present}, this run trains to step {last_step}; set "
                           f"run.stop_after to a recorded step")
+    require_recorded(config, run_dir)
 
 
 def _check_hardware(config: Config) -> None:
@@ -174,3 +182,11 @@ def _check_plan(config: Config, shape: ModelShape) -> None:
         near = next((f"; {' '.join(one.overrides)} would fit" for one in mends(plan)), "")
         raise ConfigError(f"{plan.problems[0]}{near}; see `alphamed plan`, or set cluster.start_unfit=true to start all the "
                           f"same")
+
+
+def _check_reward(config: Config, question: Question, thinking: Thinking) -> Mapping[str, float]:
+    """Try the reward on answers to a question; where rollouts are replayed none is asked for."""
+    if config.rollout.replay:
+        return {}
+    with opened_rule(config.reward, config.prompt, config.run.seed) as rule:
+        return try_rule(rule, question, thinking)

@@ -72,6 +72,8 @@ class GenerationTask:
     question: Question
     prompt_token_ids: tuple[int, ...]
     sampling: Sampling
+    evaluation: bool = False
+    """Graded by whether the answer is right, whatever reward training uses."""
 
 
 @dataclass(frozen=True, slots=True)

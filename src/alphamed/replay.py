@@ -7,11 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alphamed.config import Config, ConfigError
-from alphamed.observe.directory import config_of_run
+from alphamed.config_file import changed_config
+from alphamed.observe.directory import config_leaves, config_of_run
 from alphamed.observe.rollout_files import read_rollouts, recorded_steps, rollout_path
 from alphamed.records import ScoredGroup
+from alphamed.reward.thinking import Thinking
 
 SHOWN = 20
+GRADED_BY = ("reward.name", "reward.signature", "reward.truncated", "reward.answer_after", "reward.overlong_buffer_tokens",
+             "data.answer_keys")
+SAMPLED_BY = ("rollout.temperature", "rollout.questions_per_step", "rollout.samples_per_question",
+              "rollout.max_response_tokens", "rollout.max_staleness", "prompt", "dynamic_sampling", "data.levels",
+              "data.shuffle_options")
+"""Settings and sections that recorded rewards and rollouts come from: a replay can not change what is recorded. Temperature
+and staleness also say what distribution the log-probs are of, and whether they need correction."""
+LIMITS = ("prompt.max_tokens",)
+"""Of those, what only refuses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +48,37 @@ class Regraded:
     differences: tuple[Difference, ...]
 
 
+def require_recorded(config: Config, run_dir: Path) -> None:
+    """Raises ConfigError naming the first setting of a run on the rollouts of `run_dir` that would have no effect, because
+    these were sampled or graded otherwise. Advantages are computed again, so those of `config` hold."""
+    before, after = (config_leaves(one) for one in (config_of_run(run_dir), config))
+    for name in sorted(before.keys() | after.keys()):
+        was, now = before.get(name), after.get(name)
+        if was == now or name in LIMITS:
+            continue
+        if _is_of(name, GRADED_BY):
+            shown = "null" if now is None else now
+            other = (f" (what it gives these responses shows `alphamed replay {run_dir} --step N --only reward "
+                     f"{name}={shown}`)" if name.startswith("reward.") else "")
+            raise ConfigError(f"{name}: {now!r}, but the rewards recorded in {run_dir} were given with {was!r}, and a "
+                              f"replay trains on those; set it back{other}")
+        if _is_of(name, SAMPLED_BY):
+            raise ConfigError(f"{name}: {now!r}, but the rollouts in {run_dir} were sampled with {was!r}, and a replay "
+                              f"samples none; set it back")
+
+
+def _is_of(name: str, settings: Sequence[str]) -> bool:
+    return any(name == known or name.startswith(known + ".") for known in settings)
+
+
 def main(run_dir: Path, step: int, only: str, overrides: Sequence[str] = ()) -> int:
-    """`alphamed replay RUN --step N --only reward|update`: 0 where the step comes out as recorded, 1 where it does not."""
+    """`alphamed replay RUN --step N --only reward|update [key=value ...]`: 0 where the step comes out as recorded, 1 where
+    it does not."""
     if only == "update":
         from alphamed import rerun
 
         return rerun.main(run_dir, step, overrides)
-    found = regrade(run_dir, step)
+    found = regrade(run_dir, step, overrides)
     samples = sum(len(group.outcomes) for group in found.recorded)
     touched = {(d.group_id, d.sample_index) for d in found.differences}
     print(f"step {step} of {run_dir}: {samples} responses to {len(found.recorded)} questions graded again, "
@@ -55,12 +90,13 @@ def main(run_dir: Path, step: int, only: str, overrides: Sequence[str] = ()) -> 
     return 1 if found.differences else 0
 
 
-def regrade(run_dir: Path, step: int) -> Regraded:
-    """Grade the recorded responses of a step by the reward of the run's configuration as it is now.
+def regrade(run_dir: Path, step: int, overrides: Sequence[str] = ()) -> Regraded:
+    """Grade the recorded responses of a step by the reward of the run's configuration as it is now, with `overrides`.
 
     Raises ConfigError for a folder that is no run, a step that is not recorded, or a reward that can not be used.
     """
-    config = config_of_run(run_dir)
+    config = changed_config(config_of_run(run_dir), tuple(overrides))
+    _require_graded_by(overrides)
     path = rollout_path(run_dir, step)
     if not path.exists():
         steps = recorded_steps(run_dir)
@@ -71,27 +107,42 @@ def regrade(run_dir: Path, step: int) -> Regraded:
     return Regraded(recorded, now, tuple(difference for pair in zip(recorded, now) for difference in _compare(*pair)))
 
 
+def _require_graded_by(overrides: Sequence[str]) -> None:
+    """Raises ConfigError for an override that grading knows nothing of."""
+    for item in overrides:
+        name = item.partition("=")[0]
+        if not name.startswith("reward.") and name not in ("algorithm.advantage", "run.seed"):
+            raise ConfigError(f"{name}: has no part in --only reward, which grades what is recorded; leave it out, or use "
+                              f"--only update")
+
+
 def _grade(groups: tuple[ScoredGroup, ...], config: Config) -> tuple[ScoredGroup, ...]:
-    from alphamed.reward.grader import GraderPool
-    from alphamed.reward.process import advantages, shaped
-    from alphamed.reward.rules import grade_rollout, resolve_rule
+    from alphamed.reward.process import scored_group, shaped
+    from alphamed.reward.rules import grade_rollout, opened_rule, try_rule
     from alphamed.reward.shaping import Overlong
 
-    reward = config.reward
-    rule = resolve_rule(reward.name, seed=config.run.seed, timeout_s=reward.timeout_s, workers=1)
-    regraded = []
-    try:
+    thinking, regraded = _thinking(groups, config), []
+    with opened_rule(config.reward, config.prompt, config.run.seed) as rule:
+        try_rule(rule, groups[0].group.question, thinking)
         for scored in groups:
-            found = [grade_rollout(scored.group.question, rollout, rule, reward.truncated)
+            found = [grade_rollout(scored.group.question, rollout, rule, config.reward.truncated, thinking)
                      for rollout in scored.group.rollouts]
             found = shaped(found, scored.group.rollouts, Overlong.of(config))
-            regraded.append(ScoredGroup(
-                scored.group, tuple(g.outcome for g in found), tuple(g.reward for g in found),
-                advantages(found, str(config.algorithm.advantage)), tuple(g.letter for g in found)))
-    finally:
-        if isinstance(rule, GraderPool):
-            rule.close()
+            regraded.append(scored_group(scored.group, found, str(config.algorithm.advantage)))
     return tuple(regraded)
+
+
+def _thinking(groups: Sequence[ScoredGroup], config: Config) -> Thinking:
+    """What `reward.answer_after` means for the run's model; where that is not on this machine, what the responses say."""
+    from alphamed.data.prompts import PromptBuilder
+    from alphamed.data.tokenizer import load_tokenizer
+
+    folder = Path(config.model.path)
+    if not folder.is_dir():
+        return Thinking.of_texts(config.reward.answer_after,
+                                 [rollout.text for scored in groups for rollout in scored.group.rollouts])
+    tokenizer = load_tokenizer(folder)
+    return Thinking.of(config.reward.answer_after, tokenizer, PromptBuilder(tokenizer, config.prompt))
 
 
 def _compare(recorded: ScoredGroup, now: ScoredGroup) -> Iterator[Difference]:

@@ -14,6 +14,7 @@ from alphamed.config import Config, ConfigError
 from alphamed.config_file import build_config, load_config
 from alphamed.observe.metrics import read_rows
 from alphamed.observe.rollout_files import rollout_path
+from alphamed.replay import require_recorded
 
 COMPARED = ("policy/loss", "policy/kl", "policy/entropy", "policy/clip_fraction", "policy/grad_norm", "policy/lr",
             "policy/logprob_diff_mean", "policy/logprob_diff_max")
@@ -47,7 +48,9 @@ def replay_config(run_dir: Path, step: int, overrides: Sequence[str] = ()) -> Co
     tree["rollout"] |= {"replay": str(run_dir)}
     tree["evaluation"] |= {"before": False, "after": False, "every": 0}
     tree["logging"] |= {"wandb": "off", "rollout_files": False, "report": False, "export_hf": False}
-    return build_config(tree)
+    replayed = build_config(tree)
+    require_recorded(replayed, run_dir)             # before anything is written
+    return replayed
 
 
 def prepare(run_dir: Path, step: int, scratch: Path) -> None:

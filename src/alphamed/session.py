@@ -30,6 +30,7 @@ from alphamed.model import ModelShape, read_shape, resolve
 from alphamed.observe.model_card import write_card
 from alphamed.records import GenerationTask, ScoredGroup
 from alphamed.reward import process
+from alphamed.reward.thinking import Thinking
 from alphamed.rollout.coordinator import Coordinator
 from alphamed.rollout.pipeline import LiveRollouts, ReplayedRollouts
 from alphamed.rollout.pool import EnginePool
@@ -129,7 +130,7 @@ def open_session(config: Config) -> Iterator[Session]:
         reference = _reference(config, shape, here, folder, control)
         run.begin(saved, folder)
         prompts = PromptBuilder(tokenizer, config.prompt)
-        engines = _engines(config, folder, shape, tokenizer, control, stack)
+        engines = _engines(config, folder, shape, tokenizer, prompts, control, stack)
         rollouts = _rollouts(config, prompts, engines, control, run)
         if run.state.cursor:
             control.from_rank0("the place in the questions", lambda: rollouts.load_state(run.state.cursor))
@@ -160,8 +161,8 @@ def _reference(config: Config, shape: ModelShape, here: runtime.Runtime, folder:
     return reference
 
 
-def _engines(config: Config, folder: Path, shape: ModelShape, tokenizer: Tokenizer, control: Control,
-             stack: contextlib.ExitStack) -> Engines | None:
+def _engines(config: Config, folder: Path, shape: ModelShape, tokenizer: Tokenizer, prompts: PromptBuilder,
+             control: Control, stack: contextlib.ExitStack) -> Engines | None:
     """On rank 0 of a run that generates: Ray, the engines, the reward process and the coordinator; None elsewhere."""
     if config.rollout.replay is not None:
         return None
@@ -170,7 +171,7 @@ def _engines(config: Config, folder: Path, shape: ModelShape, tokenizer: Tokeniz
     def start() -> None:
         placement.start_ray(config)
         stack.callback(placement.stop_ray)
-        grader = process.start(config)
+        grader = process.start(config, Thinking.of(config.reward.answer_after, tokenizer, prompts))
         pool = EnginePool.start(config, folder, shape, tokenizer.stop_ids(config.rollout.stop))
         stack.callback(pool.stop)
         found.append(Engines(pool, Coordinator.start(config, pool, grader)))

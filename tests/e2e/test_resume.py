@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny_run import Workplace, metrics
 
 from alphamed.algorithms.advantage import group_advantages
-from alphamed.config_file import load_config
+from alphamed.config_file import dump_config, load_config
 from alphamed.data.prompts import PromptBuilder
 from alphamed.data.tokenizer import load_tokenizer
 from alphamed.observe.rollout_files import read_rollouts, rollout_path, write_rollouts
@@ -77,6 +77,8 @@ def replays(tmp_path_factory) -> Workplace:
     """A workplace with recorded rollouts of four steps."""
     place = Workplace(tmp_path_factory.mktemp("replays"), **TRAINING)
     model = load(place.model)
+    (place.folder / "recorded").mkdir()
+    (place.folder / "recorded" / "config.yaml").write_text(dump_config(load_config(place.folder / "run.yaml")))
     for step in range(1, STEPS + 1):
         path = rollout_path(place.folder / "recorded", step)
         path.parent.mkdir(parents=True, exist_ok=True)

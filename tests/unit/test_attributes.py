@@ -15,7 +15,7 @@ from alphamed.cli import main
 from alphamed.data.attributes import ATTRIBUTES
 from alphamed.data.sources import load_questions
 from alphamed.evaluation.compare import read_answered
-from alphamed.evaluation.items import Asked, graded, read_items, row
+from alphamed.evaluation.items import Asked, Grading, graded, read_items, row
 from alphamed.evaluation.results import set_result
 from alphamed.evaluation.runner import Evaluation, QuestionSet, SetResult, write_evaluation
 from alphamed.evaluation.score import score
@@ -181,7 +181,7 @@ def test_answers_of_a_run_and_of_eval_carry_the_bin():
     sets = QuestionSet("e", Path("e.jsonl"), (group.group.question,), 1)
     write_evaluation(Path("evaluations"), "step_000000", 0, Evaluation(0, (SetResult(sets, (group,), score([group])),), 1.0))
     of_run = read_answered(Path("evaluations/step_000000.items.jsonl"))["e"].answers["q"]
-    one = graded(Asked("e", None, group.group.question), 0, "\\boxed{A}", FinishReason.STOP, 3, "nothing")
+    one = graded(Asked("e", None, group.group.question), 0, "\\boxed{A}", FinishReason.STOP, 3, Grading())
     replace_json_lines(Path("out/items.jsonl"), [row(one)])
     of_eval = read_answered(Path("out/items.jsonl"))["e"].answers["q"]
     assert of_run.attributes == of_eval.attributes == {"level": 2, "informativeness": 3}
@@ -194,7 +194,7 @@ def test_answers_of_a_run_and_of_eval_carry_the_bin():
 def test_results_are_told_by_informativeness():
     def answer(i, text, bin_):
         asked = Asked("e", None, Question(f"q{i}", "?", {"A": "a", "B": "b"}, "A", informativeness=bin_))
-        return [graded(asked, 0, text, FinishReason.STOP, 3, "nothing")]
+        return [graded(asked, 0, text, FinishReason.STOP, 3, Grading())]
 
     found = set_result([answer(0, "\\boxed{A}", 1), answer(1, "\\boxed{B}", 1), answer(2, "\\boxed{A}", 4)])
     assert {name: (one["n"], one["accuracy"]) for name, one in found["by_informativeness"].items()} == {

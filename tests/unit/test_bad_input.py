@@ -122,6 +122,22 @@ def truncate(path: Path, keep: float) -> None:
     path.write_bytes(data[:int(len(data) * keep)])
 
 
+def own_reward(run: Run, source: str) -> None:
+    """A module of the user's own, in the folder where the command is given."""
+    (run.folder / "own_rewards.py").write_text(source)
+    run.set("reward.name", "own_rewards:f")
+
+
+def recorded(run: Run, changes: dict) -> None:
+    """Replay a run that was recorded with other settings."""
+    old = run.folder / "old"
+    (old / "rollouts").mkdir(parents=True)
+    (old / "rollouts" / "step_000002.parquet").touch()
+    (old / "config.yaml").write_text(yaml.safe_dump(run.tree | {
+        name: run.tree.get(name, {}) | section for name, section in changes.items()}))
+    run.set("rollout.replay", str(old))
+
+
 CONFIGS = [
     Mistake("no such config", lambda run: None, ("absent.yaml", "no such file"), ("--config", "absent.yaml")),
     Mistake("config is a folder", lambda run: None, ("can not be read",), ("--config", "{folder}")),
@@ -168,6 +184,19 @@ CONFIGS = [
     setting("prompt.shots", [{"question": "q", "options": {"A": "a", "B": "b"}, "response": "\\boxed{C}"}], "A, B"),
     setting("reward.name", "corect", "corect", "did you mean 'correct'"),
     setting("reward.name", "no_such_module:f", "no_such_module"),
+    setting("reward.signature", "verl", "reward.name is 'correct'", "module:function"),
+    setting("reward.signature", "veRL", "'alphamed', 'verl' or 'trl'"),
+    setting("reward.answer_after", " ", "white space only"),
+    Mistake("a KL penalty without a gradient", lambda run: run.set("algorithm", {
+        "kl_coefficient": 0.01, "kl_estimator": "k1"}), ("algorithm.kl_estimator: k1", "gradient of 0", "k2 or k3")),
+    Mistake("a reward of another trainer", lambda run: own_reward(run, "def f(data_source, solution_str, ground_truth, "
+            "extra_info=None): return 1.0"), ("reward.name", "data_source", "question (", "set reward.signature=verl")),
+    Mistake("a reward that fails", lambda run: own_reward(run, "def f(text): return {}['key']"),
+            ("reward.name", "a right answer to question 'q0'", "KeyError: 'key'", "own_rewards.py, line 1")),
+    Mistake("a reward that hangs", lambda run: (own_reward(run, "def f(text):\n    while True: pass"),
+                                                run.set("reward.timeout_s", 0.5)), ("reward.name", "within 0.5 s")),
+    setting("prompt.shots", [{"question": "q", "options": {"A": "a", "B": "b"},
+                              "response": "<think>\\boxed{A}</think> so it is"}], "boxed"),
     setting("model.path", "/no/such/folder", "/no/such/folder"),
     setting("model.path", "", "model.path"),
     setting("data.train", [], "train"),
@@ -183,6 +212,10 @@ CONFIGS = [
         (run.folder / "old" / "rollouts" / "step_000001.parquet").touch(),
         run.set("rollout.replay", str(run.folder / "old"))),
             ("rollout.replay", "steps 1 to 1", "to step 2", "run.stop_after")),
+    Mistake("a replay at another temperature", lambda run: recorded(run, {"rollout": {"temperature": 0.5}}),
+            ("rollout.temperature: 1.0", "were sampled with 0.5", "set it back")),
+    Mistake("a replay by another reward", lambda run: recorded(run, {"reward": {"name": "format_only"}}),
+            ("reward.name: 'correct'", "were given with 'format_only'", "--only reward reward.name=correct")),
     Mistake("decisions that are not there", lambda run: evaluated(run, "nope.yaml"),
             ("evaluation.decisions: decisions nope.yaml: no such file",)),
     Mistake("decisions that are something else", lambda run: evaluated(run, str(run.rows([QUESTION], "e2.jsonl"))),
@@ -280,7 +313,17 @@ def one_line(text: str, mistake: Mistake) -> None:
 
 def test_the_run_that_the_table_breaks_is_in_order(run, capsys):
     assert main(["train", "--check", "--config", str(run.write())]) == 0
-    assert "in order; 4 questions" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "in order; 4 questions" in printed
+    assert "reward correct: 1 for a right answer, 0 for a wrong answer, 0 for an empty answer\n" in printed
+
+
+def test_a_check_shows_what_a_reward_of_ones_own_gives(run, capsys):
+    own_reward(run, "def f(data_source, solution_str, ground_truth, extra_info=None):\n"
+                    "    return {'score': 0.5 if '{' + ground_truth + '}' in solution_str else -len(data_source + '12') / 4}")
+    run.set("reward.signature", "verl")
+    assert main(["train", "--check", "--config", str(run.write())]) == 0
+    assert "reward own_rewards:f: 0.5 for a right answer, -0.5 for a wrong answer, -0.5 for an" in capsys.readouterr().out
 
 
 def test_a_check_counts_the_questions_that_an_evaluation_asks(run, capsys):

@@ -1,10 +1,13 @@
 """Beliefs about pass rates: the chance that a group teaches by hand and by integration, levels, fading, no starving."""
 import json
+from dataclasses import replace
 
 import pytest
 
 from alphamed.config_sections import DynamicSamplingConfig
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
+from alphamed.reward.rules import earns_of
+from alphamed.reward.shaping import Overlong
 from alphamed.rollout.belief import PassRates, signal_chance
 from alphamed.rollout.choice import Chooser
 
@@ -17,8 +20,8 @@ def question(name="q", level=None):
 
 def graded(name, *outcomes):
     rollouts = tuple(Rollout("g", name, i, (1,), (0.0,), "", FinishReason.STOP, 1) for i in range(len(outcomes)))
-    zeros = (0.0,) * len(outcomes)
-    return ScoredGroup(RolloutGroup("g", question(name), (1, 2), rollouts), outcomes, zeros, zeros, (None,) * len(outcomes))
+    rewards = tuple(float(outcome == RIGHT) for outcome in outcomes)
+    return ScoredGroup(RolloutGroup("g", question(name), (1, 2), rollouts), outcomes, rewards, rewards, (None,) * len(outcomes))
 
 
 class Stream:
@@ -164,3 +167,64 @@ def test_the_state_is_json_and_restores_every_belief_exactly():
     second.load_state(json.loads(json.dumps(first.state())))
     assert second.state() == first.state()
     assert go_on(second, range(8, 20)) == go_on(first, range(8, 20))
+
+
+# ------------------------------------------------------------------------------------------------ rewards, not correctness
+def earned(name, *rewards, outcome=WRONG, tokens=1):
+    rollouts = tuple(Rollout("g", name, i, (1,) * tokens, (0.0,) * tokens, "", FinishReason.STOP, 1)
+                     for i in range(len(rewards)))
+    return ScoredGroup(RolloutGroup("g", question(name), (1, 2), rollouts), (outcome,) * len(rewards), rewards,
+                       (0.0,) * len(rewards), (None,) * len(rewards))
+
+
+def rates_of(earns=None, samples=8, **settings):
+    return PassRates(DynamicSamplingConfig(**settings), samples, earns, Overlong(100, 50))
+
+
+def test_a_group_teaches_where_its_rewards_differ_whatever_is_right():
+    """All answers of `graded` are wrong, with eight different rewards; those of `same` are right and wrong, all worth 0.5."""
+    rates = rates_of()
+    same = replace(earned("same", *[0.5] * 8), outcomes=(RIGHT, WRONG) * 4)
+    rates.observe([earned("graded", *[i / 8 for i in range(8)]), same], 0)
+    assert rates.chance(question("graded"), 0) > 0.99 > rates.of_unknown > rates.chance(question("same"), 0)
+    # Beta(1/2 + 8, 1/2): E[p^8] over eight samples that all earned the same, and its mirror image
+    assert rates.chance(question("same"), 0) == pytest.approx(signal_chance(8, 0, 8))
+
+
+def test_three_rewards_by_hand():
+    """Dirichlet(1/3 + 2, 1/3 + 1, 1/3 + 1) of 4 samples, two answers: E[p^2] = a (a + 1) / (5 * 6) with a = 7/3, 4/3, 4/3."""
+    rates = rates_of(samples=2)
+    rates.observe([earned("q", 0.0, 0.0, 0.3, 1.0)], 0)
+    assert rates.chance(question(), 0) == pytest.approx(1 - (7 / 3 * 10 / 3 + 2 * 4 / 3 * 7 / 3) / 30)
+
+
+def test_many_rewards_that_fade_leave_a_question_nothing_is_known_of():
+    rates = rates_of(half_life_steps=1)
+    rates.observe([earned("q", *[i / 8 for i in range(8)])], 0)
+    assert 0 < rates.chance(question(), 60) < 1 and rates.chance(question(), 60) >= rates.of_unknown
+
+
+def test_the_length_penalty_is_no_difference_between_answers():
+    """At 75 tokens of 100 with a buffer of 50 half a point is taken off."""
+    rates = rates_of()
+    rates.observe([replace(earned("q", *[1.0] * 8), rewards=(1.0,) * 4 + (0.5,) * 4)], 0)
+    assert rates.chance(question(), 0) > 0.9                     # answers of one token: the difference is the answers'
+    long = earned("long", *[0.5] * 4, tokens=75)
+    short = earned("long", *[1.0] * 4)
+    group = replace(long, group=replace(long.group, rollouts=long.group.rollouts + short.group.rollouts),
+                    rewards=long.rewards + short.rewards, outcomes=(RIGHT,) * 8)
+    rates.observe([group], 0)
+    assert rates.chance(question("long"), 0) == pytest.approx(signal_chance(8, 0, 8))
+
+
+def test_levels_say_nothing_of_a_reward_that_does_not_follow_from_right_and_wrong():
+    assert rates_of(None).chance(question(level=6), 0) == rates_of(None).of_unknown
+    assert rates_of((1.0, 0.0)).chance(question(level=6), 0) == pytest.approx(signal_chance(0, 5, 8))
+    assert [earns_of(name) for name in ("correct", "correct_and_format", "format_only", "random", "my:own")] == [
+        (1.0, 0.0), (1.0, 0.1), None, None, None]
+
+
+def test_a_state_of_before_rewards_were_kept_is_read():
+    rates = rates_of((1.0, 0.0))
+    rates.load_state({"q": [1, 7, 3, 2]})
+    assert rates.counts(question(), 3) == (1, 7) and rates.chance(question(), 3) == rates.of_unknown

@@ -1,6 +1,6 @@
 """The coordinator's scheduling, without Ray: engines and grader are objects whose answers the test gives."""
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -48,6 +48,7 @@ class FakeEngine:
 @dataclass
 class FakeGrader:
     graded: list[str] = field(default_factory=list)
+    evaluations: list[str] = field(default_factory=list)
     hold: bool = False
     failure: RunFailed | None = None
 
@@ -58,8 +59,9 @@ class FakeGrader:
         if self.failure:
             raise self.failure
 
-    async def _grade(self, group):
+    async def _grade(self, group, evaluation):
         self.graded.append(group.group_id)
+        self.evaluations += [group.group_id] * evaluation
         if self.hold:
             await asyncio.sleep(60)
         n = len(group.rollouts)
@@ -98,6 +100,19 @@ def test_groups_come_in_the_order_of_tasks_and_are_graded_as_they_finish():
         assert [one.group.group_id for one in done.groups] == ["a", "b"]
         assert {rollout.policy_version for one in done.groups for rollout in one.group.rollouts} == {3}
         assert grader.graded == ["b", "a"] and done.response_tokens == 12
+    asyncio.run(run())
+
+
+def test_the_grader_is_told_what_belongs_to_an_evaluation():
+    async def run():
+        (engine,), grader, coordinator = scene()
+        await coordinator.start()
+        await coordinator.submit("both", [task("a", 2), replace(task("b", 2), evaluation=True)], 3)
+        await settle()
+        for name in "ab":
+            engine.answer(name)
+        await coordinator.collect("both", 10.0)
+        assert sorted(grader.graded) == ["a", "b"] and grader.evaluations == ["b"]
     asyncio.run(run())
 
 

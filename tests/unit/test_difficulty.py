@@ -198,7 +198,30 @@ def test_outcomes_of_the_grader_that_are_no_answer_are_no_right_ones():
     from alphamed.data.difficulty import Annotated
 
     one = Annotated("q", "", tuple(map(str, (Outcome.CORRECT, Outcome.TRUNCATED, Outcome.UNPARSEABLE, Outcome.WRONG))),
-                    ("A", "A", None, "B"), (4, 16, 3, 5), 9)
-    assert one.columns("m") == {"pass_rate": 0.25, "samples": 4, "unparsed": 0.25, "truncated": 0.25,
+                    ("A", "A", None, "B"), (4, 16, 3, 5), 9, (True, True, False, False))
+    assert one.columns("m") == {"pass_rate": 0.25, "samples": 4, "unparsed": 0.25, "truncated": 0.5,     # one cut, yet right
                                 "response_tokens_mean": 7.0, "question_tokens": 9, "annotated_by": "m"}
     assert one.level == 5                           # 0.25 is nearest to 0.2
+
+
+def test_a_cut_answer_that_is_graded_all_the_same_counts_as_truncated():
+    """reward.truncated=grade: the first answer is right and was cut."""
+    from alphamed.data.difficulty import annotated
+
+    question = Question("q", "Which?", {"A": "this", "B": "that"}, "A")
+    ends = (FinishReason.LENGTH, FinishReason.STOP)
+    rollouts = tuple(Rollout("g", "q", j, (1, 2), (), "\\boxed{A}", end, 0) for j, end in enumerate(ends))
+    right = (Outcome.CORRECT,) * 2
+    found = annotated(ScoredGroup(RolloutGroup("g", question, (1,), rollouts), right, (1.0, 1.0), (0.0, 0.0), ("A", "A")), 9)
+    columns = found.columns("m")
+    assert (columns["pass_rate"], columns["truncated"]) == (1.0, 0.5)
+
+
+def test_annotations_of_before_cuts_were_recorded_are_read(tmp_path):
+    from alphamed.data.difficulty import content_of, read_work
+
+    question = Question("q", "Which?", {"A": "this", "B": "that"}, "A")
+    row = {"id": "q", "content": content_of(question), "outcomes": ["truncated", "correct"], "letters": [None, "A"],
+           "tokens": [16, 3], "question_tokens": 9}
+    (tmp_path / "shard-1-of-1.jsonl").write_text(json.dumps(row) + "\n")
+    assert read_work(tmp_path, [question], 2)["q"].columns("m")["truncated"] == 0.5

@@ -397,9 +397,40 @@ def test_one_rule_for_truncated_answers_holds_for_all_sets_of_a_folder(tmp_path,
     assert evaluate(model, out, "--benchmarks", questions(tmp_path)) == 0
     assert evaluate(model, out, "--benchmarks", questions(tmp_path, "f.jsonl"), "reward.truncated=grade") == 0
     found = results(out)
-    assert found["grading"] == {"truncated": "grade"}
+    assert found["grading"] == {"truncated": "grade", "answer_after": "", "prompt_opens_thinking": False}
     assert {name: (one["accuracy"], one["truncated"]) for name, one in found["benchmarks"].items()} == {
-        "e": (0.5, 0.0), "f": (0.5, 0.0)}
+        "e": (0.5, 1.0), "f": (0.5, 1.0)}        # all were cut, and graded all the same
+
+
+def test_what_follows_the_thinking_decides_and_a_regrade_knows_it(tmp_path, model, monkeypatch, capsys):
+    """q0's draft is right and its answer wrong, q1 never ends thinking, q2 answers at once, q3 boxes its answer last."""
+    said = {"q0": "<think>\\boxed{A}</think>\\boxed{B}", "q1": "<think>\\boxed{B}", "q2": "\\boxed{C}",
+            "q3": "<think>\\boxed{B}</think>\\boxed{A}"}
+    script(monkeypatch, lambda question, j: said[question.id])
+    out = tmp_path / "out"
+    assert evaluate(model, out, "--benchmarks", questions(tmp_path), "reward.answer_after=</think>") == 0
+    expected = {"q0": ("B", "wrong"), "q1": (None, "unparseable"), "q2": ("C", "correct"), "q3": ("A", "correct")}
+    assert {item["id"]: (item["letter"], item["outcome"]) for item in items(out)} == expected
+    capsys.readouterr()
+    assert cli.main(["eval", "--regrade", str(out)]) == 0
+    assert "4 answers graded again, 0 changed" in capsys.readouterr().out
+    about = json.loads((out / "evaluation.json").read_text())
+    about["grading"] = {"truncated": "nothing"}                 # as older evaluations have it: the last box of all
+    (out / "evaluation.json").write_text(json.dumps(about))
+    assert cli.main(["eval", "--regrade", str(out)]) == 0
+    assert "4 answers graded again, 1 changed (the first: e/q1)" in capsys.readouterr().out
+    about["grading"] = {"truncated": "nothing", "answer_after": 7}
+    (out / "evaluation.json").write_text(json.dumps(about))
+    assert cli.main(["eval", "--regrade", str(out)]) == 2
+    assert "grading.answer_after is text" in capsys.readouterr().err
+
+
+def test_an_evaluation_needs_no_reward_function(tmp_path, model, monkeypatch):
+    """It grades strictly: the module need not be on this machine."""
+    script(monkeypatch, lambda question, j: "\\boxed{A}")
+    assert evaluate(model, tmp_path / "out", "--benchmarks", questions(tmp_path), "reward.name=not_here:f",
+                    "reward.signature=trl") == 0
+    assert results(tmp_path / "out")["benchmarks"]["e"]["accuracy"] == 0.5
 
 
 def test_another_file_of_the_same_name_does_not_take_the_place_of_the_first(tmp_path, model, monkeypatch, capsys):

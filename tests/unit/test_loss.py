@@ -278,8 +278,9 @@ def test_kl_estimates_the_kl(kind, exact):
     torch.testing.assert_close(estimate, true, rtol=1e-12 if exact else 0.1, atol=0.0)
 
 
-def test_the_gradient_of_k2_is_that_of_the_kl():
-    """E[d k2 / d theta] under pi = d KL / d theta, over the logits of a small vocabulary; k1's expectation is 0."""
+def test_what_the_expected_gradients_of_the_estimators_are():
+    """Under pi, over the logits of a small vocabulary: k2's is that of KL(pi || reference); k3's that of KL(reference || pi),
+    which is pi - reference; k1's is 0, so that the configuration refuses it as a penalty."""
     logits = torch.tensor([0.3, -0.2, 0.5], dtype=F64, requires_grad=True)
     reference = torch.tensor([0.4, 0.4, 0.2], dtype=F64).log()
     log_pi = logits.log_softmax(0)
@@ -290,6 +291,7 @@ def test_the_gradient_of_k2_is_that_of_the_kl():
                                    retain_graph=True)[0]
 
     torch.testing.assert_close(expected("k2"), true)
+    torch.testing.assert_close(expected("k3"), log_pi.detach().exp() - reference.exp())
     torch.testing.assert_close(expected("k1"), torch.zeros(3, dtype=F64))
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from alphamed.config_choices import TruncatedReward
-from alphamed.evaluation.items import Asked, graded
+from alphamed.evaluation.items import Asked, Grading, graded
 from alphamed.records import FinishReason, Outcome, Question
 
 FIXTURE = yaml.safe_load((Path(__file__).parents[1] / "hard_outputs.yaml").read_text(encoding="utf-8"))
@@ -41,7 +40,7 @@ def harness_exact_match(text, key):
 def ours(case, key="A"):
     question = Question("q", "Which?", FIXTURE["options"][case["of"]], key)
     finish = FinishReason(case.get("finish", "stop"))
-    return graded(Asked("set", None, question), 0, case["text"], finish, 9, TruncatedReward.NOTHING)
+    return graded(Asked("set", None, question), 0, case["text"], finish, 9, Grading())
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['kind']}: {case['text'][:40]}")

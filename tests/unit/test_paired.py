@@ -5,8 +5,7 @@ from math import comb
 
 import pytest
 
-from alphamed.config_choices import TruncatedReward
-from alphamed.evaluation.items import Asked, graded
+from alphamed.evaluation.items import Asked, Grading, graded
 from alphamed.evaluation.paired import compare, compare_sets, mcnemar, right, split_gain
 from alphamed.evaluation.results import set_result
 from alphamed.records import FinishReason, Question
@@ -49,7 +48,7 @@ def test_a_model_that_boxed_nothing_gains_by_format_alone():
 # ----------------------------------------------------------------------------------------------------------------- sets
 def items(i, *texts, key="A", text="?", variant=None):
     question = Question(i, text, {"A": "a", "B": "b", "C": "c"}, key)
-    return [graded(Asked("set", variant, question), j, one, FinishReason.STOP, 3, TruncatedReward.NOTHING)
+    return [graded(Asked("set", variant, question), j, one, FinishReason.STOP, 3, Grading())
             for j, one in enumerate(texts)]
 
 

@@ -9,6 +9,7 @@ from alphamed.observe.files import replace_text
 from alphamed.observe.rollout_files import rollout_path, write_rollouts
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
 from alphamed.replay import main, regrade
+from alphamed.rerun import replay_config
 
 C, W, U, T = Outcome.CORRECT, Outcome.WRONG, Outcome.UNPARSEABLE, Outcome.TRUNCATED
 
@@ -62,6 +63,69 @@ def test_a_forged_record_is_found(tmp_path):
     write_rollouts(rollout_path(tmp_path, 3), 3, [replace(group, letters=("B", "B", None, "B"))])
     assert [str(d) for d in regrade(tmp_path, 3).differences] == [
         "question q, group 1:0:q, sample 1: letter was B, is A"]
+
+
+def test_overrides_say_what_another_reward_gives(tmp_path, capsys):
+    run_of(tmp_path)
+    found = regrade(tmp_path, 3, ["reward.name=correct_and_format", "algorithm.advantage=rloo"])
+    assert found.now[0].rewards == (1.0, 0.1, 0.0, 0.0)
+    assert found.now[0].advantages == pytest.approx([4 / 3 * x for x in (0.725, -0.175, -0.275, -0.275)])
+    assert main(tmp_path, 3, "reward", ["reward.name=correct_and_format"]) == 1
+    with pytest.raises(ConfigError, match="^rollout.temperature: has no part in --only reward"):
+        regrade(tmp_path, 3, ["rollout.temperature=0.5"])
+    with pytest.raises(ConfigError, match="'corect' is not a reward; did you mean 'correct'"):
+        regrade(tmp_path, 3, ["reward.name=corect"])
+
+
+def test_a_function_of_another_trainer_is_refused_here_too(tmp_path, monkeypatch):
+    run_of(tmp_path)
+    (tmp_path / "ported.py").write_text("def score(solution_str, ground_truth): return float(ground_truth in solution_str)")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="set reward.signature=verl"):
+        regrade(tmp_path, 3, ["reward.name=ported:score"])
+    found = regrade(tmp_path, 3, ["reward.name=ported:score", "reward.signature=verl"])
+    assert found.now[0].rewards == (1.0, 0.0, 1.0, 0.0)
+
+
+def test_thinking_is_told_from_the_responses_where_the_model_is_elsewhere(tmp_path):
+    group = run_of(tmp_path)
+    texts = ["<think>\\boxed{A}</think>\\boxed{B}", "<think>\\boxed{B}</think>\\boxed{A}", "<think>\\boxed{B}", "<think>"]
+    rollouts = tuple(replace(one, text=text) for one, text in zip(group.group.rollouts, texts))
+    write_rollouts(rollout_path(tmp_path, 3), 3, [replace(group, group=replace(group.group, rollouts=rollouts),
+                                                          letters=("B", "A", None, None))])
+    assert regrade(tmp_path, 3).differences == ()
+    found = regrade(tmp_path, 3, ["reward.answer_after=null"])
+    assert [(d.sample_index, d.field, d.now) for d in found.differences
+            if d.field in ("outcome", "letter")] == [(2, "outcome", C), (2, "letter", "B")]
+
+
+# ---------------------------------------------------------------------------------------- what a replay can not change
+@pytest.mark.parametrize("setting, message", [
+    ("reward.name=format_only", "reward.name: 'format_only', but the rewards recorded in .* were given with 'correct'"
+                                ".*set it back .*--only reward reward.name=format_only`"),
+    ("reward.truncated=grade", "reward.truncated: 'grade', .* given with 'nothing'"),
+    ("reward.overlong_buffer_tokens=9", "reward.overlong_buffer_tokens: 9, .* given with 0"),
+    ("reward.answer_after=null", "reward.answer_after: None, .* given with 'auto'"),
+    ("data.answer_keys=shuffled", "data.answer_keys: 'shuffled', .* given with 'given'"),
+    ("rollout.temperature=0.5", "rollout.temperature: 0.5, but the rollouts in .* were sampled with 1.0.*set it back"),
+    ("rollout.samples_per_question=4", "rollout.samples_per_question: 4, .* sampled with 8"),
+    ("rollout.max_staleness=1", "rollout.max_staleness: 1, .* sampled with 0"),
+    ("prompt.instruction=Answer.", "prompt.instruction: 'Answer.', .* sampled with 'Please"),
+    ("dynamic_sampling.refills=9", "dynamic_sampling.refills: 9, .* sampled with 0"),
+    ("data.shuffle_options=false", "data.shuffle_options: False, .* sampled with True")])
+def test_a_replay_refuses_what_would_have_no_effect(tmp_path, setting, message):
+    run_of(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        replay_config(tmp_path, 3, [setting])
+    assert not (tmp_path / "replays").exists()
+
+
+@pytest.mark.parametrize("setting", ["algorithm.advantage=rloo", "algorithm.loss=gspo", "algorithm.kl_coefficient=0.1",
+                                     "parallel.tensor=2", "optimizer.lr=1e-3", "prompt.max_tokens=512", "model.path=other",
+                                     "reward.workers=1", "rollout.engines=2"])
+def test_a_replay_takes_what_has_an_effect(tmp_path, setting):
+    run_of(tmp_path)
+    assert replay_config(tmp_path, 3, [setting]).rollout.replay == tmp_path
 
 
 def test_wrong_places_are_told(tmp_path):

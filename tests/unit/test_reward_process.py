@@ -18,7 +18,7 @@ from alphamed.config_sections import RewardConfig
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup
 from alphamed.reward.grader import GraderDied, GraderPool, RewardTimeout
 from alphamed.reward.process import GradingFailed, RewardProcess, advantages
-from alphamed.reward.rules import Graded
+from alphamed.reward.thinking import Thinking
 
 QUESTION = Question("q1", "Which?", {"A": "this", "B": "that"}, "A")
 RIGHT, WRONG, NONE = r"\boxed{A}", r"\boxed{B}", "?"
@@ -73,11 +73,34 @@ def test_truncated_follows_the_configuration():
 
 
 def test_failed_samples_teach_nothing():
-    graded = [Graded(Outcome.CORRECT, 1.0, "A"), Graded(Outcome.CRASH, 0.0, None, "..."),
-              Graded(Outcome.WRONG, 0.0, "B"), Graded(Outcome.TIMEOUT, 0.0, None, "...")]
-    assert advantages(graded, "dr_grpo") == (0.5, 0.0, -0.5, 0.0)
-    assert advantages(graded[:2], "grpo") == (0.0, 0.0)          # one graded sample has nothing to be compared with
-    assert advantages([graded[1], graded[3]], "grpo") == (0.0, 0.0)
+    outcomes = (Outcome.CORRECT, Outcome.CRASH, Outcome.WRONG, Outcome.TIMEOUT)
+    assert advantages(outcomes, (1.0, 0.0, 0.0, 0.0), "dr_grpo") == (0.5, 0.0, -0.5, 0.0)
+    assert advantages(outcomes[:2], (1.0, 0.0), "grpo") == (0.0, 0.0)          # one sample has nothing to be compared with
+    assert advantages((outcomes[1], outcomes[3]), (0.0, 0.0), "grpo") == (0.0, 0.0)
+
+
+def test_an_evaluation_asks_whether_answers_are_right_whatever_the_reward_is(user_rewards):
+    """The function crashes on every B; of an evaluation that is neither an outcome nor a failure of the run's."""
+    process = process_of(f"{user_rewards}:raises_for_b", step_samples=8, max_failure_share=0.0)
+
+    async def run():
+        asked = [await process.grade(group_of(RIGHT, WRONG, NONE), evaluation=True) for _ in range(4)]
+        await process.check()
+        return asked
+
+    for scored in asyncio.run(run()):
+        assert scored.outcomes == (Outcome.CORRECT, Outcome.WRONG, Outcome.UNPARSEABLE)
+        assert scored.rewards == (1.0, 0.0, 0.0)
+
+
+def test_thinking_is_cut_off_in_training_and_evaluation_alike():
+    """The draft boxes the right letter, the answer the wrong one."""
+    process = RewardProcess(RewardConfig(), "grpo", 1000, sys.path, thinking=Thinking("</think>"))
+    group = group_of(r"<think>\boxed{A}</think> \boxed{B}", r"<think>\boxed{A}", r"\boxed{A}")
+    for evaluation in (False, True):
+        scored = asyncio.run(process.grade(group, evaluation))
+        assert scored.outcomes == (Outcome.WRONG, Outcome.UNPARSEABLE, Outcome.CORRECT)
+        assert scored.letters == ("B", None, "A")
 
 
 def test_graders_work_at_the_same_time(user_rewards, tmp_path):
@@ -164,19 +187,19 @@ def test_wrong_and_unparseable_answers_are_no_failures():
 # ------------------------------------------------------------------------------------------------ graders and their end
 def test_a_grader_is_kept_for_the_next_call(user_rewards):
     with GraderPool(f"{user_rewards}:pid", workers=3, timeout_s=60) as pool:
-        assert len({pool({}, "", None) for _ in range(5)}) == 1
+        assert len({pool(QUESTION, "", None, "") for _ in range(5)}) == 1
 
 
 def test_a_hanging_grader_is_killed_with_its_children_and_replaced(user_rewards, tmp_path):
     with GraderPool(f"{user_rewards}:hangs_with_child", workers=1, timeout_s=3.0) as pool:
         grader, = pool.pids
         with pytest.raises(RewardTimeout):
-            pool({}, str(tmp_path / "child"), None)
+            pool(QUESTION, str(tmp_path / "child"), None, "")
         child = int((tmp_path / "child").read_text())
         assert gone(grader) and pool.pids == []
         eventually(lambda: gone(child), "end of the child")
         with pytest.raises(RewardTimeout):           # a new grader, not a dead one, was asked
-            pool({}, str(tmp_path / "child"), None)
+            pool(QUESTION, str(tmp_path / "child"), None, "")
         pool.check_alive()                           # what the pool killed itself is no murder
 
 
@@ -217,7 +240,7 @@ def test_graders_do_not_see_torchrun(user_rewards, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("SOMETHING_ELSE", "3")
     with GraderPool(f"{user_rewards}:environment", workers=1, timeout_s=60) as pool:
-        assert pool({}, "RANK", None) == 0.0 and pool({}, "SOMETHING_ELSE", None) == 1.0
+        assert pool(QUESTION, "RANK", None, "") == 0.0 and pool(QUESTION, "SOMETHING_ELSE", None, "") == 1.0
 
 
 def test_graders_end_with_the_pool(user_rewards):
@@ -232,16 +255,17 @@ def test_graders_end_with_the_pool(user_rewards):
 
 PARENT = """
 import sys
+from alphamed.records import Question
 from alphamed.reward.grader import GraderPool
 pool = GraderPool(sys.argv[1], workers=1, timeout_s=600)
 print(*pool.pids, flush=True)
-pool({}, sys.argv[2], None)                          # never answers
+pool(Question("q", "?", {"A": "a"}, "A"), sys.argv[2], None, "")      # never answers
 """
 
 
 @pytest.mark.parametrize("function", ["hangs", "waits_for_file"])
 def test_a_grader_at_work_ends_with_its_parent(user_rewards, tmp_path, function):
-    env = os.environ | {"PYTHONPATH": str(tmp_path / "user")}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "user"), *filter(None, sys.path)])}
     with subprocess.Popen([sys.executable, "-c", PARENT, f"{user_rewards}:{function}", str(tmp_path / "never")],
                           stdout=subprocess.PIPE, text=True, env=env) as parent:
         grader = int(parent.stdout.readline())
@@ -259,4 +283,4 @@ def test_a_pool_started_from_a_thread_that_ends_lives_on(user_rewards):
     with pools[0] as pool:
         time.sleep(0.2)
         pool.check_alive()
-        assert pool({"answer": "A"}, "A", None) == 0.5
+        assert pool(QUESTION, "A", None, "A") == 0.5

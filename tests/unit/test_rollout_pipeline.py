@@ -1,4 +1,6 @@
 """From questions to tasks, and from graded groups to the tensors that all ranks get."""
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,9 +14,10 @@ from alphamed.rollout.pipeline import LiveRollouts, ReplayedRollouts, flatten, t
 from alphamed.rollout.tasks import greedy_tasks, training_tasks
 
 
-def config(**rollout):
+def config(advantage="grpo", **rollout):
     return build_config({"model": {"path": "m"}, "data": {"train": ["d.jsonl"]}, "run": {"name": "r"}, "prompt": {
-        "max_tokens": 16}, "rollout": {"questions_per_step": 2, "samples_per_question": 2, "max_response_tokens": 8} | rollout})
+        "max_tokens": 16}, "algorithm": {"advantage": advantage}, "rollout": {
+            "questions_per_step": 2, "samples_per_question": 2, "max_response_tokens": 8} | rollout})
 
 
 def question(name):
@@ -93,7 +96,7 @@ def test_deterministic_seeds_depend_on_run_step_question_and_place_only():
 def test_greedy_tasks_for_evaluation():
     task, = greedy_tasks("before", [question("q1")], Prompts(), 5)
     assert task.group_id == "before:0:q1"
-    assert task.sampling == Sampling(n=1, temperature=0.0, top_p=1.0, top_k=-1, max_tokens=5)
+    assert task.sampling == Sampling(n=1, temperature=0.0, top_p=1.0, top_k=-1, max_tokens=5) and task.evaluation
 
 
 class FakeCoordinator:
@@ -130,14 +133,29 @@ def test_a_failure_while_generating_fails_the_run_with_its_culprit(control):
 
 
 def test_replay_gives_the_recorded_groups_of_each_step(tmp_path, control):
-    recorded = {step: [scored(f"q{step}", ["ab", "c"]), scored("q0", ["d", ""])] for step in (1, 2)}
+    recorded = {step: [replace(scored(f"q{step}", ["ab", "c"]), rewards=(0.0, 1.0)),
+                       replace(scored("q0", ["d", ""]), rewards=(0.0, 1.0))] for step in (1, 2)}
     for step, groups in recorded.items():
         path = rollout_path(tmp_path / "old", step)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_rollouts(path, step, groups)
-    rollouts = ReplayedRollouts(config(replay=tmp_path / "old"), control)
+    rollouts = ReplayedRollouts(config(replay=tmp_path / "old", advantage="dr_grpo"), control)
     found = rollouts.next(2)
     assert list(found.scored) == recorded[2]
     assert [r.tolist() for r in found.groups[0].responses] == [[97, 98], [99]]
     with pytest.raises(RunFailed, match="step_000003.parquet: no such file"):
         rollouts.next(3)
+
+
+@pytest.mark.parametrize("kind, advantages", [
+    ("dr_grpo", (0.75, -0.25, -0.5, 0.0)),              # less their mean, 1/4; the crash does not count
+    ("rloo", (1.125, -0.375, -0.75, 0.0)),              # n / (n - 1) = 3/2 times that
+    ("grpo", (0.75 / 0.6614379, -0.25 / 0.6614379, -0.5 / 0.6614379, 0.0))])       # std^2 = (9 + 1 + 4) / 16 / 2
+def test_a_replay_computes_the_advantages_of_its_own_configuration(tmp_path, control, kind, advantages):
+    """Whatever advantages were recorded."""
+    outcomes = (Outcome.CORRECT, Outcome.WRONG, Outcome.TRUNCATED, Outcome.CRASH)
+    one = replace(scored("q", ["ab", "c", "d", "e"]), outcomes=outcomes, rewards=(1.0, 0.0, -0.25, 0.0))
+    write_rollouts(rollout_path(tmp_path / "old", 1), 1, [one])
+    found = ReplayedRollouts(config(kind, replay=tmp_path / "old"), control).next(1)
+    assert found.scored[0].advantages == pytest.approx(advantages, abs=1e-5)
+    assert found.groups[0].advantages.tolist() == pytest.approx(advantages, abs=1e-5)

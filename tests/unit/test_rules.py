@@ -147,7 +147,7 @@ def test_the_users_module_is_not_imported_here(user_rewards):
     ("exiting_rewards:f", "can not be imported (the process of reward function exiting_rewards:f exited with code 7)"),
     ("user_rewards:hlaf", "does not exist (functions in user_rewards: half, echo"),
     ("user_rewards:NOT_A_FUNCTION", "is not a function but int"),
-    ("user_rewards:two_arguments", "takes (question, text)"),
+    ("user_rewards:of_nothing", "takes (), but it takes none of the arguments"),
     ("user_rewards:coroutine", "is a coroutine function"),
 ])
 def test_refused_in_one_line(user_rewards, name, problem):
@@ -158,5 +158,5 @@ def test_refused_in_one_line(user_rewards, name, problem):
 
 
 def test_good_names_pass(user_rewards):
-    for name in (*NAMES, f"{user_rewards}:half"):
+    for name in (*NAMES, f"{user_rewards}:half", f"{user_rewards}:two_arguments"):
         check_rule(name)

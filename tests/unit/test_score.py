@@ -1,5 +1,6 @@
 """Scores against published Wilson intervals and counts by hand; sentences that claim no more than the numbers hold."""
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,17 @@ def test_score_of_eight_answers_by_hand():
                           truncated=Share(1, 8), failed=Share(1, 8), tokens_mean=35.0, tokens_max=70,
                           chance=pytest.approx((4 / 4 + 4 / 5) / 8))
     assert found.accuracy.value == pytest.approx(found.boxed.value * found.accuracy_among_boxed.value)
+
+
+def test_truncated_are_those_that_the_limit_cut_however_they_were_graded():
+    """With `reward.truncated: grade` a cut answer can be right."""
+    found = score([cut(graded("a", C, 5)), cut(graded("b", U, 5)), graded("c", W, 5), graded("d", C, 5)])
+    assert (found.truncated, found.accuracy, found.boxed) == (Share(2, 4), Share(2, 4), Share(3, 4))
+
+
+def cut(scored):
+    rollout = replace(scored.group.rollouts[0], finish_reason=FinishReason.LENGTH)
+    return replace(scored, group=replace(scored.group, rollouts=(rollout,)))
 
 
 def test_a_letter_in_a_truncated_answer_does_not_count_as_boxed():
@@ -135,9 +147,10 @@ def test_evaluation_keeps_order_and_reads_back(tmp_path):
     sets = [QuestionSet("one", Path("one.jsonl"), QUESTIONS[:3], 9),
             QuestionSet("two", Path("two.jsonl"), QUESTIONS, 4)]
     begun = []
-    finish = begin_evaluation(sets, lambda question: [len(question.id)], lambda name, tasks: begun.append(name) or (
+    finish = begin_evaluation(sets, lambda question: [len(question.id)], lambda name, tasks: begun.append((name, tasks)) or (
         lambda: answer_a(tasks)), max_tokens=64, policy_version=4)
-    assert begun == ["one", "two"]                              # before anything is waited for
+    assert [name for name, _ in begun] == ["one", "two"]        # before anything is waited for
+    assert all(task.evaluation for _, tasks in begun for task in tasks)
     found = finish()
     assert [group.group.question.id for group in found.results[0].groups] == ["q0", "q1", "q2"]
     assert found.results[0].score.accuracy == Share(2, 3) and found.results[1].score.accuracy == Share(2, 4)

@@ -123,7 +123,8 @@ def test_the_beliefs_of_rounds_are_part_of_the_state():
     one = supply(config(choose=True), FakeCoordinator(useless=["q0"]))
     one.gather(1)
     state = json.loads(json.dumps(one.state()))
-    assert state == {"stream": {"at": 3}, "pass_rates": {"q0": [0, 2, 1, 0], "q1": [1, 1, 1, 0], "q2": [1, 1, 1, 0]}}
+    assert state == {"stream": {"at": 3}, "pass_rates": {
+        "q0": [0, 2, 1, 0, [[0, 2]], 2], "q1": [1, 1, 1, 0, [[1, 1], [0, 1]], 2], "q2": [1, 1, 1, 0, [[1, 1], [0, 1]], 2]}}
     other = supply(config(choose=True), FakeCoordinator())
     other.load_state(state)
     assert other.state() == state

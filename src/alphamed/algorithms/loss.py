@@ -101,7 +101,8 @@ def kl_penalty(logprobs: Float[Tensor, " T"], reference_logprobs: Float[Tensor, 
 
       k1  -d                  unbiased; its own gradient is 0 in expectation, so as a loss term it only adds noise
       k2  d^2 / 2             biased; its gradient is that of the KL for samples of pi
-      k3  exp(d) - d - 1      unbiased, never negative; GRPO's choice (2402.03300, eq. 4)
+      k3  exp(d) - d - 1      unbiased, never negative; GRPO's choice (2402.03300, eq. 4). Its gradient is that of
+                              KL(reference || pi)
 
     d is cut to +-20 in k3. Positions outside the responses are not looked at: sum with `weighted_sum`.
     """

@@ -23,7 +23,7 @@ from alphamed.data.output import check_places, check_suffix, question_writer, wr
 from alphamed.data.sources import load_questions
 from alphamed.data.text import draw
 from alphamed.observe.files import append_json, read_json_lines
-from alphamed.records import GenerationTask, Outcome, Question, Sampling, ScoredGroup
+from alphamed.records import FinishReason, GenerationTask, Outcome, Question, Sampling, ScoredGroup
 
 SETTINGS_WAIT_S = 60.0
 """Other shards hold the common settings for the blink of an eye; a dead machine's lock on a network disk may last."""
@@ -62,13 +62,14 @@ class Annotated:
     letters: tuple[str | None, ...]
     tokens: tuple[int, ...]
     question_tokens: int
+    cut: tuple[bool, ...]           # by the token limit, however it was graded
 
     def columns(self, model: str) -> dict[str, Any]:
         """What is written next to the question, but for level and informativeness. Lengths are tokens."""
         samples = len(self.outcomes)
         share = {kind: self.outcomes.count(kind) / samples for kind in Outcome}
         return {"pass_rate": share[Outcome.CORRECT], "samples": samples, "unparsed": share[Outcome.UNPARSEABLE],
-                "truncated": share[Outcome.TRUNCATED], "response_tokens_mean": sum(self.tokens) / samples,
+                "truncated": sum(self.cut) / samples, "response_tokens_mean": sum(self.tokens) / samples,
                 "question_tokens": self.question_tokens, "annotated_by": model}
 
     @property
@@ -79,7 +80,8 @@ class Annotated:
 def annotated(scored: ScoredGroup, question_tokens: int) -> Annotated:
     question = scored.group.question
     return Annotated(question.id, content_of(question), tuple(map(str, scored.outcomes)), scored.letters,
-                     tuple(len(one.response_token_ids) for one in scored.group.rollouts), question_tokens)
+                     tuple(len(one.response_token_ids) for one in scored.group.rollouts), question_tokens,
+                     tuple(one.finish_reason != FinishReason.STOP for one in scored.group.rollouts))
 
 
 def content_of(question: Question) -> str:
@@ -105,7 +107,9 @@ def read_work(work: Path, questions: Sequence[Question], samples: int) -> dict[s
         for number, row in enumerate(read_json_lines(file), start=1):
             try:
                 one = Annotated(row["id"], row["content"], tuple(row["outcomes"]), tuple(row["letters"]),
-                                tuple(row["tokens"]), row["question_tokens"])
+                                tuple(row["tokens"]), row["question_tokens"],
+                                tuple(row["cut"] if "cut" in row else      # older files have outcomes alone
+                                      (outcome == Outcome.TRUNCATED for outcome in row["outcomes"])))
             except (KeyError, TypeError) as error:
                 raise ConfigError(f"{file}: line {number} is no annotation ({type(error).__name__}: {error}); remove it, "
                                   f"then its question is asked again") from None
@@ -215,7 +219,7 @@ def _annotate(mine: Sequence[Question], config: Config, options: argparse.Namesp
             tokens = len(model.tokenizer.encode(model.tokenizer.plain(scored.group.question.question)))
             one = annotated(scored, tokens)
             append_json(file, {"id": one.id, "content": one.content, "outcomes": one.outcomes, "letters": one.letters,
-                               "tokens": one.tokens, "question_tokens": one.question_tokens})
+                               "tokens": one.tokens, "question_tokens": one.question_tokens, "cut": one.cut})
             told.one_more()
 
 

@@ -39,7 +39,6 @@ class PromptBuilder:
         if config.template == PromptTemplate.RAW and config.template_variables:
             raise ConfigError(f"prompt.template_variables: {config.template_variables!r} has no effect with "
                               f"prompt.template=raw; remove it or set prompt.template=chat")
-        self._shots = [(self._block(shot.question, shot.options), shot.response) for shot in config.shots]
         if config.template == PromptTemplate.CHAT:
             self._require_kept()
         tokenizer.require_known(self._ids(self._assemble("Question")))      # those that the template itself writes
@@ -56,7 +55,7 @@ class PromptBuilder:
 
     def text(self, question: Question) -> str:
         """The whole prompt as text, control tokens of the chat template included. Raises DataError (see `render`)."""
-        block = self._block(question.question, question.options, question.context)
+        block = _block(question.question, question.options, question.context)
         try:
             plain = self._tokenizer.plain(block)
         except ValueError as e:
@@ -99,28 +98,12 @@ class PromptBuilder:
         raise DataError(f"question {short(longest.question_id)}: its prompt takes {longest.tokens} tokens, "
                         f"prompt.max_tokens is {longest.limit}{others}; raise it or leave such questions out")
 
-    # ----------------------------------------------------------------------------------------------------- the template
-    def _block(self, question: str, options: Mapping[str, str], context: str | None = None) -> str:
-        lines = "\n".join(f"{letter}: {text}" for letter, text in options.items())
-        front = f"Context: {context}\n\n" if context else ""
-        return f"{front}Question: {question}\n\nOptions:\n{lines}" if options else f"{front}Question: {question}"
-
     def _assemble(self, block: str) -> str:
         """The prompt around the block of one question."""
-        asked = [self._ask(shot) for shot, _ in self._shots]
-        responses = [response for _, response in self._shots]
-        if self._config.template == PromptTemplate.CHAT:
-            messages = [Message(role="system", content=self._config.system)] if self._config.system else []
-            for user, assistant in zip(asked, responses):
-                messages += [Message(role="user", content=user), Message(role="assistant", content=assistant)]
-            messages.append(Message(role="user", content=self._ask(block)))
-            return self._tokenizer.chat_text(messages, self._config.template_variables)
-        parts = [self._config.system] if self._config.system else []
-        parts += [f"{user}\n\nAnswer: {response}" for user, response in zip(asked, responses)]
-        return "\n\n".join([*parts, f"{self._ask(block)}\n\nAnswer:"])
-
-    def _ask(self, block: str) -> str:
-        return f"{block}\n\n{self._config.instruction}" if self._config.instruction else block
+        asked = _assembled(self._config, block)
+        if isinstance(asked, str):
+            return asked
+        return self._tokenizer.chat_text(asked, self._config.template_variables)
 
     def _longest(self, question: Question) -> int:
         """Tokens of the prompt. Close to the limit, the most that any turn of its options takes: another text before
@@ -136,3 +119,32 @@ class PromptBuilder:
 def _squeezed(text: str) -> str:
     """`text` without blanks and line breaks."""
     return "".join(text.split())
+
+
+# --------------------------------------------------------------------------------------------------------- the template
+def asked_of_model(config: PromptConfig, question: Question) -> list[Message] | str:
+    """What a question is asked with: the conversation that a chat template renders, or the text of a raw prompt."""
+    return _assembled(config, _block(question.question, question.options, question.context))
+
+
+def _assembled(config: PromptConfig, block: str) -> list[Message] | str:
+    """Everything around the block of one question."""
+    shots = [(_ask(config, _block(shot.question, shot.options)), shot.response) for shot in config.shots]
+    if config.template == PromptTemplate.CHAT:
+        messages = [Message(role="system", content=config.system)] if config.system else []
+        for user, assistant in shots:
+            messages += [Message(role="user", content=user), Message(role="assistant", content=assistant)]
+        return [*messages, Message(role="user", content=_ask(config, block))]
+    parts = [config.system] if config.system else []
+    parts += [f"{user}\n\nAnswer: {response}" for user, response in shots]
+    return "\n\n".join([*parts, f"{_ask(config, block)}\n\nAnswer:"])
+
+
+def _block(question: str, options: Mapping[str, str], context: str | None = None) -> str:
+    lines = "\n".join(f"{letter}: {text}" for letter, text in options.items())
+    front = f"Context: {context}\n\n" if context else ""
+    return f"{front}Question: {question}\n\nOptions:\n{lines}" if options else f"{front}Question: {question}"
+
+
+def _ask(config: PromptConfig, block: str) -> str:
+    return f"{block}\n\n{config.instruction}" if config.instruction else block

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,7 +35,7 @@ class Backend(Protocol):
 
     def token_id(self, token: str) -> int | None: ...
     def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: Sequence[int], skip_special: bool) -> str: ...
+    def decode(self, ids: Sequence[int], skip_special: bool, kept: Collection[int] = ()) -> str: ...
 
 
 class Tokenizer:
@@ -57,6 +57,7 @@ class Tokenizer:
         unknown = backend.token_id(backend.special.get("unk_token", ""))     # may stand for any odd character
         self._control_ids = frozenset(backend.control.values()) - {unknown}
         self._control_text = _any_of(backend.control)
+        self._kept: frozenset[int] = frozenset()
         self.turn_end = self._turn_end()
         self.named_eos_ids = _eos_ids(folder, backend)
         ends = (*self.named_eos_ids, *(() if self.turn_end is None else (self.turn_end,)))
@@ -103,7 +104,15 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of `ids`. Ids beyond the vocabulary (padded columns) have no text."""
-        return self._backend.decode([i for i in ids if 0 <= i < self.vocab], skip_special)
+        return self._backend.decode([i for i in ids if 0 <= i < self.vocab], skip_special, self._kept)
+
+    def writes(self, text: str) -> bool:
+        """Whether `text` is one of the control tokens, or in the chat template."""
+        return text in self._backend.control or (self._template is not None and text in self._template.source)
+
+    def keep(self, text: str) -> None:
+        """From now on `decode` leaves the control tokens in place that `text` holds: those around a model's thinking."""
+        self._kept |= {i for token, i in self._backend.control.items() if token in text}
 
     def chat_text(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> str:
         """The conversation as text, up to where the assistant's next answer begins. `variables`: prompt.template_variables.
@@ -203,6 +212,7 @@ class FastBackend:
         control = {i: token for i, token in self._core.get_added_tokens_decoder().items()
                    if token.special or _is_tag(token.content)}
         self.control = {token.content: i for i, token in control.items()}
+        self._special = {i for i, token in control.items() if token.special}
         self.exact = self._core.normalizer is None or not any(token.normalized for token in control.values())
         self.special = special
         self.bos_ids = self._ids_in_front()
@@ -213,8 +223,9 @@ class FastBackend:
     def encode(self, text: str) -> list[int]:
         return self._core.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Sequence[int], skip_special: bool) -> str:
-        return self._core.decode(ids, skip_special_tokens=skip_special)
+    def decode(self, ids: Sequence[int], skip_special: bool, kept: Collection[int] = ()) -> str:
+        left = [i for i in ids if i not in self._special or i in kept] if skip_special else ids
+        return self._core.decode(left, skip_special_tokens=False)
 
     def _ids_in_front(self) -> tuple[int, ...]:
         """What the file's post-processor puts in front of a text (it may also put an end token behind it)."""
@@ -260,13 +271,13 @@ class SentencePieceBackend:
             ids += [self.control[part]] if i % 2 else self._core.encode(part)       # odd parts are the control tokens
         return ids
 
-    def decode(self, ids: Sequence[int], skip_special: bool) -> str:
+    def decode(self, ids: Sequence[int], skip_special: bool, kept: Collection[int] = ()) -> str:
         parts: list[str] = []
         run: list[int] = []
         for i in ids:
             if i not in self._text_of:
                 run.append(i)
-            elif not skip_special:
+            elif not skip_special or i in kept:
                 parts += [self._core.decode(run), self._text_of[i]]
                 run = []
         return "".join([*parts, self._core.decode(run)])

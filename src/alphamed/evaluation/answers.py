@@ -23,6 +23,7 @@ from alphamed.data.tokenizer import Tokenizer
 from alphamed.model import ModelShape, check_context, resolve
 from alphamed.model_folder import check_model_folder
 from alphamed.records import GenerationTask, Question, ScoredGroup
+from alphamed.reward.thinking import Thinking
 from alphamed.rollout.spec import engine_specs
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Prompted:
         self.shape: ModelShape = self.checked.shape
         self.tokenizer: Tokenizer = self.checked.tokenizer
         self.prompts: PromptBuilder = self.checked.prompts
+        self.thinking = Thinking.of(config.reward.answer_after, self.tokenizer, self.prompts)
         self.prompts.require_lengths(questions)
 
 
@@ -72,7 +74,8 @@ def engine_tree(config: Config, place: Path, samples: int, max_tokens: int) -> C
     tree["run"] |= {"root": str(place), "name": ENGINES_FOLDER}
     tree["rollout"] |= {"samples_per_question": max(2, samples), "max_response_tokens": max_tokens, "replay": None,
                         "max_staleness": 0}
-    tree["reward"] |= {"name": "correct", "overlong_buffer_tokens": 0}     # outcomes follow from letters, not from rewards
+    tree["reward"] |= {"name": "correct", "signature": "alphamed",         # outcomes follow from letters, not from rewards
+                       "overlong_buffer_tokens": 0}
     tree["evaluation"] |= {"before": False, "after": False, "every": 0, "max_response_tokens": None}
     tree["parallel"] |= {"micro_batch_tokens": max(config.parallel.micro_batch_tokens,
                                                    config.prompt.max_tokens + max_tokens + config.token_multiple)}
@@ -95,7 +98,7 @@ def answering(config: Config, model: Prompted) -> Iterator[Answer]:
         stack.callback(ledger.clean_up)
         placement.start_ray(config)
         stack.callback(placement.stop_ray)
-        grader = process.start(config)
+        grader = process.start(config, model.thinking)
         pool = EnginePool.start(config, model.folder, model.shape, model.checked.stop_ids)
         stack.callback(pool.stop)
         coordinator = Coordinator.start(config, pool, grader)

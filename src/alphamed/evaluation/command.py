@@ -100,13 +100,13 @@ def _wanted(options: argparse.Namespace) -> Wanted:
     from alphamed.evaluation.answers import engine_tree
     from alphamed.evaluation.place import check_free
     from alphamed.model import local_folder, read_shape
-    from alphamed.reward.rules import check_rule
+    from alphamed.reward.rules import check_name
 
     (names, overrides), (variants, more) = _split(options.benchmarks), _split(options.variants)
     check_sampling(options)
     bad_rows = [f"data.bad_rows={options.bad_rows}"] if options.bad_rows else []
     config = config_of(options, [*overrides, *more, *options.overrides, *bad_rows])
-    check_rule(config.reward.name)
+    check_name(config.reward.name)                  # a slip; answers are graded by their letters whatever it is
     if (folder := local_folder(config.model.path)) is not None:
         read_shape(folder)                          # before a benchmark is fetched for a model that can not be asked
     if not names and not config.evaluation.files:
@@ -216,10 +216,10 @@ def _answer(wanted: Wanted, model: Prompted, how: Mapping[str, Any]) -> int:
     """Ask what has no answer yet; returns the exit code."""
     from alphamed.cluster.failure import RunFailed
     from alphamed.evaluation import settings
-    from alphamed.evaluation.items import finished, read_items, regraded
+    from alphamed.evaluation.items import Grading, finished, read_items, regraded
     from alphamed.evaluation.regrade import remove
 
-    truncated = wanted.config.reward.truncated
+    grading = Grading(wanted.config.reward.truncated, model.thinking)
     if wanted.overwrite and settings.difference(wanted.out, how) is not None:
         remove(wanted.out)
     settings.require_same(wanted.out, how)
@@ -227,13 +227,13 @@ def _answer(wanted: Wanted, model: Prompted, how: Mapping[str, Any]) -> int:
     if found and settings.read(wanted.out) is None:
         raise ConfigError(f"--out: {wanted.out} holds answers without their settings ({settings.SETTINGS}); choose another "
                           f"folder")
-    kept = finished(wanted.asked, found, wanted.samples, truncated)
+    kept = finished(wanted.asked, found, wanted.samples, grading)
     _require_same_sets(wanted, found, kept)
-    settings.write(wanted.out, str(model.folder), how, {"truncated": str(truncated)}, wanted.sets, wanted.command)
+    settings.write(wanted.out, str(model.folder), how, grading.json(), wanted.sets, wanted.command)
     todo = [asked for asked in wanted.asked if asked.key not in kept]
     if kept:
         print(f"{wanted.out}: {len(kept):,} of {len(wanted.asked):,} questions are answered already", file=sys.stderr)
-    others = {key: [regraded(item, truncated) for item in items] for key, items in found.items()}
+    others = {key: [regraded(item, grading) for item in items] for key, items in found.items()}
     _write(wanted.out, others | kept, dropped={asked.key for asked in todo})
     try:
         _generate(wanted, model, todo)
@@ -259,7 +259,7 @@ def _require_same_sets(wanted: Wanted, found: Mapping[Key, Sequence[Item]], kept
 def _generate(wanted: Wanted, model: Any, todo: Sequence[Asked]) -> None:
     """Answer the questions and add each one's items to the file as it is done."""
     from alphamed.evaluation.answers import Told, answering
-    from alphamed.evaluation.items import ITEMS, graded, row
+    from alphamed.evaluation.items import ITEMS, Grading, graded, row
     from alphamed.observe.files import append_json_lines
     from alphamed.records import GenerationTask, Sampling
     from alphamed.rollout.spec import stable_hash
@@ -267,7 +267,8 @@ def _generate(wanted: Wanted, model: Any, todo: Sequence[Asked]) -> None:
     if not todo:
         return
     by_id = {f"evaluation/{asked.set}/{asked.question.id}": asked for asked in todo}
-    config, told = wanted.config, Told("evaluation", len(wanted.asked), len(wanted.asked) - len(todo))
+    config, grading = wanted.config, Grading(wanted.config.reward.truncated, model.thinking)
+    told = Told("evaluation", len(wanted.asked), len(wanted.asked) - len(todo))
 
     def task(name: str, asked: Asked) -> GenerationTask:
         seed = stable_hash(config.run.seed, name) % 2**31 if config.rollout.deterministic and wanted.temperature else None
@@ -279,7 +280,7 @@ def _generate(wanted: Wanted, model: Any, todo: Sequence[Asked]) -> None:
         for scored in answer(task(name, asked) for name, asked in by_id.items()):
             group, asked = scored.group, by_id[scored.group.group_id]
             append_json_lines(wanted.out / ITEMS, [
-                row(graded(asked, j, one.text, one.finish_reason, len(one.response_token_ids), config.reward.truncated))
+                row(graded(asked, j, one.text, one.finish_reason, len(one.response_token_ids), grading))
                 for j, one in enumerate(group.rollouts)])
             told.one_more()
 

@@ -21,6 +21,7 @@ from alphamed.evaluation.variants import VARIANTS, free_letter, vote_of
 from alphamed.observe.files import read_json_lines
 from alphamed.records import FinishReason, Outcome, Question
 from alphamed.reward.rules import correct, grade
+from alphamed.reward.thinking import Thinking
 
 ITEMS = "items.jsonl"
 Key = tuple[str, str]
@@ -69,19 +70,40 @@ class Item:
         return self.outcome in (Outcome.CORRECT, Outcome.WRONG)
 
     @property
+    def cut(self) -> bool:
+        """Whether the token limit cut it, however it was graded."""
+        return self.finish_reason != FinishReason.STOP
+
+    @property
     def vote(self) -> str | None:
         """What counts in a majority vote. A truncated response has none, as in grading."""
         return vote_of(self.letter, self.text) if self.boxed else None
 
 
-def graded(asked: Asked, sample: int, text: str, finish_reason: FinishReason, tokens: int,
-           truncated: TruncatedReward) -> Item:
+@dataclass(frozen=True, slots=True)
+class Grading:
+    """What grading depends on besides response and question; `evaluation.json` holds it."""
+    truncated: TruncatedReward = TruncatedReward.NOTHING
+    thinking: Thinking = Thinking()
+
+    def json(self) -> dict[str, Any]:
+        return {"truncated": str(self.truncated), "answer_after": self.thinking.end,
+                "prompt_opens_thinking": self.thinking.opened}
+
+    @classmethod
+    def of_json(cls, found: Mapping[str, Any]) -> Grading:
+        """Evaluations of before there was thinking say nothing of it: all of a response counted."""
+        return cls(TruncatedReward(found["truncated"]),
+                   Thinking(found.get("answer_after", ""), found.get("prompt_opens_thinking", False)))
+
+
+def graded(asked: Asked, sample: int, text: str, finish_reason: FinishReason, tokens: int, grading: Grading) -> Item:
     """The response as the grader of training sees it (`reward.rules.grade`); without options as `free_letter` does."""
     question = asked.question
     if asked.variant and VARIANTS[asked.variant].hides_options:
-        letter, outcome = _graded_free(question, text, finish_reason, truncated)
+        letter, outcome = _graded_free(question, grading.thinking.answer(text) or "", finish_reason, grading.truncated)
     else:
-        found = grade(question, text, finish_reason, correct, truncated)
+        found = grade(question, text, finish_reason, correct, grading.truncated, grading.thinking)
         letter, outcome = found.letter, found.outcome
     return Item(asked, sample, text, finish_reason, tokens, letter, outcome)
 
@@ -98,10 +120,10 @@ def _graded_free(question: Question, text: str, finish_reason: FinishReason,
     return letter, Outcome.CORRECT if letter == question.answer else Outcome.WRONG
 
 
-def regraded(item: Item, truncated: TruncatedReward, question: Question | None = None) -> Item:
+def regraded(item: Item, grading: Grading, question: Question | None = None) -> Item:
     """The item graded once more, with the key of `question` where that is given."""
     asked = replace(item.asked, question=question) if question else item.asked
-    return graded(asked, item.sample, item.text, item.finish_reason, item.tokens, truncated)
+    return graded(asked, item.sample, item.text, item.finish_reason, item.tokens, grading)
 
 
 # ------------------------------------------------------------------------------------------------------------- the file
@@ -141,14 +163,14 @@ def _item(one: Mapping[str, Any]) -> Item:
 
 
 def finished(wanted: Iterable[Asked], found: Mapping[Key, Sequence[Item]], samples: int,
-             truncated: TruncatedReward) -> dict[Key, list[Item]]:
+             grading: Grading) -> dict[Key, list[Item]]:
     """The items of wanted questions that need no new answer: all samples are there, and the model saw the same text.
     They are graded with the keys of `wanted`: a key that was put right since needs no new answer either."""
     kept = {}
     for asked in wanted:
         items = list(found.get(asked.key, ()))
         if [item.sample for item in items] == list(range(samples)) and _same_prompt(items[0].asked.question, asked.question):
-            kept[asked.key] = [regraded(item, truncated, asked.question) for item in items]
+            kept[asked.key] = [regraded(item, grading, asked.question) for item in items]
     return kept
 
 

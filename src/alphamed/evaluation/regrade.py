@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from alphamed.config import ConfigError
-from alphamed.config_choices import TruncatedReward
 from alphamed.evaluation import paired, results, settings
-from alphamed.evaluation.items import ITEMS, Item, read_items, regraded, row
+from alphamed.evaluation.items import ITEMS, Grading, Item, read_items, regraded, row
 from alphamed.observe.files import replace_json, replace_json_lines
 
 RESULTS, COMPARISON = "results.json", "comparison.json"
@@ -29,8 +28,8 @@ def require_evaluation(option: str, folder: Path) -> None:
 
 def regrade(folder: Path) -> None:
     """Grade all answers in `folder` with today's grader and write items.jsonl anew. Says how many outcomes changed."""
-    items, truncated = read_items(folder), TruncatedReward(_settings(folder)["grading"]["truncated"])
-    again = {key: [regraded(item, truncated) for item in of_question] for key, of_question in items.items()}
+    items, grading = read_items(folder), Grading.of_json(_settings(folder)["grading"])
+    again = {key: [regraded(item, grading) for item in of_question] for key, of_question in items.items()}
     changed = [item for key, of_question in items.items() for item, new in zip(of_question, again[key])
                if (item.letter, item.outcome) != (new.letter, new.outcome)]
     replace_json_lines(folder / ITEMS, [row(item) for of_question in again.values() for item in of_question])

@@ -1,9 +1,10 @@
 """results.json: what the items of an evaluation add up to. Pure.
 
 Per set (a benchmark, or `benchmark+variant`): `n` questions, `accuracy` with its 95% Wilson interval (`ci_low`, `ci_high`),
-shares of `unparseable`, `truncated` and `boxed` responses, accuracy among boxed ones, response lengths, the same by source,
-level and informativeness; with several samples a question also the majority vote, pass@k, and the accuracy of each run (run
-j: sample j of every question). Shares are fractions of 1, lengths tokens; None where there is nothing to divide by.
+shares of `unparseable`, `truncated` (cut by the token limit, whatever they were graded) and `boxed` responses, accuracy
+among boxed ones, response lengths, the same by source, level and informativeness; with several samples a question also the
+majority vote, pass@k, and the accuracy of each run (run j: sample j of every question). Shares are fractions of 1, lengths
+tokens; None where there is nothing to divide by.
 """
 from __future__ import annotations
 
@@ -80,7 +81,7 @@ def _shares(answers: Answers) -> dict[str, Any]:
     low, high = wilson(accuracy, n)
     share = {kind: sum(item.outcome == kind for item in items) / len(items) for kind in Outcome}
     return {"n": n, "accuracy": accuracy, "ci_low": low, "ci_high": high, "unparseable": share[Outcome.UNPARSEABLE],
-            "truncated": share[Outcome.TRUNCATED], "boxed": boxed / len(items),
+            "truncated": sum(item.cut for item in items) / len(items), "boxed": boxed / len(items),
             "accuracy_among_boxed": right / boxed if boxed else None,
             "chance": _chance(answers)}
 

@@ -1,4 +1,4 @@
-"""Evaluate question files greedily with the grader of training, write the results, read them again."""
+"""Evaluate question files greedily, graded by whether the letter is right, write the results, read them again."""
 from __future__ import annotations
 
 import hashlib
@@ -93,7 +93,8 @@ def begin_evaluation(sets: Sequence[QuestionSet], render: Callable[[Question], S
     """
     began = time.monotonic()
     sampling = Sampling(n=1, temperature=0.0, top_p=1.0, top_k=-1, max_tokens=max_tokens)
-    asked = [(questions, [GenerationTask(f"evaluation/{questions.name}/{q.id}", q, tuple(render(q)), sampling)
+    asked = [(questions, [GenerationTask(f"evaluation/{questions.name}/{q.id}", q, tuple(render(q)), sampling,
+                                         evaluation=True)
                           for q in questions.questions]) for questions in sets]
     under_way = [(questions, tasks, begin(questions.name, tasks)) for questions, tasks in asked]
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from alphamed.records import Outcome, ScoredGroup
+from alphamed.records import FinishReason, Outcome, ScoredGroup
 
 Z_95 = 1.959963984540054
 """97.5% quantile of the normal distribution."""
@@ -51,7 +51,8 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Result of one question set. `chance` is the mean of 1 / options: what picking letters blindly gives."""
+    """Result of one question set. `truncated`: cut by the token limit, which with `reward.truncated: grade` may be correct
+    all the same. `chance` is the mean of 1 / options: what picking letters blindly gives."""
     n: int
     boxed: Share
     accuracy: Share
@@ -73,6 +74,7 @@ class Change(StrEnum):
 def score(groups: Sequence[ScoredGroup]) -> Score:
     """Score graded responses; every response counts once. ValueError without any."""
     outcomes = [outcome for group in groups for outcome in group.outcomes]
+    cut = sum(rollout.finish_reason != FinishReason.STOP for group in groups for rollout in group.group.rollouts)
     lengths = [len(rollout.response_token_ids) for group in groups for rollout in group.group.rollouts]
     if not outcomes:
         raise ValueError("an evaluation without graded responses has no score; give it questions")
@@ -80,7 +82,7 @@ def score(groups: Sequence[ScoredGroup]) -> Score:
     boxed = count[Outcome.CORRECT] + count[Outcome.WRONG]
     chance = sum(len(group.outcomes) / len(group.group.question.options) for group in groups) / n
     return Score(n, Share(boxed, n), Share(count[Outcome.CORRECT], n), Share(count[Outcome.CORRECT], boxed),
-                 Share(count[Outcome.TRUNCATED], n), Share(count[Outcome.TIMEOUT] + count[Outcome.CRASH], n),
+                 Share(cut, n), Share(count[Outcome.TIMEOUT] + count[Outcome.CRASH], n),
                  sum(lengths) / n, max(lengths), chance)
 
 

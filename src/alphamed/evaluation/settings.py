@@ -51,10 +51,17 @@ def _require(found: Mapping[str, Any]) -> None:
     missing = {"model", "prompt", "sampling"} - found["asked"].keys()
     missing |= {"samples", "temperature", "max_tokens"} - found["asked"].get("sampling", {}).keys()
     for about in found["sets"].values():
-        TruncatedReward(found["grading"]["truncated"])
+        _require_grading(found["grading"])
         missing |= {"ids", "benchmark", "variant", "complaint"} - about.keys()
     if missing:
         raise ValueError(f"{', '.join(sorted(missing))} missing")
+
+
+def _require_grading(grading: Mapping[str, Any]) -> None:
+    TruncatedReward(grading["truncated"])
+    after, opens = grading.get("answer_after", ""), grading.get("prompt_opens_thinking", False)
+    if not isinstance(after, str) or not isinstance(opens, bool):
+        raise TypeError("grading.answer_after is text, grading.prompt_opens_thinking true or false")
 
 
 def write(folder: Path, model: str, asked_now: Mapping[str, Any], grading: Mapping[str, Any], sets: Mapping[str, Any],

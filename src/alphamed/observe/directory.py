@@ -118,7 +118,7 @@ def check_resume(config: Config) -> dict[str, tuple[Any, Any]]:
     except ConfigError as error:
         raise ConfigError(f"{error}; {config.run_dir} can not be continued by this version, "
                           f"choose another run.name") from None
-    before, after = _leaves(old.model_dump(mode="json")), _leaves(config.model_dump(mode="json"))
+    before, after = config_leaves(old), config_leaves(config)
     changed = {name: (before.get(name), after.get(name)) for name in after | before
                if before.get(name) != after.get(name)}
     for name, (was, now) in changed.items():
@@ -129,6 +129,11 @@ def check_resume(config: Config) -> dict[str, tuple[Any, Any]]:
         raise ConfigError(f"data.train: {path} has changed since the run in {config.run_dir} was started; "
                           f"restore it or choose another run.name")
     return changed
+
+
+def config_leaves(config: Config) -> dict[str, Any]:
+    """All settings of a configuration by their dotted names; lists are values."""
+    return _leaves(config.model_dump(mode="json"))
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -100,7 +100,8 @@ def small_config(config: Config, shape: ModelShape, folder: Path) -> Config:
         "kv_cache_bytes": 128 << 20, "max_concurrent_requests": 4 * SAMPLES, "replay": None,
         "max_staleness": min(1, r.max_staleness), "start_deadline_s": DEADLINE_S, "step_deadline_s": DEADLINE_S}
     tree["dynamic_sampling"] |= {"refills": min(1, config.dynamic_sampling.refills)}
-    tree["reward"] |= {"name": "simulated_reward:share_of_vowels", "truncated": "grade", "overlong_buffer_tokens": 0}
+    tree["reward"] |= {"name": "simulated_reward:share_of_vowels", "signature": "alphamed", "truncated": "grade",
+                       "overlong_buffer_tokens": 0}
     tree["algorithm"] |= {"mini_batches": updates, "constant_tokens": None}
     tree["parallel"] |= cut | {
         "virtual_pipeline": 2 if p.virtual_pipeline and cut["pipeline"] > 1 else None,

@@ -22,13 +22,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
 from alphamed.cluster.environment import without_torchrun
 from alphamed.cluster.failure import RunFailed, signal_name
 from alphamed.config import ConfigError
+from alphamed.config_sections import PromptConfig
+from alphamed.data.prompts import asked_of_model
+from alphamed.records import Question
+from alphamed.reward.signatures import SIGNATURES, Arguments, Call
 
 START_S = 120.0
 """A grader must have imported the user's module within this time."""
@@ -52,8 +56,9 @@ class GraderDied(RunFailed):
 class Grader:
     """One process with the user's function loaded. Not safe for threads: one call at a time."""
 
-    def __init__(self, function: str, search_path: Sequence[str]):
-        """Start the process and load the function. Raises ConfigError where it can not be used."""
+    def __init__(self, function: str, signature: str, search_path: Sequence[str]):
+        """Start the process and load the function, which is called as `signature` says. Raises ConfigError where it can not
+        be used."""
         self._function = function
         self._crash = tempfile.TemporaryFile()          # has no name: nothing is left behind
         self._socket, theirs = socket.socketpair()
@@ -64,19 +69,21 @@ class Grader:
             command = [sys.executable, "-P", "-m", "alphamed.reward.grader_child", *map(str, fds), str(os.getpid())]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=fds, process_group=0,
                                              env=without_torchrun(os.environ))
+        request = {"function": function, "signature": signature, "search_path": list(search_path)}
         try:
-            problem = self._ask({"function": function, "search_path": list(search_path)}, START_S)["problem"]
+            loaded = self._ask(request, START_S)
         except RewardTimeout:
-            problem = f"can not be imported (it took longer than {START_S:.0f} s)"
+            loaded = {"problem": f"can not be imported (it took longer than {START_S:.0f} s)", "place": True}
         except RewardCrash as error:
-            problem = f"can not be imported ({str(error).splitlines()[0]})"
+            loaded = {"problem": f"can not be imported ({str(error).splitlines()[0]})", "place": True}
         except BaseException:
             self.kill()
             raise
-        if problem:
+        if loaded["problem"]:
             self.kill()
-            raise ConfigError(f"reward.name: {function!r} {problem}; give module:function, a function of (question, "
-                              f"text, letter) in a module that lies in the current directory or on PYTHONPATH")
+            place = (f"; give module:function, a function of ({', '.join(SIGNATURES[signature].meanings)}) in a module that "
+                     f"is in the current directory or on PYTHONPATH") if loaded["place"] else ""
+            raise ConfigError(f"reward.name: {function!r} {loaded['problem']}{place}")
 
     @property
     def pid(self) -> int:
@@ -86,11 +93,10 @@ class Grader:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def reward(self, question: Mapping[str, Any], text: str, letter: str | None, timeout_s: float) -> float:
+    def reward(self, arguments: Arguments, timeout_s: float) -> float:
         """Call the function. Raises RewardTimeout, RewardCrash or GraderDied; except after an exception of the function
         itself, the grader is dead then."""
-        request = {"question": dict(question), "text": text, "letter": letter, "timeout_s": timeout_s}
-        answer = self._ask(request, timeout_s)
+        answer = self._ask({"arguments": arguments, "timeout_s": timeout_s}, timeout_s)
         if "traceback" in answer:
             raise RewardCrash(answer["traceback"])
         return answer["reward"]
@@ -166,8 +172,10 @@ class GraderPool:
     those that replace a dead one, start when a call needs them. Close it, or let it go: its processes end with it.
     """
 
-    def __init__(self, function: str, workers: int, timeout_s: float, search_path: Sequence[str] | None = None):
-        self._function, self._timeout_s = function, timeout_s
+    def __init__(self, function: str, workers: int, timeout_s: float, search_path: Sequence[str] | None = None,
+                 signature: str = "alphamed", prompt: PromptConfig = PromptConfig()):
+        self.function, self._timeout_s = function, timeout_s
+        self._signature, self._prompt = signature, prompt
         self._search_path = [os.getcwd(), *(sys.path if search_path is None else search_path)]
         # The kernel ends a grader with the *thread* that started it (PR_SET_PDEATHSIG), so one thread that lives as
         # long as the pool starts them all, whoever calls.
@@ -183,13 +191,15 @@ class GraderPool:
             self.close()
             raise
 
-    def __call__(self, question: Mapping[str, Any], text: str, letter: str | None) -> float:
+    def __call__(self, question: Question, text: str, letter: str | None, answer_text: str) -> float:
         """The reward, within the time limit (a start of a grader not counted). Raises RewardTimeout, RewardCrash,
         GraderDied."""
+        call = Call(_as_dict(question), text, letter, answer_text, asked_of_model(self._prompt, question))
+        arguments = SIGNATURES[self._signature].arguments(call)
         grader = self._slots.get()
         try:
             grader = grader or self._start()
-            return grader.reward(question, text, letter, self._timeout_s)
+            return grader.reward(arguments, self._timeout_s)
         finally:
             self._slots.put(grader if grader and grader.alive else None)
 
@@ -220,7 +230,12 @@ class GraderPool:
         self.close()
 
     def _start(self) -> Grader:
-        grader = self._starter.submit(Grader, self._function, self._search_path).result()
+        grader = self._starter.submit(Grader, self.function, self._signature, self._search_path).result()
         with self._lock:                      # forget the dead, except those that `check_alive` has to tell of
             self._graders = {old for old in self._graders if old.alive or old.killed_by} | {grader}
         return grader
+
+
+def _as_dict(question: Question) -> dict[str, Any]:
+    return {"id": question.id, "question": question.question, "options": dict(question.options),
+            "answer": question.answer, "context": question.context, "source": question.source, "level": question.level}

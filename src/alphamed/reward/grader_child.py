@@ -10,15 +10,14 @@ import faulthandler
 import importlib
 import inspect
 import json
-import math
-import numbers
 import os
 import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable
 from typing import Any
+
+from alphamed.reward.signatures import Binding, Refused, bind
 
 MAX_TRACEBACK_CHARS = 8000
 _HANG_SHARE = 0.9        # of the time limit: when the stack is written down, shortly before the parent kills
@@ -34,22 +33,23 @@ def main(socket_fd: int, crash_fd: int, parent: int) -> None:
     faulthandler.enable(file=crash_fd)
     os.set_inheritable(socket_fd, False)
     with socket.socket(fileno=socket_fd).makefile("rwb") as stream:
-        function = _load(stream, json.loads(stream.readline()))
-        while function and (line := stream.readline()):
-            _send(stream, _call(function, json.loads(line), crash_fd))
+        binding = _load(stream, json.loads(stream.readline()))
+        while binding and (line := stream.readline()):
+            _send(stream, _call(binding, json.loads(line), crash_fd))
 
 
-def _load(stream: Any, request: dict[str, Any]) -> Callable[..., Any] | None:
-    """Import the function named in the first request and report how that went."""
+def _load(stream: Any, request: dict[str, Any]) -> Binding | None:
+    """Import the function named in the first request and report how that went: `problem` is None where it can be called,
+    `place` says whether its place is in doubt."""
     sys.path[:0] = [entry for entry in request["search_path"] if entry not in sys.path]
     module_name, _, function_name = request["function"].partition(":")
     try:
         module = importlib.import_module(module_name)
     except BaseException as error:             # the user's module may raise anything, SystemExit included
-        _send(stream, {"problem": f"can not be imported ({_summary(error)})"})
+        _send(stream, {"problem": f"can not be imported ({_summary(error)})", "place": True})
         return None
     function = getattr(module, function_name, None)
-    problem = None
+    problem, binding, place = None, None, True
     if function is None:
         known = [name for name, value in vars(module).items() if inspect.isfunction(value) and name[0] != "_"]
         problem = f"does not exist (functions in {module_name}: {', '.join(known) or 'none'})"
@@ -57,32 +57,23 @@ def _load(stream: Any, request: dict[str, Any]) -> Callable[..., Any] | None:
         problem = f"is not a function but {type(function).__name__}"
     elif inspect.iscoroutinefunction(function):
         problem = "is a coroutine function"
-    elif not _takes_three(function):
-        problem = f"takes {inspect.signature(function)}"
-    _send(stream, {"problem": problem})
-    return None if problem else function
+    else:
+        place = False
+        try:
+            binding = bind(function, request["signature"])
+        except Refused as refusal:
+            problem = str(refusal)
+    _send(stream, {"problem": problem, "place": place})
+    return binding
 
 
-def _takes_three(function: Callable[..., Any]) -> bool:
-    try:
-        inspect.signature(function).bind({}, "", None)
-    except TypeError:
-        return False
-    except ValueError:                         # a built-in without a signature: the first call will tell
-        pass
-    return True
-
-
-def _call(function: Callable[..., Any], request: dict[str, Any], crash_fd: int) -> dict[str, Any]:
+def _call(binding: Binding, request: dict[str, Any], crash_fd: int) -> dict[str, Any]:
     """{"reward": float}, or {"traceback": text} where the function raised or gave no finite number."""
     os.ftruncate(crash_fd, 0)
     os.lseek(crash_fd, 0, os.SEEK_SET)
     faulthandler.dump_traceback_later(_HANG_SHARE * request["timeout_s"], file=crash_fd)
     try:
-        value = function(request["question"], request["text"], request["letter"])
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise TypeError(f"the reward function returned {value!r:.200}, not a finite number")
-        return {"reward": float(value)}
+        return {"reward": binding.reward(request["arguments"])}
     except BaseException:                      # user code; SystemExit and KeyboardInterrupt are its own too
         return {"traceback": traceback.format_exc()[-MAX_TRACEBACK_CHARS:]}
     finally:

@@ -27,11 +27,12 @@ from typing import TYPE_CHECKING
 
 from alphamed.cluster.failure import RunFailed
 from alphamed.config import Config
-from alphamed.config_sections import RewardConfig
+from alphamed.config_sections import PromptConfig, RewardConfig
 from alphamed.records import Outcome, Question, Rollout, RolloutGroup, ScoredGroup
 from alphamed.reward.grader import GraderPool
-from alphamed.reward.rules import CoinToss, Graded, Reward, grade_rollout, resolve_rule
+from alphamed.reward.rules import Graded, Rule, correct, grade_rollout, resolve_rule
 from alphamed.reward.shaping import Overlong
+from alphamed.reward.thinking import Thinking
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -48,8 +49,9 @@ class GradingFailed(RunFailed):
         self.message = message                     # RunFailed would fold the traceback into one line
 
 
-def start(config: Config) -> ActorHandle:
+def start(config: Config, thinking: Thinking = Thinking()) -> ActorHandle:
     """Create the actor on this node and return its handle; the actor ends with its last handle or with the driver.
+    `thinking` is what `reward.answer_after` means for the model.
 
     It needs no CPU reserved: built-in rewards take microseconds, a user's function runs in `reward.workers` processes.
     """
@@ -61,20 +63,21 @@ def start(config: Config) -> ActorHandle:
     actor = ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=here)(RewardProcess)
     step_samples = config.rollout.questions_per_step * config.rollout.samples_per_question
     return actor.remote(config.reward, str(config.algorithm.advantage), step_samples, [os.getcwd(), *sys.path],
-                        Overlong.of(config), config.run.seed)
+                        Overlong.of(config), config.run.seed, config.prompt, thinking)
 
 
 class RewardProcess:
     """Grades in threads of its own, so that the event loop is always free for the next group."""
 
     def __init__(self, reward: RewardConfig, advantage: str, step_samples: int, search_path: Sequence[str] = (),
-                 overlong: Overlong = Overlong(0, 0), seed: int = 0):
+                 overlong: Overlong = Overlong(0, 0), seed: int = 0, prompt: PromptConfig = PromptConfig(),
+                 thinking: Thinking = Thinking()):
         self._reward, self._advantage, self._search_path, self._overlong = reward, advantage, search_path, overlong
-        self._seed = seed
+        self._seed, self._prompt, self._thinking = seed, prompt, thinking
         self._recent: deque[Outcome] = deque(maxlen=step_samples)
         self._first_problem: str | None = None
         self._failure: RunFailed | None = None
-        self._rule: Reward | CoinToss | None = None
+        self._rule: Rule | None = None
         self._opening: asyncio.Future[None] | None = None
         self._threads = ThreadPoolExecutor(reward.workers, thread_name_prefix="grading")
 
@@ -85,27 +88,27 @@ class RewardProcess:
         await self._opening
         return os.getpid()
 
-    async def grade(self, group: RolloutGroup) -> ScoredGroup:
+    async def grade(self, group: RolloutGroup, evaluation: bool = False) -> ScoredGroup:
         """Outcomes, rewards and advantages of a finished group. `grading_s` is the time from here to the answer, the
-        wait for a free grader included."""
+        wait for a free grader included. An `evaluation` asks whether answers are right, by the reward `correct`: a user's
+        function has no part in it, nor do its failures."""
         started = time.monotonic()
         await self.ready()
         await self.check()
         loop = asyncio.get_running_loop()
-        jobs = [loop.run_in_executor(self._threads, self._grade_one, group.question, rollout)
+        rule = correct if evaluation else self._rule
+        jobs = [loop.run_in_executor(self._threads, self._grade_one, group.question, rollout, rule)
                 for rollout in group.rollouts]
         try:
             graded = await asyncio.gather(*jobs)
         except RunFailed as failure:
             self._failure = self._failure or failure
             raise
-        self._count(graded)
-        await self.check()
-        graded = shaped(graded, group.rollouts, self._overlong)
-        return ScoredGroup(
-            group=group, outcomes=tuple(g.outcome for g in graded), rewards=tuple(g.reward for g in graded),
-            advantages=advantages(graded, self._advantage), letters=tuple(g.letter for g in graded),
-            grading_s=time.monotonic() - started)
+        if not evaluation:
+            self._count(graded)
+            await self.check()
+            graded = shaped(graded, group.rollouts, self._overlong)
+        return scored_group(group, graded, self._advantage, time.monotonic() - started)
 
     async def check(self) -> None:
         """Raise what has stopped grading, also where a grader was killed while it had nothing to do."""
@@ -126,14 +129,15 @@ class RewardProcess:
 
         torch.set_num_threads(1)                   # its tensors hold one number per sample
         self._rule = resolve_rule(self._reward.name, seed=self._seed, timeout_s=self._reward.timeout_s,
-                                  workers=self._reward.workers, search_path=self._search_path)
+                                  workers=self._reward.workers, search_path=self._search_path,
+                                  signature=str(self._reward.signature), prompt=self._prompt)
 
     @property
     def _pool(self) -> GraderPool | None:
         return self._rule if isinstance(self._rule, GraderPool) else None
 
-    def _grade_one(self, question: Question, rollout: Rollout) -> Graded:
-        return grade_rollout(question, rollout, self._rule, self._reward.truncated)
+    def _grade_one(self, question: Question, rollout: Rollout, rule: Rule) -> Graded:
+        return grade_rollout(question, rollout, rule, self._reward.truncated, self._thinking)
 
     def _count(self, graded: Sequence[Graded]) -> None:
         for sample in graded:
@@ -156,15 +160,22 @@ def shaped(graded: Sequence[Graded], rollouts: Sequence[Rollout], overlong: Over
             for one, r in zip(graded, rollouts, strict=True)]
 
 
-def advantages(graded: Sequence[Graded], kind: str) -> tuple[float, ...]:
+def scored_group(group: RolloutGroup, graded: Sequence[Graded], advantage: str, grading_s: float = 0.0) -> ScoredGroup:
+    """A group with what grading found and the advantages that follow."""
+    outcomes, rewards = tuple(g.outcome for g in graded), tuple(g.reward for g in graded)
+    return ScoredGroup(group, outcomes, rewards, advantages(outcomes, rewards, advantage), tuple(g.letter for g in graded),
+                       grading_s)
+
+
+def advantages(outcomes: Sequence[Outcome], rewards: Sequence[float], kind: str) -> tuple[float, ...]:
     """Advantages of one group's samples. Those that could not be graded get 0 and do not count for the others."""
     import torch
 
     from alphamed.algorithms.advantage import group_advantages
 
-    known = [i for i, sample in enumerate(graded) if sample.outcome not in FAILED]
-    rewards = torch.tensor([graded[i].reward for i in known], dtype=torch.float64)
-    result = [0.0] * len(graded)
-    for i, advantage in zip(known, group_advantages(rewards, [0] * len(known), kind).tolist(), strict=True):
+    known = [i for i, outcome in enumerate(outcomes) if outcome not in FAILED]
+    values = torch.tensor([rewards[i] for i in known], dtype=torch.float64)
+    result = [0.0] * len(outcomes)
+    for i, advantage in zip(known, group_advantages(values, [0] * len(known), kind).tolist(), strict=True):
         result[i] = advantage
     return tuple(result)

@@ -1,38 +1,40 @@
 """Rewards by name, and how a response is graded: the outcome follows from its letter, the reward from the rule."""
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from alphamed.config import ConfigError
 from alphamed.config_choices import TruncatedReward
+from alphamed.config_sections import PromptConfig, RewardConfig
 from alphamed.records import FinishReason, Outcome, Question, Rollout
 from alphamed.reward.extraction import extract_answer
 from alphamed.reward.grader import GraderPool, RewardCrash, RewardTimeout
+from alphamed.reward.thinking import SAMPLE, Thinking
 
-Reward = Callable[[Mapping[str, Any], str, str | None], float]
-"""(question, text, letter) -> reward. `question` holds the fields of `records.Question`, `text` is the response,
-`letter` the answer that its last box states, None where it states none."""
+Reward = Callable[[Question, str, str | None], float]
+"""A built-in reward: (question, text, letter) -> reward. `text` is the response, `letter` the answer that its last box
+states, None where it states none."""
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 # ----------------------------------------------------------------------------------------------------- built-in rewards
-def correct(question: Mapping[str, Any], text: str, letter: str | None) -> float:
+def correct(question: Question, text: str, letter: str | None) -> float:
     """1 for the right letter, else 0 (the paper's reward)."""
-    return float(letter == question["answer"])
+    return float(letter == question.answer)
 
 
-def correct_and_format(question: Mapping[str, Any], text: str, letter: str | None) -> float:
+def correct_and_format(question: Question, text: str, letter: str | None) -> float:
     """0.9 for the right letter and 0.1 for stating a letter at all."""
-    return 1.0 if letter == question["answer"] else 0.1 if letter is not None else 0.0
+    return 1.0 if letter == question.answer else 0.1 if letter is not None else 0.0
 
 
-def format_only(question: Mapping[str, Any], text: str, letter: str | None) -> float:
+def format_only(question: Question, text: str, letter: str | None) -> float:
     """1 for stating a letter, right or wrong: a control, which teaches the box and nothing else."""
     return float(letter is not None)
 
@@ -51,6 +53,8 @@ class CoinToss:
         return float(hashlib.sha256(f"coin\x1f{self.seed}\x1f{sample}".encode()).digest()[0] & 1)
 
 
+Rule = Reward | GraderPool | CoinToss
+"""What grades: a built-in, a user's function, or a coin."""
 RANDOM = "random"
 RULES: dict[str, Reward] = {"correct": correct, "correct_and_format": correct_and_format, "format_only": format_only}
 NAMES = (*RULES, RANDOM)
@@ -68,27 +72,34 @@ class Graded:
     problem: str | None = None
 
 
-def grade_rollout(question: Question, rollout: Rollout, rule: Reward | CoinToss,
-                  truncated: TruncatedReward = TruncatedReward.NOTHING) -> Graded:
+def grade_rollout(question: Question, rollout: Rollout, rule: Rule,
+                  truncated: TruncatedReward = TruncatedReward.NOTHING, thinking: Thinking = Thinking()) -> Graded:
     """Grade a sampled response, as `grade` does; this also knows which sample it is."""
-    return grade(question, rollout.text, rollout.finish_reason, rule, truncated,
+    return grade(question, rollout.text, rollout.finish_reason, rule, truncated, thinking,
                  sample=f"{rollout.group_id}#{rollout.sample_index}")
 
 
-def grade(question: Question, text: str, finish_reason: FinishReason, rule: Reward | CoinToss,
-          truncated: TruncatedReward = TruncatedReward.NOTHING, sample: str = "") -> Graded:
-    """Grade one response.
+def grade(question: Question, text: str, finish_reason: FinishReason, rule: Rule,
+          truncated: TruncatedReward = TruncatedReward.NOTHING, thinking: Thinking = Thinking(), sample: str = "") -> Graded:
+    """Grade one response by what follows its thinking.
 
     A response that did not end by itself (token limit, abort) is TRUNCATED and earns 0 without asking the rule; with
-    `truncated=grade` it is graded like any other. A user's function that fails gives TIMEOUT or CRASH; GraderDied is
-    passed on. A coin is tossed for every response: truncated ones too, or it would teach to end in time.
+    `truncated=grade` it is graded like any other. One whose thinking did not end is UNPARSEABLE. A user's function that
+    fails gives TIMEOUT or CRASH; GraderDied is passed on. A coin is tossed for every response: truncated ones too, or it
+    would teach to end in time.
     """
-    letter = extract_answer(text, question.options)
+    answer_text = thinking.answer(text) or ""
+    letter = extract_answer(answer_text, question.options)
     cut = finish_reason != FinishReason.STOP and truncated == TruncatedReward.NOTHING
     if cut and not isinstance(rule, CoinToss):
         return Graded(Outcome.TRUNCATED, 0.0, letter)
     try:
-        reward = rule.reward(sample) if isinstance(rule, CoinToss) else rule(_as_dict(question), text, letter)
+        if isinstance(rule, CoinToss):
+            reward = rule.reward(sample)
+        elif isinstance(rule, GraderPool):
+            reward = rule(question, text, letter, answer_text)
+        else:
+            reward = rule(question, text, letter)
     except RewardTimeout as error:
         return Graded(Outcome.TIMEOUT, 0.0, letter, str(error))
     except RewardCrash as error:
@@ -100,35 +111,86 @@ def grade(question: Question, text: str, finish_reason: FinishReason, rule: Rewa
     return Graded(Outcome.CORRECT if letter == question.answer else Outcome.WRONG, reward, letter)
 
 
-def _as_dict(question: Question) -> dict[str, Any]:
-    return {"id": question.id, "question": question.question, "options": dict(question.options),
-            "answer": question.answer, "context": question.context, "source": question.source, "level": question.level}
-
-
 # ------------------------------------------------------------------------------------------------------------- by name
 def resolve_rule(name: str, *, seed: int = 0, timeout_s: float = 10.0, workers: int = 1,
-                 search_path: Sequence[str] | None = None) -> Reward | CoinToss:
+                 search_path: Sequence[str] | None = None, signature: str = "alphamed",
+                 prompt: PromptConfig = PromptConfig()) -> Rule:
     """The reward called `name`: a built-in, or a user's `module:function` as a pool of grader processes (close it when
-    done; its processes end with it in any case). `seed` is the run's, for `random`.
+    done; its processes end with it in any case). `seed` is the run's, for `random`; `signature` says with which arguments a
+    user's function is called, and `prompt` what the model is asked with, for TRL's.
 
     A user's module is looked for in the current directory, on `search_path` (None: this process's) and on PYTHONPATH,
     and is only ever imported in a grader. Raises ConfigError for a name that is not known or can not be used.
     """
+    check_name(name)
     if name in RULES:
         return RULES[name]
     if name == RANDOM:
         return CoinToss(seed)
+    return GraderPool(name, workers, timeout_s, search_path, signature, prompt)
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError for what is neither a built-in reward nor written like a function. Starts nothing."""
+    if name in NAMES:
+        return
     if ":" not in name:
         near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.5)
         mend = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(NAMES)}; or give module:function"
         raise ConfigError(f"reward.name: {name!r} is not a reward; {mend}")
     if not _FUNCTION.fullmatch(name):
         raise ConfigError(f"reward.name: {name!r} is not of the form module:function; write it like my.rewards:strict")
-    return GraderPool(name, workers, timeout_s, search_path)
 
 
-def check_rule(name: str) -> None:
-    """Raise ConfigError where `name` is no usable reward. A user's module is imported in a process that ends here."""
-    rule = resolve_rule(name)
+def earns_of(name: str) -> tuple[float, float] | None:
+    """What a right and what a wrong letter earns; None where that does not decide: other rewards, and where both earn the
+    same."""
+    if name not in RULES:
+        return None
+    other = next(letter for letter in SAMPLE.options if letter != SAMPLE.answer)
+    right, wrong = (RULES[name](SAMPLE, "", letter) for letter in (SAMPLE.answer, other))
+    return (right, wrong) if right != wrong else None
+
+
+def check_rule(name: str, signature: str = "alphamed") -> None:
+    """Raise ConfigError where `name` is no reward that can be called. A user's module is imported in a process that ends
+    here."""
+    rule = resolve_rule(name, signature=signature)
     if isinstance(rule, GraderPool):
         rule.close()
+
+
+@contextlib.contextmanager
+def opened_rule(reward: RewardConfig, prompt: PromptConfig, seed: int) -> Iterator[Rule]:
+    """The reward of a configuration with one grader, closed on the way out. Raises ConfigError as `resolve_rule` does."""
+    rule = resolve_rule(reward.name, seed=seed, timeout_s=reward.timeout_s, signature=str(reward.signature), prompt=prompt)
+    try:
+        yield rule
+    finally:
+        if isinstance(rule, GraderPool):
+            rule.close()
+
+
+def try_rule(rule: Rule, question: Question = SAMPLE, thinking: Thinking = Thinking()) -> dict[str, float]:
+    """The rewards of a right, a wrong and an empty response to a question, before anything depends on them. Raises
+    ConfigError, in one line, where the function fails for one of them."""
+    wrong = next(letter for letter in question.options if letter != question.answer)
+    found: dict[str, float] = {}
+    for kind, text in (("right", thinking.example(f"The answer is \\boxed{{{question.answer}}}")),
+                       ("wrong", thinking.example(f"The answer is \\boxed{{{wrong}}}")), ("empty", "")):
+        graded = grade(question, text, FinishReason.STOP, rule, thinking=thinking, sample=kind)
+        if graded.problem is not None:
+            assert isinstance(rule, GraderPool)
+            answer = "an empty answer" if kind == "empty" else f"a {kind} answer"
+            raise ConfigError(f"reward.name: {rule.function!r} was tried on {answer} to question {question.id!r} and "
+                              f"failed: {_one_line(graded.problem)}; fix it before it grades a run")
+        found |= {kind: graded.reward}
+    return found
+
+
+def _one_line(problem: str) -> str:
+    """What a traceback or a stack comes down to: its last line, and where."""
+    lines = problem.strip().splitlines()
+    places = re.findall(r'File "([^"]+)", line (\d+)', problem)
+    where = f" ({places[-1][0]}, line {places[-1][1]})" if places and lines[0].startswith("Traceback") else ""
+    return f"{lines[-1] if where else lines[0]}{where}"[:400]

@@ -1,60 +1,90 @@
-"""What a run believes of each question's pass rate, and from that how likely a group of answers to it teaches.
+"""What a run believes of each question: its pass rate, and how likely the rewards of a group of answers to it differ.
 
-A pass rate p has a Beta(1/2 + r, 1/2 + w) distribution (Jeffreys' prior and r right, w wrong samples). The level of a
-question counts as samples from before the first step: 1 is 5 of 5 right, 6 is 0 of 5. Every observation fades, by half each
-`half_life_steps`, because the policy it was made of is gone; what is left in the end is a question nothing is known of.
-Pure, without random numbers: the same results give the same beliefs.
+A pass rate p has a Beta(1/2 + r, 1/2 + w) distribution (Jeffreys' prior and r right, w wrong samples). The rewards that
+answers earn have a Dirichlet distribution, which with two of them is the same. The level of a question counts as samples
+from before the first step: 1 is 5 of 5 right, 6 is 0 of 5. Every observation fades, by half each `half_life_steps`, because
+the policy it was made of is gone; what is left in the end is a question nothing is known of. Pure, without random numbers:
+the same results give the same beliefs.
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 from alphamed.config_sections import DynamicSamplingConfig
 from alphamed.records import Outcome, Question, ScoredGroup
+from alphamed.reward.shaping import Overlong
+from alphamed.rollout.refill import earned
 from alphamed.rollout.spec import stable_hash
 
 JEFFREYS = 0.5
 LEVELS = 6
 FAILED = (Outcome.TIMEOUT, Outcome.CRASH)
+MAX_REWARDS = 8
+"""Different rewards of a question that are kept, the commonest ones. With more the chance that all of a group are the same
+is next to nothing."""
+DIGITS = 6
+"""To which rewards are compared: taking the length penalty off again leaves rounding errors."""
 
 
 @dataclass(slots=True)
 class Evidence:
-    """Samples of a question, as they counted at `step`, and how often it was passed over since it was asked last."""
+    """Samples of a question, as they counted at `step`, and how often it was passed over since it was asked last. `rewards`:
+    reward -> samples that earned it, of `graded` in all."""
     right: float = 0.0
     wrong: float = 0.0
     step: int = 0
     passes: int = 0
+    rewards: dict[float, float] = field(default_factory=dict)
+    graded: float = 0.0
 
 
 class PassRates:
-    """The beliefs of a run whose groups hold `samples` answers."""
+    """The beliefs of a run whose groups hold `samples` answers. `earns`: what a right and what a wrong answer earns; None
+    where the reward does not follow from that, so that levels say nothing of it."""
 
-    def __init__(self, config: DynamicSamplingConfig, samples: int):
+    def __init__(self, config: DynamicSamplingConfig, samples: int, earns: tuple[float, float] | None = (1.0, 0.0),
+                 overlong: Overlong = Overlong(0, 0)):
         self._half_life, self._annotation, self._samples = config.half_life_steps, config.annotation_weight, samples
+        self._earns, self._overlong = earns, overlong
         self._max_passes = config.max_passes
         self._evidence: dict[str, Evidence] = {}
         self.of_unknown = signal_chance(0.0, 0.0, samples)
         """Chance that a group teaches whose question nothing is known of."""
 
     def chance(self, question: Question, step: int) -> float:
-        """Chance that a group asked in `step` holds right and wrong answers."""
-        return signal_chance(*self.counts(question, step), self._samples)
+        """Chance that the rewards of a group asked in `step` differ."""
+        rewards, graded = self._rewards(question, step)
+        return differing_chance(rewards.values(), graded, self._samples)
+
+    def _rewards(self, question: Question, step: int) -> tuple[dict[float, float], float]:
+        """Reward -> samples that earned it, and all samples, with the weight that they have in `step`."""
+        found = self._evidence.get(question.id, Evidence())
+        fade = self._fade(step - found.step)
+        rewards, graded = {reward: fade * count for reward, count in found.rewards.items()}, fade * found.graded
+        if self._earns:
+            for reward, count in zip(self._earns, self._annotated(question, step)):
+                rewards[reward] = rewards.get(reward, 0.0) + count
+                graded += count
+        return rewards, graded
 
     def counts(self, question: Question, step: int) -> tuple[float, float]:
         """Right and wrong samples of the question, with the weight that they have in `step`."""
-        right = wrong = 0.0
-        if question.level is not None:
-            weight = self._annotation * self._fade(step)
-            share = (LEVELS - question.level) / (LEVELS - 1)
-            right, wrong = share * weight, (1 - share) * weight
+        right, wrong = self._annotated(question, step)
         if found := self._evidence.get(question.id):
             fade = self._fade(step - found.step)
             right, wrong = right + fade * found.right, wrong + fade * found.wrong
         return right, wrong
+
+    def _annotated(self, question: Question, step: int) -> tuple[float, float]:
+        """Right and wrong samples that the question's level counts as in `step`."""
+        if question.level is None:
+            return 0.0, 0.0
+        weight, share = self._annotation * self._fade(step), (LEVELS - question.level) / (LEVELS - 1)
+        return share * weight, (1 - share) * weight
 
     def observe(self, groups: Sequence[ScoredGroup], step: int) -> None:
         """Take in groups graded in `step`. An answer is right or it is not; those that could not be graded say nothing."""
@@ -64,6 +94,9 @@ class PassRates:
             right = sum(outcome == Outcome.CORRECT for outcome in scored.outcomes)
             wrong = sum(outcome not in (Outcome.CORRECT, *FAILED) for outcome in scored.outcomes)
             found.right, found.wrong, found.step = fade * found.right + right, fade * found.wrong + wrong, step
+            rewards = Counter({reward: fade * count for reward, count in found.rewards.items()})
+            rewards.update(round(reward, DIGITS) + 0.0 for reward in earned(scored, self._overlong))       # + 0.0: -0.0 is 0
+            found.rewards, found.graded = dict(rewards.most_common(MAX_REWARDS)), fade * found.graded + right + wrong
 
     def is_due(self, question_id: str) -> bool:
         """Whether the question was passed over too often to be passed over again: `max_passes` times, or some less (down to
@@ -85,17 +118,25 @@ class PassRates:
         return 0.5 ** (steps / self._half_life)
 
     def state(self) -> dict[str, Any]:
-        """JSON-ready: about 60 bytes for each question that was asked or passed over."""
-        return {id: [one.right, one.wrong, one.step, one.passes] for id, one in self._evidence.items()}
+        """JSON-ready: about 100 bytes for each question that was asked or passed over, some more where rewards are many."""
+        return {id: [one.right, one.wrong, one.step, one.passes, list(map(list, one.rewards.items())), one.graded]
+                for id, one in self._evidence.items()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self._evidence = {id: Evidence(*values) for id, values in state.items()}
+        self._evidence = {id: Evidence(*values[:4], *((dict(map(tuple, values[4])), values[5]) if len(values) > 4 else ()))
+                          for id, values in state.items()}
 
 
 def signal_chance(right: float, wrong: float, samples: int) -> float:
     """Chance that `samples` answers are neither all right nor all wrong: 1 - E[p^G] - E[(1 - p)^G] for
     p ~ Beta(1/2 + right, 1/2 + wrong), whose moments are E[p^G] = prod over i < G of (a + i) / (a + b + i)."""
-    a, b = JEFFREYS + right, JEFFREYS + wrong
-    all_right = prod((a + i) / (a + b + i) for i in range(samples))
-    all_wrong = prod((b + i) / (a + b + i) for i in range(samples))
-    return 1.0 - all_right - all_wrong
+    return differing_chance((right, wrong), right + wrong, samples)
+
+
+def differing_chance(counts: Iterable[float], graded: float, samples: int) -> float:
+    """Chance that `samples` answers do not all earn the same: 1 - sum over K rewards of E[p^G], where `counts` of the
+    `graded` samples earned each of them and p ~ Dirichlet(1/K + counts). There are two rewards at least."""
+    different = [*counts]
+    different += [0.0] * (2 - len(different))
+    prior = 2 * JEFFREYS / len(different)
+    return 1.0 - sum(prod((prior + count + i) / (2 * JEFFREYS + graded + i) for i in range(samples)) for count in different)

@@ -1,9 +1,9 @@
 """Which questions are asked next: those of the stream in its order, without those that are unlikely to teach.
 
 The stream gives the order, and with it the epochs, the letters of options and any curriculum; here questions are only
-passed over. One is asked at once if its group is at least as likely to teach as that of a question nothing is known of, or
-if it was passed over `max_passes` times in a row (some sooner), so that none starves. Where a search does not find enough of
-these, the likeliest of the others are asked.
+passed over. A group teaches where its rewards differ, whatever the reward is. A question is asked at once if its group is
+at least as likely to teach as that of a question nothing is known of, or if it was passed over `max_passes` times in a row
+(some sooner), so that none starves. Where a search does not find enough of these, the likeliest of the others are asked.
 """
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 from alphamed.config_choices import LevelsFrom
 from alphamed.config_sections import DynamicSamplingConfig, LevelsConfig
 from alphamed.records import Question, ScoredGroup
+from alphamed.reward.shaping import Overlong
 from alphamed.rollout.belief import PassRates
 from alphamed.rollout.curriculum import Curriculum, Stream
 
@@ -22,10 +23,11 @@ class Chooser:
     stream's, all of them, or what the curriculum of `levels` takes of it."""
 
     def __init__(self, config: DynamicSamplingConfig, stream: Stream, samples: int, per_step: int,
-                 levels: LevelsConfig = LevelsConfig(), seed: int = 0):
+                 levels: LevelsConfig = LevelsConfig(), seed: int = 0, earns: tuple[float, float] | None = (1.0, 0.0),
+                 overlong: Overlong = Overlong(0, 0)):
         self._config, self._stream = config, stream
         self._look_at = config.search * per_step
-        self._rates = PassRates(config, samples)
+        self._rates = PassRates(config, samples, earns, overlong)
         self._curriculum = Curriculum(levels, stream, self._rates, seed) if levels.schedule else None
         self._observes = config.choose or (self._curriculum is not None and levels.by == LevelsFrom.OBSERVED)
         self.passed_over = 0

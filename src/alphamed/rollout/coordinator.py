@@ -232,7 +232,8 @@ class RolloutCoordinator:
         job.places[index] = str(self._grading)
         job.generated_at = time.monotonic()
         job.response_tokens += sum(len(rollout.response_token_ids) for rollout in group.rollouts)
-        job.scored[index] = await ask(self._grader.grade.remote(group), self._grading, f"grading {task.group_id}")
+        job.scored[index] = await ask(self._grader.grade.remote(group, task.evaluation), self._grading,
+                                      f"grading {task.group_id}")
         del job.places[index]
         job.news.set()
         if not job.places and not job.feed:

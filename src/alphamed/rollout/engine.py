@@ -19,6 +19,7 @@ from alphamed.cluster.hardware import this_machine
 from alphamed.cluster.processes import Process
 from alphamed.data.tokenizer import load_tokenizer
 from alphamed.records import FinishReason, GenerationTask, Rollout, RolloutGroup, Sampling
+from alphamed.reward.thinking import begin_of, end_of_thinking
 from alphamed.rollout.failures import EngineDied, StaleEngine
 from alphamed.rollout.spec import EngineSpec
 from alphamed.weights.folder import SMALL_BYTES, require_finite, weight_bytes
@@ -52,6 +53,8 @@ class RolloutEngine:
         if self._spec.cores:
             os.sched_setaffinity(0, {core for ids in self._spec.cores for core in ids})
         self._tokenizer = load_tokenizer(self._spec.folder)
+        end = end_of_thinking(self._spec.answer_after, self._tokenizer)
+        self._tokenizer.keep(end + begin_of(end))
         self._drained, self._death = asyncio.Event(), asyncio.get_running_loop().create_future()
         self._drained.set()
         self._serving = asyncio.Event()

@@ -2,10 +2,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from alphamed.config import Config
 from alphamed.records import ScoredGroup, StepRollouts, TokenGroup
+from alphamed.reward.rules import earns_of
+from alphamed.reward.shaping import Overlong
 from alphamed.rollout.choice import Chooser
 from alphamed.rollout.curriculum import Stream
 from alphamed.rollout.supply import Ahead, Gathered, OnDemand
@@ -26,7 +29,7 @@ class LiveRollouts:
                  on_progress: Callable[[Progress], None] | None = None):
         r = config.rollout
         chooser = Chooser(config.dynamic_sampling, stream, r.samples_per_question, r.questions_per_step, config.data.levels,
-                          config.run.seed)
+                          config.run.seed, earns_of(config.reward.name), Overlong.of(config))
         kind = Ahead if r.max_staleness else OnDemand
         self._supply = kind(config, chooser, prompts, coordinator, on_progress)
         self._control = control
@@ -47,11 +50,12 @@ class LiveRollouts:
 
 
 class ReplayedRollouts:
-    """Rollouts recorded by another run. Rank 0 reads them."""
+    """Rollouts recorded by another run, with their rewards; advantages are this run's. Rank 0 reads them."""
 
     def __init__(self, config: Config, control: Control):
         assert config.rollout.replay is not None, "rollout.replay names no run to replay"
         self._run_dir, self._control = config.rollout.replay, control
+        self._advantage = str(config.algorithm.advantage)
 
     def next(self, step: int) -> StepRollouts:
         """The rollouts recorded for this step. Raises RunFailed (a user's error) where there are none."""
@@ -61,8 +65,10 @@ class ReplayedRollouts:
 
     def _read(self, step: int) -> Sequence[ScoredGroup]:
         from alphamed.observe.rollout_files import read_rollouts, rollout_path
+        from alphamed.reward.process import advantages
 
-        return read_rollouts(rollout_path(self._run_dir, step))
+        return [replace(scored, advantages=advantages(scored.outcomes, scored.rewards, self._advantage))
+                for scored in read_rollouts(rollout_path(self._run_dir, step))]
 
     def state(self) -> dict[str, Any]:
         return {}

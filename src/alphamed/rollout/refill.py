@@ -11,12 +11,17 @@ EQUAL = 1e-9
 """Rewards that differ by less are the same: taking the length penalty off again leaves rounding errors."""
 
 
+def earned(scored: ScoredGroup, overlong: Overlong) -> list[float]:
+    """The rewards of the group's answers, the penalty on lengths left aside, without those that could not be graded."""
+    return [reward - overlong.penalty(len(rollout.response_token_ids))
+            for reward, outcome, rollout in zip(scored.rewards, scored.outcomes, scored.group.rollouts, strict=True)
+            if outcome not in (Outcome.TIMEOUT, Outcome.CRASH)]
+
+
 def teaches(scored: ScoredGroup, overlong: Overlong) -> bool:
     """Whether the rewards of the group differ, the penalty on lengths left aside: a group that is all right or all wrong
     says nothing about answers, however long these are."""
-    rewards = [reward - overlong.penalty(len(rollout.response_token_ids))
-               for reward, outcome, rollout in zip(scored.rewards, scored.outcomes, scored.group.rollouts, strict=True)
-               if outcome not in (Outcome.TIMEOUT, Outcome.CRASH)]
+    rewards = earned(scored, overlong)
     return bool(rewards) and max(rewards) - min(rewards) > EQUAL
 
 

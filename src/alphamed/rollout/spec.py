@@ -39,6 +39,7 @@ class EngineSpec:
     asynchronous: bool = False          # pushes come while requests are under way
     on_push: str = "wait"               # what becomes of those: "wait" | "keep" | "abort"
     worker_extension: str = RECEIVER
+    answer_after: str | None = None     # reward.answer_after: what ends the thinking stays in the text of a response
 
     @property
     def name(self) -> str:
@@ -64,7 +65,8 @@ def engine_specs(config: Config, folder: Path, shape: ModelShape, eos_ids: tuple
         kv_cache_bytes=cache_bytes // r.tensor_parallel if cache_bytes else None,
         gpu_memory_utilization=r.gpu_memory_utilization, deterministic=r.deterministic,
         seed=stable_hash(config.run.seed, "engine", index) % 2**31, eos_ids=tuple(eos_ids),
-        asynchronous=r.max_staleness > 0, on_push=str(r.on_push if r.max_staleness else OnPush.WAIT))
+        asynchronous=r.max_staleness > 0, on_push=str(r.on_push if r.max_staleness else OnPush.WAIT),
+        answer_after=config.reward.answer_after)
         for index in range(r.engines))
 
 

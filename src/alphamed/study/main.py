@@ -32,8 +32,8 @@ def main(options: argparse.Namespace) -> int:
     study = load_study(options.file)
     runs = plan_runs(study)
     data.check_sources(study, runs)
-    for name in {run.config.reward.name for run in runs}:
-        check_rule(name)
+    for name, signature in {(run.config.reward.name, run.config.reward.signature) for run in runs}:
+        check_rule(name, signature)
     states = {run.name: state_of(run) for run in runs}
     print(*table(runs, states), sep="\n")
     if options.dry_run:

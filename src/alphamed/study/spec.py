@@ -35,8 +35,8 @@ class Control(StrEnum):
 MEDFACTS = "medfacts"
 """The source of the shipped questions."""
 CONTROLS: dict[Control, dict[str, Any]] = {
-    Control.RANDOM_REWARD: {"reward.name": "random", "reward.overlong_buffer_tokens": 0},
-    Control.FORMAT_REWARD: {"reward.name": "format_only"},
+    Control.RANDOM_REWARD: {"reward.name": "random", "reward.signature": "alphamed", "reward.overlong_buffer_tokens": 0},
+    Control.FORMAT_REWARD: {"reward.name": "format_only", "reward.signature": "alphamed"},
     Control.SHUFFLED_KEYS: {"data.answer_keys": "shuffled"},
     # the model as it is, asked with the same prompt and graded by the same grader
     Control.UNCHANGED: {"run.stop_after": 0, "evaluation.before": True, "evaluation.after": False, "evaluation.every": 0,
