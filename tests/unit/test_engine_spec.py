@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from alphamed.cluster.cgroup import Limits
 from alphamed.config import ConfigError
 from alphamed.config_file import build_config
 from alphamed.model import ModelShape
@@ -94,6 +95,20 @@ def test_environment_is_silent_local_and_binds_threads(four_cores):
     assert found["VLLM_CPU_OMP_THREADS_BIND"] == "0,2|1,3" and found["OMP_NUM_THREADS"] == "2"
     assert found["VLLM_NO_USAGE_STATS"] == found["DO_NOT_TRACK"] == found["HF_HUB_OFFLINE"] == "1"
     assert found["VLLM_HOST_IP"] == "127.0.0.1"
+
+
+@pytest.mark.parametrize("ranks, quota, threads, bind", [
+    (1, 2, "2", "nobind"), (2, 3, "1", "nobind"), (2, 1, None, None), (1, 4, "4", "0,1,2,3"), (1, 9, "4", "0,1,2,3")])
+def test_limited_cpu_time_means_fewer_threads_that_move_freely(four_cores, monkeypatch, ranks, quota, threads, bind):
+    monkeypatch.setattr("alphamed.cluster.hardware.limits", lambda: Limits(float(quota)))
+    if threads is None:
+        with pytest.raises(ConfigError, match="rollout.tensor_parallel: 2 needs as many cores, 1 present"):
+            specs(config(tensor_parallel=ranks))
+        return
+    found = engine_environment(specs(config(tensor_parallel=ranks))[0])
+    assert (found["OMP_NUM_THREADS"], found["VLLM_CPU_OMP_THREADS_BIND"]) == (threads, bind)
+    named = engine_environment(specs(config({"engine_cores": "0-2"}))[0])
+    assert (named["OMP_NUM_THREADS"], named["VLLM_CPU_OMP_THREADS_BIND"]) == ("3", "0,1,2")      # as configured
 
 
 def test_the_hash_is_the_same_in_every_process():

@@ -61,10 +61,3 @@ def without_torchrun(env: Mapping[str, str]) -> dict[str, str]:
     """The environment less everything that an outer torchrun, or an image made for one, has set."""
     return {name: value for name, value in env.items()
             if name not in TORCHRUN_VARIABLES and not name.startswith(TORCHRUN_PREFIXES)}
-
-
-def trainer_threads(config: Config, local_ranks: int, on_cuda: bool) -> int:
-    """CPU threads of one trainer rank."""
-    if config.cluster.trainer_threads:
-        return config.cluster.trainer_threads
-    return 8 if on_cuda else max(1, (os.cpu_count() or 1) // local_ranks)

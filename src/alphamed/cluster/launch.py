@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alphamed.cluster import failure
-from alphamed.cluster.environment import run_environment, trainer_threads, without_torchrun
-from alphamed.cluster.hardware import gpus_present, wants_cuda
+from alphamed.cluster.environment import run_environment, without_torchrun
+from alphamed.cluster.hardware import gpus_present, trainer_threads, wants_cuda
 from alphamed.cluster.ledger import Ledger, Lock, clean_up_dead_runs
 from alphamed.cluster.supervisor import Ended, supervise
 from alphamed.config import Config, ConfigError

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alphamed.cluster import launch
-from alphamed.cluster.environment import run_environment, trainer_threads, without_torchrun
-from alphamed.cluster.hardware import gpus_present
+from alphamed.cluster.environment import run_environment, without_torchrun
+from alphamed.cluster.hardware import gpus_present, trainer_threads
 from alphamed.cluster.launch import LAUNCH_FILE, NodePlan, plan_nodes, torchrun_command
 from alphamed.cluster.ledger import run_id
 from alphamed.cluster.processes import TAG

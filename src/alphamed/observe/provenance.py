@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from alphamed.cluster.hardware import cores, memory_bytes
 from alphamed.config import ConfigError
 from alphamed.observe.files import replace_file, replace_json
 
@@ -119,15 +120,13 @@ def packages() -> dict[str, str]:
 
 # ------------------------------------------------------------------------------------------------------------- hardware
 def hardware() -> dict[str, Any]:
-    """Processor, cores this process may use, memory, GPUs. Asks torch for GPUs only where it is loaded already."""
-    import psutil
-
+    """Processor, cores and memory that this process may use, GPUs. Asks torch for GPUs only where it is loaded already."""
     gpus: list[str] = []
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"processor": _processor(), "cores": len(os.sched_getaffinity(0)),
-            "memory_bytes": psutil.virtual_memory().total, "gpus": gpus, "system": platform.platform()}
+    return {"processor": _processor(), "cores": cores(), "memory_bytes": memory_bytes()[0],
+            "gpus": gpus, "system": platform.platform()}
 
 
 def _processor() -> str:
