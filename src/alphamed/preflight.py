@@ -124,9 +124,11 @@ def _check_replay(run_dir: Path, last_step: int) -> None:
 
 
 def _check_hardware(config: Config) -> None:
+    from alphamed.cluster import variables
     from alphamed.cluster.hardware import gpus_present, wants_cuda
     from alphamed.rollout.spec import engine_cores
 
+    variables.refuse(os.environ)
     if config.cluster.device == Device.CUDA and gpus_present() == 0:
         raise ConfigError("cluster.device: cuda needs an NVIDIA GPU, this machine has none; set it to cpu, or start on "
                           "a machine that has (bash examples/... on one node, examples/slurm/train.sbatch on several)")

@@ -73,7 +73,7 @@ def test_doctor_knows_what_is_here(capsys):
     assert torch.__version__ in found["torch"]["detail"]
     assert found["CUDA"]["state"] == ("active" if torch.cuda.is_available() else "absent")
     assert "gloo" in found["collectives"]["detail"]
-    assert found["cores"]["detail"] == str(len(os.sched_getaffinity(0)))
+    assert 1 <= int(found["cores"]["detail"].split()[0]) <= len(os.sched_getaffinity(0))
     assert "CPU backend" in found["vLLM"]["detail"] or "CUDA backend" in found["vLLM"]["detail"]
 
 

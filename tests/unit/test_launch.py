@@ -17,6 +17,7 @@ from alphamed.cluster import guard, launch, ledger, nodes, placement, processes
 from alphamed.cluster.environment import enter, run_environment, without_torchrun
 from alphamed.cluster.ledger import Ledger, Lock, run_id
 from alphamed.cluster.nodes import part_of
+from alphamed.cluster.variables import Start
 from alphamed.config import Config, ConfigError
 from alphamed.config_file import build_config, load_config
 
@@ -151,7 +152,7 @@ def test_launchers_are_bash_and_python(name):
 # ---------------------------------------------------------------------------------------------------------- environment
 def test_nothing_leaves_the_machine_and_ranks_keep_their_place(tmp_path):
     base = {"RANK": "3", "PET_NNODES": "9", "TORCHELASTIC_RUN_ID": "x", "HOME": "/h", "RAY_AUTH_TOKEN": "given"}
-    env = run_environment(config(logging={"wandb": "off"}), tmp_path, base)
+    env = run_environment(config(logging={"wandb": "off"}), tmp_path, Start.TORCHRUN_HOSTS, base)
     expected = {
         "RANK": "3", "HOME": "/h", "RAY_AUTH_TOKEN": "given", "TMPDIR": str(tmp_path), "WANDB_MODE": "disabled",
         "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "VLLM_NO_USAGE_STATS": "1",
@@ -164,12 +165,15 @@ def test_a_process_that_enters_the_environment_uses_its_temporary_folder(tmp_pat
     monkeypatch.setenv("TMPDIR", "/tmp")
     monkeypatch.setattr(tempfile, "tempdir", None)
     assert tempfile.gettempdir() == "/tmp"
-    enter({"TMPDIR": str(tmp_path)})
-    assert tempfile.gettempdir() == str(tmp_path)
+    monkeypatch.setenv("LEFT_OVER", "1")
+    kept = {name: value for name, value in os.environ.items() if name != "LEFT_OVER"}
+    enter(kept | {"TMPDIR": str(tmp_path)})
+    assert tempfile.gettempdir() == str(tmp_path) and "LEFT_OVER" not in os.environ
 
 
 def test_every_run_has_a_ray_token_of_its_own(tmp_path):
-    first, second = (run_environment(config(), tmp_path, {})["RAY_AUTH_TOKEN"] for _ in range(2))
+    first, second = (run_environment(config(), tmp_path, Start.ONE_HOST, {"RAY_AUTH_TOKEN": "x"})["RAY_AUTH_TOKEN"]
+                     for _ in range(2))
     assert first != second and len(first) == 64
 
 

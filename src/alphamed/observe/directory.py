@@ -2,6 +2,7 @@
 
     config.yaml  metrics.jsonl  provenance.json  report.html  report.json
     rollouts/step_000012.parquet   evaluations/step_000000.json + step_000000.items.jsonl
+    launch.yaml  environment.json (what the last start read and found set)
     checkpoints/   hf/   dumps/step_000012/   wandb/   finished.json (when nothing is left to do)
 """
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Where a run came from: commit and diff, packages, hardware, hashes of data and model, each start's command line.
 
-provenance.json holds one entry per start (a resume adds one), and the hashes taken at the first start. No environment
-variables and no host names are recorded.
+provenance.json holds one entry per start (a resume adds one), and the hashes taken at the first start. Of environment
+variables those are recorded that can redirect a run (cluster.variables), without secrets, paths and addresses; no host names.
 """
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from alphamed.cluster import variables
 from alphamed.cluster.hardware import cores, memory_bytes
 from alphamed.config import ConfigError
 from alphamed.observe.files import replace_file, replace_json
@@ -40,7 +41,8 @@ def record_start(run_dir: Path, command: Sequence[str], data: Sequence[Path], mo
     record = read(run_dir) or {"starts": [], "data": [], "model": []}
     record["starts"].append({
         "time": datetime.now(UTC).isoformat(timespec="seconds"), "command": list(command), **note,
-        "git": git_state(run_dir), "python": platform.python_version(), "packages": packages(), "hardware": hardware()})
+        "git": git_state(run_dir), "python": platform.python_version(), "packages": packages(), "hardware": hardware(),
+        "environment": variables.noted(run_dir)})
     record["data"] = record["data"] or [file_entry(file) for file in data]
     record["train"] = record.get("train") or training_set(data)
     if model is not None:
@@ -104,8 +106,10 @@ def _package() -> Path:
 
 
 def _git(folder: Path, *command: str) -> bytes | None:
+    """What git prints of the repository at `folder`; variables such as GIT_DIR, which hooks set, would name another."""
     try:
-        done = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, timeout=GIT_DEADLINE_S)
+        done = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, timeout=GIT_DEADLINE_S,
+                              env={name: value for name, value in os.environ.items() if not name.startswith("GIT_")})
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None

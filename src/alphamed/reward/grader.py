@@ -26,8 +26,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
-from alphamed.cluster.environment import without_torchrun
 from alphamed.cluster.failure import RunFailed, signal_name
+from alphamed.cluster.variables import Start, kept
 from alphamed.config import ConfigError
 
 START_S = 120.0
@@ -63,7 +63,7 @@ class Grader:
             fds = theirs.fileno(), self._crash.fileno()
             command = [sys.executable, "-P", "-m", "alphamed.reward.grader_child", *map(str, fds), str(os.getpid())]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=fds, process_group=0,
-                                             env=without_torchrun(os.environ))
+                                             env=kept(os.environ, Start.ONE_HOST))
         try:
             problem = self._ask({"function": function, "search_path": list(search_path)}, START_S)["problem"]
         except RewardTimeout:
