@@ -209,6 +209,8 @@ def _train(options: argparse.Namespace) -> int:
     checked = validate(config)
     for problem in checked.skipped:
         print(f"skipped: {problem}", file=sys.stderr)
+    for name, (was, now) in checked.moved.items():
+        print(f"{name}: {now!r} holds what {was!r} held when the run was started", file=sys.stderr)
     if options.check:
         print(f"{options.config}: in order; {checked.questions} questions, {checked.evaluation_questions} for "
               f"evaluation, {checked.shape.parameters:,} parameters, {config.parallel.world} ranks, "

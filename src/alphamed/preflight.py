@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from alphamed.config import Config, ConfigError
 from alphamed.config_choices import Device, Transport
@@ -18,6 +19,7 @@ from alphamed.data.mcq import RowProblem
 from alphamed.data.sources import load_questions
 from alphamed.data.text import normalised, option_set
 from alphamed.model import ModelShape, check_context, check_layout, read_shape, resolve
+from alphamed.observe.directory import MODEL_PLACE, check_resume, check_same_model
 from alphamed.records import Question
 from alphamed.reward.rules import check_rule
 from alphamed.rollout.curriculum import check_levels
@@ -31,11 +33,13 @@ class Checked:
     questions: int
     evaluation_questions: int
     skipped: tuple[RowProblem, ...]
+    moved: dict[str, tuple[Any, Any]]
+    """Settings of a continued run that name another place of the same files: name -> (old, new)."""
 
 
 def validate(config: Config) -> Checked:
     """Check a run before it starts. A model that has to be fetched is fetched."""
-    _check_run_dir(config)
+    changed = _check_run_dir(config)
     _check_hardware(config)
     check_rule(config.reward.name)
     training = load_questions(config.data.train, config.data.bad_rows)
@@ -48,11 +52,13 @@ def validate(config: Config) -> Checked:
                           f"{len(training.questions)} questions of data.train; lower it or add data")
     asked = _asked(config, [file.questions for file in evaluation])
     folder = resolve(config.model.path, config.model.revision, config.model.cache)
+    check_same_model(config.run_dir, folder)
     shape = _check_model(config, folder)
     _check_plan(config, shape)
     _check_prompts(config, folder, [*training.questions, *(q for file in evaluation for q in file.questions)])
     return Checked(folder, shape, len(training.questions), asked,
-                   sum((file.skipped for file in evaluation), training.skipped))
+                   sum((file.skipped for file in evaluation), training.skipped),
+                   {name: pair for name, pair in changed.items() if name in (*MODEL_PLACE, "data.train")})
 
 
 def _asked(config: Config, files: Sequence[Sequence[Question]]) -> int:
@@ -89,14 +95,13 @@ def _content(question: Question) -> tuple[str, str, tuple[str, ...]]:
     return normalised(question.question), normalised(question.context or ""), option_set(question.options)
 
 
-def _check_run_dir(config: Config) -> None:
-    """Whether the run directory is new, or may be continued with this configuration."""
-    from alphamed.observe.directory import check_resume
-
+def _check_run_dir(config: Config) -> dict[str, tuple[Any, Any]]:
+    """Whether the run directory is new, or may be continued with this configuration; returns what differs and may."""
     _check_place(config.run_dir)
-    check_resume(config)
+    changed = check_resume(config)
     if config.rollout.replay:
         _check_replay(config.rollout.replay, config.run.last_step)
+    return changed
 
 
 def _check_place(folder: Path) -> None:

@@ -65,11 +65,42 @@ def read(run_dir: Path) -> dict[str, Any] | None:
     return record
 
 
-def changed_files(run_dir: Path) -> list[str]:
-    """Data files whose content is no longer what the run began with (absent files count as changed)."""
+def changed_files(run_dir: Path, data: Sequence[Path]) -> list[str]:
+    """Those of the training files `data` whose content is not what the run began with, wherever they are now. Absent files count
+    as changed, and all where another number was recorded; none where nothing was."""
     recorded = (read(run_dir) or {}).get("data", [])
-    return [entry["path"] for entry in recorded
-            if not Path(entry["path"]).is_file() or file_entry(Path(entry["path"]))["sha256"] != entry["sha256"]]
+    if recorded and len(recorded) != len(data):
+        return [str(file) for file in data]
+    return [str(file) for file, entry in zip(data, recorded) if _hash_of(file) != entry["sha256"]]
+
+
+def changed_model_files(run_dir: Path, folder: Path) -> list[str]:
+    """Names of the files in which the model in `folder` is not what the run began with; [] also where nothing was recorded."""
+    record = read(run_dir)
+    recorded = {Path(entry["path"]).name: entry["sha256"] for entry in (record or {}).get("model", [])}
+    if not recorded:
+        return []
+    present = {file.name: _hash_of(file) for file in _model_files(folder)}
+    return sorted(name for name in recorded | present if recorded.get(name) != present.get(name))
+
+
+def has_hashes(run_dir: Path, of: str) -> bool:
+    """Whether the run has recorded what its `data` or its `model` held."""
+    return bool((read(run_dir) or {}).get(of))
+
+
+def _hash_of(file: Path) -> str | None:
+    """SHA-256 of a file as `file_entry` takes it, None where there is none. A start asks twice for the same file."""
+    try:
+        status = file.stat()
+        return _hash_at(file, status.st_ino, status.st_size, status.st_mtime_ns)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+@cache
+def _hash_at(file: Path, inode: int, size: int, changed_ns: int) -> str:
+    return file_entry(file)["sha256"]
 
 
 # ----------------------------------------------------------------------------------------------------------------- code
@@ -161,8 +192,11 @@ def training_set(data: Sequence[Path]) -> dict[str, Any] | None:
 
 def model_entries(folder: Path) -> list[dict[str, Any]]:
     """Entries of a Hugging Face folder: configuration, tokenizer and weights."""
-    files = sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern) if file.is_file()})
-    return [file_entry(file) for file in files]
+    return [file_entry(file) for file in _model_files(folder)]
+
+
+def _model_files(folder: Path) -> list[Path]:
+    return sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern) if file.is_file()})
 
 
 def file_entry(file: Path) -> dict[str, Any]:
