@@ -52,6 +52,7 @@ def validate(config: Config) -> Checked:
                           f"{len(training.questions)} questions of data.train; lower it or add data")
     asked = _asked(config, [file.questions for file in evaluation])
     folder = resolve(config.model.path, config.model.revision, config.model.cache)
+    _check_names(config, folder)
     check_same_model(config.run_dir, folder)
     shape = _check_model(config, folder)
     _check_plan(config, shape)
@@ -102,6 +103,16 @@ def _check_run_dir(config: Config) -> dict[str, tuple[Any, Any]]:
     if config.rollout.replay:
         _check_replay(config.rollout.replay, config.run.last_step)
     return changed
+
+
+def _check_names(config: Config, folder: Path) -> None:
+    """Tokenizers, Ray and Parquet files take paths as UTF-8 only."""
+    for setting, path in (("run.root", config.run_dir.absolute()), ("model.path", folder), ("the current folder", Path.cwd())):
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"{setting}: {str(path)!a} is not UTF-8, and libraries of a run take no other names; rename "
+                              f"the folder") from None
 
 
 def _check_place(folder: Path) -> None:

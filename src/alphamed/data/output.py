@@ -11,7 +11,7 @@ from typing import Any
 
 from alphamed.config import ConfigError
 from alphamed.data.sources import DataError
-from alphamed.observe.files import replace_files
+from alphamed.observe.files import SURROGATES, replace_files
 from alphamed.records import Question
 
 ROW_GROUP = 50_000
@@ -77,7 +77,7 @@ def write_all(writers: Mapping[Path, Writer]) -> None:
 
 
 def text_writer(text: str) -> Writer:
-    return lambda path: path.write_text(text, encoding="utf-8") and None
+    return lambda path: path.write_text(text, encoding="utf-8", errors=SURROGATES) and None
 
 
 def json_writer(value: Any) -> Writer:
@@ -103,7 +103,7 @@ def _disk_errors(name: str) -> Iterator[None]:
 
 
 def _write_jsonl(path: Path, rows: Iterable[Extra]) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8", errors=SURROGATES) as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
