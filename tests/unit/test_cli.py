@@ -121,7 +121,7 @@ with worker._captured_output(config.run_dir, 0) as console:
         status = worker._fail(config.run_dir, 0, error, console)
 sys.exit(status)
 """)
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 1
     assert done.stdout == "step 1\n"
     assert done.stderr.startswith("run failed: rank 0 (pid ") and done.stderr.endswith("OverflowError: too much\n")
@@ -135,7 +135,7 @@ def test_a_reader_that_goes_away_is_no_traceback():
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run([sys.executable, "-m", "alphamed.cli", "data", "sources"], stdout=write, stderr=subprocess.PIPE,
-                          text=True, timeout=100, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
+                          text=True, timeout=600, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
 
@@ -143,7 +143,7 @@ def test_a_reader_that_goes_away_is_no_traceback():
 # ------------------------------------------------------------------------------------- streams, names, Ctrl-C, full disks
 def alphamed(*arguments, environment=None, **options):
     """The finished process of a command line; bytes, for names that are not UTF-8."""
-    return subprocess.run([sys.executable, "-m", "alphamed.cli", *arguments], stderr=subprocess.PIPE, timeout=300,
+    return subprocess.run([sys.executable, "-m", "alphamed.cli", *arguments], stderr=subprocess.PIPE, timeout=600,
                           env=os.environ | {"PYTHONPATH": str(ROOT / "src")} | (environment or {}), **options)
 
 
@@ -153,11 +153,11 @@ def test_closed_streams_lead_nowhere(tmp_path, closed):
     out = tmp_path / "out.html"
     (tmp_path / "q.jsonl").write_text('{"id": "q", "question": "?", "options": {"A": "a", "B": "b"}, "answer": "A"}\n')
     command = f'exec "$0" -m alphamed.cli data inspect q.jsonl --out out.html {" ".join(f"{n}>&-" for n in closed.split())}'
-    done = subprocess.run(["bash", "-c", command, sys.executable], cwd=tmp_path, capture_output=True, timeout=300,
+    done = subprocess.run(["bash", "-c", command, sys.executable], cwd=tmp_path, capture_output=True, timeout=600,
                           env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
     assert done.returncode == 0 and b"Traceback" not in done.stderr and out.stat().st_size > 1000
     done = subprocess.run(["bash", "-c", command.replace("q.jsonl", "absent.jsonl"), sys.executable], cwd=tmp_path,
-                          capture_output=True, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
+                          capture_output=True, timeout=600, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
     assert done.returncode == 2 and b"Traceback" not in done.stdout + done.stderr
     assert done.stderr == b"" if "2" in closed else done.stderr.startswith(b"error: ")
 
@@ -225,7 +225,7 @@ runpy.run_module("alphamed.cli", run_name="__main__", alter_sys=False)
 def test_ctrl_c_while_things_are_imported_is_no_traceback(moment, swallowed):
     """Pydantic makes a KeyboardInterrupt during its import an error of its own: `swallowed`."""
     done = subprocess.run([sys.executable, "-c", INTERRUPTED, f"{moment} {swallowed}", "doctor"], capture_output=True, text=True,
-                          timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
+                          timeout=600, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
     assert (done.returncode, done.stdout) == (130, "") and done.stderr in ("", "interrupted\n")
 
 

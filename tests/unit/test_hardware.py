@@ -118,7 +118,7 @@ print(hardware.cores(), recorded()["cores"], environment["OMP_NUM_THREADS"], _th
 
 
 def who_goes_by_it(**options) -> list[int]:
-    done = subprocess.run([sys.executable, "-c", WHO_GOES_BY_IT], capture_output=True, text=True, timeout=300,
+    done = subprocess.run([sys.executable, "-c", WHO_GOES_BY_IT], capture_output=True, text=True, timeout=600,
                           env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, **options)
     assert done.returncode == 0, done.stderr
     return [int(word) for word in done.stdout.split()]

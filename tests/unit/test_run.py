@@ -504,7 +504,7 @@ print("tried", [t for t in tried if not str(t).startswith(("127.", "('127.", "lo
 """
     config.run_dir.mkdir()
     (tmp_path / "c.yaml").write_text(dump_config(config))
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600)
     assert done.stdout.splitlines()[-1] == "tried [] notes []", done.stdout + done.stderr
     logs = list((config.run_dir / "wandb").rglob("*.wandb"))
     assert len(logs) == 1 and "offline" in str(logs[0]) and b"reward/mean" in logs[0].read_bytes()

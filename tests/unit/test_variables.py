@@ -130,7 +130,7 @@ def test_no_address_is_no_trouble(monkeypatch):
 def test_doctor_shows_them_and_fails_where_one_is_refused():
     leftovers = {"RAY_ADDRESS": "10.0.0.7:6379", "HF_TOKEN": "hunter2", "PYTHONOPTIMIZE": "", "NCCL_DEBUG": "INFO"}
     environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"}
-    done = subprocess.run([sys.executable, "-m", "alphamed.cli", "doctor", "--json"], capture_output=True, text=True, timeout=300,
+    done = subprocess.run([sys.executable, "-m", "alphamed.cli", "doctor", "--json"], capture_output=True, text=True, timeout=600,
                           env=environment | leftovers | {"PYTHONPATH": str(ROOT / "src")})
     found = {finding["part"]: finding for finding in json.loads(done.stdout)}
     assert found["$RAY_ADDRESS"]["detail"].startswith("10.0.0.7:6379  ignored: a run on one host starts a Ray of its own")
