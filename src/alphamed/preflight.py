@@ -107,7 +107,8 @@ def _check_run_dir(config: Config) -> dict[str, tuple[Any, Any]]:
 
 def _check_names(config: Config, folder: Path) -> None:
     """Tokenizers, Ray and Parquet files take paths as UTF-8 only."""
-    for setting, path in (("run.root", config.run_dir.absolute()), ("model.path", folder), ("the current folder", Path.cwd())):
+    places = {"run.root": config.run_dir.absolute(), "model.path": folder, "the current folder": Path.cwd()}
+    for setting, path in places.items():
         try:
             str(path).encode()
         except UnicodeEncodeError:

@@ -11,8 +11,8 @@ PRINTED = "alphamed-printed"
 
 
 def secure() -> None:
-    """Closed standard streams (`>&-`) lead nowhere, so that no file that is opened later gets their numbers; file names that are
-    not UTF-8 are printed as the bytes that they are, and what a terminal's encoding lacks as \\xNN."""
+    """Closed standard streams (`>&-`) lead nowhere, so that no file that is opened later gets their numbers; file names
+    that are not UTF-8 are printed as the bytes that they are, and what a terminal's encoding lacks as \\xNN."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)

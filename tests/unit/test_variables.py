@@ -17,9 +17,8 @@ from alphamed.config_file import build_config
 from alphamed.observe import provenance
 
 ROOT = Path(__file__).parents[2]
-EVERYWHERE, ONE_HOST, SEVERAL, TORCHRUN, NOWHERE = (
-    set(Start), {Start.ONE_HOST, Start.TORCHRUN}, {Start.NODES, Start.TORCHRUN_HOSTS}, {Start.TORCHRUN, Start.TORCHRUN_HOSTS},
-    set())
+EVERYWHERE, NOWHERE = set(Start), set()
+SEVERAL, TORCHRUN = {Start.NODES, Start.TORCHRUN_HOSTS}, {Start.TORCHRUN, Start.TORCHRUN_HOSTS}
 
 
 def config(**sections):
@@ -27,8 +26,9 @@ def config(**sections):
 
 
 @pytest.mark.parametrize("name, starts", [
-    ("RAY_ADDRESS", {Start.TORCHRUN_HOSTS}), ("RAY_AUTH_TOKEN", SEVERAL), ("RAY_NAMESPACE", SEVERAL), ("RAY_TMPDIR", SEVERAL),
-    ("RAY_JOB_CONFIG_JSON_ENV_VAR", SEVERAL), ("RAY_memory_usage_threshold", EVERYWHERE),
+    ("RAY_ADDRESS", {Start.TORCHRUN_HOSTS}), ("RAY_AUTH_TOKEN", SEVERAL), ("RAY_NAMESPACE", SEVERAL),
+    ("RAY_TMPDIR", SEVERAL), ("RAY_JOB_CONFIG_JSON_ENV_VAR", SEVERAL), ("RAY_BACKEND_LOG_LEVEL", EVERYWHERE),
+    ("RAY_memory_usage_threshold", EVERYWHERE),
     ("RANK", TORCHRUN), ("WORLD_SIZE", TORCHRUN), ("MASTER_ADDR", TORCHRUN), ("PET_NNODES", TORCHRUN),
     ("TORCHELASTIC_RUN_ID", TORCHRUN), ("CUDA_VISIBLE_DEVICES", EVERYWHERE), ("CUDA_DEVICE_MAX_CONNECTIONS", NOWHERE),
     ("NCCL_SOCKET_IFNAME", EVERYWHERE), ("GLOO_SOCKET_IFNAME", set(Start) - {Start.ONE_HOST}),
@@ -47,7 +47,7 @@ def test_a_start_says_what_it_found_in_one_line_each():
     assert said[0] == "environment: honoured are CUDA_VISIBLE_DEVICES=0,1 NCCL_DEBUG=INFO"
     assert said[1].startswith("environment: RAY_ADDRESS=10.0.0.7:6379 is ignored: a run on one host starts a Ray of its own")
     assert said[2].startswith("environment: WORLD_SIZE=8 is ignored: ") and len(said) == 3
-    assert lines(examine({"HOME": "/h"}, Start.ONE_HOST)) == []
+    assert lines(examine({"HOME": "/h", "CUDA_VERSION": "13", "NCCL_VERSION": "2.30"}, Start.ONE_HOST)) == []
 
 
 def test_what_torchrun_gives_its_ranks_is_not_spoken_of():

@@ -40,8 +40,8 @@ RAY_SETTINGS = {
 
 
 def check_ray_address() -> None:
-    """Raises ConfigError where the environment names a Ray to join and nothing answers there: Ray itself would go on trying for
-    minutes without a word."""
+    """Raises ConfigError where the environment names a Ray to join and nothing answers there: Ray itself would go on trying
+    for minutes without a word."""
     address = os.environ.get("RAY_ADDRESS", "")
     if address in ("", "auto", "local"):            # none, one that Ray finds on this host, or a new one
         return
@@ -55,13 +55,14 @@ def check_ray_address() -> None:
             return
         except (OSError, OverflowError) as error:
             if time.monotonic() >= deadline:
-                raise ConfigError(f"RAY_ADDRESS: {address!r} does not answer ({error}); start Ray there, or unset it") from None
+                raise ConfigError(f"RAY_ADDRESS: {address!r} does not answer ({error}); start Ray there, or unset "
+                                  f"it") from None
             time.sleep(0.5)
 
 
 def start_ray(config: Config) -> None:
-    """Bring Ray up, or join the cluster at RAY_ADDRESS, which only a start over several hosts leaves in the environment. Raises
-    RunFailed where that fails, ConfigError where nothing answers at the address."""
+    """Bring Ray up, or join the cluster at RAY_ADDRESS, which only a start over several hosts leaves in the environment.
+    Raises RunFailed where that fails, ConfigError where nothing answers at the address."""
     check_ray_address()
     shared = dict(namespace=run_id(config.run_dir), log_to_driver=False, logging_level="ERROR")
     address = os.environ.get("RAY_ADDRESS")

@@ -1,5 +1,5 @@
 """Environment variables that can redirect a run or change what it computes: which of them are honoured, which ignored, which
-refused, and why. One table; what every process gets, what is printed, recorded and shown by `alphamed doctor` follow from it.
+refused, and why. One table; what every process gets, what is printed, recorded and shown by `alphamed doctor` follows.
 
 A variable that no row names is passed on and not spoken of.
 """
@@ -50,8 +50,8 @@ BY_TORCHRUN = frozenset(start for start in Start if start.by_torchrun)
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`patterns`: names, `*` stands for any text. `honoured`: the starts that honour them, the others ignore them. `private`:
-    values are places or addresses, which are printed but not recorded. `refused`: no start takes them."""
+    """`patterns`: names, `*` stands for any text. `honoured`: the starts that honour them, the others ignore them.
+    `private`: values are places or addresses, which are printed but not recorded. `refused`: no start takes them."""
     patterns: str
     honoured: frozenset[Start]
     why: str
@@ -62,8 +62,8 @@ class Rule:
         return any(fnmatchcase(name, pattern) for pattern in self.patterns.split())
 
 
-LAUNCHER = Rule("RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE ROLE_RANK ROLE_NAME ROLE_WORLD_SIZE "
-                "MASTER_ADDR MASTER_PORT TORCHELASTIC_* PET_*", BY_TORCHRUN,
+LAUNCHER = Rule("RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE ROLE_RANK ROLE_NAME "
+                "ROLE_WORLD_SIZE MASTER_ADDR MASTER_PORT TORCHELASTIC_* PET_*", BY_TORCHRUN,
                 "alphamed starts a torchrun of its own, which sets them", private=True)
 RULES = (
     LAUNCHER,
@@ -72,7 +72,7 @@ RULES = (
     Rule("RAY_AUTH_* RAY_USE_TLS RAY_TLS_*", frozenset({Start.NODES, Start.TORCHRUN_HOSTS}),
          "the Ray of a run on one host has a token of its own", private=True),
     Rule("RAY_USAGE_STATS_ENABLED RAY_worker_niceness RAY_health_check_*", NEVER, "the run sets it"),
-    Rule("RAY_[a-z]*", ALWAYS, "settings of Ray"),
+    Rule("RAY_[a-z]* RAY_BACKEND_LOG_LEVEL RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE", ALWAYS, "settings of Ray"),
     Rule("RAY_*", frozenset({Start.NODES, Start.TORCHRUN_HOSTS}), "it belongs to another Ray", private=True),
     Rule("OMP_NUM_THREADS MKL_NUM_THREADS", NEVER, "cluster.trainer_threads and cluster.engine_cores decide"),
     Rule("OMP_* MKL_* KMP_* GOMP_*", ALWAYS, "threads of all processes"),
@@ -111,8 +111,8 @@ class Variable:
 
 
 def rule_of(name: str) -> Rule | None:
-    """The first rule that names the variable."""
-    return next((rule for rule in RULES if rule.matches(name)), None)
+    """The first rule that names the variable. Versions, which images are full of, redirect nothing."""
+    return None if name.endswith("_VERSION") else next((rule for rule in RULES if rule.matches(name)), None)
 
 
 def examine(environment: Mapping[str, str], start: Start) -> list[Variable]:
@@ -120,7 +120,8 @@ def examine(environment: Mapping[str, str], start: Start) -> list[Variable]:
     found = []
     for name in sorted(environment):
         rule = rule_of(name)
-        if rule is None or (start.by_torchrun and (rule is LAUNCHER or (name, environment[name]) == ("OMP_NUM_THREADS", "1"))):
+        given_by_torchrun = rule is LAUNCHER or (name, environment[name]) == ("OMP_NUM_THREADS", "1")
+        if rule is None or start.by_torchrun and given_by_torchrun:
             continue
         if rule.refused and environment[name] in ("", "0"):         # unset, to Python
             continue

@@ -156,8 +156,8 @@ def moved_places(config: Config, changed: Mapping[str, Any]) -> set[str]:
 
 
 def check_same_model(run_dir: Path, folder: Path) -> None:
-    """Raises ConfigError where the model in `folder` is not the one that the run in `run_dir` began with: changed in place, or
-    fetched again after its author had changed it."""
+    """Raises ConfigError where the model in `folder` is not the one that the run in `run_dir` began with: changed in place,
+    or fetched again after its author had changed it."""
     for name in provenance.changed_model_files(run_dir, folder):
         raise ConfigError(f"model.path: {folder / name} is not what the run in {run_dir} was started with; give that model "
                           f"(model.revision names a commit) or choose another run.name")

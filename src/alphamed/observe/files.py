@@ -55,8 +55,8 @@ def _naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary neighbour to fill in place of `path`, which may be an empty folder. It gets that name when the block ends well;
-    an error or Ctrl-C removes it, a kill at any moment leaves at most a `*.partial` neighbour."""
+    """A temporary neighbour to fill in place of `path`, which may be an empty folder. It gets that name when the block ends
+    well; an error or Ctrl-C removes it, a kill at any moment leaves at most a `*.partial` neighbour."""
     target = path.resolve()
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:

@@ -1,7 +1,8 @@
 """Where a run came from: commit and diff, packages, hardware, hashes of data and model, each start's command line.
 
 provenance.json holds one entry per start (a resume adds one), and the hashes taken at the first start. Of environment
-variables those are recorded that can redirect a run (cluster.variables), without secrets, paths and addresses; no host names.
+variables those are recorded that can redirect a run (cluster.variables), without secrets, paths and addresses. No host
+names are.
 """
 from __future__ import annotations
 
@@ -66,8 +67,8 @@ def read(run_dir: Path) -> dict[str, Any] | None:
 
 
 def changed_files(run_dir: Path, data: Sequence[Path]) -> list[str]:
-    """Those of the training files `data` whose content is not what the run began with, wherever they are now. Absent files count
-    as changed, and all where another number was recorded; none where nothing was."""
+    """Those of the training files `data` whose content is not what the run began with, wherever they are now. Absent files
+    count as changed, and all where another number was recorded; none where nothing was."""
     recorded = (read(run_dir) or {}).get("data", [])
     if recorded and len(recorded) != len(data):
         return [str(file) for file in data]
@@ -75,7 +76,7 @@ def changed_files(run_dir: Path, data: Sequence[Path]) -> list[str]:
 
 
 def changed_model_files(run_dir: Path, folder: Path) -> list[str]:
-    """Names of the files in which the model in `folder` is not what the run began with; [] also where nothing was recorded."""
+    """Names of the files in which the model in `folder` is not what the run began with; [] where none were recorded."""
     record = read(run_dir)
     recorded = {Path(entry["path"]).name: entry["sha256"] for entry in (record or {}).get("model", [])}
     if not recorded:
