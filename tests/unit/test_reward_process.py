@@ -31,7 +31,7 @@ def group_of(*texts, finish=FinishReason.STOP, question=QUESTION):
 
 
 def process_of(name, step_samples=1000, advantage="grpo", **reward):
-    return RewardProcess(RewardConfig(name=name, **{"timeout_s": 60.0, **reward}), advantage, step_samples, sys.path)
+    return RewardProcess(RewardConfig(name=name, **{"timeout_s": 600.0, **reward}), advantage, step_samples, sys.path)
 
 
 def gone(pid):
@@ -144,10 +144,13 @@ def test_failures_above_the_share_stop_the_run_with_the_first_traceback(user_rew
 
 
 def test_time_outs_count_as_failures(user_rewards):
-    process = process_of(f"{user_rewards}:hangs", step_samples=4, max_failure_share=0.0, timeout_s=4.0)
-    with pytest.raises(GradingFailed, match=r"1 of the last 1 samples \(0 crashes, 1 time-outs") as raised:
-        asyncio.run(process.grade(group_of(RIGHT)))
-    assert "in hangs" in str(raised.value)           # where it hung
+    for timeout_s in (0.5, 5.0, 50.0):               # until the machine has had the time to write down where it hangs
+        process = process_of(f"{user_rewards}:hangs", step_samples=4, max_failure_share=0.0, timeout_s=timeout_s)
+        with pytest.raises(GradingFailed, match=r"1 of the last 1 samples \(0 crashes, 1 time-outs") as raised:
+            asyncio.run(process.grade(group_of(RIGHT)))
+        if "in hangs" in str(raised.value):
+            return
+    pytest.fail(str(raised.value))
 
 
 def test_wrong_and_unparseable_answers_are_no_failures():
@@ -157,7 +160,7 @@ def test_wrong_and_unparseable_answers_are_no_failures():
 
 # ------------------------------------------------------------------------------------------------ graders and their end
 def test_a_grader_is_kept_for_the_next_call(user_rewards):
-    with GraderPool(f"{user_rewards}:pid", workers=3, timeout_s=60) as pool:
+    with GraderPool(f"{user_rewards}:pid", workers=3, timeout_s=600) as pool:
         assert len({pool({}, "", None) for _ in range(5)}) == 1
 
 
@@ -214,15 +217,15 @@ def test_a_grader_killed_at_work_is_noticed(user_rewards, tmp_path):
 def test_graders_do_not_see_torchrun(user_rewards, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("SOMETHING_ELSE", "3")
-    with GraderPool(f"{user_rewards}:environment", workers=1, timeout_s=60) as pool:
+    with GraderPool(f"{user_rewards}:environment", workers=1, timeout_s=600) as pool:
         assert pool({}, "RANK", None) == 0.0 and pool({}, "SOMETHING_ELSE", None) == 1.0
 
 
 def test_graders_end_with_the_pool(user_rewards):
-    with GraderPool(f"{user_rewards}:half", workers=1, timeout_s=60) as pool:
+    with GraderPool(f"{user_rewards}:half", workers=1, timeout_s=600) as pool:
         pid, = pool.pids
     assert gone(pid)
-    forgotten = GraderPool(f"{user_rewards}:half", workers=1, timeout_s=60)
+    forgotten = GraderPool(f"{user_rewards}:half", workers=1, timeout_s=600)
     pid, = forgotten.pids
     del forgotten
     until(lambda: gone(pid), "end of the grader")
@@ -251,7 +254,7 @@ def test_a_grader_at_work_ends_with_its_parent(user_rewards, tmp_path, function)
 def test_a_pool_started_from_a_thread_that_ends_lives_on(user_rewards):
     """The kernel would end a grader with the thread that started it."""
     pools = []
-    thread = threading.Thread(target=lambda: pools.append(GraderPool(f"{user_rewards}:half", 1, 60)))
+    thread = threading.Thread(target=lambda: pools.append(GraderPool(f"{user_rewards}:half", 1, 600)))
     thread.start()
     thread.join()
     with pools[0] as pool:
