@@ -496,7 +496,7 @@ def audit(event, args):
     if event == "socket.getaddrinfo": tried.append(args[0])
 sys.addaudithook(audit)
 notes = []
-Wandb.CLOSE_DEADLINE_S = 90              # busy machines
+Wandb.CLOSE_DEADLINE_S = 500             # busy machines
 sink = Wandb(load_config({str(tmp_path / 'c.yaml')!r}), "abc123", notes.append)
 for step in (1, 2): sink.write({{"step": step, "reward/mean": 0.5}})
 sink.close()
