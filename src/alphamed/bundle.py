@@ -32,7 +32,7 @@ def main(run_dir: Path, out: Path, with_questions: bool) -> int:
     if not out.name.endswith(".tar.gz"):
         raise ConfigError(f"--out: {str(out)!r} does not end in .tar.gz; call it so")
     config = config_of_run(run_dir)
-    for path in provenance.changed_files(run_dir):
+    for path in provenance.changed_files(run_dir, config.data.train):
         raise ConfigError(f"data.train: {path} is not what {run_dir} was trained on; put that file back (relative paths "
                           f"count from where the run was started)")
     entries = data_entries(config)

@@ -6,26 +6,31 @@ model or arguments, or a place that can not be read or written (one line, no tra
 """
 from __future__ import annotations
 
-import argparse
-import errno
-import os
-import select
-import shlex
-import signal
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import NoReturn
 
-from alphamed.config import ConfigError
+try:
+    import argparse
+    import errno
+    import os
+    import shlex
+    import signal
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+    from typing import NoReturn
+except KeyboardInterrupt:                       # everything else is imported where `main` answers to it
+    sys.exit(130)
 
 EXIT_USER_ERROR = 2
+NAME_CHARS = 100
+"""Before and after the byte that is not UTF-8, for its message."""
 
 
 class _Parser(argparse.ArgumentParser):
     """Wrong arguments are one line, like every other mistake."""
 
     def error(self, message: str) -> NoReturn:
+        from alphamed.config import ConfigError
+
         raise ConfigError(f"{message}; see `{self.prog} --help`")
 
     def parse_known_args(self, args=None, namespace=None):
@@ -38,7 +43,34 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
+    interrupts: list[int] = []
+
+    def interrupt(number: int, _) -> NoReturn:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    alone = argv is None and signal.getsignal(signal.SIGINT) == signal.default_int_handler       # else Ctrl-C is not for us
+    if alone:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        from alphamed import streams
+
+        streams.secure()
+        return _run(argv)
+    except BaseException as error:              # libraries turn it into errors of their own, pydantic's even into a panic
+        if not isinstance(error, KeyboardInterrupt) and (not interrupts or isinstance(error, SystemExit)):
+            raise
+        if alone:                               # the end takes a moment, in which impatient people press it again
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    """Run one verb; its mistakes become one line and an exit code."""
+    from alphamed import streams
     from alphamed.cluster.failure import RunFailed
+    from alphamed.config import ConfigError
     from alphamed.data.sources import DataError
 
     _find_user_code()
@@ -55,27 +87,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"run failed: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:
-        if not _reader_is_gone():
+        if not streams.reader_is_gone():
             raise
         return 128 + signal.SIGPIPE             # as a program that does not catch it
+    except UnicodeEncodeError as error:         # is a ValueError; of others' code, which takes UTF-8 only
+        if not any("\udc80" <= sign <= "\udcff" for sign in error.object[error.start:error.end]):
+            raise
+        where = error.object[max(0, error.start - NAME_CHARS):error.start + NAME_CHARS]
+        print(f"error: {where!a}: a name that is not UTF-8 cannot be used here; rename the file or folder", file=sys.stderr)
+        return EXIT_USER_ERROR
     except OSError as error:
         if (problem := _place_problem(error)) is None:
             raise
         print(f"error: {problem}", file=sys.stderr)
+        streams.drop_unwritten()
         return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-
-
-def _reader_is_gone() -> bool:
-    """Whether nobody reads this process's output any more (`alphamed compare ... | head`); what is left of it is dropped."""
-    output = select.poll()
-    output.register(sys.stdout.fileno(), 0)
-    gone = any(event & select.POLLERR for _, event in output.poll(0))
-    if gone:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return gone
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -212,6 +238,8 @@ def _train(options: argparse.Namespace) -> int:
         print(f"skipped: {problem}", file=sys.stderr)
     for note in checked.notes:
         print(f"note: {note}", file=sys.stderr)
+    for name, (was, now) in checked.moved.items():
+        print(f"{name}: {now!r} holds what {was!r} held when the run was started", file=sys.stderr)
     if options.check:
         print(f"{options.config}: in order; {checked.questions} questions, {checked.evaluation_questions} for "
               f"evaluation, {checked.shape.parameters:,} parameters, {config.parallel.world} ranks, "
@@ -232,6 +260,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _launch(options: argparse.Namespace) -> int:
     from alphamed.cluster import launch
+    from alphamed.config import ConfigError
 
     if options.script:
         launch.refuse_sbatch(options.script, os.environ)
@@ -250,6 +279,7 @@ def _launch(options: argparse.Namespace) -> int:
 
 def _worker(options: argparse.Namespace) -> int:
     from alphamed.cluster import launch, worker
+    from alphamed.config import ConfigError
     from alphamed.config_file import load_config
 
     if options.config:
@@ -285,19 +315,16 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _model(options: argparse.Namespace) -> int:
-    import shutil
-
     from alphamed.config_sections import ModelConfig
     from alphamed.model import resolve
     from alphamed.model_folder import check_model_folder
+    from alphamed.observe.files import copy_folder
 
     folder = resolve(options.path, options.revision, ModelConfig.model_fields["cache"].default)
     checked = check_model_folder(folder)
     shape = checked.shape
     if options.out:
-        if options.out.exists() and any(options.out.iterdir()):
-            raise ConfigError(f"--out: {options.out} is not empty; name a new folder")
-        shutil.copytree(folder, options.out, dirs_exist_ok=True)
+        copy_folder(folder, options.out)
         folder = options.out
     print(folder)
     print(f"{shape.family}, {shape.parameters:,} parameters: {shape.layers} layers, hidden {shape.hidden}, "

@@ -145,6 +145,8 @@ def override(tree: dict[str, Any], item: str) -> None:
     key, equals, text = item.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {item!r}: not of the form section.key=value")
+    if any("\ud800" <= sign <= "\udfff" for sign in item):      # bytes of the command line that are not UTF-8
+        raise ConfigError(f"override {key}: {text!r} is not UTF-8; rename the file or folder")
     try:
         value = yaml.load(text, Loader=_Loader) if text else None
     except (yaml.YAMLError, ValueError) as e:     # a number of 5,000 digits is a ValueError

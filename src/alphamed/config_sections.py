@@ -347,9 +347,10 @@ class ClusterConfig(Section):
     """Engines compute on the GPUs of the trainer's ranks, and both keep their memory all the time: for small models on few
     GPUs. An engine takes `rollout.gpu_memory_utilization` of a GPU. No effect on CPU, where all share the cores."""
     trainer_threads: Positive | None = None
-    """CPU threads of a trainer rank; None: cores / local ranks on CPU, 8 on CUDA."""
+    """CPU threads of a trainer rank; None: usable cores / local ranks, on CUDA at most 8."""
     engine_cores: str | None = None
-    """CPU backend: cores an engine binds its threads to (`0-1`; one list per tensor rank, `0|1`); None: all cores."""
+    """CPU backend: cores an engine binds its threads to (`0-1`; one list per tensor rank, `0|1`); None: all cores,
+    and no more threads than a control group's limit on CPU time allows."""
     rank_timeout_s: PositiveFloat = 600.0
     """Deadline of a collective between trainer ranks."""
     heartbeat_timeout_s: PositiveFloat = 30.0

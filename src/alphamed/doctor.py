@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -10,6 +11,7 @@ from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
 
+from alphamed.cluster import variables
 from alphamed.cluster.hardware import cores, gpus_present, memory_bytes
 
 GIB = 1 << 30
@@ -60,7 +62,7 @@ def examine() -> list[Finding]:
             ("transformers", "model folders"), ("sentencepiece", "SentencePiece tokenizers"),
             ("datasets", "question files from the hub"), ("wandb", "logging to Weights & Biases"),
             ("safetensors", "weights"), ("psutil", "checkpoints"), ("matplotlib", "the report's curves"))))
-    return [check() for check in checks]
+    return [check() for check in checks] + _variables()
 
 
 # -------------------------------------------------------------------------------------------------------------- machine
@@ -69,7 +71,9 @@ def _python() -> Finding:
 
 
 def _cores() -> Finding:
-    return Finding("cores", State.ACTIVE, f"{cores()}", "everything")
+    present = os.cpu_count() or 1
+    limited = "" if cores() == present else f" of {present}: affinity or a control group allows no more"
+    return Finding("cores", State.ACTIVE, f"{cores()}{limited}", "everything")
 
 
 def _memory() -> Finding:
@@ -77,6 +81,13 @@ def _memory() -> Finding:
     state = State.ACTIVE if total >= NEEDED_MEMORY_GIB * GIB else State.WRONG
     return Finding("memory", state, f"{available / GIB:.1f} of {total / GIB:.1f} GiB free",
                    f"the quickstart ({NEEDED_MEMORY_GIB} GiB)", optional=True)
+
+
+def _variables() -> list[Finding]:
+    """Environment variables that a run on this machine would honour, ignore or refuse."""
+    return [Finding(f"${one.name}", State.WRONG if one.treatment == variables.Treatment.REFUSED else State.ACTIVE,
+                    f"{one.value}  {one.treatment}: {one.rule.why}", "any run: unset it")
+            for one in variables.examine(os.environ, variables.Start.ONE_HOST)]
 
 
 # ------------------------------------------------------------------------------------------------------------ libraries

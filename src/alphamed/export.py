@@ -5,8 +5,10 @@ exported its model already, all ranks together.)
 """
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from alphamed.cluster.environment import enter, without_torchrun
 from alphamed.config import ConfigError
 from alphamed.config_sections import ParallelConfig
 
@@ -32,6 +34,7 @@ def main(run_dir: Path, out: Path, best: bool = False) -> int:
     folder = resolve(config.model.path, config.model.revision, config.model.cache)
     if out.resolve() == folder.resolve():
         raise ConfigError(f"--out: {out} is the model that the run began with, which would be lost; name another")
+    enter(without_torchrun(os.environ))         # of another job: this process stands alone
     from alphamed.megatron import checkpoint, runtime
     from alphamed.megatron.policy import Reference
     from alphamed.weights.hf_save import save_hf

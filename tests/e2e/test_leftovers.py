@@ -6,17 +6,17 @@ leaves behind. Ray's session, sockets of vLLM and scratch files go into the temp
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 
 import pytest
 from tiny_run import DEADLINE_S, Workplace, clean_temporary, metrics
+from waiting import until
 
 from alphamed.cluster import processes
 from alphamed.cluster.ledger import run_id
 
 pytestmark = [pytest.mark.slow, pytest.mark.matrix]
-END_S = 90
+END_S = 600
 
 
 class Watched:
@@ -30,13 +30,13 @@ class Watched:
                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def watch_until(self, done: Callable[[], bool]) -> None:
-        until = time.monotonic() + DEADLINE_S
-        while not done():
+        def looked() -> bool:
             living = processes.everything()
             own = processes.descendants([self.process.pid], living) | processes.tagged(self.tag, living)
             self.segments |= {name for pid in own for name in processes.segments_of(pid)}
-            assert time.monotonic() < until, "the run hangs"
-            time.sleep(0.5)
+            return done()
+
+        until(looked, "the run, which hangs", DEADLINE_S, pause_s=0.5)
 
     def check(self, status: int) -> None:
         """It ends with this status, and nothing of it is there any more."""

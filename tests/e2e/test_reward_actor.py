@@ -2,10 +2,10 @@
 import asyncio
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from alphamed.cluster.failure import RunFailed
 from alphamed.config_file import build_config
@@ -35,13 +35,6 @@ def gone(pid):
         return True
 
 
-def eventually(condition, what, deadline_s=60.0):
-    end = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < end, f"{what}: not within {deadline_s} s"
-        time.sleep(0.1)
-
-
 def test_groups_are_scored_side_by_side(ray_session):
     """From the driver, and from the event loop of another actor, as the coordinator does it."""
     @ray_session.remote(num_cpus=0)
@@ -53,8 +46,8 @@ def test_groups_are_scored_side_by_side(ray_session):
 
     reward = process.start(config_of(name="correct_and_format"))
     groups = [group_of(f"g{i}", r"\boxed{A}", r"\boxed{B}", "?", "?") for i in range(20)]
-    here = ray_session.get([reward.grade.remote(group) for group in groups], timeout=120)
-    there = ray_session.get(Coordinator.remote().run.remote(reward, groups), timeout=120)
+    here = ray_session.get([reward.grade.remote(group) for group in groups], timeout=600)
+    there = ray_session.get(Coordinator.remote().run.remote(reward, groups), timeout=600)
     for scored in (here, there):
         assert [s.group.group_id for s in scored] == [f"g{i}" for i in range(20)]
         for s in scored:
@@ -67,7 +60,7 @@ def test_groups_are_scored_side_by_side(ray_session):
 def test_a_failing_function_stops_with_its_traceback(ray_session, user_rewards):
     actor = process.start(config_of(name=f"{user_rewards}:raises_for_b", max_failure_share=0.1))
     with pytest.raises(process.GradingFailed, match="reward function user_rewards:raises_for_b") as raised:
-        ray_session.get(actor.grade.remote(group_of("g", r"\boxed{A}", r"\boxed{B}")), timeout=120)
+        ray_session.get(actor.grade.remote(group_of("g", r"\boxed{A}", r"\boxed{B}")), timeout=600)
     assert isinstance(raised.value.cause, RunFailed)
     assert "KeyError: 'no rule for B'" in str(raised.value.cause)
 
@@ -75,23 +68,23 @@ def test_a_failing_function_stops_with_its_traceback(ray_session, user_rewards):
 def test_a_killed_grader_is_named(ray_session, user_rewards, tmp_path):
     actor = process.start(config_of(name=f"{user_rewards}:waits_for_file", timeout_s=500.0))
     grading = actor.grade.remote(group_of("g", str(tmp_path / "never")))
-    ray_session.get(actor.ready.remote(), timeout=120)
-    grader, = ray_session.get(actor.grader_pids.remote(), timeout=60)
+    ray_session.get(actor.ready.remote(), timeout=600)
+    grader, = ray_session.get(actor.grader_pids.remote(), timeout=600)
     os.kill(grader, signal.SIGKILL)
     with pytest.raises(GraderDied, match=rf"grader \(pid {grader}\).*killed by signal 9 \(SIGKILL"):
-        ray_session.get(grading, timeout=60)
+        ray_session.get(grading, timeout=600)
 
 
 @pytest.mark.parametrize("how", ["killed", "forgotten"])
 def test_graders_end_with_the_actor(ray_session, user_rewards, tmp_path, how):
     actor = process.start(config_of(name=f"{user_rewards}:hangs", timeout_s=500.0))
     grading = actor.grade.remote(group_of("g", "?"))
-    pid = ray_session.get(actor.ready.remote(), timeout=120)
-    grader, = ray_session.get(actor.grader_pids.remote(), timeout=60)
+    pid = ray_session.get(actor.ready.remote(), timeout=600)
+    grader, = ray_session.get(actor.grader_pids.remote(), timeout=600)
     if how == "killed":
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(ray_session.exceptions.RayActorError):
-            ray_session.get(grading, timeout=60)
+            ray_session.get(grading, timeout=600)
     else:
         ray_session.kill(actor)
-    eventually(lambda: gone(pid) and gone(grader), "end of actor and grader")
+    until(lambda: gone(pid) and gone(grader), "end of actor and grader")

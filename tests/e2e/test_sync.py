@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 def hook(engine, method, **arguments):
     import ray
 
-    ray.get(engine.actor.call_workers.remote(f"alphamed_hook_{method}", **arguments), timeout=60)
+    ray.get(engine.actor.call_workers.remote(f"alphamed_hook_{method}", **arguments), timeout=600)
 
 
 # --------------------------------------------------------------------------------------------------------- TP 1, tied, twins

@@ -17,7 +17,8 @@ from tiny import tiny_hf
 
 from alphamed.observe.files import read_json_lines
 
-DEADLINE_S = 400
+DEADLINE_S = 1500
+"""For a run of seconds: a machine on which others work as well must not decide what a test says."""
 REWARDS = '''
 def share_of_a(question, text, letter):
     """Random models answer in random letters: some say more of this one than others."""
@@ -29,11 +30,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "data": {"train": ["questions.jsonl"]},
     "prompt": {"max_tokens": 160},
     "rollout": {"questions_per_step": 4, "samples_per_question": 4, "max_response_tokens": 16, "dtype": "fp32",
-                "kv_cache_bytes": 64 << 20},
+                "kv_cache_bytes": 64 << 20, "start_deadline_s": 1200.0},
     "reward": {"name": "tiny_rewards:share_of_a", "truncated": "grade"},
     "parallel": {"micro_batch_tokens": 512},
     "logging": {"wandb": "off", "report": False, "export_hf": False},
-    "cluster": {"device": "cpu"}}
+    "cluster": {"device": "cpu", "heartbeat_timeout_s": 300.0}}
 
 
 class Workplace:

@@ -348,7 +348,7 @@ def test_a_mistake_is_one_line(run, capsys, mistake):
 @pytest.mark.parametrize("mistake", [CONFIGS[3], DATA[9], MODELS[7]], ids=lambda mistake: mistake.name)
 def test_a_mistake_is_one_line_as_a_user_starts_it(run, mistake):
     done = subprocess.run([sys.executable, "-m", "alphamed.cli", *command(run, mistake)], capture_output=True,
-                          text=True, timeout=60)
+                          text=True, timeout=600)
     assert done.returncode == 2
     one_line(done.stderr, mistake)
     assert done.stdout == ""
@@ -367,7 +367,7 @@ def test_a_mistake_is_one_line_from_a_launcher(run, mistake):
     (bin_folder / "python").symlink_to(sys.executable)
     (run.folder / ".venv" / "pyvenv.cfg").write_text((Path(sys.prefix) / "pyvenv.cfg").read_text())
     (run.folder / ".venv" / "lib").symlink_to(Path(sys.prefix) / "lib")
-    done = subprocess.run(["bash", str(launcher), *arguments[3:]], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", str(launcher), *arguments[3:]], capture_output=True, text=True, timeout=600)
     assert done.returncode == 2
     one_line(done.stderr, mistake)
     assert done.stdout == ""
@@ -385,7 +385,7 @@ def test_under_a_bare_torchrun_rank_0_says_the_line_once(run, arguments, world, 
     launcher.write_text((ROOT / "examples" / "train_alphamed_8b.sh").read_text())
     run.write().rename(launcher.with_suffix(".yaml"))
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}", str(launcher),
-                           *arguments], capture_output=True, text=True, timeout=180)
+                           *arguments], capture_output=True, text=True, timeout=600)
     assert done.returncode == 1
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and all(word in said[0] for word in words), done.stderr

@@ -147,7 +147,7 @@ def test_a_full_disk_leaves_the_old_bundle(run_dir):
     code = ("import resource, signal, sys; from alphamed.cli import main\n"
             "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))\n"
             "sys.exit(main(['bundle', 'runs/r', '--out', 'b.tar.gz']))")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 2 and "can not be written" in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert Path("b.tar.gz").read_bytes() == old and list(Path().glob(".*partial")) == []
 

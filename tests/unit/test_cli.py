@@ -73,7 +73,7 @@ def test_doctor_knows_what_is_here(capsys):
     assert torch.__version__ in found["torch"]["detail"]
     assert found["CUDA"]["state"] == ("active" if torch.cuda.is_available() else "absent")
     assert "gloo" in found["collectives"]["detail"]
-    assert found["cores"]["detail"] == str(len(os.sched_getaffinity(0)))
+    assert 1 <= int(found["cores"]["detail"].split()[0]) <= len(os.sched_getaffinity(0))
     assert "CPU backend" in found["vLLM"]["detail"] or "CUDA backend" in found["vLLM"]["detail"]
 
 
@@ -121,7 +121,7 @@ with worker._captured_output(config.run_dir, 0) as console:
         status = worker._fail(config.run_dir, 0, error, console)
 sys.exit(status)
 """)
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 1
     assert done.stdout == "step 1\n"
     assert done.stderr.startswith("run failed: rank 0 (pid ") and done.stderr.endswith("OverflowError: too much\n")
@@ -135,6 +135,142 @@ def test_a_reader_that_goes_away_is_no_traceback():
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run([sys.executable, "-m", "alphamed.cli", "data", "sources"], stdout=write, stderr=subprocess.PIPE,
-                          text=True, timeout=100, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
+                          text=True, timeout=600, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+# ------------------------------------------------------------------------------------- streams, names, Ctrl-C, full disks
+def alphamed(*arguments, environment=None, **options):
+    """The finished process of a command line; bytes, for names that are not UTF-8."""
+    return subprocess.run([sys.executable, "-m", "alphamed.cli", *arguments], stderr=subprocess.PIPE, timeout=600,
+                          env=os.environ | {"PYTHONPATH": str(ROOT / "src")} | (environment or {}), **options)
+
+
+@pytest.mark.parametrize("closed", ["1", "2", "0 1 2"])
+def test_closed_streams_lead_nowhere(tmp_path, closed):
+    """`>&-`. What is opened later must not get their numbers: a library's warning would go into a file of results."""
+    out = tmp_path / "out.html"
+    (tmp_path / "q.jsonl").write_text('{"id": "q", "question": "?", "options": {"A": "a", "B": "b"}, "answer": "A"}\n')
+    command = f'exec "$0" -m alphamed.cli data inspect q.jsonl --out out.html {" ".join(f"{n}>&-" for n in closed.split())}'
+    done = subprocess.run(["bash", "-c", command, sys.executable], cwd=tmp_path, capture_output=True, timeout=600,
+                          env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
+    assert done.returncode == 0 and b"Traceback" not in done.stderr and out.stat().st_size > 1000
+    done = subprocess.run(["bash", "-c", command.replace("q.jsonl", "absent.jsonl"), sys.executable], cwd=tmp_path,
+                          capture_output=True, timeout=600, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
+    assert done.returncode == 2 and b"Traceback" not in done.stdout + done.stderr
+    assert done.stderr == b"" if "2" in closed else done.stderr.startswith(b"error: ")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_output_that_cannot_be_written_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = alphamed("data", "sources", stdout=full)
+    assert (done.returncode, done.stderr) == (2, b"error: No space left on device; make room and start again\n")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_names_that_are_not_utf8_are_printed_as_they_are(tmp_path, encoding):
+    folder = os.fsencode(tiny_hf(tmp_path / "tiny").rename(os.fsdecode(os.fsencode(tmp_path) + b"/m\xff")))
+    done = alphamed("model", folder, stdout=subprocess.PIPE, environment={"PYTHONIOENCODING": encoding})
+    assert (done.returncode, done.stderr) == (0, b"") and done.stdout.splitlines()[0] == folder
+
+
+def test_names_that_are_not_utf8_are_written_as_json_and_pages_read_them(tmp_path):
+    from alphamed.data.output import json_writer
+    from alphamed.observe.files import append_json, read_json_lines, replace_json
+
+    name = os.fsdecode(b"q\xff.jsonl")
+    replace_json(tmp_path / "a.json", {"path": name})
+    append_json(tmp_path / "b.jsonl", {"path": name})
+    json_writer({"path": name})(tmp_path / "c.json")
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "c.json").read_bytes() == b'{\n  "path": "q\\udcff.jsonl"\n}\n'
+    assert json.loads((tmp_path / "a.json").read_text())["path"] == read_json_lines(tmp_path / "b.jsonl")[0]["path"] == name
+    questions = os.fsencode(tmp_path) + b"/" + os.fsencode(name)
+    with open(questions, "w") as file:
+        file.write('{"id": "q", "question": "?", "options": {"A": "a", "B": "b"}, "answer": "A"}\n')
+    done = alphamed("data", "inspect", questions, "--out", tmp_path / "page.html", stdout=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"") and (tmp_path / "page.html").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("arguments", [["plan", "--config", "c.yaml", "model.path=m\udcff"],
+                                       ["train", "--check", "--config", "c.yaml", "run.root=\udcff"]])
+def test_settings_that_are_not_utf8_are_one_line(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text("model: {path: m}\ndata: {train: [t.jsonl]}\n")
+    assert main(arguments) == 2
+    assert "is not UTF-8; rename the file or folder" in capsys.readouterr().err
+
+
+INTERRUPTED = """
+import runpy, signal, sys
+moment, swallowed = sys.argv.pop(1).split()
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == moment:
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                if swallowed == "True":
+                    raise SystemError("a library's own") from None
+                raise
+sys.meta_path.insert(0, Finder())
+sys.modules.pop("argparse", None)
+runpy.run_module("alphamed.cli", run_name="__main__", alter_sys=False)
+"""
+
+
+@pytest.mark.parametrize("moment, swallowed", [("argparse", False), ("alphamed.config", False), ("pydantic", False),
+                                               ("pydantic", True), ("alphamed.doctor", True), ("torch", False), ("torch", True)])
+def test_ctrl_c_while_things_are_imported_is_no_traceback(moment, swallowed):
+    """Pydantic makes a KeyboardInterrupt during its import an error of its own: `swallowed`."""
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, f"{moment} {swallowed}", "doctor"], capture_output=True, text=True,
+                          timeout=600, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
+    assert (done.returncode, done.stdout) == (130, "") and done.stderr in ("", "interrupted\n")
+
+
+def test_a_model_is_copied_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
+    import shutil
+
+    folder = tiny_hf(tmp_path / "tiny")
+    copied = []
+
+    def copy2(source, destination):
+        if copied:
+            raise KeyboardInterrupt
+        copied.append(shutil.copyfile(source, destination))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copy2", copy2)
+        assert main(["model", str(folder), "--out", str(tmp_path / "copy")]) == 130
+    assert copied and [path.name for path in tmp_path.iterdir()] == ["tiny"]
+    assert capsys.readouterr().err.endswith("interrupted\n")
+    (tmp_path / "copy").mkdir()                                              # an empty folder may be there
+    assert main(["model", str(folder), "--out", str(tmp_path / "copy")]) == 0
+    assert {path.name for path in (tmp_path / "copy").iterdir()} == {path.name for path in folder.iterdir()}
+    assert main(["model", str(folder), "--out", str(folder / "inside")]) == 2
+    assert "is in the model's own folder" in capsys.readouterr().err and not (folder / "inside").exists()
+
+
+def test_a_full_disk_leaves_no_half_model(tmp_path):
+    folder, disk = tiny_hf(tmp_path / "tiny"), tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        done = alphamed("model", folder, "--out", disk / "copy", stdout=subprocess.PIPE)
+        assert done.returncode == 2 and done.stderr.count(b"\n") == 1
+        assert b"No space left on device); make room or choose another place. Nothing was left half-written" in done.stderr
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_file_that_may_not_grow_leaves_no_half_model(tmp_path):
+    import resource
+
+    folder = tiny_hf(tmp_path / "tiny")
+    done = alphamed("model", folder, "--out", tmp_path / "copy", stdout=subprocess.PIPE,
+                    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    assert done.returncode == 2 and b"(File too large); make room" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]

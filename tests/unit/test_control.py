@@ -7,10 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from waiting import LIMIT_S, until
 
 from alphamed.cluster import failure
 
@@ -28,22 +28,22 @@ if rank == 0:
     listener, key = listen("127.0.0.1")
     (folder / "draft").write_text(json.dumps([listener.address, key.hex()]))
     (folder / "draft").rename(meeting)
-    peers = accept(listener, world, 30)
+    peers = accept(listener, world, 900)
 else:
-    until = time.monotonic() + 30
+    until = time.monotonic() + 900
     while not meeting.exists():
         assert time.monotonic() < until
         time.sleep(0.02)
     address, key = json.loads(meeting.read_text())
-    peers = [join(tuple(address), bytes.fromhex(key), rank, 30)]
-control = Control(None, rank, world, peers, folder, heartbeat_timeout_s=3.0, abort_after_s=1.0)
+    peers = [join(tuple(address), bytes.fromhex(key), rank, 900)]
+control = Control(None, rank, world, peers, folder, heartbeat_timeout_s=HEARTBEAT_S, abort_after_s=ABORT_S)
 
 def say(**words):
     draft = folder / f"draft_{rank}"
     draft.write_text(json.dumps({"pid": os.getpid(), **words}))
     draft.rename(folder / f"said_{rank}")
 
-def stay(seconds=40):
+def stay(seconds=3000):
     time.sleep(seconds)
 
 try:
@@ -56,10 +56,11 @@ except RunFailed as e:
 
 
 class Ranks:
-    """Some processes that play a scene; all are gone when the test ends."""
+    """Some processes that play a scene; all are gone when the test ends. The deadlines expire only where a test is about that."""
 
-    def __init__(self, folder: Path, scene: str, world: int):
+    def __init__(self, folder: Path, scene: str, world: int, heartbeat_s: float = 900.0, abort_s: float = 900.0):
         code = RANK.replace("SCENE", scene.strip().replace("\n", "\n        "))
+        code = code.replace("HEARTBEAT_S", str(heartbeat_s)).replace("ABORT_S", str(abort_s))
         self.folder = folder
         self.processes = [subprocess.Popen([sys.executable, "-c", code, str(rank), str(world), str(folder)],
                                            stderr=open(folder / f"errors_{rank}", "w")) for rank in range(world)]
@@ -71,15 +72,15 @@ class Ranks:
         return json.loads(path.read_text())
 
     def wait(self, rank: int) -> int:
-        return self.processes[rank].wait(timeout=30)
+        return self.processes[rank].wait(timeout=LIMIT_S)
 
     def until(self, rank: int, name: str) -> None:
         """Until the scene has made the file `name`."""
-        deadline = time.monotonic() + 30
-        while not (self.folder / name).exists():
-            assert time.monotonic() < deadline and self.processes[rank].poll() is None, \
-                (self.folder / f"errors_{rank}").read_text()
-            time.sleep(0.02)
+        def made() -> bool:
+            assert self.processes[rank].poll() is None, (self.folder / f"errors_{rank}").read_text()
+            return (self.folder / name).exists()
+
+        until(made, name)
 
     def name(self, rank: int) -> str:
         return f"rank {rank} (pid {self.processes[rank].pid})"
@@ -89,8 +90,8 @@ class Ranks:
 def play(tmp_path):
     started = []
 
-    def start(scene: str, world: int = 3) -> Ranks:
-        started.append(Ranks(tmp_path, scene, world))
+    def start(scene: str, world: int = 3, **deadlines: float) -> Ranks:
+        started.append(Ranks(tmp_path, scene, world, **deadlines))
         return started[-1]
 
     yield start
@@ -135,7 +136,7 @@ def work():
     if rank == 1:
         stay()
 control.everywhere("loading", work)
-""")
+""", abort_s=5.0)
     assert ranks.said(0)["culprit"] == ranks.said(2)["culprit"] == ranks.name(2)
     assert "KeyError" in ranks.said(0)["message"]
     assert ranks.wait(1) == 1
@@ -181,7 +182,7 @@ def test_a_stopped_rank_is_named_after_the_heartbeat_timeout(play, victim):
     ranks = play("""
 control.everywhere("a start", lambda: (folder / f"started_{rank}").touch())
 control.from_rank0("rollouts of step 1", stay)
-""")
+""", heartbeat_s=8.0, abort_s=5.0)
     ranks.until(victim, f"started_{victim}")
     os.kill(ranks.processes[victim].pid, signal.SIGSTOP)
     assert ranks.said(1)["culprit"] == ranks.name(victim)
@@ -217,7 +218,7 @@ def test_work_past_its_deadline_and_ranks_out_of_step_are_named(play):
 if rank == 0:
     control.everywhere("saving", lambda: None, deadline_s=0.5)
 else:
-    stay(10)
+    stay()
 """, world=2)
     assert late.said(0)["culprit"] == late.name(1)
     assert late.said(0)["message"] == "saving: not done within 0 s"

@@ -294,6 +294,7 @@ def test_past_the_deadline_the_engines_and_groups_that_are_missing_are_named():
         grader.hold = True
         await begin(coordinator, "abcd")
         two.answer("b")                                         # hangs in grading; d goes to engine 1, c waits
+        await settle()
         with pytest.raises(Overdue) as caught:
             await coordinator.collect("step 1", 10.0)
         assert caught.value.culprit == "engine 0 (pid 100), engine 1 (pid 101), reward process (pid 99), waiting for an engine"

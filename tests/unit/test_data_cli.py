@@ -269,7 +269,7 @@ def test_a_full_disk_leaves_the_old_files_as_they_were(out):
     code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); "
             "from alphamed.cli import main; sys.exit(main(sys.argv[1:]))")
     done = subprocess.run([sys.executable, "-c", code, "data", "build", "--out", out, "--from", "a.jsonl",
-                           "--overwrite"], capture_output=True, text=True, timeout=120)
+                           "--overwrite"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert "can not be written (" in done.stderr and "File too large" in done.stderr
     assert {name: Path(name).read_bytes() for name in files()} == before

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from alphamed.cluster.cgroup import Limits
 from alphamed.config import ConfigError
 from alphamed.config_file import build_config
 from alphamed.model import ModelShape
@@ -96,10 +97,24 @@ def test_environment_is_silent_local_and_binds_threads(four_cores):
     assert found["VLLM_HOST_IP"] == "127.0.0.1"
 
 
+@pytest.mark.parametrize("ranks, quota, threads, bind", [
+    (1, 2, "2", "nobind"), (2, 3, "1", "nobind"), (2, 1, None, None), (1, 4, "4", "0,1,2,3"), (1, 9, "4", "0,1,2,3")])
+def test_limited_cpu_time_means_fewer_threads_that_move_freely(four_cores, monkeypatch, ranks, quota, threads, bind):
+    monkeypatch.setattr("alphamed.cluster.hardware.limits", lambda: Limits(float(quota)))
+    if threads is None:
+        with pytest.raises(ConfigError, match="rollout.tensor_parallel: 2 needs as many cores, 1 present"):
+            specs(config(tensor_parallel=ranks))
+        return
+    found = engine_environment(specs(config(tensor_parallel=ranks))[0])
+    assert (found["OMP_NUM_THREADS"], found["VLLM_CPU_OMP_THREADS_BIND"]) == (threads, bind)
+    named = engine_environment(specs(config({"engine_cores": "0-2"}))[0])
+    assert (named["OMP_NUM_THREADS"], named["VLLM_CPU_OMP_THREADS_BIND"]) == ("3", "0,1,2")      # as configured
+
+
 def test_the_hash_is_the_same_in_every_process():
     code = "from alphamed.rollout.spec import stable_hash; print(stable_hash('run', 'q1', 0, 3))"
     runs = {subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, check=True, text=True,
-                           capture_output=True, timeout=60).stdout.strip() for seed in ("1", "2")}
+                           capture_output=True, timeout=600).stdout.strip() for seed in ("1", "2")}
     # python3 -c "import hashlib; print(int(hashlib.sha256(b'run\x1fq1\x1f0\x1f3').hexdigest()[:16], 16) // 4)"
     assert runs == {"2360187895052308946"}
     assert stable_hash("a", "bc") != stable_hash("ab", "c")

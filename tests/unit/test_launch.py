@@ -7,16 +7,17 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from multiprocessing import shared_memory
 from pathlib import Path
 
 import pytest
+from waiting import LIMIT_S, until
 
 from alphamed.cluster import guard, launch, ledger, nodes, placement, processes
 from alphamed.cluster.environment import enter, run_environment, without_torchrun
 from alphamed.cluster.ledger import Ledger, Lock, run_id
 from alphamed.cluster.nodes import part_of
+from alphamed.cluster.variables import Start
 from alphamed.config import Config, ConfigError
 from alphamed.config_file import build_config, load_config
 
@@ -143,7 +144,7 @@ def test_shipped_configurations_fit_the_nodes_that_they_name(name, nodes):
 def test_launchers_are_bash_and_python(name):
     path = ROOT / "examples" / f"{name}.sh"
     text = path.read_text()
-    assert subprocess.run(["bash", "-n", str(path)], timeout=20).returncode == 0
+    assert subprocess.run(["bash", "-n", str(path)], timeout=600).returncode == 0
     compile(text, str(path), "exec")
     assert "\\" not in text
 
@@ -151,7 +152,7 @@ def test_launchers_are_bash_and_python(name):
 # ---------------------------------------------------------------------------------------------------------- environment
 def test_nothing_leaves_the_machine_and_ranks_keep_their_place(tmp_path):
     base = {"RANK": "3", "PET_NNODES": "9", "TORCHELASTIC_RUN_ID": "x", "HOME": "/h", "RAY_AUTH_TOKEN": "given"}
-    env = run_environment(config(logging={"wandb": "off"}), tmp_path, base)
+    env = run_environment(config(logging={"wandb": "off"}), tmp_path, Start.TORCHRUN_HOSTS, base)
     expected = {
         "RANK": "3", "HOME": "/h", "RAY_AUTH_TOKEN": "given", "TMPDIR": str(tmp_path), "WANDB_MODE": "disabled",
         "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "VLLM_NO_USAGE_STATS": "1",
@@ -164,25 +165,21 @@ def test_a_process_that_enters_the_environment_uses_its_temporary_folder(tmp_pat
     monkeypatch.setenv("TMPDIR", "/tmp")
     monkeypatch.setattr(tempfile, "tempdir", None)
     assert tempfile.gettempdir() == "/tmp"
-    enter({"TMPDIR": str(tmp_path)})
-    assert tempfile.gettempdir() == str(tmp_path)
+    monkeypatch.setenv("LEFT_OVER", "1")
+    kept = {name: value for name, value in os.environ.items() if name != "LEFT_OVER"}
+    enter(kept | {"TMPDIR": str(tmp_path)})
+    assert tempfile.gettempdir() == str(tmp_path) and "LEFT_OVER" not in os.environ
 
 
 def test_every_run_has_a_ray_token_of_its_own(tmp_path):
-    first, second = (run_environment(config(), tmp_path, {})["RAY_AUTH_TOKEN"] for _ in range(2))
+    first, second = (run_environment(config(), tmp_path, Start.ONE_HOST, {"RAY_AUTH_TOKEN": "x"})["RAY_AUTH_TOKEN"]
+                     for _ in range(2))
     assert first != second and len(first) == 64
 
 
 # -------------------------------------------------------------------------------------------------- nothing left behind
-def wait_until(what, seconds: float = 90.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_a_reused_pid_is_not_signalled():
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3000)"])
     try:
         described = processes.describe(child.pid)
         earlier = processes.Process(described.pid, described.start - 1, described.parent, described.command)
@@ -197,7 +194,7 @@ def test_a_reused_pid_is_not_signalled():
 
 def test_a_process_that_ignores_sigterm_is_killed():
     child = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); "
-                              "print('on', flush=True); time.sleep(60)"], stdout=subprocess.PIPE)
+                              "print('on', flush=True); time.sleep(3000)"], stdout=subprocess.PIPE)
     child.stdout.readline()
     assert processes.end([processes.describe(child.pid)], grace_s=0.3) == []
     child.stdout.close()
@@ -208,7 +205,7 @@ import multiprocessing, signal, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 lock = multiprocessing.get_context("spawn").Lock()
 print("sem." + lock._semlock.name[1:], flush=True)
-time.sleep(60)
+time.sleep(3000)
 """
 
 
@@ -221,13 +218,19 @@ def test_a_semaphore_is_seen_in_the_process_that_made_it():
     assert (processes.SHARED_MEMORY / name).exists()
 
 
-def test_resource_trackers_end_last_and_unlink_what_killed_processes_have_left():
+def test_resource_trackers_end_last_and_unlink_what_killed_processes_have_left(monkeypatch):
+    monkeypatch.setattr(processes, "TRACKER_GRACE_S", LIMIT_S)
     child = subprocess.Popen([sys.executable, "-c", STUBBORN_WITH_SEMAPHORE], stdout=subprocess.PIPE, text=True)
     name = child.stdout.readline().strip()
     assert (processes.SHARED_MEMORY / name).exists()
-    run = processes.descendants([os.getpid()], processes.everything())
-    own = processes.descendants([child.pid], run) | {child.pid: run[child.pid]}
-    assert len(own) == 2 and any(processes.RESOURCE_TRACKER in process.command for process in own.values())
+
+    def own() -> dict[int, processes.Process]:
+        run = processes.descendants([os.getpid()], processes.everything())
+        return processes.descendants([child.pid], run) | {child.pid: run[child.pid]}
+
+    until(lambda: any(processes.RESOURCE_TRACKER in process.command for process in own().values()), "the tracker's own command")
+    own = own()
+    assert len(own) == 2
     assert processes.end(own.values(), grace_s=0.3) == []
     assert not (processes.SHARED_MEMORY / name).exists()
     child.stdout.close()
@@ -247,10 +250,10 @@ def test_a_segment_is_unlinked_once_nobody_maps_it():
 
 def test_what_a_dead_start_has_left_is_found_by_its_tag_and_by_its_ledger(tmp_path):
     """One process carries the run's tag, one was only written down (its environment is gone, as after a title)."""
-    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    sleep = [sys.executable, "-c", "import time; time.sleep(3000)"]
     marked = subprocess.Popen(sleep, env=os.environ | {processes.TAG: run_id(tmp_path)})
     parent = subprocess.Popen([sys.executable, "-c", "import subprocess, sys, time\n"
-                               f"print(subprocess.Popen({sleep!r}).pid, flush=True)\ntime.sleep(60)"],
+                               f"print(subprocess.Popen({sleep!r}).pid, flush=True)\ntime.sleep(3000)"],
                               stdout=subprocess.PIPE)
     orphan = int(parent.stdout.readline())
     bystander = subprocess.Popen(sleep)
@@ -260,7 +263,7 @@ def test_what_a_dead_start_has_left_is_found_by_its_tag_and_by_its_ledger(tmp_pa
         parent.wait()
         done = Ledger(tmp_path).clean_up()
         assert {process.pid for process in done.ended} == {marked.pid, orphan} and not done.stuck
-        assert processes.describe(orphan) is None and marked.wait(timeout=5) == -signal.SIGTERM
+        assert processes.describe(orphan) is None and marked.wait(timeout=600) == -signal.SIGTERM
         assert bystander.poll() is None
         assert [path.name for path in tmp_path.iterdir()] == []
         assert Ledger(tmp_path).clean_up() == ledger.CleanUp()
@@ -334,7 +337,7 @@ from multiprocessing import resource_tracker, shared_memory
 from pathlib import Path
 segment = shared_memory.SharedMemory(create=True, size=64)
 resource_tracker.unregister(segment._name, "shared_memory")      # as after a SIGKILL: nobody else removes it
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(90)"], start_new_session=True)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3000)"], start_new_session=True)
 Path({folder!r}, "left").write_text(f"{{child.pid}} {{segment.name}}")
 while not Path({folder!r}, "go").exists():
     time.sleep(0.05)
@@ -361,13 +364,13 @@ def supervised(tmp_path):
 
 
 def left(folder: Path) -> tuple[int, Path]:
-    wait_until(lambda: (folder / "left").exists() and len((folder / "left").read_text().split()) == 2)
+    until(lambda: (folder / "left").exists() and len((folder / "left").read_text().split()) == 2, "the run's own words")
     pid, name = (folder / "left").read_text().split()
     return int(pid), processes.SHARED_MEMORY / name
 
 
 def wait_until_written_down(folder: Path, segment: Path) -> None:
-    wait_until(lambda: any(segment.name in file.read_text() for file in folder.glob("processes-*.json")))
+    until(lambda: any(segment.name in file.read_text() for file in folder.glob("processes-*.json")), "the ledger")
 
 
 @pytest.mark.parametrize("then, status", [("sys.exit(0)", 0), ("sys.exit(3)", 3),
@@ -377,7 +380,7 @@ def test_a_run_that_ends_by_itself_leaves_nothing(supervised, tmp_path, then, st
     child, segment = left(tmp_path)
     wait_until_written_down(tmp_path, segment)
     (tmp_path / "go").touch()
-    assert run.communicate(timeout=30)[0].strip() == f"[{status}, null, 1]"
+    assert run.communicate(timeout=600)[0].strip() == f"[{status}, null, 1]"
     assert processes.describe(child) is None and not segment.exists()
     assert {path.name for path in tmp_path.iterdir()} == {"left", "go"}
 
@@ -387,7 +390,7 @@ def test_a_run_that_is_told_to_stop_leaves_nothing(supervised, tmp_path, number)
     run = supervised("")
     child, segment = left(tmp_path)
     run.send_signal(number)
-    assert run.communicate(timeout=30)[0].strip() == f"[-15, {int(number)}, 1]"
+    assert run.communicate(timeout=600)[0].strip() == f"[-15, {int(number)}, 1]"
     assert processes.describe(child) is None and not segment.exists()
 
 
@@ -396,8 +399,8 @@ def test_a_killed_supervisor_is_cleaned_up_after_by_the_guard(supervised, tmp_pa
     child, segment = left(tmp_path)
     wait_until_written_down(tmp_path, segment)
     run.kill()
-    wait_until(lambda: processes.describe(child) is None and not segment.exists())
-    wait_until(lambda: not any(tmp_path.glob("processes-*.json")))
+    until(lambda: processes.describe(child) is None and not segment.exists(), "the guard's work")
+    until(lambda: not any(tmp_path.glob("processes-*.json")), "the guard's end")
 
 
 # -------------------------------------------------------------------------------------------------------- a job's nodes
@@ -428,7 +431,7 @@ def test_a_file_that_is_only_read_is_no_segment_of_the_run():
     with tempfile.NamedTemporaryFile(dir=processes.SHARED_MEMORY) as file:
         name = Path(file.name).name
         assert name in processes.segments_of(os.getpid())               # open for writing here
-        code = f"import mmap, time; f = open({file.name!r}, 'rb'); print('on', flush=True); time.sleep(60)"
+        code = f"import mmap, time; f = open({file.name!r}, 'rb'); print('on', flush=True); time.sleep(3000)"
         with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as reader:
             reader.stdout.readline()
             assert processes.segments_of(reader.pid) == set()
@@ -452,5 +455,5 @@ print(len(done.ended), any(processes.RESOURCE_TRACKER in process.command for pro
 def test_the_resource_tracker_of_whoever_cleans_up_is_left_alone(tmp_path):
     """It serves a process that stays: it would not end by itself, and that process would be told that it died. (In a process
     of its own: everything below the one that cleans up is ended.)"""
-    done = subprocess.run([sys.executable, "-c", CLEANS_UP, tmp_path], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", CLEANS_UP, tmp_path], capture_output=True, text=True, timeout=600)
     assert (done.stdout, done.stderr) == ("0 True\n", "")

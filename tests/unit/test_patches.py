@@ -20,7 +20,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 @pytest.fixture(scope="module")
 def checks() -> dict:
     script = Path(__file__).with_name("patch_checks.py")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=600, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -31,9 +31,9 @@ def test_each_start_adds_an_entry_and_hashes_are_taken_once(tmp_path, monkeypatc
                                "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}]
     assert [Path(entry["path"]).name for entry in record["model"]] == ["config.json", "model.safetensors"]
     assert "hunter2" not in (tmp_path / "provenance.json").read_text()
-    assert provenance.changed_files(tmp_path) == [str(data)]
+    assert provenance.changed_files(tmp_path, [data]) == [str(data)]
     data.write_bytes(b"abc")
-    assert provenance.changed_files(tmp_path) == []
+    assert provenance.changed_files(tmp_path, [data]) == []
 
 
 def test_big_files_are_hashed_by_size_and_samples(tmp_path, monkeypatch):

@@ -87,7 +87,7 @@ def test_a_coin_is_tossed_for_what_the_limit_cut():
     ("length", "\ud800 \u00e9\n" + "x" * 1_000_000, Outcome.UNPARSEABLE, 1_000_004.0),   # any text passes unharmed
 ])
 def test_a_user_function_is_asked(user_rewards, function, text, outcome, reward):
-    with resolve_rule(f"{user_rewards}:{function}", timeout_s=60) as rule:
+    with resolve_rule(f"{user_rewards}:{function}", timeout_s=600) as rule:
         graded = grade(QUESTION, text, STOP, rule)
     assert (graded.outcome, graded.reward, graded.problem) == (outcome, reward, None)
 
@@ -103,25 +103,38 @@ def test_a_user_function_is_asked(user_rewards, function, text, outcome, reward)
     ("segfaults", BARE, Outcome.CRASH, r"died of signal 11 \(SIGSEGV\)\n(.*\n)*.* in segfaults"),
     ("aborts", BARE, Outcome.CRASH, r"died of signal 6 \(SIGABRT\)\n(.*\n)*.* in aborts"),
     ("exits", BARE, Outcome.CRASH, "exited with code 3"),
-    ("hangs", BARE, Outcome.TIMEOUT, r"gave no answer within 0.5 s\n(.*\n)*.* in hangs"),
 ])
 def test_a_failure_is_typed_and_its_cause_kept(user_rewards, function, text, outcome, problem):
-    timeout_s = 0.5 if outcome == Outcome.TIMEOUT else 60
-    with resolve_rule(f"{user_rewards}:{function}", timeout_s=timeout_s) as rule:
+    with resolve_rule(f"{user_rewards}:{function}", timeout_s=600) as rule:
         for _ in range(2):                              # the second call needs a new grader where the first one is gone
             graded = grade(QUESTION, text, STOP, rule)
             assert (graded.outcome, graded.reward) == (outcome, 0.0)
             assert re.search(problem, graded.problem), graded.problem
 
 
+def test_a_function_that_hangs_is_typed_and_shown(user_rewards):
+    """Where it hangs is written down when 9/10 of its time are over, if the machine gets to it before the whole is."""
+    for timeout_s in (0.5, 5.0, 50.0):
+        with resolve_rule(f"{user_rewards}:hangs", timeout_s=timeout_s) as rule:
+            problems = []
+            for _ in range(2):                          # the second call needs a new grader, the first one is gone
+                graded = grade(QUESTION, BARE, STOP, rule)
+                assert (graded.outcome, graded.reward) == (Outcome.TIMEOUT, 0.0)
+                assert f"gave no answer within {timeout_s:g} s" in graded.problem
+                problems.append(graded.problem)
+        if all(" in hangs" in problem for problem in problems):
+            return
+    pytest.fail(f"no word of where it hangs: {problems}")
+
+
 def test_a_truncated_response_is_not_shown_to_the_function(user_rewards):
-    with resolve_rule(f"{user_rewards}:raises_for_b", timeout_s=60) as rule:
+    with resolve_rule(f"{user_rewards}:raises_for_b", timeout_s=600) as rule:
         assert grade(QUESTION, WRONG, LENGTH, rule).outcome == Outcome.TRUNCATED
         assert grade(QUESTION, WRONG, LENGTH, rule, GRADE).outcome == Outcome.CRASH
 
 
 def test_a_killed_grader_is_nobodys_crash(user_rewards):
-    with resolve_rule(f"{user_rewards}:is_killed", timeout_s=60) as rule:
+    with resolve_rule(f"{user_rewards}:is_killed", timeout_s=600) as rule:
         with pytest.raises(GraderDied, match=r"^grader \(pid \d+\) of reward function user_rewards:is_killed: "
                                              r"was killed by signal 9 \(SIGKILL"):
             grade(QUESTION, RIGHT, STOP, rule)

@@ -2,6 +2,7 @@
 import io
 import json
 import math
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,9 +15,10 @@ from alphamed.config import ConfigError
 from alphamed.config_file import build_config, changed_config, dump_config, load_config
 from alphamed.evaluation.runner import Evaluation, QuestionSet, SetResult
 from alphamed.evaluation.score import score
-from alphamed.observe.directory import check_resume, finished_step, is_finished
+from alphamed.observe.directory import check_resume, check_same_model, finished_step, is_finished
 from alphamed.observe.files import append_json, read_json_lines, replace_text
 from alphamed.observe.metrics import undeclared
+from alphamed.observe.provenance import record_start
 from alphamed.observe.rollout_files import read_rollouts, recorded_steps
 from alphamed.observe.sinks import Console, JsonLines, Wandb, spoken_time
 from alphamed.records import (Batch, FinishReason, MiniBatch, Outcome, Question, Rollout, RolloutGroup, ScoredGroup,
@@ -236,6 +238,71 @@ def test_what_a_resume_may_change(tmp_path):
                                           "rollout.engines"}
 
 
+@pytest.fixture
+def moved(tmp_path, monkeypatch):
+    """A run that stands at step 2, and a function: the fields that differ when it is continued with other places."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"layers": 2}')
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
+    config = config_of(tmp_path, data={"train": ["train.jsonl", "more.jsonl"]})
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    (tmp_path / "more.jsonl").write_text("{}\n{}\n")
+    Run.open(config, Alone()).close()
+    record_start(config.run_dir, ["alphamed"], config.data.train, tmp_path / "model", {})
+
+    def differing(path="model", train=("train.jsonl", "more.jsonl"), **model):
+        text = (tmp_path / "train.jsonl").read_bytes()
+        config = config_of(tmp_path, model={"path": path} | model, data={"train": list(train)})
+        (tmp_path / "train.jsonl").write_bytes(text)
+        return set(check_resume(config))
+
+    return differing
+
+
+def test_another_spelling_of_a_place_is_the_same_place(tmp_path, moved):
+    (tmp_path / "link").symlink_to("model")
+    (tmp_path / "data").symlink_to(".")
+    for path in ("model/", "./model", str(tmp_path / "model"), "link", "data/model"):
+        assert moved(path) == set()
+    assert moved(train=[str(tmp_path / "train.jsonl"), "data/more.jsonl"]) == set()
+    assert moved(cache=str(tmp_path / ".cache" / "models")) == set()        # the default, as a whole path
+
+
+def test_another_place_with_the_same_content_is_noted(tmp_path, moved):
+    shutil.copytree(tmp_path / "model", tmp_path / "mount" / "renamed")
+    shutil.copy(tmp_path / "more.jsonl", tmp_path / "mount" / "m.jsonl")
+    assert moved("mount/renamed", train=["train.jsonl", "mount/m.jsonl"]) == {"model.path", "data.train"}
+    assert moved(cache="elsewhere") == {"model.cache"}
+    shutil.rmtree(tmp_path / "model")                                       # the first place may be gone
+    (tmp_path / "more.jsonl").unlink()
+    assert moved("mount/renamed", train=["train.jsonl", "mount/m.jsonl"]) == {"model.path", "data.train"}
+
+
+def test_another_place_with_other_content_is_refused(tmp_path, moved):
+    shutil.copytree(tmp_path / "model", tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").write_bytes(b"Weights")
+    with pytest.raises(ConfigError, match="model.path: 'other' but the run in .* was started with 'model'; set it back or"):
+        moved("other")
+    (tmp_path / "other" / "model.safetensors").write_bytes(b"weights")
+    assert moved("other") == {"model.path"}
+    (tmp_path / "other" / "added_tokens.json").write_text("{}")             # a file more can change what the model says
+    with pytest.raises(ConfigError, match="model.path: 'other' but"):
+        moved("other")
+    with pytest.raises(ConfigError, match="data.train: .* was started with"):
+        moved(train=["more.jsonl", "train.jsonl"])                          # the order decides who is asked when
+    with pytest.raises(ConfigError, match="data.train: .* was started with"):
+        moved(train=["train.jsonl"])
+
+
+def test_a_model_that_changed_in_its_place_is_refused(tmp_path, moved):
+    check_same_model(tmp_path / "r", tmp_path / "model")
+    check_same_model(tmp_path / "no-run", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"another")
+    with pytest.raises(ConfigError, match="model.path: .*model.safetensors is not what the run in .*r was started with"):
+        check_same_model(tmp_path / "r", tmp_path / "model")
+
+
 def test_changed_training_data_is_refused(tmp_path):
     config = config_of(tmp_path)
     train(config, stop_after=2)
@@ -429,7 +496,7 @@ def audit(event, args):
     if event == "socket.getaddrinfo": tried.append(args[0])
 sys.addaudithook(audit)
 notes = []
-Wandb.CLOSE_DEADLINE_S = 90              # busy machines
+Wandb.CLOSE_DEADLINE_S = 500             # busy machines
 sink = Wandb(load_config({str(tmp_path / 'c.yaml')!r}), "abc123", notes.append)
 for step in (1, 2): sink.write({{"step": step, "reward/mean": 0.5}})
 sink.close()
@@ -437,7 +504,7 @@ print("tried", [t for t in tried if not str(t).startswith(("127.", "('127.", "lo
 """
     config.run_dir.mkdir()
     (tmp_path / "c.yaml").write_text(dump_config(config))
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600)
     assert done.stdout.splitlines()[-1] == "tried [] notes []", done.stdout + done.stderr
     logs = list((config.run_dir / "wandb").rglob("*.wandb"))
     assert len(logs) == 1 and "offline" in str(logs[0]) and b"reward/mean" in logs[0].read_bytes()

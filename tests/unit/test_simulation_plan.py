@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from waiting import LIMIT_S
 
 from alphamed.config_choices import Recompute, SyncMode
 from alphamed.config_file import load_config
@@ -73,7 +74,7 @@ def test_a_child_that_takes_too_long_is_ended(tmp_path):
 
 
 def test_a_child_that_fails_is_quoted(tmp_path):
-    child = simulate.Child(tmp_path, time.monotonic() + 60)
+    child = simulate.Child(tmp_path, time.monotonic() + LIMIT_S)
     said = child.run("train", "--config", "absent.yaml")
     assert "exit code 2" in said and "absent.yaml: no such file" in said
 

@@ -222,5 +222,5 @@ def test_loading_and_encoding_import_neither_torch_nor_transformers(folders):
             "for folder in sys.argv[1:]: load_tokenizer(folder).chat([{'role': 'user', 'content': 'x'}])\n"
             "print([m for m in ('torch', 'transformers') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code, str(folders["chatml"]), str(folders["sentencepiece"])],
-                          capture_output=True, text=True, timeout=120)
+                          capture_output=True, text=True, timeout=600)
     assert done.stdout == "[]\n", done.stderr

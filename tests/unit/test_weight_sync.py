@@ -29,7 +29,7 @@ from alphamed.weights.sender import Sender
 from alphamed.weights.shared_memory import Late, SharedMemoryReceiver
 from alphamed.weights.sync import WeightSync, choose_transport
 
-DEADLINE_S = 60
+DEADLINE_S = 900
 
 
 transport = "auto"
@@ -328,7 +328,7 @@ def test_a_worker_that_takes_nothing_is_named_and_not_one_that_waits_for_it(monk
     tensors, pool = weights("w"), Pool(1, 1)
     sync = WeightSync(config(), Source(tensors), pool, Control().of(0))
     sync.push()
-    monkeypatch.setattr(SyncPlan, "deadline_s", 1.0)
+    monkeypatch.setattr(SyncPlan, "deadline_s", 5.0)
     stuck, original = threading.Event(), pool.receive
     pool.receive = lambda engine, **arguments: stuck.wait(DEADLINE_S) if engine == 0 else original(engine, **arguments)
     with pytest.raises(RunFailed) as caught:

@@ -1,4 +1,6 @@
-"""The environment of a run's processes: the one place, with placement.py, that says what goes into it."""
+"""The environment of a run's processes: the one place, with placement.py, that says what goes into it.
+
+What the caller has set is kept or left out as cluster.variables says."""
 from __future__ import annotations
 
 import os
@@ -9,13 +11,10 @@ from pathlib import Path
 
 from alphamed.cluster.ledger import run_id
 from alphamed.cluster.processes import TAG
+from alphamed.cluster.variables import LAUNCHER, Start, kept
 from alphamed.config import Config
 from alphamed.config_choices import WandbMode
 
-TORCHRUN_VARIABLES = (
-    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME",
-    "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-TORCHRUN_PREFIXES = ("TORCHELASTIC_", "PET_")
 SILENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "VLLM_NO_USAGE_STATS": "1",
@@ -30,10 +29,10 @@ SILENT = {
 WANDB = {WandbMode.ONLINE: "online", WandbMode.OFFLINE: "offline", WandbMode.OFF: "disabled"}
 
 
-def run_environment(config: Config, temporary: Path, base: Mapping[str, str] | None = None) -> dict[str, str]:
-    """What every process of the run gets, over `base` (the caller's environment). torchrun's variables are kept: a rank
-    needs its own. `temporary` takes sockets and scratch files."""
-    env = dict(os.environ if base is None else base) | SILENT
+def run_environment(config: Config, temporary: Path, start: Start, base: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What every process of the run gets, over what `start` honours of `base` (the caller's environment). `temporary` takes
+    sockets and scratch files."""
+    env = kept(os.environ if base is None else base, start) | SILENT
     env |= {
         TAG: run_id(config.run_dir),
         "TMPDIR": str(temporary),
@@ -41,7 +40,7 @@ def run_environment(config: Config, temporary: Path, base: Mapping[str, str] | N
         "TOKENIZERS_PARALLELISM": "false",         # its threads fight the engine's for the cores
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",        # Megatron overlaps communication only in this order
         "SPT_NOENV": "1",                          # process titles must not overwrite the tag
-        # tokens keep other users of the machine away from the run's Ray; a given cluster brings its own
+        # tokens keep other users of the machine away from the run's Ray; where a start honours a given one, it is that
         "RAY_AUTH_MODE": env.get("RAY_AUTH_MODE", "token"),
         "RAY_AUTH_TOKEN": env.get("RAY_AUTH_TOKEN", secrets.token_hex(32)),
         # user code (`reward.name: module:function`) is found from where the run was started
@@ -52,19 +51,14 @@ def run_environment(config: Config, temporary: Path, base: Mapping[str, str] | N
 
 
 def enter(environment: Mapping[str, str]) -> None:
-    """Make the environment this process's own, for want of a supervisor that started it so: before Ray and vLLM read it."""
+    """Make this the whole environment of the process, for want of a supervisor that started it so: before Ray and vLLM read
+    it."""
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
     os.environ.update(environment)
     tempfile.tempdir = None                     # Python keeps the temporary folder that it was first asked for
 
 
 def without_torchrun(env: Mapping[str, str]) -> dict[str, str]:
     """The environment less everything that an outer torchrun, or an image made for one, has set."""
-    return {name: value for name, value in env.items()
-            if name not in TORCHRUN_VARIABLES and not name.startswith(TORCHRUN_PREFIXES)}
-
-
-def trainer_threads(config: Config, local_ranks: int, on_cuda: bool) -> int:
-    """CPU threads of one trainer rank."""
-    if config.cluster.trainer_threads:
-        return config.cluster.trainer_threads
-    return 8 if on_cuda else max(1, (os.cpu_count() or 1) // local_ranks)
+    return {name: value for name, value in env.items() if not LAUNCHER.matches(name)}

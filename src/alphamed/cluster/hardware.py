@@ -7,10 +7,12 @@ import secrets
 import subprocess
 from pathlib import Path
 
+from alphamed.cluster.cgroup import limits
 from alphamed.config import Config
 from alphamed.config_choices import Device
 
 DRIVER_DEADLINE_S = 20
+CUDA_TRAINER_THREADS = 8        # of a rank that computes on a GPU: enough for its data and its collectives on CPU tensors
 
 
 def gpus_present() -> int:
@@ -48,16 +50,25 @@ def this_machine() -> str:
 
 
 def cores() -> int:
-    """CPU cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
+    """CPU cores' worth of time that this process may use, at least 1: those it may run on (taskset, cpusets), or fewer where
+    a control group limits its time. Of a fraction half a core and more counts as one: below that one thread more would wait
+    most of the time, and its team with it."""
+    allowed, quota = len(os.sched_getaffinity(0)), limits().cores
+    return allowed if quota is None else max(1, min(allowed, int(quota + 0.5)))
 
 
 def memory_bytes() -> tuple[int, int]:
-    """(total, available) memory of the machine, or of the control group where that is smaller."""
+    """(total, available) memory that this process may use: the machine's, or its control groups' where those are smaller."""
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     total, free = (int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-    except (FileNotFoundError, ValueError):     # no such group, or "max"
-        return total, free
-    return min(total, limit), min(free, limit)
+    groups = limits()
+    return (min(total, groups.memory_bytes or total),
+            free if groups.memory_left_bytes is None else min(free, groups.memory_left_bytes))
+
+
+def trainer_threads(config: Config, local_ranks: int, on_cuda: bool) -> int:
+    """CPU threads of one of a node's `local_ranks` trainer ranks."""
+    if config.cluster.trainer_threads:
+        return config.cluster.trainer_threads
+    share = max(1, cores() // local_ranks)
+    return min(share, CUDA_TRAINER_THREADS) if on_cuda else share

@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from alphamed.cluster import failure
-from alphamed.cluster.environment import run_environment, trainer_threads, without_torchrun
-from alphamed.cluster.hardware import gpus_present, wants_cuda
+from alphamed.cluster import failure, variables
+from alphamed.cluster.environment import run_environment
+from alphamed.cluster.hardware import gpus_present, trainer_threads, wants_cuda
 from alphamed.cluster.ledger import Ledger, Lock, clean_up_dead_runs
 from alphamed.cluster.supervisor import Ended, supervise
+from alphamed.cluster.variables import Start
 from alphamed.config import Config, ConfigError
 from alphamed.config_file import dump_config
 
@@ -112,7 +113,7 @@ def torchrun_command(run_dir: Path, ranks: int, rendezvous: Sequence[str] = ("--
 
 
 def single_node_environment(config: Config, temporary: Path) -> dict[str, str]:
-    env = without_torchrun(run_environment(config, temporary))
+    env = run_environment(config, temporary, Start.ONE_HOST)
     env["OMP_NUM_THREADS"] = str(trainer_threads(config, config.parallel.world, wants_cuda(config)))
     env["GLOO_SOCKET_IFNAME"] = "lo"            # works without any network, and host names need not resolve
     return env
@@ -148,6 +149,7 @@ def train(config: Config) -> int:
     plan = plan_nodes(config, ["localhost"], gpus)
     run_dir = config.run_dir
     with owned(run_dir) as ledger:
+        variables.settle(run_dir, Start.ONE_HOST)
         (run_dir / LAUNCH_FILE).write_text(dump_config(config), encoding="utf-8")
         environment = single_node_environment(config, ledger.make_temporary_folder())
         ended = supervise(torchrun_command(run_dir, plan.ranks_per_node), environment, run_dir)

@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from alphamed.cluster import launch
-from alphamed.cluster.environment import run_environment, trainer_threads, without_torchrun
-from alphamed.cluster.hardware import gpus_present
+from alphamed.cluster import launch, variables
+from alphamed.cluster.environment import run_environment
+from alphamed.cluster.hardware import gpus_present, trainer_threads
 from alphamed.cluster.launch import LAUNCH_FILE, NodePlan, plan_nodes, torchrun_command
 from alphamed.cluster.ledger import run_id
 from alphamed.cluster.processes import TAG
 from alphamed.cluster.supervisor import supervise
+from alphamed.cluster.variables import Start
 from alphamed.config import Config, ConfigError
 from alphamed.config_file import dump_config
 from alphamed.preflight import validate
@@ -86,6 +87,7 @@ def run(config: Config, nodes: Sequence[str], rank: int) -> int:
     # beyond the first node a folder for its own lock and records; the ranks write to the run's
     own = config.run_dir if rank == 0 else config.run_dir / "nodes" / node
     with launch.owned(own) as ledger:
+        variables.settle(own, Start.NODES, quiet=rank > 0)
         if rank == 0:
             (own / LAUNCH_FILE).write_text(dump_config(config), encoding="utf-8")
         return _play(config, plan, part_of(plan, node, config.run_dir, gpus), own, ledger.make_temporary_folder())
@@ -93,7 +95,7 @@ def run(config: Config, nodes: Sequence[str], rank: int) -> int:
 
 def _play(config: Config, plan: NodePlan, part: Part, own: Path, temporary: Path) -> int:
     head = plan.trainer_nodes[0]
-    environment = without_torchrun(run_environment(config, temporary)) | {
+    environment = run_environment(config, temporary, Start.NODES) | {
         TAG: run_id(own), "RAY_ADDRESS": f"{head}:{RAY_PORT}",
         "OMP_NUM_THREADS": str(trainer_threads(config, plan.ranks_per_node, on_cuda=True))}
     if part.waits_for_head:

@@ -3,15 +3,17 @@
 Only rank 0 talks to Ray. A local Ray belongs to the run: its session lies in the run's temporary folder, whoever speaks to
 it needs the run's token (it may listen on this host's own address, not only on the loopback one), it carries the run's tag
 and knows nothing of torchrun. Where a launcher has spread Ray over several nodes it has set RAY_ADDRESS, and the run joins
-that.
+that; a RAY_ADDRESS that was left over never comes here (cluster.variables).
 """
 from __future__ import annotations
 
 import contextlib
 import os
 import secrets
+import socket
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 
 from alphamed.cluster import quiet_ray
@@ -19,11 +21,13 @@ from alphamed.cluster.environment import SILENT, without_torchrun
 from alphamed.cluster.failure import RunFailed
 from alphamed.cluster.hardware import cores, gpus_present, wants_cuda
 from alphamed.cluster.ledger import MAX_TEMPORARY_CHARS, run_id
-from alphamed.config import Config
+from alphamed.config import Config, ConfigError
 
 OBJECT_STORE_BYTES = 200 << 20
 """What travels through Ray is small: tasks, rollouts, rewards. (Weights have links of their own.)"""
 START_ATTEMPTS = 2
+ADDRESS_DEADLINE_S = 5.0
+"""For the first answer of a Ray to join: it may have been started a moment ago."""
 STOP_DEADLINE_S = 20.0
 NOT_FOR_ACTORS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS")
 """Settings of a trainer rank that its actors must not inherit."""
@@ -35,8 +39,31 @@ RAY_SETTINGS = {
 }
 
 
+def check_ray_address() -> None:
+    """Raises ConfigError where the environment names a Ray to join and nothing answers there: Ray itself would go on trying
+    for minutes without a word."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address in ("", "auto", "local"):            # none, one that Ray finds on this host, or a new one
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"RAY_ADDRESS: {address!r} is no HOST:PORT; give the address of the Ray to join, or unset it")
+    deadline = time.monotonic() + ADDRESS_DEADLINE_S
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=ADDRESS_DEADLINE_S).close()
+            return
+        except (OSError, OverflowError) as error:
+            if time.monotonic() >= deadline:
+                raise ConfigError(f"RAY_ADDRESS: {address!r} does not answer ({error}); start Ray there, or unset "
+                                  f"it") from None
+            time.sleep(0.5)
+
+
 def start_ray(config: Config) -> None:
-    """Bring Ray up, or join the cluster at RAY_ADDRESS. Raises RunFailed where that fails."""
+    """Bring Ray up, or join the cluster at RAY_ADDRESS, which only a start over several hosts leaves in the environment.
+    Raises RunFailed where that fails, ConfigError where nothing answers at the address."""
+    check_ray_address()
     shared = dict(namespace=run_id(config.run_dir), log_to_driver=False, logging_level="ERROR")
     address = os.environ.get("RAY_ADDRESS")
     if address:

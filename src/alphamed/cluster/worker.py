@@ -12,15 +12,15 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TextIO
 
-from alphamed.cluster import failure, guard
+from alphamed.cluster import failure, guard, placement, variables
 from alphamed.cluster.environment import enter, run_environment
 from alphamed.cluster.launch import START_MARK, check_world, owned
+from alphamed.cluster.variables import Start
 from alphamed.config import Config, ConfigError
-
 
 
 def run_worker(config: Config, supervised: bool) -> int:
@@ -45,15 +45,24 @@ def run_worker(config: Config, supervised: bool) -> int:
 
 def _prepare(config: Config, rank: int, stack: contextlib.ExitStack) -> None:
     """What `alphamed train` would have done before the ranks were started."""
+    start = start_of(config, os.environ)
     if rank == 0:
         from alphamed.preflight import validate
         validate(config)
         temporary = stack.enter_context(owned(config.run_dir)).make_temporary_folder()
+        variables.settle(config.run_dir, start)
     else:
         temporary = Path(tempfile.gettempdir())     # only rank 0 starts what leaves sockets there
-    enter(run_environment(config, temporary))
+    enter(run_environment(config, temporary, start))
     if rank == 0:
+        placement.check_ray_address()
         guard.start(config.run_dir, os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid())
+
+
+def start_of(config: Config, environment: Mapping[str, str]) -> Start:
+    """Whether a bare torchrun spans several hosts: by its ranks, or by `cluster.nodes` where the trainer needs only one."""
+    ranks, here = (int(environment.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    return Start.TORCHRUN_HOSTS if ranks > here or (config.cluster.nodes or 1) > 1 else Start.TORCHRUN
 
 
 def _refuse(rank: int, error: ValueError) -> int:

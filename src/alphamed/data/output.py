@@ -12,7 +12,7 @@ from typing import Any
 from alphamed import jsonl
 from alphamed.config import ConfigError
 from alphamed.data.sources import DataError
-from alphamed.observe.files import replace_files
+from alphamed.observe.files import SURROGATES, replace_files
 from alphamed.records import Question
 
 ROW_GROUP = 50_000
@@ -80,7 +80,7 @@ def write_all(writers: Mapping[Path, Writer]) -> None:
 
 
 def text_writer(text: str) -> Writer:
-    return lambda path: path.write_text(text, encoding="utf-8") and None
+    return lambda path: path.write_text(text, encoding="utf-8", errors=SURROGATES) and None
 
 
 def json_writer(value: Any) -> Writer:

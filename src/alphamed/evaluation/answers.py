@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from alphamed.cluster import guard, placement
+from alphamed.cluster import guard, placement, variables
 from alphamed.cluster.environment import enter, run_environment
 from alphamed.cluster.launch import owned
+from alphamed.cluster.variables import Start
 from alphamed.config import Config
 from alphamed.data.prompts import PromptBuilder
 from alphamed.data.tokenizer import Tokenizer
@@ -93,7 +94,8 @@ def answering(config: Config, model: Prompted) -> Iterator[Answer]:
     model.checked.print_remarks()
     with contextlib.ExitStack() as stack:
         ledger = stack.enter_context(owned(config.run_dir))
-        enter(run_environment(config, ledger.make_temporary_folder()))
+        variables.settle(config.run_dir, Start.ONE_HOST)
+        enter(run_environment(config, ledger.make_temporary_folder(), Start.ONE_HOST))
         guard.start(config.run_dir, os.getpid())
         stack.callback(ledger.clean_up)
         placement.start_ray(config)

@@ -9,13 +9,13 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from alphamed.cluster.hardware import trainer_threads
 from alphamed.config import Config, ConfigError
 from alphamed.config_choices import Device
 from alphamed.records import Layout
 
 SHARED_DEVICES = "NCCL_MULTI_RANK_GPU_ENABLE"
 """Where this is 1, NCCL (2.30 or newer) lets several ranks use one GPU: layouts can be tried with fewer GPUs than ranks."""
-CUDA_TRAINER_THREADS = 8        # of a rank that computes on a GPU: enough for its data and its collectives on CPU tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ def start(config: Config) -> Runtime:
         p = config.parallel
         raise ConfigError(f"parallel: {p.axes()} needs {p.world} ranks, "
                           f"{world} are present; change the layout or the number of ranks")
-    torch.set_num_threads(_threads(config, device))
+    torch.set_num_threads(trainer_threads(config, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), device.type == "cuda"))
     if device.type == "cpu":
         from megatron_patches.apply import apply
         apply()
@@ -86,14 +86,6 @@ def _device(config: Config) -> torch.device:
                           f"start fewer ranks on this node")
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
-
-
-def _threads(config: Config, device: torch.device) -> int:
-    if config.cluster.trainer_threads:
-        return config.cluster.trainer_threads
-    cores = len(os.sched_getaffinity(0))
-    share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    return share if device.type == "cpu" else min(share, CUDA_TRAINER_THREADS)
 
 
 def _join(config: Config, device: torch.device, rank: int, world: int) -> None:

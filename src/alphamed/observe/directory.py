@@ -2,16 +2,20 @@
 
     config.yaml  metrics.jsonl  provenance.json  report.html  report.json
     rollouts/step_000012.parquet   evaluations/step_000000.json + step_000000.items.jsonl
+    launch.yaml  environment.json (what the last start read and found set)
     checkpoints/   hf/   dumps/step_000012/   wandb/   finished.json (when nothing is left to do)
 """
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from alphamed.config import Config, ConfigError
 from alphamed.config_file import build_config, dump_config, load_config, load_config_tree
+from alphamed.model import resolve
 from alphamed.observe import provenance
 from alphamed.observe.files import replace_json, replace_json_lines, replace_text
 from alphamed.observe.metrics import read_rows
@@ -22,7 +26,10 @@ CHANGEABLE = (
     "rollout.gpu_memory_utilization", "rollout.max_concurrent_requests", "rollout.start_deadline_s",
     "rollout.step_deadline_s", "reward.timeout_s", "reward.workers", "reward.max_failure_share")
 """Fields and sections that a resume may set anew: where and how long it runs, not what it computes."""
-
+MODEL_PLACE = ("model.path", "model.revision", "model.cache")
+"""Where the model is; what it is, the hashes in provenance.json say."""
+PLACES = ("model.path", "model.cache", "data.train", "rollout.replay")
+"""Settings that hold paths and are compared as such."""
 
 FINISHED = "finished.json"
 
@@ -121,11 +128,13 @@ def check_resume(config: Config) -> dict[str, tuple[Any, Any]]:
     before, after = config_leaves(old), config_leaves(config)
     changed = {name: (before.get(name), after.get(name)) for name in after | before
                if before.get(name) != after.get(name)}
+    changed = {name: pair for name, pair in changed.items() if name not in PLACES or not _same_place(*pair)}
+    moved = moved_places(config, changed)
     for name, (was, now) in changed.items():
-        if not any(name == known or name.startswith(known + ".") for known in CHANGEABLE):
+        if name not in moved and not any(name == known or name.startswith(known + ".") for known in CHANGEABLE):
             raise ConfigError(f"{name}: {now!r} but the run in {config.run_dir} was started with {was!r}; "
                               f"set it back or choose another run.name")
-    for path in provenance.changed_files(config.run_dir):
+    for path in provenance.changed_files(config.run_dir, config.data.train):
         raise ConfigError(f"data.train: {path} has changed since the run in {config.run_dir} was started; "
                           f"restore it or choose another run.name")
     return changed
@@ -134,6 +143,38 @@ def check_resume(config: Config) -> dict[str, tuple[Any, Any]]:
 def config_leaves(config: Config) -> dict[str, Any]:
     """All settings of a configuration by their dotted names; lists are values."""
     return _leaves(config.model_dump(mode="json"))
+
+
+def moved_places(config: Config, changed: Mapping[str, Any]) -> set[str]:
+    """Those of the changed settings that name another place of the same model or the same training files. A model that is
+    not here is fetched; ConfigError where that fails."""
+    run_dir, moved = config.run_dir, set()
+    if "data.train" in changed and provenance.has_hashes(run_dir, "data") and not provenance.changed_files(
+            run_dir, config.data.train):
+        moved.add("data.train")
+    place = changed.keys() & set(MODEL_PLACE)
+    if place and provenance.has_hashes(run_dir, "model"):
+        folder = resolve(config.model.path, config.model.revision, config.model.cache)
+        if not provenance.changed_model_files(run_dir, folder):
+            moved |= place
+    return moved
+
+
+def check_same_model(run_dir: Path, folder: Path) -> None:
+    """Raises ConfigError where the model in `folder` is not the one that the run in `run_dir` began with: changed in place,
+    or fetched again after its author had changed it."""
+    for name in provenance.changed_model_files(run_dir, folder):
+        raise ConfigError(f"model.path: {folder / name} is not what the run in {run_dir} was started with; give that model "
+                          f"(model.revision names a commit) or choose another run.name")
+
+
+def _same_place(was: Any, now: Any) -> bool:
+    """Whether paths, or lists of them, lead to the same files: ./m, m/ and a link to it."""
+    if isinstance(was, list) and isinstance(now, list):
+        return len(was) == len(now) and all(map(_same_place, was, now))
+    if not isinstance(was, str) or not isinstance(now, str):
+        return was == now
+    return os.path.realpath(os.path.expanduser(was)) == os.path.realpath(os.path.expanduser(now))
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

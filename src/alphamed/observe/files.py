@@ -4,12 +4,16 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from alphamed import jsonl
 from alphamed.config import ConfigError
+
+SURROGATES = "backslashreplace"
+"""How texts are encoded: \\udcff in place of a byte ff in the name of a file, an error nowhere."""
 
 
 def replace_file(path: Path, write: Callable[[Path], None]) -> None:
@@ -49,8 +53,42 @@ def _naming(path: Path) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A temporary neighbour to fill in place of `path`, which may be an empty folder. It gets that name when the block ends
+    well; an error or Ctrl-C removes it, a kill at any moment leaves at most a `*.partial` neighbour."""
+    target = path.resolve()
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        with _naming(path):
+            partial.mkdir(parents=True)
+            yield partial
+            os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def copy_folder(folder: Path, out: Path) -> None:
+    """Copy a model's folder for `--out`, whole or not at all. Raises ConfigError."""
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"--out: {out} is not empty; name a new folder")
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(f"--out: {out} is in the model's own folder; name a new folder elsewhere")
+
+    def copy(source: str, destination: str) -> None:
+        try:
+            shutil.copy2(source, destination)
+        except OSError as error:                # copytree itself would go on and end with a list of such
+            raise ConfigError(f"--out: {source} cannot be copied to {out} ({error.strerror}); make room or choose another "
+                              f"place. Nothing was left half-written") from None
+
+    with whole_folder(out) as partial:
+        shutil.copytree(folder, partial, dirs_exist_ok=True, copy_function=copy)
+
+
 def replace_text(path: Path, text: str) -> None:
-    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    """The text as UTF-8. What stands for the bytes of a file name that is not UTF-8 is written as JSON and YAML read it."""
+    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8", errors=SURROGATES))
 
 
 def replace_json(path: Path, value: Any) -> None:

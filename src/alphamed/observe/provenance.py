@@ -1,7 +1,8 @@
 """Where a run came from: commit and diff, packages, hardware, hashes of data and model, each start's command line.
 
-provenance.json holds one entry per start (a resume adds one), and the hashes taken at the first start. No environment
-variables and no host names are recorded.
+provenance.json holds one entry per start (a resume adds one), and the hashes taken at the first start. Of environment
+variables those are recorded that can redirect a run (cluster.variables), without secrets, paths and addresses. No host
+names are.
 """
 from __future__ import annotations
 
@@ -19,6 +20,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from alphamed.cluster import variables
+from alphamed.cluster.hardware import cores, memory_bytes
 from alphamed.config import ConfigError
 from alphamed.observe.files import replace_file, replace_json
 
@@ -39,7 +42,8 @@ def record_start(run_dir: Path, command: Sequence[str], data: Sequence[Path], mo
     record = read(run_dir) or {"starts": [], "data": [], "model": []}
     record["starts"].append({
         "time": datetime.now(UTC).isoformat(timespec="seconds"), "command": list(command), **note,
-        "git": git_state(run_dir), "python": platform.python_version(), "packages": packages(), "hardware": hardware()})
+        "git": git_state(run_dir), "python": platform.python_version(), "packages": packages(), "hardware": hardware(),
+        "environment": variables.noted(run_dir)})
     record["data"] = record["data"] or [file_entry(file) for file in data]
     record["train"] = record.get("train") or training_set(data)
     if model is not None:
@@ -62,11 +66,42 @@ def read(run_dir: Path) -> dict[str, Any] | None:
     return record
 
 
-def changed_files(run_dir: Path) -> list[str]:
-    """Data files whose content is no longer what the run began with (absent files count as changed)."""
+def changed_files(run_dir: Path, data: Sequence[Path]) -> list[str]:
+    """Those of the training files `data` whose content is not what the run began with, wherever they are now. Absent files
+    count as changed, and all where another number was recorded; none where nothing was."""
     recorded = (read(run_dir) or {}).get("data", [])
-    return [entry["path"] for entry in recorded
-            if not Path(entry["path"]).is_file() or file_entry(Path(entry["path"]))["sha256"] != entry["sha256"]]
+    if recorded and len(recorded) != len(data):
+        return [str(file) for file in data]
+    return [str(file) for file, entry in zip(data, recorded) if _hash_of(file) != entry["sha256"]]
+
+
+def changed_model_files(run_dir: Path, folder: Path) -> list[str]:
+    """Names of the files in which the model in `folder` is not what the run began with; [] where none were recorded."""
+    record = read(run_dir)
+    recorded = {Path(entry["path"]).name: entry["sha256"] for entry in (record or {}).get("model", [])}
+    if not recorded:
+        return []
+    present = {file.name: _hash_of(file) for file in _model_files(folder)}
+    return sorted(name for name in recorded | present if recorded.get(name) != present.get(name))
+
+
+def has_hashes(run_dir: Path, of: str) -> bool:
+    """Whether the run has recorded what its `data` or its `model` held."""
+    return bool((read(run_dir) or {}).get(of))
+
+
+def _hash_of(file: Path) -> str | None:
+    """SHA-256 of a file as `file_entry` takes it, None where there is none. A start asks twice for the same file."""
+    try:
+        status = file.stat()
+        return _hash_at(file, status.st_ino, status.st_size, status.st_mtime_ns)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+@cache
+def _hash_at(file: Path, inode: int, size: int, changed_ns: int) -> str:
+    return file_entry(file)["sha256"]
 
 
 # ----------------------------------------------------------------------------------------------------------------- code
@@ -103,8 +138,10 @@ def _package() -> Path:
 
 
 def _git(folder: Path, *command: str) -> bytes | None:
+    """What git prints of the repository at `folder`; variables such as GIT_DIR, which hooks set, would name another."""
     try:
-        done = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, timeout=GIT_DEADLINE_S)
+        done = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, timeout=GIT_DEADLINE_S,
+                              env={name: value for name, value in os.environ.items() if not name.startswith("GIT_")})
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None
@@ -119,15 +156,13 @@ def packages() -> dict[str, str]:
 
 # ------------------------------------------------------------------------------------------------------------- hardware
 def hardware() -> dict[str, Any]:
-    """Processor, cores this process may use, memory, GPUs. Asks torch for GPUs only where it is loaded already."""
-    import psutil
-
+    """Processor, cores and memory that this process may use, GPUs. Asks torch for GPUs only where it is loaded already."""
     gpus: list[str] = []
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"processor": _processor(), "cores": len(os.sched_getaffinity(0)),
-            "memory_bytes": psutil.virtual_memory().total, "gpus": gpus, "system": platform.platform()}
+    return {"processor": _processor(), "cores": cores(), "memory_bytes": memory_bytes()[0],
+            "gpus": gpus, "system": platform.platform()}
 
 
 def _processor() -> str:
@@ -161,8 +196,11 @@ def training_set(data: Sequence[Path]) -> dict[str, Any] | None:
 
 def model_entries(folder: Path) -> list[dict[str, Any]]:
     """Entries of a Hugging Face folder: configuration, tokenizer and weights."""
-    files = sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern) if file.is_file()})
-    return [file_entry(file) for file in files]
+    return [file_entry(file) for file in _model_files(folder)]
+
+
+def _model_files(folder: Path) -> list[Path]:
+    return sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern) if file.is_file()})
 
 
 def file_entry(file: Path) -> dict[str, Any]:

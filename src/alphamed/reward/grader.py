@@ -26,8 +26,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
-from alphamed.cluster.environment import without_torchrun
 from alphamed.cluster.failure import RunFailed, signal_name
+from alphamed.cluster.variables import Start, kept
 from alphamed.config import ConfigError
 from alphamed.config_sections import PromptConfig
 from alphamed.data.prompts import asked_of_model
@@ -68,7 +68,7 @@ class Grader:
             fds = theirs.fileno(), self._crash.fileno()
             command = [sys.executable, "-P", "-m", "alphamed.reward.grader_child", *map(str, fds), str(os.getpid())]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=fds, process_group=0,
-                                             env=without_torchrun(os.environ))
+                                             env=kept(os.environ, Start.ONE_HOST))
         request = {"function": function, "signature": signature, "search_path": list(search_path)}
         try:
             loaded = self._ask(request, START_S)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from alphamed.cluster import processes
-from alphamed.cluster.environment import TORCHRUN_PREFIXES, TORCHRUN_VARIABLES
 from alphamed.cluster.failure import RunFailed
 from alphamed.cluster.hardware import this_machine
 from alphamed.cluster.processes import Process
+from alphamed.cluster.variables import LAUNCHER
 from alphamed.data.tokenizer import load_tokenizer
 from alphamed.records import FinishReason, GenerationTask, Rollout, RolloutGroup, Sampling
 from alphamed.reward.thinking import begin_of, end_of_thinking
@@ -210,7 +210,7 @@ class RolloutEngine:
 def _leave_torchrun() -> None:
     """Where somebody else's torchrun started Ray, its variables came along; torch would take this for a trainer's rank."""
     for name in list(os.environ):
-        if name in TORCHRUN_VARIABLES or name.startswith(TORCHRUN_PREFIXES):
+        if LAUNCHER.matches(name):
             del os.environ[name]
 
 

@@ -28,6 +28,7 @@ class EngineSpec:
     tensor_parallel: int
     cuda: bool
     cores: tuple[tuple[int, ...], ...]
+    threads: int                        # of a tensor rank on CPU: fewer than its cores where CPU time is limited
     max_model_tokens: int               # prompt and response together
     max_prompt_tokens: int
     max_sequences: int                  # sampled at once
@@ -58,9 +59,10 @@ def engine_specs(config: Config, folder: Path, shape: ModelShape, eos_ids: tuple
     cache_bytes = r.kv_cache_bytes
     if cache_bytes is None and not cuda:
         cache_bytes = _cpu_cache_bytes(config, shape, sequences)
+    bound = () if cuda else engine_cores(config)
     return tuple(EngineSpec(
         index=index, folder=str(folder), dtype="float32" if r.dtype == Dtype.FP32 else "bfloat16",
-        tensor_parallel=r.tensor_parallel, cuda=cuda, cores=() if cuda else engine_cores(config),
+        tensor_parallel=r.tensor_parallel, cuda=cuda, cores=bound, threads=_threads(config, bound),
         max_model_tokens=config.max_model_tokens, max_prompt_tokens=config.prompt.max_tokens, max_sequences=sequences,
         kv_cache_bytes=cache_bytes // r.tensor_parallel if cache_bytes else None,
         gpu_memory_utilization=r.gpu_memory_utilization, deterministic=r.deterministic,
@@ -84,6 +86,13 @@ def engine_cores(config: Config) -> tuple[tuple[int, ...], ...]:
         raise ConfigError(f"cluster.engine_cores: {given!r} holds {len(lists)} lists, rollout.tensor_parallel is {ranks}; "
                           f"give one list for each, separated by |")
     return tuple(_core_list(text, given) for text in lists)
+
+
+def _threads(config: Config, bound: tuple[tuple[int, ...], ...]) -> int:
+    """Threads of a tensor rank: one per core, but no more than there is CPU time where the configuration names no cores."""
+    if config.cluster.engine_cores is None and cores() < sum(map(len, bound)):
+        return max(1, cores() // config.rollout.tensor_parallel)
+    return max(map(len, bound), default=0)
 
 
 def _core_list(text: str, given: str) -> tuple[int, ...]:
@@ -120,8 +129,11 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
     }
     if not spec.cuda:
         variables |= {
-            "OMP_NUM_THREADS": str(len(spec.cores[0])),
-            "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, ids)) for ids in spec.cores),
+            "OMP_NUM_THREADS": str(spec.threads),
+            # vLLM starts a thread on each core it is given. Fewer threads move freely: fixed ones would meet those of every
+            # other container with limited time on the same first cores
+            "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, ids)) for ids in spec.cores)
+            if spec.threads == max(map(len, spec.cores)) else "nobind",
             "GLOO_SOCKET_IFNAME": "lo",
             # Engines run eagerly, but vLLM decorates small functions of its sampler with torch.compile: each start would
             # compile them again for about 15 s, as the compiler's cache is in the run's own temporary folder.

@@ -46,12 +46,16 @@ def save_hf(folder: Path, source: Path, chunks: Sequence[Module], shape: ModelSh
         for _ in hf_tensors(chunks, shape, layout, tensor_group):
             pass
         return
-    export.attempt(export.prepare, dtype)
-    tensors = hf_tensors(chunks, shape, layout, tensor_group)
-    plan = export.attempt(export.plan, hf_manifest(chunks, shape), dtype, max_file_bytes) or []
-    export.write(plan, tensors)
-    export.attempt(export.finish)
-    export.raise_failure()
+    try:
+        export.attempt(export.prepare, dtype)
+        tensors = hf_tensors(chunks, shape, layout, tensor_group)
+        plan = export.attempt(export.plan, hf_manifest(chunks, shape), dtype, max_file_bytes) or []
+        export.write(plan, tensors)
+        export.attempt(export.finish)
+        export.raise_failure()
+    except BaseException:                       # Ctrl-C, too
+        export.remove_partial()
+        raise
 
 
 class _Export:
@@ -80,9 +84,11 @@ class _Export:
     def raise_failure(self) -> None:
         if self.failure is None:
             return
+        raise OSError(f"export to {self.target} failed on {self.failure}; make room or choose another folder")
+
+    def remove_partial(self) -> None:
         if self.first:
             shutil.rmtree(self.partial, ignore_errors=True)
-        raise OSError(f"export to {self.target} failed on {self.failure}; make room or choose another folder")
 
     def exchange(self, value: Any) -> list[Any]:
         """`value` of every stage, in stage order."""

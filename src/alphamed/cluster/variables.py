@@ -1,0 +1,183 @@
+"""Environment variables that can redirect a run or change what it computes: which of them are honoured, which ignored, which
+refused, and why. One table; what every process gets, what is printed, recorded and shown by `alphamed doctor` follows.
+
+A variable that no row names is passed on and not spoken of.
+"""
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from alphamed.config import ConfigError
+from alphamed.observe.files import replace_json
+
+ENVIRONMENT_FILE = "environment.json"
+"""In the run directory: the variables that the last start found, for provenance.json."""
+MAX_VALUE_CHARS = 200
+SECRET = re.compile(r"TOKEN(?!IZER)|KEY|SECRET|PASSW|CREDENTIAL|COOKIE", re.IGNORECASE)
+URL_USER = re.compile(r"//[^/@\s]*@")
+
+
+class Start(StrEnum):
+    """How a run's processes are started."""
+    ONE_HOST = "alphamed train, alphamed eval"
+    NODES = "alphamed launch --nodes"
+    TORCHRUN = "torchrun on one host"
+    TORCHRUN_HOSTS = "torchrun on several hosts"
+
+    @property
+    def by_torchrun(self) -> bool:
+        return self in (Start.TORCHRUN, Start.TORCHRUN_HOSTS)
+
+
+class Treatment(StrEnum):
+    HONOURED = "honoured"
+    IGNORED = "ignored"
+    REFUSED = "refused"
+
+
+ALWAYS = frozenset(Start)
+NEVER: frozenset[Start] = frozenset()
+BY_TORCHRUN = frozenset(start for start in Start if start.by_torchrun)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """`patterns`: names, `*` stands for any text. `honoured`: the starts that honour them, the others ignore them.
+    `private`: values are places or addresses, which are printed but not recorded. `refused`: no start takes them."""
+    patterns: str
+    honoured: frozenset[Start]
+    why: str
+    private: bool = False
+    refused: bool = False
+
+    def matches(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.patterns.split())
+
+
+LAUNCHER = Rule("RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE ROLE_RANK ROLE_NAME "
+                "ROLE_WORLD_SIZE MASTER_ADDR MASTER_PORT TORCHELASTIC_* PET_*", BY_TORCHRUN,
+                "alphamed starts a torchrun of its own, which sets them", private=True)
+RULES = (
+    LAUNCHER,
+    Rule("RAY_ADDRESS", frozenset({Start.TORCHRUN_HOSTS}),
+         "a run on one host starts a Ray of its own, `alphamed launch --nodes` one on its nodes", private=True),
+    Rule("RAY_AUTH_* RAY_USE_TLS RAY_TLS_*", frozenset({Start.NODES, Start.TORCHRUN_HOSTS}),
+         "the Ray of a run on one host has a token of its own", private=True),
+    Rule("RAY_USAGE_STATS_ENABLED RAY_worker_niceness RAY_health_check_*", NEVER, "the run sets it"),
+    Rule("RAY_[a-z]* RAY_BACKEND_LOG_LEVEL RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE", ALWAYS, "settings of Ray"),
+    Rule("RAY_*", frozenset({Start.NODES, Start.TORCHRUN_HOSTS}), "it belongs to another Ray", private=True),
+    Rule("OMP_NUM_THREADS MKL_NUM_THREADS", NEVER, "cluster.trainer_threads and cluster.engine_cores decide"),
+    Rule("OMP_* MKL_* KMP_* GOMP_*", ALWAYS, "threads of all processes"),
+    Rule("CUDA_DEVICE_MAX_CONNECTIONS", NEVER, "the trainer needs 1"),
+    Rule("CUDA_* NVIDIA_TF32_OVERRIDE", ALWAYS, "which GPUs, and how they compute"),
+    Rule("GLOO_SOCKET_IFNAME", ALWAYS - {Start.ONE_HOST}, "processes of one host talk over its loopback interface"),
+    Rule("NCCL_* GLOO_* UCX_*", ALWAYS, "links between processes"),
+    Rule("PYTORCH_* TORCH_* TORCHINDUCTOR_* TORCHDYNAMO_* NVTE_*", ALWAYS, "settings of PyTorch and Transformer Engine"),
+    Rule("VLLM_HOST_IP VLLM_WORKER_MULTIPROC_METHOD VLLM_LOGGING_LEVEL VLLM_CPU_OMP_THREADS_BIND VLLM_NO_USAGE_STATS "
+         "VLLM_DO_NOT_TRACK", NEVER, "the run sets it"),
+    Rule("VLLM_CPU_KVCACHE_SPACE", NEVER, "rollout.kv_cache_bytes decides"),
+    Rule("VLLM_USE_MODELSCOPE", NEVER, "model.path decides"),
+    Rule("VLLM_PORT VLLM_DP_* VLLM_ENABLE_V1_MULTIPROCESSING", NEVER, "it is for a server of vLLM's own"),
+    Rule("VLLM_*", ALWAYS, "settings of the engines", private=True),
+    Rule("HF_* HUGGINGFACE_* TRANSFORMERS_*", ALWAYS, "how a model is fetched; after that a run is offline", private=True),
+    Rule("WANDB_MODE WANDB_DISABLED", NEVER, "logging.wandb decides"),
+    Rule("WANDB_PROJECT", NEVER, "logging.wandb_project decides"),
+    Rule("WANDB_NAME WANDB_RUN_ID WANDB_RESUME WANDB_DIR", NEVER, "run.name and the run directory decide"),
+    Rule("WANDB_SERVICE WANDB_ERROR_REPORTING", NEVER, "the run starts a service of its own"),
+    Rule("WANDB_*", ALWAYS, "where logs go, if logging.wandb is online", private=True),
+    Rule("HTTP_PROXY HTTPS_PROXY ALL_PROXY NO_PROXY http_proxy https_proxy all_proxy no_proxy", ALWAYS,
+         "how a model is fetched", private=True),
+    Rule("LD_PRELOAD LD_LIBRARY_PATH", ALWAYS, "libraries of all processes", private=True),
+    Rule("PYTHONPATH PYTHONHOME", ALWAYS, "code of all processes", private=True),
+    Rule("PYTHONOPTIMIZE", NEVER, "Python would leave out the checks on which the results rely", refused=True),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """A variable that is set. `value` is fit to print: secrets are withheld, long ones cut."""
+    name: str
+    value: str
+    treatment: Treatment
+    rule: Rule
+
+
+def rule_of(name: str) -> Rule | None:
+    """The first rule that names the variable. Versions, which images are full of, redirect nothing."""
+    return None if name.endswith("_VERSION") else next((rule for rule in RULES if rule.matches(name)), None)
+
+
+def examine(environment: Mapping[str, str], start: Start) -> list[Variable]:
+    """The variables of the table that are set, by name; without those that torchrun itself has given the ranks."""
+    found = []
+    for name in sorted(environment):
+        rule = rule_of(name)
+        given_by_torchrun = rule is LAUNCHER or (name, environment[name]) == ("OMP_NUM_THREADS", "1")
+        if rule is None or start.by_torchrun and given_by_torchrun:
+            continue
+        if rule.refused and environment[name] in ("", "0"):         # unset, to Python
+            continue
+        given = Treatment.HONOURED if start in rule.honoured else Treatment.IGNORED
+        found.append(Variable(name, printable(name, environment[name]), Treatment.REFUSED if rule.refused else given, rule))
+    return found
+
+
+def kept(environment: Mapping[str, str], start: Start) -> dict[str, str]:
+    """The environment without the variables that this start ignores."""
+    return {name: value for name, value in environment.items() if (rule := rule_of(name)) is None or start in rule.honoured}
+
+
+def printable(name: str, value: str) -> str:
+    """The value, but not a secret, nor the user and password of an address."""
+    if SECRET.search(name) and value:
+        return "(a secret)"
+    text = URL_USER.sub("//(a secret)@", " ".join(value.split()))
+    return text if len(text) <= MAX_VALUE_CHARS else text[:MAX_VALUE_CHARS] + "..."
+
+
+def lines(found: list[Variable]) -> list[str]:
+    """What a start prints: one line for all that are honoured, one for each that is ignored."""
+    honoured = [f"{one.name}={one.value}" for one in found if one.treatment == Treatment.HONOURED]
+    return ([f"environment: honoured are {' '.join(honoured)}"] if honoured else []) + [
+        f"environment: {one.name}={one.value} is ignored: {one.rule.why}" for one in found
+        if one.treatment == Treatment.IGNORED]
+
+
+def refuse(environment: Mapping[str, str]) -> None:
+    """Raises ConfigError for a variable that no run can be started with."""
+    for one in examine(environment, Start.ONE_HOST):
+        if one.treatment == Treatment.REFUSED:
+            raise ConfigError(f"environment: {one.name}={one.value} is refused: {one.rule.why}; unset it")
+
+
+def write(run_dir: Path, found: list[Variable]) -> None:
+    """Note the variables for provenance.json, without values that are secrets, places or addresses."""
+    replace_json(run_dir / ENVIRONMENT_FILE, [
+        {"name": one.name, "treatment": str(one.treatment)} | ({} if one.rule.private or SECRET.search(one.name)
+                                                              else {"value": one.value}) for one in found])
+
+
+def settle(run_dir: Path, start: Start, quiet: bool = False) -> None:
+    """What a start does with its environment before anything reads it: refuse, note and (unless `quiet`) print."""
+    refuse(os.environ)
+    found = examine(os.environ, start)
+    write(run_dir, found)
+    if not quiet:
+        for line in lines(found):
+            print(line, file=sys.stderr)
+
+
+def noted(run_dir: Path) -> list[dict[str, str]]:
+    """What the last start has noted; [] where none has (a test, a program of one's own)."""
+    try:
+        return json.loads((run_dir / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return []
