@@ -50,6 +50,9 @@ METRICS: Mapping[str, Metric] = _table(
     ("staleness/mean", "pushes", "age of the weights that sampled the step's groups, mean"),
     ("staleness/max", "pushes", "age of the weights that sampled the step's groups, largest"),
     ("staleness/dropped", "groups", "dropped because their weights were older than rollout.max_staleness"),
+    ("staleness/dropped_share", "share", "of the groups trained on or dropped as too old, those dropped"),
+    ("staleness/dropped_tokens_share", "share", "of the response tokens of these groups, those dropped"),
+    ("staleness/dropped_tokens_mean", "tokens", "mean length of the dropped responses (compare response/tokens_mean)"),
     ("response/tokens_mean", "tokens", "mean length of a response"),
     ("response/tokens_max", "tokens", "longest response"),
     # ------------------------------------------------------------------------------------------------- the update

@@ -84,6 +84,8 @@ class Console:
                  f"correct {metrics['reward/correct']:4.0%}", f"boxed {metrics['reward/boxed']:4.0%}",
                  f"{tokens:6.0f} tokens/s" if tokens else "  - tokens/s",
                  f"{metrics['time/step_s']:6.1f} s/step", f"{spoken_time(self.left_s(step))} left"]
+        if metrics.get("staleness/dropped"):
+            parts.append(f"{metrics['staleness/dropped']:.0f} groups too old")
         return "  ".join(parts)
 
     def _put(self, text: str) -> None:
