@@ -226,6 +226,11 @@ def engine_cache(job: Job) -> EngineCache:
                        max(r.max_concurrent_requests, r.samples_per_question))
 
 
+def free_for_engine(job: Job) -> int:
+    """Of an engine's GPU, what is free when vLLM asks for its share: a process has its context and communicators by then."""
+    return job.gpu.memory_bytes - CONTEXT_BYTES - COMMUNICATOR_BYTES * (1 + (job.rollout.tensor_parallel > 1))
+
+
 def _engine_limit(job: Job) -> int:
     return int(job.gpu.memory_bytes * (1.0 if job.gpu.is_cpu else job.rollout.gpu_memory_utilization))
 

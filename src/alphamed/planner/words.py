@@ -118,6 +118,13 @@ def _time(plan: Plan, found: Assessment) -> Iterator[str]:
            f"{PART_NAMES[bottleneck(plan)]}")
     yield (f"  {steps_text(plan)}: {hours(plan):.1f} h, {hours(plan) * plan.job.gpus:,.0f} "
            f"{'device' if plan.job.gpu.is_cpu else 'GPU'}-hours")
+    if found.evaluations:
+        e = found.evaluations
+        beside = f", those between steps add {e.beside:.0f} s" if e.between and e.beside < e.seconds else ""
+        yield (f"  {e.ends + e.between} evaluation{'s' * (e.ends + e.between != 1)} of {e.questions:,} questions, {e.seconds:.0f} "
+               f"s each{beside}: {e.total / 3600:.1f} h of these")
+    elif plan.job.config.evaluation.all_files and plan.job.engines and plan.job.evaluation_questions is None:
+        yield "  evaluations are not counted: their files are not here; evaluation.questions would tell how many are asked"
     yield (f"  checkpoint {size(saved.bytes)}, {saved.save_s:.0f} s to save; preemption grace {saved.grace_s:.0f} s to end "
            f"the step and save, else up to {saved.at_risk_s:.0f} s of work are lost\n")
 
