@@ -16,7 +16,7 @@ from alphamed.planner.memory import BLOCK_TOKENS, EngineCache, Use, free_for_eng
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One line: what is wrong, and what to set instead (`mend`: overrides for the command line, where one is known; those of
-    this module are first thoughts, which mending.py tries out)."""
+    this module are first thoughts, which search.py tries out)."""
     text: str
     mend: tuple[str, ...] = ()
 

@@ -1,7 +1,7 @@
 """A plan: topology, memory, batch, time, problems and advice for a job, put together; and its JSON."""
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from alphamed.config import Config
@@ -14,7 +14,7 @@ from alphamed.planner.evaluation import Evaluations, count_questions, evaluation
 from alphamed.planner.job import Job
 from alphamed.planner.legality import Problem, layout_problems, memory_problems
 from alphamed.planner.memory import EngineCache, Use, engine_cache, engine_use, trainer_use
-from alphamed.planner.mending import mended
+from alphamed.planner.search import mended
 from alphamed.planner.shapes import find_shape
 from alphamed.planner.time import StepTime, step_time
 from alphamed.planner.topology import Topology, place
@@ -106,6 +106,7 @@ def make_plan(job: Job, source: str = "", storage: float = STORAGE_BYTES_PER_S) 
         return Plan(job, source, tuple(mended(problems, job)), None, None)
     found = assess(job)
     problems = memory_problems(job, found.uses, found.cache) + deadline_problems(job)
+    problems = [replace(problem, mend=()) for problem in problems]       # advice.py looks for one for all of them
     return Plan(job, source, tuple(problems), found, _checkpoint(job, found.time, storage))
 
 

@@ -15,7 +15,7 @@ from alphamed.planner import parameters
 from alphamed.planner.batch import Batch, batch_of
 from alphamed.planner.calibration import CPU, GPU, Efficiency
 from alphamed.planner.job import Job
-from alphamed.planner.memory import engine_cache, static_bytes
+from alphamed.planner.memory import engine_cache, static_bytes, token_bytes
 from alphamed.planner.topology import context_bytes
 
 GRID = 200
@@ -149,8 +149,7 @@ def _border_seconds(job: Job, batch: Batch, e: Efficiency) -> float:
 def _optimizer_seconds(job: Job, batch: Batch, e: Efficiency) -> float:
     """Reducing gradients over data ranks, gathering parameters, and Adam, which reads and writes its state once."""
     p = job.parallel
-    chunks = parameters.stage_parameters(job.shape, p.tensor, p.pipeline, job.virtual)[0]
-    count = parameters.count(chunks)
+    count = parameters.stage_size(job.shape, p.tensor, p.pipeline, job.virtual, 0).parameters
     owned = count / (p.replicas if p.distributed_optimizer else 1)
     adam = owned * 30 / (job.gpu.hbm * e.memory) + 2 * count * 4 / (job.gpu.hbm * e.memory)
     if p.replicas == 1:
@@ -168,8 +167,9 @@ def _swap_seconds(job: Job, e: Efficiency) -> float:
     p = job.parallel
     if not job.swapped_reference:
         return 0.0
-    stages = parameters.stage_parameters(job.shape, p.tensor, p.pipeline, job.virtual)
-    return max(parameters.count(stage) for stage in stages) * job.trainer_bytes / (job.gpu.host * e.link)
+    largest = max(parameters.stage_size(job.shape, p.tensor, p.pipeline, job.virtual, stage).parameters
+                  for stage in range(p.pipeline))
+    return largest * job.trainer_bytes / (job.gpu.host * e.link)
 
 
 def _peak(job: Job) -> float:
@@ -252,8 +252,7 @@ def decode_seconds(job: Job, sequences: float, context: float, e: Efficiency) ->
     sequence) and computing, then what the tensor ranks and the host add."""
     s, t = job.shape, job.rollout.tensor_parallel
     active = s.parameters - (0 if s.tied else s.vocab * s.hidden)       # one row of the embedding is read
-    cache = engine_cache(job)
-    reading = active * job.engine_bytes / t + sequences * context * cache.token_bytes
+    reading = active * job.engine_bytes / t + sequences * context * token_bytes(job)
     flops = sequences * (2 * active + 4 * s.layers * s.heads * s.head_dim * context) / t
     waiting = e.decode_s + (2 * s.layers * e.reduce_s if t > 1 else 0.0)
     return max(reading / (job.gpu.hbm * e.memory), flops / (job.gpu.flops * e.matmul)) + waiting
@@ -270,9 +269,9 @@ def prefill_seconds(job: Job, prompts: float, e: Efficiency) -> float:
 def sync_seconds(job: Job, e: Efficiency) -> float:
     """Stages send at the same time; the one with most to send ends last. Shared memory (`ipc`) is taken to be as fast as NCCL:
     a bus copies several times faster than an engine loads."""
-    stages = parameters.stage_parameters(job.shape, 1, job.parallel.pipeline, job.virtual)
-    largest = max(parameters.count(stage) for stage in stages) * job.engine_bytes
-    return largest / (GLOO_BYTES_PER_S if job.sync_over_gloo else e.sync)
+    pipeline = job.parallel.pipeline
+    largest = max(parameters.stage_size(job.shape, 1, pipeline, job.virtual, stage).parameters for stage in range(pipeline))
+    return largest * job.engine_bytes / (GLOO_BYTES_PER_S if job.sync_over_gloo else e.sync)
 
 
 def handover_seconds(job: Job, e: Efficiency) -> float:

@@ -124,7 +124,7 @@ def _time(plan: Plan, found: Assessment) -> Iterator[str]:
         yield (f"  {e.ends + e.between} evaluation{'s' * (e.ends + e.between != 1)} of {e.questions:,} questions, {e.seconds:.0f} "
                f"s each{beside}: {e.total / 3600:.1f} h of these")
     elif plan.job.config.evaluation.all_files and plan.job.engines and plan.job.evaluation_questions is None:
-        yield "  evaluations are not counted: their files are not here; evaluation.questions would tell how many are asked"
+        yield "  evaluations are not counted: their files are not here; set evaluation.questions, or plan where the files are"
     yield (f"  checkpoint {size(saved.bytes)}, {saved.save_s:.0f} s to save; preemption grace {saved.grace_s:.0f} s to end "
            f"the step and save, else up to {saved.at_risk_s:.0f} s of work are lost\n")
 
