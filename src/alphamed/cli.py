@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import select
 import shlex
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from alphamed.data.sources import DataError
 
     _find_user_code()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)         # in a file or a pipe lines appear when they are printed, too
     try:
         options = _parse(argv)
         options.command = shlex.join(["alphamed", *(sys.argv[1:] if argv is None else argv)])

@@ -128,6 +128,10 @@ class Config(Section):
         if r.max_staleness and r.deterministic:
             yield (f"rollout.max_staleness: {r.max_staleness} makes samples depend on when weights arrive, "
                    f"rollout.deterministic can not be true; set one of them to 0 or false")
+        if self.run.min_steps is not None and (
+                self.run.time_limit_s is None or r.max_staleness or r.deterministic or r.replay):
+            yield (f"run.min_steps: {self.run.min_steps} sizes steps by their time: it needs run.time_limit_s, and neither "
+                   f"rollout.max_staleness, rollout.deterministic nor rollout.replay; set them so or remove it")
         if self.reward.overlong_buffer_tokens > r.max_response_tokens:
             yield (f"reward.overlong_buffer_tokens: {self.reward.overlong_buffer_tokens} exceeds "
                    f"rollout.max_response_tokens ({r.max_response_tokens}); lower it")

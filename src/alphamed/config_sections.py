@@ -54,6 +54,9 @@ class RunConfig(Section):
     unchanged model and end, a control."""
     time_limit_s: PositiveFloat | None = None
     """No step begins later than this many seconds after the run (or its resume) started."""
+    min_steps: Positive | None = None
+    """Where `time_limit_s` leaves no time for so many steps on this machine, steps ask fewer questions (at least 2); None: they
+    ask rollout.questions_per_step, however long they take."""
 
     @property
     def last_step(self) -> int:
@@ -310,6 +313,9 @@ class EvaluationConfig(Section):
     rollout.deterministic, for what an engine works on at once shows in the last bits."""
     max_response_tokens: Positive | None = None
     """None: rollout.max_response_tokens."""
+    time_limit_s: PositiveFloat | None = None
+    """Of an evaluation of all sets that nothing goes on beside: where the first questions show that it would take longer, fewer
+    are asked, the same ones in all evaluations of the run."""
 
     @property
     def all_files(self) -> tuple[Path, ...]:

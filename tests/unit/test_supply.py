@@ -132,6 +132,18 @@ def test_the_beliefs_of_rounds_are_part_of_the_state():
     assert other.state() == state
 
 
+def test_a_step_asks_as_many_questions_as_the_pace_says():
+    class Pace:
+        def questions(self, step):
+            return {1: 3, 2: 1}[step]
+
+    coordinator, chosen = FakeCoordinator(), config()
+    chooser = Chooser(chosen.dynamic_sampling, Stream(), 2, 3)
+    rounds = OnDemand(chosen, chooser, Prompts(), coordinator, None, Pace())
+    assert [ids(rounds.gather(step)) for step in (1, 2)] == [["q0", "q1", "q2"], ["q3"]]
+    assert rounds.gather(2).metrics["sampling/questions"] == 1.0
+
+
 # --------------------------------------------------------------------------------------------------- ahead of the policy
 def test_one_step_ahead():
     coordinator = FakeCoordinator()

@@ -38,6 +38,7 @@ METRICS: Mapping[str, Metric] = _table(
     ("reward/failed", "share", "responses whose grader crashed or ran out of time"),
     ("reward/effective_groups", "share", "questions whose responses got different rewards, so that they teach"),
     ("reward/bare_box", "share", "boxed responses with fewer than 5 words before the box: reasoning that withered"),
+    ("sampling/questions", "questions", "of the step, where run.min_steps sizes it"),
     ("sampling/asked", "groups", "asked of the engines for this step (and, ahead of the policy, for those after it)"),
     ("sampling/kept", "groups", "graded groups whose rewards differ; all of them where none are replaced"),
     ("sampling/dropped", "groups", "graded groups that are all right or all wrong, replaced by others"),

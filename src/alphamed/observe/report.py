@@ -124,7 +124,16 @@ def training_sentences(rows: Sequence[Row]) -> list[str]:
     """What the metrics of training say by themselves."""
     if not rows:
         return ["No step is recorded yet."]
-    return _reward_sentences(rows) + _dropped_sentences(rows)
+    return _reward_sentences(rows) + _dropped_sentences(rows) + _size_sentences(rows)
+
+
+def _size_sentences(rows: Sequence[Row]) -> list[str]:
+    """How large steps were, where the machine's speed decided it."""
+    sizes = [size for row in rows if (size := row.get("sampling/questions"))]
+    if not sizes or min(sizes) == max(sizes):
+        return []
+    return [f"Steps held {min(sizes):.0f} to {max(sizes):.0f} questions: run.min_steps fitted them to the time that this machine "
+            f"had."]
 
 
 def _dropped_sentences(rows: Sequence[Row]) -> list[str]:

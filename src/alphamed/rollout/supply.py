@@ -22,6 +22,7 @@ from alphamed.rollout.tasks import Prompts, training_tasks
 
 if TYPE_CHECKING:
     from alphamed.rollout.coordinator import Arrivals, Coordinator, Progress
+    from alphamed.rollout.pace import Pace
 
 FEED = "rollouts"
 MOST_NAMED = 4
@@ -38,14 +39,15 @@ class OnDemand:
     """Rounds of questions, each answered and graded before the next: the same questions give the same step."""
 
     def __init__(self, config: Config, chooser: Chooser, prompts: Prompts, coordinator: Coordinator,
-                 on_progress: Callable[[Progress], None] | None):
+                 on_progress: Callable[[Progress], None] | None, pace: Pace | None = None):
         self._config, self._chooser, self._prompts = config, chooser, prompts
-        self._coordinator, self._on_progress = coordinator, on_progress
+        self._coordinator, self._on_progress, self._pace = coordinator, on_progress, pace
 
     def gather(self, step: int) -> Gathered:
         """The groups of a step. Raises RunFailed naming what kept them from coming."""
         c = self._config
-        places = Places(c.rollout.questions_per_step, c.dynamic_sampling.refills, Overlong.of(c))
+        wanted = self._pace.questions(step) if self._pace else c.rollout.questions_per_step
+        places = Places(wanted, c.dynamic_sampling.refills, Overlong.of(c))
         passed_over, rounds = self._chooser.passed_over, []
         for missing in places.rounds():
             first = places.tally.asked - missing
@@ -57,6 +59,8 @@ class OnDemand:
         metrics = _metrics(rounds) | self._chooser.level_metrics()
         if c.dynamic_sampling.active:
             metrics |= places.tally.metrics(self._chooser.passed_over - passed_over)
+        if self._pace:
+            metrics["sampling/questions"] = float(wanted)
         return Gathered(places.groups, metrics)
 
     def state(self) -> dict[str, Any]:
@@ -83,7 +87,7 @@ class Ahead:
     """
 
     def __init__(self, config: Config, chooser: Chooser, prompts: Prompts, coordinator: Coordinator,
-                 on_progress: Callable[[Progress], None] | None):
+                 on_progress: Callable[[Progress], None] | None, pace: None = None):
         self._config, self._chooser, self._prompts = config, chooser, prompts
         self._coordinator, self._on_progress = coordinator, on_progress
         self._overlong = Overlong.of(config)
