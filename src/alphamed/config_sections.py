@@ -55,8 +55,8 @@ class RunConfig(Section):
     time_limit_s: PositiveFloat | None = None
     """No step begins later than this many seconds after the run (or its resume) started."""
     min_steps: Positive | None = None
-    """Where `time_limit_s` leaves no time for so many steps on this machine, steps ask fewer questions (at least 2); None: they
-    ask rollout.questions_per_step, however long they take."""
+    """Where `time_limit_s` leaves no time for so many steps on this machine, steps ask fewer questions (at least 2); None, or
+    without a time limit: they ask rollout.questions_per_step, however long they take."""
 
     @property
     def last_step(self) -> int:

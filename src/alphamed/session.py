@@ -133,7 +133,7 @@ def open_session(config: Config) -> Iterator[Session]:
         if config.rollout.replay is None:
             run.note("starting the engines ...")
         engines = _engines(config, folder, shape, tokenizer, control, stack)
-        pace = Pace(config, run.deadline, run.note) if config.run.min_steps and control.rank == 0 else None
+        pace = Pace(config, run.deadline, run.note) if config.sizes_steps and control.rank == 0 else None
         rollouts = _rollouts(config, prompts, engines, control, run, pace)
         if run.state.cursor:
             control.from_rank0("the place in the questions", lambda: rollouts.load_state(run.state.cursor))

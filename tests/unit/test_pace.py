@@ -73,9 +73,9 @@ def test_sizes_keep_what_updates_and_data_ranks_need():
     assert set(machine.run()) == {8, 4}
 
 
-@pytest.mark.parametrize("sections", [
-    {"run": {"time_limit_s": None}}, {"rollout": {"max_staleness": 1}}, {"rollout": {"deterministic": True}},
-    {"rollout": {"replay": "runs/x"}}])
+@pytest.mark.parametrize("sections", [{"rollout": {"max_staleness": 1}}, {"rollout": {"deterministic": True}}])
 def test_where_steps_can_not_be_sized_min_steps_is_refused(sections):
-    with pytest.raises(ConfigError, match="run.min_steps: 12 sizes steps by their time"):
+    with pytest.raises(ConfigError, match="run.min_steps: 12 sizes steps by their time, which rollout.* set run.min_steps=null"):
         config(**sections)
+    assert not config(**sections, run={"time_limit_s": None}).sizes_steps
+    assert not config(rollout={"replay": "runs/x"}).sizes_steps

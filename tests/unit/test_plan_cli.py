@@ -90,6 +90,8 @@ def test_the_launcher_refuses_what_can_not_fit_unless_told_to_go_on(tmp_path, mo
     with pytest.raises(ConfigError, match=r"trainer .* GiB.*start_unfit=true"):
         preflight._check_plan(load_config(file, large), shape)
     preflight._check_plan(load_config(file, [*large, "cluster.start_unfit=true"]), shape)
+    with pytest.raises(ConfigError, match=r"rollout.step_deadline_s: generating a step .* rollout.step_deadline_s=600 would fit"):
+        preflight._check_plan(load_config(file, ["rollout.step_deadline_s=20"]), shape)         # it takes 34 s
 
 
 def test_a_cpu_plan_reckons_with_this_machine(tmp_path, monkeypatch):
