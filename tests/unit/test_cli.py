@@ -138,3 +138,11 @@ def test_a_reader_that_goes_away_is_no_traceback():
                           text=True, timeout=100, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_lines_reach_a_pipe_when_they_are_printed():
+    code = ("import sys; from alphamed.cli import main; main(['data', 'sources']); "
+            "print(sys.stdout.line_buffering, file=sys.stderr)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100,
+                          env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
+    assert (done.returncode, done.stderr.strip()) == (0, "True")

@@ -80,7 +80,8 @@ def mended(found: list[Problem], job: Job) -> list[Problem]:
     own = (_completed(job, problem.mend, (1, 1.0), nodes) for problem in found if problem.mend)     # is one of them enough?
     if change := next(filter(None, own), None) or next(iter(nearest_changes(job, nodes, most=1)), None):
         return [replace(first, mend=change.overrides), *others]
-    within = f"within {nodes} node{'s' if nodes > 1 else ''}" if job.nodes else "with as many GPUs"
+    within = ("on this machine" if job.gpu.is_cpu else f"within {nodes} node{'s' if nodes > 1 else ''}" if job.nodes
+              else "with as many GPUs")
     return [replace(first, text=f"{first.text}; no settings that fit were found {within}"), *others]
 
 

@@ -42,7 +42,8 @@ def verdict(plan: Plan, advice: Sequence[Advice]) -> str:
         return "This layout is illegal."
     if advice:
         return "It does not fit."
-    within = "within these nodes" if plan.job.nodes else "on up to four times as many GPUs"
+    within = ("on this machine" if plan.job.gpu.is_cpu else "within these nodes" if plan.job.nodes
+              else "on up to four times as many GPUs")
     return f"It does not fit, and no settings that do were found {within}."
 
 
