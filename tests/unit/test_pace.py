@@ -52,7 +52,7 @@ def test_a_slow_machine_still_takes_the_steps_that_were_wanted(question_s, fixed
 def test_what_is_left_out_is_printed_once_for_each_change():
     machine = Machine(question_s=20.0)
     machine.run()
-    assert machine.notes[0] == ("run.min_steps: step 1 took 160 s with 8 questions, 640 s are left for 11 of at least 12 steps; "
+    assert machine.notes[0] == ("run.min_steps: step 1 took 160 s with 8 questions, 640 s are left for 11 more steps; "
                                 "a step now asks 2 questions of 8")         # 58 s a step, 20 s a question
     assert len(machine.notes) == len(set(machine.notes))
 

@@ -43,10 +43,10 @@ class Pace:
         now = self._clock()
         if self._began is not None:
             took = now - self._began
-            left = max(0.0, self._deadline - now)
-            fitting = step_questions(self._wanted, self._unit, took / self._size, left, self._steps - step + 1)
+            left, steps = max(0.0, self._deadline - now), max(1, self._steps - step + 1)     # past min_steps: one more
+            fitting = step_questions(self._wanted, self._unit, took / self._size, left, steps)
             self._resize(fitting, f"step {step - 1} took {took:.0f} s with {self._size} questions, {left:.0f} s are left for "
-                                  f"{max(1, self._steps - step + 1)} of at least {self._steps} steps")
+                                  f"{steps} more step{'s' * (steps > 1)}")
         self._began = now
         return self._size
 
