@@ -82,6 +82,11 @@ class Config(Section):
         return p.context * (p.tensor if p.sequence else 1) * self.part_multiple
 
     @property
+    def sizes_steps(self) -> bool:
+        """Whether the time that steps take decides how many questions the next one asks."""
+        return self.run.min_steps is not None and self.run.time_limit_s is not None and self.rollout.replay is None
+
+    @property
     def longest_wait_s(self) -> float:
         """What rank 0 may take for work whose deadlines are settings: starting the engines, a step's rounds of rollouts, the
         evaluation of all sets one after another."""
@@ -130,6 +135,10 @@ class Config(Section):
         if r.max_staleness and r.deterministic:
             yield (f"rollout.max_staleness: {r.max_staleness} makes samples depend on when weights arrive, "
                    f"rollout.deterministic can not be true; set one of them to 0 or false")
+        if self.sizes_steps and (r.max_staleness or r.deterministic):
+            setting = "rollout.max_staleness" if r.max_staleness else "rollout.deterministic"
+            yield (f"run.min_steps: {self.run.min_steps} sizes steps by their time, which {setting} does not allow; set "
+                   f"run.min_steps=null or {setting}={0 if r.max_staleness else 'false'}")
         if self.reward.overlong_buffer_tokens > r.max_response_tokens:
             yield (f"reward.overlong_buffer_tokens: {self.reward.overlong_buffer_tokens} exceeds "
                    f"rollout.max_response_tokens ({r.max_response_tokens}); lower it")

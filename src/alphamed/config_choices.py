@@ -63,6 +63,11 @@ class OnPush(StrEnum):
     ABORT = "abort"
 
 
+class Stragglers(StrEnum):
+    WAIT = "wait"
+    DROP = "drop"
+
+
 class PromptTemplate(StrEnum):
     CHAT = "chat"
     RAW = "raw"

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from alphamed.config_choices import (Advantage, Aggregation, AnswerKeys, BadRows, Correction, Device, Dtype, KlEstimator,
                                      LevelsFrom, Loss, OldLogprobs, OnPush, PromptTemplate, Recompute, ReferencePlace,
-                                     RewardSignature, Schedule, SyncMode, Transport, TruncatedReward, WandbMode)
+                                     RewardSignature, Schedule, Stragglers, SyncMode, Transport, TruncatedReward, WandbMode)
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -54,6 +54,9 @@ class RunConfig(Section):
     unchanged model and end, a control."""
     time_limit_s: PositiveFloat | None = None
     """No step begins later than this many seconds after the run (or its resume) started."""
+    min_steps: Positive | None = None
+    """Where `time_limit_s` leaves no time for so many steps on this machine, steps ask fewer questions (at least 2); None, or
+    without a time limit: they ask rollout.questions_per_step, however long they take."""
 
     @property
     def last_step(self) -> int:
@@ -142,10 +145,13 @@ class RolloutConfig(Section):
     """A run directory whose recorded rollouts are trained on in place of engines."""
     max_staleness: NonNegative = 0
     """Pushes by which the weights that sampled a response may be older than those it trains. 0: generation and training take
-    turns. Above: engines work this many steps ahead while the policy trains; older samples are dropped and counted."""
+    turns. Above: engines work this many steps ahead while the policy trains."""
     on_push: OnPush = OnPush.KEEP
     """What becomes of requests that a push finds under way (max_staleness > 0): they end first (`wait`), go on with the new
     weights (`keep`), or begin anew (`abort`)."""
+    stragglers: Stragglers = Stragglers.WAIT
+    """What becomes of groups that take longer than max_staleness steps, those with the longest answers: a step that would make
+    them too old waits for them and trains on them (`wait`), or they are dropped and counted (`drop`)."""
     start_deadline_s: PositiveFloat = 600.0
     step_deadline_s: PositiveFloat = 1800.0
     """A step's generation must finish within this time; what is missing is named."""
@@ -318,6 +324,9 @@ class EvaluationConfig(Section):
     rollout.deterministic, for what an engine works on at once shows in the last bits."""
     max_response_tokens: Positive | None = None
     """None: rollout.max_response_tokens."""
+    time_limit_s: PositiveFloat | None = None
+    """Of an evaluation of all sets that nothing goes on beside: where the first questions show that it would take longer, fewer
+    are asked, the same ones in all evaluations of the run."""
 
     @property
     def all_files(self) -> tuple[Path, ...]:

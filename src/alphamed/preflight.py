@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from alphamed.config import Config, ConfigError
-from alphamed.config_choices import Device, Transport
+from alphamed.config_choices import Device
 from alphamed.data.mcq import RowProblem
 from alphamed.data.sources import load_questions
 from alphamed.data.text import normalised, option_set
@@ -161,16 +161,15 @@ def _check_replay(config: Config, run_dir: Path) -> None:
 def _check_hardware(config: Config) -> None:
     from alphamed.cluster import variables
     from alphamed.cluster.hardware import gpus_present, wants_cuda
+    from alphamed.planner.legality import nccl_on_shared_gpus
     from alphamed.rollout.spec import engine_cores
 
     variables.refuse(os.environ)
     if config.cluster.device == Device.CUDA and gpus_present() == 0:
         raise ConfigError("cluster.device: cuda needs an NVIDIA GPU, this machine has none; set it to cpu, or start on "
                           "a machine that has (bash examples/... on one node, examples/slurm/train.sbatch on several)")
-    if (config.cluster.share_gpus and config.sync.transport == Transport.NCCL and wants_cuda(config) and not config.rollout.replay
-            and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1"):
-        raise ConfigError("sync.transport: nccl refuses two members on one GPU, and cluster.share_gpus puts them there; set it "
-                          "to auto (or export NCCL_MULTI_RANK_GPU_ENABLE=1, with NCCL 2.30 or newer)")
+    if wants_cuda(config) and (refusal := nccl_on_shared_gpus(config)):
+        raise ConfigError(refusal)
     if not wants_cuda(config) and not config.rollout.replay:
         engine_cores(config)
 

@@ -103,9 +103,8 @@ class Run:
 
     def _prepare(self, model: Path | None) -> None:
         assert self._directory is not None
-        limit = self.config.run.time_limit_s
         self._forecast = Forecast(self.config, model) if model else None
-        self._console = Console(self.config.run.last_step, None if limit is None else self._opened + limit)
+        self._console = Console(self.config.run.last_step, self.deadline)
         recorded = self._directory.last_step()
         if recorded > self.state.step:
             self.note(f"continuing after step {self.state.step}: the records of steps {self.state.step + 1} to "
@@ -142,9 +141,20 @@ class Run:
             assert self.state.step == step, f"step {step} was not recorded: the run stands at {self.state.step}"
 
     def show_generation(self, progress: Progress) -> None:
-        """Tell on a terminal how far the running step's generation is; for `LiveRollouts(on_progress=...)`."""
+        """Show how far the running step's generation is; for `LiveRollouts(on_progress=...)`."""
         if self._console:
             self._console.show(self.state.step + 1, f"generating, {progress.done}/{progress.total} questions")
+
+    def show_evaluation(self, progress: Progress) -> None:
+        """Tell how far an evaluation is."""
+        if self._console:
+            self._console.show(self.state.step, f"evaluating, {progress.done}/{progress.total} questions")
+
+    @property
+    def deadline(self) -> float | None:
+        """time.monotonic() after which no step begins."""
+        limit = self.config.run.time_limit_s
+        return None if limit is None else self._opened + limit
 
     def _time_is_up(self) -> bool:
         limit = self.config.run.time_limit_s

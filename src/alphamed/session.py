@@ -23,7 +23,7 @@ from alphamed.data.prompts import PromptBuilder
 from alphamed.data.sources import load_questions
 from alphamed.data.stream import QuestionStream
 from alphamed.data.tokenizer import Tokenizer, load_tokenizer
-from alphamed.evaluation.runner import Evaluation, begin_evaluation, load_sets
+from alphamed.evaluation.runner import Evaluation, asked_before, begin_evaluation, evaluate_within, load_sets, within
 from alphamed.megatron import checkpoint, checkpoint_folder, runtime
 from alphamed.megatron.policy import NoReference, Policy, Reference
 from alphamed.model import ModelShape, read_shape, resolve
@@ -32,6 +32,7 @@ from alphamed.records import GenerationTask, ScoredGroup
 from alphamed.reward import process
 from alphamed.reward.thinking import Thinking
 from alphamed.rollout.coordinator import Coordinator
+from alphamed.rollout.pace import Pace
 from alphamed.rollout.pipeline import LiveRollouts, ReplayedRollouts
 from alphamed.rollout.pool import EnginePool
 from alphamed.run import Run
@@ -130,12 +131,15 @@ def open_session(config: Config) -> Iterator[Session]:
         reference = _reference(config, shape, here, folder, control)
         run.begin(saved, folder)
         prompts = PromptBuilder(tokenizer, config.prompt)
+        if config.rollout.replay is None:
+            run.note("starting the engines ...")
         engines = _engines(config, folder, shape, tokenizer, prompts, control, stack)
-        rollouts = _rollouts(config, prompts, engines, control, run)
+        pace = Pace(config, run.deadline, run.note) if config.sizes_steps and control.rank == 0 else None
+        rollouts = _rollouts(config, prompts, engines, control, run, pace)
         if run.state.cursor:
             control.from_rank0("the place in the questions", lambda: rollouts.load_state(run.state.cursor))
         yield Session(config, control, run, policy, reference, rollouts, _sync(config, policy, tokenizer, engines, control, run),
-                      folder, _evaluation(config, prompts, engines, control))
+                      folder, _evaluation(config, prompts, engines, control, run, pace))
 
 
 # ------------------------------------------------------------------------------------------------------------------- parts
@@ -181,14 +185,15 @@ def _engines(config: Config, folder: Path, shape: ModelShape, tokenizer: Tokeniz
 
 
 def _rollouts(config: Config, prompts: PromptBuilder, engines: Engines | None, control: Control,
-              run: Run) -> LiveRollouts | ReplayedRollouts:
+              run: Run, pace: Pace | None) -> LiveRollouts | ReplayedRollouts:
     if config.rollout.replay is not None:
         return ReplayedRollouts(config, control)
     questions = load_questions(config.data.train, config.data.bad_rows).questions
     if config.data.answer_keys == AnswerKeys.SHUFFLED:
         questions = with_shuffled_keys(questions, config.run.seed)
     stream = QuestionStream(questions, config.run.seed, config.data.shuffle_options)
-    return LiveRollouts(config, stream, prompts, engines and engines.coordinator, control, run.show_generation)
+    return LiveRollouts(config, stream, prompts, engines and engines.coordinator, control, run.show_generation,
+                        pace)
 
 
 def _sync(config: Config, policy: Policy, tokenizer: Tokenizer, engines: Engines | None, control: Control,
@@ -201,7 +206,8 @@ def _sync(config: Config, policy: Policy, tokenizer: Tokenizer, engines: Engines
     return WeightSync(config, PolicySource(policy, policy.shape), engines and engines.pool, control, probe, version)
 
 
-def _evaluation(config: Config, prompts: PromptBuilder, engines: Engines | None, control: Control) -> BeginEvaluation | None:
+def _evaluation(config: Config, prompts: PromptBuilder, engines: Engines | None, control: Control, run: Run,
+                pace: Pace | None) -> BeginEvaluation | None:
     """On rank 0 of a run that evaluates: has the evaluation files answered and graded with the engines' weights."""
     wanted, sets = config.evaluation, []
     control.from_rank0("loading the evaluation", lambda: sets.extend(
@@ -209,12 +215,30 @@ def _evaluation(config: Config, prompts: PromptBuilder, engines: Engines | None,
     if engines is None or not sets:
         return None
     limit = wanted.max_response_tokens or config.rollout.max_response_tokens
+    asked = asked_before(run.dir) if wanted.time_limit_s else {}            # by an evaluation of an earlier start
+    sets = [within(one, asked.get(one.name, len(one.questions)), config.run.seed) for one in sets]
+    sized = wanted.time_limit_s is None or bool(asked)
 
     def begin_set(background: bool, name: str, tasks: Sequence[GenerationTask]) -> Callable[[], Sequence[ScoredGroup]]:
         key = f"evaluation of {name}"
         if not background:                          # one set after another, each with a deadline of its own
-            return lambda: engines.coordinator.run(key, tasks).groups
+            return lambda: engines.coordinator.run(key, tasks, run.show_evaluation).groups
         engines.coordinator.begin(key, tasks, background=True)
         return lambda: engines.coordinator.finish(key).groups
 
-    return lambda version, background: begin_evaluation(sets, prompts.render, partial(begin_set, background), limit, version)
+    def begin(version: int, background: bool) -> Callable[[], Evaluation]:
+        if sized or background:
+            return begin_evaluation(sets, prompts.render, partial(begin_set, background), limit, version)
+        return lambda: size(version)
+
+    def size(version: int) -> Evaluation:
+        """The first evaluation, which shows how many questions all of them ask."""
+        nonlocal sets, sized
+        found = evaluate_within(sets, lambda one: begin_evaluation([one], prompts.render, partial(begin_set, False), limit,
+                                                                   version)(), wanted.time_limit_s, config.run.seed, run.note)
+        if pace:
+            pace.evaluated(sum(len(one.questions.questions) for one in found.results), sum(len(one.questions) for one in sets))
+        sets, sized = [one.questions for one in found.results], True
+        return found
+
+    return begin

@@ -22,7 +22,7 @@ def secure() -> None:
             setattr(sys, name, open(os.devnull, mode))
     if hasattr(sys.stdout, "reconfigure"):
         codecs.register_error(PRINTED, _as_bytes)
-        sys.stdout.reconfigure(errors=PRINTED)
+        sys.stdout.reconfigure(errors=PRINTED, line_buffering=True)     # in a file or a pipe lines appear when printed, too
 
 
 def _as_bytes(error: UnicodeError) -> tuple[bytes | str, int]:

@@ -274,3 +274,11 @@ def test_a_file_that_may_not_grow_leaves_no_half_model(tmp_path):
                     preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
     assert done.returncode == 2 and b"(File too large); make room" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_lines_reach_a_pipe_when_they_are_printed():
+    code = ("import sys; from alphamed.cli import main; main(['data', 'sources']); "
+            "print(sys.stdout.line_buffering, file=sys.stderr)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100,
+                          env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
+    assert (done.returncode, done.stderr.strip()) == (0, "True")

@@ -16,7 +16,7 @@ from alphamed.planner.calibration import GPU
 from alphamed.planner.hardware import gpu
 from alphamed.planner.job import Job
 from alphamed.planner.memory import _receiving_bytes, engine_cache, layer_bytes, stage_use, static_bytes, trainer_use
-from alphamed.planner.mending import fits, layouts
+from alphamed.planner.mending import layouts
 from alphamed.planner.parameters import buffer_elements, count, layers_of, stage_parameters
 from alphamed.planner.plan import job_of, make_plan, to_json
 from alphamed.planner.shapes import find_shape
@@ -307,14 +307,17 @@ def test_the_first_examples_fit_as_well(name):
     ({"parallel": {"data": 4}, "rollout": {"engines": 8}, "cluster": {"nodes": 1}}, "cluster.nodes", "rollout.engines=4"),
     ({"parallel": {"recompute": "selective", "share_prompts": False}}, "parallel.recompute: selective",
      "parallel.recompute=none"),
-    ({"prompt": {"max_tokens": 130000}, "parallel": {"micro_batch_tokens": 140000}}, "prompt.max_tokens",
+    ({"prompt": {"max_tokens": 130000}, "parallel": {"micro_batch_tokens": 140000, "context": 8}}, "prompt.max_tokens",
      "rollout.max_response_tokens=1072"),
 ])
-def test_illegal_settings_come_with_the_nearest_legal_one(sections, field, mend):
-    plan = make_plan(job(**sections))
+def test_illegal_settings_come_with_the_nearest_that_fit(sections, field, mend):
+    """On GPUs of 180 GB, of which 8 billion parameters in training take 145."""
+    wide = sections | {"cluster": {"device": "cuda", "gpu": "b200-180g"} | sections.get("cluster", {}),
+                       "parallel": {"recompute": "full"} | sections.get("parallel", {})}
+    plan = make_plan(job(**wide))
     assert not plan.fits and plan.found is None
     assert plan.problems[0].text.startswith(field) and plan.problems[0].mend == (mend,)
-    assert make_plan(replace(job(**sections), config=changed_config(config_of(**sections), [mend]))).found is not None
+    assert make_plan(job_of(changed_config(config_of(**wide), [mend]))[0]).fits
 
 
 BROKEN = [
@@ -375,7 +378,7 @@ def test_where_no_mend_is_found_that_is_said(name, nodes):
     """70 billion parameters take 18 bytes each while they are trained: 1,270 GB and more, a node has 640."""
     plan = make_plan(*job_of(load_config(ROOT / "examples" / "recipes" / f"{name}.yaml"), nodes=nodes))
     assert plan.problems[0].mend == ()
-    assert plan.problems[0].text.endswith(f"no layout that fits was found within {nodes} node{'s' if nodes > 1 else ''}")
+    assert plan.problems[0].text.endswith(f"no settings that fit were found within {nodes} node{'s' if nodes > 1 else ''}")
 
 
 def test_a_cache_that_is_too_small_is_told_the_least_size():
@@ -404,8 +407,10 @@ def test_a_row_that_is_too_long_for_tensor_ranks_is_shared_by_context_ranks():
               rollout={"max_response_tokens": 120000, "engines": 8}, cluster={"nodes": 2})
     plan = make_plan(one)
     assert not plan.fits and plan.found
-    relaid = [overrides for overrides, changed in advice._relaid(one, 16) if fits(changed)]
-    assert any(f"parallel.context={size}" in overrides for overrides in relaid for size in (2, 4, 8))
+    shared = changed_config(one.config, ["parallel.context=8", "parallel.data=1", "rollout.step_deadline_s=100000"])
+    assert make_plan(job_of(shared)[0]).fits
+    assert all(make_plan(job_of(changed_config(one.config, change.overrides))[0]).fits for change in advice.mends(plan))
+    assert advice.mends(plan)
 
 
 def test_what_is_too_large_comes_with_changes_that_make_it_fit():

@@ -90,6 +90,8 @@ def test_the_launcher_refuses_what_can_not_fit_unless_told_to_go_on(tmp_path, mo
     with pytest.raises(ConfigError, match=r"trainer .* GiB.*start_unfit=true"):
         preflight._check_plan(load_config(file, large), shape)
     preflight._check_plan(load_config(file, [*large, "cluster.start_unfit=true"]), shape)
+    with pytest.raises(ConfigError, match=r"rollout.step_deadline_s: generating a step .* rollout.step_deadline_s=600 would fit"):
+        preflight._check_plan(load_config(file, ["rollout.step_deadline_s=20"]), shape)         # it takes 34 s
 
 
 def test_a_cpu_plan_reckons_with_this_machine(tmp_path, monkeypatch):
@@ -168,7 +170,7 @@ def test_building_ranks_prints_its_result_and_no_warnings():
 
 
 def test_what_nothing_mends_is_said_on_paper_too(tmp_path, capsys):
-    written = tmp_path / "p.html"
-    assert main(["plan", "--config", RECIPE, "--html", str(written), "parallel.micro_batch_tokens=100000000"]) == 1
+    written = tmp_path / "p.html"                   # 70 billion parameters, 18 bytes each, and a node of 640 GB
+    assert main(["plan", "--config", RECIPE, "--html", str(written), "model.path=meta-llama/Llama-3.1-70B-Instruct"]) == 1
     said = "It does not fit, and no settings that do were found within these nodes."
     assert capsys.readouterr().out.rstrip().endswith(said) and said in written.read_text()

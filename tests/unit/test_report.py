@@ -252,6 +252,22 @@ def test_reward_is_compared_at_both_ends(end, said):
     assert training_sentences(rows)[0].startswith(said)
 
 
+def test_dropped_groups_are_reported_with_their_length():
+    rows = [row(k, **{"response/tokens_mean": 100.0}) for k in range(1, 5)]
+    rows[1] |= {"staleness/dropped": 1.0, "staleness/dropped_tokens_mean": 700.0}
+    rows[2] |= {"staleness/dropped": 3.0, "staleness/dropped_tokens_mean": 300.0}
+    assert training_sentences(rows)[-1] == (                                       # (700 + 3 x 300) / 4
+        "4 groups were dropped because they took longer than rollout.max_staleness steps; their responses held 400 tokens in "
+        "the mean, those trained on 100. rollout.stragglers=wait trains on them.")
+
+
+def test_steps_of_unequal_size_are_reported():
+    rows = [row(k, **{"sampling/questions": float(size)}) for k, size in enumerate((8, 8, 3), start=1)]
+    assert training_sentences(rows)[-1] == (
+        "Steps held 3 to 8 questions: run.min_steps fitted them to the time that this machine had.")
+    assert "Steps held" not in " ".join(training_sentences(rows[:2]))
+
+
 def test_withering_reasoning_is_said():
     rows = [row(k, **{"reward/bare_box": 0.1 if k < 6 else 0.6}) for k in range(1, 11)]
     assert "in the last 5 steps 60.0% of boxed responses have fewer than 5 words" in training_sentences(rows)[1]

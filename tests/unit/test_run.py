@@ -470,6 +470,18 @@ def test_the_console_tells_the_time_left_by_the_median_step():
     assert [spoken_time(s) for s in (44.6, 84, 3540, 7500)] == ["45 s", "1 min", "59 min", "2 h 5 min"]
 
 
+def test_without_a_terminal_a_long_step_shows_in_lines_of_its_own():
+    now, stream = 0.0, io.StringIO()
+    console = Console(steps=10, stream=stream, clock=lambda: now)
+    for now, done in ((10.0, 1), (29.0, 2), (31.0, 3), (40.0, 4), (62.0, 5)):
+        console.show(4, f"generating, {done}/8 questions")
+    console.note("evaluating after 4 steps ...")
+    now = 90.0                                               # 28 s after the last line
+    console.show(5, "running")
+    assert stream.getvalue().splitlines() == ["step    4/10  generating, 3/8 questions ...",
+                                              "step    4/10  generating, 5/8 questions ...", "evaluating after 4 steps ..."]
+
+
 def test_on_a_terminal_the_running_step_is_overwritten_by_its_result():
     stream = io.StringIO()
     stream.isatty = lambda: True

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from alphamed.config_choices import BadRows
-from alphamed.evaluation.runner import (QuestionSet, begin_evaluation, load_sets, read_items, read_scores, summary,
-                                        write_evaluation)
+from alphamed.evaluation.runner import (Evaluation, QuestionSet, SetResult, affordable, asked_before, begin_evaluation,
+                                        evaluate_within, load_sets, read_items, read_scores, summary, within, write_evaluation)
 from alphamed.evaluation.score import Change, Score, Share, change, score, verdict
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
 
@@ -186,3 +186,52 @@ def test_subsets_are_chosen_by_seed_not_by_place(tmp_path):
     assert set(ids("b.jsonl", 10, seed=1)) == set(ten) != set(ids("a.jsonl", 10, seed=2))
     assert set(ids("a.jsonl", 5, seed=1)) < set(ten) and len(ids("a.jsonl", None, seed=1)) == 50
     assert load_sets([tmp_path / "a.jsonl"], 10, 1, BadRows.REFUSE)[0].available == 50
+
+
+# ----------------------------------------------------------------------------------------------------------- limited time
+@pytest.mark.parametrize(("wanted", "tried", "seconds", "limit", "asked"), [
+    (200, 24, 12.0, 100.0, 200),            # 0.5 s each
+    (200, 24, 24.0, 100.0, 100),            # 1 s each
+    (200, 24, 240.0, 100.0, 48),            # 10 s each: 10 would fit, fewer than 48 say nothing
+    (30, 24, 240.0, 100.0, 30), (10, 10, 1.0, 0.1, 10), (200, 24, 0.0, 1.0, 200)])
+def test_questions_that_there_is_time_for(wanted, tried, seconds, limit, asked):
+    assert affordable(wanted, tried, seconds, limit) == asked
+
+
+def timed(seconds_each: float, asked: list):
+    """An evaluation of one set that takes so long for each question; notes the questions."""
+    def evaluate(one):
+        asked.append([question.id for question in one.questions])
+        groups = tuple(ScoredGroup(RolloutGroup("g", question, (1,), (Rollout(
+            "g", question.id, 0, (1,), (0.0,), "", FinishReason.STOP, 3),)), (C,), (1.0,), (0.0,), ("A",))
+            for question in one.questions)
+        return Evaluation(3, (SetResult(one, groups, score(groups)),), seconds_each * len(groups), 64)
+    return evaluate
+
+
+def question_set(name, count):
+    questions = tuple(Question(f"{name}{i}", "?", {"A": "x", "B": "y"}, "A") for i in range(count))
+    return QuestionSet(name, Path(f"{name}.jsonl"), questions, count)
+
+
+def test_a_slow_evaluation_asks_a_part_of_each_set_that_any_later_one_can_ask_too(tmp_path):
+    sets, asked, notes = (question_set("a", 200), question_set("b", 50)), [], []
+    found = evaluate_within(sets, timed(1.0, asked), 125.0, 7, notes.append)        # 100 s for a, 25 s for b
+    assert [result.score.n for result in found.results] == [100, 48] and found.seconds == 148.0
+    assert [len(ids) for ids in asked] == [24, 76, 24, 24]
+    first = found.results[0].questions
+    assert sorted(asked[0] + asked[1]) == sorted(question.id for question in first.questions)       # each once
+    assert [group.group.question.id for group in found.results[0].groups] == [question.id for question in first.questions]
+    assert first.questions == within(sets[0], 100, 7).questions and first.available == 200
+    assert notes == ["evaluation.time_limit_s: 24 questions of a took 24 s; 100 of 200 are asked in this run, 100 are left out",
+                     "evaluation.time_limit_s: 24 questions of b took 24 s; 48 of 50 are asked in this run, 2 are left out"]
+    write_evaluation(tmp_path / "evaluations", "step_000000", 0, found)
+    assert asked_before(tmp_path) == {"a": 100, "b": 48}
+
+
+def test_an_evaluation_that_has_time_asks_everything():
+    asked, notes = [], []
+    found = evaluate_within([question_set("a", 60)], timed(0.5, asked), 100.0, 7, notes.append)
+    assert found.results[0].score.n == 60 and notes == [] and [len(ids) for ids in asked] == [24, 36]
+    found = evaluate_within([question_set("a", 5)], timed(0.5, asked), 100.0, 7, notes.append)
+    assert found.results[0].score.n == 5 and len(asked) == 3

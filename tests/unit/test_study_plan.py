@@ -84,6 +84,9 @@ def test_settings_of_grid_over_study_over_base(write):
     assert (first.config.run.steps, first.config.optimizer.lr, first.config.run.seed) == (20, 2e-6, 5)
     assert (second.config.run.steps, second.config.optimizer.lr, second.config.run.seed) == (30, 2e-6, 7)
     assert first.config.evaluation.files == (Path("studies/s/exam.jsonl"),)
+    axes = {"settings": {"evaluation.files": [["{study}/a.jsonl"], ["b.jsonl"]]}}
+    assert [run.config.evaluation.files for run in runs(write(grids=[{"name": "g", "axes": axes}]))] == [
+        (Path("studies/s/a.jsonl"),), (Path("b.jsonl"),)]
 
 
 def test_the_same_run_in_two_grids_is_one(write):
@@ -340,7 +343,9 @@ def test_a_failing_run_is_named_and_the_others_go_on(trained, capfd):
     told = capfd.readouterr()
     assert asked() == ["s1", "s2", "s3"]
     assert "run s2 failed: engine 0: was killed by signal 9 (SIGKILL)" in told.err
-    assert told.err.splitlines()[-1] == "study s: 1 of 3 runs are not finished; the same command tries them again"
+    assert told.err.splitlines()[-1] == (
+        f"study s: 1 of 3 runs are not finished; `alphamed study {path}` continues them here, "
+        f"`alphamed study {path} --slurm` writes their scripts")
     assert Path("studies/s/comparison.html").read_text() == "s1 s3"
     rows = list(csv.DictReader(Path("studies/s/results.csv").open()))
     assert [(row["run"], row["stand"], row["axis:seeds"]) for row in rows] == [
@@ -360,6 +365,39 @@ def test_what_is_finished_is_not_run_again(trained, capfd):
     assert asked() == ["s2"]
     assert main(["study", str(path)]) == 0
     assert asked() == []
+
+
+def test_collecting_starts_nothing_and_names_what_does(trained, capfd):
+    path, behave, asked = trained
+    behave(s2="bad", s3="damages")
+    main(["study", str(path)])
+    asked(), capfd.readouterr()
+    behave()
+    Path("studies/s/comparison.html").unlink()
+    assert main(["study", str(path), "--collect"]) == 1
+    told = capfd.readouterr()
+    assert asked() == [] and Path("studies/s/comparison.html").read_text() == "s1"
+    assert told.err.splitlines() == [
+        "run s2 is not finished: it has not begun",
+        "run s3 failed: studies/s/runs/s3/finished.json: not readable (JSONDecodeError); remove it, and the run is continued",
+        f"study s: 2 of 3 runs are not finished; `alphamed study {path}` continues them here, "
+        f"`alphamed study {path} --slurm` writes their scripts"]
+    Path("studies/s/runs/s3/finished.json").unlink()
+    assert main(["study", str(path)]) == 0                                  # what the line promises
+    assert asked() == ["s2", "s3"]
+
+
+def test_scores_of_other_settings_are_not_collected(trained, capfd):
+    path, _, _ = trained
+    main(["study", str(path)])
+    tree = yaml.safe_load(path.read_text()) | {"settings": {"optimizer.lr": 1e-3}}
+    path.write_text(yaml.safe_dump(tree))
+    scores = Path("studies/s/runs/s1/evaluations/step_000000.json")
+    scores.parent.mkdir()
+    scores.write_text("{}")                                                 # reading it would fail
+    assert main(["study", str(path), "--collect"]) == 1
+    assert "run s1 failed: optimizer.lr: 0.001 but the run in studies/s/runs/s1 was started with 1e-06" in capfd.readouterr().err
+    assert {row["stand"] for row in json.loads(Path("studies/s/results.json").read_text())} == {"broken"}
 
 
 def test_a_study_is_run_once_at_a_time(trained, capfd):

@@ -1,5 +1,6 @@
 """Where a step's groups come from: in rounds, or ahead of the policy, with a coordinator that answers as the test says."""
 import json
+import random
 
 import pytest
 
@@ -8,15 +9,17 @@ from alphamed.config_file import build_config
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
 from alphamed.rollout.choice import Chooser
 from alphamed.rollout.coordinator import Arrivals, Progress
+from alphamed.rollout.failures import Overdue
+from alphamed.rollout.refill import must_wait
 from alphamed.rollout.supply import Ahead, OnDemand
 
 RIGHT, WRONG = Outcome.CORRECT, Outcome.WRONG
 
 
-def config(max_staleness=0, refills=0, steps=100, **more):
+def config(max_staleness=0, refills=0, steps=100, rollout=None, **more):
     return build_config({"model": {"path": "m"}, "data": {"train": ["d.jsonl"]}, "run": {"steps": steps}, "prompt": {
         "max_tokens": 16}, "dynamic_sampling": {"refills": refills} | more, "rollout": {
-            "questions_per_step": 3, "samples_per_question": 2, "max_response_tokens": 8, "max_staleness": max_staleness}})
+            "questions_per_step": 3, "samples_per_question": 2, "max_response_tokens": 8, "max_staleness": max_staleness} | (rollout or {})})
 
 
 class Stream:
@@ -130,6 +133,18 @@ def test_the_beliefs_of_rounds_are_part_of_the_state():
     assert other.state() == state
 
 
+def test_a_step_asks_as_many_questions_as_the_pace_says():
+    class Pace:
+        def questions(self, step):
+            return {1: 3, 2: 1}[step]
+
+    coordinator, chosen = FakeCoordinator(), config()
+    chooser = Chooser(chosen.dynamic_sampling, Stream(), 2, 3)
+    rounds = OnDemand(chosen, chooser, Prompts(), coordinator, None, Pace())
+    assert [ids(rounds.gather(step)) for step in (1, 2)] == [["q0", "q1", "q2"], ["q3"]]
+    assert rounds.gather(2).metrics["sampling/questions"] == 1.0
+
+
 # --------------------------------------------------------------------------------------------------- ahead of the policy
 def test_one_step_ahead():
     coordinator = FakeCoordinator()
@@ -160,10 +175,13 @@ def test_two_steps_ahead_samples_are_at_most_two_pushes_old():
     assert [len(names) for _, names in coordinator.asked] == [9, 3, 3, 3, 3, 3, 3]
 
 
-def test_a_step_does_not_wait_for_a_straggler_and_drops_it_when_it_is_too_old():
+DROP = {"stragglers": "drop"}
+
+
+def test_with_drop_a_step_does_not_wait_for_a_straggler_and_drops_it_when_it_is_too_old():
     coordinator = FakeCoordinator()
     coordinator.held = {"q1"}
-    ahead = supply(config(1), coordinator)
+    ahead = supply(config(1, rollout=DROP), coordinator)
     assert ids(ahead.gather(1)) == ["q0", "q2", "q3"]
     coordinator.version = 2
     second = ahead.gather(2)
@@ -172,8 +190,115 @@ def test_a_step_does_not_wait_for_a_straggler_and_drops_it_when_it_is_too_old():
     third = ahead.gather(3)
     assert ids(third) == ["q7", "q8", "q9"]
     assert third.metrics["staleness/dropped"] == 1.0 and third.metrics["staleness/max"] == 1.0
+    assert third.metrics["staleness/dropped_share"] == 1 / 4                       # 1 dropped, 3 trained on
+    assert third.metrics["staleness/dropped_tokens_share"] == 1 / 4 and third.metrics["staleness/dropped_tokens_mean"] == 3.0
     asked = [name for _, names in coordinator.asked for name in names]
     assert asked == [f"q{i}" for i in range(13)]                                   # 9 trained on, 1 lost, 3 ahead
+
+
+def test_a_step_that_would_make_a_straggler_too_old_waits_for_it():
+    coordinator = FakeCoordinator()
+    coordinator.held = {"q1"}
+    ahead = supply(config(1), coordinator)
+    assert ids(ahead.gather(1)) == ["q0", "q2", "q3"]
+    coordinator.version = 2
+    with pytest.raises(AssertionError, match="never comes"):                       # q4 to q8 are ready, q1 is awaited
+        ahead.gather(2)
+    coordinator.held = set()
+    second = ahead.gather(2)
+    assert ids(second) == ["q1", "q4", "q5"] and second.metrics["staleness/dropped"] == 0.0
+
+
+def test_stragglers_of_a_step_are_not_left_to_a_later_one_that_has_no_room_for_them():
+    coordinator = FakeCoordinator()
+    coordinator.held = {f"q{i}" for i in range(9) if i not in (0, 1, 2)}           # six of nine are slow
+    ahead = supply(config(2), coordinator)
+    assert ids(ahead.gather(1)) == ["q0", "q1", "q2"]
+    coordinator.version = 2
+    with pytest.raises(AssertionError, match="never comes"):                       # q9 to q11 would leave all six to step 3
+        ahead.gather(2)
+    coordinator.held = {"q6", "q7", "q8"}
+    assert ids(ahead.gather(2)) == ["q3", "q4", "q5"]
+    coordinator.version, coordinator.held = 3, set()
+    assert ids(ahead.gather(3)) == ["q6", "q7", "q8"]
+
+
+def test_overdue_stragglers_are_named_with_what_helps():
+    class Late(FakeCoordinator):
+        def deliver(self, key, left_s, wait):
+            try:
+                return super().deliver(key, left_s + 1e-9, wait)
+            except AssertionError:
+                raise Overdue("engine 0", "rollouts: 1 of 7 groups were not done after 0 s") from None
+
+    coordinator = Late()
+    coordinator.held = {"q1"}
+    ahead = supply(config(1, rollout={"step_deadline_s": 1e-9}), coordinator)
+    ahead.gather(1)
+    coordinator.version = 2
+    with pytest.raises(Overdue, match=r"step 2 waits for .*q1.* \(asked in step 1\); raise rollout.step_deadline_s or set "
+                                      r"rollout.stragglers=drop$"):
+        ahead.gather(2)
+
+
+@pytest.mark.parametrize(("step", "limit", "share", "ready", "unfinished", "waits"), [
+    (5, 1, 1.0, [4, 4, 5], [4], True),                  # asked in step 4: not later than step 5
+    (5, 1, 1.0, [4, 4, 5], [5, 5], False),
+    (5, 2, 1.0, [3, 4, 4], [4, 4, 4], False),           # step 6 takes the three
+    (5, 2, 1.0, [3, 4, 5], [4, 4, 4, 4], True),         # step 6 takes three of four
+    (5, 2, 0.5, [3, 4, 5], [4, 4, 4, 4], False),        # of four two are expected to teach
+    (5, 2, 1.0, [3, 4, 4, 4, 4], [4, 4], True),         # two ready ones stay, and two are awaited
+    (5, 2, 1.0, [4] * 9, [], False)])                   # nothing to wait for
+def test_waiting_by_hand(step, limit, share, ready, unfinished, waits):
+    assert must_wait(step, limit, 3, share, ready, unfinished) == waits
+
+
+class Clock(FakeCoordinator):
+    """Engines without a limit: a group takes the time that its number in the stream says, a step's training one second."""
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds, self.now, self.begun = seconds, 0.0, {}
+
+    def feed(self, key, tasks):
+        super().feed(key, tasks)
+        self.begun |= {task.question.id: self.now for task in tasks}
+
+    def end(self, item):
+        return self.begun[item[0].question.id] + self.seconds[int(item[0].question.id[1:])]
+
+    def deliver(self, key, left_s, wait):
+        if wait:
+            self.now = max(self.now, min(map(self.end, self.waiting)))
+        done = sorted((item for item in self.waiting if self.end(item) <= self.now), key=self.end)
+        self.waiting = [item for item in self.waiting if item not in done]
+        return Arrivals(tuple(answered(task, version) for task, version in done), 6 * len(done))
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+@pytest.mark.parametrize("stragglers", ["wait", "drop"])
+def test_the_longest_groups_are_trained_on_or_counted(limit, stragglers):
+    steps, wanted = 200, 16
+    draw = random.Random(7)
+    seconds = [draw.lognormvariate(-0.7, 0.8) for _ in range(2 * steps * wanted)]      # median 0.5 s
+    coordinator = Clock(seconds)
+    chosen = config(limit, steps=steps, rollout={"questions_per_step": wanted, "stragglers": stragglers})
+    ahead = supply(chosen, coordinator)
+    trained, dropped = [], 0.0
+    for step in range(1, steps + 1):
+        found = ahead.gather(step)
+        trained += [int(name[1:]) for name in ids(found)]
+        dropped += found.metrics["staleness/dropped"]
+        assert found.metrics["staleness/max"] <= limit
+        coordinator.version, coordinator.now = coordinator.version + 1, coordinator.now + 1.0
+    asked = len(coordinator.begun)
+    slowest = sorted(range(asked), key=seconds.__getitem__)[-150:]
+    assert len(trained) == len(set(trained)) == steps * wanted
+    if stragglers == "wait":
+        assert set(slowest) <= set(trained) and dropped == 0 and asked == steps * wanted
+    else:
+        assert len(set(slowest) & set(trained)) < 30                               # what waiting is for
+        assert dropped == asked - steps * wanted - len(ahead.state()["under_way"]) > 100
 
 
 def test_ready_groups_that_a_push_makes_too_old_are_dropped():

@@ -4,7 +4,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,10 @@ from alphamed.records import GenerationTask, Question, Sampling, ScoredGroup
 Begin = Callable[[str, Sequence[GenerationTask]], Callable[[], Sequence[ScoredGroup]]]
 """Has the tasks of a named set answered and graded; what it returns waits for them: one group a task, in any order."""
 
+TRIAL = 24
+"""Questions of a set that are answered first where time is limited: one batch of a laptop's engine."""
+LEAST_ASKED = 2 * TRIAL
+"""Of a set, however slow the machine is: fewer say nothing about a model."""
 SHARES = ("boxed", "accuracy", "accuracy_among_boxed", "truncated", "failed")
 ITEM_KEYS = {"set", "id", "question", "options", "answer", "letter", "outcome", "text"}
 """What readers of graded answers rely on."""
@@ -105,6 +109,41 @@ def begin_evaluation(sets: Sequence[QuestionSet], render: Callable[[Question], S
     return finish
 
 
+def within(one: QuestionSet, count: int, seed: int) -> QuestionSet:
+    """The set with `count` of its questions at most, by seed: a part of any larger choice."""
+    return replace(one, questions=choose(one.questions, count, seed, ())[0])
+
+
+def affordable(wanted: int, tried: int, seconds: float, limit_s: float) -> int:
+    """How many of a set's `wanted` questions are asked within `limit_s` seconds, where the first `tried` took `seconds`."""
+    fitting = int(tried * limit_s / max(seconds, 1e-9))
+    return min(wanted, max(fitting, LEAST_ASKED, tried))
+
+
+def evaluate_within(sets: Sequence[QuestionSet], evaluate: Callable[[QuestionSet], Evaluation], limit_s: float, seed: int,
+                    note: Callable[[str], None]) -> Evaluation:
+    """Evaluate as many questions as there is time for. The first TRIAL of each set show how long they take; each set has a part
+    of `limit_s` by its size. `note` says what is left out. The results hold the questions that were asked."""
+    results, seconds, total = [], 0.0, sum(len(one.questions) for one in sets)
+    for one in sets:
+        trial = within(one, TRIAL, seed)
+        first = evaluate(trial)
+        wanted, tried = len(one.questions), len(trial.questions)
+        chosen = within(one, affordable(wanted, tried, first.seconds, limit_s * wanted / total), seed)
+        left_out = wanted - len(chosen.questions)
+        if left_out:
+            note(f"evaluation.time_limit_s: {tried} questions of {one.name} took {first.seconds:.0f} s; {len(chosen.questions)} of "
+                 f"{wanted} are asked in this run, {left_out} are left out")
+        known = {question.id for question in trial.questions}
+        rest = replace(one, questions=tuple(question for question in chosen.questions if question.id not in known))
+        parts = [first, *([evaluate(rest)] if rest.questions else [])]
+        groups = {group.group.question.id: group for part in parts for result in part.results for group in result.groups}
+        ordered = tuple(groups[question.id] for question in chosen.questions)
+        results.append(SetResult(chosen, ordered, score(ordered)))
+        seconds += sum(part.seconds for part in parts)
+    return Evaluation(first.policy_version, tuple(results), seconds, first.max_tokens)
+
+
 def _result(questions: QuestionSet, tasks: Sequence[GenerationTask], answers: Sequence[ScoredGroup]) -> SetResult:
     answered = {group.group.group_id: group for group in answers}
     missing = [task.group_id for task in tasks if task.group_id not in answered]
@@ -160,6 +199,13 @@ def read_asked(path: Path) -> dict[str, str | None]:
     import json
 
     return {name: row.get("asked") for name, row in json.loads(path.read_text(encoding="utf-8"))["sets"].items()}
+
+
+def asked_before(run_dir: Path) -> dict[str, int]:
+    """Set name -> how many questions the last evaluation in a run directory asked; {} where there is none."""
+    files = sorted((run_dir / "evaluations").glob("step_*.json"))
+    files = [file for file in files if file.stem.removeprefix("step_").isdecimal()]
+    return {name: found.n for name, found in read_scores(files[-1]).items()} if files else {}
 
 
 def read_items(path: Path) -> dict[tuple[str, str], dict[str, Any]]:

@@ -21,10 +21,10 @@ from alphamed.observe.files import replace_json, replace_json_lines, replace_tex
 from alphamed.observe.metrics import read_rows
 
 CHANGEABLE = (
-    "run.name", "run.root", "run.steps", "run.stop_after", "run.time_limit_s", "logging", "evaluation", "checkpoint",
+    "run.name", "run.root", "run.steps", "run.stop_after", "run.time_limit_s", "run.min_steps", "logging", "evaluation", "checkpoint",
     "parallel", "cluster", "sync", "rollout.engines", "rollout.tensor_parallel", "rollout.kv_cache_bytes",
     "rollout.gpu_memory_utilization", "rollout.max_concurrent_requests", "rollout.start_deadline_s",
-    "rollout.step_deadline_s", "reward.timeout_s", "reward.workers", "reward.max_failure_share")
+    "rollout.step_deadline_s", "rollout.stragglers", "reward.timeout_s", "reward.workers", "reward.max_failure_share")
 """Fields and sections that a resume may set anew: where and how long it runs, not what it computes."""
 MODEL_PLACE = ("model.path", "model.revision", "model.cache")
 """Where the model is; what it is, the hashes in provenance.json say."""

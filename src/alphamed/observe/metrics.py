@@ -39,6 +39,7 @@ METRICS: Mapping[str, Metric] = _table(
     ("reward/failed", "share", "responses whose grader crashed or ran out of time"),
     ("reward/effective_groups", "share", "questions whose responses got different rewards, so that they teach"),
     ("reward/bare_box", "share", "boxed responses with fewer than 5 words before the box: reasoning that withered"),
+    ("sampling/questions", "questions", "of the step, where run.min_steps sizes it"),
     ("sampling/asked", "groups", "asked of the engines for this step (and, ahead of the policy, for those after it)"),
     ("sampling/kept", "groups", "graded groups whose rewards differ; all of them where none are replaced"),
     ("sampling/dropped", "groups", "graded groups that are all right or all wrong, replaced by others"),
@@ -51,6 +52,9 @@ METRICS: Mapping[str, Metric] = _table(
     ("staleness/mean", "pushes", "age of the weights that sampled the step's groups, mean"),
     ("staleness/max", "pushes", "age of the weights that sampled the step's groups, largest"),
     ("staleness/dropped", "groups", "dropped because their weights were older than rollout.max_staleness"),
+    ("staleness/dropped_share", "share", "of the groups trained on or dropped as too old, those dropped"),
+    ("staleness/dropped_tokens_share", "share", "of the response tokens of these groups, those dropped"),
+    ("staleness/dropped_tokens_mean", "tokens", "mean length of the dropped responses (compare response/tokens_mean)"),
     ("response/tokens_mean", "tokens", "mean length of a response"),
     ("response/tokens_max", "tokens", "longest response"),
     # ------------------------------------------------------------------------------------------------- the update

@@ -124,6 +124,33 @@ def training_sentences(rows: Sequence[Row]) -> list[str]:
     """What the metrics of training say by themselves."""
     if not rows:
         return ["No step is recorded yet."]
+    return _reward_sentences(rows) + _dropped_sentences(rows) + _size_sentences(rows)
+
+
+def _size_sentences(rows: Sequence[Row]) -> list[str]:
+    """How large steps were, where the machine's speed decided it."""
+    sizes = [size for row in rows if (size := row.get("sampling/questions"))]
+    if not sizes or min(sizes) == max(sizes):
+        return []
+    return [f"Steps held {min(sizes):.0f} to {max(sizes):.0f} questions: run.min_steps fitted them to the time that this machine "
+            f"had."]
+
+
+def _dropped_sentences(rows: Sequence[Row]) -> list[str]:
+    """What was never trained on because it took too long, and how much longer it was."""
+    steps = [row for row in rows if row.get("staleness/dropped")]
+    if not steps:
+        return []
+    dropped = sum(row["staleness/dropped"] for row in steps)
+    lengths = [(row["staleness/dropped"], tokens) for row in steps if (tokens := row.get("staleness/dropped_tokens_mean"))]
+    kept = [tokens for row in rows if (tokens := row.get("response/tokens_mean"))]
+    how_long = (f"; their responses held {sum(n * tokens for n, tokens in lengths) / sum(n for n, _ in lengths):.0f} tokens in "
+                f"the mean, those trained on {sum(kept) / len(kept):.0f}") if lengths and kept else ""
+    return [f"{dropped:.0f} groups were dropped because they took longer than rollout.max_staleness steps{how_long}. "
+            f"rollout.stragglers=wait trains on them."]
+
+
+def _reward_sentences(rows: Sequence[Row]) -> list[str]:
     first, last = edges(rows, "reward/mean")
     if len(rows) < 2 * EDGE_STEPS or first is None or last is None:
         return [f"{len(rows)} step{'s' * (len(rows) != 1)} recorded, too few to compare a beginning with an end."]

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -38,22 +38,30 @@ class JsonLines:
 
 
 class Console:
-    """One line a step: step, reward, tokens/s, time left. On a terminal the running step is shown below it as well."""
+    """One line a step: step, reward, tokens/s, time left. On a terminal the running step is shown below it as well; elsewhere a
+    line says what it is at, where nothing was printed for a while."""
 
     RECENT = 10          # steps whose median duration tells the time left
     BAR = 12             # characters of the reward bar on a terminal
+    QUIET_S = 30.0       # without a terminal, between two lines of a step that is running
 
-    def __init__(self, steps: int, deadline: float | None = None, stream: TextIO | None = None) -> None:
+    def __init__(self, steps: int, deadline: float | None = None, stream: TextIO | None = None,
+                 clock: Callable[[], float] = time.monotonic) -> None:
         """`deadline`: time.monotonic() after which no step begins."""
-        self.steps, self.deadline = steps, deadline
+        self.steps, self.deadline, self._clock = steps, deadline, clock
+        self._spoke = clock()
         self.stream = stream or sys.stdout
         self.live = self.stream.isatty()
         self.durations: deque[float] = deque(maxlen=self.RECENT)
 
     def show(self, step: int, what: str) -> None:
-        """Say what `step` is at; only on a terminal, where the line is overwritten later."""
+        """Say what `step` is at: on a terminal each time, in a line that is overwritten later; elsewhere in a line of its own, at
+        most every QUIET_S seconds."""
+        text = f"step {step:>4}/{self.steps}  {what} ..."
         if self.live:
-            self._put(f"\r\x1b[2Kstep {step:>4}/{self.steps}  {what} ...")
+            self._put(f"\r\x1b[2K{text}")
+        elif self._clock() - self._spoke >= self.QUIET_S:
+            self.note(text)
 
     def write(self, metrics: Metrics) -> None:
         self.durations.append(metrics.get("time/step_s", 0.0))
@@ -84,9 +92,12 @@ class Console:
                  f"correct {metrics['reward/correct']:4.0%}", f"boxed {metrics['reward/boxed']:4.0%}",
                  f"{tokens:6.0f} tokens/s" if tokens else "  - tokens/s",
                  f"{metrics['time/step_s']:6.1f} s/step", f"{spoken_time(self.left_s(step))} left"]
+        if metrics.get("staleness/dropped"):
+            parts.append(f"{metrics['staleness/dropped']:.0f} groups too old")
         return "  ".join(parts)
 
     def _put(self, text: str) -> None:
+        self._spoke = self._clock()
         self.stream.write(text)
         self.stream.flush()
 

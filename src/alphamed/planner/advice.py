@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from alphamed.config_choices import Recompute
-from alphamed.config_sections import AUTO_CHUNK_TOKENS, RolloutConfig
+from alphamed.config_sections import AUTO_CHUNK_TOKENS
 from alphamed.model import tensor_sizes
 from alphamed.planner.job import Job
-from alphamed.planner.legality import least_cache_bytes
-from alphamed.planner.memory import engine_cache, engine_use, trainer_use
-from alphamed.planner.mending import FULL, Overrides, applied, axes, consistent, fits, layouts
+from alphamed.planner.mending import Overrides, applied, axes, consistent
 from alphamed.planner.plan import Plan
+from alphamed.planner.search import fits, nearest_changes, nodes_of
 from alphamed.planner.time import step_time
 
 WORTH = 0.005
@@ -50,57 +49,15 @@ def faster(plan: Plan, most: int = 2) -> list[Advice]:
 
 
 def mends(plan: Plan) -> list[Advice]:
-    """The nearest settings under which a run that is too large fits: one change, else two, else another layout, within the
-    nodes that it may take, or up to four times as many as it takes; the fastest of them first, at most two."""
+    """The nearest settings under which a run that does not fit does (search.py), within the nodes that it may take, or up to
+    four times as many as it takes; at most two."""
     if plan.found is None or plan.fits:
         return []
-    gpus = _gpus(plan)
-    for attempt in (_caches(plan.job, gpus), _single(plan.job, gpus), _double(plan.job, gpus),
-                    *(_relaid(plan.job, times * gpus) for times in ((1,) if plan.job.nodes else (1, 2, 4)))):
-        found: dict[Overrides, float] = {}
-        for overrides, job in attempt:
-            if not any(set(overrides) == set(other) for other in found) and fits(job):
-                found[overrides] = step_time(job).total
-        if found:
-            best = sorted(found.items(), key=lambda item: (len(item[0]), item[1]))[:2]
-            return [Advice(overrides, seconds, 1 - seconds / plan.found.time.total) for overrides, seconds in best]
+    for times in (1,) if plan.job.nodes or plan.job.gpu.is_cpu else (1, 2, 4):
+        if changes := nearest_changes(plan.job, times * nodes_of(plan.job)):
+            return [Advice(change.overrides, seconds, 1 - seconds / plan.found.time.total)
+                    for change in changes for seconds in [step_time(change.job).total]]
     return []
-
-
-def _caches(job: Job, gpus: int) -> Iterator[tuple[Overrides, Job]]:
-    """Other sizes of the engines' KV cache, and shares of their GPUs: the default one and the least that suffices."""
-    r, use = job.rollout, engine_use(job)
-    if use is None:
-        return
-    choices = []
-    if r.kv_cache_bytes:
-        least = least_cache_bytes(job, engine_cache(job))
-        choices = [(f"rollout.kv_cache_bytes={least}",), ("rollout.kv_cache_bytes=null",)]
-    if not job.gpu.is_cpu:
-        share = -(-20 * use.total // job.gpu.memory_bytes) / 20
-        shares = {RolloutConfig.model_fields["gpu_memory_utilization"].default, share}
-        if job.shared:                          # what the trainer leaves
-            shares = {(trainer.limit - trainer.total) * 20 // job.gpu.memory_bytes / 20 for trainer in [trainer_use(job)]}
-        choices += [(f"rollout.gpu_memory_utilization={share}",) for share in sorted(shares)
-                    if (job.shared or r.gpu_memory_utilization < share) and 0 < share < 1]
-    for overrides in choices:
-        if (changed := _applied(job, overrides, gpus)) is not None:
-            yield overrides, changed
-
-
-def _single(job: Job, gpus: int) -> Iterator[tuple[Overrides, Job]]:
-    for overrides in neighbours(job, gpus):
-        changed = _applied(job, overrides, gpus)
-        if changed is not None:
-            yield overrides, changed
-
-
-def _double(job: Job, gpus: int) -> Iterator[tuple[Overrides, Job]]:
-    for first, middle in _single(job, gpus):
-        for second, changed in _single(middle, gpus):
-            keys = {item.partition("=")[0] for item in first}
-            if not keys & {item.partition("=")[0] for item in second}:
-                yield first + second, changed
 
 
 def _applied(job: Job, overrides: Overrides, gpus: int) -> Job | None:
@@ -177,15 +134,3 @@ def _shares(job: Job, gpus: int) -> Iterator[Overrides]:
 def _left(job: Job, gpus: int, taken: int) -> int:
     """GPUs for one side beside those that the other takes; all where they share them."""
     return gpus if job.shared else gpus - taken
-
-
-def _relaid(job: Job, gpus: int) -> Iterator[tuple[Overrides, Job]]:
-    """Every other layout beside the present engines, with full recomputation where it is not on."""
-    left, now = _left(job, gpus, job.engines * job.rollout.tensor_parallel), axes(job)
-    for cut in layouts(job, left):
-        overrides = tuple(f"parallel.{axis}={size}" for axis, size in cut.items() if size != now[axis])
-        overrides += consistent(job, cut)
-        for more in ((), (FULL,)):
-            changed = _applied(job, overrides + more, gpus)
-            if changed is not None:
-                yield overrides + more, changed

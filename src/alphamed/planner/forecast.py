@@ -25,5 +25,5 @@ class Forecast:
         job = replace(self._job, prompt_tokens=sum(len(group.prompt) for group in groups) / len(groups),
                       response_tokens=sum(responses) / len(responses))
         time = step_time(job)
-        return {"plan/step_s": time.total, "plan/generate_s": time.generate, "plan/logprobs_s": time.logprobs,
+        return {"plan/step_s": time.total, "plan/generate_s": time.waited, "plan/logprobs_s": time.logprobs,
                 "plan/update_s": time.update, "plan/sync_s": time.sync, "plan/memory_bytes": float(trainer_use(job).total)}

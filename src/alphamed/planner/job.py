@@ -19,7 +19,7 @@ instruction-tuned model on medical questions takes 300 to 600 tokens of the usua
 @dataclass(frozen=True)
 class Job:
     """`colocated`: engines use the trainer's GPUs, in turn with it. `overlapped`: the next batch is generated while the
-    trainer updates."""
+    trainer updates, whatever the configuration says."""
     config: Config
     shape: ModelShape
     gpu: Gpu
@@ -29,6 +29,7 @@ class Job:
     response_tokens: float | None = None
     colocated: bool = False
     overlapped: bool = False
+    evaluation_questions: tuple[int, ...] | None = None     # of each evaluation set; None: not known
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -38,6 +39,12 @@ class Job:
     def shared(self) -> bool:
         """Whether engines compute on the trainer's GPUs: in turn with it, or beside it in the same memory."""
         return self.colocated or (self.config.cluster.share_gpus and not self.gpu.is_cpu)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the next steps are generated while the trainer updates. On shared GPUs and cores each slows the other by what
+        it takes itself, so that nothing is gained."""
+        return self.overlapped or (self.rollout.max_staleness > 0 and not self.shared and not self.gpu.is_cpu)
 
     @property
     def sync_over_gloo(self) -> bool:

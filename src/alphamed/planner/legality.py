@@ -1,21 +1,22 @@
 """What is illegal or does not fit, each with the nearest legal setting. Whatever Megatron or vLLM would refuse at start."""
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from alphamed.config import ConfigError
+from alphamed.config import Config, ConfigError
 from alphamed.config_choices import Recompute, Transport
 from alphamed.model import check_context, check_layout, context_sizes, divisors, tensor_sizes
 from alphamed.planner.hardware import GIB
 from alphamed.planner.job import Job
-from alphamed.planner.memory import BLOCK_TOKENS, EngineCache, Use
+from alphamed.planner.memory import BLOCK_TOKENS, EngineCache, Use, free_for_engine
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One line: what is wrong, and what to set instead (`mend`: overrides for the command line, where one is known; those of
-    this module are first thoughts, which mending.py tries out)."""
+    this module are first thoughts, which search.py tries out)."""
     text: str
     mend: tuple[str, ...] = ()
 
@@ -77,6 +78,8 @@ def _node_problems(job: Job) -> Iterator[Problem]:
         return
     wanted = 0 if job.colocated else job.engines * r.tensor_parallel
     if job.shared and not job.colocated:
+        if refusal := nccl_on_shared_gpus(job.config):
+            yield Problem(refusal, ("sync.transport=auto",))
         if max(p.world, wanted) > per_node:
             yield Problem(f"cluster.share_gpus: {p.world} trainer ranks and {wanted} engine workers share the GPUs of one node, "
                           f"it has {per_node}", ("cluster.share_gpus=false",))
@@ -95,6 +98,15 @@ def _node_problems(job: Job) -> Iterator[Problem]:
     if job.nodes is not None and trainer + engine > job.nodes:
         yield Problem(f"cluster.nodes: {p.world} trainer ranks and {job.engines} engines of {r.tensor_parallel} GPUs need "
                       f"{trainer} + {engine} nodes of {per_node} GPUs, there are {job.nodes}", _shrunk(job))
+
+
+def nccl_on_shared_gpus(config: Config) -> str | None:
+    """Why the weights of trainer ranks can not reach engines on their own GPUs; None where they can."""
+    if (not config.cluster.share_gpus or config.sync.transport != Transport.NCCL or config.rollout.replay
+            or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"):
+        return None
+    return ("sync.transport: nccl refuses two members on one GPU, and cluster.share_gpus puts them there; set it to auto (or "
+            "export NCCL_MULTI_RANK_GPU_ENABLE=1, with NCCL 2.30 or newer)")
 
 
 def _shrunk(job: Job) -> tuple[str, ...]:
@@ -136,6 +148,10 @@ def memory_problems(job: Job, uses: list[Use], cache: EngineCache | None) -> lis
             found.append(Problem(f"{use.role} ({use.where}): needs {use.total / GIB:.1f} GiB, {use.limit / GIB:.1f} GiB can "
                                  f"be used of {job.gpu.name}; the largest part is {largest}, "
                                  f"{use.causes[largest] / GIB:.1f} GiB"))
+    if job.engines and not job.gpu.is_cpu and job.rollout.gpu_memory_utilization * job.gpu.memory_bytes > free_for_engine(job):
+        found.append(Problem(f"rollout.gpu_memory_utilization: {job.rollout.gpu_memory_utilization:g} of {job.gpu.name} is more "
+                             f"than the {free_for_engine(job) / GIB:.1f} GiB that a CUDA context and NCCL leave free when an "
+                             f"engine starts; lower it to at most {most_utilization(job):g}"))
     if job.shared and not job.colocated and len(uses) == 2 and not found:
         # an engine fills its share with its cache; where the cache's size is given vLLM still wants all of the share free
         trainer, engine = uses
@@ -155,6 +171,11 @@ def memory_problems(job: Job, uses: list[Use], cache: EngineCache | None) -> lis
                              f"response takes {job.config.max_model_tokens}; raise it to at least "
                              f"{least_cache_bytes(job, cache)}"))
     return found
+
+
+def most_utilization(job: Job) -> float:
+    """The largest rollout.gpu_memory_utilization, in hundredths, with which an engine starts on a GPU of its own."""
+    return 100 * free_for_engine(job) // job.gpu.memory_bytes / 100
 
 
 def least_cache_bytes(job: Job, cache: EngineCache) -> int:

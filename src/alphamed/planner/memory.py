@@ -75,7 +75,6 @@ def stage_use(job: Job, stage: int, row: Micro | None = None, rows: int | None =
     """A rank of one pipeline stage (its tensor rank 0 and data rank 0, which sends weights). `row`: the largest
     micro-batch, by default one at its token budget; `rows`: micro-batches of an update."""
     p = job.parallel
-    stages = parameters.stage_parameters(job.shape, p.tensor, p.pipeline, job.virtual)
     causes = static_bytes(job, stage)
     row = (row or fullest_row(job)).over(p.context)
     layers, head = _passing_bytes(job, stage, row, rows)
@@ -86,7 +85,7 @@ def stage_use(job: Job, stage: int, row: Micro | None = None, rows: int | None =
         # gloo reduces and scatters through a copy of the gradients, when the activations are gone
         causes["reduction copy"] = max(0, causes["gradients"] - layers - head)
     if not job.gpu.is_cpu:
-        biggest = max(held.elements for chunk in stages[stage] for held in chunk) * p.tensor * job.trainer_bytes
+        biggest = parameters.stage_size(job.shape, p.tensor, p.pipeline, job.virtual, stage).largest * p.tensor * job.trainer_bytes
         causes["sync buckets"] = _sending_bytes(job, biggest)
         causes["NCCL and CUDA"] = CONTEXT_BYTES + COMMUNICATOR_BYTES * _communicators(job)
     share = 1.0 if job.gpu.is_cpu else 1 - ALLOCATOR_SHARE
@@ -98,9 +97,9 @@ def stage_use(job: Job, stage: int, row: Micro | None = None, rows: int | None =
 def static_bytes(job: Job, stage: int) -> dict[str, int]:
     """What a rank of this stage holds all the time: weights, gradients, optimizer state, a resident reference."""
     p, width = job.parallel, job.trainer_bytes
-    chunks = parameters.stage_parameters(job.shape, p.tensor, p.pipeline, job.virtual)[stage]
-    flat = parameters.buffer_elements(chunks, p.replicas, p.distributed_optimizer)
-    count = parameters.count(chunks)
+    place = job.shape, p.tensor, p.pipeline, job.virtual, stage
+    size, flat = parameters.stage_size(*place), parameters.stage_buffer(*place, p.replicas, p.distributed_optimizer)
+    count = size.parameters
     owned = flat // p.replicas if p.distributed_optimizer else count
     # the distributed optimizer moves parameters into a flat buffer of the same layout as the gradients'
     found = {"weights": (flat if p.distributed_optimizer else count) * width, "gradients": flat * 4,
@@ -109,7 +108,7 @@ def static_bytes(job: Job, stage: int) -> dict[str, int]:
         found["reference"] = count * width
     if job.config.model.fp8:
         # Transformer Engine keeps each layer matrix twice in FP8, as it is and transposed, the policy's and the reference's
-        found["FP8 copies"] = 2 * parameters.linear_elements(chunks) * (1 + job.reference)
+        found["FP8 copies"] = 2 * size.linear * (1 + job.reference)
     return found
 
 
@@ -175,7 +174,7 @@ def _swapped_bytes(job: Job, stage: int, row: Micro, update: int) -> int:
     """A reference that is swapped in for its forward pass, when the policy keeps no activations: what it needs beyond
     `update`, the bytes that an update needs at that place."""
     s, p, width = job.shape, job.parallel, job.trainer_bytes
-    weights = parameters.count(parameters.stage_parameters(s, p.tensor, p.pipeline, job.virtual)[stage]) * width
+    weights = parameters.stage_size(s, p.tensor, p.pipeline, job.virtual, stage).parameters * width
     along = p.tensor if p.sequence else 1
     # a layer's forward pass: gate and up, their product, residual, its normalised copy; the output layer comes after it
     layer = row.tokens * (3 * s.ffn / p.tensor + 3 * s.hidden / along) * width
@@ -204,7 +203,7 @@ def engine_use(job: Job) -> Use | None:
     """A GPU of an engine. The KV cache takes what is left of its share; less than one full sequence does not fit."""
     if not job.engines:
         return None
-    causes = _engine_causes(job)
+    causes = engine_causes(job)
     cache = engine_cache(job)
     causes["KV cache"] = max(cache.bytes, cache.token_bytes * job.config.max_model_tokens)
     return Use("engine", f"each of {job.engines} engines of {job.rollout.tensor_parallel}", causes, _engine_limit(job))
@@ -213,10 +212,9 @@ def engine_use(job: Job) -> Use | None:
 def engine_cache(job: Job) -> EngineCache:
     """The KV cache of an engine, and how many sequences it holds."""
     s, r = job.shape, job.rollout
-    heads = max(1, s.kv_heads // r.tensor_parallel)             # fewer KV heads than ranks: each rank holds a copy
-    token = 2 * s.layers * heads * s.head_dim * job.engine_bytes
+    token = token_bytes(job)
     free = r.kv_cache_bytes // r.tensor_parallel if r.kv_cache_bytes else \
-        _engine_limit(job) - sum(_engine_causes(job).values())
+        _engine_limit(job) - sum(engine_causes(job).values())
     if job.gpu.is_cpu and not r.kv_cache_bytes:             # as rollout/spec.py chooses
         all_full = token * job.config.max_model_tokens * max(r.max_concurrent_requests, r.samples_per_question)
         free = min(all_full, int(job.gpu.memory_bytes * CPU_CACHE_SHARE) // (r.engines * r.tensor_parallel))
@@ -226,11 +224,22 @@ def engine_cache(job: Job) -> EngineCache:
                        max(r.max_concurrent_requests, r.samples_per_question))
 
 
+def token_bytes(job: Job) -> int:
+    """Keys and values of a token in an engine's cache, per GPU."""
+    heads = max(1, job.shape.kv_heads // job.rollout.tensor_parallel)   # fewer KV heads than ranks: each rank holds a copy
+    return 2 * job.shape.layers * heads * job.shape.head_dim * job.engine_bytes
+
+
+def free_for_engine(job: Job) -> int:
+    """Of an engine's GPU, what is free when vLLM asks for its share: a process has its context and communicators by then."""
+    return job.gpu.memory_bytes - CONTEXT_BYTES - COMMUNICATOR_BYTES * (1 + (job.rollout.tensor_parallel > 1))
+
+
 def _engine_limit(job: Job) -> int:
     return int(job.gpu.memory_bytes * (1.0 if job.gpu.is_cpu else job.rollout.gpu_memory_utilization))
 
 
-def _engine_causes(job: Job) -> dict[str, int]:
+def engine_causes(job: Job) -> dict[str, int]:
     s, r, width = job.shape, job.rollout, job.engine_bytes
     vocab = -(-s.vocab // 64) * 64                              # vLLM pads the vocabulary to a multiple of 64
     matrices = s.parameters - s.vocab * s.hidden * (1 if s.tied else 2)

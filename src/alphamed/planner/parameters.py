@@ -36,7 +36,7 @@ Chunks = tuple[tuple[Held, ...], ...]
 """What one rank holds, by model chunk."""
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def stage_parameters(shape: ModelShape, tensor: int, pipeline: int, virtual: int) -> tuple[Chunks, ...]:
     """[pipeline stage][model chunk] -> parameters, in the order of the forward pass, with layers numbered from 0 within the
     whole model. Every tensor and data rank of a stage holds the same shapes. The layers must divide."""
@@ -67,6 +67,28 @@ def buffer_elements(chunks: Chunks, data: int, distributed_optimizer: bool) -> i
             at += held.elements
         total += _up(at, math.lcm(data, ALIGN_BUCKET)) if distributed_optimizer else at
     return total
+
+
+@dataclass(frozen=True, slots=True)
+class StageSize:
+    """Elements that a rank of one stage holds: all, in the layers' matrices, in its largest parameter."""
+    parameters: int
+    linear: int
+    largest: int
+
+
+@lru_cache(maxsize=4096)
+def stage_size(shape: ModelShape, tensor: int, pipeline: int, virtual: int, stage: int) -> StageSize:
+    """The sums over `stage_parameters`, which a search over layouts asks for again and again."""
+    chunks = stage_parameters(shape, tensor, pipeline, virtual)[stage]
+    return StageSize(count(chunks), linear_elements(chunks), max(held.elements for chunk in chunks for held in chunk))
+
+
+@lru_cache(maxsize=4096)
+def stage_buffer(shape: ModelShape, tensor: int, pipeline: int, virtual: int, stage: int, data: int,
+                 distributed_optimizer: bool) -> int:
+    """`buffer_elements` of one stage."""
+    return buffer_elements(stage_parameters(shape, tensor, pipeline, virtual)[stage], data, distributed_optimizer)
 
 
 def layers_of(stage: int, chunk: int, layers: int, pipeline: int, virtual: int) -> range:

@@ -1,7 +1,7 @@
 """A plan: topology, memory, batch, time, problems and advice for a job, put together; and its JSON."""
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from alphamed.config import Config
@@ -9,10 +9,12 @@ from alphamed.config_choices import Device
 from alphamed.model import ModelShape
 from alphamed.planner import hardware, parameters
 from alphamed.planner.batch import Batch, batch_of
+from alphamed.planner.deadline import deadline_problems
+from alphamed.planner.evaluation import Evaluations, count_questions, evaluations
 from alphamed.planner.job import Job
 from alphamed.planner.legality import Problem, layout_problems, memory_problems
 from alphamed.planner.memory import EngineCache, Use, engine_cache, engine_use, trainer_use
-from alphamed.planner.mending import mended
+from alphamed.planner.search import mended
 from alphamed.planner.shapes import find_shape
 from alphamed.planner.time import StepTime, step_time
 from alphamed.planner.topology import Topology, place
@@ -40,6 +42,7 @@ class Assessment:
     engine: Use | None
     cache: EngineCache | None
     time: StepTime
+    evaluations: Evaluations | None
 
     @property
     def uses(self) -> list[Use]:
@@ -72,7 +75,8 @@ def job_of(config: Config, gpu: str | None = None, nodes: int | None = None, pro
         device = hardware.gpu(config.cluster.gpu) if gpu is None else hardware.gpu(gpu, "--gpu")
         per_node = config.cluster.gpus_per_node
     nodes = config.cluster.nodes if nodes is None else nodes
-    return Job(config, shape, device, per_node, nodes, prompt_tokens, response_tokens), source
+    return Job(config, shape, device, per_node, nodes, prompt_tokens, response_tokens,
+               evaluation_questions=count_questions(config)), source
 
 
 def job_here(config: Config, shape: ModelShape) -> Job:
@@ -81,10 +85,10 @@ def job_here(config: Config, shape: ModelShape) -> Job:
 
     if not wants_cuda(config):
         device, per_node = _this_machine(config)
-        return Job(config, shape, device, per_node)
+        return Job(config, shape, device, per_node, evaluation_questions=count_questions(config))
     memory = gpu_memory_bytes()
     device = hardware.with_memory(memory) if memory else hardware.gpu(config.cluster.gpu)
-    return Job(config, shape, device, config.cluster.gpus_per_node)
+    return Job(config, shape, device, config.cluster.gpus_per_node, evaluation_questions=count_questions(config))
 
 
 def _this_machine(config: Config) -> tuple[hardware.Gpu, int]:
@@ -101,14 +105,16 @@ def make_plan(job: Job, source: str = "", storage: float = STORAGE_BYTES_PER_S) 
     if problems:
         return Plan(job, source, tuple(mended(problems, job)), None, None)
     found = assess(job)
-    problems = memory_problems(job, found.uses, found.cache)
+    problems = memory_problems(job, found.uses, found.cache) + deadline_problems(job)
+    problems = [replace(problem, mend=()) for problem in problems]       # advice.py looks for one for all of them
     return Plan(job, source, tuple(problems), found, _checkpoint(job, found.time, storage))
 
 
 def assess(job: Job) -> Assessment:
     """Topology, memory and time of a legal layout."""
+    time = step_time(job)
     return Assessment(place(job), batch_of(job), trainer_use(job), engine_use(job),
-                      engine_cache(job) if job.engines else None, step_time(job))
+                      engine_cache(job) if job.engines else None, time, evaluations(job, time))
 
 
 def _checkpoint(job: Job, time: StepTime, storage: float) -> Checkpoint:
@@ -149,6 +155,8 @@ def to_json(plan: Plan, advice: list[Any]) -> dict[str, Any]:
         "bottleneck": bottleneck(plan),
         "advice": [{"overrides": list(one.overrides), "seconds": one.seconds, "saved": one.saved} for one in advice],
     }
+    if found.evaluations:
+        tree["evaluations"] = asdict(found.evaluations) | {"total": found.evaluations.total}
     if found.engine and found.cache:
         tree["engine"] = {"memory_bytes": dict(found.engine.causes), "total_bytes": found.engine.total,
                           "limit_bytes": found.engine.limit, "cache": asdict(found.cache)}
@@ -178,11 +186,12 @@ def tokens_rate(plan: Plan) -> float:
 
 
 def hours(plan: Plan) -> float:
-    """Of the run to its last step: steps and checkpoints, the last of them at the end; evaluations not counted."""
+    """Of the run to its last step: steps, checkpoints, the last of them at the end, and evaluations."""
     assert plan.checkpoint is not None
-    last, every = plan.job.config.run.last_step, plan.job.config.checkpoint.every
+    found, last, every = _found(plan), plan.job.config.run.last_step, plan.job.config.checkpoint.every
     saves = -(-last // (every or max(1, last)))
-    return (last * _found(plan).time.total + saves * plan.checkpoint.save_s) / 3600
+    evaluating = found.evaluations.total if found.evaluations else 0.0
+    return (last * found.time.total + saves * plan.checkpoint.save_s + evaluating) / 3600
 
 
 def steps_text(plan: Plan) -> str:

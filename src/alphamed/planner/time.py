@@ -15,12 +15,14 @@ from alphamed.planner import parameters
 from alphamed.planner.batch import Batch, batch_of
 from alphamed.planner.calibration import CPU, GPU, Efficiency
 from alphamed.planner.job import Job
-from alphamed.planner.memory import engine_cache, static_bytes
+from alphamed.planner.memory import engine_cache, static_bytes, token_bytes
 from alphamed.planner.topology import context_bytes
 
 GRID = 200
 """Points at which generation is integrated."""
-
+SIGNAL_SHARE, CHOSEN_SIGNAL_SHARE = 0.5, 0.6
+"""Groups whose rewards differ, of those graded, where dynamic sampling replaces the others: assumed, half of them; and where it
+chooses questions, what the simulation of tests/unit/test_refill.py gives (1.6 to 1.8 groups for each one kept)."""
 
 GLOO_BYTES_PER_S = 1e9
 """Of a push over gloo between processes with GPUs: assumed (benchmarks/weight_sync.py shows a third of it on two cores)."""
@@ -43,6 +45,11 @@ class StepTime:
         return self.logprobs + self.update
 
     @property
+    def waited(self) -> float:
+        """Of generation, what the trainer waits for: what a run measures as time/generate_s."""
+        return max(0.0, self.generate - self.training) if self.overlapped else self.generate
+
+    @property
     def total(self) -> float:
         together = max(self.generate, self.training) if self.overlapped else self.generate + self.training
         return together + self.sync + self.other + self.handover
@@ -52,9 +59,13 @@ class StepTime:
                 "other": self.other} | ({"handover": self.handover} if self.handover else {})
 
 
+def efficiency_of(job: Job) -> Efficiency:
+    return CPU if job.gpu.is_cpu else GPU
+
+
 def step_time(job: Job, efficiency: Efficiency | None = None) -> StepTime:
     """The expected step. `efficiency`: by default what was calibrated for the job's kind of device."""
-    e = efficiency or (CPU if job.gpu.is_cpu else GPU)
+    e = efficiency or efficiency_of(job)
     batch = batch_of(job)
     passes = job.logprob_passes * batch.updates
     return StepTime(
@@ -62,7 +73,7 @@ def step_time(job: Job, efficiency: Efficiency | None = None) -> StepTime:
         logprobs=passes * _pass_seconds(job, batch, e, backward=False) + _swap_seconds(job, e),
         update=batch.updates * (_pass_seconds(job, batch, e, backward=True) + _optimizer_seconds(job, batch, e)),
         sync=sync_seconds(job, e) if job.engines else 0.0, other=e.other_s,
-        handover=handover_seconds(job, e) if job.colocated else 0.0, overlapped=job.overlapped,
+        handover=handover_seconds(job, e) if job.colocated else 0.0, overlapped=job.overlaps,
         model_flops=3 * batch.updates * batch.rows * job.parallel.data * _model_flops(job, batch))
 
 
@@ -138,8 +149,7 @@ def _border_seconds(job: Job, batch: Batch, e: Efficiency) -> float:
 def _optimizer_seconds(job: Job, batch: Batch, e: Efficiency) -> float:
     """Reducing gradients over data ranks, gathering parameters, and Adam, which reads and writes its state once."""
     p = job.parallel
-    chunks = parameters.stage_parameters(job.shape, p.tensor, p.pipeline, job.virtual)[0]
-    count = parameters.count(chunks)
+    count = parameters.stage_size(job.shape, p.tensor, p.pipeline, job.virtual, 0).parameters
     owned = count / (p.replicas if p.distributed_optimizer else 1)
     adam = owned * 30 / (job.gpu.hbm * e.memory) + 2 * count * 4 / (job.gpu.hbm * e.memory)
     if p.replicas == 1:
@@ -157,8 +167,9 @@ def _swap_seconds(job: Job, e: Efficiency) -> float:
     p = job.parallel
     if not job.swapped_reference:
         return 0.0
-    stages = parameters.stage_parameters(job.shape, p.tensor, p.pipeline, job.virtual)
-    return max(parameters.count(stage) for stage in stages) * job.trainer_bytes / (job.gpu.host * e.link)
+    largest = max(parameters.stage_size(job.shape, p.tensor, p.pipeline, job.virtual, stage).parameters
+                  for stage in range(p.pipeline))
+    return largest * job.trainer_bytes / (job.gpu.host * e.link)
 
 
 def _peak(job: Job) -> float:
@@ -170,19 +181,53 @@ def _peak(job: Job) -> float:
 
 # ------------------------------------------------------------------------------------------------------------- engines
 def generate_seconds(job: Job, e: Efficiency) -> float:
-    """An engine's share of the samples, from its first prompt to its longest response.
+    """Of a step: its questions, and those that replace groups without signal.
 
-    Lengths end at a constant rate per token (their mean is the job's), cut at the limit, and the longest response of the
+    When generation and training take turns, each round of refills begins when the one before has ended. The longest of a few
+    responses does not reach the limit: of n exponential values the largest has the mean scale x (ln n + Euler's constant).
+    """
+    r = job.rollout
+    first, *refills = rounds(job)
+    seconds = batch_seconds(job, e, first, r.samples_per_question, r.max_response_tokens)
+    scale = decay_scale(job.mean_response, r.max_response_tokens)
+    for questions in refills:
+        longest = scale * (math.log(questions * r.samples_per_question) + 0.5772)
+        seconds += batch_seconds(job, e, questions, r.samples_per_question, min(longest, r.max_response_tokens))
+    return seconds
+
+
+def rounds(job: Job) -> list[int]:
+    """Questions asked in each round of a step's generation, expected. Ahead of the policy groups are replaced as they come, so
+    there is one round; otherwise as many as leave half a group or more to replace."""
+    sampling, wanted = job.config.dynamic_sampling, job.rollout.questions_per_step
+    share = CHOSEN_SIGNAL_SHARE if sampling.choose else SIGNAL_SHARE
+    if job.rollout.max_staleness:
+        return [math.ceil(wanted / max(share, 1 / (1 + sampling.refills)))]
+    missing = [wanted * (1 - share) ** number for number in range(1 + sampling.refills)]
+    return [math.ceil(questions) for questions in missing if questions >= 0.5]
+
+
+def wait_seconds(job: Job) -> float:
+    """The longest that a run waits for generation at once, which rollout.step_deadline_s bounds: a round; ahead of the policy
+    the whole of the first step, whose generation nothing overlaps."""
+    r = job.rollout
+    return batch_seconds(job, efficiency_of(job), rounds(job)[0], r.samples_per_question, r.max_response_tokens)
+
+
+def batch_seconds(job: Job, e: Efficiency, questions: int, samples: int, longest: float) -> float:
+    """An engine's share of `questions` with `samples` responses each, from its first prompt to its longest response.
+
+    Lengths end at a constant rate per token (their mean is the job's), cut at the limit, and the longest response of a
     step reaches the limit: of hundreds of samples one rambles on. Sequences that wait for a slot keep the engine full first.
     """
-    r, cache = job.rollout, engine_cache(job)
-    samples = math.ceil(r.questions_per_step / r.engines) * r.samples_per_question
-    running = max(1, min(samples, cache.wanted_sequences, cache.mean_sequences))
-    mean, longest = job.mean_response, r.max_response_tokens
+    cache = engine_cache(job)
+    mean = min(job.mean_response, longest)
+    total = math.ceil(questions / job.rollout.engines) * samples
+    running = max(1, min(total, cache.wanted_sequences, cache.mean_sequences))
     scale = decay_scale(mean, longest)
-    seconds = prefill_seconds(job, samples / r.samples_per_question, e)
+    seconds = prefill_seconds(job, total / samples, e)
     full_context = job.mean_prompt + mean / 2
-    seconds += (samples - running) * mean / running * decode_seconds(job, running, full_context, e)
+    seconds += (total - running) * mean / running * decode_seconds(job, running, full_context, e)
     step = longest / GRID
     for i in range(GRID):
         at = (i + 0.5) * step
@@ -207,8 +252,7 @@ def decode_seconds(job: Job, sequences: float, context: float, e: Efficiency) ->
     sequence) and computing, then what the tensor ranks and the host add."""
     s, t = job.shape, job.rollout.tensor_parallel
     active = s.parameters - (0 if s.tied else s.vocab * s.hidden)       # one row of the embedding is read
-    cache = engine_cache(job)
-    reading = active * job.engine_bytes / t + sequences * context * cache.token_bytes
+    reading = active * job.engine_bytes / t + sequences * context * token_bytes(job)
     flops = sequences * (2 * active + 4 * s.layers * s.heads * s.head_dim * context) / t
     waiting = e.decode_s + (2 * s.layers * e.reduce_s if t > 1 else 0.0)
     return max(reading / (job.gpu.hbm * e.memory), flops / (job.gpu.flops * e.matmul)) + waiting
@@ -225,9 +269,9 @@ def prefill_seconds(job: Job, prompts: float, e: Efficiency) -> float:
 def sync_seconds(job: Job, e: Efficiency) -> float:
     """Stages send at the same time; the one with most to send ends last. Shared memory (`ipc`) is taken to be as fast as NCCL:
     a bus copies several times faster than an engine loads."""
-    stages = parameters.stage_parameters(job.shape, 1, job.parallel.pipeline, job.virtual)
-    largest = max(parameters.count(stage) for stage in stages) * job.engine_bytes
-    return largest / (GLOO_BYTES_PER_S if job.sync_over_gloo else e.sync)
+    pipeline = job.parallel.pipeline
+    largest = max(parameters.stage_size(job.shape, 1, pipeline, job.virtual, stage).parameters for stage in range(pipeline))
+    return largest * job.engine_bytes / (GLOO_BYTES_PER_S if job.sync_over_gloo else e.sync)
 
 
 def handover_seconds(job: Job, e: Efficiency) -> float:

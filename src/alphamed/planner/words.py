@@ -42,7 +42,8 @@ def verdict(plan: Plan, advice: Sequence[Advice]) -> str:
         return "This layout is illegal."
     if advice:
         return "It does not fit."
-    within = "within these nodes" if plan.job.nodes else "on up to four times as many GPUs"
+    within = ("on this machine" if plan.job.gpu.is_cpu else "within these nodes" if plan.job.nodes
+              else "on up to four times as many GPUs")
     return f"It does not fit, and no settings that do were found {within}."
 
 
@@ -118,6 +119,13 @@ def _time(plan: Plan, found: Assessment) -> Iterator[str]:
            f"{PART_NAMES[bottleneck(plan)]}")
     yield (f"  {steps_text(plan)}: {hours(plan):.1f} h, {hours(plan) * plan.job.gpus:,.0f} "
            f"{'device' if plan.job.gpu.is_cpu else 'GPU'}-hours")
+    if found.evaluations:
+        e = found.evaluations
+        beside = f", those between steps add {e.beside:.0f} s" if e.between and e.beside < e.seconds else ""
+        yield (f"  {e.ends + e.between} evaluation{'s' * (e.ends + e.between != 1)} of {e.questions:,} questions, {e.seconds:.0f} "
+               f"s each{beside}: {e.total / 3600:.1f} h of these")
+    elif plan.job.config.evaluation.all_files and plan.job.engines and plan.job.evaluation_questions is None:
+        yield "  evaluations are not counted: their files are not here; set evaluation.questions, or plan where the files are"
     yield (f"  checkpoint {size(saved.bytes)}, {saved.save_s:.0f} s to save; preemption grace {saved.grace_s:.0f} s to end "
            f"the step and save, else up to {saved.at_risk_s:.0f} s of work are lost\n")
 

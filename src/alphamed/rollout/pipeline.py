@@ -19,19 +19,20 @@ if TYPE_CHECKING:
 
     from alphamed.cluster.control import Control
     from alphamed.rollout.coordinator import Coordinator, Progress
+    from alphamed.rollout.pace import Pace
 
 
 class LiveRollouts:
     """Rollouts sampled now, or ahead of the policy by at most rollout.max_staleness steps. `coordinator` is there on rank 0
-    and None elsewhere; `stream` is advanced on rank 0 only."""
+    and None elsewhere; `stream` is advanced on rank 0 only. `pace`, where there is one, sizes the steps."""
 
     def __init__(self, config: Config, stream: Stream, prompts: Prompts, coordinator: Coordinator | None, control: Control,
-                 on_progress: Callable[[Progress], None] | None = None):
+                 on_progress: Callable[[Progress], None] | None = None, pace: Pace | None = None):
         r = config.rollout
         chooser = Chooser(config.dynamic_sampling, stream, r.samples_per_question, r.questions_per_step, config.data.levels,
                           config.run.seed, earns_of(config.reward.name), Overlong.of(config))
         kind = Ahead if r.max_staleness else OnDemand
-        self._supply = kind(config, chooser, prompts, coordinator, on_progress)
+        self._supply = kind(config, chooser, prompts, coordinator, on_progress, pace)
         self._control = control
 
     def next(self, step: int) -> StepRollouts:

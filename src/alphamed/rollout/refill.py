@@ -33,6 +33,8 @@ class Tally:
     kept: int = 0                       # they teach, or are trained on because nothing is replaced
     dropped: int = 0                    # they teach nothing
     stale: int = 0                      # sampled with weights that are too old; found so when graded or later
+    stale_tokens: int = 0               # of the responses of these
+    stale_responses: int = 0
     bound_hit: bool = False             # the step went on with groups that teach nothing
     rewards: float = 0.0                # sum over the graded groups of their mean rewards
 
@@ -40,9 +42,25 @@ class Tally:
         """Count a group that was graded now."""
         self.graded += 1
         self.rewards += sum(scored.rewards) / len(scored.rewards)
-        self.stale += stale
+        if stale:
+            self.drop_stale(scored)
         self.kept += kept and not stale
         self.dropped += not (kept or stale)
+
+    def drop_stale(self, scored: ScoredGroup) -> None:
+        """Count a group that is too old to be trained on."""
+        self.stale += 1
+        self.stale_tokens += sum(len(rollout.response_token_ids) for rollout in scored.group.rollouts)
+        self.stale_responses += len(scored.group.rollouts)
+
+    def stale_metrics(self, trained: Sequence[ScoredGroup]) -> Mapping[str, float]:
+        """What was dropped as too old, beside the groups that the step trains on."""
+        tokens = sum(len(rollout.response_token_ids) for scored in trained for rollout in scored.group.rollouts)
+        found = {"staleness/dropped": float(self.stale), "staleness/dropped_share": self.stale / (self.stale + len(trained)),
+                 "staleness/dropped_tokens_share": self.stale_tokens / max(1, self.stale_tokens + tokens)}
+        if self.stale:
+            found["staleness/dropped_tokens_mean"] = self.stale_tokens / self.stale_responses
+        return found
 
     def metrics(self, passed_over: int) -> Mapping[str, float]:
         found = {"sampling/asked": self.asked, "sampling/kept": self.kept, "sampling/dropped": self.dropped,
@@ -52,6 +70,22 @@ class Tally:
         if self.kept:
             found["sampling/groups_per_kept"] = self.graded / self.kept
         return found
+
+
+def must_wait(step: int, limit: int, wanted: int, share: float, ready: Sequence[int], unfinished: Sequence[int]) -> bool:
+    """Whether a step that took its `wanted` groups now would leave unfinished ones that no later step can take in time.
+
+    A group is known by the step it was asked in, and must be trained on at most `limit` steps later. `ready`: of those that
+    can be taken, oldest first; `unfinished`: of those still awaited, of which `share` are expected to teach. For each age, the
+    groups at least that old must have room in the steps that may still take them.
+    """
+    left = ready[wanted:]
+    for asked in range(step - limit, step):
+        awaited = sum(one <= asked for one in unfinished)
+        room = wanted * (asked + limit - step)
+        if awaited and sum(one <= asked for one in left) + share * awaited > room:
+            return True
+    return False
 
 
 class Places:

@@ -11,17 +11,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from alphamed.config import Config
+from alphamed.config_choices import Stragglers
 from alphamed.observe.rollout_files import question_from_json, question_json
 from alphamed.records import Question, ScoredGroup
 from alphamed.reward.shaping import Overlong
 from alphamed.rollout.choice import Chooser
-from alphamed.rollout.refill import Places, Tally, teaches
+from alphamed.rollout.failures import Overdue
+from alphamed.rollout.refill import Places, Tally, must_wait, teaches
 from alphamed.rollout.tasks import Prompts, training_tasks
 
 if TYPE_CHECKING:
     from alphamed.rollout.coordinator import Arrivals, Coordinator, Progress
+    from alphamed.rollout.pace import Pace
 
 FEED = "rollouts"
+MOST_NAMED = 4
+"""Groups that an error names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +39,15 @@ class OnDemand:
     """Rounds of questions, each answered and graded before the next: the same questions give the same step."""
 
     def __init__(self, config: Config, chooser: Chooser, prompts: Prompts, coordinator: Coordinator,
-                 on_progress: Callable[[Progress], None] | None):
+                 on_progress: Callable[[Progress], None] | None, pace: Pace | None = None):
         self._config, self._chooser, self._prompts = config, chooser, prompts
-        self._coordinator, self._on_progress = coordinator, on_progress
+        self._coordinator, self._on_progress, self._pace = coordinator, on_progress, pace
 
     def gather(self, step: int) -> Gathered:
         """The groups of a step. Raises RunFailed naming what kept them from coming."""
         c = self._config
-        places = Places(c.rollout.questions_per_step, c.dynamic_sampling.refills, Overlong.of(c))
+        wanted = self._pace.questions(step) if self._pace else c.rollout.questions_per_step
+        places = Places(wanted, c.dynamic_sampling.refills, Overlong.of(c))
         passed_over, rounds = self._chooser.passed_over, []
         for missing in places.rounds():
             first = places.tally.asked - missing
@@ -53,6 +59,8 @@ class OnDemand:
         metrics = _metrics(rounds) | self._chooser.level_metrics()
         if c.dynamic_sampling.active:
             metrics |= places.tally.metrics(self._chooser.passed_over - passed_over)
+        if self._pace:
+            metrics["sampling/questions"] = float(wanted)
         return Gathered(places.groups, metrics)
 
     def state(self) -> dict[str, Any]:
@@ -72,20 +80,21 @@ class Ahead:
     """Groups made up to `max_staleness` steps before they are trained on.
 
     When a step begins, groups for it and the `max_staleness` steps after it are ready or asked for, counted by how many of
-    late taught something. The step takes those asked first that are ready; it does not wait for stragglers while others are.
-    A group whose weights are more than `max_staleness` pushes old is dropped. What was asked but not trained on is part of
-    the state, and is asked first after a resume.
+    late taught something. The step takes those asked first that are ready. With `rollout.stragglers: wait` it waits as long as
+    a group would become too old in the steps after it (`refill.must_wait`); with `drop` it does not while others are ready, and
+    a group whose weights are more than `max_staleness` pushes old is dropped and counted. What was asked but not trained on
+    is part of the state, and is asked first after a resume.
     """
 
     def __init__(self, config: Config, chooser: Chooser, prompts: Prompts, coordinator: Coordinator,
-                 on_progress: Callable[[Progress], None] | None):
+                 on_progress: Callable[[Progress], None] | None, pace: None = None):
         self._config, self._chooser, self._prompts = config, chooser, prompts
         self._coordinator, self._on_progress = coordinator, on_progress
         self._overlong = Overlong.of(config)
         self._asked: dict[str, Question] = {}               # by group id, in the order asked: not graded yet
         self._ready: dict[str, ScoredGroup] = {}            # graded, not trained on
         self._spare: dict[str, ScoredGroup] = {}            # of this step, teach nothing
-        self._order: dict[str, int] = {}                    # of all of these
+        self._order: dict[str, tuple[int, int]] = {}        # of all of these: the step it was asked in, a running number
         self._again: list[Question] = []                    # to be asked first, after a resume
         self._numbers = 0
         self._share = 1.0                                   # of the groups that teach, of late
@@ -101,9 +110,13 @@ class Ahead:
         if self._asked:
             tokens += self._receive(step, tally, left_s=self._config.rollout.step_deadline_s, wait=False)
         self._ask(step, tally)
-        while not self._enough(tally):
+        while not self._enough(step, tally):
             left_s = began + self._config.rollout.step_deadline_s - time.monotonic()
-            tokens += self._receive(step, tally, left_s, wait=True)
+            try:
+                tokens += self._receive(step, tally, left_s, wait=True)
+            except Overdue as error:                        # or the reward process hangs, which no setting helps
+                late = time.monotonic() - began >= self._config.rollout.step_deadline_s
+                raise self._named(step, error) if late else error from None
             self._ask(step, tally)
         groups = self._take(tally)
         elapsed, self._began = time.monotonic() - self._began, time.monotonic()
@@ -116,8 +129,8 @@ class Ahead:
         """Ask for as many groups as this step and those after it may still lack."""
         c = self._config
         steps = 1 + min(c.rollout.max_staleness, c.run.last_step - step)
-        share = max(self._share, 1 / (1 + c.dynamic_sampling.refills))
-        lacking = math.ceil((c.rollout.questions_per_step * steps - len(self._ready)) / share - len(self._asked))
+        wanted = c.rollout.questions_per_step * steps - len(self._ready)
+        lacking = math.ceil(wanted / self._teaching_share() - len(self._asked))
         if lacking <= 0:
             return
         questions, self._again = self._again[:lacking], self._again[lacking:]
@@ -127,7 +140,7 @@ class Ahead:
         tally.asked += len(tasks)
         for task in tasks:
             self._asked[task.group_id] = task.question
-            self._order[task.group_id] = self._numbers
+            self._order[task.group_id] = step, self._numbers
             self._numbers += 1
         self._coordinator.feed(FEED, tasks)
 
@@ -153,18 +166,32 @@ class Ahead:
         """Forget ready groups that a push has made too old."""
         limit = self._config.rollout.max_staleness
         for name in [name for name, scored in self._ready.items() if self._staleness(scored) > limit]:
-            del self._ready[name], self._order[name]
-            tally.stale += 1
+            tally.drop_stale(self._ready.pop(name))
+            del self._order[name]
 
     def _staleness(self, scored: ScoredGroup) -> int:
         return self._coordinator.version - min(rollout.policy_version for rollout in scored.group.rollouts)
 
-    def _enough(self, tally: Tally) -> bool:
-        wanted = self._config.rollout.questions_per_step
-        if len(self._ready) >= wanted:
-            return True
-        bound = self._config.dynamic_sampling.refills * wanted
-        return 0 < bound <= tally.dropped and len(self._ready) + len(self._spare) >= wanted
+    def _teaching_share(self) -> float:
+        """Of the groups under way, how many are expected to teach."""
+        return max(self._share, 1 / (1 + self._config.dynamic_sampling.refills))
+
+    def _enough(self, step: int, tally: Tally) -> bool:
+        r = self._config.rollout
+        bound = self._config.dynamic_sampling.refills * r.questions_per_step
+        bound_hit = 0 < bound <= tally.dropped and len(self._ready) + len(self._spare) >= r.questions_per_step
+        if len(self._ready) < r.questions_per_step and not bound_hit:
+            return False
+        return r.stragglers == Stragglers.DROP or not must_wait(
+            step, r.max_staleness, r.questions_per_step, self._teaching_share(),
+            sorted(self._order[name][0] for name in self._ready), [self._order[name][0] for name in self._asked])
+
+    def _named(self, step: int, error: Overdue) -> Overdue:
+        """The error of a step whose groups are overdue, with those that it waits for, the oldest first, and what helps."""
+        awaited = [f"{name} (asked in step {self._order[name][0]})" for name in list(self._asked)[:MOST_NAMED]]
+        more = f" and {len(self._asked) - MOST_NAMED} more" if len(self._asked) > MOST_NAMED else ""
+        return Overdue(error.culprit, f"{error.message}; step {step} waits for {', '.join(awaited)}{more}; raise "
+                       f"rollout.step_deadline_s or set rollout.stragglers=drop")
 
     def _take(self, tally: Tally) -> tuple[ScoredGroup, ...]:
         """The groups asked first, of those that teach; where the bound was hit others take the places left."""
@@ -192,7 +219,7 @@ class Ahead:
         ages = [self._staleness(scored) for scored in groups]
         found = {"time/generate_s": waited_s, "throughput/generated_tokens_per_s": tokens_per_s,
                  "staleness/mean": sum(ages) / len(ages), "staleness/max": float(max(ages)),
-                 "staleness/dropped": float(tally.stale)} | self._chooser.level_metrics()
+                 **tally.stale_metrics(groups)} | self._chooser.level_metrics()
         return found | tally.metrics(passed_over) if self._config.dynamic_sampling.active else found
 
     # -------------------------------------------------------------------------------------------------------------- resume

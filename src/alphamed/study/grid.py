@@ -107,7 +107,7 @@ def _plan(study: Study, grid: Grid, shared: Mapping[str, Any], axes: dict[str, A
     tree = copy.deepcopy(dict(shared))
     for key, value in axes.items():
         if key in grid.axes.settings:
-            put(tree, key, value)
+            put(tree, key, _with_folder(value, study.folder))
     for key, value in (CONTROLS[control] if control else {}).items():
         put(tree, key, value)
     built = None

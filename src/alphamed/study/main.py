@@ -5,6 +5,7 @@ import argparse
 import csv
 import io
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,18 +29,19 @@ Failures = dict[str, str]
 
 def main(options: argparse.Namespace) -> int:
     """0 where every run is finished, 1 where one is not, 128 + N where signal N stopped the study. Raises ConfigError and
-    DataError before anything is started."""
+    DataError before anything is started. With `--collect` nothing is, and a directory that is no run of this study is a run
+    that is missing."""
     study = load_study(options.file)
     runs = plan_runs(study)
     data.check_sources(study, runs)
     for name, signature in {(run.config.reward.name, run.config.reward.signature) for run in runs}:
         check_rule(name, signature)
-    states = {run.name: state_of(run) for run in runs}
+    states = {run.name: (found_state if options.collect else state_of)(run) for run in runs}
     print(*table(runs, states), sep="\n")
     if options.dry_run:
         return 0
     if options.collect:
-        return _collect(study, runs, {})
+        return _collect(study, options.file, runs, {})
     study.folder.mkdir(parents=True, exist_ok=True)
     lock = Lock(study.folder)
     lock.take()
@@ -64,7 +66,7 @@ def _carry_out(study: Study, runs: Sequence[PlannedRun], states: Mapping[str, St
             return 128 + ended.stopped_by
         if ended.why:
             failures[run.name] = ended.why
-    return _collect(study, runs, failures)
+    return _collect(study, options.file, runs, failures)
 
 
 # ----------------------------------------------------------------------------------------------------------------- table
@@ -119,8 +121,9 @@ def _write_scripts(study: Study, study_file: Path, left: Sequence[PlannedRun], c
 
 
 # --------------------------------------------------------------------------------------------------------------- results
-def _collect(study: Study, runs: Sequence[PlannedRun], failures: Failures) -> int:
-    """Write results.json and results.csv, have the finished runs compared, name what failed."""
+def _collect(study: Study, study_file: Path, runs: Sequence[PlannedRun], failures: Failures) -> int:
+    """Write results.json and results.csv, have the finished runs compared, name those that are missing and the command that
+    runs them."""
     states = {run.name: found_state(run) for run in runs}
     rows = [_result(run, states[run.name]) for run in runs]
     write_all({study.folder / "results.json": json_writer(rows), study.folder / "results.csv": text_writer(_csv(rows))})
@@ -129,12 +132,18 @@ def _collect(study: Study, runs: Sequence[PlannedRun], failures: Failures) -> in
     compared = _compare(study, finished) if finished else True
     missing = [run for run in runs if states[run.name].stand != Stand.FINISHED]
     for run in missing:
-        why = failures.get(run.name) or states[run.name].why or "has not been run to its end"
-        print(f"run {run.name} failed: {why}", file=sys.stderr)
-    if missing:
-        print(f"study {study.name}: {len(missing)} of {len(runs)} runs are not finished; the same command tries them again",
+        why = failures.get(run.name) or states[run.name].why
+        print(f"run {run.name} failed: {why}" if why else f"run {run.name} is not finished: {_progress(states[run.name])}",
               file=sys.stderr)
+    if missing:
+        again = shlex.join(["alphamed", "study", str(study_file)])
+        print(f"study {study.name}: {len(missing)} of {len(runs)} runs are not finished; `{again}` continues them here, "
+              f"`{again} --slurm` writes their scripts", file=sys.stderr)
     return 0 if compared and not missing else 1
+
+
+def _progress(state: State) -> str:
+    return f"{state.steps} steps so far" if state.stand == Stand.BROKEN else "it has not begun"
 
 
 def _compare(study: Study, finished: Sequence[PlannedRun]) -> bool:
@@ -150,7 +159,7 @@ def _result(run: PlannedRun, state: State) -> dict[str, Any]:
     """One run as a row: its axes, and the last scores of every evaluation set."""
     row: dict[str, Any] = {"run": run.name, "control": run.control and str(run.control), "stand": str(state.stand),
                            "steps": state.steps} | {f"axis:{name}": value for name, value in run.axes.items()}
-    scores = sorted((run.config.run_dir / "evaluations").glob("step_*.json"))
+    scores = sorted((run.config.run_dir / "evaluations").glob("step_*.json")) if state.usable else []
     for name, score in (read_scores(scores[-1]) if scores else {}).items():
         low, high = score.accuracy.interval
         row |= {f"{name}:n": score.n, f"{name}:accuracy": score.accuracy.value, f"{name}:low": low, f"{name}:high": high,

@@ -24,6 +24,8 @@ class State:
     """Done so far."""
     why: str = ""
     """What ended the last attempt, where that was a failure."""
+    usable: bool = True
+    """False where its directory is damaged, or holds a run with other settings."""
 
 
 def state_of(run: PlannedRun) -> State:
@@ -47,4 +49,4 @@ def found_state(run: PlannedRun) -> State:
     try:
         return state_of(run)
     except ConfigError as error:
-        return State(Stand.BROKEN, 0, str(error).removeprefix(f"run {run.name}: "))
+        return State(Stand.BROKEN, 0, str(error).removeprefix(f"run {run.name}: "), usable=False)
