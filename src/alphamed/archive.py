@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from alphamed.config import ConfigError
+from alphamed.errors import ConfigError
 
 MANIFEST = "manifest.json"
 FORMAT = 1

@@ -8,10 +8,11 @@ from typing import Any
 
 from alphamed import jsonl
 from alphamed.archive import write_archive
-from alphamed.config import Config, ConfigError
+from alphamed.config import Config
 from alphamed.config_file import dump_config
 from alphamed.data.attributes import ATTRIBUTES
 from alphamed.data.output import write_all
+from alphamed.errors import ConfigError
 from alphamed.evaluation.regrade import COMPARISON
 from alphamed.observe import provenance
 from alphamed.observe.directory import config_of_run, finished_step

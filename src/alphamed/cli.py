@@ -16,9 +16,12 @@ try:
     import signal
     from collections.abc import Callable, Sequence
     from pathlib import Path
-    from typing import NoReturn
+    from typing import TYPE_CHECKING, NoReturn
 except KeyboardInterrupt:                       # everything else is imported where `main` answers to it
     sys.exit(130)
+
+if TYPE_CHECKING:
+    from alphamed.config import Config
 
 EXIT_USER_ERROR = 2
 NAME_CHARS = 100
@@ -29,7 +32,7 @@ class _Parser(argparse.ArgumentParser):
     """Wrong arguments are one line, like every other mistake."""
 
     def error(self, message: str) -> NoReturn:
-        from alphamed.config import ConfigError
+        from alphamed.errors import ConfigError
 
         raise ConfigError(f"{message}; see `{self.prog} --help`")
 
@@ -69,9 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     """Run one verb; its mistakes become one line and an exit code."""
     from alphamed import streams
-    from alphamed.cluster.failure import RunFailed
-    from alphamed.config import ConfigError
-    from alphamed.data.sources import DataError
+    from alphamed.errors import ConfigError, DataError, RunFailed
 
     _find_user_code()
     try:
@@ -229,7 +230,7 @@ def _add_reading(verb: Verb) -> None:
 def _train(options: argparse.Namespace) -> int:
     from alphamed.cluster import launch
     from alphamed.config_file import load_config
-    from alphamed.preflight import validate
+    from alphamed.lab.hooks import validate
 
     config = load_config(options.config, options.overrides)
     checked = validate(config)
@@ -260,7 +261,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _launch(options: argparse.Namespace) -> int:
     from alphamed.cluster import launch
-    from alphamed.config import ConfigError
+    from alphamed.errors import ConfigError
 
     if options.script:
         launch.refuse_sbatch(options.script, os.environ)
@@ -272,18 +273,19 @@ def _launch(options: argparse.Namespace) -> int:
         return _train(options)
     from alphamed.cluster import nodes
     from alphamed.config_file import load_config
+    from alphamed.lab.hooks import validate
 
     named = nodes.named(options.nodes, options.node_rank)
-    return nodes.run(load_config(options.config, options.overrides), named, options.node_rank)
+    return nodes.run(load_config(options.config, options.overrides), named, options.node_rank, validate)
 
 
 def _worker(options: argparse.Namespace) -> int:
     from alphamed.cluster import launch, worker
-    from alphamed.config import ConfigError
     from alphamed.config_file import load_config
+    from alphamed.errors import ConfigError
 
     if options.config:
-        return worker.run_worker(load_config(options.config, options.overrides), supervised=True)
+        return worker.run_worker(load_config(options.config, options.overrides), _train_here, None)
     if options.script is None:
         raise ConfigError("worker: neither --script nor --config is given")
     try:
@@ -292,7 +294,17 @@ def _worker(options: argparse.Namespace) -> int:
         if os.environ.get("RANK", "0") == "0":
             raise
         return EXIT_USER_ERROR                  # rank 0 says it
-    return worker.run_worker(config, supervised=False)
+    from alphamed.lab.hooks import validate
+
+    return worker.run_worker(config, _train_here, validate)
+
+
+def _train_here(config: Config) -> None:
+    """The loop on this rank: torch is imported when its output goes to the rank's log."""
+    from alphamed import train
+    from alphamed.lab.hooks import HOOKS
+
+    train.main(config, HOOKS)
 
 
 def _eval(options: argparse.Namespace) -> int:
@@ -309,9 +321,10 @@ def _study(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     from alphamed import export
+    from alphamed.lab import hooks
 
     default = options.run_dir / ("hf-best" if options.best else "hf")
-    return export.main(options.run_dir, options.out or default, options.best)
+    return export.main(options.run_dir, options.out or default, options.best, hooks.model_card)
 
 
 def _model(options: argparse.Namespace) -> int:
@@ -347,9 +360,14 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _replay(options: argparse.Namespace) -> int:
+    if options.only == "update":
+        from alphamed import rerun
+        from alphamed.lab.hooks import validate
+
+        return rerun.main(options.run_dir, options.step, options.overrides, validate)
     from alphamed import replay
 
-    return replay.main(options.run_dir, options.step, options.only, options.overrides)
+    return replay.main(options.run_dir, options.step, options.overrides)
 
 
 def _bundle(options: argparse.Namespace) -> int:

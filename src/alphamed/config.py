@@ -11,18 +11,38 @@ from typing import Self
 
 from pydantic import model_validator
 
-from alphamed.config_choices import (Correction, Device, Dtype, KlEstimator, OldLogprobs, ReferencePlace, RewardSignature,
-                                     SyncMode, Transport)
-from alphamed.config_sections import (AlgorithmConfig, CheckpointConfig, ClusterConfig, DataConfig, DynamicSamplingConfig,
-                                      EvaluationConfig, LoggingConfig, MAX_GPUS, ModelConfig, OptimizerConfig,
-                                      ParallelConfig, PromptConfig, RewardConfig, RolloutConfig, RunConfig, Section,
-                                      SyncConfig)
+from alphamed.config_choices import (
+    Correction,
+    Device,
+    Dtype,
+    KlEstimator,
+    OldLogprobs,
+    ReferencePlace,
+    RewardSignature,
+    SyncMode,
+    Transport,
+)
+from alphamed.config_sections import (
+    MAX_GPUS,
+    AlgorithmConfig,
+    CheckpointConfig,
+    ClusterConfig,
+    DataConfig,
+    DynamicSamplingConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PromptConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    Section,
+    SyncConfig,
+)
 from alphamed.reward.extraction import extract_answer
 from alphamed.reward.thinking import AUTO, THINK_END, Thinking
-
-
-class ConfigError(ValueError):
-    """A mistake in a configuration: one line naming field, value and mend."""
 
 
 class Config(Section):

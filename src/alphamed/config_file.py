@@ -9,7 +9,8 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from alphamed.config import Config, ConfigError
+from alphamed.config import Config
+from alphamed.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
 MAX_NODES = 1_000_000

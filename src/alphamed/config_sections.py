@@ -9,9 +9,30 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from alphamed.config_choices import (Advantage, Aggregation, AnswerKeys, BadRows, Correction, Device, Dtype, KlEstimator,
-                                     LevelsFrom, Loss, OldLogprobs, OnPush, PromptTemplate, Recompute, ReferencePlace,
-                                     RewardSignature, Schedule, Stragglers, SyncMode, Transport, TruncatedReward, WandbMode)
+from alphamed.config_choices import (
+    Advantage,
+    Aggregation,
+    AnswerKeys,
+    BadRows,
+    Correction,
+    Device,
+    Dtype,
+    KlEstimator,
+    LevelsFrom,
+    Loss,
+    OldLogprobs,
+    OnPush,
+    PromptTemplate,
+    Recompute,
+    ReferencePlace,
+    RewardSignature,
+    Schedule,
+    Stragglers,
+    SyncMode,
+    Transport,
+    TruncatedReward,
+    WandbMode,
+)
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]

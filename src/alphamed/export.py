@@ -6,20 +6,21 @@ exported its model already, all ranks together.)
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from alphamed.cluster.environment import enter, without_torchrun
-from alphamed.config import ConfigError
+from alphamed.config import Config
 from alphamed.config_sections import ParallelConfig
+from alphamed.errors import ConfigError
 
 
-def main(run_dir: Path, out: Path, best: bool = False) -> int:
-    """Write the model to `out` (replaced if it exists) and print where it lies; with `best` that of the checkpoint that did
-    best on the development set. Raises ConfigError for a folder that is no run, or one without such a checkpoint."""
+def main(run_dir: Path, out: Path, best: bool, write_card: Callable[[Path, Config, Path, int], None]) -> int:
+    """Write the model to `out` (replaced if it exists) and print where it is; with `best` that of the checkpoint that did
+    best on the development set. `write_card(run_dir, config, out, step)` writes its card. Raises ConfigError for a folder that is no run, or one without such a checkpoint."""
     from alphamed.megatron import checkpoint_folder
     from alphamed.model import read_shape, resolve
     from alphamed.observe.directory import config_of_run
-    from alphamed.observe.model_card import write_card
 
     config = config_of_run(run_dir)
     last = (checkpoint_folder.best if best else checkpoint_folder.latest)(run_dir / "checkpoints")

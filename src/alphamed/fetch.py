@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from alphamed.cluster.hardware import cores
-from alphamed.config import ConfigError
+from alphamed.errors import ConfigError
 
 PYPI_NAME = re.compile(r"pypi:(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.+!_-]+)")
 HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alphamed.config import ConfigError
 from alphamed.config_sections import ParallelConfig, RolloutConfig
+from alphamed.errors import ConfigError
 from alphamed.model_keys import changing, unknown_keys
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alphamed.config import Config, ConfigError
+from alphamed.config import Config
 from alphamed.config_choices import Device
 from alphamed.data.mcq import RowProblem
+from alphamed.data.overlap import refuse_overlap
 from alphamed.data.sources import load_questions
-from alphamed.data.text import normalised, option_set
+from alphamed.errors import ConfigError
 from alphamed.model import ModelShape, check_context, check_layout, resolve
 from alphamed.model_folder import ModelFolder, check_model_folder
 from alphamed.observe.directory import MODEL_PLACE, check_resume, check_same_model
@@ -46,8 +47,9 @@ class Checked:
         return self.model.shape
 
 
-def validate(config: Config) -> Checked:
-    """Check a run before it starts. A model that has to be fetched is fetched."""
+def validate(config: Config, check_plan: Callable[[Config, ModelShape], None]) -> Checked:
+    """Check a run before it starts. A model that has to be fetched is fetched. `check_plan` raises ConfigError for what
+    cannot fit (`lab.hooks.refuse_unfit`)."""
     changed = _check_run_dir(config)
     _check_hardware(config)
     check_name(config.reward.name)
@@ -64,7 +66,7 @@ def validate(config: Config) -> Checked:
     _check_names(config, folder)
     check_same_model(config.run_dir, folder)
     model = _check_model(config, folder)
-    _check_plan(config, model.shape)
+    check_plan(config, model.shape)
     # every prompt once: one that is too long, or holds an id that the model has not, shows now and not at step 40
     model.prompts.require_lengths([*training.questions, *(q for file in evaluation for q in file.questions)])
     paths = (*config.data.train, *config.evaluation.all_files)
@@ -94,21 +96,6 @@ def _asked(config: Config, files: Sequence[Sequence[Question]]) -> int:
     except ConfigError as error:
         raise ConfigError(f"evaluation.decisions: {error}") from None
     return sum(counts) if wanted.before or wanted.after or wanted.every else 0
-
-
-def refuse_overlap(training: Sequence[Question], evaluation: Sequence[Question]) -> None:
-    """Refuse questions that are the same but for case, punctuation and letters; reworded ones are `alphamed data
-    decontaminate`'s to find."""
-    trained = {_content(question): question.id for question in training}
-    both = [question for question in evaluation if _content(question) in trained]
-    if both:
-        raise ConfigError(f"evaluation.files: {len(both)} of {len(evaluation)} questions are in data.train too (the first: "
-                          f"{both[0].id} is {trained[_content(both[0])]}); take them out of data.train with `alphamed data "
-                          f"decontaminate`, or set evaluation.allow_overlap=true")
-
-
-def _content(question: Question) -> tuple[str, str, tuple[str, ...]]:
-    return normalised(question.question), normalised(question.context or ""), option_set(question.options)
 
 
 def _check_run_dir(config: Config) -> dict[str, tuple[Any, Any]]:
@@ -143,8 +130,8 @@ def _check_place(folder: Path) -> None:
 
 def _check_replay(config: Config, run_dir: Path) -> None:
     """Whether the rollouts to train on reach to the last step, and come from settings like these."""
+    from alphamed.observe.recorded_settings import require_recorded
     from alphamed.observe.rollout_files import recorded_steps
-    from alphamed.replay import require_recorded
 
     last_step = config.run.last_step
     if not (run_dir / "rollouts").is_dir():
@@ -186,20 +173,6 @@ def _check_model(config: Config, folder: Path) -> ModelFolder:
             engine_specs(config, folder, shape, eos_ids=())
 
     return check_model_folder(folder, config, fits)
-
-
-def _check_plan(config: Config, shape: ModelShape) -> None:
-    """Refuse what can not fit into memory, with the GPUs that are here in place of those that the configuration names."""
-    from alphamed.planner.advice import mends
-    from alphamed.planner.plan import job_here, make_plan
-
-    if config.cluster.start_unfit:
-        return
-    plan = make_plan(job_here(config, shape))
-    if plan.problems:
-        near = next((f"; {' '.join(one.overrides)} would fit" for one in mends(plan)), "")
-        raise ConfigError(f"{plan.problems[0]}{near}; see `alphamed plan`, or set cluster.start_unfit=true to start all the "
-                          f"same")
 
 
 def _check_reward(config: Config, question: Question, thinking: Thinking) -> Mapping[str, float]:

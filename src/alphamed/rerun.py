@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from alphamed.config import Config, ConfigError
+from alphamed.config import Config
 from alphamed.config_file import build_config, load_config
+from alphamed.errors import ConfigError
 from alphamed.observe.metrics import read_rows
+from alphamed.observe.recorded_settings import require_recorded
 from alphamed.observe.rollout_files import rollout_path
-from alphamed.replay import require_recorded
 
 COMPARED = ("policy/loss", "policy/kl", "policy/entropy", "policy/clip_fraction", "policy/grad_norm", "policy/lr",
             "policy/logprob_diff_mean", "policy/logprob_diff_max")
@@ -22,11 +23,10 @@ RELATIVE, ABSOLUTE = 1e-4, 1e-6
 """Two runs of the same update differ by FP32 rounding only; other layouts stay within this."""
 
 
-def main(run_dir: Path, step: int, overrides: Sequence[str] = ()) -> int:
+def main(run_dir: Path, step: int, overrides: Sequence[str], validate: Callable[[Config], object]) -> int:
     """`alphamed replay RUN --step N --only update [key=value ...]`: train the step again and compare its numbers with the
     recorded ones. 0 where they agree, 1 where they differ."""
     from alphamed.cluster import launch
-    from alphamed.preflight import validate
 
     config = replay_config(run_dir, step, overrides)
     prepare(run_dir, step, config.run_dir)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -25,15 +25,13 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from alphamed.cluster.hardware import wants_cuda
 from alphamed.config import Config
 from alphamed.config_choices import WandbMode
-from alphamed.observe import looks
+from alphamed.observe import looks, provenance
 from alphamed.observe import metrics as names
-from alphamed.observe import provenance
 from alphamed.observe.directory import RunDirectory
 from alphamed.observe.dumps import SpikeWatch, dump_batch
 from alphamed.observe.rollout_files import rollout_path, write_rollouts
 from alphamed.observe.sinks import Console, JsonLines, Sink, Wandb
-from alphamed.planner.forecast import Forecast
-from alphamed.records import Batch, StepRollouts
+from alphamed.records import Batch, StepRollouts, TokenGroup
 
 if TYPE_CHECKING:
     from alphamed.evaluation.runner import Evaluation
@@ -51,6 +49,23 @@ class Control(Protocol):
     def everywhere(self, what: str, function: Callable[[], T]) -> T: ...
 
 
+class Forecast(Protocol):
+    def metrics(self, groups: Sequence[TokenGroup]) -> dict[str, float]:
+        """Predictions (`plan/...`) of a step of these groups."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What a run has done by others and could do without; `lab.hooks.HOOKS` are the program's own."""
+    forecast: Callable[[Config, Path], Forecast] | None = None
+    """Predicts each step, from the configuration and the folder of the initial model."""
+    report: Callable[[Config], list[str]] | None = None
+    """Reports on a finished run; returns lines for the console."""
+    model_card: Callable[[Path, Config, Path], None] | None = None
+    """Writes the card of a model exported from a run directory into the model's folder."""
+
+
 @dataclass(slots=True)
 class RunState:
     """What a checkpoint keeps besides weights, optimizer and random state; JSON-able through `asdict`."""
@@ -61,8 +76,9 @@ class RunState:
 
 
 class Run:
-    def __init__(self, config: Config, control: Control, directory: RunDirectory | None) -> None:
+    def __init__(self, config: Config, control: Control, directory: RunDirectory | None, hooks: Hooks = Hooks()) -> None:
         self.config = config
+        self._hooks = hooks
         self.control = control
         self.dir = config.run_dir
         self.checkpoints = self.dir / "checkpoints"
@@ -82,7 +98,7 @@ class Run:
         self._evaluation: Callable[[], Evaluation] | None = None        # on rank 0: waits for it
 
     @classmethod
-    def open(cls, config: Config, control: Control) -> Run:
+    def open(cls, config: Config, control: Control, hooks: Hooks = Hooks()) -> Run:
         """Make the run directory or take it up again. The clock of run.time_limit_s starts here.
 
         Raises ConfigError (through `control`, on all ranks) when the directory belongs to a run with another
@@ -90,7 +106,7 @@ class Run:
         """
         opened: list[RunDirectory] = []
         control.from_rank0("opening the run directory", lambda: opened.append(RunDirectory.open(config)))
-        return cls(config, control, opened[0] if opened else None)
+        return cls(config, control, opened[0] if opened else None, hooks)
 
     # ------------------------------------------------------------------------------------------------ start and resume
     def begin(self, saved: Mapping[str, Any] | None, model: Path | None = None) -> None:
@@ -103,7 +119,7 @@ class Run:
 
     def _prepare(self, model: Path | None) -> None:
         assert self._directory is not None
-        self._forecast = Forecast(self.config, model) if model else None
+        self._forecast = self._hooks.forecast(self.config, model) if model and self._hooks.forecast else None
         self._console = Console(self.config.run.last_step, self.deadline)
         recorded = self._directory.last_step()
         if recorded > self.state.step:
@@ -289,18 +305,13 @@ class Run:
             self._console.note(text)
 
     def finish(self) -> None:
-        """Close the logs, write report.html, say what was learnt, note that the run is finished."""
+        """Close the logs, have the run reported on, note that it is finished."""
         console = self._console
         self.close()
         self.control.from_rank0("the report", lambda: self._report(console))
 
     def _report(self, console: Console) -> None:
-        from alphamed.observe.report import write_report
-        from alphamed.observe.summary import summary
-
-        if self.config.logging.report:
-            write_report(self.dir)
-        for line in summary(self.dir):
+        for line in self._hooks.report(self.config) if self._hooks.report else ():
             console.note(line)
         assert self._directory is not None
         self._directory.set_finished(self.state.step)

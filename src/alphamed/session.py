@@ -15,7 +15,6 @@ from pathlib import Path
 
 from alphamed.cluster import placement
 from alphamed.cluster.control import Control
-from alphamed.cluster.failure import RunFailed
 from alphamed.config import Config
 from alphamed.config_choices import AnswerKeys
 from alphamed.data.controls import with_shuffled_keys
@@ -23,11 +22,11 @@ from alphamed.data.prompts import PromptBuilder
 from alphamed.data.sources import load_questions
 from alphamed.data.stream import QuestionStream
 from alphamed.data.tokenizer import Tokenizer, load_tokenizer
+from alphamed.errors import RunFailed
 from alphamed.evaluation.runner import Evaluation, asked_before, begin_evaluation, evaluate_within, load_sets, within
 from alphamed.megatron import checkpoint, checkpoint_folder, runtime
 from alphamed.megatron.policy import NoReference, Policy, Reference
 from alphamed.model import ModelShape, read_shape, resolve
-from alphamed.observe.model_card import write_card
 from alphamed.records import GenerationTask, ScoredGroup
 from alphamed.reward import process
 from alphamed.reward.thinking import Thinking
@@ -35,13 +34,12 @@ from alphamed.rollout.coordinator import Coordinator
 from alphamed.rollout.pace import Pace
 from alphamed.rollout.pipeline import LiveRollouts, ReplayedRollouts
 from alphamed.rollout.pool import EnginePool
-from alphamed.run import Run
+from alphamed.run import Hooks, Run
 from alphamed.weights.hf_io import load_hf
 from alphamed.weights.hf_save import save_hf
 from alphamed.weights.probe import TEXT, Probe
 from alphamed.weights.source import PolicySource
 from alphamed.weights.sync import WeightSync
-
 
 BeginEvaluation = Callable[[int, bool], Callable[[], Evaluation]]
 """`begin(policy_version, background)`; what it returns waits for the end."""
@@ -79,6 +77,7 @@ class Session:
     """The Hugging Face folder that training started from."""
     evaluation: BeginEvaluation | None
     """Evaluates the weights that the engines hold; on rank 0."""
+    hooks: Hooks
 
     def save_checkpoint(self, state: dict) -> None:
         checkpoint.save(self.run.checkpoints, self.policy, state, self.config.checkpoint.keep)
@@ -110,11 +109,13 @@ class Session:
         self.control.everywhere("exporting the model", lambda: save_hf(
             self.run.hf, self.folder, policy.model_chunks(), policy.shape, policy.layout, policy.tensor_group,
             policy.pipeline_group))
-        self.control.from_rank0("the model card", lambda: write_card(self.run.dir, self.config, self.run.hf))
+        if self.hooks.model_card is not None:
+            write_card = self.hooks.model_card
+            self.control.from_rank0("the model card", lambda: write_card(self.run.dir, self.config, self.run.hf))
 
 
 @contextlib.contextmanager
-def open_session(config: Config) -> Iterator[Session]:
+def open_session(config: Config, hooks: Hooks = Hooks()) -> Iterator[Session]:
     """Build this rank's parts, from the last checkpoint where there is one; end all of them on the way out."""
     with contextlib.ExitStack() as stack:
         here = runtime.start(config)
@@ -122,7 +123,7 @@ def open_session(config: Config) -> Iterator[Session]:
         print(here.layout, file=sys.stderr)                 # goes to the rank's log; `alphamed plan --simulate` reads it
         control = stack.enter_context(Control.open(here.cpu_group, config.run_dir, config.cluster.heartbeat_timeout_s,
                                                    longest_s=config.longest_wait_s))
-        run = Run.open(config, control)
+        run = Run.open(config, control, hooks)
         stack.callback(run.close)
         folder = control.from_rank0("finding the model", lambda: resolve(
             config.model.path, config.model.revision, config.model.cache))
@@ -139,7 +140,7 @@ def open_session(config: Config) -> Iterator[Session]:
         if run.state.cursor:
             control.from_rank0("the place in the questions", lambda: rollouts.load_state(run.state.cursor))
         yield Session(config, control, run, policy, reference, rollouts, _sync(config, policy, tokenizer, engines, control, run),
-                      folder, _evaluation(config, prompts, engines, control, run, pace))
+                      folder, _evaluation(config, prompts, engines, control, run, pace), hooks)
 
 
 # ------------------------------------------------------------------------------------------------------------------- parts

@@ -7,15 +7,17 @@ from __future__ import annotations
 from alphamed.batching import pack
 from alphamed.config import Config
 from alphamed.observe.timing import Timer
+from alphamed.run import Hooks
 from alphamed.session import open_session
 
 
-def main(config: Config) -> None:
-    """Train from where the run directory stands to its last step, then export, evaluate and report.
+def main(config: Config, hooks: Hooks = Hooks()) -> None:
+    """Train from where the run directory stands to its last step, then export, evaluate and report. `hooks`: what training could
+    do without, by default nothing.
 
     Raises RunFailed on every rank, naming who is to blame.
     """
-    with open_session(config) as session:
+    with open_session(config, hooks) as session:
         run, policy, rollouts, sync = session.run, session.policy, session.rollouts, session.sync
         sync.push()                                          # engines start from the policy, also after a resume
         run.evaluate(session.evaluate)

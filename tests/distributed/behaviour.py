@@ -9,12 +9,12 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 import oracle
+import torch
 import worker
-from alphamed.records import TokenGroup
 from tiny import tiny_hf
+
+from alphamed.records import TokenGroup
 
 
 def logits(folder: Path, data: oracle.Data) -> dict:

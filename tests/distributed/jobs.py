@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 import oracle
+import torch
 from tiny import tiny_hf
 from worker import Case
 

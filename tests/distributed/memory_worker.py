@@ -23,13 +23,13 @@ from typing import Self
 warnings.simplefilter("ignore")
 
 import torch
+from groups import leave_all_but_the_default
 
 from alphamed.batching import pack
 from alphamed.config_file import build_config
 from alphamed.megatron import runtime as runtimes
 from alphamed.model import shape_of
 from alphamed.records import TokenGroup
-from groups import leave_all_but_the_default
 
 
 def token_groups(vocab: int, count: int, prompt: int, samples: int, response: int) -> list[TokenGroup]:

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import tiny_hf
 
 from alphamed.config_sections import ParallelConfig
 from alphamed.model import read_shape
 from alphamed.weights.buckets import box_of
 from alphamed.weights.plan import Slice
 from alphamed.weights.routes import holders
-from tiny import tiny_hf
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy
 import torch
 import torch.distributed as dist
+from groups import leave_all_but_the_default
 
 from alphamed.records import TokenGroup
-from groups import leave_all_but_the_default
 
 
 def token_groups(vocab: int) -> list[TokenGroup]:

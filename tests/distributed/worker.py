@@ -13,15 +13,15 @@ from pathlib import Path
 
 warnings.simplefilter("ignore")
 
+import oracle
 import torch
 import torch.distributed as dist
+from groups import leave_all_but_the_default
 
-import oracle
 from alphamed.batching import attach, pack
 from alphamed.config_file import build_config
 from alphamed.megatron import runtime as runtimes
 from alphamed.model import read_shape
-from groups import leave_all_but_the_default
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from alphamed.cluster.control import Control
 from alphamed.config import Config
-from alphamed.config_sections import ParallelConfig
 from alphamed.config_file import build_config
+from alphamed.config_sections import ParallelConfig
 from alphamed.model import read_shape
 from alphamed.records import GenerationTask, Question, Sampling
 from alphamed.rollout import pool as pool_module

@@ -7,8 +7,19 @@ import sys
 from collections import Counter
 
 import pytest
-from engines import (DEADLINE_S, ModelSource, config, generate, largest_difference, load, logprobs, start_engines, sync_of,
-                     task, tiny)
+from engines import (
+    DEADLINE_S,
+    ModelSource,
+    config,
+    generate,
+    largest_difference,
+    load,
+    logprobs,
+    start_engines,
+    sync_of,
+    task,
+    tiny,
+)
 from tiny_reader import PROMPT, tiny_reader, unknown_questions
 
 from alphamed.observe.files import read_json_lines

@@ -4,8 +4,24 @@ import signal
 from dataclasses import replace
 
 import pytest
-from engines import (EOS, QUESTION, TEXT, ModelSource, assert_said_alike, config, generate, largest_difference,
-                     load, logprobs, said, score, start_pool, sync_of, task, tiny)
+from engines import (
+    EOS,
+    QUESTION,
+    TEXT,
+    ModelSource,
+    assert_said_alike,
+    config,
+    generate,
+    largest_difference,
+    load,
+    logprobs,
+    said,
+    score,
+    start_pool,
+    sync_of,
+    task,
+    tiny,
+)
 
 from alphamed.records import FinishReason, GenerationTask, Sampling
 from alphamed.reward import process
@@ -115,7 +131,7 @@ def test_the_coordinator_gives_groups_in_the_order_of_tasks(coordinator):
 
 
 def test_a_prompt_that_is_too_long_is_refused_by_name(coordinator):
-    from alphamed.cluster.failure import RunFailed
+    from alphamed.errors import RunFailed
 
     long = GenerationTask("long", QUESTION, TEXT * 3, Sampling(1, 0.0, 1.0, -1, 8))
     with pytest.raises(RunFailed, match="engine 0 .*sampling long failed"):
@@ -162,7 +178,7 @@ def test_the_death_of_enginecore_is_noticed_and_named(pool, engine, coordinator)
 @pytest.mark.matrix
 def test_an_engine_that_can_not_start_says_why(ray_session, folder):
     """vLLM finds the cache too small in its own process, and would only point to a log."""
-    from alphamed.cluster.failure import RunFailed
+    from alphamed.errors import RunFailed
 
     with pytest.raises(RunFailed, match=r"engine 0.*vLLM did not start: ValueError: No available memory for the cache blocks"):
         start_pool(config(kv_cache_bytes=4096), folder)

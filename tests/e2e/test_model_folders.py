@@ -3,8 +3,8 @@ import pytest
 from engines import EOS, config, generate, task, tiny
 from safetensors.torch import load_file, save_file
 
-from alphamed.cluster.failure import RunFailed
 from alphamed.data.tokenizer import load_tokenizer
+from alphamed.errors import RunFailed
 from alphamed.model import read_shape
 from alphamed.records import FinishReason
 from alphamed.rollout.pool import EnginePool

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import sealed
 from tiny_run import DEADLINE_S, Workplace, clean_temporary, metrics
 
-import sealed
 from alphamed.observe.metrics import METRICS
 
 ATTEMPTS = """

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from waiting import until
 
-from alphamed.cluster.failure import RunFailed
 from alphamed.config_file import build_config
+from alphamed.errors import RunFailed
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup
 from alphamed.reward import process
 from alphamed.reward.grader import GraderDied

@@ -8,10 +8,25 @@ import signal
 
 import pytest
 import torch
-from engines import (TEXT, ModelSource, assert_said_alike, config, generate, largest_difference, load, logprobs, said, score,
-                     start_engines, start_pool, sync_of, task, tiny)
+from engines import (
+    TEXT,
+    ModelSource,
+    assert_said_alike,
+    config,
+    generate,
+    largest_difference,
+    load,
+    logprobs,
+    said,
+    score,
+    start_engines,
+    start_pool,
+    sync_of,
+    task,
+    tiny,
+)
 
-from alphamed.cluster.failure import RunFailed
+from alphamed.errors import RunFailed
 from alphamed.rollout.failures import ActorDied, EngineDied
 
 pytestmark = pytest.mark.slow

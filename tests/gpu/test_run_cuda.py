@@ -5,7 +5,6 @@ Over gloo in any case, and over NCCL where it lets two members use one GPU (2.30
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 from pathlib import Path
 

@@ -3,8 +3,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from alphamed.cluster.failure import RunFailed
 from alphamed.config_file import build_config
+from alphamed.errors import RunFailed
 from alphamed.evaluation.answers import engine_tree, stream
 
 

@@ -15,8 +15,8 @@ import pytest
 from alphamed import archive, reproduce
 from alphamed.archive import MANIFEST, read_archive, write_archive
 from alphamed.cli import main
-from alphamed.config import ConfigError
 from alphamed.config_file import build_config, dump_config, load_config, load_tree
+from alphamed.errors import ConfigError
 from alphamed.observe import provenance
 
 SECRET = "Which vitamin prevents scurvy?"

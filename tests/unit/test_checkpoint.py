@@ -5,8 +5,7 @@ from collections import namedtuple
 
 import pytest
 
-from alphamed.megatron.checkpoint_folder import (CheckpointError, begin, complete, folder_of, latest, publish,
-                                                 read_manifest)
+from alphamed.megatron.checkpoint_folder import CheckpointError, begin, complete, folder_of, latest, publish, read_manifest
 
 
 def write(directory, step, keep=2):

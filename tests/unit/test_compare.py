@@ -9,8 +9,8 @@ import pytest
 from test_report import Page, evaluate, graded
 
 from alphamed import cli
-from alphamed.config import ConfigError
 from alphamed.config_file import build_config, dump_tree
+from alphamed.errors import ConfigError
 from alphamed.evaluation.compare import answered, holm, pair, read_answered
 from alphamed.evaluation.paired import mcnemar, split_gain
 from alphamed.observe import provenance

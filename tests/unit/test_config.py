@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from alphamed.config import ConfigError
 from alphamed.config_choices import Dtype, WandbMode
 from alphamed.config_file import build_config, changed_config, dump_config, load_config, validated
 from alphamed.config_sections import ParallelConfig
+from alphamed.errors import ConfigError
 
 SMALL = {"model": {"path": "m"}, "data": {"train": ["a.jsonl"]}}
 

@@ -259,8 +259,8 @@ def test_a_worker_killed_later_by_the_agent_is_not_the_first():
 
 
 def test_a_death_by_signal_outranks_what_others_recorded(tmp_path):
-    failure.record(tmp_path, failure.RunFailed("rank 0 (pid 5)", "Connection closed by peer"))
-    failure.record(tmp_path, failure.RunFailed("rank 2 (pid 7)", "came second"))
+    failure.record(tmp_path, RunFailed("rank 0 (pid 5)", "Connection closed by peer"))
+    failure.record(tmp_path, RunFailed("rank 2 (pid 7)", "came second"))
     assert str(failure.verdict(tmp_path, 1)) == "rank 0 (pid 5): Connection closed by peer"
     failure.write_workers(tmp_path / failure.WORKERS_FILE, [failure.DeadWorker(1, 6, -9, 50.0),
                                                             failure.DeadWorker(0, 5, 1, 50.0)])
@@ -273,8 +273,7 @@ def test_an_agent_that_died_alone_is_named_with_what_ended_it(tmp_path):
 
 
 def test_mistakes_in_configuration_and_data_are_the_users():
-    from alphamed.config import ConfigError
-    from alphamed.data.sources import DataError
+    from alphamed.errors import ConfigError, DataError
 
     for error in (ConfigError("run.seed: 3 ..."), DataError("train.jsonl: ...")):
         assert failure.of_exception(error, "rank 0").user_error

@@ -3,9 +3,9 @@ from collections import Counter
 
 import pytest
 
-from alphamed.config import ConfigError
 from alphamed.config_file import build_config
 from alphamed.data.controls import with_shuffled_keys
+from alphamed.errors import ConfigError
 from alphamed.records import Question
 
 SMALL = {"model": {"path": "m"}, "data": {"train": ["t.jsonl"]}}

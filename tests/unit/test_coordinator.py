@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from alphamed.cluster.failure import RunFailed
+from alphamed.errors import RunFailed
 from alphamed.records import FinishReason, GenerationTask, Outcome, Question, Rollout, RolloutGroup, Sampling, ScoredGroup
 from alphamed.rollout.coordinator import RolloutCoordinator
 from alphamed.rollout.failures import EngineDied, Overdue

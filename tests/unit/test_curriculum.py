@@ -4,10 +4,10 @@ from collections import Counter
 
 import pytest
 
-from alphamed.config import ConfigError
 from alphamed.config_file import build_config
 from alphamed.config_sections import DynamicSamplingConfig, LevelsConfig
 from alphamed.data.stream import QuestionStream
+from alphamed.errors import ConfigError
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
 from alphamed.rollout.choice import Chooser
 from alphamed.rollout.curriculum import check_levels, level_chances, weights_at

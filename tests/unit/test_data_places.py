@@ -6,8 +6,8 @@ import pytest
 from test_data_cli import files, here, row, write  # noqa: F401 (here: a fixture)
 
 from alphamed.cli import main
-from alphamed.config import ConfigError
 from alphamed.data.output import check_places
+from alphamed.errors import ConfigError
 
 BUILD = ["build", "--from", "a.jsonl", "--against", "bench.jsonl"]
 CLEAN = ["decontaminate", "--train", "a.jsonl", "--against", "bench.jsonl"]

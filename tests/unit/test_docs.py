@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from alphamed.cli import _parse
-from alphamed.config import Config, ConfigError
+from alphamed.config import Config
+from alphamed.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])

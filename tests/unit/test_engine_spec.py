@@ -6,10 +6,11 @@ import sys
 import pytest
 
 from alphamed.cluster.cgroup import Limits
-from alphamed.config import ConfigError
 from alphamed.config_file import build_config
+from alphamed.errors import ConfigError
+from alphamed.hashing import stable_hash
 from alphamed.model import ModelShape
-from alphamed.rollout.spec import engine_cores, engine_environment, engine_specs, stable_hash
+from alphamed.rollout.spec import engine_cores, engine_environment, engine_specs
 
 SHAPE = ModelShape(family="llama", layers=4, hidden=64, ffn=128, heads=4, kv_heads=2, head_dim=32, vocab=509, tied=False,
                    qkv_bias=False, qk_norm=False, norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, max_positions=2048)
@@ -112,7 +113,7 @@ def test_limited_cpu_time_means_fewer_threads_that_move_freely(four_cores, monke
 
 
 def test_the_hash_is_the_same_in_every_process():
-    code = "from alphamed.rollout.spec import stable_hash; print(stable_hash('run', 'q1', 0, 3))"
+    code = "from alphamed.hashing import stable_hash; print(stable_hash('run', 'q1', 0, 3))"
     runs = {subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, check=True, text=True,
                            capture_output=True, timeout=600).stdout.strip() for seed in ("1", "2")}
     # python3 -c "import hashlib; print(int(hashlib.sha256(b'run\x1fq1\x1f0\x1f3').hexdigest()[:16], 16) // 4)"

@@ -9,7 +9,7 @@ from waiting import LIMIT_S
 
 from alphamed import cli
 from alphamed.cluster.ledger import Lock
-from alphamed.config import ConfigError
+from alphamed.errors import ConfigError
 from alphamed.evaluation import answers, benchmarks
 
 

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from alphamed.fetch import convert_gguf
 from alphamed.model import read_shape
-from alphamed.weights.folder import check_weights
 from alphamed.planner.miniature import CHATML, SPECIAL
+from alphamed.weights.folder import check_weights
 
 HIDDEN, FFN, HEADS, KV_HEADS = 32, 64, 2, 1
 

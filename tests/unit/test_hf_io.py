@@ -7,15 +7,15 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import edit_config, tiny_hf
 
-from alphamed.config import ConfigError
+from alphamed.errors import ConfigError
 from alphamed.model import read_shape
 from alphamed.records import Layout
 from alphamed.weights.families import entries, shard_shape
 from alphamed.weights.folder import INDEX, SINGLE, check_weights
 from alphamed.weights.hf_io import hf_manifest, hf_tensors, load_hf
 from alphamed.weights.hf_save import save_hf
-from tiny import edit_config, tiny_hf
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 

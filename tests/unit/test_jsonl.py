@@ -8,12 +8,12 @@ import pytest
 
 from alphamed import jsonl
 from alphamed.cli import main
-from alphamed.config import ConfigError
 from alphamed.data.build import _annotations
 from alphamed.data.difficulty import content_of, read_work
 from alphamed.data.output import question_writer
-from alphamed.data.sources import DataError, load_questions
+from alphamed.data.sources import load_questions
 from alphamed.data.suspects import read_models
+from alphamed.errors import ConfigError, DataError
 from alphamed.evaluation.benchmarks import load_benchmark
 from alphamed.evaluation.command import _shots
 from alphamed.observe import looks

@@ -10,9 +10,10 @@ from alphamed.config_choices import BadRows
 from alphamed.data import adapters
 from alphamed.data.catalogue import SOURCES
 from alphamed.data.keys import AnswerForm, form_of
-from alphamed.data.mcq import DataError, Row, check_questions
+from alphamed.data.mcq import Row, check_questions
 from alphamed.data.reading import interpret
 from alphamed.data.sources import load_questions
+from alphamed.errors import DataError
 
 FOUR = ["Aortic", "Pulmonary", "Mitral", "Tricuspid"]
 

@@ -5,12 +5,12 @@ import json
 import pytest
 
 from alphamed.cli import main
-from alphamed.config_choices import BadRows
 from alphamed.data.keys import AnswerForm
 from alphamed.data.labels import without_labels
-from alphamed.data.mcq import DataError, Row, check_questions
+from alphamed.data.mcq import Row, check_questions
 from alphamed.data.reading import interpret
 from alphamed.data.sources import load_questions
+from alphamed.errors import DataError
 from alphamed.evaluation.benchmarks import load_benchmark
 
 

@@ -18,8 +18,9 @@ from alphamed.cluster.environment import enter, run_environment, without_torchru
 from alphamed.cluster.ledger import Ledger, Lock, run_id
 from alphamed.cluster.nodes import part_of
 from alphamed.cluster.variables import Start
-from alphamed.config import Config, ConfigError
+from alphamed.config import Config
 from alphamed.config_file import build_config, load_config
+from alphamed.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 
@@ -409,21 +410,24 @@ def started(monkeypatch):
     """What `nodes.run` begins on each node: checks, and the whole training of a single node."""
     found = []
     monkeypatch.setattr(nodes, "gpus_present", lambda: 8)
-    monkeypatch.setattr(nodes, "validate", lambda config: found.append("validate"))
     monkeypatch.setattr(nodes.launch, "train", lambda config: found.append("train") or 0)
     return found
 
 
 def test_a_run_on_one_node_is_checked_before_it_starts(started):
-    assert nodes.run(config(cluster={"device": "cuda"}), ["a"], 0) == 0
+    assert nodes.run(config(cluster={"device": "cuda"}), ["a"], 0, lambda config: started.append("validate")) == 0
     assert started == ["validate", "train"]
 
 
 def test_nodes_beyond_the_one_that_is_shared_stay_out(started, capsys):
     shared = config(cluster={"device": "cuda", "share_gpus": True}, parallel={"tensor": 8}, rollout={"engines": 8})
-    assert [nodes.run(shared, ["a", "b", "c"], rank) for rank in (1, 2)] == [0, 0]
+
+    def validate(config):
+        started.append("validate")
+
+    assert [nodes.run(shared, ["a", "b", "c"], rank, validate) for rank in (1, 2)] == [0, 0]
     assert started == [] and capsys.readouterr().err == "node b is not needed\nnode c is not needed\n"
-    assert nodes.run(shared, ["a", "b", "c"], 0) == 0 and started == ["validate", "train"]
+    assert nodes.run(shared, ["a", "b", "c"], 0, validate) == 0 and started == ["validate", "train"]
 
 
 def test_a_file_that_is_only_read_is_no_segment_of_the_run():

@@ -5,7 +5,7 @@ import pytest
 from test_report import evaluate, run_dir  # noqa: F401                run_dir is a fixture
 from test_run import STATS, Alone, config_of, rollouts_of
 
-from alphamed.config import ConfigError
+from alphamed.errors import ConfigError
 from alphamed.evaluation.runner import Evaluation, QuestionSet, SetResult
 from alphamed.evaluation.score import Score, Share
 from alphamed.megatron import checkpoint_folder as folders

@@ -8,8 +8,18 @@ import pytest
 import alphamed
 from alphamed.observe.dumps import MAX_SPIKE_DUMPS, SpikeWatch, dump_batch
 from alphamed.observe.metrics import METRICS, is_bare_box, rates, reduce_groups, undeclared
-from alphamed.records import (Batch, FinishReason, MicroBatch, MiniBatch, Outcome, Question, Rollout, RolloutGroup,
-                              ScoredGroup, Segment)
+from alphamed.records import (
+    Batch,
+    FinishReason,
+    MicroBatch,
+    MiniBatch,
+    Outcome,
+    Question,
+    Rollout,
+    RolloutGroup,
+    ScoredGroup,
+    Segment,
+)
 
 NAMES_OF_THE_ISSUE = """step policy_version reward/mean reward/correct reward/unparseable reward/truncated
     reward/effective_groups response/tokens_mean response/tokens_max policy/loss policy/kl policy/entropy

@@ -3,11 +3,11 @@ from collections import Counter
 
 import pytest
 
-from alphamed.config import ConfigError
 from alphamed.config_file import validated
-from alphamed.data.mixture import Item, balanced, drawn, filtered, largest_cap, length_words, mixed, relettered, shuffled
+from alphamed.data.describe import length_words
+from alphamed.data.mixture import Item, balanced, drawn, filtered, largest_cap, mixed, relettered, shuffled
 from alphamed.data.recipe import BalanceRecipe, BuildRecipe, FilterRecipe, QuotaRecipe, Short
-from alphamed.data.sources import DataError
+from alphamed.errors import ConfigError, DataError
 from alphamed.records import Question
 
 

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from alphamed.config import ConfigError
 from alphamed.config_sections import ParallelConfig, RolloutConfig
+from alphamed.errors import ConfigError
 from alphamed.model import RopeScaling, check_context, check_layout, read_shape, resolve, unread_keys
 
 LLAMA_31_8B = {    # as published, in transformers 4's spelling

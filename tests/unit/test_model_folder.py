@@ -7,8 +7,8 @@ from safetensors.torch import load_file, save_file
 from tiny import edit_config, tiny_hf
 
 from alphamed.cli import main
-from alphamed.config import ConfigError
 from alphamed.config_file import build_config
+from alphamed.errors import ConfigError
 from alphamed.evaluation import settings
 from alphamed.model_folder import check_model_folder, remarks_on
 from alphamed.observe import provenance

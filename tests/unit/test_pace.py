@@ -1,8 +1,8 @@
 """run.min_steps: how many questions a step asks where time is short. Every number by hand."""
 import pytest
 
-from alphamed.config import ConfigError
 from alphamed.config_file import build_config
+from alphamed.errors import ConfigError
 from alphamed.rollout.pace import Pace, step_questions
 
 

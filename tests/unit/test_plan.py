@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from alphamed.config import Config, ConfigError
+from alphamed.config import Config
 from alphamed.config_choices import Recompute
 from alphamed.config_file import build_config, changed_config, load_config
+from alphamed.errors import ConfigError
 from alphamed.planner import advice, published
 from alphamed.planner.batch import batch_of, in_flight
 from alphamed.planner.calibration import GPU

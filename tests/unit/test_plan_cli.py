@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from alphamed.cli import main
-from alphamed.config import ConfigError
 from alphamed.config_file import load_config
+from alphamed.errors import ConfigError
+from alphamed.lab.hooks import HOOKS, refuse_unfit
 from alphamed.planner import hardware
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +77,6 @@ def test_planning_imports_nothing_heavy(tmp_path):
 
 
 def test_the_launcher_refuses_what_can_not_fit_unless_told_to_go_on(tmp_path, monkeypatch):
-    from alphamed import preflight
     from alphamed.planner.shapes import published
 
     tree = yaml.safe_load(Path(RECIPE).read_text()) | {"cluster": {"device": "auto"}}
@@ -85,13 +85,13 @@ def test_the_launcher_refuses_what_can_not_fit_unless_told_to_go_on(tmp_path, mo
     shape = published()[tree["model"]["path"]]
     gpu = hardware.gpu("h100-80g")
     monkeypatch.setattr("alphamed.planner.plan._this_machine", lambda config: (gpu, 8))      # a machine with H100s
-    preflight._check_plan(load_config(file), shape)
+    refuse_unfit(load_config(file), shape)
     large = ["parallel.tensor=1", "parallel.sequence=false"]
     with pytest.raises(ConfigError, match=r"trainer .* GiB.*start_unfit=true"):
-        preflight._check_plan(load_config(file, large), shape)
-    preflight._check_plan(load_config(file, [*large, "cluster.start_unfit=true"]), shape)
+        refuse_unfit(load_config(file, large), shape)
+    refuse_unfit(load_config(file, [*large, "cluster.start_unfit=true"]), shape)
     with pytest.raises(ConfigError, match=r"rollout.step_deadline_s: generating a step .* rollout.step_deadline_s=600 would fit"):
-        preflight._check_plan(load_config(file, ["rollout.step_deadline_s=20"]), shape)         # it takes 34 s
+        refuse_unfit(load_config(file, ["rollout.step_deadline_s=20"]), shape)         # it takes 34 s
 
 
 def test_a_cpu_plan_reckons_with_this_machine(tmp_path, monkeypatch):
@@ -107,13 +107,14 @@ def test_a_cpu_plan_reckons_with_this_machine(tmp_path, monkeypatch):
 
 
 def test_a_run_records_the_plans_prediction_beside_the_measurement(tmp_path):
-    from alphamed.observe.metrics import undeclared
-    from alphamed.run import Run
     from test_run import STATS, Alone, config_of, lines, rollouts_of
     from tiny import tiny_hf
 
+    from alphamed.observe.metrics import undeclared
+    from alphamed.run import Run
+
     config, folder = config_of(tmp_path), tiny_hf(tmp_path / "model")
-    run = Run.open(config, Alone())
+    run = Run.open(config, Alone(), HOOKS)
     run.begin(None, folder)
     next(iter(run.steps()))
     run.record(rollouts_of(1), STATS, version=2)

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from alphamed.config import ConfigError
 from alphamed.config_file import build_config, changed_config
+from alphamed.errors import ConfigError
 from alphamed.planner import advice
 from alphamed.planner.deadline import deadline_problems
 from alphamed.planner.job import Job

@@ -5,11 +5,10 @@ from dataclasses import replace
 import pytest
 from text_folders import CHATML, bpe_folder, llama3_folder, sentencepiece_folder
 
-from alphamed.config import ConfigError
 from alphamed.config_sections import PromptConfig, Shot
 from alphamed.data.prompts import LongPrompt, PromptBuilder
-from alphamed.data.sources import DataError
 from alphamed.data.tokenizer import load_tokenizer
+from alphamed.errors import ConfigError, DataError
 from alphamed.records import Question
 
 INSTRUCTION = "Please reason step by step, and put the final answer in \\boxed{}"

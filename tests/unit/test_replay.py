@@ -3,8 +3,8 @@ from dataclasses import replace
 
 import pytest
 
-from alphamed.config import ConfigError
 from alphamed.config_file import build_config, dump_config
+from alphamed.errors import ConfigError
 from alphamed.observe.files import replace_text
 from alphamed.observe.rollout_files import rollout_path, write_rollouts
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
@@ -35,7 +35,7 @@ def test_a_step_graded_by_the_same_rules_comes_out_the_same(tmp_path, capsys):
     found = regrade(tmp_path, 3)
     assert found.recorded == (recorded,) and found.differences == ()
     assert found.now == (recorded,)
-    assert main(tmp_path, 3, "reward") == 0
+    assert main(tmp_path, 3) == 0
     assert "4 responses to 1 questions graded again, 0 come out differently" in capsys.readouterr().out
 
 
@@ -45,8 +45,8 @@ def test_another_rule_shows_in_rewards_and_advantages(tmp_path, capsys):
     assert found.now[0].rewards == (1.0, 0.1, 0.0, 0.0)
     assert found.now[0].advantages == pytest.approx((0.725, -0.175, -0.275, -0.275))
     assert [(d.sample_index, d.field) for d in found.differences] == [
-        (0, "advantage"), (1, "reward"), (1, "advantage"), (2, "advantage"), (3, "advantage")]
-    assert main(tmp_path, 3, "reward") == 1
+        (0, "advantage"), (1), (1, "advantage"), (2, "advantage"), (3, "advantage")]
+    assert main(tmp_path, 3) == 1
     printed = capsys.readouterr().out
     assert "4 come out differently" in printed
     assert "question q, group 1:0:q, sample 1: reward was 0.0, is 0.1" in printed
@@ -70,7 +70,7 @@ def test_overrides_say_what_another_reward_gives(tmp_path, capsys):
     found = regrade(tmp_path, 3, ["reward.name=correct_and_format", "algorithm.advantage=rloo"])
     assert found.now[0].rewards == (1.0, 0.1, 0.0, 0.0)
     assert found.now[0].advantages == pytest.approx([4 / 3 * x for x in (0.725, -0.175, -0.275, -0.275)])
-    assert main(tmp_path, 3, "reward", ["reward.name=correct_and_format"]) == 1
+    assert main(tmp_path, 3, ["reward.name=correct_and_format"]) == 1
     with pytest.raises(ConfigError, match="^rollout.temperature: has no part in --only reward"):
         regrade(tmp_path, 3, ["rollout.temperature=0.5"])
     with pytest.raises(ConfigError, match="'corect' is not a reward; did you mean 'correct'"):

@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from alphamed.config import ConfigError
 from alphamed.config_file import build_config, dump_config
+from alphamed.errors import ConfigError
 from alphamed.evaluation.runner import Evaluation, QuestionSet, SetResult, write_evaluation
 from alphamed.evaluation.score import score
 from alphamed.observe import provenance

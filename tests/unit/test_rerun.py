@@ -1,8 +1,8 @@
 """Running a recorded update again: what is compared, what is needed, and that the run itself stays as it was."""
 import pytest
 
-from alphamed.config import ConfigError
 from alphamed.config_file import build_config, dump_config
+from alphamed.errors import ConfigError
 from alphamed.observe.files import append_json
 from alphamed.rerun import COMPARED, compare, prepare, recorded_metrics, replay_config
 

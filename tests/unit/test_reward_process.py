@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 from waiting import until
 
-from alphamed.cluster.failure import RunFailed
-from alphamed.config import ConfigError
 from alphamed.config_sections import RewardConfig
+from alphamed.errors import ConfigError, RunFailed
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup
 from alphamed.reward.grader import GraderDied, GraderPool, RewardTimeout
 from alphamed.reward.process import GradingFailed, RewardProcess, advantages

@@ -6,8 +6,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from alphamed.observe.rollout_files import (RolloutFileError, read_answers, read_rollouts, recorded_step, recorded_steps,
-                                            rollout_path, write_rollouts)
+from alphamed.observe.rollout_files import (
+    RolloutFileError,
+    read_answers,
+    read_rollouts,
+    recorded_step,
+    recorded_steps,
+    rollout_path,
+    write_rollouts,
+)
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from alphamed.cluster.control import Control
-from alphamed.cluster.failure import RunFailed
 from alphamed.config_file import build_config
+from alphamed.errors import RunFailed
 from alphamed.observe.rollout_files import rollout_path, write_rollouts
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, Sampling, ScoredGroup
 from alphamed.rollout.coordinator import Progress

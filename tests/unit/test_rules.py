@@ -6,8 +6,8 @@ from types import MappingProxyType
 
 import pytest
 
-from alphamed.config import ConfigError
 from alphamed.config_choices import TruncatedReward
+from alphamed.errors import ConfigError
 from alphamed.records import FinishReason, Outcome, Question, Rollout
 from alphamed.reward.grader import GraderDied, GraderPool
 from alphamed.reward.rules import NAMES, RULES, check_rule, grade, grade_rollout, resolve_rule

@@ -11,18 +11,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from alphamed.config import ConfigError
 from alphamed.config_file import build_config, changed_config, dump_config, load_config
+from alphamed.errors import ConfigError
 from alphamed.evaluation.runner import Evaluation, QuestionSet, SetResult
 from alphamed.evaluation.score import score
+from alphamed.lab.hooks import HOOKS
 from alphamed.observe.directory import check_resume, check_same_model, finished_step, is_finished
 from alphamed.observe.files import append_json, read_json_lines, replace_text
 from alphamed.observe.metrics import undeclared
 from alphamed.observe.provenance import record_start
 from alphamed.observe.rollout_files import read_rollouts, recorded_steps
 from alphamed.observe.sinks import Console, JsonLines, Wandb, spoken_time
-from alphamed.records import (Batch, FinishReason, MiniBatch, Outcome, Question, Rollout, RolloutGroup, ScoredGroup,
-                              StepRollouts, TokenGroup)
+from alphamed.records import (
+    Batch,
+    FinishReason,
+    MiniBatch,
+    Outcome,
+    Question,
+    Rollout,
+    RolloutGroup,
+    ScoredGroup,
+    StepRollouts,
+    TokenGroup,
+)
 from alphamed.run import Run
 
 
@@ -78,7 +89,7 @@ STATS = {"policy/loss": 0.5, "policy/grad_norm": 1.0, "time/update_s": 2.0, "tim
 
 def train(config, stop_after=99, saved=None):
     """The loop as train.py writes it; returns the states that checkpoints were given."""
-    run = Run.open(config, Alone())
+    run = Run.open(config, Alone(), HOOKS)
     states = []
     try:
         run.begin(saved)

@@ -6,8 +6,21 @@ from pathlib import Path
 import pytest
 
 from alphamed.config_choices import BadRows
-from alphamed.evaluation.runner import (Evaluation, QuestionSet, SetResult, affordable, asked_before, begin_evaluation,
-                                        evaluate_within, load_sets, read_items, read_scores, summary, within, write_evaluation)
+from alphamed.evaluation.runner import (
+    Evaluation,
+    QuestionSet,
+    SetResult,
+    affordable,
+    asked_before,
+    begin_evaluation,
+    evaluate_within,
+    load_sets,
+    read_items,
+    read_scores,
+    summary,
+    within,
+    write_evaluation,
+)
 from alphamed.evaluation.score import Change, Score, Share, change, score, verdict
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
 

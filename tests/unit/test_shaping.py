@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 from test_reward_process import RIGHT, WRONG, group_of
 
-from alphamed.config import ConfigError
-from alphamed.config_sections import RewardConfig
 from alphamed.config_file import build_config
+from alphamed.config_sections import RewardConfig
+from alphamed.errors import ConfigError
 from alphamed.reward.process import RewardProcess
 from alphamed.reward.shaping import Overlong
 

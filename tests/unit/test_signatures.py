@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from alphamed.config import ConfigError
 from alphamed.config_choices import RewardSignature
 from alphamed.config_sections import PromptConfig
+from alphamed.errors import ConfigError
 from alphamed.records import FinishReason, Outcome, Question
 from alphamed.reward.rules import check_rule, grade, resolve_rule, try_rule
 from alphamed.reward.signatures import SIGNATURES, Refused, bind

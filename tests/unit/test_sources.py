@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from alphamed.config_choices import BadRows
-from alphamed.data.sources import DataError, load_questions
+from alphamed.data.sources import load_questions
+from alphamed.errors import DataError
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from alphamed.data.sources import DataError
 from alphamed.data.stream import QuestionStream, refers_to_options, shuffle_options
+from alphamed.errors import DataError
 from alphamed.records import Question
 
 

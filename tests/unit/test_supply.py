@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from alphamed.cluster.failure import RunFailed
 from alphamed.config_file import build_config
+from alphamed.errors import RunFailed
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
 from alphamed.rollout.choice import Chooser
 from alphamed.rollout.coordinator import Arrivals, Progress

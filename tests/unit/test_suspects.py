@@ -3,14 +3,12 @@ import json
 
 import pytest
 
-from alphamed.config import ConfigError
 from alphamed.config_choices import BadRows
 from alphamed.config_file import dump_tree, load_tree, validated
-from alphamed.data.decisions import (Decision, Decisions, Verdict, apply_decisions, apply_files, merged,
-                                     read_decisions)
-from alphamed.data.sources import DataError
+from alphamed.data.decisions import Decision, Decisions, Verdict, apply_decisions, apply_files, merged, read_decisions
 from alphamed.data.suspects import read_models, suspects
 from alphamed.data.text import fingerprint
+from alphamed.errors import ConfigError, DataError
 from alphamed.evaluation.runner import load_sets
 from alphamed.records import Question
 

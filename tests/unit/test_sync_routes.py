@@ -7,9 +7,9 @@ import pytest
 import torch
 from test_hf_io import IndexedModule, attach, megatron_like
 
-from alphamed.config import ConfigError
-from alphamed.config_sections import ParallelConfig
 from alphamed.config_file import build_config
+from alphamed.config_sections import ParallelConfig
+from alphamed.errors import ConfigError
 from alphamed.model import ModelShape
 from alphamed.planner.shapes import published
 from alphamed.records import Layout

@@ -13,10 +13,11 @@ from alphamed.cli import main
 from alphamed.config_choices import BadRows
 from alphamed.data.catalogue import SOURCES
 from alphamed.data.mcq import check_questions
-from alphamed.data.sources import DataError, load_questions
-from alphamed.data.tables import bare_name, kind_of
 from alphamed.data.reading import interpret
+from alphamed.data.sources import load_questions
+from alphamed.data.tables import bare_name, kind_of
 from alphamed.data.upstream import read_upstream
+from alphamed.errors import DataError
 from alphamed.evaluation.benchmarks import BENCHMARKS, load_benchmark
 from alphamed.evaluation.runner import load_sets
 

@@ -2,11 +2,11 @@
 import pytest
 from text_folders import CHATML, LLAMA3, bpe_folder, llama3_folder, sentencepiece_folder
 
-from alphamed.config import ConfigError
 from alphamed.config_sections import PromptConfig, Shot
 from alphamed.data.prompts import PromptBuilder
 from alphamed.data.template_notes import template_remarks
 from alphamed.data.tokenizer import load_tokenizer
+from alphamed.errors import ConfigError
 
 SYSTEM = ("{% if messages[0].role != 'system' %}<|im_start|>system\nYou are Tiny, made by nobody.<|im_end|>\n{% endif %}")
 THINKING = CHATML + ("{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}")

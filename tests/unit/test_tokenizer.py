@@ -6,8 +6,8 @@ import sys
 import pytest
 from text_folders import CHATML, LLAMA3, bpe_folder, llama3_folder, sentencepiece_folder
 
-from alphamed.config import ConfigError
 from alphamed.data.tokenizer import load_tokenizer
+from alphamed.errors import ConfigError
 
 TEXTS = ["Which vitamin prevents scurvy?", " leading and  double  blanks ", "A: x\nB: y\n\n", "5–10 µg/día ≥ 37°C 漢字 🫀",
          "<|im_start|>user\nhi<|im_end|>\n", ""]

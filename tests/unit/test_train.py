@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from alphamed import train
-from alphamed.cluster.failure import RunFailed
 from alphamed.config_file import build_config
+from alphamed.errors import RunFailed
 from alphamed.session import Session
 
 CONFIG = build_config({"model": {"path": "m"}, "data": {"train": ["t.jsonl"]}})
@@ -36,7 +36,7 @@ def test_a_bad_step_is_recorded_and_makes_no_checkpoint(monkeypatch, check):
     rollouts = Called(calls, next=lambda step: SimpleNamespace(groups=()))
     session = Called(calls, (check,), run=run, rollouts=rollouts, policy=Called(calls, (check,), layout=None),
                      reference=Called(calls), sync=Called(calls))
-    monkeypatch.setattr(train, "open_session", lambda config: contextlib.nullcontext(session))
+    monkeypatch.setattr(train, "open_session", lambda *_: contextlib.nullcontext(session))
     monkeypatch.setattr(train, "pack", lambda *_args, **_named: None)
     with pytest.raises(RuntimeError, match=check):
         train.main(CONFIG)

@@ -18,8 +18,8 @@ from alphamed.data import adapters, upstream
 from alphamed.data.catalogue import PRESETS, SOURCES
 from alphamed.data.mcq import check_questions
 from alphamed.data.reading import interpret
-from alphamed.data.sources import DataError
 from alphamed.data.upstream import read_upstream
+from alphamed.errors import DataError
 from alphamed.evaluation import benchmarks
 from alphamed.evaluation.benchmarks import BENCHMARKS, load_benchmark
 

@@ -12,8 +12,8 @@ from alphamed.cluster import placement, variables
 from alphamed.cluster.environment import run_environment
 from alphamed.cluster.variables import Start, Treatment, examine, kept, lines, printable
 from alphamed.cluster.worker import start_of
-from alphamed.config import ConfigError
 from alphamed.config_file import build_config
+from alphamed.errors import ConfigError
 from alphamed.observe import provenance
 
 ROOT = Path(__file__).parents[2]

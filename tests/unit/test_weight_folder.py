@@ -9,10 +9,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_hf
 
-from alphamed.config import ConfigError
+from alphamed.errors import ConfigError
 from alphamed.model import read_shape
-from alphamed.weights.folder import (CHUNK, INDEX, SINGLE, WeightFiles, check_weights, has_weights, require_finite,
-                                     weight_bytes, weight_files)
+from alphamed.weights.folder import (
+    CHUNK,
+    INDEX,
+    SINGLE,
+    WeightFiles,
+    check_weights,
+    has_weights,
+    require_finite,
+    weight_bytes,
+    weight_files,
+)
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,9 @@ import torch
 from test_hf_io import megatron_like
 from test_sync_routes import SMALL, engine_like, fill, vllm_parameter
 
-from alphamed.cluster.failure import RunFailed
-from alphamed.config import ConfigError
-from alphamed.config_sections import ParallelConfig
 from alphamed.config_file import build_config
+from alphamed.config_sections import ParallelConfig
+from alphamed.errors import ConfigError, RunFailed
 from alphamed.records import Layout
 from alphamed.rollout.failures import Peer
 from alphamed.weights import receiver

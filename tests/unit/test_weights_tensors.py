@@ -3,12 +3,12 @@ import dataclasses
 
 import pytest
 import torch
+from tiny import tiny_hf
 
 from alphamed.model import ModelShape, read_shape
 from alphamed.weights.cuts import pieces
 from alphamed.weights.families import Entry, Kind, entries, hf_shapes, padded_vocab, shard_shape
 from alphamed.weights.tensors import to_hf, to_shard
-from tiny import tiny_hf
 
 SHAPE = ModelShape(family="llama", layers=2, hidden=6, ffn=8, heads=4, kv_heads=2, head_dim=2, vocab=5, tied=False,
                    qkv_bias=False, qk_norm=False, norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, max_positions=32)

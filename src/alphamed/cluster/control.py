@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from alphamed.cluster import failure
-from alphamed.cluster.failure import RunFailed
 from alphamed.cluster.links import Links, Peer, accept, join, listen, own_address
+from alphamed.errors import RunFailed
 
 if TYPE_CHECKING:
     from torch import Tensor

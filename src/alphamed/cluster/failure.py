@@ -13,28 +13,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from alphamed.errors import RunFailed
+
 FAILURE_FILE = "failure.json"
 WORKERS_FILE = "workers.json"
 """What torchrun's agent saw of its workers, written by `cluster.agent` when one of them failed."""
 
 
-class RunFailed(RuntimeError):
-    """The run can not go on. `culprit` is who is to blame ("rank 1 (pid 123)", "engine 0", "reward process"), `message`
-    one line that says what happened. `user_error` marks a mistake in the input (exit code 2)."""
-
-    def __init__(self, culprit: str, message: str, user_error: bool = False):
-        super().__init__(culprit, message, user_error)
-        self.culprit, self.message, self.user_error = culprit, " ".join(message.split()), user_error
-
-    def __str__(self) -> str:
-        return f"{self.culprit}: {self.message}" if self.culprit else self.message
-
-
 def of_exception(error: BaseException, culprit: str) -> RunFailed:
     """The failure that an exception on `culprit` stands for. A ValueError of the configuration or the data is the
     user's."""
-    from alphamed.config import ConfigError
-    from alphamed.data.sources import DataError
+    from alphamed.errors import ConfigError, DataError
 
     if isinstance(error, RunFailed):
         return error

@@ -14,8 +14,9 @@ from alphamed.cluster.hardware import gpus_present, trainer_threads, wants_cuda
 from alphamed.cluster.ledger import Ledger, Lock, clean_up_dead_runs
 from alphamed.cluster.supervisor import Ended, supervise
 from alphamed.cluster.variables import Start
-from alphamed.config import Config, ConfigError
+from alphamed.config import Config
 from alphamed.config_file import dump_config
+from alphamed.errors import ConfigError, RunFailed
 
 SHUTDOWN_TIMEOUT_S = 10
 """What torchrun gives its workers between SIGTERM and SIGKILL: a rank that is stuck delays the end by this much."""
@@ -175,7 +176,7 @@ def report(run_dir: Path, ended: Ended) -> int:
     return 1
 
 
-def show_last_words(run_dir: Path, verdict: failure.RunFailed, lines: int = 25) -> None:
+def show_last_words(run_dir: Path, verdict: RunFailed, lines: int = 25) -> None:
     """The end of the culprit's log: its traceback, most likely."""
     rank = verdict.culprit.split()[1] if verdict.culprit.startswith("rank ") else "0"
     path = run_dir / "logs" / f"rank_{rank}.log"

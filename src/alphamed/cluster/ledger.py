@@ -19,7 +19,7 @@ from typing import IO
 
 from alphamed.cluster import processes
 from alphamed.cluster.processes import Process
-from alphamed.config import ConfigError
+from alphamed.errors import ConfigError
 
 LOCK_FILE = ".start.lock"          # held by whoever starts the run; the run directory itself has one more, the writer's
 POLL_S = 0.05

@@ -18,7 +18,7 @@ from collections.abc import Callable, Hashable
 from multiprocessing.connection import Client, Connection, Listener, wait
 from typing import Any
 
-from alphamed.cluster.failure import RunFailed
+from alphamed.errors import RunFailed
 
 BEAT_S = 5.0
 JOIN_DEADLINE_S = 60.0

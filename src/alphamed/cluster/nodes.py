@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +22,9 @@ from alphamed.cluster.ledger import run_id
 from alphamed.cluster.processes import TAG
 from alphamed.cluster.supervisor import supervise
 from alphamed.cluster.variables import Start
-from alphamed.config import Config, ConfigError
+from alphamed.config import Config
 from alphamed.config_file import dump_config
-from alphamed.preflight import validate
+from alphamed.errors import ConfigError
 
 RENDEZVOUS_PORT = 29500
 RAY_PORT = 6379
@@ -71,7 +71,7 @@ def named(given: str, rank: int | None) -> list[str]:
     return nodes
 
 
-def run(config: Config, nodes: Sequence[str], rank: int) -> int:
+def run(config: Config, nodes: Sequence[str], rank: int, validate: Callable[[Config], object]) -> int:
     """This node's part, to its end; returns the exit code. Raises ConfigError where the nodes do not suffice."""
     node, gpus = nodes[rank], config.cluster.gpus_per_node
     plan = plan_nodes(config, nodes, gpus)

@@ -18,10 +18,10 @@ from collections.abc import Iterator
 
 from alphamed.cluster import quiet_ray
 from alphamed.cluster.environment import SILENT, without_torchrun
-from alphamed.cluster.failure import RunFailed
 from alphamed.cluster.hardware import cores, gpus_present, wants_cuda
 from alphamed.cluster.ledger import MAX_TEMPORARY_CHARS, run_id
-from alphamed.config import Config, ConfigError
+from alphamed.config import Config
+from alphamed.errors import ConfigError, RunFailed
 
 OBJECT_STORE_BYTES = 200 << 20
 """What travels through Ray is small: tasks, rollouts, rewards. (Weights have links of their own.)"""
@@ -74,7 +74,7 @@ def start_ray(config: Config) -> None:
                        object_store_memory=OBJECT_STORE_BYTES, _node_ip_address="127.0.0.1",
                        _temp_dir=_session_folder(), **shared)
     with _environment_of_actors(config):
-        import ray                              # reads its token when it is imported
+        import ray  # reads its token when it is imported
 
         quiet_ray.apply()
         # In this thread, which stays: the kernel ends Ray's processes with the thread that started them.

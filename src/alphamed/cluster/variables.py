@@ -15,7 +15,7 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from alphamed.config import ConfigError
+from alphamed.errors import ConfigError
 from alphamed.observe.files import replace_json
 
 ENVIRONMENT_FILE = "environment.json"

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -20,34 +20,33 @@ from alphamed.cluster import failure, guard, placement, variables
 from alphamed.cluster.environment import enter, run_environment
 from alphamed.cluster.launch import START_MARK, check_world, owned
 from alphamed.cluster.variables import Start
-from alphamed.config import Config, ConfigError
+from alphamed.config import Config
+from alphamed.errors import ConfigError
 
 
-def run_worker(config: Config, supervised: bool) -> int:
-    """Train on this rank; returns its exit code. Without a supervisor (a bare torchrun) rank 0 also checks the input,
-    cleans up after earlier starts and sets a guard."""
+def run_worker(config: Config, train: Callable[[Config], None], validate: Callable[[Config], object] | None) -> int:
+    """Train on this rank; returns its exit code. `validate` is given where there is no supervisor (a bare torchrun): rank 0
+    then checks the input, cleans up after earlier starts and sets a guard."""
     rank = int(os.environ.get("RANK", "0"))
     with contextlib.ExitStack() as stack:
         try:
             check_world(config, os.environ)
-            if not supervised:
-                _prepare(config, rank, stack)
+            if validate is not None:
+                _prepare(config, rank, stack, validate)
         except ValueError as error:
             return _refuse(rank, error)
         console = stack.enter_context(_captured_output(config.run_dir, rank))
         try:
-            from alphamed import train
-            train.main(config)
+            train(config)
         except Exception as error:
-            return _fail(config.run_dir, rank, error, None if supervised else console)
+            return _fail(config.run_dir, rank, error, None if validate is None else console)
     return 0
 
 
-def _prepare(config: Config, rank: int, stack: contextlib.ExitStack) -> None:
+def _prepare(config: Config, rank: int, stack: contextlib.ExitStack, validate: Callable[[Config], object]) -> None:
     """What `alphamed train` would have done before the ranks were started."""
     start = start_of(config, os.environ)
     if rank == 0:
-        from alphamed.preflight import validate
         validate(config)
         temporary = stack.enter_context(owned(config.run_dir)).make_temporary_folder()
         variables.settle(config.run_dir, start)
@@ -66,7 +65,7 @@ def start_of(config: Config, environment: Mapping[str, str]) -> Start:
 
 
 def _refuse(rank: int, error: ValueError) -> int:
-    from alphamed.data.sources import DataError
+    from alphamed.errors import DataError
 
     if not isinstance(error, ConfigError | DataError):
         raise error

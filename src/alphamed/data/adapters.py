@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from alphamed.data.keys import AnswerForm, Keys
-from alphamed.data.text import draw
+from alphamed.hashing import draw
 
 Upstream = Mapping[str, Any]
 Adapter = Callable[[Upstream], dict[str, Any] | None]

@@ -10,25 +10,25 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from alphamed.config import ConfigError
 from alphamed.config_choices import BadRows
 from alphamed.data import adapters
 from alphamed.data.attributes import ATTRIBUTES
-from alphamed.data.card import describe, file_sha256, licences, markdown
+from alphamed.data.card import licences, markdown
 from alphamed.data.catalogue import SOURCES
 from alphamed.data.decisions import apply_files
 from alphamed.data.decontaminate import Hit, find_hits
+from alphamed.data.describe import describe
 from alphamed.data.mcq import Row, RowProblem, check_questions, short
-from alphamed.data.mixture import (Item, balanced, commonest_answer, conflicting, drawn, filtered, mixed, relettered,
-                                   shuffled)
-from alphamed.data.output import (beside, check_places, check_suffix, json_writer, question_writer, text_writer,
-                                  write_all)
+from alphamed.data.mixture import Item, balanced, commonest_answer, conflicting, drawn, filtered, mixed, relettered, shuffled
+from alphamed.data.output import beside, check_places, check_suffix, json_writer, question_writer, text_writer, write_all
 from alphamed.data.reading import interpret
 from alphamed.data.recipe import BalanceRecipe, BuildRecipe, Conflicts, Overlap, SourceRecipe
-from alphamed.data.sources import DataError, read_rows
+from alphamed.data.sources import read_rows
 from alphamed.data.tables import rows
 from alphamed.data.text import counted, fingerprint, is_unspaced, normalised, normalised_option, option_set
 from alphamed.data.upstream import QuestionSource, read_upstream
+from alphamed.errors import ConfigError, DataError
+from alphamed.hashing import file_sha256
 from alphamed.records import Question
 
 SHOWN_PROBLEMS = 20

@@ -1,30 +1,12 @@
 """The card of a built set: what is in it, where from, under which licences, and the command that made it."""
 from __future__ import annotations
 
-import hashlib
-import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from alphamed.data.attributes import ATTRIBUTES
-from alphamed.data.mixture import Item, length_words
-from alphamed.data.output import content_sha256
-from alphamed.data.text import counted, word_count
-from alphamed.records import Question
-
-
-def describe(questions: Sequence[Question]) -> dict[str, Any]:
-    """Counts, lengths and distributions of a set, as plain values."""
-    return {"questions": len(questions), "content_sha256": content_sha256(questions),
-            "sources": _counts(q.source or "unknown" for q in questions),
-            **{one.axis: _counts(str(one.of(q) or "none") for q in questions) for one in ATTRIBUTES},
-            "options": _counts(str(len(q.options)) for q in questions),
-            "answers": _counts(q.answer for q in questions),
-            "with_context": sum(q.context is not None for q in questions),
-            "words": _lengths([length_words(q) for q in questions]),
-            "question_words": _lengths([word_count(q.question) for q in questions])}
+from alphamed.data.mixture import Item
+from alphamed.data.text import counted
 
 
 def licences(items: Iterable[Item]) -> dict[str, dict[str, int]]:
@@ -69,20 +51,3 @@ def left_out(card: Mapping[str, Any]) -> str:
     more = f" {counted(bad, 'bad row')} {'is' if bad == 1 else 'are'} in none of these numbers." if bad else ""
     return (f"{counted(counts['read'], 'question')} read, {sum(parts.values()):,} left out{by}, {counts['kept']:,} "
             f"kept.{more}")
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _counts(values: Iterable[str]) -> dict[str, int]:
-    return dict(sorted(Counter(values).items()))
-
-
-def _lengths(values: Sequence[int]) -> dict[str, float]:
-    if not values:
-        return {"min": 0, "median": 0, "mean": 0, "p95": 0, "max": 0}
-    ordered = sorted(values)
-    return {"min": ordered[0], "median": statistics.median(ordered), "mean": round(statistics.fmean(ordered), 1),
-            "p95": ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))], "max": ordered[-1]}

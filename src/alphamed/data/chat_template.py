@@ -7,7 +7,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, TypedDict
 
-from alphamed.config import ConfigError
+from alphamed.errors import ConfigError
 
 # Some templates (Llama 3.2) write today's date into the prompt, which would make a resumed run see other prompts than
 # the first start. The date stands still at Llama 3.1's own default.

@@ -10,7 +10,8 @@ from alphamed.data.mcq import RowProblem
 from alphamed.data.reading import Reading
 from alphamed.data.stream import refers_to_options
 from alphamed.data.suspects import suspects
-from alphamed.data.text import draw, normalised, normalised_option, option_set
+from alphamed.data.text import normalised, normalised_option, option_set
+from alphamed.hashing import draw
 from alphamed.records import Question
 
 FEWEST = 50                # questions below which a share says little

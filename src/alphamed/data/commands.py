@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alphamed.config import ConfigError
 from alphamed.config_choices import BadRows
+from alphamed.errors import ConfigError
 
 if TYPE_CHECKING:
     from alphamed.data.reading import Reading

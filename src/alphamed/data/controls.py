@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 
-from alphamed.data.text import draw
+from alphamed.hashing import draw
 from alphamed.records import Question
 
 

@@ -26,10 +26,10 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from alphamed.config import ConfigError
-from alphamed.config_sections import Positive, Section
 from alphamed.config_file import dump_tree, load_tree, validated
+from alphamed.config_sections import Positive, Section
 from alphamed.data.text import fingerprint, normalised_option
+from alphamed.errors import ConfigError
 from alphamed.records import Question
 
 

@@ -16,12 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from alphamed.config import Config, ConfigError
+from alphamed.config import Config
 from alphamed.config_choices import BadRows
 from alphamed.data.mcq import LEVELS
 from alphamed.data.output import check_places, check_suffix, question_writer, write_all
 from alphamed.data.sources import load_questions
-from alphamed.data.text import draw
+from alphamed.errors import ConfigError
+from alphamed.hashing import draw
 from alphamed.observe.files import append_json, read_json_lines
 from alphamed.records import FinishReason, GenerationTask, Outcome, Question, Sampling, ScoredGroup
 
@@ -171,7 +172,7 @@ def main(options: argparse.Namespace) -> int:
 def _carry_out(options: argparse.Namespace, questions: Sequence[Question], mine: Sequence[Question], config: Config,
                model: Any, file: Path) -> int:
     """Annotate the questions of this shard, `mine`; write the set where all of them are done. Returns the exit code."""
-    from alphamed.cluster.failure import RunFailed
+    from alphamed.errors import RunFailed
 
     try:
         _annotate(mine, config, options, model, file)
@@ -198,7 +199,7 @@ def _shard(text: str) -> tuple[int, int]:
 def _annotate(mine: Sequence[Question], config: Config, options: argparse.Namespace, model: Any, file: Path) -> None:
     """Ask the questions that no shard has answered, and add each one's line to `file` as it is done."""
     from alphamed.evaluation import answers
-    from alphamed.rollout.spec import stable_hash
+    from alphamed.hashing import stable_hash
 
     done = read_work(file.parent, mine, options.samples)
     todo = [question for question in mine if question.id not in done]

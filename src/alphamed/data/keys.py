@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from alphamed.data.mcq import DataError, NoKey, Row, short
+from alphamed.data.mcq import NoKey, Row, short
 from alphamed.data.text import normalised_option
+from alphamed.errors import DataError
 
 KEY_FIELDS = ("answer", "answer_idx", "answer_index")
 """Where rows of the schema may state their key."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +22,6 @@ MIN_OPTIONS = 2
 MAX_OPTIONS = len(string.ascii_uppercase)
 _OPTIONS_IN_TEXT = re.compile(r"(?s)(?:^|\W)\(?A[).:]\s.*\W\(?B[).:]\s")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")     # JSON can spell them (\ud800), UTF-8 can not encode them
-
-
-class DataError(ValueError):
-    """A mistake in data: one line naming the place, the problem and the mend. `problems` lists every bad row."""
-
-    def __init__(self, message: str, problems: Sequence[RowProblem] = ()):
-        super().__init__(message)
-        self.problems = tuple(problems)
 
 
 class QuestionError(ValueError):

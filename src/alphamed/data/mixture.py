@@ -11,11 +11,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from alphamed.data.attributes import ATTRIBUTES
+from alphamed.data.describe import length_words
 from alphamed.data.mcq import LEVELS
 from alphamed.data.recipe import BalanceRecipe, FilterRecipe, QuotaRecipe, Short
-from alphamed.data.sources import DataError
 from alphamed.data.stream import refers_to_options, shuffle_options
-from alphamed.data.text import draw, normalised, normalised_option, option_set, word_count
+from alphamed.data.text import normalised, normalised_option, option_set
+from alphamed.errors import DataError
+from alphamed.hashing import draw
 from alphamed.records import Question
 
 ANNOTATE = "annotate them (alphamed data difficulty) and name the result as levels of the source"
@@ -27,11 +29,6 @@ class Item:
     question: Question
     origin: str
     licence: str
-
-
-def length_words(question: Question) -> int:
-    """Words of context, question and options (`text.word_count`: characters in scripts without blanks)."""
-    return sum(map(word_count, (question.context or "", question.question, *question.options.values())))
 
 
 # ------------------------------------------------------------------------------------------------------------- filters

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alphamed import jsonl
-from alphamed.config import ConfigError
-from alphamed.data.sources import DataError
+from alphamed.errors import ConfigError, DataError
 from alphamed.observe.files import SURROGATES, replace_files
 from alphamed.records import Question
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from alphamed.config import ConfigError
 from alphamed.config_choices import PromptTemplate
 from alphamed.config_sections import PromptConfig
 from alphamed.data.chat_template import Message
 from alphamed.data.mcq import short
-from alphamed.data.sources import DataError
 from alphamed.data.tokenizer import CONTENT, Tokenizer
+from alphamed.errors import ConfigError, DataError
 from alphamed.records import Question
 
 

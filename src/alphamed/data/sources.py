@@ -9,10 +9,11 @@ from typing import Any
 
 from alphamed.config_choices import BadRows
 from alphamed.data.keys import AnswerForm
-from alphamed.data.mcq import DataError, Row, RowProblem, check_questions
+from alphamed.data.mcq import Row, RowProblem, check_questions
 from alphamed.data.reading import Reading, interpret
 from alphamed.data.tables import KINDS, check_file, columns, kind_of, rows
 from alphamed.data.text import counted
+from alphamed.errors import DataError
 from alphamed.jsonl import unique_keys
 from alphamed.records import Question
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from alphamed.data.sources import DataError
+from alphamed.errors import DataError
 from alphamed.records import Question
 
 # Options that speak of other options by place ("all of the above", "both A and B", "none") lose their sense elsewhere.

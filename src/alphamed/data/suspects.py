@@ -15,8 +15,8 @@ from typing import Any
 
 from alphamed import jsonl
 from alphamed.data.decisions import Decision
-from alphamed.data.sources import DataError
 from alphamed.data.text import fingerprint, normalised, normalised_option, option_set
+from alphamed.errors import DataError
 from alphamed.records import Question
 
 NEAR = 0.9

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from alphamed import jsonl
-from alphamed.data.mcq import DataError, Row, short
+from alphamed.data.mcq import Row, short
+from alphamed.errors import DataError
 
 KINDS = ".jsonl, .json, .csv, .tsv (each also with .gz) or .parquet"
 NESTED = ("options", "choices", "answers", "data", "context")

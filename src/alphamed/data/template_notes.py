@@ -9,10 +9,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from alphamed.config import ConfigError
 from alphamed.config_sections import PromptConfig
 from alphamed.data.chat_template import TEMPLATE_DATE, Message
 from alphamed.data.tokenizer import CONTENT, Tokenizer
+from alphamed.errors import ConfigError
 
 CASE = "capital letters"
 PROBES: Mapping[str, str] = {

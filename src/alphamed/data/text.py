@@ -118,9 +118,3 @@ def fingerprint(question: Question) -> str:
 def counted(number: int, noun: str) -> str:
     """A number of things in words: 1 bad row, 2 bad rows."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
-
-
-def draw(*parts: object) -> str:
-    """A pseudo-random sort key that depends on its parts alone: choices made with it do not depend on file order or
-    Python version."""
-    return hashlib.sha256("/".join(map(str, parts)).encode()).hexdigest()

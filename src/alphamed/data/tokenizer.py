@@ -15,8 +15,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from alphamed.config import ConfigError
 from alphamed.data.chat_template import Message, find_chat_template
+from alphamed.errors import ConfigError
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 CONTENT = {("user", 0): "1701411", ("assistant", 0): "1701412", ("user", 1): "1701413"}
@@ -200,7 +200,7 @@ class FastBackend:
         from tokenizers import Tokenizer as Core
 
         try:
-            self._core = Core.from_file(str(file))
+            self._core = Core.from_buffer(file.read_bytes())     # takes no path that is not UTF-8
         except Exception as e:      # the library raises bare Exception for a broken file
             raise ConfigError(f"model.path: {file} is not a valid tokenizer ({_one_line(e)}); fetch it again") from None
         self._core.no_truncation()

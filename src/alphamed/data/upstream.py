@@ -18,8 +18,9 @@ from urllib.request import getproxies
 from alphamed.data.adapters import Adapter
 from alphamed.data.keys import AnswerForm
 from alphamed.data.mcq import Row, short
-from alphamed.data.sources import COLUMNS, DataError, read_rows
+from alphamed.data.sources import COLUMNS, read_rows
 from alphamed.data.tables import check_file, columns, from_cells, rows
+from alphamed.errors import DataError
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 CONNECT_S = 5.0     # for a connection to the hub; a slower one is no network to fetch a set over

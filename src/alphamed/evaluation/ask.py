@@ -6,13 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from alphamed.config import Config, ConfigError
+from alphamed.config import Config
 from alphamed.config_choices import BadRows
-from alphamed.data.sources import DataError, load_questions
-from alphamed.data.text import draw
+from alphamed.data.overlap import refuse_overlap
+from alphamed.data.sources import load_questions
+from alphamed.errors import ConfigError, DataError
 from alphamed.evaluation.benchmarks import LoadedBenchmark, check_name, load_benchmark
 from alphamed.evaluation.items import Asked
 from alphamed.evaluation.variants import VARIANTS
+from alphamed.hashing import draw
 from alphamed.records import Question
 
 
@@ -74,14 +76,12 @@ def _changed(name: str, variant: str | None, questions: Sequence[Question], seed
             yield Asked(name, variant, changed)
 
 
-def refuse_overlap(asked: Sequence[Asked], trained_on: Sequence[Path]) -> None:
+def refuse_trained_on(asked: Sequence[Asked], trained_on: Sequence[Path]) -> None:
     """Raise ConfigError where the model was trained on questions of a benchmark. Absent files are passed over."""
-    from alphamed import preflight
-
     files = [file for file in trained_on if file.is_file()]
     if files:
         trained = load_questions(files, BadRows.SKIP).questions
-        preflight.refuse_overlap(trained, [one.question for one in asked if one.variant is None])
+        refuse_overlap(trained, [one.question for one in asked if one.variant is None])
 
 
 def trained_on(model: Path) -> tuple[Path, ...]:

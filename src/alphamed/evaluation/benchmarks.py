@@ -13,10 +13,11 @@ from alphamed.data import adapters
 from alphamed.data.keys import AnswerForm, form_of
 from alphamed.data.mcq import RowProblem, check_questions
 from alphamed.data.reading import Reading, interpret
-from alphamed.data.sources import DataError, load_questions
+from alphamed.data.sources import load_questions
 from alphamed.data.tables import KINDS, bare_name, kind_of
 from alphamed.data.text import counted
 from alphamed.data.upstream import QuestionSource, read_upstream
+from alphamed.errors import DataError
 from alphamed.records import Question
 
 # Commits that several independent public projects load these sets at, where not noted otherwise.

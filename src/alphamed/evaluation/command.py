@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alphamed.config import Config, ConfigError
+from alphamed.config import Config
 from alphamed.config_choices import BadRows, PromptTemplate
+from alphamed.errors import ConfigError
 
 if TYPE_CHECKING:
     from alphamed.evaluation.answers import Prompted
@@ -206,7 +207,7 @@ def _evaluate(wanted: Wanted, against: Path | None) -> int:
     config = wanted.config
     model = Prompted(config, (asked.shown for asked in wanted.asked))
     if not config.evaluation.allow_overlap:
-        ask.refuse_overlap(wanted.asked, wanted.trained_on)
+        ask.refuse_trained_on(wanted.asked, wanted.trained_on)
     how = settings.asked(config, model.folder, wanted.samples, wanted.temperature, wanted.top_p, wanted.max_tokens)
     with held(wanted.out):
         return _answer(wanted, model, how) or told(wanted.out, against)
@@ -214,7 +215,7 @@ def _evaluate(wanted: Wanted, against: Path | None) -> int:
 
 def _answer(wanted: Wanted, model: Prompted, how: Mapping[str, Any]) -> int:
     """Ask what has no answer yet; returns the exit code."""
-    from alphamed.cluster.failure import RunFailed
+    from alphamed.errors import RunFailed
     from alphamed.evaluation import settings
     from alphamed.evaluation.items import Grading, finished, read_items, regraded
     from alphamed.evaluation.regrade import remove
@@ -260,9 +261,9 @@ def _generate(wanted: Wanted, model: Any, todo: Sequence[Asked]) -> None:
     """Answer the questions and add each one's items to the file as it is done."""
     from alphamed.evaluation.answers import Told, answering
     from alphamed.evaluation.items import ITEMS, Grading, graded, row
+    from alphamed.hashing import stable_hash
     from alphamed.observe.files import append_json_lines
     from alphamed.records import GenerationTask, Sampling
-    from alphamed.rollout.spec import stable_hash
 
     if not todo:
         return

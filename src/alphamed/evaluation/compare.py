@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alphamed.config import ConfigError
 from alphamed.data.attributes import ATTRIBUTES
+from alphamed.errors import ConfigError
 from alphamed.evaluation.paired import Split, mcnemar, split_gain
 from alphamed.evaluation.score import Z_95, wilson
 from alphamed.evaluation.variants import VARIANTS, vote_of

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from alphamed.config import ConfigError
 from alphamed.config_choices import TruncatedReward
 from alphamed.data.attributes import values_of
+from alphamed.errors import ConfigError
 from alphamed.evaluation.variants import VARIANTS, free_letter, vote_of
 from alphamed.observe.files import read_json_lines
 from alphamed.records import FinishReason, Outcome, Question

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from alphamed.cluster.ledger import LOCK_FILE, Lock
-from alphamed.config import ConfigError
+from alphamed.errors import ConfigError
 from alphamed.evaluation.settings import SETTINGS
-
 
 LEFT_OVER = (LOCK_FILE, "engines")
 """What a start leaves that ended before it had written its settings."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alphamed.config import ConfigError
+from alphamed.errors import ConfigError
 from alphamed.evaluation import paired, results, settings
 from alphamed.evaluation.items import ITEMS, Grading, Item, read_items, regraded, row
 from alphamed.observe.files import replace_json, replace_json_lines

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from alphamed.config import ConfigError
 from alphamed.config_choices import BadRows
 from alphamed.data.attributes import values_of
+from alphamed.errors import ConfigError
 from alphamed.evaluation.score import Score, Share, percent, score
 from alphamed.observe.files import read_json_lines, replace_json, replace_json_lines
 from alphamed.records import GenerationTask, Question, Sampling, ScoredGroup
@@ -82,7 +82,7 @@ def choose(questions: Sequence[Question], limit: int | None, seed: int,
            decisions: Sequence[Path]) -> tuple[tuple[Question, ...], int, tuple[Mapping[str, Any], ...]]:
     """The questions of a file that are asked, how many decisions leave, and what each file of decisions changed."""
     from alphamed.data.decisions import apply_files
-    from alphamed.data.text import draw
+    from alphamed.hashing import draw
 
     left, applied = apply_files(questions, decisions)
     ids = {question.id for question in sorted(left, key=lambda question: draw(seed, question.id))[:limit]}

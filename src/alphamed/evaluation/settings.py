@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from alphamed.config import Config, ConfigError
+from alphamed.config import Config
 from alphamed.config_choices import TruncatedReward
+from alphamed.errors import ConfigError
 from alphamed.observe.files import replace_json
 from alphamed.observe.provenance import model_entries
 

@@ -16,7 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from alphamed.data.stream import refers_to_options, shuffle_options
-from alphamed.data.text import draw, normalised_option, words
+from alphamed.data.text import normalised_option, words
+from alphamed.hashing import draw
 from alphamed.records import Question
 from alphamed.reward.extraction import boxed_text
 

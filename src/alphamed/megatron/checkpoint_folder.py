@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from alphamed.config import ConfigError
+from alphamed.errors import ConfigError
 
 LATEST, BEST, MANIFEST = "latest", "best.json", "manifest.json"
 FORMAT = 1

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from alphamed.cluster.hardware import trainer_threads
-from alphamed.config import Config, ConfigError
+from alphamed.config import Config
 from alphamed.config_choices import Device
+from alphamed.errors import ConfigError
 from alphamed.records import Layout
 
 SHARED_DEVICES = "NCCL_MULTI_RANK_GPU_ENABLE"

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from alphamed.config import ConfigError
 from alphamed.data.attributes import ATTRIBUTES, Attribute
 from alphamed.data.output import json_writer, text_writer, write_all
+from alphamed.errors import ConfigError
 from alphamed.evaluation.score import percent, points
 from alphamed.observe.comparison import comparison, mix
 from alphamed.observe.figures import SMOOTH, SMOOTH_FROM, Figure

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alphamed.config import ConfigError
 from alphamed.config_choices import BadRows
-from alphamed.data.card import describe, file_sha256
 from alphamed.data.checks import Finding, check_set
-from alphamed.data.mixture import length_words
+from alphamed.data.describe import describe, length_words
 from alphamed.data.output import beside, check_places, json_writer, text_writer, write_all
 from alphamed.data.sources import load_questions
-from alphamed.data.text import draw, normalised_option
+from alphamed.data.text import normalised_option
+from alphamed.errors import ConfigError
+from alphamed.hashing import draw, file_sha256
 from alphamed.observe.figures import Figure
 from alphamed.observe.plots import STYLE, histogram, nice_ticks, ranked_bars
 from alphamed.records import Question

@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from alphamed.config import Config, ConfigError
+from alphamed.config import Config
 from alphamed.config_file import build_config, dump_config, load_config, load_config_tree
+from alphamed.errors import ConfigError
 from alphamed.model import resolve
 from alphamed.observe import provenance
 from alphamed.observe.files import replace_json, replace_json_lines, replace_text

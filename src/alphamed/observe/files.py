@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alphamed import jsonl
-from alphamed.config import ConfigError
+from alphamed.errors import ConfigError
 
 SURROGATES = "backslashreplace"
 """How texts are encoded: \\udcff in place of a byte ff in the name of a file, an error nowhere."""

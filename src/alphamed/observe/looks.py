@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from alphamed.config import ConfigError
+from alphamed.errors import ConfigError
 from alphamed.observe.files import append_json_lines, read_json_lines
 
 LOOKS = "looks.jsonl"

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from alphamed.config import ConfigError
 from alphamed.data.text import word_count
+from alphamed.errors import ConfigError
 from alphamed.observe.files import read_json_lines
 from alphamed.records import FinishReason, Outcome, ScoredGroup
 

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 from alphamed.cluster import variables
 from alphamed.cluster.hardware import cores, memory_bytes
-from alphamed.config import ConfigError
+from alphamed.errors import ConfigError
 from alphamed.observe.files import replace_file, replace_json
 
 FULL_HASH_BYTES = 512 << 20
@@ -180,8 +180,9 @@ def training_set(data: Sequence[Path]) -> dict[str, Any] | None:
     file was read; None where they hold none (no run starts with such files)."""
     from alphamed.config_choices import BadRows
     from alphamed.data.attributes import ATTRIBUTES
-    from alphamed.data.card import describe
-    from alphamed.data.sources import DataError, load_questions
+    from alphamed.data.describe import describe
+    from alphamed.data.sources import load_questions
+    from alphamed.errors import DataError
 
     try:
         loaded = load_questions(data, BadRows.SKIP) if data else None

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alphamed.config import ConfigError
 from alphamed.config_file import dump_config
+from alphamed.errors import ConfigError
 from alphamed.evaluation.runner import read_asked, read_items, read_scores, score_json
 from alphamed.evaluation.score import Score, Share, percent, verdict
 from alphamed.observe import looks, provenance

@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alphamed.config import ConfigError
+from alphamed.errors import ConfigError
 from alphamed.observe.files import replace_file
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from alphamed.config import ConfigError
 from alphamed.config_file import load_config_tree
 from alphamed.data.attributes import ATTRIBUTES
+from alphamed.errors import ConfigError
 from alphamed.evaluation import settings
 from alphamed.evaluation.compare import AnsweredSet, read_answered
 from alphamed.evaluation.runner import read_asked

@@ -13,7 +13,7 @@ from alphamed.planner.time import step_time
 from alphamed.records import TokenGroup
 
 
-class Forecast:
+class PlanForecast:
     """Predictions beside a run's measurements. `model`: the folder that the run started from."""
 
     def __init__(self, config: Config, model: Path) -> None:

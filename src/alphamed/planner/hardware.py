@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from alphamed.config import ConfigError
+from alphamed.errors import ConfigError
 
 GIB = 1 << 30
 

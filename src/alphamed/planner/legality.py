@@ -5,8 +5,9 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from alphamed.config import Config, ConfigError
+from alphamed.config import Config
 from alphamed.config_choices import Recompute, Transport
+from alphamed.errors import ConfigError
 from alphamed.model import check_context, check_layout, context_sizes, divisors, tensor_sizes
 from alphamed.planner.hardware import GIB
 from alphamed.planner.job import Job

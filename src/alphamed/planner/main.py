@@ -5,9 +5,9 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
-from alphamed.config import ConfigError
 from alphamed.config_file import load_config
 from alphamed.data.output import check_places
+from alphamed.errors import ConfigError
 from alphamed.planner import advice, words
 from alphamed.planner.options import check_options
 from alphamed.planner.plan import STORAGE_BYTES_PER_S, Plan, job_of, make_plan, to_json

@@ -4,8 +4,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from alphamed.config import ConfigError
 from alphamed.config_file import changed_config
+from alphamed.errors import ConfigError
 from alphamed.model import context_sizes, tensor_sizes
 from alphamed.planner.job import Job
 

@@ -5,8 +5,9 @@ import os
 from argparse import Namespace
 from pathlib import Path
 
-from alphamed.config import Config, ConfigError
+from alphamed.config import Config
 from alphamed.config_sections import MAX_GPUS
+from alphamed.errors import ConfigError
 
 
 def check_options(options: Namespace, config: Config) -> None:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from alphamed.config_file import build_config
+from alphamed.planner.calibration import GPU, Efficiency
 from alphamed.planner.hardware import gpu
 from alphamed.planner.job import Job
-from alphamed.planner.calibration import GPU, Efficiency
 from alphamed.planner.shapes import published
 from alphamed.planner.time import step_time
 

@@ -22,7 +22,7 @@ from alphamed.model import divisors, tensor_sizes
 from alphamed.planner.deadline import deadline_problems
 from alphamed.planner.job import Job
 from alphamed.planner.legality import Problem, layout_problems, least_cache_bytes, memory_problems, nearest
-from alphamed.planner.memory import (engine_cache, engine_causes, engine_use, free_for_engine, stage_use, trainer_use)
+from alphamed.planner.memory import engine_cache, engine_causes, engine_use, free_for_engine, stage_use, trainer_use
 from alphamed.planner.mending import Overrides, applied, axes, layouts
 from alphamed.planner.time import step_time
 

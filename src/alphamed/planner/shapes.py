@@ -5,7 +5,8 @@ from pathlib import Path
 
 import yaml
 
-from alphamed.config import Config, ConfigError
+from alphamed.config import Config
+from alphamed.errors import ConfigError
 from alphamed.model import ModelShape, shape_of
 from alphamed.model_folder import check_present
 

@@ -26,11 +26,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
-from alphamed.cluster.failure import RunFailed, signal_name
+from alphamed.cluster.failure import signal_name
 from alphamed.cluster.variables import Start, kept
-from alphamed.config import ConfigError
 from alphamed.config_sections import PromptConfig
 from alphamed.data.prompts import asked_of_model
+from alphamed.errors import ConfigError, RunFailed
 from alphamed.records import Question
 from alphamed.reward.signatures import SIGNATURES, Arguments, Call
 

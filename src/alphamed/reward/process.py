@@ -25,9 +25,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from alphamed.cluster.failure import RunFailed
 from alphamed.config import Config
 from alphamed.config_sections import PromptConfig, RewardConfig
+from alphamed.errors import RunFailed
 from alphamed.records import Outcome, Question, Rollout, RolloutGroup, ScoredGroup
 from alphamed.reward.grader import GraderPool
 from alphamed.reward.rules import Graded, Rule, correct, grade_rollout, resolve_rule

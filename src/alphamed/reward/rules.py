@@ -8,9 +8,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from alphamed.config import ConfigError
 from alphamed.config_choices import TruncatedReward
 from alphamed.config_sections import PromptConfig, RewardConfig
+from alphamed.errors import ConfigError
 from alphamed.records import FinishReason, Outcome, Question, Rollout
 from alphamed.reward.extraction import extract_answer
 from alphamed.reward.grader import GraderPool, RewardCrash, RewardTimeout

@@ -15,10 +15,10 @@ from math import prod
 from typing import Any
 
 from alphamed.config_sections import DynamicSamplingConfig
+from alphamed.hashing import stable_hash
 from alphamed.records import Outcome, Question, ScoredGroup
 from alphamed.reward.shaping import Overlong
 from alphamed.rollout.refill import earned
-from alphamed.rollout.spec import stable_hash
 
 JEFFREYS = 0.5
 LEVELS = 6

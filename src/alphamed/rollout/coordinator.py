@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
-from alphamed.cluster.failure import RunFailed
 from alphamed.config import Config
+from alphamed.errors import RunFailed
 from alphamed.records import GenerationTask, ScoredGroup
 from alphamed.rollout.failures import Overdue, Peer, ask, gather
 from alphamed.rollout.pool import Engine, EnginePool

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from math import comb, prod
 from typing import Any, Protocol
 
-from alphamed.config import ConfigError
 from alphamed.config_choices import LevelsFrom
 from alphamed.config_sections import LevelsConfig, LevelWeights
+from alphamed.errors import ConfigError
+from alphamed.hashing import stable_hash
 from alphamed.records import Question
 from alphamed.rollout.belief import JEFFREYS, LEVELS, PassRates
-from alphamed.rollout.spec import stable_hash
 
 SAMPLES = LEVELS - 1
 """A level says how many of so many samples are right: 1 is all of them, 6 none."""

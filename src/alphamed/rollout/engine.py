@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from alphamed.cluster import processes
-from alphamed.cluster.failure import RunFailed
 from alphamed.cluster.hardware import this_machine
 from alphamed.cluster.processes import Process
 from alphamed.cluster.variables import LAUNCHER
 from alphamed.data.tokenizer import load_tokenizer
+from alphamed.errors import RunFailed
 from alphamed.records import FinishReason, GenerationTask, Rollout, RolloutGroup, Sampling
 from alphamed.reward.thinking import begin_of, end_of_thinking
 from alphamed.rollout.failures import EngineDied, StaleEngine

@@ -6,7 +6,8 @@ from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from alphamed.cluster.failure import RunFailed, of_exception
+from alphamed.cluster.failure import of_exception
+from alphamed.errors import RunFailed
 
 if TYPE_CHECKING:
     from ray import ObjectRef

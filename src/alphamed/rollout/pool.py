@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alphamed.cluster.failure import RunFailed
 from alphamed.cluster.hardware import this_machine
 from alphamed.config import Config
+from alphamed.errors import RunFailed
 from alphamed.model import ModelShape
 from alphamed.rollout.engine import RolloutEngine
 from alphamed.rollout.failures import Peer, gather

@@ -1,15 +1,16 @@
 """What each engine is told: sizes, dtype, cores and environment, all derived from the configuration (pure)."""
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from alphamed.cluster.environment import SILENT
 from alphamed.cluster.hardware import cores, memory_bytes, wants_cuda
-from alphamed.config import Config, ConfigError
+from alphamed.config import Config
 from alphamed.config_choices import Dtype, OnPush
+from alphamed.errors import ConfigError
+from alphamed.hashing import stable_hash
 from alphamed.model import ModelShape, check_context
 
 RECEIVER = "alphamed.weights.receiver.WeightReceiver"
@@ -140,9 +141,3 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
             "TORCHDYNAMO_DISABLE": "1",
         }
     return variables
-
-
-def stable_hash(*parts: object) -> int:
-    """62 bits that are the same in every process and on every machine (Python's own hash of text is not)."""
-    text = "\x1f".join(map(str, parts))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from alphamed.config import Config
+from alphamed.hashing import stable_hash
 from alphamed.records import GenerationTask, Question, Sampling
-from alphamed.rollout.spec import stable_hash
 
 
 class Prompts(Protocol):

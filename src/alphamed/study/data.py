@@ -6,10 +6,9 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from alphamed.config import ConfigError
 from alphamed.data import build, medfacts
-from alphamed.data.card import file_sha256
-from alphamed.data.sources import DataError
+from alphamed.errors import ConfigError, DataError
+from alphamed.hashing import file_sha256
 from alphamed.study.grid import PlannedRun, Set, medfacts_folder
 from alphamed.study.spec import MEDFACTS, MedFacts, Study
 

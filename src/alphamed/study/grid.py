@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alphamed.config import Config, ConfigError
+from alphamed.config import Config
 from alphamed.config_file import build_config, dump_tree, load_config_tree, put, require_sections, validated
 from alphamed.data.attributes import ATTRIBUTES
 from alphamed.data.catalogue import PRESETS, SOURCES
 from alphamed.data.mcq import LEVELS
 from alphamed.data.recipe import BuildRecipe
+from alphamed.errors import ConfigError
 from alphamed.study.spec import CONTROLS, DATA_AXES, MEDFACTS, Control, Grid, Study, StudyData
 
 MAX_NAME = 100

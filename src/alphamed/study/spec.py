@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from alphamed.config import ConfigError
 from alphamed.config_sections import DottedName, NonNegative, Positive, PositiveFloat, Section, Seed
 from alphamed.data.attributes import ATTRIBUTES
 from alphamed.data.catalogue import PRESETS
 from alphamed.data.recipe import Level, SourceRecipe
+from alphamed.errors import ConfigError
 
 DATA_AXES = ("sources", "sizes", *(one.axis for one in ATTRIBUTES))
 """What training sets differ in, in the order of a run's name."""

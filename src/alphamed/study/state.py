@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from alphamed.cluster import failure
-from alphamed.config import ConfigError
+from alphamed.errors import ConfigError
 from alphamed.observe.directory import check_resume, is_finished
 from alphamed.observe.metrics import read_rows
 from alphamed.study.grid import PlannedRun

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alphamed.config import ConfigError
+from alphamed.errors import ConfigError
 from alphamed.model import ModelShape
 from alphamed.weights.families import hf_shapes
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from alphamed.config import ConfigError
+from alphamed.errors import ConfigError
 from alphamed.model import ModelShape
 from alphamed.records import Layout
 from alphamed.weights.cuts import held

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from alphamed.config import Config, ConfigError
+from alphamed.config import Config
 from alphamed.config_choices import Dtype
 from alphamed.config_sections import ParallelConfig
+from alphamed.errors import ConfigError
 from alphamed.model import ModelShape
 from alphamed.weights.cuts import held, needed
 from alphamed.weights.families import Entry, Kind, entries, shard_shape

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from alphamed.cluster.failure import RunFailed
 from alphamed.cluster.hardware import wants_cuda
-from alphamed.config import Config, ConfigError
+from alphamed.config import Config
 from alphamed.config_choices import Dtype, Transport
+from alphamed.errors import ConfigError, RunFailed
 from alphamed.weights import links
 from alphamed.weights.plan import SyncPlan, Wire
 from alphamed.weights.probe import Difference, Probe
