@@ -45,7 +45,7 @@ def test_another_rule_shows_in_rewards_and_advantages(tmp_path, capsys):
     assert found.now[0].rewards == (1.0, 0.1, 0.0, 0.0)
     assert found.now[0].advantages == pytest.approx((0.725, -0.175, -0.275, -0.275))
     assert [(d.sample_index, d.field) for d in found.differences] == [
-        (0, "advantage"), (1), (1, "advantage"), (2, "advantage"), (3, "advantage")]
+        (0, "advantage"), (1, "reward"), (1, "advantage"), (2, "advantage"), (3, "advantage")]
     assert main(tmp_path, 3) == 1
     printed = capsys.readouterr().out
     assert "4 come out differently" in printed
