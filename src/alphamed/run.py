@@ -46,6 +46,8 @@ class Control(Protocol):
 
     def from_rank0(self, what: str, function: Callable[[], T]) -> T: ...
 
+    def on_rank0(self, what: str, function: Callable[[], T]) -> T | None: ...
+
     def everywhere(self, what: str, function: Callable[[], T]) -> T: ...
 
 
@@ -104,9 +106,7 @@ class Run:
         Raises ConfigError (through `control`, on all ranks) when the directory belongs to a run with another
         configuration.
         """
-        opened: list[RunDirectory] = []
-        control.from_rank0("opening the run directory", lambda: opened.append(RunDirectory.open(config)))
-        return cls(config, control, opened[0] if opened else None, hooks)
+        return cls(config, control, control.on_rank0("opening the run directory", lambda: RunDirectory.open(config)), hooks)
 
     # ------------------------------------------------------------------------------------------------ start and resume
     def begin(self, saved: Mapping[str, Any] | None, model: Path | None = None) -> None:

@@ -8,9 +8,8 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from alphamed.cluster import placement
@@ -23,11 +22,11 @@ from alphamed.data.sources import load_questions
 from alphamed.data.stream import QuestionStream
 from alphamed.data.tokenizer import Tokenizer, load_tokenizer
 from alphamed.errors import RunFailed
-from alphamed.evaluation.runner import Evaluation, asked_before, begin_evaluation, evaluate_within, load_sets, within
+from alphamed.evaluation.evaluator import Evaluator
+from alphamed.evaluation.runner import Evaluation, load_sets
 from alphamed.megatron import checkpoint, checkpoint_folder, runtime
 from alphamed.megatron.policy import NoReference, Policy, Reference
 from alphamed.model import ModelShape, read_shape, resolve
-from alphamed.records import GenerationTask, ScoredGroup
 from alphamed.reward import process
 from alphamed.reward.thinking import Thinking
 from alphamed.rollout.coordinator import Coordinator
@@ -40,9 +39,6 @@ from alphamed.weights.hf_save import save_hf
 from alphamed.weights.probe import TEXT, Probe
 from alphamed.weights.source import PolicySource
 from alphamed.weights.sync import WeightSync
-
-BeginEvaluation = Callable[[int, bool], Callable[[], Evaluation]]
-"""`begin(policy_version, background)`; what it returns waits for the end."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +71,8 @@ class Session:
     sync: WeightSync | NoSync
     folder: Path
     """The Hugging Face folder that training started from."""
-    evaluation: BeginEvaluation | None
-    """Evaluates the weights that the engines hold; on rank 0."""
+    evaluator: Evaluator | None
+    """On rank 0 of a run that evaluates."""
     hooks: Hooks
 
     def save_checkpoint(self, state: dict) -> None:
@@ -84,7 +80,8 @@ class Session:
 
     def evaluate(self, background: bool) -> Callable[[], Evaluation]:
         """Begin to evaluate the weights that the engines hold. Before they get others, call what is returned."""
-        return self.evaluation(self.sync.version, background)
+        assert self.evaluator is not None, "an evaluation is due, but nothing evaluates"
+        return self.evaluator.begin(self.sync.version, background)
 
     def cursor(self) -> dict | None:
         """The place in the questions; only rank 0 moves through them."""
@@ -140,7 +137,7 @@ def open_session(config: Config, hooks: Hooks = Hooks()) -> Iterator[Session]:
         if run.state.cursor:
             control.from_rank0("the place in the questions", lambda: rollouts.load_state(run.state.cursor))
         yield Session(config, control, run, policy, reference, rollouts, _sync(config, policy, tokenizer, engines, control, run),
-                      folder, _evaluation(config, prompts, engines, control, run, pace), hooks)
+                      folder, _evaluator(config, prompts, engines, control, run, pace), hooks)
 
 
 # ------------------------------------------------------------------------------------------------------------------- parts
@@ -171,18 +168,16 @@ def _engines(config: Config, folder: Path, shape: ModelShape, tokenizer: Tokeniz
     """On rank 0 of a run that generates: Ray, the engines, the reward process and the coordinator; None elsewhere."""
     if config.rollout.replay is not None:
         return None
-    found: list[Engines] = []
 
-    def start() -> None:
+    def start() -> Engines:
         placement.start_ray(config)
         stack.callback(placement.stop_ray)
         grader = process.start(config, Thinking.of(config.reward.answer_after, tokenizer, prompts))
         pool = EnginePool.start(config, folder, shape, tokenizer.stop_ids(config.rollout.stop))
         stack.callback(pool.stop)
-        found.append(Engines(pool, Coordinator.start(config, pool, grader)))
+        return Engines(pool, Coordinator.start(config, pool, grader))
 
-    control.from_rank0("starting the engines", start)
-    return found[0] if found else None
+    return control.on_rank0("starting the engines", start)
 
 
 def _rollouts(config: Config, prompts: PromptBuilder, engines: Engines | None, control: Control,
@@ -207,39 +202,12 @@ def _sync(config: Config, policy: Policy, tokenizer: Tokenizer, engines: Engines
     return WeightSync(config, PolicySource(policy, policy.shape), engines and engines.pool, control, probe, version)
 
 
-def _evaluation(config: Config, prompts: PromptBuilder, engines: Engines | None, control: Control, run: Run,
-                pace: Pace | None) -> BeginEvaluation | None:
-    """On rank 0 of a run that evaluates: has the evaluation files answered and graded with the engines' weights."""
-    wanted, sets = config.evaluation, []
-    control.from_rank0("loading the evaluation", lambda: sets.extend(
-        load_sets(wanted.all_files, wanted.questions, config.run.seed, config.data.bad_rows, wanted.decisions)))
+def _evaluator(config: Config, prompts: PromptBuilder, engines: Engines | None, control: Control, run: Run,
+               pace: Pace | None) -> Evaluator | None:
+    """On rank 0 of a run that evaluates: what has the evaluation files answered; None elsewhere."""
+    wanted = config.evaluation
+    sets = control.on_rank0("loading the evaluation", lambda: load_sets(
+        wanted.all_files, wanted.questions, config.run.seed, config.data.bad_rows, wanted.decisions))
     if engines is None or not sets:
         return None
-    limit = wanted.max_response_tokens or config.rollout.max_response_tokens
-    asked = asked_before(run.dir) if wanted.time_limit_s else {}            # by an evaluation of an earlier start
-    sets = [within(one, asked.get(one.name, len(one.questions)), config.run.seed) for one in sets]
-    sized = wanted.time_limit_s is None or bool(asked)
-
-    def begin_set(background: bool, name: str, tasks: Sequence[GenerationTask]) -> Callable[[], Sequence[ScoredGroup]]:
-        key = f"evaluation of {name}"
-        if not background:                          # one set after another, each with a deadline of its own
-            return lambda: engines.coordinator.run(key, tasks, run.show_evaluation).groups
-        engines.coordinator.begin(key, tasks, background=True)
-        return lambda: engines.coordinator.finish(key).groups
-
-    def begin(version: int, background: bool) -> Callable[[], Evaluation]:
-        if sized or background:
-            return begin_evaluation(sets, prompts.render, partial(begin_set, background), limit, version)
-        return lambda: size(version)
-
-    def size(version: int) -> Evaluation:
-        """The first evaluation, which shows how many questions all of them ask."""
-        nonlocal sets, sized
-        found = evaluate_within(sets, lambda one: begin_evaluation([one], prompts.render, partial(begin_set, False), limit,
-                                                                   version)(), wanted.time_limit_s, config.run.seed, run.note)
-        if pace:
-            pace.evaluated(sum(len(one.questions.questions) for one in found.results), sum(len(one.questions) for one in sets))
-        sets, sized = [one.questions for one in found.results], True
-        return found
-
-    return begin
+    return Evaluator(config, sets, prompts.render, engines.coordinator, run.dir, run, pace)

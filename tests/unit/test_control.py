@@ -13,14 +13,15 @@ import pytest
 from waiting import LIMIT_S, until
 
 from alphamed.cluster import failure
+from alphamed.errors import RunFailed
 
 RANK = """
 import json, os, signal, sys, time
 from pathlib import Path
 from alphamed.cluster.control import Control
-from alphamed.cluster.failure import RunFailed
+from alphamed.errors import RunFailed
 from alphamed.cluster.links import accept, join, listen
-from alphamed.config import ConfigError
+from alphamed.errors import ConfigError
 
 rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 meeting = folder / "meeting"
@@ -107,6 +108,8 @@ def test_every_rank_gets_the_value_of_rank_0_and_keeps_its_own(play):
 value = control.from_rank0("a value", lambda: {"made by": rank})
 own = control.everywhere("own values", lambda: rank * 10)
 again = control.from_rank0("another", lambda: [1.5, "text", None])
+kept = control.on_rank0("what stays", lambda: f"made by {rank}")
+assert kept == ("made by 0" if rank == 0 else None), kept
 say(value=value, own=own, again=again)
 """)
     for rank in range(3):

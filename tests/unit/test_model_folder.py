@@ -40,7 +40,7 @@ class Alone:
     def from_rank0(self, what, function):
         return function()
 
-    everywhere = from_rank0
+    everywhere = on_rank0 = from_rank0
 
 
 def config(folder, **sections):

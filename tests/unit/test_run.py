@@ -44,7 +44,7 @@ class Alone:
     def from_rank0(self, what, function):
         return function()
 
-    everywhere = from_rank0
+    everywhere = on_rank0 = from_rank0
 
 
 class Follower:
@@ -57,6 +57,9 @@ class Follower:
     def from_rank0(self, what, function):
         self.told.append(what)
         return self.answers.get(what)
+
+    def on_rank0(self, what, function):
+        self.told.append(what)
 
     def everywhere(self, what, function):
         return function()

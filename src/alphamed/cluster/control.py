@@ -121,6 +121,12 @@ class Control:
             return value
         return self._expect(0, turn, turn.number, self._deadline_s if deadline_s is None else deadline_s).value
 
+    def on_rank0(self, what: str, function: Callable[[], T], deadline_s: float | None = None) -> T | None:
+        """Like `from_rank0`, for values that stay on rank 0: the other ranks get None once it has succeeded."""
+        values: list[T] = []
+        self.from_rank0(what, lambda: values.append(function()), deadline_s)
+        return values[0] if values else None
+
     def everywhere(self, what: str, function: Callable[[], T], deadline_s: float | None = None) -> T:
         """Every rank calls `function` and gets its own value once all have succeeded. Raises RunFailed on all ranks,
         naming the first one that failed."""

@@ -11,7 +11,7 @@ from alphamed.reward.rules import earns_of
 from alphamed.reward.shaping import Overlong
 from alphamed.rollout.choice import Chooser
 from alphamed.rollout.curriculum import Stream
-from alphamed.rollout.supply import Ahead, Gathered, OnDemand
+from alphamed.rollout.supply import Ahead, OnDemand
 from alphamed.rollout.tasks import Prompts
 
 if TYPE_CHECKING:
@@ -37,10 +37,9 @@ class LiveRollouts:
 
     def next(self, step: int) -> StepRollouts:
         """The graded rollouts of the next questions. No rank waits in a collective while they are generated."""
-        found: list[Gathered] = []
-        self._control.from_rank0(f"the rollouts of step {step}", lambda: found.append(self._supply.gather(step)))
-        scored = found[0].groups if found else ()
-        return StepRollouts(step, share_groups(scored, self._control), scored, found[0].metrics if found else {})
+        gathered = self._control.on_rank0(f"the rollouts of step {step}", lambda: self._supply.gather(step))
+        scored = gathered.groups if gathered else ()
+        return StepRollouts(step, share_groups(scored, self._control), scored, gathered.metrics if gathered else {})
 
     def state(self) -> dict[str, Any]:
         """Rank 0's place in the questions, what it believes of them, and what is under way."""
@@ -60,9 +59,8 @@ class ReplayedRollouts:
 
     def next(self, step: int) -> StepRollouts:
         """The rollouts recorded for this step. Raises RunFailed (a user's error) where there are none."""
-        found: list[ScoredGroup] = []
-        self._control.from_rank0(f"the recorded rollouts of step {step}", lambda: found.extend(self._read(step)))
-        return StepRollouts(step, share_groups(found, self._control), tuple(found))
+        recorded = self._control.on_rank0(f"the recorded rollouts of step {step}", lambda: self._read(step)) or ()
+        return StepRollouts(step, share_groups(recorded, self._control), tuple(recorded))
 
     def _read(self, step: int) -> Sequence[ScoredGroup]:
         from alphamed.observe.rollout_files import read_rollouts, rollout_path
