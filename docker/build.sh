@@ -41,16 +41,9 @@ for builder in ${BUILDER:-docker buildah podman} ''; do
 done
 [ -n "$builder" ] || fail "no working ${BUILDER:-docker with buildx, buildah or podman} (Debian, Ubuntu: apt install buildah)"
 
-# A setting of pip, from its environment variables and files.
-pip_setting() {
-    local variable=PIP_${1^^}
-    variable=${variable//-/_}
-    if [ -n "${!variable:-}" ]; then
-        printf '%s\n' "${!variable}"
-    else
-        python3 -m pip config get "global.$1" 2>/dev/null || true
-    fi
-}
+# A setting of pip, from its environment variables (listed first) and files; several values are separated by blanks.
+pip_settings=$(python3 -m pip config list 2>/dev/null || true)
+pip_setting() { sed -nE "s/^(global|:env:)\.$1='(.*)'$/\2/p" <<<"$pip_settings" | head -n 1 | sed 's/\\n/ /g'; }
 
 work=$(mktemp -d "${TMPDIR:-/tmp}/alphamed-build.XXXXXX")
 trap 'rm -rf "$work"' EXIT
