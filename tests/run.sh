@@ -6,6 +6,13 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash examples/setup_env.sh
+bash tests/system_packages.sh
+# Linters and schemas that only tests need; the stamp says which are installed.
+stamp=.venv/.test_requirements
+if ! cmp -s tests/requirements.txt "$stamp"; then
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/requirements.txt &&
+        cp tests/requirements.txt "$stamp" || echo "tests/requirements.txt could not be installed; tests that need it skip" >&2
+fi
 
 limit_s=1800
 chosen='not matrix'
