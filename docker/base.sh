@@ -23,7 +23,8 @@ trap 'rm -rf "$work"' EXIT
 root=$work/root
 debootstrap --variant=minbase "$suite" "$root" "$mirror" >"$work/log" 2>&1 ||
     { tail -n 5 "$work/log" >&2; fail "debootstrap $suite from $mirror failed"; }
-printf 'deb %s %s main\n' "$mirror" "$suite" "$mirror" "$suite-updates" "$security" "$suite-security" >"$root/etc/apt/sources.list"
+printf 'deb %s %s main\n' "$mirror" "$suite" "$mirror" "$suite-updates" "$security" "$suite-security" \
+    >"$root/etc/apt/sources.list"
 # What Debian's own slim images leave out, and what differs from one run to the next.
 printf 'path-exclude /usr/share/%s/*\n' doc man info locale >"$root/etc/dpkg/dpkg.cfg.d/slim"
 rm -rf "$root"/usr/share/{doc,man,info,locale}/* "$root"/var/cache/apt/*.bin "$root"/var/cache/apt/archives/*.deb \
@@ -37,4 +38,5 @@ if [ "$tool" = buildah ]; then
 else
     "$tool" import --change 'CMD ["bash"]' "$work/root.tar" "$image" >/dev/null
 fi
-printf '%s: Debian %s, %s MB as a tar file\n' "$image" "$(cat "$root/etc/debian_version")" $(($(stat -c %s "$work/root.tar") / 1000000))
+printf '%s: Debian %s, %s MB as a tar file\n' "$image" "$(cat "$root/etc/debian_version")" \
+    $(($(stat -c %s "$work/root.tar") / 1000000))

@@ -39,7 +39,8 @@ works() { command -v "$1" && "$1" info && { [ "$1" != docker ] || docker buildx 
 for builder in ${BUILDER:-docker buildah podman} ''; do
     [ -z "$builder" ] || ! works "$builder" >/dev/null 2>&1 || break
 done
-[ -n "$builder" ] || fail "no working ${BUILDER:-docker with buildx, buildah or podman} (Debian, Ubuntu: apt install buildah)"
+[ -n "$builder" ] ||
+    fail "no working ${BUILDER:-docker with buildx, buildah or podman} (Debian, Ubuntu: apt install buildah)"
 
 # A setting of pip, from its environment variables (listed first) and files; several values are separated by blanks.
 pip_settings=$(python3 -m pip config list 2>/dev/null || true)

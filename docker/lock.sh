@@ -9,10 +9,10 @@ for version in 3.11 3.12; do
     work=$(mktemp)
     [ ! -f "$lock" ] || cp "$lock" "$work"
     grep -v '^apex' requirements.txt |
-        uv pip compile - --constraints docker/constraints-cuda.txt --output-file "$work" --python-version "$version" \
-            --python-platform x86_64-unknown-linux-gnu --no-annotate --no-header --no-config --quiet "${@/#/--upgrade-package=}"
+        uv pip compile - --constraints docker/constraints-cuda.txt --output-file "$work" --no-config --no-annotate --quiet \
+            --python-version "$version" --python-platform x86_64-unknown-linux-gnu "${@/#/--upgrade-package=}" >/dev/null
     {
-        echo "# The cluster set for Python $version: a complete lock of requirements.txt, without apex, which is built from source."
+        echo "# The cluster set for Python $version: a complete lock of requirements.txt but for apex, which is built from source."
         echo "# Made by docker/lock.sh; docker/Dockerfile installs it with --no-deps."
         grep -v '^#' "$work"
     } >"$lock"

@@ -11,7 +11,8 @@ bash tests/system_packages.sh
 stamp=.venv/.test_requirements
 if ! cmp -s tests/requirements.txt "$stamp"; then
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/requirements.txt &&
-        cp tests/requirements.txt "$stamp" || echo "tests/requirements.txt could not be installed; tests that need it skip" >&2
+        cp tests/requirements.txt "$stamp" ||
+        echo "tests/requirements.txt could not be installed; tests that need it skip" >&2
 fi
 
 limit_s=1800

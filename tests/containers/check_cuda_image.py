@@ -1,4 +1,6 @@
-"""What the CUDA image can show without a GPU. Run inside it:  python /alphamed/tests/containers/check_cuda_image.py [NAME ...]
+"""What the CUDA image can show without a GPU.
+
+Run inside it:  python /alphamed/tests/containers/check_cuda_image.py [NAME ...]
 
 Each check is a process of its own, as some change torch for the whole process; exit code 1 where one fails. Where the
 machine has no NVIDIA driver, a library with the driver's names that answers "no device" takes its place, so that vLLM's
@@ -32,13 +34,12 @@ OPTIONAL = ("apex", "amp_C", "fused_weight_gradient_mlp_cuda")
 HOPPER = dict(major=9, minor=0, multi_processor_count=132, total_memory=80 << 30, name="NVIDIA H100 80GB HBM3")
 LAYERS = 8                              # of each model: more of them are alike, and take minutes
 LAYOUTS = (                             # model, ranks that are built (None: all), settings
-    ("meta-llama/Llama-3.1-8B-Instruct", None, ("parallel.tensor=4", "parallel.sequence=true")),
-    ("meta-llama/Llama-3.1-70B-Instruct", (0, 9, 31), ("parallel.tensor=8", "parallel.pipeline=4", "parallel.sequence=true")),
-    ("meta-llama/Llama-3.1-70B-Instruct", (0, 15), ("parallel.tensor=8", "parallel.pipeline=2", "parallel.virtual_pipeline=2",
-                                                    "parallel.sequence=true")),
-    ("Qwen/Qwen2.5-3B-Instruct", None, ("parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true")),
-    ("Qwen/Qwen3-8B", None, ("parallel.tensor=2", "parallel.sequence=true", "parallel.share_prompts=false")),
-    ("Qwen/Qwen3-8B", None, ("parallel.tensor=2", "parallel.sequence=true", "parallel.share_prompts=false", "model.fp8=true")),
+    ("meta-llama/Llama-3.1-8B-Instruct", None, ("parallel.tensor=4",)),
+    ("meta-llama/Llama-3.1-70B-Instruct", (0, 9, 31), ("parallel.tensor=8", "parallel.pipeline=4")),
+    ("meta-llama/Llama-3.1-70B-Instruct", (0, 15), ("parallel.tensor=8", "parallel.pipeline=2", "parallel.virtual_pipeline=2")),
+    ("Qwen/Qwen2.5-3B-Instruct", None, ("parallel.tensor=2", "parallel.pipeline=2")),
+    ("Qwen/Qwen3-8B", None, ("parallel.tensor=2", "parallel.share_prompts=false")),
+    ("Qwen/Qwen3-8B", None, ("parallel.tensor=2", "parallel.share_prompts=false", "model.fp8=true")),
 )
 
 
@@ -55,8 +56,8 @@ def main(names: list[str]) -> int:
         environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"} | _driver(Path(folder))
         for name in names or checks:
             start_s = time.monotonic()
-            done = subprocess.run([sys.executable, __file__, "--here", name], env=environment, capture_output=True, text=True,
-                                  cwd=folder)
+            done = subprocess.run([sys.executable, __file__, "--here", name], env=environment, cwd=folder, text=True,
+                                  capture_output=True)
             print(f"{'ok  ' if done.returncode == 0 else 'FAIL'} {name} ({time.monotonic() - start_s:.0f} s)")
             print("".join(f"     {line}\n" for line in done.stdout.splitlines()), end="", flush=True)
             if done.returncode:
@@ -66,7 +67,7 @@ def main(names: list[str]) -> int:
 
 
 def _driver(folder: Path) -> dict[str, str]:
-    """Environment in which libcuda.so.1 can be loaded: nothing where it is there, else a stand-in that knows of no device."""
+    """Environment in which libcuda.so.1 can be loaded: nothing where it is there, else a stand-in that knows no device."""
     try:
         ctypes.CDLL("libcuda.so.1")
         return {}
@@ -75,13 +76,17 @@ def _driver(folder: Path) -> dict[str, str]:
     wanted = set()
     site = Path(metadata.distribution("vllm").locate_file("vllm"))
     for library in [*site.rglob("*.so"), *Path(metadata.distribution("torch").locate_file("torch/lib")).glob("*.so")]:
-        symbols = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True).stdout
+        symbols = _output("nm", "-D", "--undefined-only", library)
         wanted |= {word for word in symbols.split() if word.startswith("cu") and word[2:3].isupper()}
     no_device = 100                     # CUDA_ERROR_NO_DEVICE
     source = folder / "driver.c"
     source.write_text("".join(f"int {name}() {{ return {no_device}; }}\n" for name in sorted(wanted)))
-    subprocess.run(["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", folder / "libcuda.so.1", source], check=True)
+    _output("gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", folder / "libcuda.so.1", source)
     return {"LD_LIBRARY_PATH": str(folder)}
+
+
+def _output(*words: str | Path) -> str:
+    return subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 # --------------------------------------------------------------------------------------------------------------- checks
@@ -103,7 +108,7 @@ def check_imports() -> None:
         print(name, getattr(module, "__version__", ""))
     import transformer_engine_torch                                         # the extension that the image compiled
 
-    print("transformer_engine_torch", metadata.version("transformer-engine-torch"), Path(transformer_engine_torch.__file__).name)
+    print("transformer_engine_torch", metadata.version("transformer-engine-torch"), transformer_engine_torch.__file__)
     assert torch.version.cuda.startswith("13."), torch.version.cuda
     for name in OPTIONAL:
         try:
@@ -141,9 +146,8 @@ def check_compiler() -> None:
     assert compile_module_from_src(source, "built").answer == 42
     toolkit = Path(next(iter(nvidia.cu13.__path__)))
     Path("kernel.cu").write_text("#include <cuda_bf16.h>\n__global__ void twice(float *x) { x[threadIdx.x] *= 2; }\n")
-    subprocess.run([toolkit / "bin" / "nvcc", "-arch=sm_90", "-cubin", "-o", "kernel.cubin", "kernel.cu"], check=True)
-    symbols = subprocess.run(["nm", "kernel.cubin"], capture_output=True, text=True, check=True).stdout
-    assert "twice" in symbols, symbols
+    _output(toolkit / "bin" / "nvcc", "-arch=sm_90", "-cubin", "-o", "kernel.cubin", "kernel.cu")
+    assert "twice" in _output("nm", "kernel.cubin")
 
 
 def check_plan() -> None:
@@ -186,8 +190,8 @@ def check_names() -> None:
 
     provider.wrap_gradients, provider.build_optimizer = wrapping, optimizing
     for model, ranks, settings in LAYOUTS:
-        config = build_config({"model": {"path": model}, "data": {"train": ["questions.jsonl"]}, "cluster": {"device": "cuda"},
-                               "parallel": {"micro_batch_tokens": 4096}})
+        config = build_config({"model": {"path": model}, "data": {"train": ["questions.jsonl"]},
+                               "cluster": {"device": "cuda"}, "parallel": {"micro_batch_tokens": 4096, "sequence": True}})
         config = changed_config(config, settings)
         problems = build.check_topology(config, replace(published()[model], layers=LAYERS), ranks)
         assert not problems, "\n".join([model, *settings, *problems[:20]])

@@ -35,7 +35,8 @@ def command(image: str, work: Path, words: Sequence[str], options: Sequence[str]
     """A container with a read-only root, an unprivileged user and one folder to write into. The host's certificates are
     those of the proxy, if there is one."""
     return [*starter(image), "--rm", "--network", "host", "--read-only", "--shm-size", "2g", "--volume", f"{work}:/work",
-            *(["--volume", f"{CERTIFICATES}:{CERTIFICATES}:ro"] if Path(CERTIFICATES).exists() else []), *options, image, *words]
+            *(["--volume", f"{CERTIFICATES}:{CERTIFICATES}:ro"] if Path(CERTIFICATES).exists() else []),
+            *options, image, *words]
 
 
 @functools.cache

@@ -47,8 +47,8 @@ def test_a_cuda_lock_is_of_one_toolkit(name):
     versions = locked(name)
     assert versions["cuda-python"] == versions["cuda-bindings"]             # they share files: others overwrite each other
     toolkit = {package: ".".join(versions[package].split(".")[:2]) for package in
-               ("cuda-toolkit", "nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-cccl", "nvidia-cuda-runtime",
-                "nvidia-cuda-nvrtc", "nvidia-nvjitlink")}
+               ("cuda-toolkit", "nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-cccl",
+                "nvidia-cuda-runtime", "nvidia-cuda-nvrtc", "nvidia-nvjitlink")}
     assert set(toolkit.values()) == {"13.0"}, toolkit
 
 
