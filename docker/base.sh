@@ -19,8 +19,13 @@ done
 [ -n "$tool" ] || fail "none of docker, podman, buildah works here"
 
 work=$(mktemp -d "${TMPDIR:-/tmp}/alphamed-base.XXXXXX")
-trap 'rm -rf "$work"' EXIT
 root=$work/root
+# debootstrap mounts /proc in there, and leaves it where it is ended before its own end.
+clean_up() {
+    ! mountpoint --quiet "$root/proc" || umount "$root/proc"
+    rm -rf --one-file-system "$work"
+}
+trap clean_up EXIT
 debootstrap --variant=minbase "$suite" "$root" "$mirror" >"$work/log" 2>&1 ||
     { tail -n 5 "$work/log" >&2; fail "debootstrap $suite from $mirror failed"; }
 printf 'deb %s %s main\n' "$mirror" "$suite" "$mirror" "$suite-updates" "$security" "$suite-security" \

@@ -19,13 +19,14 @@ CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 def build(kind: str) -> str | None:
     """Build an image as docs/containers.md says and return its name; None where this machine can build none (no builder, or
     neither a registry nor root with debootstrap for the base). A build that fails is an error."""
-    if not shutil.which("buildah") and not _works("docker"):
+    if not shutil.which(_tool()):
         return None
     base = os.environ.get("ALPHAMED_BASE", "")                           # say, a mirror's debian:bookworm-slim
     if not base and not _registry():
-        if os.getuid() != 0 or not shutil.which("debootstrap"):
-            return None
-        _run(["bash", ROOT / "docker" / "base.sh", "bookworm", BASE])
+        if not _quiet([_tool(), "inspect", "--type", "image", BASE]):
+            if os.getuid() != 0 or not shutil.which("debootstrap"):
+                return None
+            _run(["bash", ROOT / "docker" / "base.sh", "bookworm", BASE])
         base = BASE
     _run(["bash", ROOT / "docker" / "build.sh", kind, "--tag", IMAGE, *(["--base", base] if base else [])])
     return IMAGE
@@ -53,9 +54,12 @@ def starter(image: str) -> tuple[str, ...] | None:
 
 
 def _registry() -> bool:
-    """Whether the default base image is here or can be pulled."""
-    tool = "docker" if _works("docker") else "buildah"
-    return _quiet([tool, "pull", "--quiet", "docker.io/library/debian:bookworm-slim"])
+    """Whether the default base image can be pulled."""
+    return _quiet([_tool(), "pull", "--quiet", "docker.io/library/debian:bookworm-slim"])
+
+
+def _tool() -> str:
+    return "docker" if _works("docker") else "buildah"
 
 
 def _works(tool: str) -> bool:
