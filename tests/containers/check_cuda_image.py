@@ -191,8 +191,8 @@ def check_names() -> None:
     provider.wrap_gradients, provider.build_optimizer = wrapping, optimizing
     for model, ranks, settings in LAYOUTS:
         config = build_config({"model": {"path": model}, "data": {"train": ["questions.jsonl"]},
-                               "cluster": {"device": "cuda"}, "parallel": {"micro_batch_tokens": 4096, "sequence": True}})
-        config = changed_config(config, settings)
+                               "cluster": {"device": "cuda"}, "parallel": {"micro_batch_tokens": 4096}})
+        config = changed_config(config, (*settings, "parallel.sequence=true"))
         problems = build.check_topology(config, replace(published()[model], layers=LAYERS), ranks)
         assert not problems, "\n".join([model, *settings, *problems[:20]])
         print(model, *settings, "ranks", *(range(config.parallel.world) if ranks is None else ranks))
