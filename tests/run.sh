@@ -2,17 +2,25 @@
 # The tests in the quickstart's environment:  bash tests/run.sh [--all] [pytest arguments]
 #   (nothing)        all but the long matrices, at most 20 min on 2 cores
 #   -m "not slow"    the fast ones, at most 3 min
-#   --all            the long matrices (kills, resumes, studies) as well, at most 60 min
+#   --all            the long matrices (kills, resumes, studies, the CPU image) as well, at most 60 min; as root it
+#                    installs the Debian packages of tests/system_packages.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash examples/setup_env.sh
+# Linters and schemas that only tests need; the stamp says which are installed.
+stamp=.venv/.test_requirements
+if ! cmp -s tests/requirements.txt "$stamp"; then
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/requirements.txt &&
+        cp tests/requirements.txt "$stamp" ||
+        echo "tests/requirements.txt could not be installed; tests that need it skip" >&2
+fi
 
 limit_s=1800
 chosen='not matrix'
 arguments=()
 while [ $# -gt 0 ]; do
     case $1 in
-        --all) chosen='' limit_s=4500 ;;
+        --all) chosen='' limit_s=4500; bash tests/system_packages.sh ;;
         -m) chosen="${chosen:+$chosen and }($2)"; shift ;;
         *) arguments+=("$1") ;;
     esac

@@ -1,6 +1,7 @@
 """Provenance: hashes against sha256 by other means, git state of a real repository, one entry a start, no secrets."""
 import hashlib
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -62,6 +63,8 @@ def git(folder, *command):
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     """A git repository that holds a package of the same shape as ours, and this module pretending to live in it."""
+    if not shutil.which("git"):
+        pytest.skip("git is not installed")
     package = tmp_path / "repo" / "src" / "alphamed"
     (package / "observe").mkdir(parents=True)
     (package / "config.py").write_text("A = 1\n")
@@ -101,6 +104,16 @@ def test_an_installed_package_inside_a_foreign_repository_has_no_commit(checkout
     (installed.parent / "config.py").write_text("A = 1\n")
     monkeypatch.setattr(provenance, "__file__", str(installed / "provenance.py"))
     assert provenance.git_state(tmp_path) is None
+
+
+def test_an_image_has_the_commit_that_it_was_built_from(tmp_path, monkeypatch):
+    package = tmp_path / "alphamed" / "src" / "alphamed"
+    (package / "observe").mkdir(parents=True)
+    monkeypatch.setattr(provenance, "__file__", str(package / "observe" / "provenance.py"))
+    assert provenance.git_state(tmp_path) is None
+    (tmp_path / "alphamed" / "COMMIT").write_text("5b1e0d-modified\n")
+    assert provenance.git_state(tmp_path) == {"commit": "5b1e0d-modified", "diff_sha256": None, "diff_file": None,
+                                              "untracked": []}
 
 
 def test_a_damaged_record_is_told(tmp_path):

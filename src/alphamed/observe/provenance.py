@@ -30,6 +30,7 @@ FULL_HASH_BYTES = 512 << 20
 SAMPLE_BYTES = 1 << 20
 SAMPLES = 64
 GIT_DEADLINE_S = 20.0
+IMAGE_COMMIT_FILE = "COMMIT"
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
@@ -122,10 +123,17 @@ def git_state(run_dir: Path) -> dict[str, Any] | None:
 
 
 def commit_here() -> str | None:
-    """Commit of the checkout this package runs from, None where it is installed rather than checked out."""
+    """Commit of the checkout this package runs from, or that a container image was built from; None where it is installed
+    otherwise."""
     if not _git(_package(), "ls-files", "config.py"):       # a foreign repository that merely contains the installation
-        return None
+        return _commit_of_image()
     return (_git(_package(), "rev-parse", "HEAD") or b"").decode().strip() or None
+
+
+def _commit_of_image() -> str | None:
+    """What docker/Dockerfile wrote beside the sources; it ends in -modified where the checkout had changes."""
+    file = _package().parents[1] / IMAGE_COMMIT_FILE
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else None
 
 
 def diff_here() -> bytes | None:
