@@ -146,6 +146,10 @@ def _add_running(verb: Verb) -> None:
     sub.add_argument("--config", type=Path, metavar="FILE")
     sub.add_argument("--nodes", metavar="A,B,C", help="all nodes of the job, the same list in the same order on each")
     sub.add_argument("--node-rank", type=int, metavar="N", help="position of this node in --nodes")
+    sub.add_argument("--port", type=int, default=29400, metavar="P", help="where the first of --nodes listens for the others")
+    sub.add_argument("--hosts", metavar="A,B,C", help="start the run on these hosts over ssh, from here")
+    sub.add_argument("--slurm", action="store_true", help="with --dry-run: the job's batch script")
+    sub.add_argument("--dry-run", action="store_true", help="print what each host would run, start nothing")
     sub.add_argument("overrides", nargs="*", metavar="key=value")
     sub = verb("worker", _worker, "One trainer rank; torchrun starts it.")
     sub.add_argument("--script", type=Path)
@@ -232,13 +236,17 @@ def _launch(options: argparse.Namespace) -> int:
     if options.config is None:
         raise ConfigError("launch: neither --script nor --config is given")
     options.check = False
+    if options.hosts or options.slurm:
+        from alphamed.cluster import remote
+
+        return remote.main(options)
     if options.nodes is None:
         return _train(options)
     from alphamed.cluster import nodes
     from alphamed.config_file import load_config
 
     named = nodes.named(options.nodes, options.node_rank)
-    return nodes.run(load_config(options.config, options.overrides), named, options.node_rank)
+    return nodes.run(lambda: load_config(options.config, options.overrides), named, options.node_rank, options.port)
 
 
 def _worker(options: argparse.Namespace) -> int:

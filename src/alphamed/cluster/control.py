@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -17,8 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from alphamed.cluster import failure
+from alphamed.cluster.addresses import LOOPBACK
 from alphamed.cluster.failure import RunFailed
-from alphamed.cluster.links import Links, Peer, accept, join, listen, own_address
+from alphamed.cluster.job import ADDRESS_VARIABLE, HOST_VARIABLE
+from alphamed.cluster.links import Links, Peer, accept, join, listen
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +33,13 @@ DEADLINE_S = 3600.0
 SETTLE_S = 2.0
 """A broken connection is noticed by everybody; this long the rank that fails of it waits for the news of who broke
 it."""
+
+
+def rank_name(rank: int) -> str:
+    """This process as errors call it; where ranks are on several hosts, with its host."""
+    several = os.environ.get("LOCAL_WORLD_SIZE", "1") != os.environ.get("WORLD_SIZE", "1")
+    host = f" on {os.environ.get(HOST_VARIABLE) or socket.gethostname()}" if several else ""
+    return f"rank {rank} (pid {os.getpid()}{host})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +71,17 @@ class Control:
         import torch.distributed as dist
 
         rank, world = dist.get_rank(group), dist.get_world_size(group)
+        name = rank_name(rank)
         if world == 1:
             return cls(group, 0, 1, [], run_dir, heartbeat_timeout_s, abort_after_s, DEADLINE_S + longest_s)
-        listener, key = listen(own_address()) if rank == 0 else (None, b"")
+        listener, key = listen(os.environ.get(ADDRESS_VARIABLE, LOOPBACK)) if rank == 0 else (None, b"")
         invitation = [(listener.address, key) if listener else None]
         dist.broadcast_object_list(invitation, src=0, group=group)
         if listener:
             with listener:
-                peers = accept(listener, world)
+                peers = accept(listener, world, own_name=name)
         else:
-            peers = [join(*invitation[0], rank)]
+            peers = [join(*invitation[0], rank, own_name=name)]
         return cls(group, rank, world, peers, run_dir, heartbeat_timeout_s, abort_after_s, DEADLINE_S + longest_s)
 
     def __init__(self, group: ProcessGroup, rank: int, world: int, peers: list[Peer], run_dir: Path,
@@ -102,7 +113,7 @@ class Control:
 
     @property
     def name(self) -> str:
-        return f"rank {self.rank} (pid {os.getpid()})"
+        return rank_name(self.rank)
 
     # ------------------------------------------------------------------------------------------------------- agreements
     def from_rank0(self, what: str, function: Callable[[], T], deadline_s: float | None = None) -> T:

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from alphamed.cluster.hosts import deal
 from alphamed.config import ConfigError
 from alphamed.config_choices import Recompute, Transport
 from alphamed.model import check_context, check_layout, context_sizes, divisors, tensor_sizes
@@ -81,6 +82,9 @@ def _node_problems(job: Job) -> Iterator[Problem]:
             yield Problem(f"cluster.share_gpus: {p.world} trainer ranks and {wanted} engine workers share the GPUs of one node, "
                           f"it has {per_node}", ("cluster.share_gpus=false",))
         return
+    if job.config.cluster.ranks_per_host and not job.gpu.is_cpu:
+        yield from _dealt_problems(job)
+        return
     if p.world + wanted <= per_node:
         return
     if job.engines and job.config.sync.transport == Transport.IPC:
@@ -95,6 +99,18 @@ def _node_problems(job: Job) -> Iterator[Problem]:
     if job.nodes is not None and trainer + engine > job.nodes:
         yield Problem(f"cluster.nodes: {p.world} trainer ranks and {job.engines} engines of {r.tensor_parallel} GPUs need "
                       f"{trainer} + {engine} nodes of {per_node} GPUs, there are {job.nodes}", _shrunk(job))
+
+
+def _dealt_problems(job: Job) -> Iterator[Problem]:
+    """Where `cluster.ranks_per_host` leaves GPUs of the trainer's hosts to engines."""
+    try:
+        shares = deal(job.config, 0 if job.colocated else job.engines, job.gpus_per_node, mixed=True, share=False)
+    except ConfigError as error:
+        yield Problem(str(error))
+        return
+    if job.nodes is not None and len(shares) > job.nodes:
+        yield Problem(f"cluster.nodes: {job.parallel.world} trainer ranks, {job.config.cluster.ranks_per_host} on a host, and "
+                      f"{job.engines} engines need {len(shares)} nodes of {job.gpus_per_node} GPUs, there are {job.nodes}")
 
 
 def _shrunk(job: Job) -> tuple[str, ...]:

@@ -1,9 +1,11 @@
 """What the training loop sees of rollouts: `next(step)` on every rank, from engines or from the record of another run."""
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from alphamed.cluster.failure import StopRequested
 from alphamed.config import Config
 from alphamed.records import ScoredGroup, StepRollouts, TokenGroup
 from alphamed.rollout.choice import Chooser
@@ -31,10 +33,19 @@ class LiveRollouts:
         self._supply = kind(config, chooser, prompts, coordinator, on_progress)
         self._control = control
 
-    def next(self, step: int) -> StepRollouts:
-        """The graded rollouts of the next questions. No rank waits in a collective while they are generated."""
+    def next(self, step: int) -> StepRollouts | None:
+        """The graded rollouts of the next questions; None where the run was asked to stop meanwhile. No rank waits in a
+        collective while they are generated."""
         found: list[Gathered] = []
-        self._control.from_rank0(f"the rollouts of step {step}", lambda: found.append(self._supply.gather(step)))
+
+        def gather() -> bool:
+            with contextlib.suppress(StopRequested):
+                found.append(self._supply.gather(step))
+                return True
+            return False
+
+        if not self._control.from_rank0(f"the rollouts of step {step}", gather):
+            return None
         scored = found[0].groups if found else ()
         return StepRollouts(step, share_groups(scored, self._control), scored, found[0].metrics if found else {})
 
