@@ -178,6 +178,9 @@ def _add_reading(verb: Verb) -> None:
     sub.add_argument("--out", type=Path, metavar="DIR", help="copy the model here")
     sub = verb("report", _report, "Write report.html of a run.")
     sub.add_argument("run_dir", type=Path, metavar="RUN")
+    sub = verb("status", _status, "Where a run stands, whether its parts live, where its logs are, why its last start ended.")
+    sub.add_argument("run_dir", type=Path, metavar="RUN")
+    sub.add_argument("--watch", action="store_true", help="again every few seconds, until the run has ended")
     sub = verb("compare", _compare, "Set runs against each other: before and after, size and sources, levels, controls.")
     sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, or a folder of `alphamed eval`")
     sub.add_argument("--out", type=Path, metavar="FILE.html", help="default: compare.html; numbers beside as .json and .csv")
@@ -311,6 +314,12 @@ def _report(options: argparse.Namespace) -> int:
     from alphamed.observe import report
 
     return report.main(options.run_dir)
+
+
+def _status(options: argparse.Namespace) -> int:
+    from alphamed.observe import status
+
+    return status.main(options.run_dir, options.watch)
 
 
 def _compare(options: argparse.Namespace) -> int:

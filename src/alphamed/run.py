@@ -79,6 +79,7 @@ class Run:
         self._began_wall_s = 0.0
         self._step_began = self._opened
         self._warned: set[str] = set()
+        self.activity = "starting"                  # on rank 0, for `alphamed status`
         self.stopped = False                        # asked to end before its last step; the same on every rank
         self._evaluating: int | None = None         # the step whose evaluation is under way; the same on every rank
         self._evaluation: Callable[[], Evaluation] | None = None        # on rank 0: waits for it
@@ -131,6 +132,7 @@ class Run:
                 return
             self._step_began = time.monotonic()
             step = self.state.step + 1
+            self.activity = f"step {step}"
             if self._console:
                 self._console.show(step, "running")
             yield step
@@ -146,6 +148,7 @@ class Run:
         StopRequested where the run is asked to end: what is generated can be done without."""
         if stop_requested(self.dir):
             raise StopRequested
+        self.activity = f"step {self.state.step + 1}, generating, {progress.done} of {progress.total} questions"
         if self._console:
             self._console.show(self.state.step + 1, f"generating, {progress.done}/{progress.total} questions")
 
@@ -210,6 +213,7 @@ class Run:
         every = self.config.checkpoint.every
         due = self.state.step > self._checkpointed and (last or bool(every) and self.state.step % every == 0)
         if due:
+            self.activity = f"writing the checkpoint of step {self.state.step}"
             save(asdict(self.state))
             self._checkpointed = self.state.step
         return due
@@ -240,6 +244,7 @@ class Run:
         assert self._directory is not None
         if (self._directory.evaluations / f"step_{self.state.step:06d}.json").exists():
             return False
+        self.activity = f"evaluating after step {self.state.step}"
         self.note(f"evaluating after {self.state.step} steps{' beside the next' if background else ' ...'}")
         self._evaluation = begin(background)
         return True

@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from alphamed.cluster import placement
 from alphamed.cluster.control import Control
 from alphamed.cluster.failure import RunFailed
+from alphamed.cluster.pulse import Pulse
 from alphamed.config import Config
 from alphamed.config_choices import AnswerKeys
 from alphamed.data.controls import with_shuffled_keys
@@ -40,7 +42,6 @@ from alphamed.weights.probe import TEXT, Probe
 from alphamed.weights.source import PolicySource
 from alphamed.weights.sync import WeightSync
 
-
 BeginEvaluation = Callable[[int, bool], Callable[[], Evaluation]]
 """`begin(policy_version, background)`; what it returns waits for the end."""
 
@@ -50,6 +51,7 @@ class Engines:
     """What generates and grades, as rank 0 holds it."""
     pool: EnginePool
     coordinator: Coordinator
+    grader: Any                             # the reward process, an actor's handle
 
 
 class NoSync:
@@ -122,6 +124,9 @@ def open_session(config: Config) -> Iterator[Session]:
                                                    longest_s=config.longest_wait_s))
         run = Run.open(config, control)
         stack.callback(run.close)
+        pulse = Pulse(run.dir, control.heard_s, lambda: run.activity)
+        if control.rank == 0:
+            stack.enter_context(pulse)
         folder = control.from_rank0("finding the model", lambda: resolve(
             config.model.path, config.model.revision, config.model.cache))
         shape, tokenizer = read_shape(folder), load_tokenizer(folder)
@@ -130,6 +135,8 @@ def open_session(config: Config) -> Iterator[Session]:
         run.begin(saved, folder)
         prompts = PromptBuilder(tokenizer, config.prompt)
         engines = _engines(config, folder, shape, tokenizer, control, stack)
+        if engines:
+            pulse.watch([*((f"engine {one.index}", one.actor) for one in engines.pool.engines), ("reward process", engines.grader)])
         rollouts = _rollouts(config, prompts, engines, control, run)
         if run.state.cursor:
             control.from_rank0("the place in the questions", lambda: rollouts.load_state(run.state.cursor))
@@ -173,7 +180,7 @@ def _engines(config: Config, folder: Path, shape: ModelShape, tokenizer: Tokeniz
         grader = process.start(config)
         pool = EnginePool.start(config, folder, shape, tokenizer.eos_ids)
         stack.callback(pool.stop)
-        found.append(Engines(pool, Coordinator.start(config, pool, grader)))
+        found.append(Engines(pool, Coordinator.start(config, pool, grader), grader))
 
     control.from_rank0("starting the engines", start)
     return found[0] if found else None

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from alphamed.cluster import guard, launch, ledger, nodes, placement, processes
+from alphamed.cluster import guard, launch, ledger, processes
 from alphamed.cluster.environment import enter, run_environment, without_torchrun
 from alphamed.cluster.ledger import Ledger, Lock, run_id
-from alphamed.cluster.nodes import part_of
 from alphamed.config import Config, ConfigError
 from alphamed.config_file import build_config, load_config
 
@@ -26,11 +25,6 @@ ROOT = Path(__file__).parents[2]
 def config(**sections) -> Config:
     tree = {"model": {"path": "m"}, "data": {"train": ["t.jsonl"]}} | sections
     return build_config(tree)
-
-
-def layout(tensor: int, pipeline: int, data: int, engines: int, engine_gpus: int) -> Config:
-    return config(parallel={"tensor": tensor, "pipeline": pipeline, "data": data},
-                  rollout={"engines": engines, "tensor_parallel": engine_gpus})
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
@@ -62,16 +56,6 @@ def test_sbatch_of_a_launcher_is_refused_with_the_right_command():
 @pytest.mark.parametrize("name", ["train_smollm2_cpu", "train_alphamed_8b", "train_alphamed_70b"])
 def test_shipped_configurations_are_valid(name):
     load_config(ROOT / "examples" / f"{name}.yaml")
-
-
-@pytest.mark.parametrize("name, nodes", [("train_alphamed_8b", 1), ("train_alphamed_70b", 6)])
-def test_shipped_configurations_fit_the_nodes_that_they_name(name, nodes):
-    shipped = load_config(ROOT / "examples" / f"{name}.yaml")
-    plan = launch.plan_nodes(shipped, NODES[:nodes], shipped.cluster.gpus_per_node)
-    assert len({*plan.trainer_nodes, *plan.engine_nodes}) == nodes
-    if nodes > 1:
-        with pytest.raises(ConfigError):
-            launch.plan_nodes(shipped, NODES[:nodes - 1], shipped.cluster.gpus_per_node)
 
 
 @pytest.mark.parametrize("name", ["train_alphamed_8b", "train_alphamed_70b"])
@@ -333,29 +317,6 @@ def test_a_killed_supervisor_is_cleaned_up_after_by_the_guard(supervised, tmp_pa
     run.kill()
     wait_until(lambda: processes.describe(child) is None and not segment.exists())
     wait_until(lambda: not any(tmp_path.glob("processes-*.json")))
-
-
-# -------------------------------------------------------------------------------------------------------- a job's nodes
-@pytest.fixture
-def started(monkeypatch):
-    """What `nodes.run` begins on each node: checks, and the whole training of a single node."""
-    found = []
-    monkeypatch.setattr(nodes, "gpus_present", lambda: 8)
-    monkeypatch.setattr(nodes, "validate", lambda config: found.append("validate"))
-    monkeypatch.setattr(nodes.launch, "train", lambda config: found.append("train") or 0)
-    return found
-
-
-def test_a_run_on_one_node_is_checked_before_it_starts(started):
-    assert nodes.run(config(cluster={"device": "cuda"}), ["a"], 0) == 0
-    assert started == ["validate", "train"]
-
-
-def test_nodes_beyond_the_one_that_is_shared_stay_out(started, capsys):
-    shared = config(cluster={"device": "cuda", "share_gpus": True}, parallel={"tensor": 8}, rollout={"engines": 8})
-    assert [nodes.run(shared, ["a", "b", "c"], rank) for rank in (1, 2)] == [0, 0]
-    assert started == [] and capsys.readouterr().err == "node b is not needed\nnode c is not needed\n"
-    assert nodes.run(shared, ["a", "b", "c"], 0) == 0 and started == ["validate", "train"]
 
 
 def test_a_file_that_is_only_read_is_no_segment_of_the_run():

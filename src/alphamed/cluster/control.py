@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,6 +171,11 @@ class Control:
         # a copy for each: views of bytes at odd offsets can not become int64
         return [part.clone().view(dtype).reshape(shape)
                 for part, (shape, dtype) in zip(flat.split(sizes), described, strict=True)] if sizes else []
+
+    def heard_s(self) -> dict[str, float]:
+        """Seconds since this rank last heard of each rank that it is connected to, by name; 0 for itself."""
+        now = time.monotonic()
+        return {self.name: 0.0} | {str(peer): now - peer.heard_s for _, peer in sorted(self._links.peers.items())}
 
     def failed(self, culprit: str, message: str) -> RunFailed:
         """Make a failure known to all ranks, unless there is one already; returns the one to raise."""

@@ -6,9 +6,11 @@ a signal: nobody else can have caused that.
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ HOSTS_FOLDER = "nodes"
 """Below it a folder for each further host's own records."""
 STOP_FILE = "stop"
 """There while the run is asked to write a checkpoint and end."""
+ENDED_FILE = "ended.json"
+"""How the last start ended; not there while the run lives, nor after a violent death."""
 
 
 class RunFailed(RuntimeError):
@@ -73,10 +77,16 @@ def recorded(run_dir: Path) -> RunFailed | None:
 
 def forget(run_dir: Path) -> None:
     """Remove the records of an earlier start."""
-    for name in (FAILURE_FILE, WORKERS_FILE, STOP_FILE):
+    for name in (FAILURE_FILE, WORKERS_FILE, STOP_FILE, ENDED_FILE):
         (run_dir / name).unlink(missing_ok=True)
     for path in run_dir.glob(f"{HOSTS_FOLDER}/*/{WORKERS_FILE}"):
         path.unlink(missing_ok=True)
+
+
+def record_end(run_dir: Path, how: str) -> None:
+    """Note how this start has ended, for `alphamed status`. A full disk keeps nobody from ending."""
+    with contextlib.suppress(OSError):
+        (run_dir / ENDED_FILE).write_text(json.dumps({"time": time.time(), "how": how}), encoding="utf-8")
 
 
 def request_stop(run_dir: Path) -> None:

@@ -107,12 +107,15 @@ def report(run_dir: Path, ended: Ended) -> int:
     if ended.clean_up.stuck:
         print(f"warning: {ended.clean_up}", file=sys.stderr)
     if ended.stopped_by:
+        failure.record_end(run_dir, f"stopped by {ended.stopped_by.name}")
         print(f"run stopped by {ended.stopped_by.name}; the same command continues it from its last checkpoint",
               file=sys.stderr)
         return 128 + ended.stopped_by
     if ended.status == 0:
+        failure.record_end(run_dir, "ended")
         return 0
     verdict = failure.verdict(run_dir, ended.status)
+    failure.record_end(run_dir, f"failed: {verdict}")
     if verdict.user_error:
         print(f"error: {verdict}", file=sys.stderr)
         return 2

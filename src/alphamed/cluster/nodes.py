@@ -264,6 +264,8 @@ class _Player:
         environment.pop("RAY_ADDRESS", None)    # this job has a Ray of its own
         environment |= addresses.interface_settings(addresses.Own(place.address, place.interface))
         return environment | {
+            # c10d warns of every connection from a host whose address has no name
+            "TORCH_CPP_LOG_LEVEL": environment.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
             TAG: run_id(self.own), VARIABLE: self.job.to_json(), HOST_VARIABLE: place.name, ADDRESS_VARIABLE: place.address,
             "OMP_NUM_THREADS": str(trainer_threads(self.config, max(1, place.ranks), wants_cuda(self.config)))}
 
@@ -272,7 +274,7 @@ class _Player:
         of_ray = environment_of_ray(self.config, environment, gpus)
         log = self.config.run_dir / "logs" / f"ray_{self.place.name}.log"
         log.parent.mkdir(exist_ok=True)
-        self.meeting.watch(lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        self.meeting.watch(self._stop)
         if not self.first:
             threading.Thread(target=self._wait_for_the_end, args=(part.serves,), name="end", daemon=True).start()
         if part.beside:
@@ -283,10 +285,16 @@ class _Player:
             return supervise((*into_log, *part.command), of_ray, self.own, self._grace)
         return supervise(part.command, environment, self.own, self._grace)      # which ends what runs beside, too
 
+    def _stop(self, found: RunFailed) -> None:
+        """A host is lost, or has failed: what runs here ends now. Where it was the first one, nobody prints this."""
+        with contextlib.suppress(OSError):
+            failure.record(self.config.run_dir, found)
+        os.kill(os.getpid(), signal.SIGTERM)
+
     def _wait_for_the_end(self, serves: bool) -> None:
         """The first host says when its part is over; a host that only serves ends then."""
         with contextlib.suppress(RunFailed):
-            self.meeting.share("the end", lambda: None, float("inf"))
+            self.meeting.share("the end", lambda: None, threading.TIMEOUT_MAX)
             self._grace.over = True
             if not serves:
                 time.sleep(ENDED_DEADLINE_S / 2)        # its ranks end by themselves, as those of the first host have
@@ -306,6 +314,7 @@ class _Player:
         with contextlib.suppress(RunFailed):
             meeting.gather("its end", ended.status, ENDED_DEADLINE_S)
         if meeting.failure and not (ended.stopped_by and not meeting.failure.culprit):
+            failure.record_end(run_dir, f"failed: {meeting.failure}")
             return _say(meeting.failure, meeting.names, 0, meeting)
         return launch.report(run_dir, ended)
 
