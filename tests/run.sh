@@ -2,17 +2,18 @@
 # The tests in the quickstart's environment:  bash tests/run.sh [--all] [pytest arguments]
 #   (nothing)        all but the long matrices, at most 20 min on 2 cores
 #   -m "not slow"    the fast ones, at most 3 min
-#   --all            the long matrices (kills, resumes, studies) as well, at most 60 min
+#   --all            the long matrices (kills, resumes, studies, several hosts) as well, at most 120 min
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash examples/setup_env.sh
+bash tests/system_packages.sh
 
 limit_s=1800
 chosen='not matrix'
 arguments=()
 while [ $# -gt 0 ]; do
     case $1 in
-        --all) chosen='' limit_s=4500 ;;
+        --all) chosen='' limit_s=7500 ;;
         -m) chosen="${chosen:+$chosen and }($2)"; shift ;;
         *) arguments+=("$1") ;;
     esac

@@ -224,9 +224,10 @@ KillWait=30
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
 SchedulerParameters=batch_sched_delay=1,bf_interval=2,sched_interval=2
 {nodes}
-PartitionName=main Nodes={listed} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 OverSubscribe=NO
+PartitionName=main Nodes={listed} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 OverSubscribe=NO GraceTime=90
 PartitionName=shared Nodes={listed} MaxTime=INFINITE State=UP PriorityTier=1 OverSubscribe=FORCE:4
 PartitionName=urgent Nodes={listed} MaxTime=INFINITE State=UP PriorityTier=10
 """)
@@ -255,6 +256,7 @@ PartitionName=urgent Nodes={listed} MaxTime=INFINITE State=UP PriorityTier=10
         done = subprocess.run(words, cwd=cwd, env=self.environment | environment, stdin=subprocess.DEVNULL,
                               capture_output=True, text=True, timeout=timeout)
         if check and done.returncode:
+            print(done.stderr, file=sys.stderr)
             raise subprocess.CalledProcessError(done.returncode, words, done.stdout, done.stderr)
         return done.stdout.strip()
 

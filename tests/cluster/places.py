@@ -40,9 +40,9 @@ class Place(Workplace):
         path = self.folder / f"slurm-{job}.log"
         return path.read_text() if path.exists() else ""
 
-    def run(self, hosts: Hosts, count: int, root: str, *overrides: str) -> Path:
+    def run(self, hosts: Hosts, count: int, root: str, *overrides: str, environment: Mapping[str, str] = {}) -> Path:
         """A job that ends well; its run directory."""
-        job = self.submit(hosts, count, f"run.root={root}", *overrides)
+        job = self.submit(hosts, count, f"run.root={root}", *overrides, environment=environment)
         assert hosts.wait_for_end(job, DEADLINE_S) == "COMPLETED", self.log(job)
         require_nothing_left(hosts)
         return self.run_dir(root)

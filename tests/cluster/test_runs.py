@@ -18,7 +18,8 @@ def asked(run_dir) -> list[str]:
 def test_two_hosts_train_and_generate_together(hosts):
     """Each holds a rank and an engine: gradients and weights cross the network."""
     with place(logging={"wandb": "off", "report": False, "export_hf": True}) as here:
-        run_dir = here.run(hosts, 2, "runs", "parallel.data=2", "rollout.engines=2", "run.steps=2")
+        run_dir = here.run(hosts, 2, "runs", "parallel.data=2", "rollout.engines=2", "run.steps=2",
+                           environment={"ALPHAMED_EXEC": "env IN_CONTAINER=1"})
         assert sorted(metrics(run_dir)) == [1, 2]
         assert (run_dir / "hf" / "model.safetensors").is_file() and len(asked(run_dir)) == 8
 

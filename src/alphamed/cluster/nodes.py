@@ -40,8 +40,6 @@ EXIT_HOST_LOST = 75
 SHARED_DEADLINE_S = 20.0
 """For a file that one host has made to be seen on another: network file systems remember for seconds what was not there."""
 ENDED_DEADLINE_S = 60.0
-SLURM_KILLS_AFTER_S = 10.0
-"""Grace after a bare SIGTERM: Slurm's SIGKILL follows it by KillWait, 30 s unless set otherwise, and ending takes its time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,18 +221,18 @@ def _appears(path: Path) -> bool:
 
 # ------------------------------------------------------------------------------------------------------------------ the run
 class _Grace:
-    """What a host does when it is asked to stop: the run gets some time to write a checkpoint, unless a host is lost or the
-    run is over."""
+    """What a host does when it gets SIGUSR1, the batch script's word for Slurm's warning: the run gets some time to write a
+    checkpoint. SIGTERM Slurm sends to all processes of the run, which can then do nothing but end."""
 
     def __init__(self, config: Config, meeting: Meeting):
         self._config, self._meeting = config, meeting
         self.over = False
 
     def __call__(self, number: signal.Signals) -> float:
-        if self.over or self._meeting.failure or number == signal.SIGINT:
+        if self.over or self._meeting.failure or number != signal.SIGUSR1:
             return 0.0
         failure.request_stop(self._config.run_dir)
-        return self._config.cluster.stop_grace_s if number == signal.SIGUSR1 else SLURM_KILLS_AFTER_S
+        return self._config.cluster.stop_grace_s
 
 
 class _Player:
@@ -279,7 +277,8 @@ class _Player:
             threading.Thread(target=self._wait_for_the_end, args=(part.serves,), name="end", daemon=True).start()
         if part.beside:
             with open(log, "ab") as output:
-                subprocess.Popen(part.beside, env=of_ray, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+                subprocess.Popen(part.beside, env=of_ray, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                                 start_new_session=True)        # Slurm's signals go to this process's group
         if part.serves:
             into_log = ("bash", "-c", 'exec "${@:2}" >>"$1" 2>&1', "-", str(log))
             return supervise((*into_log, *part.command), of_ray, self.own, self._grace)

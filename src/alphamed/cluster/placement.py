@@ -101,10 +101,11 @@ def _require_room(config: Config, address: str | None) -> None:
     size, wanted = config.rollout.tensor_parallel, config.rollout.engines
     present = [int(node["Resources"].get(kind, 0)) for node in ray.nodes() if node["Alive"]]
     if sum(room // size for room in present) < wanted:
-        option = f"--num-gpus=N" if kind == "GPU" else f"--resources='{{\"{ENGINE_SLOT}\": N}}'"
-        raise RunFailed("", f"rollout.engines: {wanted} engines of {size} need as many places in Ray{f' at {address}' * bool(address)}, "
-                            f"whose hosts have room for {' + '.join(map(str, present))} workers; lower it, or start `ray start "
-                            f"{option}` on more hosts", user_error=True)
+        option = "--num-gpus=N" if kind == "GPU" else f"--resources='{{\"{ENGINE_SLOT}\": N}}'"
+        where = f" at {address} (RAY_ADDRESS)" if address else ""
+        raise RunFailed("", f"rollout.engines: {wanted} engines of {size} workers do not fit Ray{where}, whose hosts have room for "
+                            f"{' + '.join(map(str, present))} workers; lower it, or have more hosts join with `ray start "
+                            f"--address=... {option}`", user_error=True)
 
 
 def beside_rank0() -> Any:
