@@ -310,6 +310,38 @@ def test_a_run_that_is_told_to_stop_leaves_nothing(supervised, tmp_path, number)
     assert processes.describe(child) is None and not segment.exists()
 
 
+WITH_GRACE = """
+import os, signal, sys
+from pathlib import Path
+from alphamed.cluster import processes
+from alphamed.cluster.ledger import run_id
+from alphamed.cluster.supervisor import supervise
+run_dir = Path(sys.argv[1])
+def grace(number):
+    Path(run_dir, "asked").write_text(number.name)
+    return 60.0 if number == signal.SIGUSR1 else 0.0
+wait = "import sys, time; from pathlib import Path; p = Path(sys.argv[1], 'go'); print('on', flush=True)\\nwhile not p.exists(): time.sleep(.05)"
+ended = supervise([sys.executable, "-c", wait, str(run_dir)], os.environ | {processes.TAG: run_id(run_dir)}, run_dir, grace)
+print(ended.status, ended.stopped_by.name)
+"""
+
+
+@pytest.mark.parametrize("signals, words", [
+    ((signal.SIGUSR1,), "0 SIGUSR1"),                       # the command ends by itself
+    ((signal.SIGTERM,), "-15 SIGTERM"),
+    ((signal.SIGUSR1, signal.SIGTERM), "-15 SIGUSR1"),      # whose grace ends that of the first
+])
+def test_a_command_with_grace_may_end_by_itself(tmp_path, signals, words):
+    with subprocess.Popen([sys.executable, "-c", WITH_GRACE, str(tmp_path)], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout.readline() == "on\n"
+        for number in signals:
+            run.send_signal(number)
+            wait_until(lambda: (tmp_path / "asked").exists() and (tmp_path / "asked").read_text() == number.name)
+        if words.startswith("0"):
+            (tmp_path / "go").touch()
+        assert run.communicate(timeout=40)[0].strip() == words
+
+
 def test_a_killed_supervisor_is_cleaned_up_after_by_the_guard(supervised, tmp_path):
     run = supervised("")
     child, segment = left(tmp_path)
