@@ -15,13 +15,20 @@ def asked(run_dir) -> list[str]:
     return [row["question_id"] for row in rows if row["sample_index"] == 0]
 
 
-def test_two_hosts_train_and_generate_together(hosts):
-    """Each holds a rank and an engine: gradients and weights cross the network."""
+def test_one_host_trains_and_another_generates(hosts):
+    """The short one of every test run. What starts Python in a container is there and does nothing."""
     with place(logging={"wandb": "off", "report": False, "export_hf": True}) as here:
-        run_dir = here.run(hosts, 2, "runs", "parallel.data=2", "rollout.engines=2", "run.steps=2",
-                           environment={"ALPHAMED_EXEC": "env IN_CONTAINER=1"})
+        run_dir = here.run(hosts, 2, "runs", "run.steps=2", environment={"ALPHAMED_EXEC": "env IN_CONTAINER=1"})
         assert sorted(metrics(run_dir)) == [1, 2]
         assert (run_dir / "hf" / "model.safetensors").is_file() and len(asked(run_dir)) == 8
+
+
+@pytest.mark.matrix
+def test_each_of_two_hosts_trains_and_generates(hosts):
+    """A rank and an engine on each: gradients and weights cross the network."""
+    with place() as here:
+        run_dir = here.run(hosts, 2, "runs", "parallel.data=2", "rollout.engines=2", "run.steps=2")
+        assert sorted(metrics(run_dir)) == [1, 2] and len(asked(run_dir)) == 8
 
 
 @pytest.mark.matrix
@@ -30,9 +37,9 @@ def test_two_hosts_train_and_generate_together(hosts):
 def test_every_layout_trains_over_two_hosts_with_the_engine_on_a_third(hosts, layout, staleness):
     """And a single process that replays the same rollouts finds the same losses."""
     with place(checkpoint={"every": 2}, evaluation={"files": ["questions.jsonl"], "allow_overlap": True, "after": True}) as here:
-        run_dir = here.run(hosts, 3, "runs", *LAYOUTS[layout], f"rollout.max_staleness={staleness}", "run.steps=3")
-        assert sorted(metrics(run_dir)) == [1, 2, 3] and (run_dir / "evaluations" / "step_000003.json").is_file()
-        again = here.train("alone", f"rollout.replay={run_dir}", "run.steps=3", "evaluation.after=false",
+        run_dir = here.run(hosts, 3, "runs", *LAYOUTS[layout], f"rollout.max_staleness={staleness}", "run.steps=2")
+        assert sorted(metrics(run_dir)) == [1, 2] and (run_dir / "evaluations" / "step_000002.json").is_file()
+        again = here.train("alone", f"rollout.replay={run_dir}", "run.steps=2", "evaluation.after=false",
                            f"rollout.max_staleness={staleness}")
         for step, found in metrics(run_dir).items():
             alone = metrics(again)[step]
