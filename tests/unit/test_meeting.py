@@ -1,13 +1,15 @@
 """The launchers of several hosts: how they meet, agree, refuse and notice a loss; what each one runs."""
 import json
 import os
+import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from alphamed.cluster import addresses, nodes, remote
+from alphamed.cluster import addresses, nodes, placement, remote
 from alphamed.cluster.failure import RunFailed
 from alphamed.cluster.job import Job, Place
 from alphamed.cluster.meeting import Meeting
@@ -204,3 +206,12 @@ def test_the_job_travels_in_the_environment():
     job = Job(PLACES, 1, 2)
     assert Job.of_environment({"ALPHAMED_JOB": job.to_json()}) == job and Job.of_environment({}) is None
     assert json.loads(job.to_json())["places"][2]["interface"] == "ib0" and os.sep not in job.head.name
+
+
+def test_hosts_that_never_join_ray_are_named(monkeypatch):
+    nodes_of_ray = [{"Alive": True, "NodeManagerAddress": "10.0.0.1"}, {"Alive": False, "NodeManagerAddress": "10.0.0.3"}]
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(nodes=lambda: nodes_of_ray))
+    with pytest.raises(RunFailed) as late:
+        placement.wait_for_hosts(Job(PLACES, 1, 2), 0.1)
+    assert late.value.culprit == "host b" and "(missing: b, c); see logs/ray_b.log" in late.value.message
+    placement.wait_for_hosts(Job(PLACES[:1], 1, 2), 0.1)

@@ -244,6 +244,7 @@ class _Player:
         # beyond the first host a folder for its own lock and records; the ranks write to the run's
         self.own = config.run_dir if self.first else config.run_dir / HOSTS_FOLDER / place.name
         self._grace = _Grace(config, meeting)
+        self._ended = threading.Event()         # nothing is supervised any more
 
     def play(self) -> int:
         with launch.owned(self.own) as ledger:
@@ -254,6 +255,7 @@ class _Player:
             part = part_of(self.job, self.place, self.config, self.own, temporary)
             self.meeting.share("the start", lambda: None)       # the first host's records are written, old ones are gone
             ended = self._supervise(part, self._environment(temporary))
+            self._ended.set()
         return self._end(ended)
 
     def _environment(self, temporary: Path) -> dict[str, str]:
@@ -288,7 +290,7 @@ class _Player:
         """A host is lost, or has failed: what runs here ends now. Where it was the first one, nobody prints this."""
         with contextlib.suppress(OSError):
             failure.record(self.config.run_dir, found)
-        os.kill(os.getpid(), signal.SIGTERM)
+        self._end_supervision()
 
     def _wait_for_the_end(self, serves: bool) -> None:
         """The first host says when its part is over; a host that only serves ends then."""
@@ -296,7 +298,11 @@ class _Player:
             self.meeting.share("the end", lambda: None, threading.TIMEOUT_MAX)
             self._grace.over = True
             if not serves:
-                time.sleep(ENDED_DEADLINE_S / 2)        # its ranks end by themselves, as those of the first host have
+                self._ended.wait(ENDED_DEADLINE_S / 2)          # its ranks end by themselves, as those of the first host have
+            self._end_supervision()
+
+    def _end_supervision(self) -> None:
+        if not self._ended.is_set():
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _end(self, ended: Ended) -> int:
