@@ -82,8 +82,8 @@ class Hosts:
         entries = [f"{SUBNET}.{10 + i + 1} {other}" for i, other in enumerate(self.names) if other != name]
         (own / "hosts").write_text("\n".join(["127.0.0.1 localhost", f"127.0.1.1 {name}", f"{SUBNET}.1 {socket.gethostname()}",
                                               *entries, ""]))
-        with contextlib.suppress(subprocess.CalledProcessError):
-            self._run("ip", "netns", "add", name)
+        self._run("ip", "netns", "add", name, check=False)
+        self._run("ip", "link", "delete", f"am{number}", check=False)
         self._run("ip", "link", "add", f"am{number}", "type", "veth", "peer", "name", "eth0", "netns", name)
         self._run("ip", "link", "set", f"am{number}", "master", BRIDGE, "up")
         self._run("ip", "-n", name, "addr", "add", f"{SUBNET}.{10 + number}/24", "dev", "eth0")
@@ -256,8 +256,9 @@ PartitionName=urgent Nodes={listed} MaxTime=INFINITE State=UP PriorityTier=10
         done = subprocess.run(words, cwd=cwd, env=self.environment | environment, stdin=subprocess.DEVNULL,
                               capture_output=True, text=True, timeout=timeout)
         if check and done.returncode:
-            print(done.stderr, file=sys.stderr)
-            raise subprocess.CalledProcessError(done.returncode, words, done.stdout, done.stderr)
+            error = subprocess.CalledProcessError(done.returncode, words, done.stdout, done.stderr)
+            error.add_note(done.stderr)
+            raise error
         return done.stdout.strip()
 
     @staticmethod
