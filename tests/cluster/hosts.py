@@ -173,19 +173,27 @@ class Hosts:
 
     def processes(self, name: str) -> list[str]:
         """Commands of a host's processes, less its own daemons."""
+        own = ("slurmd -N", "sshd", "bash -c \nset -e", "unshare ", "sleep 1")
+        return [command for command in self._all(name).values() if not (name in self._first and command.startswith(own))]
+
+    def find(self, name: str, words: str) -> list[int]:
+        """The ids, as they are here outside, of a host's processes whose commands begin so."""
+        return [pid for pid, command in self._all(name).items() if command.startswith(words)]
+
+    @staticmethod
+    def _all(name: str) -> dict[int, str]:
         try:
             wanted = os.stat(f"/var/run/netns/{name}").st_ino
         except FileNotFoundError:
-            return []
-        found = []
+            return {}
+        found = {}
         for entry in os.listdir("/proc"):
             with contextlib.suppress(OSError):
                 if entry.isdigit() and os.stat(f"/proc/{entry}/ns/net").st_ino == wanted:
-                    command = Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-                    found.append(command)
-        own = ("slurmd -N", "sshd", "bash -c \nset -e", "unshare ", "sleep 1")
-        alive = name in self._first
-        return [command for command in found if command and not (alive and command.startswith(own))]
+                    command = Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()[:120]
+                    if command:
+                        found[int(entry)] = command
+        return found
 
     @staticmethod
     def wait_until(what, words: str, deadline_s: float) -> None:

@@ -282,7 +282,9 @@ class _Player:
                 subprocess.Popen(part.beside, env=of_ray, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                                  start_new_session=True)        # Slurm's signals go to this process's group
         if part.serves:
-            into_log = ("bash", "-c", 'exec "${@:2}" >>"$1" 2>&1', "-", str(log))
+            # told to end, `ray start` first waits for its parts, up to half a minute; this shell goes at once, and what it
+            # leaves is ended as all that a run leaves
+            into_log = ("bash", "-c", '"${@:2}" >>"$1" 2>&1 & wait $!', "-", str(log))
             return supervise((*into_log, *part.command), of_ray, self.own, self._grace)
         return supervise(part.command, environment, self.own, self._grace)      # which ends what runs beside, too
 
