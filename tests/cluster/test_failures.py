@@ -93,19 +93,19 @@ def test_a_cancelled_job_leaves_nothing_and_stays_cancelled(hosts, here):
 def test_a_job_that_slurm_stops_continues_from_a_checkpoint_of_that_moment(hosts, how):
     """No other checkpoint is written. Every question is asked once in each epoch, over both starts."""
     with place(checkpoint={"every": 0}) as here:
-        job = start(hosts, here, "parallel.data=2", "run.steps=40", step=3)
+        job = start(hosts, here, "parallel.data=2", "run.steps=100", step=3)
         if how == "preemption":
             hosts.sbatch("-N", "3", "--exclusive", "-p", "urgent", "--wrap", "sleep 3", "-o", "urgent.log", cwd=here.folder)
         else:
             hosts.scancel(job, "--batch", "--signal=TERM")
         hosts.wait_until(lambda: hosts.state(job) in ("PENDING", "REQUEUED"), f"requeued: {here.log(job)}", END_S)
         done = max(metrics(here.run_dir("runs")))
-        assert 3 <= done < 40
+        assert 3 <= done < 100
         assert hosts.wait_for_end(job, DEADLINE_S) == "COMPLETED", here.log(job)
-        assert "are dropped" not in here.log(job) and sorted(metrics(here.run_dir("runs"))) == list(range(1, 41))
+        assert "are dropped" not in here.log(job) and sorted(metrics(here.run_dir("runs"))) == list(range(1, 101))
         questions = asked(here.run_dir("runs"))
-        assert len(questions) == 160
-        for first in range(0, 160 - 160 % 6, 6):
+        assert len(questions) == 400
+        for first in range(0, 396, 6):
             assert len(set(questions[first:first + 6])) == 6, first
         require_nothing_left(hosts)
 

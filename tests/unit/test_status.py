@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -74,12 +75,16 @@ def test_asking_leaves_the_lock_as_it_is(run_dir):
     lock.release()
 
 
+def test_watching_ends_with_the_run(run_dir, capsys):
+    failure.record_end(run_dir, "ended")
+    assert main(run_dir, watch=True) == 0 and capsys.readouterr().out.count("step     3 of 10") == 1
+
+
 def test_a_pulse_is_written_while_it_beats(tmp_path):
     with Pulse(tmp_path, lambda: {"rank 0": 0.0, "rank 1": 3.0}, lambda: "step 2"):
         for _ in range(200):
             if (tmp_path / "pulse.json").exists():
                 break
-            import time
             time.sleep(0.05)
     found = json.loads((tmp_path / "pulse.json").read_text())
     assert found["activity"] == "step 2" and found["heard"]["rank 0"] - found["heard"]["rank 1"] == pytest.approx(3.0)
