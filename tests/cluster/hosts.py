@@ -55,7 +55,8 @@ class Hosts:
         self.folder = folder
         self.names = [f"node{number + 1}" for number in range(count)]
         self._first: dict[str, int] = {}            # name -> id of its first process
-        self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"),
+        kept = {name: value for name, value in os.environ.items() if name != "TMPDIR"}      # a host has a /tmp of its own
+        self.environment = kept | {"SLURM_CONF": str(folder / "slurm.conf"),
                                          "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
 
     # ------------------------------------------------------------------------------------------------------ up and down
