@@ -57,7 +57,7 @@ class Hosts:
         self._first: dict[str, int] = {}            # name -> id of its first process
         kept = {name: value for name, value in os.environ.items() if name != "TMPDIR"}      # a host has a /tmp of its own
         self.environment = kept | {"SLURM_CONF": str(folder / "slurm.conf"),
-                                         "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
+                                   "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
 
     # ------------------------------------------------------------------------------------------------------ up and down
     def up(self) -> None:
@@ -174,7 +174,7 @@ class Hosts:
 
     def processes(self, name: str) -> list[str]:
         """Commands of a host's processes, less its own daemons."""
-        own = ("slurmd -N", "sshd", "bash -c \nset -e", "unshare ", "sleep 1")
+        own = ("slurmd -N", "slurmstepd", "sshd", "bash -c \nset -e", "unshare ", "sleep 1")
         return [command for command in self._all(name).values() if not (name in self._first and command.startswith(own))]
 
     def find(self, name: str, words: str) -> list[int]:

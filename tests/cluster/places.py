@@ -63,6 +63,6 @@ def require_nothing_left(hosts: Hosts, but: tuple[str, ...] = ()) -> None:
     """No process and no shared memory on any host that lives, and no temporary folder of a run."""
     for name in hosts.names:
         if name not in but:
-            hosts.wait_until(lambda: not hosts.processes(name), f"{name} is quiet: {hosts.processes(name)}", 20)
+            hosts.wait_until(lambda: not hosts.processes(name), f"{name} is quiet: {hosts.processes(name)}", 45)
             assert hosts.on(name, "ls", "/dev/shm") == "", name
             assert [entry for entry in hosts.on(name, "ls", "/tmp").split() if entry.startswith("alphamed")] == [], name

@@ -35,6 +35,8 @@ from alphamed.config_file import dump_config
 from alphamed.preflight import validate
 
 JOB_FILE = "job.json"
+STOP_FILE_VARIABLE = "ALPHAMED_STOP_FILE"
+"""Names a file; once it is there the run writes a checkpoint and ends."""
 EXIT_HOST_LOST = 75
 """sysexits' EX_TEMPFAIL: the same command may succeed on other hosts."""
 SHARED_DEADLINE_S = 20.0
@@ -221,12 +223,21 @@ def _appears(path: Path) -> bool:
 
 # ------------------------------------------------------------------------------------------------------------------ the run
 class _Grace:
-    """What a host does when it gets SIGUSR1, the batch script's word for Slurm's warning: the run gets some time to write a
-    checkpoint. SIGTERM Slurm sends to all processes of the run, which can then do nothing but end."""
+    """What the first host does when the batch script passes Slurm's warning on: the run gets some time to write a checkpoint.
+    The script makes a file, upon which this process sends itself SIGUSR1: Slurm's own signals reach every process of the run,
+    which can then do nothing but end."""
 
     def __init__(self, config: Config, meeting: Meeting):
         self._config, self._meeting = config, meeting
         self.over = False
+        if meeting.rank == 0 and (path := os.environ.get(STOP_FILE_VARIABLE)):
+            threading.Thread(target=self._wait_for, args=(Path(path),), name="stop-file", daemon=True).start()
+
+    def _wait_for(self, path: Path) -> None:
+        while not path.exists():
+            time.sleep(1)
+        if not self.over:
+            os.kill(os.getpid(), signal.SIGUSR1)
 
     def __call__(self, number: signal.Signals) -> float:
         if self.over or self._meeting.failure or number != signal.SIGUSR1:
@@ -255,6 +266,7 @@ class _Player:
             part = part_of(self.job, self.place, self.config, self.own, temporary)
             self.meeting.share("the start", lambda: None)       # the first host's records are written, old ones are gone
             ended = self._supervise(part, self._environment(temporary))
+            self._grace.over = True
             self._ended.set()
         return self._end(ended)
 
@@ -310,7 +322,6 @@ class _Player:
     def _end(self, ended: Ended) -> int:
         meeting, run_dir = self.meeting, self.config.run_dir
         if not self.first:
-            self._grace.over = True
             if meeting.failure is None:
                 with contextlib.suppress(RunFailed):
                     meeting.gather("its end", ended.status)
