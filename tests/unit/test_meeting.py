@@ -1,6 +1,7 @@
 """The launchers of several hosts: how they meet, agree, refuse and notice a loss; what each one runs."""
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from alphamed.cluster import addresses, nodes, placement, remote
-from alphamed.cluster.failure import RunFailed
+from alphamed.cluster.failure import RunFailed, stop_requested
 from alphamed.cluster.job import Job, Place
 from alphamed.cluster.meeting import Meeting
 from alphamed.cluster.nodes import part_of
@@ -215,3 +216,24 @@ def test_hosts_that_never_join_ray_are_named(monkeypatch):
         placement.wait_for_hosts(Job(PLACES, 1, 2), 0.1)
     assert late.value.culprit == "host b" and "(missing: b, c); see logs/ray_b.log" in late.value.message
     placement.wait_for_hosts(Job(PLACES[:1], 1, 2), 0.1)
+
+
+def test_a_stop_file_asks_the_run_for_a_checkpoint(tmp_path, monkeypatch):
+    """What the batch script does upon Slurm's warning. Another signal gets no grace, nor does a run that is over."""
+    received = []
+    monkeypatch.setenv("ALPHAMED_STOP_FILE", str(tmp_path / "stop-here"))
+    before = signal.signal(signal.SIGUSR1, lambda number, _: received.append(number))
+    try:
+        run = config(run={"root": str(tmp_path), "name": "r"}, cluster={"stop_grace_s": 70})
+        run.run_dir.mkdir()
+        grace = nodes._Grace(run, SimpleNamespace(rank=0, failure=None))
+        assert grace(signal.SIGTERM) == 0.0 and not stop_requested(run.run_dir)
+        (tmp_path / "stop-here").touch()
+        until = time.monotonic() + 20
+        while not received and time.monotonic() < until:
+            time.sleep(0.05)
+        assert received == [signal.SIGUSR1] and grace(signal.SIGUSR1) == 70.0 and stop_requested(run.run_dir)
+        grace.over = True
+        assert grace(signal.SIGUSR1) == 0.0
+    finally:
+        signal.signal(signal.SIGUSR1, before)
