@@ -118,7 +118,7 @@ def ray_session(tmp_path_factory):
     that its actors share: a guard writes it down, as for a training run."""
     from alphamed.cluster import guard, quiet_ray
     from alphamed.cluster.ledger import Ledger
-    from alphamed.cluster.placement import RAY_SETTINGS
+    from alphamed.cluster.placement import ENGINE_SLOT, RAY_SETTINGS
 
     os.environ |= RAY_SETTINGS | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token",
                                   "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -130,7 +130,7 @@ def ray_session(tmp_path_factory):
     folder = ledger.make_temporary_folder()
     guard.start(own, os.getpid())
     ray.init(address="local", num_cpus=2, include_dashboard=False, namespace="tests", object_store_memory=128 << 20,
-             _node_ip_address="127.0.0.1", _temp_dir=str(folder))
+             _node_ip_address="127.0.0.1", _temp_dir=str(folder), resources={ENGINE_SLOT: 64})
     yield ray
     ray.shutdown()
     ledger.clean_up()

@@ -2,11 +2,13 @@
 # The tests in the quickstart's environment:  bash tests/run.sh [--all] [pytest arguments]
 #   (nothing)        all but the long matrices, at most 20 min on 2 cores
 #   -m "not slow"    the fast ones, at most 3 min
-#   --all            the long matrices (kills, resumes, studies, the CPU image) as well, at most 60 min; as root it
-#                    installs the Debian packages of tests/system_packages.sh
+#   --all            the long matrices (kills, resumes, studies, several hosts, the CPU image) as well, at most 120 min
+# As root it installs the Debian packages of tests/system_packages.sh: Slurm for the tests on several hosts, with --all also
+# what builds images.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash examples/setup_env.sh
+bash tests/system_packages.sh slurm
 # Linters and schemas that only tests need; the stamp says which are installed.
 stamp=.venv/.test_requirements
 if ! cmp -s tests/requirements.txt "$stamp"; then
@@ -20,7 +22,7 @@ chosen='not matrix'
 arguments=()
 while [ $# -gt 0 ]; do
     case $1 in
-        --all) chosen='' limit_s=4500; bash tests/system_packages.sh ;;
+        --all) chosen='' limit_s=7500; bash tests/system_packages.sh ;;
         -m) chosen="${chosen:+$chosen and }($2)"; shift ;;
         *) arguments+=("$1") ;;
     esac

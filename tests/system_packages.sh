@@ -5,6 +5,7 @@ set -euo pipefail
 
 declare -A packages=(
     [containers]="buildah debootstrap podman runc"
+    [slurm]="iproute2 munge openssh-client openssh-server slurm-wlm util-linux"
 )
 
 missing=()

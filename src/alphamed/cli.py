@@ -173,6 +173,10 @@ def _add_running(verb: Verb) -> None:
     sub.add_argument("--config", type=Path, metavar="FILE")
     sub.add_argument("--nodes", metavar="A,B,C", help="all nodes of the job, the same list in the same order on each")
     sub.add_argument("--node-rank", type=int, metavar="N", help="position of this node in --nodes")
+    sub.add_argument("--port", type=int, default=29400, metavar="P", help="where the first of --nodes listens for the others")
+    sub.add_argument("--hosts", metavar="A,B,C", help="start the run on these hosts over ssh, from here")
+    sub.add_argument("--slurm", action="store_true", help="with --dry-run: the job's batch script")
+    sub.add_argument("--dry-run", action="store_true", help="print what each host would run, start nothing")
     sub.add_argument("overrides", nargs="*", metavar="key=value")
     sub = verb("worker", _worker, "One trainer rank; torchrun starts it.")
     sub.add_argument("--script", type=Path)
@@ -201,6 +205,9 @@ def _add_reading(verb: Verb) -> None:
     sub.add_argument("--out", type=Path, metavar="DIR", help="copy the model here")
     sub = verb("report", _report, "Write report.html of a run.")
     sub.add_argument("run_dir", type=Path, metavar="RUN")
+    sub = verb("status", _status, "Where a run stands, whether its parts live, where its logs are, why its last start ended.")
+    sub.add_argument("run_dir", type=Path, metavar="RUN")
+    sub.add_argument("--watch", action="store_true", help="again every few seconds, until the run has ended")
     sub = verb("compare", _compare, "Set runs against each other: before and after, size and sources, levels, controls.")
     sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, or a folder of `alphamed eval`")
     sub.add_argument("--out", type=Path, metavar="FILE.html", help="default: compare.html; numbers beside as .json and .csv")
@@ -269,6 +276,10 @@ def _launch(options: argparse.Namespace) -> int:
     if options.config is None:
         raise ConfigError("launch: neither --script nor --config is given")
     options.check = False
+    if options.hosts or options.slurm:
+        from alphamed.cluster import remote
+
+        return remote.main(options)
     if options.nodes is None:
         return _train(options)
     from alphamed.cluster import nodes
@@ -276,7 +287,7 @@ def _launch(options: argparse.Namespace) -> int:
     from alphamed.lab.hooks import validate
 
     named = nodes.named(options.nodes, options.node_rank)
-    return nodes.run(load_config(options.config, options.overrides), named, options.node_rank, validate)
+    return nodes.run(lambda: load_config(options.config, options.overrides), named, options.node_rank, options.port, validate)
 
 
 def _worker(options: argparse.Namespace) -> int:
@@ -351,6 +362,12 @@ def _report(options: argparse.Namespace) -> int:
     from alphamed.observe import report
 
     return report.main(options.run_dir)
+
+
+def _status(options: argparse.Namespace) -> int:
+    from alphamed.observe import status
+
+    return status.main(options.run_dir, options.watch)
 
 
 def _compare(options: argparse.Namespace) -> int:

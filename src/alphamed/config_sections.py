@@ -367,6 +367,9 @@ class LoggingConfig(Section):
 class ClusterConfig(Section):
     device: Device = Device.AUTO
     gpus_per_node: Count = 8
+    ranks_per_host: Count | None = None
+    """Trainer ranks on a host of several; None: as many as it has GPUs. With GPUs left over, engines take those. Hosts without
+    GPUs need it: nothing else says how much a CPU can hold."""
     gpu: str = "h100-80g"
     """What `alphamed plan` reckons with: a100-80g, h100-80g, h200-141g, b200-180g."""
     nodes: Count | None = None
@@ -384,4 +387,8 @@ class ClusterConfig(Section):
     rank_timeout_s: PositiveFloat = 600.0
     """Deadline of a collective between trainer ranks."""
     heartbeat_timeout_s: PositiveFloat = 30.0
-    """A rank that has not been heard of for this long is given up."""
+    """A rank or host whose heartbeat has been missing for this long is declared dead."""
+    join_deadline_s: PositiveFloat = 180.0
+    """Until all hosts of a job have started, and again until all have joined Ray."""
+    stop_grace_s: PositiveFloat = 100.0
+    """Time that a run of several hosts has, after Slurm's warning, to end or abandon its step and to write a checkpoint."""

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from alphamed.cluster.failure import StopRequested, stop_requested
 from alphamed.cluster.hardware import wants_cuda
 from alphamed.config import Config
 from alphamed.config_choices import WandbMode
@@ -96,6 +97,8 @@ class Run:
         self._began_wall_s = 0.0
         self._step_began = self._opened
         self._warned: set[str] = set()
+        self.activity = "starting"                  # on rank 0, for `alphamed status`
+        self.stopped = False                        # asked to end before its last step; the same on every rank
         self._evaluating: int | None = None         # the step whose evaluation is under way; the same on every rank
         self._evaluation: Callable[[], Evaluation] | None = None        # on rank 0: waits for it
 
@@ -147,17 +150,27 @@ class Run:
     def steps(self) -> Iterator[int]:
         """The numbers of the steps still to do, as long as run.time_limit_s allows one to begin."""
         while self.state.step < self.config.run.last_step:
-            if self._time_is_up():
+            if self.stop_asked() or self._time_is_up():
                 return
             self._step_began = time.monotonic()
             step = self.state.step + 1
+            self.activity = f"step {step}"
             if self._console:
                 self._console.show(step, "running")
             yield step
             assert self.state.step == step, f"step {step} was not recorded: the run stands at {self.state.step}"
 
+    def stop_asked(self) -> bool:
+        """Whether the run is to write a checkpoint and end before its last step (`stopped`, from then on)."""
+        self.stopped = self.stopped or self.control.from_rank0("requests to stop", lambda: stop_requested(self.dir))
+        return self.stopped
+
     def show_generation(self, progress: Progress) -> None:
-        """Show how far the running step's generation is; for `LiveRollouts(on_progress=...)`."""
+        """Tell on a terminal how far the running step's generation is; for `LiveRollouts(on_progress=...)`. Raises
+        StopRequested where the run is asked to end: what is generated can be done without."""
+        if stop_requested(self.dir):
+            raise StopRequested
+        self.activity = f"step {self.state.step + 1}, generating, {progress.done} of {progress.total} questions"
         if self._console:
             self._console.show(self.state.step + 1, f"generating, {progress.done}/{progress.total} questions")
 
@@ -233,6 +246,7 @@ class Run:
         every = self.config.checkpoint.every
         due = self.state.step > self._checkpointed and (last or bool(every) and self.state.step % every == 0)
         if due:
+            self.activity = f"writing the checkpoint of step {self.state.step}"
             save(asdict(self.state))
             self._checkpointed = self.state.step
         return due
@@ -263,6 +277,7 @@ class Run:
         assert self._directory is not None
         if (self._directory.evaluations / f"step_{self.state.step:06d}.json").exists():
             return False
+        self.activity = f"evaluating after step {self.state.step}"
         self.note(f"evaluating after {self.state.step} steps{' beside the next' if background else ' ...'}")
         self._evaluation = begin(background)
         return True

@@ -11,9 +11,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from alphamed.cluster import placement
 from alphamed.cluster.control import Control
+from alphamed.cluster.pulse import Pulse
 from alphamed.config import Config
 from alphamed.config_choices import AnswerKeys
 from alphamed.data.controls import with_shuffled_keys
@@ -46,6 +48,7 @@ class Engines:
     """What generates and grades, as rank 0 holds it."""
     pool: EnginePool
     coordinator: Coordinator
+    grader: Any                             # the reward process, an actor's handle
 
 
 class NoSync:
@@ -122,6 +125,9 @@ def open_session(config: Config, hooks: Hooks = Hooks()) -> Iterator[Session]:
                                                    longest_s=config.longest_wait_s))
         run = Run.open(config, control, hooks)
         stack.callback(run.close)
+        pulse = Pulse(run.dir, control.heard_s, lambda: run.activity)
+        if control.rank == 0:
+            stack.enter_context(pulse)
         folder = control.from_rank0("finding the model", lambda: resolve(
             config.model.path, config.model.revision, config.model.cache))
         shape, tokenizer = read_shape(folder), load_tokenizer(folder)
@@ -132,6 +138,8 @@ def open_session(config: Config, hooks: Hooks = Hooks()) -> Iterator[Session]:
         if config.rollout.replay is None:
             run.note("starting the engines ...")
         engines = _engines(config, folder, shape, tokenizer, prompts, control, stack)
+        if engines:
+            pulse.watch([*((f"engine {one.index}", one.actor) for one in engines.pool.engines), ("reward process", engines.grader)])
         pace = Pace(config, run.deadline, run.note) if config.sizes_steps and control.rank == 0 else None
         rollouts = _rollouts(config, prompts, engines, control, run, pace)
         if run.state.cursor:
@@ -175,7 +183,7 @@ def _engines(config: Config, folder: Path, shape: ModelShape, tokenizer: Tokeniz
         grader = process.start(config, Thinking.of(config.reward.answer_after, tokenizer, prompts))
         pool = EnginePool.start(config, folder, shape, tokenizer.stop_ids(config.rollout.stop))
         stack.callback(pool.stop)
-        return Engines(pool, Coordinator.start(config, pool, grader))
+        return Engines(pool, Coordinator.start(config, pool, grader), grader)
 
     return control.on_rank0("starting the engines", start)
 

@@ -23,7 +23,8 @@ def main(config: Config, hooks: Hooks = Hooks()) -> None:
         run.evaluate(session.evaluate)
         for step in run.steps():
             timer = Timer()
-            found = rollouts.next(step)
+            if (found := rollouts.next(step)) is None:
+                break                                            # asked to stop
             batch = pack(found.groups, policy.layout, token_budget=config.parallel.micro_batch_tokens,
                          mini_batches=config.algorithm.mini_batches, share_prompts=config.parallel.share_prompts)
             with timer("time/logprobs_s"):
@@ -40,6 +41,8 @@ def main(config: Config, hooks: Hooks = Hooks()) -> None:
             run.checkpoint(session.save_checkpoint)
             run.evaluate(session.evaluate)
         run.checkpoint(session.save_checkpoint, last=True)
+        if run.stop_asked():
+            return                                               # the next start goes on from here
         run.evaluate(session.evaluate, last=True)
         if config.logging.export_hf:
             session.export()

@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 from waiting import LIMIT_S, until
 
-from alphamed.cluster import guard, launch, ledger, nodes, placement, processes
+from alphamed.cluster import guard, launch, ledger, processes
 from alphamed.cluster.environment import enter, run_environment, without_torchrun
 from alphamed.cluster.ledger import Ledger, Lock, run_id
-from alphamed.cluster.nodes import part_of
 from alphamed.cluster.variables import Start
 from alphamed.config import Config
 from alphamed.config_file import build_config, load_config
@@ -28,76 +27,6 @@ ROOT = Path(__file__).parents[2]
 def config(**sections) -> Config:
     tree = {"model": {"path": "m"}, "data": {"train": ["t.jsonl"]}} | sections
     return build_config(tree)
-
-
-def layout(tensor: int, pipeline: int, data: int, engines: int, engine_gpus: int) -> Config:
-    return config(parallel={"tensor": tensor, "pipeline": pipeline, "data": data},
-                  rollout={"engines": engines, "tensor_parallel": engine_gpus})
-
-
-NODES = tuple("abcdefgh")
-
-
-# ------------------------------------------------------------------------------------------------------ node arithmetic
-@pytest.mark.parametrize("shape, nodes, gpus, trainer, engines, ranks, engine_gpus", [
-    # on one node, trainer and engines share it, on GPUs of their own
-    ((4, 1, 1, 4, 1), 1, 8, "a", "a", 4, 4),
-    ((1, 1, 1, 1, 1), 1, 0, "a", "a", 1, 0),            # CPU
-    ((2, 2, 2, 1, 1), 1, 0, "a", "a", 8, 0),
-    # 32 ranks fill four nodes, two engines of 8 two more
-    ((8, 4, 1, 2, 8), 6, 8, "abcd", "ef", 8, 16),
-    ((8, 4, 1, 2, 8), 8, 8, "abcd", "ef", 8, 16),       # nodes that are not needed stay out
-    ((8, 1, 1, 4, 2), 2, 8, "a", "b", 8, 8),
-    ((4, 1, 1, 3, 2), 2, 8, "a", "b", 4, 6),            # a trainer that fills half a node keeps it for itself
-    ((8, 2, 1, 5, 4), 5, 8, "ab", "cde", 8, 20),        # 20 engine GPUs: two and a half nodes
-])
-def test_nodes_are_dealt_out(shape, nodes, gpus, trainer, engines, ranks, engine_gpus):
-    plan = launch.plan_nodes(layout(*shape), NODES[:nodes], gpus)
-    assert plan == launch.NodePlan(tuple(trainer), tuple(engines), ranks, engine_gpus)
-
-
-@pytest.mark.parametrize("shape, nodes, words", [
-    ((8, 1, 1, 1, 1), 1, ("9 GPUs", "1 + 1 nodes", "present are 8 on 1")),
-    ((8, 4, 1, 2, 8), 5, ("48 GPUs", "4 + 2 nodes", "present are 40 on 5")),
-    ((4, 3, 1, 1, 1), 4, ("12 ranks", "multiple of 8")),
-    ((8, 1, 1, 1, 3), 2, ("rollout.tensor_parallel", "3", "divisor")),
-])
-def test_too_few_nodes_are_named_with_needed_and_present(shape, nodes, words):
-    with pytest.raises(ConfigError) as error:
-        launch.plan_nodes(layout(*shape), NODES[:nodes], 8)
-    assert all(word in str(error.value) for word in words), error.value
-
-
-def test_engines_may_share_the_gpus_of_the_trainer():
-    one = config(cluster={"share_gpus": True, "device": "cuda"})
-    assert launch.plan_nodes(one, ["a"], 1) == launch.NodePlan(("a",), ("a",), 1, 1)
-    two = config(cluster={"share_gpus": True, "device": "cuda"}, parallel={"tensor": 2}, rollout={"engines": 2})
-    assert launch.plan_nodes(two, ["a", "b"], 2) == launch.NodePlan(("a",), ("a",), 2, 2)
-    with pytest.raises(ConfigError, match="cluster.share_gpus: 2 trainer ranks and 2 engine workers .* it has 1; lower"):
-        launch.plan_nodes(two, ["a"], 1)
-
-
-def test_shared_gpus_are_all_open_to_engines(monkeypatch):
-    monkeypatch.setattr(placement, "gpus_present", lambda: 4)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert placement.engine_gpus(config(cluster={"device": "cuda"})) == [2, 3]
-    assert placement.engine_gpus(config(cluster={"device": "cuda", "share_gpus": True})) == [0, 1, 2, 3]
-
-
-def test_replayed_rollouts_need_no_engine_nodes():
-    replayed = config(parallel={"tensor": 8}, rollout={"engines": 4, "replay": "runs/old"})
-    assert launch.plan_nodes(replayed, ["a"], 8).trainer_nodes == ("a",)
-
-
-def test_every_node_gets_its_part():
-    plan = launch.NodePlan(("a", "b"), ("c",), 8, 8)
-    head, second, engines = (part_of(plan, node, Path("runs/r"), 8) for node in "abc")
-    for rank, part in enumerate((head, second)):
-        assert {"--nnodes=2", f"--node-rank={rank}", "--master-addr=a", "--nproc-per-node=8"} <= set(part.command)
-    assert "--standalone" not in head.command
-    assert {"alphamed.cluster.quiet_ray", "--head", "--num-gpus=0"} <= set(head.beside) and not second.beside and not engines.beside
-    assert {"--address=a:6379", "--num-gpus=8", "--block"} <= set(engines.command)
-    assert [part.waits_for_head for part in (head, second, engines)] == [False, False, True]
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
@@ -129,16 +58,6 @@ def test_sbatch_of_a_launcher_is_refused_with_the_right_command():
 @pytest.mark.parametrize("name", ["train_smollm2_cpu", "train_alphamed_8b", "train_alphamed_70b"])
 def test_shipped_configurations_are_valid(name):
     load_config(ROOT / "examples" / f"{name}.yaml")
-
-
-@pytest.mark.parametrize("name, nodes", [("train_alphamed_8b", 1), ("train_alphamed_70b", 6)])
-def test_shipped_configurations_fit_the_nodes_that_they_name(name, nodes):
-    shipped = load_config(ROOT / "examples" / f"{name}.yaml")
-    plan = launch.plan_nodes(shipped, NODES[:nodes], shipped.cluster.gpus_per_node)
-    assert len({*plan.trainer_nodes, *plan.engine_nodes}) == nodes
-    if nodes > 1:
-        with pytest.raises(ConfigError):
-            launch.plan_nodes(shipped, NODES[:nodes - 1], shipped.cluster.gpus_per_node)
 
 
 @pytest.mark.parametrize("name", ["train_alphamed_8b", "train_alphamed_70b"])
@@ -395,6 +314,38 @@ def test_a_run_that_is_told_to_stop_leaves_nothing(supervised, tmp_path, number)
     assert processes.describe(child) is None and not segment.exists()
 
 
+WITH_GRACE = """
+import os, signal, sys
+from pathlib import Path
+from alphamed.cluster import processes
+from alphamed.cluster.ledger import run_id
+from alphamed.cluster.supervisor import supervise
+run_dir = Path(sys.argv[1])
+def grace(number):
+    Path(run_dir, "asked").write_text(number.name)
+    return 60.0 if number == signal.SIGUSR1 else 0.0
+wait = "import sys, time; from pathlib import Path; p = Path(sys.argv[1], 'go'); print('on', flush=True)\\nwhile not p.exists(): time.sleep(.05)"
+ended = supervise([sys.executable, "-c", wait, str(run_dir)], os.environ | {processes.TAG: run_id(run_dir)}, run_dir, grace)
+print(ended.status, ended.stopped_by.name)
+"""
+
+
+@pytest.mark.parametrize("signals, words", [
+    ((signal.SIGUSR1,), "0 SIGUSR1"),                       # the command ends by itself
+    ((signal.SIGTERM,), "-15 SIGTERM"),
+    ((signal.SIGUSR1, signal.SIGTERM), "-15 SIGUSR1"),      # whose grace ends that of the first
+])
+def test_a_command_with_grace_may_end_by_itself(tmp_path, signals, words):
+    with subprocess.Popen([sys.executable, "-c", WITH_GRACE, str(tmp_path)], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout.readline() == "on\n"
+        for number in signals:
+            run.send_signal(number)
+            until(lambda: (tmp_path / "asked").exists() and (tmp_path / "asked").read_text() == number.name, "the signal")
+        if words.startswith("0"):
+            (tmp_path / "go").touch()
+        assert run.communicate(timeout=LIMIT_S)[0].strip() == words
+
+
 def test_a_killed_supervisor_is_cleaned_up_after_by_the_guard(supervised, tmp_path):
     run = supervised("")
     child, segment = left(tmp_path)
@@ -402,32 +353,6 @@ def test_a_killed_supervisor_is_cleaned_up_after_by_the_guard(supervised, tmp_pa
     run.kill()
     until(lambda: processes.describe(child) is None and not segment.exists(), "the guard's work")
     until(lambda: not any(tmp_path.glob("processes-*.json")), "the guard's end")
-
-
-# -------------------------------------------------------------------------------------------------------- a job's nodes
-@pytest.fixture
-def started(monkeypatch):
-    """What `nodes.run` begins on each node: checks, and the whole training of a single node."""
-    found = []
-    monkeypatch.setattr(nodes, "gpus_present", lambda: 8)
-    monkeypatch.setattr(nodes.launch, "train", lambda config: found.append("train") or 0)
-    return found
-
-
-def test_a_run_on_one_node_is_checked_before_it_starts(started):
-    assert nodes.run(config(cluster={"device": "cuda"}), ["a"], 0, lambda config: started.append("validate")) == 0
-    assert started == ["validate", "train"]
-
-
-def test_nodes_beyond_the_one_that_is_shared_stay_out(started, capsys):
-    shared = config(cluster={"device": "cuda", "share_gpus": True}, parallel={"tensor": 8}, rollout={"engines": 8})
-
-    def validate(config):
-        started.append("validate")
-
-    assert [nodes.run(shared, ["a", "b", "c"], rank, validate) for rank in (1, 2)] == [0, 0]
-    assert started == [] and capsys.readouterr().err == "node b is not needed\nnode c is not needed\n"
-    assert nodes.run(shared, ["a", "b", "c"], 0, validate) == 0 and started == ["validate", "train"]
 
 
 def test_a_file_that_is_only_read_is_no_segment_of_the_run():

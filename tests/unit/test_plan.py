@@ -17,6 +17,7 @@ from alphamed.planner.calibration import GPU
 from alphamed.planner.hardware import gpu
 from alphamed.planner.job import Job
 from alphamed.planner.memory import _receiving_bytes, engine_cache, layer_bytes, stage_use, static_bytes, trainer_use
+from alphamed.planner.legality import layout_problems
 from alphamed.planner.mending import layouts
 from alphamed.planner.parameters import buffer_elements, count, layers_of, stage_parameters
 from alphamed.planner.plan import job_of, make_plan, to_json
@@ -195,6 +196,24 @@ def test_ranks_and_engines_have_their_places():
     assert kinds["tensor"].within_node and kinds["data"].within_node and not kinds["pipeline"].within_node
     # a broadcast crosses to the one engine node once: 8.03 billion parameters in bf16
     assert kinds["weight sync"].leaving == 2 * 8_030_261_248
+
+
+def test_engines_may_have_the_gpus_that_ranks_leave_on_their_hosts():
+    """4 + 4 on each of two hosts of 8: an engine of 4 on each, weights cross once, to the second."""
+    one = job(parallel={"tensor": 4, "data": 2}, rollout={"engines": 2, "tensor_parallel": 4},
+              cluster={"ranks_per_host": 4, "nodes": 2})
+    topology = place(one)
+    seats = {(seat.node, seat.gpu): seat for seat in topology.seats}
+    assert len(seats) == 16 and (topology.trainer_nodes, topology.engine_nodes) == (2, 0)
+    assert [seats[1, gpu].rank for gpu in range(4)] == [4, 5, 6, 7] and seats[1, 0].data == 1
+    assert [(seats[node, gpu].engine, seats[node, gpu].worker) for node in (0, 1) for gpu in range(4, 8)] == [
+        (engine, worker) for engine in (0, 1) for worker in range(4)]
+    kinds = {group.kind: group for group in topology.groups}
+    assert kinds["tensor"].within_node and not kinds["data"].within_node
+    assert kinds["weight sync"].leaving == 2 * 8_030_261_248 and not layout_problems(one)
+    crowded = replace(one, nodes=1)
+    assert [problem.text for problem in layout_problems(crowded)] == [
+        "cluster.nodes: 8 trainer ranks, 4 on a host, and 2 engines need 2 nodes of 8 GPUs, there are 1"]
 
 
 def test_context_ranks_stand_between_tensor_and_data_ranks():

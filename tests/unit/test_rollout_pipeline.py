@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from alphamed.cluster.control import Control
+from alphamed.cluster.failure import StopRequested
 from alphamed.config_file import build_config
 from alphamed.errors import RunFailed
 from alphamed.observe.rollout_files import rollout_path, write_rollouts
@@ -130,6 +131,17 @@ def test_a_failure_while_generating_fails_the_run_with_its_culprit(control):
     rollouts = LiveRollouts(config(), Stream(), Prompts(), FakeCoordinator(fail=True), control)
     with pytest.raises(RunFailed, match=r"engine 1 \(pid 7\): its process X ended"):
         rollouts.next(1)
+
+
+def test_rollouts_that_are_abandoned_are_none(control):
+    def stop(progress):
+        raise StopRequested
+
+    class Watched(FakeCoordinator):
+        def run(self, key, tasks, on_progress):
+            on_progress(None)
+
+    assert LiveRollouts(config(), Stream(), Prompts(), Watched(), control, stop).next(1) is None
 
 
 def test_replay_gives_the_recorded_groups_of_each_step(tmp_path, control):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from alphamed.cluster.failure import StopRequested, request_stop
 from alphamed.config_file import build_config, changed_config, dump_config, load_config
 from alphamed.errors import ConfigError
 from alphamed.evaluation.runner import Evaluation, QuestionSet, SetResult
@@ -34,6 +35,7 @@ from alphamed.records import (
     StepRollouts,
     TokenGroup,
 )
+from alphamed.rollout.coordinator import Progress
 from alphamed.run import Run
 
 
@@ -362,6 +364,29 @@ def test_all_ranks_stop_where_rank_0_says_so(tmp_path):
     run = Run.open(config, Follower({"the time limit": True}))
     run.begin(None)
     assert list(run.steps()) == []
+
+
+def test_all_ranks_stop_where_rank_0_was_asked_to(tmp_path):
+    run = Run.open(config_of(tmp_path), Follower({"requests to stop": True}))
+    run.begin(None)
+    assert list(run.steps()) == [] and run.stopped
+
+
+def test_a_run_that_is_asked_to_stop_ends_its_step_and_begins_no_other(tmp_path):
+    run = Run.open(config_of(tmp_path), Alone())
+    run.begin(None)
+    progress = Progress(done=1, total=2, generated=1, response_tokens=3, generate_s=1.0, reward_s=0.0)
+    for step in run.steps():
+        run.show_generation(progress)
+        assert run.activity == f"step {step}, generating, 1 of 2 questions"
+        run.record(rollouts_of(step), STATS, version=step + 1, cursor={"taken": step})
+        request_stop(run.dir)
+    with pytest.raises(StopRequested):
+        run.show_generation(progress)
+    states = []
+    assert step == 1 and run.checkpoint(states.append, last=True) and states[0]["step"] == 1 and run.stop_asked()
+    run.close()
+    assert finished_step(run.dir) is None
 
 
 def evaluation():

@@ -44,6 +44,16 @@ def test_a_bad_step_is_recorded_and_makes_no_checkpoint(monkeypatch, check):
     assert "checkpoint" not in calls and calls.count("update") == 1
 
 
+def test_a_run_that_is_asked_to_stop_writes_a_checkpoint_and_is_not_finished(monkeypatch):
+    calls: list[str] = []
+    run = Called(calls, steps=lambda: iter([1, 2]), stop_asked=lambda: True)
+    session = Called(calls, run=run, rollouts=Called(calls, next=lambda step: None), policy=Called(calls, layout=None),
+                     reference=Called(calls), sync=Called(calls))
+    monkeypatch.setattr(train, "open_session", lambda config: contextlib.nullcontext(session))
+    train.main(CONFIG)
+    assert calls == ["push", "evaluate", "checkpoint"]
+
+
 @pytest.mark.parametrize("found, culprit, words", [
     (0.2, "rollout engines", "the limit is 0.15"), (float("inf"), "rollout engines", "inf"),
     (float("nan"), "policy", "not finite"),                                  # which is no news of the engines

@@ -6,6 +6,7 @@ supervisor says in one line what happened.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from alphamed.cluster.failure import WORKERS_FILE, DeadWorker, write_workers
+from alphamed.cluster.job import HOST_VARIABLE
 
 
 def main(arguments: list[str]) -> int:
@@ -24,7 +26,8 @@ def main(arguments: list[str]) -> int:
     try:
         run.run(run.parse_args(arguments[1:]))
     except ChildFailedError as error:
-        dead = [DeadWorker(rank=rank, pid=failure.pid, status=failure.exitcode, time_s=failure.timestamp)
+        dead = [DeadWorker(rank=rank, pid=failure.pid, status=failure.exitcode, time_s=failure.timestamp,
+                           host=os.environ.get(HOST_VARIABLE, ""))
                 for rank, failure in error.failures.items()]
         write_workers(run_dir / WORKERS_FILE, dead)
         return 1

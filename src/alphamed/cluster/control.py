@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from alphamed.cluster import failure
-from alphamed.cluster.links import Links, Peer, accept, join, listen, own_address
+from alphamed.cluster.addresses import LOOPBACK
+from alphamed.cluster.job import ADDRESS_VARIABLE, HOST_VARIABLE
+from alphamed.cluster.links import Links, Peer, accept, join, listen
 from alphamed.errors import RunFailed
 
 if TYPE_CHECKING:
@@ -30,6 +34,13 @@ DEADLINE_S = 3600.0
 SETTLE_S = 2.0
 """A broken connection is noticed by everybody; this long the rank that fails of it waits for the news of who broke
 it."""
+
+
+def rank_name(rank: int) -> str:
+    """This process as errors call it; where ranks are on several hosts, with its host."""
+    several = os.environ.get("LOCAL_WORLD_SIZE", "1") != os.environ.get("WORLD_SIZE", "1")
+    host = f" on {os.environ.get(HOST_VARIABLE) or socket.gethostname()}" if several else ""
+    return f"rank {rank} (pid {os.getpid()}{host})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +72,17 @@ class Control:
         import torch.distributed as dist
 
         rank, world = dist.get_rank(group), dist.get_world_size(group)
+        name = rank_name(rank)
         if world == 1:
             return cls(group, 0, 1, [], run_dir, heartbeat_timeout_s, abort_after_s, DEADLINE_S + longest_s)
-        listener, key = listen(own_address()) if rank == 0 else (None, b"")
+        listener, key = listen(os.environ.get(ADDRESS_VARIABLE, LOOPBACK)) if rank == 0 else (None, b"")
         invitation = [(listener.address, key) if listener else None]
         dist.broadcast_object_list(invitation, src=0, group=group)
         if listener:
             with listener:
-                peers = accept(listener, world)
+                peers = accept(listener, world, own_name=name)
         else:
-            peers = [join(*invitation[0], rank)]
+            peers = [join(*invitation[0], rank, own_name=name)]
         return cls(group, rank, world, peers, run_dir, heartbeat_timeout_s, abort_after_s, DEADLINE_S + longest_s)
 
     def __init__(self, group: ProcessGroup, rank: int, world: int, peers: list[Peer], run_dir: Path,
@@ -102,7 +114,7 @@ class Control:
 
     @property
     def name(self) -> str:
-        return f"rank {self.rank} (pid {os.getpid()})"
+        return rank_name(self.rank)
 
     # ------------------------------------------------------------------------------------------------------- agreements
     def from_rank0(self, what: str, function: Callable[[], T], deadline_s: float | None = None) -> T:
@@ -165,6 +177,11 @@ class Control:
         # a copy for each: views of bytes at odd offsets can not become int64
         return [part.clone().view(dtype).reshape(shape)
                 for part, (shape, dtype) in zip(flat.split(sizes), described, strict=True)] if sizes else []
+
+    def heard_s(self) -> dict[str, float]:
+        """Seconds since this rank last heard of each rank that it is connected to, by name; 0 for itself."""
+        now = time.monotonic()
+        return {self.name: 0.0} | {str(peer): now - peer.heard_s for _, peer in sorted(self._links.peers.items())}
 
     def failed(self, culprit: str, message: str) -> RunFailed:
         """Make a failure known to all ranks, unless there is one already; returns the one to raise."""

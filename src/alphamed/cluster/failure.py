@@ -6,9 +6,11 @@ a signal: nobody else can have caused that.
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,16 @@ from alphamed.errors import RunFailed
 FAILURE_FILE = "failure.json"
 WORKERS_FILE = "workers.json"
 """What torchrun's agent saw of its workers, written by `cluster.agent` when one of them failed."""
+HOSTS_FOLDER = "nodes"
+"""Below it a folder for each further host's own records."""
+STOP_FILE = "stop"
+"""There while the run is asked to write a checkpoint and end."""
+ENDED_FILE = "ended.json"
+"""How the last start ended; not there while the run lives, nor after a violent death."""
+
+
+class StopRequested(Exception):
+    """The run was asked to write a checkpoint and end, while it waited for something that it can do without."""
 
 
 def of_exception(error: BaseException, culprit: str) -> RunFailed:
@@ -54,8 +66,25 @@ def recorded(run_dir: Path) -> RunFailed | None:
 
 def forget(run_dir: Path) -> None:
     """Remove the records of an earlier start."""
-    for name in (FAILURE_FILE, WORKERS_FILE):
+    for name in (FAILURE_FILE, WORKERS_FILE, STOP_FILE, ENDED_FILE):
         (run_dir / name).unlink(missing_ok=True)
+    for path in run_dir.glob(f"{HOSTS_FOLDER}/*/{WORKERS_FILE}"):
+        path.unlink(missing_ok=True)
+
+
+def record_end(run_dir: Path, how: str) -> None:
+    """Note how this start has ended, for `alphamed status`. A full disk keeps nobody from ending."""
+    with contextlib.suppress(OSError):
+        (run_dir / ENDED_FILE).write_text(json.dumps({"time": time.time(), "how": how}), encoding="utf-8")
+
+
+def request_stop(run_dir: Path) -> None:
+    """Ask the run to write a checkpoint and end."""
+    (run_dir / STOP_FILE).touch()
+
+
+def stop_requested(run_dir: Path) -> bool:
+    return (run_dir / STOP_FILE).exists()
 
 
 # ---------------------------------------------------------------------------------------------------- what torchrun saw
@@ -67,6 +96,10 @@ class DeadWorker:
     pid: int
     status: int
     time_s: float
+    host: str = ""                      # where ranks are on several
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (pid {self.pid}{f' on {self.host}' if self.host else ''})"
 
 
 def write_workers(path: Path, workers: list[DeadWorker]) -> None:
@@ -74,7 +107,9 @@ def write_workers(path: Path, workers: list[DeadWorker]) -> None:
 
 
 def read_workers(run_dir: Path) -> list[DeadWorker]:
-    return [DeadWorker(**tree) for tree in _read(run_dir / WORKERS_FILE) or []]
+    """Of all hosts."""
+    files = (run_dir / WORKERS_FILE, *run_dir.glob(f"{HOSTS_FOLDER}/*/{WORKERS_FILE}"))
+    return [DeadWorker(**tree) for file in files for tree in _read(file) or []]
 
 
 def first_dead(workers: list[DeadWorker]) -> DeadWorker | None:
@@ -91,12 +126,12 @@ def verdict(run_dir: Path, agent_status: int) -> RunFailed:
     """Why the run failed, from all that was recorded and how torchrun's agent ended (as subprocess gives it)."""
     dead, told = first_dead(read_workers(run_dir)), recorded(run_dir)
     if dead and dead.status < 0 and dead.status != -signal.SIGTERM:
-        return RunFailed(f"rank {dead.rank} (pid {dead.pid})", f"was killed by {signal_name(-dead.status)}")
+        return RunFailed(str(dead), f"was killed by {signal_name(-dead.status)}")
     if told:
         return told
     if dead:
         how = f"was ended by {signal_name(-dead.status)}" if dead.status < 0 else f"ended with exit code {dead.status}"
-        return RunFailed(f"rank {dead.rank} (pid {dead.pid})", how)
+        return RunFailed(str(dead), how)
     if agent_status < 0:
         return RunFailed("torchrun's agent", f"was killed by {signal_name(-agent_status)}")
     return RunFailed("torchrun's agent", f"ended with exit code {agent_status} and without a word; see the logs")

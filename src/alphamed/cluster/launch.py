@@ -1,18 +1,17 @@
-"""From a checked configuration to running processes: node arithmetic, torchrun's command, the whole of `alphamed
-train`."""
+"""From a checked configuration to running processes: torchrun's command, the whole of `alphamed train`."""
 from __future__ import annotations
 
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from alphamed.cluster import failure, variables
 from alphamed.cluster.environment import run_environment
 from alphamed.cluster.hardware import gpus_present, trainer_threads, wants_cuda
+from alphamed.cluster.hosts import plan_nodes
 from alphamed.cluster.ledger import Ledger, Lock, clean_up_dead_runs
-from alphamed.cluster.supervisor import Ended, supervise
+from alphamed.cluster.supervisor import Ended, Grace, supervise
 from alphamed.cluster.variables import Start
 from alphamed.config import Config
 from alphamed.config_file import dump_config
@@ -27,63 +26,12 @@ START_MARK = "=== started"
 """First words of every start in a rank's log, which goes on from start to start."""
 
 
-# ------------------------------------------------------------------------------------------------------ node arithmetic
-@dataclass(frozen=True, slots=True)
-class NodePlan:
-    """Which node does what. On a single node trainer and engines may share it, on GPUs of their own unless
-    `cluster.share_gpus` says otherwise."""
-    trainer_nodes: tuple[str, ...]
-    engine_nodes: tuple[str, ...]
-    ranks_per_node: int
-    """Trainer ranks on each trainer node."""
-    engine_gpus: int
-    """GPUs that all engines need together; 0 on CPU."""
-
-    @property
-    def shared(self) -> bool:
-        return self.trainer_nodes == self.engine_nodes
-
-
-def plan_nodes(config: Config, nodes: Sequence[str], gpus_per_node: int) -> NodePlan:
-    """Place trainer ranks and engines. `gpus_per_node` 0 means CPU: everything on the one node.
-
-    Engines take GPUs that no trainer rank uses: the rest of the only node, or nodes of their own after the trainer's.
-    Raises ConfigError where the nodes do not suffice, naming needed and given.
-    """
-    world = config.parallel.world
-    engines = 0 if config.rollout.replay else config.rollout.engines
-    if gpus_per_node == 0:
-        return NodePlan(tuple(nodes[:1]), tuple(nodes[:1]), world, 0)
-    wanted = engines * config.rollout.tensor_parallel
-    if config.cluster.share_gpus:
-        if max(world, wanted) > gpus_per_node:
-            raise ConfigError(f"cluster.share_gpus: {world} trainer ranks and {wanted} engine workers share the GPUs of one "
-                              f"node, it has {gpus_per_node}; lower parallel or rollout.engines, or set it to false")
-        return NodePlan(tuple(nodes[:1]), tuple(nodes[:1]), world, wanted)
-    if len(nodes) == 1 and world + wanted <= gpus_per_node:
-        return NodePlan(tuple(nodes), tuple(nodes), world, wanted)
-    if gpus_per_node % config.rollout.tensor_parallel:
-        raise ConfigError(f"rollout.tensor_parallel: {config.rollout.tensor_parallel} does not divide the "
-                          f"{gpus_per_node} GPUs of a node; choose a divisor, an engine stays within its node")
-    trainer, engine = -(-world // gpus_per_node), -(-wanted // gpus_per_node)
-    if world > gpus_per_node and world % gpus_per_node:
-        raise ConfigError(f"parallel: {config.parallel.axes()} = {world} ranks do not fill nodes of {gpus_per_node} "
-                          f"GPUs; choose a multiple of {gpus_per_node}")
-    if len(nodes) < trainer + engine:
-        raise ConfigError(
-            f"cluster: {world} trainer ranks and {engines} engines of {config.rollout.tensor_parallel} GPUs need "
-            f"{world + wanted} GPUs on {trainer} + {engine} nodes of {gpus_per_node}, present are "
-            f"{len(nodes) * gpus_per_node} on {len(nodes)}; lower parallel or rollout.engines, or start on more nodes "
-            f"(examples/slurm/train.sbatch)")
-    return NodePlan(tuple(nodes[:trainer]), tuple(nodes[trainer:trainer + engine]), min(world, gpus_per_node), wanted)
-
-
 def check_world(config: Config, environment: Mapping[str, str]) -> None:
     """Raises ConfigError where torchrun started another number of ranks than the layout has."""
     needed, present = config.parallel.world, int(environment.get("WORLD_SIZE", "1"))
     if needed == present:
         return
-    p, per_node = config.parallel, min(needed, config.cluster.gpus_per_node)
+    p, per_node = config.parallel, min(needed, config.cluster.ranks_per_host or config.cluster.gpus_per_node)
     raise ConfigError(
         f"parallel: {p.axes()} needs {needed} ranks, torchrun started "
         f"{present}; export PET_NNODES={-(-needed // per_node)} PET_NPROC_PER_NODE={per_node} (and PET_NODE_RANK, "
@@ -106,9 +54,9 @@ def config_of_script(script: Path) -> Path:
 
 # ------------------------------------------------------------------------------------------------------------- one node
 def torchrun_command(run_dir: Path, ranks: int, rendezvous: Sequence[str] = ("--standalone", "--local-addr=127.0.0.1"),
-                     ) -> list[str]:
-    """The agent that starts `ranks` workers on this node."""
-    return [sys.executable, "-m", "alphamed.cluster.agent", str(run_dir), *rendezvous, f"--nproc-per-node={ranks}",
+                     own: Path | None = None) -> list[str]:
+    """The agent that starts `ranks` workers on this node. `own`: the folder for this host's records."""
+    return [sys.executable, "-m", "alphamed.cluster.agent", str(own or run_dir), *rendezvous, f"--nproc-per-node={ranks}",
             f"--shutdown-timeout={SHUTDOWN_TIMEOUT_S}", "-m", "alphamed.cli", "worker", "--config",
             str(run_dir / LAUNCH_FILE)]
 
@@ -144,7 +92,7 @@ def owned(run_dir: Path) -> Iterator[Ledger]:
         lock.release()
 
 
-def train(config: Config) -> int:
+def train(config: Config, grace: Grace | None = None) -> int:
     """Run training on this machine under a supervisor; returns the exit code. The configuration has been checked."""
     gpus = gpus_present() if wants_cuda(config) else 0
     plan = plan_nodes(config, ["localhost"], gpus)
@@ -153,7 +101,7 @@ def train(config: Config) -> int:
         variables.settle(run_dir, Start.ONE_HOST)
         (run_dir / LAUNCH_FILE).write_text(dump_config(config), encoding="utf-8")
         environment = single_node_environment(config, ledger.make_temporary_folder())
-        ended = supervise(torchrun_command(run_dir, plan.ranks_per_node), environment, run_dir)
+        ended = supervise(torchrun_command(run_dir, plan.hosts[0].ranks), environment, run_dir, grace)
         return report(run_dir, ended)
 
 
@@ -162,12 +110,15 @@ def report(run_dir: Path, ended: Ended) -> int:
     if ended.clean_up.stuck:
         print(f"warning: {ended.clean_up}", file=sys.stderr)
     if ended.stopped_by:
+        failure.record_end(run_dir, f"stopped by {ended.stopped_by.name}")
         print(f"run stopped by {ended.stopped_by.name}; the same command continues it from its last checkpoint",
               file=sys.stderr)
         return 128 + ended.stopped_by
     if ended.status == 0:
+        failure.record_end(run_dir, "ended")
         return 0
     verdict = failure.verdict(run_dir, ended.status)
+    failure.record_end(run_dir, f"failed: {verdict}")
     if verdict.user_error:
         print(f"error: {verdict}", file=sys.stderr)
         return 2

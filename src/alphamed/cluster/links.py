@@ -1,4 +1,4 @@
-"""Small messages and signs of life between ranks: a star of TCP connections with rank 0 at its centre.
+"""Small messages and signs of life between ranks, or between hosts: a star of TCP connections with number 0 at its centre.
 
 A connection beside the process groups, because those can not tell who is to blame: a collective that fails says that
 some peer closed a socket, one that hangs says nothing. Here the end of a process shows at once as the end of its
@@ -11,10 +11,10 @@ pickled.
 from __future__ import annotations
 
 import os
-import socket
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener, wait
 from typing import Any
 
@@ -29,14 +29,16 @@ LINGER_S = 1.0
 class Peer:
     """One end of a connection. `heard_s`: when it last gave a sign of life (monotonic clock)."""
 
-    def __init__(self, rank: int, pid: int, connection: Connection):
-        self.rank, self.pid, self.connection = rank, pid, connection
+    def __init__(self, rank: int, name: str, connection: Connection):
+        """`name`: as errors call it. `log`: where its output is, below the run directory; "" where nobody knows."""
+        self.rank, self.name, self.connection = rank, name, connection
+        self.log = f"logs/rank_{rank}.log"
         self.heard_s = time.monotonic()
         self.left = False                       # said good-bye
         self._sending = threading.Lock()
 
     def __str__(self) -> str:
-        return f"rank {self.rank} (pid {self.pid})"
+        return self.name
 
     def send(self, message: Any) -> None:
         with self._sending:
@@ -159,7 +161,7 @@ class Links:
                 self._take(peer, connection.recv())
             except (EOFError, OSError):
                 if not self._closed:
-                    self.fail(RunFailed(str(peer), f"ended without a word; its log is logs/rank_{peer.rank}.log"))
+                    self.fail(RunFailed(str(peer), f"ended without a word{_see(peer)}"))
                 self._leave(peer)
 
     def _take(self, peer: Peer, message: tuple) -> None:
@@ -183,51 +185,57 @@ class Links:
         for peer in self.peers.values():
             silent_s = time.monotonic() - peer.heard_s
             if not peer.left and silent_s > self._timeout_s:
-                self.fail(RunFailed(str(peer), f"has not been heard of for {silent_s:.0f} s (stopped, swapping, or "
-                                               f"stuck); its log is logs/rank_{peer.rank}.log"))
+                self.fail(RunFailed(str(peer), f"has not been heard of for {silent_s:.0f} s (stopped, swapping, "
+                                               f"stuck, or its network cut){_see(peer)}"))
                 self._leave(peer)
 
 
+def _see(peer: Peer) -> str:
+    return f"; its log is {peer.log}" if peer.log else ""
+
+
 # -------------------------------------------------------------------------------------------------------------- joining
-def listen(host: str) -> tuple[Listener, bytes]:
-    """Rank 0's side before anybody has joined, and the key that others need."""
-    key = os.urandom(32)
-    return Listener((host, 0), family="AF_INET", backlog=1024, authkey=key), key
+def listen(host: str, port: int = 0, key: bytes = b"") -> tuple[Listener, bytes]:
+    """Rank 0's side before anybody has joined, and the key that others need (a new one unless it is given)."""
+    key = key or os.urandom(32)
+    return Listener((host, port), family="AF_INET", backlog=1024, authkey=key), key
 
 
-def accept(listener: Listener, world: int, timeout_s: float = JOIN_DEADLINE_S) -> list[Peer]:
-    """Wait for all other ranks. Raises RunFailed naming those that did not come."""
+def accept(listener: Listener, world: int, timeout_s: float = JOIN_DEADLINE_S, own_name: str = "",
+           names: Sequence[str] = ()) -> list[Peer]:
+    """Wait for all others, which say who they are; `own_name` is what they will call this one. Raises RunFailed naming those
+    that did not come, by `names` where they have better ones than their ranks."""
     peers: list[Peer] = []
 
     def take() -> None:
         while len(peers) < world - 1:
-            connection = listener.accept()
-            peers.append(Peer(*connection.recv(), connection))
+            try:
+                connection = listener.accept()
+                peers.append(Peer(*connection.recv(), connection))
+            except (AuthenticationError, EOFError, ConnectionError):    # a stranger, or one with another key
+                continue
+            except OSError:                     # closed: it is too late
+                return
 
     thread = threading.Thread(target=take, name="control-accept", daemon=True)
     thread.start()
     thread.join(timeout_s)
     missing = sorted(set(range(1, world)) - {peer.rank for peer in peers})
     if missing:
-        raise RunFailed(f"rank {missing[0]}", f"did not join the control links within {timeout_s:.0f} s "
-                                              f"(missing ranks: {', '.join(map(str, missing))})")
+        called = [names[rank] if names else f"rank {rank}" for rank in missing]
+        raise RunFailed(called[0], f"did not join the control links within {timeout_s:.0f} s (missing: {', '.join(called)})")
     for peer in peers:
-        peer.connection.send(os.getpid())
+        peer.connection.send(own_name or f"rank 0 (pid {os.getpid()})")
     return peers
 
 
-def join(address: tuple[str, int], key: bytes, rank: int, timeout_s: float = JOIN_DEADLINE_S) -> Peer:
+def join(address: tuple[str, int], key: bytes, rank: int, timeout_s: float = JOIN_DEADLINE_S, own_name: str = "") -> Peer:
     """Another rank's connection to rank 0. Raises RunFailed."""
     try:
         connection = Client(address, family="AF_INET", authkey=key)
-        connection.send((rank, os.getpid()))
+        connection.send((rank, own_name or f"rank {rank} (pid {os.getpid()})"))
         if not connection.poll(timeout_s):
             raise TimeoutError(f"no answer within {timeout_s:.0f} s")
         return Peer(0, connection.recv(), connection)
     except (OSError, EOFError) as error:
         raise RunFailed("rank 0", f"can not be reached at {address[0]}:{address[1]} ({error})") from None
-
-
-def own_address() -> str:
-    """The address at which torchrun's other nodes reach this one (rank 0's is MASTER_ADDR)."""
-    return socket.gethostbyname(os.environ.get("MASTER_ADDR", "127.0.0.1"))

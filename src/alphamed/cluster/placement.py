@@ -2,8 +2,9 @@
 
 Only rank 0 talks to Ray. A local Ray belongs to the run: its session lies in the run's temporary folder, whoever speaks to
 it needs the run's token (it may listen on this host's own address, not only on the loopback one), it carries the run's tag
-and knows nothing of torchrun. Where a launcher has spread Ray over several nodes it has set RAY_ADDRESS, and the run joins
-that; a RAY_ADDRESS that was left over never comes here (cluster.variables).
+and knows nothing of torchrun. In a job of several hosts it listens at rank 0's address in the cluster, and the engines'
+hosts join it (`worker_command`). Where the user has started Ray by hand, RAY_ADDRESS says where, and the run joins that; a
+RAY_ADDRESS that was left over never comes here (cluster.variables).
 """
 from __future__ import annotations
 
@@ -11,20 +12,27 @@ import contextlib
 import os
 import secrets
 import socket
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from alphamed.cluster import quiet_ray
+from alphamed.cluster.addresses import LOOPBACK
 from alphamed.cluster.environment import SILENT, without_torchrun
 from alphamed.cluster.hardware import cores, gpus_present, wants_cuda
+from alphamed.cluster.job import Job, Place
 from alphamed.cluster.ledger import MAX_TEMPORARY_CHARS, run_id
 from alphamed.config import Config
 from alphamed.errors import ConfigError, RunFailed
 
 OBJECT_STORE_BYTES = 200 << 20
 """What travels through Ray is small: tasks, rollouts, rewards. (Weights have links of their own.)"""
+ENGINE_SLOT = "engine_slot"
+"""Ray's resource that an engine on CPU takes, one for each of its workers, as one on CUDA takes GPUs."""
 START_ATTEMPTS = 2
 ADDRESS_DEADLINE_S = 5.0
 """For the first answer of a Ray to join: it may have been started a moment ago."""
@@ -61,20 +69,23 @@ def check_ray_address() -> None:
 
 
 def start_ray(config: Config) -> None:
-    """Bring Ray up, or join the cluster at RAY_ADDRESS, which only a start over several hosts leaves in the environment.
-    Raises RunFailed where that fails, ConfigError where nothing answers at the address."""
+    """Bring Ray up, or join the cluster at RAY_ADDRESS, which only a start over several hosts leaves in the environment, and
+    wait for the hosts that belong to it. Raises RunFailed where that fails, ConfigError where nothing answers at the address."""
     check_ray_address()
     shared = dict(namespace=run_id(config.run_dir), log_to_driver=False, logging_level="ERROR")
-    address = os.environ.get("RAY_ADDRESS")
+    address, job = os.environ.get("RAY_ADDRESS"), Job.of_environment()
     if address:
         options = dict(address=address, **shared)
     else:
-        gpus = engine_gpus(config)
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        slots = job.head.engine_slots if job else config.rollout.engines * config.rollout.tensor_parallel
+        gpus = engine_gpus(config, local_ranks)[:slots if job else None]
         options = dict(address="local", num_cpus=cores(), num_gpus=len(gpus), include_dashboard=False,
-                       object_store_memory=OBJECT_STORE_BYTES, _node_ip_address="127.0.0.1",
+                       resources={ENGINE_SLOT: slots} if slots and not gpus else None,
+                       object_store_memory=OBJECT_STORE_BYTES, _node_ip_address=job.head.address if job else LOOPBACK,
                        _temp_dir=_session_folder(), **shared)
-    with _environment_of_actors(config):
-        import ray  # reads its token when it is imported
+    with _environment_of_actors(config, job):
+        import ray                              # reads its token when it is imported
 
         quiet_ray.apply()
         # In this thread, which stays: the kernel ends Ray's processes with the thread that started them.
@@ -82,11 +93,64 @@ def start_ray(config: Config) -> None:
         for attempt in range(START_ATTEMPTS):
             try:
                 ray.init(**options)
-                return
+                break
             except Exception as error:          # Ray raises plain Exception where a busy machine was too slow for it
                 ray.shutdown()
                 if attempt + 1 == START_ATTEMPTS:
                     raise RunFailed("Ray", f"did not start: {type(error).__name__}: {error}") from error
+    if job and not address:
+        wait_for_hosts(job, config.cluster.join_deadline_s)
+    _require_room(config, address)
+
+
+def wait_for_hosts(job: Job, deadline_s: float) -> None:
+    """Until all hosts of engines are part of Ray. Raises RunFailed naming those that are not, after the deadline."""
+    import ray
+
+    until = time.monotonic() + deadline_s
+    while True:
+        joined = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+        missing = [place.name for place in job.engine_hosts if place.address not in joined]
+        if not missing:
+            return
+        if time.monotonic() > until:
+            raise RunFailed(f"host {missing[0]}", f"has not joined Ray within {deadline_s:.0f} s (missing: "
+                                                  f"{', '.join(missing)}); see logs/ray_{missing[0]}.log")
+        time.sleep(0.5)
+
+
+def _require_room(config: Config, address: str | None) -> None:
+    """Engines that no host has room for would wait for ever. Raises RunFailed, the user's."""
+    import ray
+
+    kind = "GPU" if wants_cuda(config) else ENGINE_SLOT
+    size, wanted = config.rollout.tensor_parallel, config.rollout.engines
+    present = [int(node["Resources"].get(kind, 0)) for node in ray.nodes() if node["Alive"]]
+    if sum(room // size for room in present) < wanted:
+        option = "--num-gpus=N" if kind == "GPU" else f"--resources='{{\"{ENGINE_SLOT}\": N}}'"
+        where = f" at {address} (RAY_ADDRESS)" if address else ""
+        raise RunFailed("", f"rollout.engines: {wanted} engines of {size} workers do not fit Ray{where}, whose hosts have room for "
+                            f"{' + '.join(map(str, present))} workers; lower it, or have more hosts join with `ray start "
+                            f"--address=... {option}`", user_error=True)
+
+
+def beside_rank0() -> Any:
+    """Ray's scheduling strategy for actors that belong on rank 0's host: they need its files and next to no resources."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def worker_command(job: Job, place: Place, on_cuda: bool, temporary: Path) -> list[str]:
+    """Ray on a host of engines, once the head answers: bound to the host's address in the cluster, on ports of its own."""
+    room = [f"--num-gpus={place.engine_slots}"] if on_cuda else [f'--resources={{"{ENGINE_SLOT}": {place.engine_slots}}}',
+                                                                "--num-gpus=0"]
+    return [sys.executable, "-m", "alphamed.cluster.join_ray", job.head.address, str(job.ray_port), "start", "--block",
+            f"--address={job.head.address}:{job.ray_port}", f"--node-ip-address={place.address}", *room,
+            f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={temporary}", "--disable-usage-stats",
+            # 0: any; Ray's own defaults are fixed ports, which two jobs on one host would both want
+            "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
 
 
 def stop_ray() -> None:
@@ -98,26 +162,33 @@ def stop_ray() -> None:
     thread.join(STOP_DEADLINE_S)
 
 
-def engine_gpus(config: Config) -> list[int]:
-    """Indices of this node's GPUs for engines: those that no trainer rank uses (ranks take the first ones), or all where
-    they are shared."""
+def engine_gpus(config: Config, local_ranks: int) -> list[int]:
+    """Indices of this node's GPUs for engines: those that none of its trainer ranks uses (they take the first ones), or all
+    where they are shared."""
     if not wants_cuda(config):
         return []
-    used = 0 if config.cluster.share_gpus else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return list(range(used, gpus_present()))
+    return list(range(0 if config.cluster.share_gpus else local_ranks, gpus_present()))
 
 
-@contextlib.contextmanager
-def _environment_of_actors(config: Config) -> Iterator[None]:
-    """Ray's processes inherit this process's environment as it stands while they are started."""
-    before = dict(os.environ)
+def environment_of_ray(config: Config, before: Mapping[str, str], gpus: Sequence[int]) -> dict[str, str]:
+    """What Ray's processes and actors get, on every host: nothing of torchrun's or the trainer's, `gpus` alone."""
     env = {name: value for name, value in without_torchrun(before).items() if name not in NOT_FOR_ACTORS} | SILENT
     env |= RAY_SETTINGS
     env.setdefault("RAY_AUTH_MODE", "token")
     env.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     if wants_cuda(config):
         visible = before.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus_present())))).split(",")
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(visible[index] for index in engine_gpus(config))
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(visible[index] for index in gpus)
+    return env
+
+
+@contextlib.contextmanager
+def _environment_of_actors(config: Config, job: Job | None) -> Iterator[None]:
+    """Ray's processes inherit this process's environment as it stands while they are started."""
+    before = dict(os.environ)
+    env = environment_of_ray(config, before, engine_gpus(config, int(before.get("LOCAL_WORLD_SIZE", "1"))))
+    if job:
+        env["RAY_GCS_SERVER_PORT"] = str(job.ray_port)
     _set_environment(env)
     try:
         yield

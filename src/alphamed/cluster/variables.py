@@ -67,6 +67,8 @@ LAUNCHER = Rule("RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK GROUP_WO
                 "alphamed starts a torchrun of its own, which sets them", private=True)
 RULES = (
     LAUNCHER,
+    Rule("ALPHAMED_JOB ALPHAMED_HOST", NEVER, "`alphamed launch --nodes` sets it", private=True),
+    Rule("ALPHAMED_ADDRESS", frozenset({Start.TORCHRUN_HOSTS}), "a start over several hosts sets it", private=True),
     Rule("RAY_ADDRESS", frozenset({Start.TORCHRUN_HOSTS}),
          "a run on one host starts a Ray of its own, `alphamed launch --nodes` one on its nodes", private=True),
     Rule("RAY_AUTH_* RAY_USE_TLS RAY_TLS_*", frozenset({Start.NODES, Start.TORCHRUN_HOSTS}),

@@ -16,12 +16,16 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TextIO
 
-from alphamed.cluster import failure, guard, placement, variables
+from alphamed.cluster import addresses, failure, guard, placement, variables
 from alphamed.cluster.environment import enter, run_environment
+from alphamed.cluster.job import ADDRESS_VARIABLE
 from alphamed.cluster.launch import START_MARK, check_world, owned
 from alphamed.cluster.variables import Start
 from alphamed.config import Config
 from alphamed.errors import ConfigError
+
+NETWORK_DEADLINE_S = 120.0
+"""For the hosts of a bare torchrun to exchange their addresses."""
 
 
 def run_worker(config: Config, train: Callable[[Config], None], validate: Callable[[Config], object] | None) -> int:
@@ -45,6 +49,7 @@ def run_worker(config: Config, train: Callable[[Config], None], validate: Callab
 
 def _prepare(config: Config, rank: int, stack: contextlib.ExitStack, validate: Callable[[Config], object]) -> None:
     """What `alphamed train` would have done before the ranks were started."""
+    _find_network()
     start = start_of(config, os.environ)
     if rank == 0:
         validate(config)
@@ -62,6 +67,31 @@ def start_of(config: Config, environment: Mapping[str, str]) -> Start:
     """Whether a bare torchrun spans several hosts: by its ranks, or by `cluster.nodes` where the trainer needs only one."""
     ranks, here = (int(environment.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     return Start.TORCHRUN_HOSTS if ranks > here or (config.cluster.nodes or 1) > 1 else Start.TORCHRUN
+
+
+def _find_network() -> None:
+    """What the launcher of several hosts would have found out: this host's address, as the others see it, and its interface.
+
+    On the first host MASTER_ADDR may well be a name of the loopback device: what it is, the second host tells through torchrun's
+    store. Raises ConfigError."""
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1"):
+        return
+    from datetime import timedelta
+
+    from torch.distributed import TCPStore
+
+    master, group = os.environ["MASTER_ADDR"], int(os.environ["GROUP_RANK"])
+    store = TCPStore(master, int(os.environ["MASTER_PORT"]), None, False, timeout=timedelta(seconds=NETWORK_DEADLINE_S))
+    if group == 1:
+        store.set("alphamed/first", addresses.resolve(master))
+        store.set("alphamed/second", addresses.toward(master))
+    other = store.get("alphamed/second" if group == 0 else "alphamed/first").decode()
+    if addresses.is_loopback(other):
+        raise ConfigError(f"MASTER_ADDR: {master} is an address of the loopback device on the second host; give torchrun "
+                          f"--master-addr with the first host's name or address in the cluster")
+    place = addresses.own([other])
+    os.environ |= addresses.interface_settings(place) | {ADDRESS_VARIABLE: place.address}
+    print(f"rank {os.environ['RANK']}: {place.address} on {place.interface}", file=sys.stderr)
 
 
 def _refuse(rank: int, error: ValueError) -> int:

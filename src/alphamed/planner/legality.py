@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from alphamed.cluster.hosts import deal
 from alphamed.config import Config
 from alphamed.config_choices import Recompute, Transport
 from alphamed.errors import ConfigError
@@ -85,6 +86,9 @@ def _node_problems(job: Job) -> Iterator[Problem]:
             yield Problem(f"cluster.share_gpus: {p.world} trainer ranks and {wanted} engine workers share the GPUs of one node, "
                           f"it has {per_node}", ("cluster.share_gpus=false",))
         return
+    if job.config.cluster.ranks_per_host and not job.gpu.is_cpu:
+        yield from _dealt_problems(job)
+        return
     if p.world + wanted <= per_node:
         return
     if job.engines and job.config.sync.transport == Transport.IPC:
@@ -108,6 +112,18 @@ def nccl_on_shared_gpus(config: Config) -> str | None:
         return None
     return ("sync.transport: nccl refuses two members on one GPU, and cluster.share_gpus puts them there; set it to auto (or "
             "export NCCL_MULTI_RANK_GPU_ENABLE=1, with NCCL 2.30 or newer)")
+
+
+def _dealt_problems(job: Job) -> Iterator[Problem]:
+    """Where `cluster.ranks_per_host` leaves GPUs of the trainer's hosts to engines."""
+    try:
+        shares = deal(job.config, 0 if job.colocated else job.engines, job.gpus_per_node, mixed=True, share=False)
+    except ConfigError as error:
+        yield Problem(str(error))
+        return
+    if job.nodes is not None and len(shares) > job.nodes:
+        yield Problem(f"cluster.nodes: {job.parallel.world} trainer ranks, {job.config.cluster.ranks_per_host} on a host, and "
+                      f"{job.engines} engines need {len(shares)} nodes of {job.gpus_per_node} GPUs, there are {job.nodes}")
 
 
 def _shrunk(job: Job) -> tuple[str, ...]:

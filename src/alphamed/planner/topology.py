@@ -1,11 +1,11 @@
 """Which node and GPU holds which trainer rank and which engine, the groups they form, and what leaves a node."""
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from alphamed.cluster.hosts import deal
 from alphamed.config_sections import ParallelConfig
 from alphamed.planner import parameters
 from alphamed.planner.batch import Batch, batch_of
@@ -57,25 +57,25 @@ class Topology:
 
 
 def place(job: Job) -> Topology:
-    """Trainer ranks fill nodes first, in Megatron's order: tensor ranks are neighbours, stages farthest apart. Engines take
-    the rest of a single node, nodes of their own, or the trainer's GPUs. The layout must be legal."""
-    per_node, world = job.gpus_per_node, job.parallel.world
-    wanted = 0 if job.colocated else job.engines * job.rollout.tensor_parallel
-    shared = job.shared or world + wanted <= per_node
-    ranks_per_node = world if shared else min(world, per_node)
-    trainer_nodes = -(-world // per_node)
-    seats = [_trainer_seat(job, rank, ranks_per_node) for rank in range(world)]
-    first = 0 if job.shared else world if shared else trainer_nodes * per_node
-    for worker in range(wanted):
-        node, gpu = divmod(first + worker, per_node)
-        seats.append(Seat(node, gpu, "engine", engine=worker // job.rollout.tensor_parallel,
-                          worker=worker % job.rollout.tensor_parallel))
+    """Trainer ranks fill nodes first, in Megatron's order: tensor ranks are neighbours, stages farthest apart. Engines are
+    placed as `cluster.hosts` does, or on the trainer's GPUs. The layout must be legal."""
+    per_node, size = job.gpus_per_node, job.rollout.tensor_parallel
+    mixed = job.config.cluster.ranks_per_host is not None and not job.gpu.is_cpu
+    shares = deal(job.config, 0 if job.colocated else job.engines, per_node, mixed, job.shared and not job.colocated)
+    seats, rank, worker = [], 0, 0
+    for node, (ranks, workers) in enumerate(shares):
+        seats += [_trainer_seat(job, rank + gpu, node, gpu) for gpu in range(ranks)]
+        first = 0 if job.shared else ranks
+        seats += [Seat(node, first + place, "engine", engine=(worker + place) // size, worker=(worker + place) % size)
+                  for place in range(workers)]
+        rank, worker = rank + ranks, worker + workers
     taken = {(seat.node, seat.gpu) for seat in seats}
-    nodes = 1 + max(node for node, _ in taken)
-    seats += [Seat(node, gpu, "idle") for node in range(nodes) for gpu in range(per_node) if (node, gpu) not in taken]
+    seats += [Seat(node, gpu, "idle") for node in range(len(shares)) for gpu in range(per_node) if (node, gpu) not in taken]
     seats.sort(key=lambda seat: (seat.node, seat.gpu))
-    engine_nodes = 0 if shared else nodes - trainer_nodes
-    return Topology(tuple(seats), trainer_nodes, engine_nodes, _groups(job, ranks_per_node, shared))
+    trainer_nodes = sum(ranks > 0 for ranks, _ in shares)
+    # hosts that weights have to travel to
+    reached = sum(workers > 0 for _, workers in shares) - (1 if shares[0][1] else 0)
+    return Topology(tuple(seats), trainer_nodes, len(shares) - trainer_nodes, _groups(job, shares[0][0], reached))
 
 
 class Place(NamedTuple):
@@ -92,12 +92,12 @@ def coordinates(rank: int, p: ParallelConfig) -> Place:
                  rank // (p.tensor * p.replicas))
 
 
-def _trainer_seat(job: Job, rank: int, per_node: int) -> Seat:
+def _trainer_seat(job: Job, rank: int, node: int, gpu: int) -> Seat:
     p = job.parallel
     at = coordinates(rank, p)
     chunks = [parameters.layers_of(at.pipeline, chunk, job.shape.layers, p.pipeline, job.virtual)
               for chunk in range(job.virtual)]
-    return Seat(rank // per_node, rank % per_node, "trainer", rank, *at,
+    return Seat(node, gpu, "trainer", rank, *at,
                 tuple((chunk.start, chunk.stop - 1) for chunk in chunks))
 
 
@@ -116,7 +116,7 @@ def axis_groups(p: ParallelConfig) -> dict[str, list[list[int]]]:
             "pipeline": along("pipeline")}
 
 
-def _groups(job: Job, per_node: int, shared: bool) -> tuple[Group, ...]:
+def _groups(job: Job, per_node: int, reached: int) -> tuple[Group, ...]:
     p, s = job.parallel, job.shape
     batch = batch_of(job)
     rows = batch.updates * batch.rows
@@ -141,7 +141,7 @@ def _groups(job: Job, per_node: int, shared: bool) -> tuple[Group, ...]:
         within = crossings == 0
         found.append(Group(kind, len(groups[0]), len(groups), tuple(groups[0]), within, crossings * edge[kind]))
     if job.engines:
-        found.append(_sync_group(job, shared))
+        found.append(_sync_group(job, reached))
     return tuple(found)
 
 
@@ -159,10 +159,10 @@ def _crossings(group: Sequence[int], per_node: int, ring: bool) -> int:
     return sum(a // per_node != b // per_node for a, b in pairs)
 
 
-def _sync_group(job: Job, shared: bool) -> Group:
-    """A link per stage: its source and every worker. A broadcast reaches each engine node once over the network."""
+def _sync_group(job: Job, reached: int) -> Group:
+    """A link per stage: its source and every worker. A broadcast reaches each of the `reached` hosts that have engines, but
+    not the first rank, once over the network."""
     p, workers = job.parallel, job.engines * job.rollout.tensor_parallel
-    nodes = 0 if shared or job.shared else math.ceil(workers / job.gpus_per_node)
     sources = tuple(stage * p.tensor * p.replicas for stage in range(p.pipeline))
-    return Group("weight sync", 1 + workers, p.pipeline, sources, nodes == 0,
-                 nodes * job.shape.parameters * job.engine_bytes)
+    return Group("weight sync", 1 + workers, p.pipeline, sources, reached == 0,
+                 reached * job.shape.parameters * job.engine_bytes)

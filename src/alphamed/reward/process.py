@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from alphamed.cluster.placement import beside_rank0
 from alphamed.config import Config
 from alphamed.config_sections import PromptConfig, RewardConfig
 from alphamed.errors import RunFailed
@@ -56,11 +57,8 @@ def start(config: Config, thinking: Thinking = Thinking()) -> ActorHandle:
     It needs no CPU reserved: built-in rewards take microseconds, a user's function runs in `reward.workers` processes.
     """
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # the user's module lies on this node
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=here)(RewardProcess)
+    actor = ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=beside_rank0())(RewardProcess)
     step_samples = config.rollout.questions_per_step * config.rollout.samples_per_question
     return actor.remote(config.reward, str(config.algorithm.advantage), step_samples, [os.getcwd(), *sys.path],
                         Overlong.of(config), config.run.seed, config.prompt, thinking)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
+from alphamed.cluster.placement import beside_rank0
 from alphamed.config import Config
 from alphamed.errors import RunFailed
 from alphamed.records import GenerationTask, ScoredGroup
@@ -296,7 +297,8 @@ class Coordinator:
         import ray
 
         grader_pid, = gather([grader.ready.remote()], [Peer(GRADER)], "starting", START_DEADLINE_S)
-        actor = ray.remote(RolloutCoordinator).options(num_cpus=0, max_restarts=0, max_concurrency=1_000).remote(
+        actor = ray.remote(RolloutCoordinator).options(
+            num_cpus=0, max_restarts=0, max_concurrency=1_000, scheduling_strategy=beside_rank0()).remote(
             pool.engines, grader, grader_pid, config.rollout.max_concurrent_requests, config.rollout.step_deadline_s)
         pid, = gather([actor.start.remote()], [Peer("rollout coordinator")], "starting", START_DEADLINE_S)
         return cls(actor, Peer("rollout coordinator", pid), pool)

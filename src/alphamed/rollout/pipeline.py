@@ -1,17 +1,19 @@
 """What the training loop sees of rollouts: `next(step)` on every rank, from engines or from the record of another run."""
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from alphamed.cluster.failure import StopRequested
 from alphamed.config import Config
 from alphamed.records import ScoredGroup, StepRollouts, TokenGroup
 from alphamed.reward.rules import earns_of
 from alphamed.reward.shaping import Overlong
 from alphamed.rollout.choice import Chooser
 from alphamed.rollout.curriculum import Stream
-from alphamed.rollout.supply import Ahead, OnDemand
+from alphamed.rollout.supply import Ahead, Gathered, OnDemand
 from alphamed.rollout.tasks import Prompts
 
 if TYPE_CHECKING:
@@ -35,11 +37,21 @@ class LiveRollouts:
         self._supply = kind(config, chooser, prompts, coordinator, on_progress, pace)
         self._control = control
 
-    def next(self, step: int) -> StepRollouts:
-        """The graded rollouts of the next questions. No rank waits in a collective while they are generated."""
-        gathered = self._control.on_rank0(f"the rollouts of step {step}", lambda: self._supply.gather(step))
-        scored = gathered.groups if gathered else ()
-        return StepRollouts(step, share_groups(scored, self._control), scored, gathered.metrics if gathered else {})
+    def next(self, step: int) -> StepRollouts | None:
+        """The graded rollouts of the next questions; None where the run was asked to stop meanwhile. No rank waits in a
+        collective while they are generated."""
+        found: list[Gathered] = []
+
+        def gather() -> bool:
+            with contextlib.suppress(StopRequested):
+                found.append(self._supply.gather(step))
+                return True
+            return False
+
+        if not self._control.from_rank0(f"the rollouts of step {step}", gather):
+            return None
+        scored = found[0].groups if found else ()
+        return StepRollouts(step, share_groups(scored, self._control), scored, found[0].metrics if found else {})
 
     def state(self) -> dict[str, Any]:
         """Rank 0's place in the questions, what it believes of them, and what is under way."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alphamed.cluster.hardware import this_machine
+from alphamed.cluster.placement import ENGINE_SLOT
 from alphamed.config import Config
 from alphamed.errors import RunFailed
 from alphamed.model import ModelShape
@@ -105,10 +106,12 @@ class EnginePool:
 
 
 def _place(spec: EngineSpec) -> ActorHandle:
-    """Create the actor where its GPUs are. Engines on CPU share the node's cores as their specs say, so Ray counts none."""
+    """Create the actor where its GPUs are. Engines on CPU share the node's cores as their specs say, so Ray counts none of
+    these: they take the slots that their host has for them."""
     import ray
 
     actor = ray.remote(RolloutEngine).options(
-        num_cpus=0, num_gpus=spec.tensor_parallel if spec.cuda else 0, max_restarts=0, max_concurrency=10_000,
+        num_cpus=0, num_gpus=spec.tensor_parallel if spec.cuda else 0,
+        resources=None if spec.cuda else {ENGINE_SLOT: spec.tensor_parallel}, max_restarts=0, max_concurrency=10_000,
         runtime_env={"env_vars": engine_environment(spec)})
     return actor.remote(spec)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import alphamed
 from alphamed.cluster.hardware import wants_cuda
-from alphamed.cluster.launch import plan_nodes
+from alphamed.cluster.hosts import plan_nodes
 from alphamed.config import Config
 from alphamed.errors import ConfigError
 from alphamed.study.grid import PlannedRun
