@@ -7,6 +7,7 @@ mistake raises `ConfigError`, one line naming field, value and mend.
 from __future__ import annotations
 
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Self
 
 from pydantic import model_validator
@@ -200,6 +201,9 @@ class Config(Section):
                    f"{reward.name!r}; leave it out, or name the function (module:function)")
         if reward.answer_after and not reward.answer_after.strip():
             yield "reward.answer_after: it is white space only; give the text that ends the thinking, auto or null"
+        elif reward.answer_after and any(reward.answer_after in f"\\boxed{{{letter}}}" for letter in ascii_uppercase):
+            yield (f"reward.answer_after: {reward.answer_after!r} is a part of answers themselves, which would be cut in two; "
+                   f"give a text that only ends the thinking")
 
     def _evaluation_problems(self):
         if self.run.last_step == 0 and not (self.evaluation.before or self.evaluation.after):

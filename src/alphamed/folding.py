@@ -15,6 +15,7 @@ _ALIKE = {
     '"': "\u201c\u201d\u201e\u201f\u2033\u2036\u02ba\u00ab\u00bb\u301d\u301e\u301f\u275d\u275e",
     "-": "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\u02d7\u2043\u2796\u058a\u05be\u1806\u2e3a\u2e3b\u301c\u3030"
          "\ufe31\ufe32\ufe58\ufe63",
+    ".": "\u3002\uff61",           # full stops of Chinese and Japanese
     "\u00b0": "\u00ba\u02da",           # degree: 38ºC
     "\u0394": "\u2206",                 # delta: ∆G
 }

@@ -202,7 +202,8 @@ def _refuse_unsupported(source: _ConfigFile, family: str) -> None:
 def _rope(source: _ConfigFile) -> tuple[float, RopeScaling | None]:
     """Base and scaling of the rotary embedding, from `rope_parameters` (transformers 5) or `rope_theta` and
     `rope_scaling` (4)."""
-    name = "rope_parameters" if source.get("rope_parameters") else "rope_scaling"
+    old, new = source.get("rope_scaling"), source.get("rope_parameters")
+    name = "rope_parameters" if new else "rope_scaling"
     rope = source.get(name) or {}
     if not isinstance(rope, dict):
         raise source.error(name, rope, "is no JSON object", "fetch the model again")
@@ -216,6 +217,9 @@ def _rope(source: _ConfigFile) -> tuple[float, RopeScaling | None]:
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise source.error(name, rope, "rotates a part of the head only, which is not supported",
                            "choose another model")
+    if old and new and not (isinstance(old, dict) and isinstance(new, dict) and old.items() <= new.items()):
+        raise source.error("rope_scaling", old, f"stands beside rope_parameters {new!r} (engines would take the first)",
+                           "remove the one that is not meant")
     if kind == "default":
         return theta, None
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from alphamed.config import Config
+from alphamed.config import Config, ConfigError
 from alphamed.config_choices import PromptTemplate
 from alphamed.config_sections import PromptConfig
 from alphamed.data.prompts import PromptBuilder
@@ -46,6 +46,7 @@ def check_model_folder(folder: Path, config: Config | None = None,
     Weights of at most SMALL_BYTES are read for values that are not finite; of larger ones the headers. Their values are
     checked where they are read anyway: by the trainer's ranks (`hf_io.load_hf`) and the engines.
     """
+    require_utf8("model.path", folder)
     shape = read_shape(folder)
     if fits is not None:
         fits(shape)
@@ -57,12 +58,22 @@ def check_model_folder(folder: Path, config: Config | None = None,
 
 def check_present(folder: Path, config: Config) -> ModelShape:
     """Check what is there of a folder that is planned with, at least config.json. Raises ConfigError."""
+    require_utf8("model.path", folder)
     shape = read_shape(folder)
     if has_weights(folder):
         check_weights(folder, shape)
     if (folder / "tokenizer.json").is_file() or any(folder.glob("*.model")):
         _with_text(folder, shape, config)
     return shape
+
+
+def require_utf8(setting: str, path: Path) -> None:
+    """Tokenizers, safetensors, Ray and Parquet files take paths as UTF-8 only. Raises ConfigError."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{setting}: {str(path)!a} is not UTF-8, and libraries of a run take no other names; rename the "
+                          f"folder") from None
 
 
 def remarks_on(folder: Path, config: Config) -> Remarks:

@@ -20,7 +20,7 @@ from alphamed.data.overlap import refuse_overlap
 from alphamed.data.sources import load_questions
 from alphamed.errors import ConfigError
 from alphamed.model import ModelShape, check_context, check_layout, resolve
-from alphamed.model_folder import ModelFolder, check_model_folder
+from alphamed.model_folder import ModelFolder, check_model_folder, require_utf8
 from alphamed.observe.directory import MODEL_PLACE, check_resume, check_same_model
 from alphamed.records import Question
 from alphamed.reward.rules import check_name, opened_rule, try_rule
@@ -108,14 +108,9 @@ def _check_run_dir(config: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def _check_names(config: Config, folder: Path) -> None:
-    """Tokenizers, Ray and Parquet files take paths as UTF-8 only."""
     places = {"run.root": config.run_dir.absolute(), "model.path": folder, "the current folder": Path.cwd()}
     for setting, path in places.items():
-        try:
-            str(path).encode()
-        except UnicodeEncodeError:
-            raise ConfigError(f"{setting}: {str(path)!a} is not UTF-8, and libraries of a run take no other names; rename "
-                              f"the folder") from None
+        require_utf8(setting, path)
 
 
 def _check_place(folder: Path) -> None:

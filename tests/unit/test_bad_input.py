@@ -187,6 +187,8 @@ CONFIGS = [
     setting("reward.signature", "verl", "reward.name is 'correct'", "module:function"),
     setting("reward.signature", "veRL", "'alphamed', 'verl' or 'trl'"),
     setting("reward.answer_after", " ", "white space only"),
+    setting("reward.answer_after", "x", "is a part of answers themselves"),
+    setting("reward.answer_after", "}", "is a part of answers themselves"),
     Mistake("a KL penalty without a gradient", lambda run: run.set("algorithm", {
         "kl_coefficient": 0.01, "kl_estimator": "k1"}), ("algorithm.kl_estimator: k1", "gradient of 0", "k2 or k3")),
     Mistake("a reward of another trainer", lambda run: own_reward(run, "def f(data_source, solution_str, ground_truth, "

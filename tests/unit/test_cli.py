@@ -171,9 +171,17 @@ def test_output_that_cannot_be_written_is_one_line():
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_names_that_are_not_utf8_are_printed_as_they_are(tmp_path, encoding):
+    page, questions = (os.fsencode(tmp_path) + b"/q\xff" + ending for ending in (b".html", b".jsonl"))
+    with open(questions, "w") as file:
+        file.write('{"id": "q", "question": "?", "options": {"A": "a", "B": "b"}, "answer": "A"}\n')
+    done = alphamed("data", "inspect", questions, stdout=subprocess.PIPE, environment={"PYTHONIOENCODING": encoding})
+    assert (done.returncode, done.stderr, done.stdout.splitlines()[0]) == (0, b"", page)
+
+
+def test_a_model_folder_whose_name_is_not_utf8_is_refused_by_that_name(tmp_path):
     folder = os.fsencode(tiny_hf(tmp_path / "tiny").rename(os.fsdecode(os.fsencode(tmp_path) + b"/m\xff")))
-    done = alphamed("model", folder, stdout=subprocess.PIPE, environment={"PYTHONIOENCODING": encoding})
-    assert (done.returncode, done.stderr) == (0, b"") and done.stdout.splitlines()[0] == folder
+    done = alphamed("model", folder)
+    assert done.returncode == 2 and b"/m\\udcff' is not UTF-8, and libraries of a run take no other names; rename" in done.stderr
 
 
 def test_names_that_are_not_utf8_are_written_as_json_and_pages_read_them(tmp_path):

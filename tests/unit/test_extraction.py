@@ -195,6 +195,8 @@ OTHER_OPTIONS = [
     ("\\boxed{\u212a}", {"S": "sodium", "K": "potassium"}, None),
     (r"\boxed{A: x}", {"A": "x.", "B": "y"}, "A"),      # trailing punctuation of an option's text does not count
     (r"\boxed{A}", {}, None),
+    ("\\boxed{B\u3002}", {"A": "\u9ad8\u76d0", "B": "\u4f4e\u76d0"}, "B"), ("\\boxed{B\u3001\u4f4e\u76d0\u3002}", {"A": "\u9ad8\u76d0", "B": "\u4f4e\u76d0"}, "B"),
+    ("\\boxed{B\u3001\u9ad8\u76d0}", {"A": "\u9ad8\u76d0", "B": "\u4f4e\u76d0"}, None), ("\\boxed{A\u3001B}", {"A": "x", "B": "y"}, None),
     (r"\boxed{B. Liver}", {"A": "Spleen", "B": "Liver"}, "B"),
     (r"\boxed{B: Spleen}", {"A": "Spleen", "B": "Liver"}, None),
     (r"\boxed{B. Liver}", LABELLED, "B"),
@@ -345,7 +347,7 @@ PLAIN = {"'": "\u2018\u2019\u201a\u201b\u2032\u02bc\u00b4\u2039\u203a\uff07",
          " ": "\u00a0\u2002\u2003\u2007\u2009\u200a\u202f\u205f\u3000",
          "": "\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\ufe0f\u202a\u2066",
          "fi": "\ufb01", "ffl": "\ufb04", "A": "\uff21", "9": "\uff19", "%": "\uff05", "\u00b0C": "\u2103", "mg": "\u338e",
-         "\u03bc": "\u00b5", "2": "\u00b2\u2082", "\u00e9": ("e\u0301",), "...": "\u2026"}
+         "\u03bc": "\u00b5", ".": "\u3002\uff0e\uff61", "2": "\u00b2\u2082", "\u00e9": ("e\u0301",), "...": "\u2026"}
 
 
 @pytest.mark.parametrize("plain, sign", [(plain, sign) for plain, signs in PLAIN.items() for sign in signs])

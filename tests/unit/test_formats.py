@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from alphamed.config_file import load_tree, validated
 from alphamed.data.build import _annotations, build
 from alphamed.data.decisions import read_decisions
 from alphamed.data.recipe import BuildRecipe, SourceRecipe
@@ -48,6 +49,7 @@ READERS = {
     "levels": levels,
     "decisions": lambda file, _: [f"{one.id}={one.decision}" for one in read_decisions(file).decisions],
     "shots": shots,
+    "recipe": lambda file, _: [f"{one.name}={one.answer}" for one in validated(BuildRecipe, load_tree(file)).sources],
 }
 
 

@@ -34,7 +34,7 @@ def read(keys, declared=None, **changes):
 FIRST_LAST = (["Aortic", "Tricuspid"], [])
 
 
-@pytest.mark.parametrize("keys", [(0, 3), ("0", "3"), (0.0, 3.0), ("A", "D"), ("a", "d"), (" a ", "D"), (0, 2, 3), (1, 4), ("1", "4"), ("1.0", "4.0"),
+@pytest.mark.parametrize("keys", [(0, 3), ("0", "3"), (0.0, 3.0), ("A", "D"), ("a", "d"), ("\uff21", "\uff24"), (" a ", "D"), (0, 2, 3), (1, 4), ("1", "4"), ("1.0", "4.0"),
                                   (1.0, 4.0), ("Aortic", "Tricuspid"), (" aortic.", "TRICUSPID")])
 def test_every_form_is_found(keys):
     texts, problems = read(keys)

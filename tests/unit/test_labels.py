@@ -27,7 +27,11 @@ PLAIN = lettered("Spleen", "Liver", "Thymus")
     ("a. Spleen", "b. Liver", "c. Thymus"), ("1) Spleen", "2) Liver", "3) Thymus"), ("1. Spleen", "2. Liver", "3. Thymus"),
     ("(1) Spleen", "(2) Liver", "(3) Thymus"), ("[A] Spleen", "[B] Liver", "[C] Thymus"), ("A - Spleen", "B - Liver", "C - Thymus"),
     ("A． Spleen", "B． Liver", "C． Thymus"), ("A、Spleen", "B、Liver", "C、Thymus"), ("（A）Spleen", "（B）Liver", "（C）Thymus"),
-    (" A. Spleen", "B.  Liver", "C) Thymus")])
+    (" A. Spleen", "B.  Liver", "C) Thymus"), ("\uff21\uff0eSpleen", "\uff22\uff0eLiver", "\uff23\uff0eThymus"),
+    ("\u200bA. Spleen", "\ufeffB. Liver", "C.\u00a0Thymus"), ("Option A: Spleen", "Option B: Liver", "Option C: Thymus"),
+    ("i. Spleen", "ii. Liver", "iii. Thymus"), ("(I) Spleen", "(II) Liver", "(III) Thymus"), ("0. Spleen", "1. Liver", "2. Thymus"),
+    ("0) Spleen", "1) Liver", "2) Thymus"), ("\u2460Spleen", "\u2461 Liver", "\u2462Thymus"),
+    ("A) A. Spleen", "B) B. Liver", "C) C. Thymus")])
 def test_labels_of_all_options_in_order_are_removed(texts):
     assert without_labels(lettered(*texts)) == (PLAIN, True, None)
 
@@ -39,6 +43,8 @@ def test_labels_of_all_options_in_order_are_removed(texts):
     ("1.2", "2.4", "3.1", "4.8"), ("1:2", "2:3", "3:4"), ("A.S.D.", "P.D.A.", "T.O.F."), ("A", "B", "AB", "O"), ("A.", "B.", "C."),
     ("A type of spasm", "B cells", "C fibres"), ("(R)-ibuprofen", "(S)-ibuprofen"), ("A: T", "C: G", "G: C"), ("D. Orem", "H. Peplau"),
     ("a - b - c", "b - a - c", "c - b - a", "c - a - b"), ("A-delta fibres", "B-fibres", "C-fibres"), ("A 62 year old", "B", "C"),
+    ("\u2460\u2461", "\u2461\u2462", "\u2462\u2463"), ("(1)(2)", "(2)(3)", "(3)(4)"), ("I. ricinus", "V. cholerae", "X. cheopis"),
+    ("I", "II", "III"), ("II and III", "I only", "III only"), ("0. day", "1. day", "2. day"), ("0.5 mg", "1.5 mg", "2.5 mg"),
     ("Vitamin A", "Vitamin B", "Vitamin C"), ("Staphylococcus", "B. anthracis", "C. botulinum", "Yersinia")])
 def test_texts_that_only_begin_like_labels_are_left(texts):
     assert without_labels(lettered(*texts)) == (lettered(*texts), False, None)
@@ -47,7 +53,8 @@ def test_texts_that_only_begin_like_labels_are_left(texts):
 @pytest.mark.parametrize("texts, words", [
     (("C. Thymus", "A. Spleen", "B. Liver"), "option A carries another label, 'C. Thymus'"),
     (("A. Spleen", "C. Thymus", "B. Liver"), "option B carries another label, 'C. Thymus'"),
-    (("2) Liver", "1) Spleen"), "option A carries another label"),
+    (("2) Liver", "1) Spleen"), "option A carries another label"), (("1) Liver", "0) Spleen"), "option A carries another label"),
+    (("ii) Liver", "i) Spleen"), "option A carries another label"), (("A. B) Liver", "B. A) Spleen"), "option A carries another"),
     (("Spleen", "a) Liver", "Thymus"), "option B carries another label, 'a) Liver'"),
     (("Spleen", "b)Liver", "Thymus"), "option B carries a label ('b)Liver'), option A does not"),
     (("A. Spleen", "B. Liver", "C. Thymus", "None of these"), "options A, B, C carry labels ('A. Spleen'), option D does not"),
@@ -55,6 +62,13 @@ def test_texts_that_only_begin_like_labels_are_left(texts):
 def test_labels_at_other_places_or_of_some_options_are_refused(texts, words):
     options, removed, problem = without_labels(lettered(*texts))
     assert options == lettered(*texts) and not removed and problem.startswith(words)
+
+
+def test_what_stands_behind_a_label_stays_as_it_was_written():
+    options = lettered("\uff21\uff0e5 \u00b5g \u2265 \ufb01ve", "\u2461 \u201cx\u201d")
+    assert without_labels(options) == (options, False, None)
+    options = lettered("\uff21\uff0e5 \u00b5g \u2265 \ufb01ve", "\uff22\uff0e \u201cx\u201d")
+    assert without_labels(options) == (lettered("5 \u00b5g \u2265 \ufb01ve", "\u201cx\u201d"), True, None)
 
 
 def row(i, **changes):

@@ -56,6 +56,7 @@ BROKEN = {
     "question half a pair": (GOOD | {"question": HALF_PAIR},
                              "question holds half a surrogate pair, which is not valid Unicode"),
     "no options": (without("options"), "no options"),
+    "options are numbers": (GOOD | {"options": ["a", 20]}, "an option is a number (20), not text"),
     "options are a list": (GOOD | {"options": ["a", "b"]}, "options are a list, not letter -> text"),
     "no option at all": (GOOD | {"options": {}}, "0 options, at least 2 are needed"),
     "one option": (GOOD | {"options": {"A": "x"}}, "1 option, at least 2 are needed"),

@@ -92,6 +92,8 @@ def test_what_transformers_fills_in(tmp_path):
     ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_scaling", "only rope types default and llama3"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.low_freq_factor: None",
      "not a positive number"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+     "rope_scaling", "stands beside rope_parameters"),
     ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters", "not supported"),
     ({"hidden_size": "4096"}, "hidden_size: '4096'", "not a positive whole number"),
     ({"num_hidden_layers": 0}, "num_hidden_layers: 0", "not a positive whole number"),

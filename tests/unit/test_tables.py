@@ -97,8 +97,8 @@ def test_names_that_are_no_container():
 
 def test_an_object_of_objects_names_its_rows_by_its_keys():
     Path("x.json").write_text(json.dumps({row["id"]: {key: row[key] for key in ("question", "options", "answer")}
-                                          for row in ROWS[:3]} | {"q9": ROWS[3]}))
-    assert [q.id for q in load_questions(["x.json"]).questions] == ["q0", "q1", "q2", "q3"]      # an id of its own stays
+                                          for row in ROWS[:3]} | {"q9": ROWS[3], "q10": ROWS[4] | {"id": None}}))
+    assert [q.id for q in load_questions(["x.json"]).questions] == ["q0", "q1", "q2", "q3", "q10"]   # an id of its own stays
 
 
 def test_a_json_name_may_hold_json_lines_or_a_single_row():
@@ -107,6 +107,15 @@ def test_a_json_name_may_hold_json_lines_or_a_single_row():
     assert [q.id for q in loaded.questions] == ["q0", "q1"] and str(loaded.skipped[0]).startswith("x.json:3: not JSON: ")
     Path("y.json").write_text(json.dumps(ROWS[0], indent=1))
     assert [q.id for q in load_questions(["y.json"]).questions] == ["q0"]
+
+
+@pytest.mark.parametrize("field, key", [("answer_idx", "B"), ("answer_index", "1"), ("answer", "it's")])
+def test_a_table_may_state_its_keys_in_any_of_their_fields(field, key):
+    rows = [{"id": "q1", "question": "Why?", "options": '["x", "it\'s"]', field: key},
+            {"id": "q2", "question": "How?", "options": '["x", "y"]', field: {"B": "A", "1": "0", "it's": "x"}[key]}]
+    for name in ("x.csv", "x.tsv"):
+        table(name, rows, "\t" if name == "x.tsv" else ",")
+        assert [q.answer for q in load_questions([name]).questions] == ["B", "A"]
 
 
 def test_an_empty_cell_is_missing_and_a_python_dict_is_read():

@@ -79,6 +79,8 @@ def test_a_turn_that_ends_with_no_token_is_warned_about(tmp_path):
     (SYSTEM + CHATML, {"system": "Be brief."}, []),
     (OPENED, {}, ["begins every response with '<think>'"]),
     (THINKING, {}, []),
+    (THINKING, {"template_variables": {"enable_thinking": "false"}},
+     ["prompt.template_variables: enable_thinking: 'false' changes nothing in a prompt"]),
     (THINKING, {"template_variables": {"enable_thinking": False}}, ["begins every response with '<think>\\n\\n</think>'"]),
     (DATED, {}, ["before the first message: 'Today is 26 Jul 2024.'", "it is always given 2024-07-26"]),
     (DATED, {"system": "Be brief."}, ["first message: 'Today is 26 Jul 2024.'", "it is always given 2024-07-26"])))

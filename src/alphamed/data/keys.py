@@ -16,6 +16,7 @@ from typing import Any
 from alphamed.data.mcq import NoKey, Row, short
 from alphamed.data.text import normalised_option
 from alphamed.errors import DataError
+from alphamed.folding import fold_signs
 
 KEY_FIELDS = ("answer", "answer_idx", "answer_index")
 """Where rows of the schema may state their key."""
@@ -93,8 +94,8 @@ def _readings(one: Keyed, name: str) -> dict[AnswerForm, str]:
     value = one.keys.stated.get(name)
     letters, number = list(one.texts), _whole(value)
     found: dict[AnswerForm, str] = {}
-    if isinstance(value, str) and value.strip().upper() in one.texts:
-        found[AnswerForm.LETTER] = value.strip().upper()
+    if isinstance(value, str) and (letter := fold_signs(value).strip().upper()) in one.texts:
+        found[AnswerForm.LETTER] = letter
     if number is not None:
         for form, base in ((AnswerForm.INDEX, 0), (AnswerForm.INDEX1, 1)):
             if 0 <= number - base < len(letters):

@@ -10,22 +10,31 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-_LABEL = re.compile(r"""
-    \s* (?: [(\[（] \s* (?P<paired> [A-Za-z] | [1-9][0-9]? ) \s* [)\]）] [.:：]? \s*   # (A) text
-          | (?P<paren> [A-Za-z] | [1-9][0-9]? ) \s? [)）] [.:]? \s*                  # A) text
-          | (?P<dot> [A-Za-z] ) (?: [.:：．、] \s* | \s+ [-\u2013\u2014:] \s+ )        # A. text, A: text, A - text
-          | (?P<number> [1-9][0-9]? ) (?: [.:：] \s+ | [．、] \s* )                   # 1. text; 1.5 mg is none
+from alphamed.folding import fold
+
+_NAME = r"[A-Za-z] | [ivxIVX]{2,4} | 0 | [1-9][0-9]?"
+_LABEL = re.compile(rf"""
+    \s* (?: (?i:option|choice) \s+ )?
+        (?: [(\[] \s* (?P<paired> {_NAME} ) \s* [)\]] [.:]? \s*                       # (A) text
+          | (?P<paren> {_NAME} ) \s? [)] [.:]? \s*                                     # A) text
+          | (?P<dot> [A-Za-z] | [ivxIVX]{{2,4}} ) (?: [.:\u3001] \s* | \s+ - \s+ )     # A. text, A: text, A - text
+          | (?P<number> 0 | [1-9][0-9]? ) (?: [.:] \s+ | \u3001 \s* )                  # 1. text; 1.5 mg is none
         ) (?=\S)""", re.VERBOSE)
 FEWEST = {"paren": (1, 1), "paired": (2, 2), "dot": (None, 3), "number": (None, 3)}
 """Style -> how many labels are no chance where not all options have one: (of which one stands at a wrong place, all at their
 own). No text begins with "b)" by chance, few with "(R)"; "C. albicans", "A: T" and "1. day" do: None, in any number."""
+ROMAN = ("i", "ii", "iii", "iv", "v", "vi", "vii", "viii", "ix", "x")
+_CIRCLED = {0x2460 + i: f"({i + 1})" for i in range(20)}
+_NUMBERS = re.compile(r"(?:[(]\d+[)][\s,\u3001]*)+")
+LONGEST = 40            # characters of a label as it stands
 
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """What a text begins with: the place that it names (from 0), its style, and the text behind it."""
+    """What a text begins with: the place that it names (from 0; the number 0 is -1), its style, and the text behind it."""
+    name: str
     place: int
     style: str                   # of FEWEST
     number: bool
@@ -33,19 +42,25 @@ class Label:
 
 
 def label_of(text: str) -> Label | None:
-    match = _LABEL.match(text)
+    """The label as it reads when full-width forms, signs without width and circled digits are written plainly."""
+    plain = fold(text.translate(_CIRCLED))
+    match = _LABEL.match(plain)
     if match is None:
         return None
-    style = match.lastgroup or ""
+    style, rest = match.lastgroup or "", plain[match.end():]
     name = match[style]
-    place = int(name) - 1 if name.isdecimal() else string.ascii_uppercase.index(name.upper())
-    return Label(place, style, name.isdecimal(), text[match.end():].strip())
+    if name.isdecimal() and _NUMBERS.fullmatch(rest):
+        return None                             # (1)(2): statements that are picked together
+    place = int(name) - 1 if name.isdecimal() else string.ascii_uppercase.index(name.upper()) if len(name) == 1 else -2
+    if plain != text:
+        rest = next((text[at:] for at in range(1, min(len(text), LONGEST))
+                     if fold(text[at:].translate(_CIRCLED)) == rest), rest)
+    return Label(name, place, style, name.isdecimal(), rest.strip())
 
 
 def without_labels(options: Mapping[str, str]) -> tuple[dict[str, str], bool, str | None]:
     """(options without the labels they carry, whether they carried any, why the question can not be used or None)."""
-    found = {letter: label_of(text) for letter, text in options.items()}
-    labels = {letter: label for letter, label in found.items() if label is not None}
+    labels = _labels(options)
     if not labels:
         return dict(options), False, None
     places = {letter: place for place, letter in enumerate(options)}
@@ -53,8 +68,25 @@ def without_labels(options: Mapping[str, str]) -> tuple[dict[str, str], bool, st
     one_style = len({(label.style, label.number) for label in labels.values()}) == 1
     if len(labels) == len(options) and in_order and len({label.number for label in labels.values()}) == 1:
         bare = {letter: label.rest for letter, label in labels.items()}
-        return (bare, True, None) if _are_texts(bare) else (dict(options), False, None)
+        if not _are_texts(bare):
+            return dict(options), False, None
+        again, _, problem = without_labels(bare)            # "A) A. Spleen": labelled twice
+        return (again, True, None) if problem is None else (dict(options), False, problem)
     return dict(options), False, _problem(options, labels, places, in_order) if one_style else None
+
+
+def _labels(options: Mapping[str, str]) -> dict[str, Label]:
+    """Letter -> label of the options that have one. Numbers count from 0 where one of them is 0; i, ii, iii are Roman where
+    all are."""
+    found = {letter: label_of(text) for letter, text in options.items()}
+    labels = {letter: label for letter, label in found.items() if label is not None}
+    names = [label.name.lower() for label in labels.values()]
+    if any(len(name) > 1 and not name.isdecimal() for name in names):
+        return ({letter: replace(label, place=ROMAN.index(label.name.lower())) for letter, label in labels.items()}
+                if set(names) <= set(ROMAN) else {letter: label for letter, label in labels.items() if label.place >= -1})
+    if "0" in names:
+        return {letter: replace(label, place=label.place + label.number) for letter, label in labels.items()}
+    return labels
 
 
 def _are_texts(bare: Mapping[str, str]) -> bool:

@@ -150,6 +150,9 @@ def _options_problems(options: object, question: str) -> Iterator[str]:
                "text)" if _OPTIONS_IN_TEXT.search(question) else "no options")
     if isinstance(options, list) and len(options) > MAX_OPTIONS:
         yield f"{len(options)} options, at most {MAX_OPTIONS} can have a letter"
+    if isinstance(options, list):
+        for wrong in (text for text in options if text is not None and not isinstance(text, str)):
+            yield f"an option is {_kind(wrong)} ({short(wrong)}), not text"
     if not isinstance(options, Mapping):
         yield f"options are {_kind(options)}, not letter -> text"
         return

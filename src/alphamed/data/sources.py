@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from alphamed.config_choices import BadRows
-from alphamed.data.keys import AnswerForm
+from alphamed.data.keys import KEY_FIELDS, AnswerForm
 from alphamed.data.mcq import Row, RowProblem, check_questions
 from alphamed.data.reading import Reading, interpret
 from alphamed.data.tables import KINDS, check_file, columns, kind_of, rows
@@ -18,7 +18,7 @@ from alphamed.jsonl import unique_keys
 from alphamed.records import Question
 
 COLUMNS = ("id", "question", "options", "answer", "context", "source", "level", "informativeness")
-REQUIRED_COLUMNS = ("question", "options", "answer")
+REQUIRED_COLUMNS = ("question", "options")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,10 @@ def read_rows(file: Path) -> Iterator[Row]:
         yield from rows(file)
         return
     names = columns(file) or []
-    if missing := [name for name in REQUIRED_COLUMNS if name not in names]:
+    missing = [name for name in REQUIRED_COLUMNS if name not in names]
+    if not set(KEY_FIELDS) & set(names):
+        missing.append(KEY_FIELDS[0])
+    if missing:
         raise DataError(f"{file}: has no column {', '.join(missing)}; its columns are "
                         f"{', '.join(names)}: rename or add what is missing")
     for row in rows(file):

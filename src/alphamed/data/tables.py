@@ -117,7 +117,7 @@ def _json(file: Path) -> Iterator[Row]:
         raise DataError(f"{file}: {problem}{_ends_early(content)}; give an array of rows, an object of rows, or a row a line"
                         ) from None
     if isinstance(tree, dict) and tree and all(isinstance(value, dict) for value in tree.values()):
-        tree = [{"id": key} | value for key, value in tree.items()]
+        tree = [value if value.get("id") is not None else value | {"id": key} for key, value in tree.items()]
     for number, row in enumerate(tree if isinstance(tree, list) else [tree], start=1):
         yield Row(str(file), number, row)
 

@@ -57,10 +57,22 @@ def template_remarks(tokenizer: Tokenizer, prompt: PromptConfig) -> Remarks:
         notes.append(f"the chat template writes a text of its own before the first message: {_shown(before)}")
     if opening:
         notes.append(f"the chat template begins every response with {_shown(opening)}, which belongs to the prompt")
+    for name, value in prompt.template_variables.items():
+        if _same_without(tokenizer, prompt, name):
+            notes.append(f"prompt.template_variables: {name}: {value!r} changes nothing in a prompt")
     if tokenizer.template_writes_date:
         notes.append(f"the chat template asks for today's date; it is always given {TEMPLATE_DATE.isoformat()}, so that "
                      f"prompts stay the same")
     return Remarks(tuple(notes), tuple(warnings))
+
+
+def _same_without(tokenizer: Tokenizer, prompt: PromptConfig, name: str) -> bool:
+    """Whether prompts are the same without a template variable: it has its default, or a text where the template compares
+    with true or false."""
+    others = {key: value for key, value in prompt.template_variables.items() if key != name}
+    talk = [CONTENT["user", 0], CONTENT["assistant", 0], CONTENT["user", 1]]
+    plain = prompt.model_copy(update={"template_variables": others})
+    return all(_render(tokenizer, prompt, part) == _render(tokenizer, plain, part) for part in (talk[:1], talk))
 
 
 def _kept(tokenizer: Tokenizer, prompt: PromptConfig, what: str) -> bool:

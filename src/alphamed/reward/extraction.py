@@ -26,7 +26,7 @@ _WRAPPER = re.compile(r"\\(?:textbf|text|mathbf|mathrm)\s*(?=\{)")
 _ESCAPED = re.compile(r"\\(?=[()\[\]{}%&#_])")     # LaTeX writes `50\%`
 _CLOSES = {"(": ")", "[": "]", "{": "}"}
 _TRAILING = ".):"
-_SEPARATORS = ".):,;-="
+_SEPARATORS = ".):,;-=\u3001"
 _SURPLUS = 1_000                                           # no box is so much longer than an option and only says it
 _MAX_SEPARATORS = 3                                        # as in `C.) - text`; a bound keeps the reading linear
 
