@@ -81,10 +81,10 @@ def _run(argv: Sequence[str] | None) -> int:
         sys.stdout.flush()
         return status
     except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        streams.report(f"error: {error}")
         return EXIT_USER_ERROR
     except RunFailed as error:                  # a grader that was killed while its function was being checked
-        print(f"run failed: {error}", file=sys.stderr)
+        streams.report(f"run failed: {error}")
         return 1
     except BrokenPipeError:
         if not streams.reader_is_gone():
@@ -94,12 +94,12 @@ def _run(argv: Sequence[str] | None) -> int:
         if not any("\udc80" <= sign <= "\udcff" for sign in error.object[error.start:error.end]):
             raise
         where = error.object[max(0, error.start - NAME_CHARS):error.start + NAME_CHARS]
-        print(f"error: {where!a}: a name that is not UTF-8 cannot be used here; rename the file or folder", file=sys.stderr)
+        streams.report(f"error: {where!a}: a name that is not UTF-8 cannot be used here; rename the file or folder")
         return EXIT_USER_ERROR
     except OSError as error:
         if (problem := _place_problem(error)) is None:
             raise
-        print(f"error: {problem}", file=sys.stderr)
+        streams.report(f"error: {problem}")
         streams.drop_unwritten()
         return EXIT_USER_ERROR
 
@@ -288,10 +288,9 @@ def _worker(options: argparse.Namespace) -> int:
         raise ConfigError("worker: neither --script nor --config is given")
     try:
         config = load_config(launch.config_of_script(options.script), options.overrides)
-    except ConfigError:
-        if os.environ.get("RANK", "0") == "0":
-            raise
-        return EXIT_USER_ERROR                  # rank 0 says it
+    except ConfigError as error:
+        worker.report(int(os.environ.get("RANK", "0")), f"error: {error}", sys.stderr)
+        return EXIT_USER_ERROR
     return worker.run_worker(config, supervised=False)
 
 

@@ -136,6 +136,7 @@ def test_a_run_records_the_plans_prediction_beside_the_measurement(tmp_path):
     (["--json", ""], ("--json", "is not a file")),
     (["--html", ""], ("--html", "is not a file")),
     (["--html", "/dev/null"], ("--html", "/dev/null", "is not a file")),
+    (["--html", "questions.jsonl"], ("--html", "'questions.jsonl' does not end in .html")),
     (["--json", "no/such/folder/x.json"], ("--json", "no/such/folder", "make 'no/such/folder' first")),
 ])
 def test_a_mistake_in_an_option_is_one_line_before_anything_is_planned(arguments, words, tmp_path, capsys, monkeypatch):

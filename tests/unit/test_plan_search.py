@@ -68,6 +68,15 @@ def test_what_does_not_fit_a_node_is_not_proposed_for_two():
     assert all(plan.fits for _, plan in proposals(one))
 
 
+def test_data_ranks_that_fill_nodes_are_tried():
+    """Trainer nodes of 6 GPUs are filled by a factor of 3, which heads and layers of the 70B model have not: data ranks have."""
+    one = job("meta-llama/Llama-3.1-70B-Instruct", cluster={"device": "cuda", "gpu": "h200-141g", "gpus_per_node": 6, "nodes": 6},
+              parallel={"tensor": 8, "pipeline": 4, "sequence": True, "micro_batch_tokens": 16384},
+              rollout={"engines": 2, "tensor_parallel": 2})
+    found = proposals(one)
+    assert found and all(plan.fits and plan.job.parallel.data % 3 == 0 for _, plan in found)
+
+
 def test_nccl_on_shared_gpus_and_all_of_a_gpu_for_the_engine_are_refused(monkeypatch):
     shared = {"cluster": {"device": "cuda", "gpus_per_node": 1, "nodes": 1, "share_gpus": True},
               "parallel": {"micro_batch_tokens": 4096, "recompute": "full"}}

@@ -200,7 +200,7 @@ class FastBackend:
         from tokenizers import Tokenizer as Core
 
         try:
-            self._core = Core.from_file(str(file))
+            self._core = Core.from_buffer(file.read_bytes())       # by its bytes: names that are not UTF-8 are no path to it
         except Exception as e:      # the library raises bare Exception for a broken file
             raise ConfigError(f"model.path: {file} is not a valid tokenizer ({_one_line(e)}); fetch it again") from None
         self._core.no_truncation()
@@ -246,7 +246,7 @@ class SentencePieceBackend:
         from sentencepiece import SentencePieceProcessor
 
         try:
-            self._core = SentencePieceProcessor(model_file=str(file))
+            self._core = SentencePieceProcessor(model_proto=file.read_bytes())
         except (RuntimeError, OSError) as e:
             raise ConfigError(f"model.path: {file} is not a SentencePiece model ({_one_line(e)}); {_MEND}") from None
         core = self._core
