@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from alphamed import jsonl
-from alphamed.cli import main
 from alphamed.archive import read_archive
+from alphamed.cli import main
 from alphamed.config import ConfigError
 from alphamed.config_file import load_config
 from alphamed.data.build import _annotations
