@@ -233,13 +233,7 @@ def _train(options: argparse.Namespace) -> int:
 
     config = load_config(options.config, options.overrides)
     checked = validate(config)
-    checked.model.print_remarks()
-    for problem in checked.skipped:
-        print(f"skipped: {problem}", file=sys.stderr)
-    for note in checked.notes:
-        print(f"note: {note}", file=sys.stderr)
-    for name, (was, now) in checked.moved.items():
-        print(f"{name}: {now!r} holds what {was!r} held when the run was started", file=sys.stderr)
+    checked.print_notes()
     if options.check:
         print(f"{options.config}: in order; {checked.questions} questions, {checked.evaluation_questions} for "
               f"evaluation, {checked.shape.parameters:,} parameters, {config.parallel.world} ranks, "

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from multiprocessing import shared_memory
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from waiting import LIMIT_S, until
@@ -409,7 +410,7 @@ def started(monkeypatch):
     """What `nodes.run` begins on each node: checks, and the whole training of a single node."""
     found = []
     monkeypatch.setattr(nodes, "gpus_present", lambda: 8)
-    monkeypatch.setattr(nodes, "validate", lambda config: found.append("validate"))
+    monkeypatch.setattr(nodes, "validate", lambda config: SimpleNamespace(print_notes=lambda: found.append("validate")))
     monkeypatch.setattr(nodes.launch, "train", lambda config: found.append("train") or 0)
     return found
 

@@ -81,7 +81,7 @@ def run(config: Config, nodes: Sequence[str], rank: int) -> int:
         print(f"node {node} is not needed", file=sys.stderr)
         return 0
     if rank == 0:
-        validate(config)
+        validate(config).print_notes()
     if plan.shared:
         return launch.train(config)
     # beyond the first node a folder for its own lock and records; the ranks write to the run's

@@ -51,7 +51,7 @@ def _prepare(config: Config, rank: int, stack: contextlib.ExitStack) -> None:
     start = start_of(config, os.environ)
     if rank == 0:
         from alphamed.preflight import validate
-        validate(config)
+        validate(config).print_notes()
         temporary = stack.enter_context(owned(config.run_dir)).make_temporary_folder()
         variables.settle(config.run_dir, start)
     else:
