@@ -97,7 +97,7 @@ def test_the_launcher_refuses_what_can_not_fit_unless_told_to_go_on(tmp_path, mo
 def test_a_cpu_plan_reckons_with_this_machine(tmp_path, monkeypatch):
     from tiny import tiny_hf
 
-    folder = tiny_hf(tmp_path / "model")
+    folder = tiny_hf(tmp_path / "model", head_dim=32)
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump({"model": {"path": str(folder), "dtype": "fp32"}, "data": {"train": ["x"]},
                                     "cluster": {"device": "cpu"}, "rollout": {"dtype": "fp32", "max_response_tokens": 512}}))
