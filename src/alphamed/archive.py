@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from alphamed.errors import ConfigError
+from alphamed.jsonl import require_regular
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -54,6 +55,7 @@ def write_archive(path: Path, told: Mapping[str, Any], files: Mapping[str, bytes
 def read_archive(path: Path) -> Archive:
     """Read and check an archive; nothing is written. Raises ConfigError naming the member and what is wrong with it."""
     try:
+        require_regular(path)
         with gzip.open(path) as unpacked:
             packed = _Limited(path, unpacked)
             with tarfile.open(fileobj=packed, mode="r|") as tar:

@@ -82,10 +82,10 @@ def _run(argv: Sequence[str] | None) -> int:
         sys.stdout.flush()
         return status
     except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        streams.report(f"error: {error}")
         return EXIT_USER_ERROR
     except RunFailed as error:                  # a grader that was killed while its function was being checked
-        print(f"run failed: {error}", file=sys.stderr)
+        streams.report(f"run failed: {error}")
         return 1
     except BrokenPipeError:
         if not streams.reader_is_gone():
@@ -95,12 +95,12 @@ def _run(argv: Sequence[str] | None) -> int:
         if not any("\udc80" <= sign <= "\udcff" for sign in error.object[error.start:error.end]):
             raise
         where = error.object[max(0, error.start - NAME_CHARS):error.start + NAME_CHARS]
-        print(f"error: {where!a}: a name that is not UTF-8 cannot be used here; rename the file or folder", file=sys.stderr)
+        streams.report(f"error: {where!a}: a name that is not UTF-8 cannot be used here; rename the file or folder")
         return EXIT_USER_ERROR
     except OSError as error:
         if (problem := _place_problem(error)) is None:
             raise
-        print(f"error: {problem}", file=sys.stderr)
+        streams.report(f"error: {problem}")
         streams.drop_unwritten()
         return EXIT_USER_ERROR
 
@@ -241,13 +241,7 @@ def _train(options: argparse.Namespace) -> int:
 
     config = load_config(options.config, options.overrides)
     checked = validate(config)
-    checked.model.print_remarks()
-    for problem in checked.skipped:
-        print(f"skipped: {problem}", file=sys.stderr)
-    for note in checked.notes:
-        print(f"note: {note}", file=sys.stderr)
-    for name, (was, now) in checked.moved.items():
-        print(f"{name}: {now!r} holds what {was!r} held when the run was started", file=sys.stderr)
+    checked.print_notes()
     if options.check:
         print(f"{options.config}: in order; {checked.questions} questions, {checked.evaluation_questions} for "
               f"evaluation, {checked.shape.parameters:,} parameters, {config.parallel.world} ranks, "
@@ -284,10 +278,10 @@ def _launch(options: argparse.Namespace) -> int:
         return _train(options)
     from alphamed.cluster import nodes
     from alphamed.config_file import load_config
-    from alphamed.lab.hooks import validate
+    from alphamed.lab.hooks import check
 
     named = nodes.named(options.nodes, options.node_rank)
-    return nodes.run(lambda: load_config(options.config, options.overrides), named, options.node_rank, options.port, validate)
+    return nodes.run(lambda: load_config(options.config, options.overrides), named, options.node_rank, options.port, check)
 
 
 def _worker(options: argparse.Namespace) -> int:
@@ -301,13 +295,12 @@ def _worker(options: argparse.Namespace) -> int:
         raise ConfigError("worker: neither --script nor --config is given")
     try:
         config = load_config(launch.config_of_script(options.script), options.overrides)
-    except ConfigError:
-        if os.environ.get("RANK", "0") == "0":
-            raise
-        return EXIT_USER_ERROR                  # rank 0 says it
-    from alphamed.lab.hooks import validate
+    except ConfigError as error:
+        worker.report(int(os.environ.get("RANK", "0")), f"error: {error}", sys.stderr)
+        return EXIT_USER_ERROR
+    from alphamed.lab.hooks import check
 
-    return worker.run_worker(config, _train_here, validate)
+    return worker.run_worker(config, _train_here, check)
 
 
 def _train_here(config: Config) -> None:
@@ -379,9 +372,9 @@ def _compare(options: argparse.Namespace) -> int:
 def _replay(options: argparse.Namespace) -> int:
     if options.only == "update":
         from alphamed import rerun
-        from alphamed.lab.hooks import validate
+        from alphamed.lab.hooks import check
 
-        return rerun.main(options.run_dir, options.step, options.overrides, validate)
+        return rerun.main(options.run_dir, options.step, options.overrides, check)
     from alphamed import replay
 
     return replay.main(options.run_dir, options.step, options.overrides)

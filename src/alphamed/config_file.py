@@ -28,6 +28,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 def load_tree(path: str | Path, overrides: list[str] | tuple[str, ...] = (), what: str = "config") -> dict[str, Any]:
     """The mapping in one YAML file (`what` messages call it) with overrides in it, not validated. Raises ConfigError."""
     path = Path(path)
+    if path.is_fifo() and path.resolve().exists():      # one with a name would be waited for; `<(command)` has none
+        raise ConfigError(f"{what} {path}: is a named pipe, not a file; save what it gives in a file and name that")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

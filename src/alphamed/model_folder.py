@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from alphamed.config import Config, ConfigError
+from alphamed.config import Config
+from alphamed.errors import ConfigError
 from alphamed.config_choices import PromptTemplate
 from alphamed.config_sections import PromptConfig
 from alphamed.data.prompts import PromptBuilder

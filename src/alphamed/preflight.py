@@ -7,6 +7,7 @@ imports neither torch nor transformers and takes seconds.
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,15 @@ class Checked:
     @property
     def shape(self) -> ModelShape:
         return self.model.shape
+
+    def print_notes(self) -> None:
+        """What whoever starts a run should know of its model and data, on stderr."""
+        self.model.print_remarks()
+        lines = [*(f"skipped: {problem}" for problem in self.skipped), *(f"note: {note}" for note in self.notes),
+                 *(f"{name}: {now!r} holds what {was!r} held when the run was started"
+                   for name, (was, now) in self.moved.items())]
+        for line in lines:
+            print(line, file=sys.stderr)
 
 
 def validate(config: Config, check_plan: Callable[[Config, ModelShape], None]) -> Checked:

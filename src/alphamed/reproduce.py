@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -292,7 +291,6 @@ def _start(path: Path) -> int:
     from alphamed.lab.hooks import validate
 
     config = load_config(path)
-    for problem in validate(config).skipped:
-        print(f"skipped: {problem}", file=sys.stderr)
+    validate(config).print_notes()
     print(f"starting {config.run.name} in {config.run_dir}", flush=True)
     return launch.train(config)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import os
 import select
 import sys
@@ -31,6 +32,12 @@ def _as_bytes(error: UnicodeError) -> tuple[bytes | str, int]:
         return codecs.lookup_error("surrogateescape")(error)
     except UnicodeError:
         return codecs.lookup_error("backslashreplace")(error)
+
+
+def report(line: str) -> None:
+    """A line on stderr, if it takes one: the exit code says the same where that is full or gone."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def drop_unwritten() -> None:

@@ -5,6 +5,7 @@ through `alphamed.cli.main` in this process; one of each kind also as a user sta
 launcher.
 """
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -391,3 +392,19 @@ def test_under_a_bare_torchrun_rank_0_says_the_line_once(run, arguments, world, 
     assert done.returncode == 1
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and all(word in said[0] for word in words), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("late, setting", [(0, "rollout.egnines=2"), (1, "rollout.egnines=2")])
+def test_the_line_under_a_bare_torchrun_does_not_depend_on_which_rank_is_first(run, late, setting):
+    """torchrun ends all ranks with the first that ends; here one comes seconds after the other."""
+    launcher = run.folder / "run.sh"
+    launcher.write_text((ROOT / "examples" / "train_alphamed_8b.sh").read_text())
+    run.write().rename(launcher.with_suffix(".yaml"))
+    (run.folder / "sitecustomize.py").write_text(
+        f"import os, time\nif os.environ.get('RANK') == '{late}':\n    time.sleep(8)\n")
+    path = os.pathsep.join([str(run.folder), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(launcher), setting],
+                          capture_output=True, text=True, timeout=600, env=os.environ | {"PYTHONPATH": path})
+    assert done.returncode == 1
+    assert done.stderr.count("error: rollout.egnines: ") == 1, done.stderr

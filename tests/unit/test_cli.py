@@ -169,6 +169,14 @@ def test_output_that_cannot_be_written_is_one_line():
     assert (done.returncode, done.stderr) == (2, b"error: No space left on device; make room and start again\n")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [("report", "absent"), ("train",)])
+def test_a_mistake_that_cannot_be_written_has_its_exit_code(arguments):
+    done = subprocess.run(["bash", "-c", 'exec "$0" -m alphamed.cli "$@" 2> /dev/full', sys.executable, *arguments],
+                          capture_output=True, timeout=600, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_names_that_are_not_utf8_are_printed_as_they_are(tmp_path, encoding):
     page, questions = (os.fsencode(tmp_path) + b"/q\xff" + ending for ending in (b".html", b".jsonl"))

@@ -297,6 +297,15 @@ def test_only_html_is_written(tmp_path):
         main([make_run(tmp_path, "a")], tmp_path / "c.pdf", False)
 
 
+@pytest.mark.parametrize("name", ["set.json", "set.csv"])
+def test_the_numbers_replace_those_of_a_comparison_only(tmp_path, name):
+    """A training set may be called so, too."""
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ConfigError, match=f"{name} is there already"):
+        main([make_run(tmp_path, "a")], tmp_path / "set.html", False)
+    assert (tmp_path / name).read_text() == "mine" and not (tmp_path / "set.html").exists()
+
+
 def test_answers_without_options_are_compared_by_their_texts(tmp_path):
     """No letter to collapse to, no chance level, and a vote that counts what the boxes say, as `alphamed eval` does."""
     def said(i, j, outcome, letter, text):

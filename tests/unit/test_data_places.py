@@ -59,6 +59,10 @@ def test_a_plan_is_not_written_over_its_configuration_nor_twice_into_one_file(ca
         assert main(["plan", "--config", "c.yaml", *arguments]) == 2
         assert words in capsys.readouterr().err
     assert files() == ["c.yaml"] and Path("c.yaml").read_text() == "not: read\n"
+    for field, setting in (("data.train", "data.train=[a.json]"), ("evaluation.files", "evaluation.files=[a.json]")):
+        Path("c.yaml").write_text("model: {path: m}\ndata: {train: [b.jsonl]}\n")
+        assert main(["plan", "--config", "c.yaml", "--json", "a.json", setting]) == 2
+        assert f"--json: a.json is what {field} reads" in capsys.readouterr().err
 
 
 def test_a_link_is_the_file_it_leads_to():

@@ -445,3 +445,15 @@ def test_another_file_of_the_same_name_does_not_take_the_place_of_the_first(tmp_
     told = capsys.readouterr().err
     assert f"holds e of {first}" in told and str(second) in told and items(tmp_path / "out") == before
     assert evaluate(model, tmp_path / "out", "--benchmarks", moved) == 0 and items(tmp_path / "out") == before
+
+
+def test_a_refused_environment_costs_no_earlier_evaluation(model, tmp_path, monkeypatch, capsys):
+    script(monkeypatch, lambda question, j: "\\boxed{A}")
+    asked, out = questions(tmp_path), tmp_path / "out"
+    assert evaluate(model, out, "--benchmarks", asked) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    monkeypatch.setenv("PYTHONOPTIMIZE", "1")
+    assert evaluate(model, out, "--benchmarks", asked, "--overwrite", "--max-tokens", "20") == 2
+    assert "environment: PYTHONOPTIMIZE=1 is refused" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert evaluate(model, tmp_path / "new", "--benchmarks", asked) == 2 and not (tmp_path / "new").exists()

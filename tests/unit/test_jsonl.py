@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from alphamed import jsonl
+from alphamed.archive import read_archive
 from alphamed.cli import main
+from alphamed.config_file import load_config
+from alphamed.errors import ConfigError
 from alphamed.data.build import _annotations
 from alphamed.data.difficulty import content_of, read_work
 from alphamed.data.output import question_writer
@@ -165,3 +168,16 @@ def test_a_socket_is_refused_and_a_link_is_followed(tmp_path, monkeypatch):
     Path("real").write_bytes(jsonl.line(ROW))
     Path("link.jsonl").symlink_to("real")
     assert [q.id for q in load_questions(["link.jsonl"]).questions] == [QUESTION.id]
+
+
+def test_a_named_pipe_is_no_configuration_nor_a_bundle(tmp_path):
+    """Nobody writes to it: reading would wait for ever. The pipe of `<(command)` has no name, and a writer."""
+    with pytest.raises(ConfigError, match="config .*: is a named pipe, not a file"):
+        load_config(pipe(tmp_path / "run.yaml"))
+    with pytest.raises(ConfigError, match="bundle .*: .*a named pipe, not a regular file"):
+        read_archive(pipe(tmp_path / "b.tar.gz"))
+    read, write = os.pipe()
+    os.write(write, b"model: {path: m}\ndata: {train: [a.jsonl]}\n")
+    os.close(write)
+    assert load_config(f"/dev/fd/{read}").model.path == "m"
+    os.close(read)

@@ -97,7 +97,7 @@ def test_the_launcher_refuses_what_can_not_fit_unless_told_to_go_on(tmp_path, mo
 def test_a_cpu_plan_reckons_with_this_machine(tmp_path, monkeypatch):
     from tiny import tiny_hf
 
-    folder = tiny_hf(tmp_path / "model")
+    folder = tiny_hf(tmp_path / "model", head_dim=32)
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump({"model": {"path": str(folder), "dtype": "fp32"}, "data": {"train": ["x"]},
                                     "cluster": {"device": "cpu"}, "rollout": {"dtype": "fp32", "max_response_tokens": 512}}))
@@ -137,6 +137,7 @@ def test_a_run_records_the_plans_prediction_beside_the_measurement(tmp_path):
     (["--json", ""], ("--json", "is not a file")),
     (["--html", ""], ("--html", "is not a file")),
     (["--html", "/dev/null"], ("--html", "/dev/null", "is not a file")),
+    (["--html", "questions.jsonl"], ("--html", "'questions.jsonl' does not end in .html")),
     (["--json", "no/such/folder/x.json"], ("--json", "no/such/folder", "make 'no/such/folder' first")),
 ])
 def test_a_mistake_in_an_option_is_one_line_before_anything_is_planned(arguments, words, tmp_path, capsys, monkeypatch):

@@ -2,6 +2,7 @@
 import itertools
 import os
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -9,6 +10,7 @@ from alphamed.config_file import build_config, changed_config
 from alphamed.errors import ConfigError
 from alphamed.planner import advice
 from alphamed.planner.deadline import deadline_problems
+from alphamed.planner.hardware import cpu
 from alphamed.planner.job import Job
 from alphamed.planner.legality import layout_problems, memory_problems
 from alphamed.planner.memory import engine_cache, engine_use, trainer_use
@@ -66,6 +68,26 @@ def test_what_does_not_fit_a_node_is_not_proposed_for_two():
               parallel={"tensor": 8, "data": 2, "sequence": True, "micro_batch_tokens": 4096},
               rollout={"engines": 4, "tensor_parallel": 4}, algorithm={"kl_coefficient": 0.01})
     assert all(plan.fits for _, plan in proposals(one))
+
+
+def test_an_engine_of_more_tensor_ranks_than_cores_is_no_plan_for_this_machine(monkeypatch):
+    """As `alphamed train` refuses it."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    one = job(QWEN_3B, cluster={"device": "cpu"}, rollout={"tensor_parallel": 4}, parallel={"recompute": "full"})
+    one = replace(one, gpu=cpu(2, 500 << 30, 5))
+    assert make_plan(one).problems[0].text.startswith("rollout.tensor_parallel: 4 needs as many cores, 2 present")
+    assert make_plan(one).problems[0].mend[0] == "rollout.tensor_parallel=2"
+    cores = job(QWEN_3B, cluster={"device": "cpu", "engine_cores": "0-5"})
+    assert "cluster.engine_cores: '0-5' names core 2" in make_plan(cores).problems[0].text
+
+
+def test_data_ranks_that_fill_nodes_are_tried():
+    """Trainer nodes of 6 GPUs are filled by a factor of 3, which heads and layers of the 70B model have not: data ranks have."""
+    one = job("meta-llama/Llama-3.1-70B-Instruct", cluster={"device": "cuda", "gpu": "h200-141g", "gpus_per_node": 6, "nodes": 6},
+              parallel={"tensor": 8, "pipeline": 4, "sequence": True, "micro_batch_tokens": 16384},
+              rollout={"engines": 2, "tensor_parallel": 2})
+    found = proposals(one)
+    assert found and all(plan.fits and plan.job.parallel.data % 3 == 0 for _, plan in found)
 
 
 def test_nccl_on_shared_gpus_and_all_of_a_gpu_for_the_engine_are_refused(monkeypatch):

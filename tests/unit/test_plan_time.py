@@ -1,4 +1,5 @@
 """What a plan's time holds beside one round of generation and an update: refills, overlap, evaluations. Numbers by hand."""
+import gzip
 import json
 
 import pytest
@@ -92,6 +93,13 @@ def test_questions_are_counted_where_they_can_be(tmp_path):
     assert count_questions(config(evaluation={"files": [str(exam), "not-here.jsonl"]})) is None
     assert count_questions(config(evaluation={"files": [str(exam), "not-here.jsonl"], "questions": 2})) == (2, 2)
     assert count_questions(config()) == ()
+    rows = [{"question": "One\nor two?"}, {"question": "b"}, {"question": "c"}]
+    (tmp_path / "array.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "cells.csv").write_text('question\n"One\nor two?"\nb\nc\n')
+    with gzip.open(tmp_path / "packed.jsonl.gz", "wt") as packed:
+        packed.writelines(json.dumps(row) + "\n" for row in rows)
+    files = [str(tmp_path / name) for name in ("array.json", "cells.csv", "packed.jsonl.gz")]
+    assert count_questions(config(evaluation={"files": files})) == (3, 3, 3)
 
 
 def test_an_evaluation_past_the_deadline_is_a_problem(tmp_path):

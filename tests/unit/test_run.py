@@ -298,7 +298,8 @@ def test_another_place_with_the_same_content_is_noted(tmp_path, moved):
 def test_another_place_with_other_content_is_refused(tmp_path, moved):
     shutil.copytree(tmp_path / "model", tmp_path / "other")
     (tmp_path / "other" / "model.safetensors").write_bytes(b"Weights")
-    with pytest.raises(ConfigError, match="model.path: 'other' but the run in .* was started with 'model'; set it back or"):
+    with pytest.raises(ConfigError, match="model.path: 'other' but the run in .* was started with 'model', which held "
+                                          "something else; set it back or"):
         moved("other")
     (tmp_path / "other" / "model.safetensors").write_bytes(b"weights")
     assert moved("other") == {"model.path"}
@@ -324,6 +325,9 @@ def test_changed_training_data_is_refused(tmp_path):
     train(config, stop_after=2)
     (tmp_path / "train.jsonl").write_text("{}\n")
     with pytest.raises(ConfigError, match="data.train: .*train.jsonl has changed since the run"):
+        Run.open(config, Alone())
+    (tmp_path / "train.jsonl").unlink()
+    with pytest.raises(ConfigError, match="data.train: .*train.jsonl has gone since the run"):
         Run.open(config, Alone())
 
 

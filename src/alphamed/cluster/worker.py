@@ -27,6 +27,9 @@ from alphamed.errors import ConfigError
 NETWORK_DEADLINE_S = 120.0
 """For the hosts of a bare torchrun to exchange their addresses."""
 
+RANK_0_SPEAKS_S = 60.0
+"""What another rank that has met a mistake first leaves rank 0 to report it: torchrun ends all ranks with the first."""
+
 
 def run_worker(config: Config, train: Callable[[Config], None], validate: Callable[[Config], object] | None) -> int:
     """Train on this rank; returns its exit code. `validate` is given where there is no supervisor (a bare torchrun): rank 0
@@ -99,9 +102,16 @@ def _refuse(rank: int, error: ValueError) -> int:
 
     if not isinstance(error, ConfigError | DataError):
         raise error
-    if rank == 0:
-        print(f"error: {error}", file=sys.stderr)
+    report(rank, f"error: {error}", sys.stderr)
     return 2
+
+
+def report(rank: int, line: str, console: TextIO) -> None:
+    """Print a line once for all ranks: on rank 0. Another rank waits for torchrun to end it after that, and prints the line
+    itself where rank 0 has no such trouble."""
+    if rank != 0:
+        time.sleep(RANK_0_SPEAKS_S)
+    print(line, file=console, flush=True)
 
 
 @contextlib.contextmanager
@@ -154,13 +164,12 @@ class _Tee:
 
 
 def _fail(run_dir: Path, rank: int, error: Exception, console: TextIO | None) -> int:
-    """Record the failure; its traceback goes to the log. `console`: where rank 0 prints the line itself, for want of a
-    supervisor."""
+    """Record the failure; its traceback goes to the log. `console`: where the line is printed, for want of a supervisor."""
     traceback.print_exception(error)
     sys.stderr.flush()
     found = failure.of_exception(error, f"rank {rank} (pid {os.getpid()})")
     failure.record(run_dir, found)
     first = failure.recorded(run_dir) or found
-    if console is not None and rank == 0:
-        print(f"error: {first}" if first.user_error else f"run failed: {first}", file=console)
+    if console is not None:
+        report(rank, f"error: {first}" if first.user_error else f"run failed: {first}", console)
     return 2 if first.user_error else 1

@@ -246,7 +246,8 @@ class SentencePieceBackend:
         from sentencepiece import SentencePieceProcessor
 
         try:
-            self._core = SentencePieceProcessor(model_file=str(file))
+            self._core = SentencePieceProcessor()
+            self._core.load_from_serialized_proto(file.read_bytes())
         except (RuntimeError, OSError) as e:
             raise ConfigError(f"model.path: {file} is not a SentencePiece model ({_one_line(e)}); {_MEND}") from None
         core = self._core

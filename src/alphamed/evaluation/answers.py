@@ -55,6 +55,7 @@ class Prompted:
     Raises ConfigError for a mistake in configuration or model, DataError for a prompt that is too long."""
 
     def __init__(self, config: Config, questions: Iterable[Question]):
+        variables.refuse(os.environ)                # before an earlier evaluation is replaced
         self.folder: Path = resolve(config.model.path, config.model.revision, config.model.cache)
         self.checked = check_model_folder(self.folder, config, lambda shape: (
             check_context(shape, config.max_model_tokens, config.longest_response),

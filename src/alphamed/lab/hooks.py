@@ -20,6 +20,11 @@ def validate(config: Config) -> Checked:
     return preflight.validate(config, refuse_unfit)
 
 
+def check(config: Config) -> None:
+    """`validate`, with what there is to say about model and data printed."""
+    validate(config).print_notes()
+
+
 def refuse_unfit(config: Config, shape: ModelShape) -> None:
     """Raises ConfigError for what cannot fit into memory or its deadlines, with the GPUs that are here in place of those that
     the configuration names."""

@@ -43,11 +43,14 @@ def main(paths: Sequence[Path], out: Path, as_json: bool) -> int:
     FILE.csv has a line a run and evaluation set, FILE.parts.csv one a run, set and level or bin of its questions."""
     if out.suffix != ".html":
         raise ConfigError(f"--out: {str(out)!r} does not end in .html; name such a file")
+    numbers, table, parts = (out.with_suffix(suffix) for suffix in (".json", ".csv", ".parts.csv"))
+    if not out.exists() and (there := next((file for file in (numbers, table, parts) if file.exists()), None)):
+        raise ConfigError(f"--out: {there} is there already, without the page of an earlier comparison; choose another name, or "
+                          f"remove it")
     runs = read_runs(paths)
     found = comparison(runs)
-    write_all({out: text_writer(render(runs, found)), out.with_suffix(".json"): json_writer(found),
-               out.with_suffix(".csv"): text_writer(table_csv(found)),
-               out.with_suffix(".parts.csv"): text_writer(parts_csv(found))})
+    write_all({out: text_writer(render(runs, found)), numbers: json_writer(found), table: text_writer(table_csv(found)),
+               parts: text_writer(parts_csv(found))})
     print(json.dumps(found, ensure_ascii=False, indent=2) if as_json else "\n".join([*told(found), str(out)]))
     return 0
 

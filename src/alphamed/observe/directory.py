@@ -133,10 +133,13 @@ def check_resume(config: Config) -> dict[str, tuple[Any, Any]]:
     moved = moved_places(config, changed)
     for name, (was, now) in changed.items():
         if name not in moved and not any(name == known or name.startswith(known + ".") for known in CHANGEABLE):
-            raise ConfigError(f"{name}: {now!r} but the run in {config.run_dir} was started with {was!r}; "
+            place = "model" if name in MODEL_PLACE else "data" if name == "data.train" else None
+            other = ", which held something else" if place and provenance.has_hashes(config.run_dir, place) else ""
+            raise ConfigError(f"{name}: {now!r} but the run in {config.run_dir} was started with {was!r}{other}; "
                               f"set it back or choose another run.name")
     for path in provenance.changed_files(config.run_dir, config.data.train):
-        raise ConfigError(f"data.train: {path} has changed since the run in {config.run_dir} was started; "
+        problem = "has changed" if Path(path).exists() else "has gone"
+        raise ConfigError(f"data.train: {path} {problem} since the run in {config.run_dir} was started; "
                           f"restore it or choose another run.name")
     return changed
 

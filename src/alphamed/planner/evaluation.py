@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alphamed.config import Config
+from alphamed.errors import DataError
+from alphamed.data.tables import rows
 from alphamed.planner.job import Job
 from alphamed.planner.time import StepTime, batch_seconds, efficiency_of
 
@@ -39,13 +41,8 @@ def count_questions(config: Config) -> tuple[int, ...] | None:
 
 def _rows(file: Path) -> int | None:
     try:
-        if file.suffix == ".parquet":
-            import pyarrow.parquet
-
-            return pyarrow.parquet.read_metadata(file).num_rows
-        with file.open("rb") as lines:
-            return sum(bool(line.strip()) for line in lines)
-    except (OSError, ValueError):
+        return sum(1 for _ in rows(file))
+    except DataError:
         return None
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from alphamed.cluster.hosts import deal
 from alphamed.config import Config
-from alphamed.config_choices import Recompute, Transport
+from alphamed.config_choices import Device, Recompute, Transport
 from alphamed.errors import ConfigError
 from alphamed.model import check_context, check_layout, context_sizes, divisors, tensor_sizes
 from alphamed.planner.hardware import GIB
@@ -50,12 +51,29 @@ def _layout_problems(job: Job) -> Iterator[Problem]:
         check_context(s, job.config.max_model_tokens, job.config.longest_response)
     except ConfigError as error:
         yield Problem(str(error), _shorter(job))
+    else:
+        if job.gpu.is_cpu and job.engines and job.config.cluster.device == Device.CPU:
+            yield from _cpu_engine_problems(job)
     if job.config.model.fp8 and job.gpu.fp8_flops is None:
         yield Problem(f"model.fp8: {job.gpu.name} computes no FP8", ("model.fp8=false",))
     if p.recompute == Recompute.SELECTIVE and not p.share_prompts and p.context == 1 and not job.gpu.is_cpu:
         yield Problem("parallel.recompute: selective computes attention again, but rows without shared prompts take "
                       "Transformer Engine's fused attention, which keeps nothing that this would save",
                       ("parallel.recompute=none",))
+
+
+def _cpu_engine_problems(job: Job) -> Iterator[Problem]:
+    """What an engine on this machine's CPU refuses: sizes of heads, more tensor ranks than cores, cores that are not here."""
+    from alphamed.cluster.hardware import cores
+    from alphamed.rollout.spec import engine_specs
+
+    try:
+        engine_specs(job.config, Path(), job.shape, eos_ids=())
+    except ConfigError as error:
+        fewer = [size for size in tensor_sizes(job.shape) if size <= cores()]
+        near = nearest(job.rollout.tensor_parallel, fewer)
+        mend = (f"rollout.tensor_parallel={near}",) if near != job.rollout.tensor_parallel else ()
+        yield Problem(str(error).removesuffix("; lower it"), mend)
 
 
 def _shorter(job: Job) -> tuple[str, ...]:

@@ -15,8 +15,10 @@ from alphamed.planner.plan import STORAGE_BYTES_PER_S, Plan, job_of, make_plan, 
 
 def main(options: Namespace) -> int:
     """Returns 0 where it fits, 1 where it does not. Raises ConfigError for bad input."""
-    check_places({"--json": options.json, "--html": options.html}, {"--config": [options.config]}, overwrite=True)
+    outputs = {"--json": options.json, "--html": options.html}
+    check_places(outputs, {"--config": [options.config]}, overwrite=True)
     config = load_config(options.config, options.overrides)
+    check_places(outputs, {"data.train": config.data.train, "evaluation.files": config.evaluation.all_files}, overwrite=True)
     check_options(options, config)
     job, source = job_of(config, options.gpu, options.nodes, options.prompt_tokens, options.response_tokens)
     plan = make_plan(job, source, options.storage * 1e9 if options.storage else STORAGE_BYTES_PER_S)

@@ -10,11 +10,13 @@ from alphamed.model import context_sizes, tensor_sizes
 from alphamed.planner.job import Job
 
 Overrides = tuple[str, ...]
+NODES_LEFT = 4
+"""Nodes that are left to engines, fewer than so many, where data ranks are to fill the others: 3 of 4 nodes, 4 of 6."""
 
 
 def layouts(job: Job, gpus: int) -> Iterator[dict[str, int]]:
-    """Every layout of a trainer on at most so many GPUs, of powers of two and the present sizes. Tensor and context ranks,
-    which talk in every layer, stay within a node."""
+    """Every layout of a trainer on at most so many GPUs, of powers of two and the present sizes, or with data ranks that fill
+    nodes. Tensor and context ranks, which talk in every layer, stay within a node."""
     powers = {2 ** power for power in range(max(gpus, 1).bit_length())}
     most = job.rollout.questions_per_step // job.algorithm.mini_batches         # a question for each data rank
     now, s = axes(job), job.shape
@@ -24,7 +26,9 @@ def layouts(job: Job, gpus: int) -> Iterator[dict[str, int]]:
             if tensor * context > neighbours:
                 continue
             for pipeline in sorted(size for size in powers | {now["pipeline"]} if s.layers % size == 0):
-                for data in sorted(powers | {now["data"]}):
+                filling = {total // (tensor * context * pipeline)
+                           for total in range(gpus, max(0, gpus - NODES_LEFT * neighbours), -neighbours)}
+                for data in sorted((powers | filling | {now["data"]}) - {0}):
                     if data <= most and tensor * context * pipeline * data <= gpus:
                         yield {"tensor": tensor, "context": context, "pipeline": pipeline, "data": data}
 

@@ -33,6 +33,8 @@ def check_options(options: Namespace, config: Config) -> None:
 
 
 def _check_file(option: str, path: Path) -> None:
+    if path.suffix != f".{option.removeprefix('--')}":      # a plan is written over an older one, and over nothing else
+        raise ConfigError(f"{option}: {str(path)!r} does not end in .{option.removeprefix('--')}; name such a file")
     if not path.parent.is_dir():
         raise ConfigError(f"{option}: {str(path)!r} lies in no folder that exists; make {str(path.parent)!r} first, or "
                           f"choose another place")
