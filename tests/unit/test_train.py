@@ -49,7 +49,7 @@ def test_a_run_that_is_asked_to_stop_writes_a_checkpoint_and_is_not_finished(mon
     run = Called(calls, steps=lambda: iter([1, 2]), stop_asked=lambda: True)
     session = Called(calls, run=run, rollouts=Called(calls, next=lambda step: None), policy=Called(calls, layout=None),
                      reference=Called(calls), sync=Called(calls))
-    monkeypatch.setattr(train, "open_session", lambda config: contextlib.nullcontext(session))
+    monkeypatch.setattr(train, "open_session", lambda *_: contextlib.nullcontext(session))
     train.main(CONFIG)
     assert calls == ["push", "evaluate", "checkpoint"]
 
