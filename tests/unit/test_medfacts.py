@@ -179,7 +179,7 @@ def test_a_broken_row_is_named(rows, message):
 def test_the_table_is_shipped():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    assert "*.yaml" in setup["options.package_data"]["alphamed.lab.datasets"].split()
+    assert "*.yaml" in setup["options.package_data"]["alphamed.lab.datasets"].split(", ")
 
 
 # -------------------------------------------------------------------------------------------------------- the questions
