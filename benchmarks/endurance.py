@@ -7,6 +7,7 @@ SIGKILL to one process of the run, checks that the run ends within a minute, nam
 starts the same command again. At last the steps are counted and the closing words of the run printed. Exit code 1 where
 something was not as it should be.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -25,10 +26,10 @@ from alphamed.cluster.ledger import run_id
 
 ROOT = Path(__file__).parents[1]
 STEP_S, END_S = 600.0, 60.0
-VICTIMS = {                                         # pattern of the process's command -> what the last line must name
+VICTIMS = {  # pattern of the process's command -> what the last line must name
     "engine": (r"EngineCore", r"engine 0"),
     "actor": (r"^ray::RolloutEngine", r"engine 0"),
-    "rank": (r"-u -m alphamed\.cli worker", r"rank 0"),          # its agent's command ends with the worker's
+    "rank": (r"-u -m alphamed\.cli worker", r"rank 0"),  # its agent's command ends with the worker's
     "agent": (r"alphamed\.cluster\.agent", r"torchrun's agent"),
     "reward": (r"^ray::RewardProcess", r"reward"),
 }
@@ -37,6 +38,7 @@ VICTIMS = {                                         # pattern of the process's c
 @dataclass
 class Start:
     """One start of the command, until it ends or something in it is killed."""
+
     command: list[str]
     run_dir: Path
 
@@ -77,9 +79,11 @@ class Start:
         last = next((line for line in reversed(self.said().splitlines()) if line.startswith("run failed: ")), "")
         print(f"  killed {name} (pid {victim.pid}): ended after {seconds:.1f} s: {last}", flush=True)
         left = [process.command[:60] for process in own.values() if processes.is_alive(process)]
-        return ([f"{name}: exit code {self.process.returncode}"] * (self.process.returncode != 1)
-                + [f"{name}: the culprit is not named"] * (not re.search(culprit, last))
-                + [f"{name}: left {left}"] * bool(left))
+        return (
+            [f"{name}: exit code {self.process.returncode}"] * (self.process.returncode != 1)
+            + [f"{name}: the culprit is not named"] * (not re.search(culprit, last))
+            + [f"{name}: left {left}"] * bool(left)
+        )
 
 
 def steps_done(run_dir: Path) -> int:
@@ -108,8 +112,15 @@ def main() -> int:
     run_dir = ROOT / "runs" / options.name
     if run_dir.exists():
         parser.error(f"{run_dir} exists; remove it or give another --name")
-    command = ["bash", "examples/quickstart.sh", f"run.name={options.name}", f"run.steps={options.steps}",
-               "run.time_limit_s=7200", "checkpoint.every=5", *options.overrides]
+    command = [
+        "bash",
+        "examples/quickstart.sh",
+        f"run.name={options.name}",
+        f"run.steps={options.steps}",
+        "run.time_limit_s=7200",
+        "checkpoint.every=5",
+        *options.overrides,
+    ]
     problems, began = [], time.monotonic()
     for number, name in enumerate(options.victims, 1):
         start = Start(command, run_dir)

@@ -8,6 +8,7 @@ groups. By default the model and prompts of benchmarks/step.yaml with one engine
 Each side runs in a process of its own, one after the other, `--repeats` rounds after one that does not count. Tokens are
 response tokens; numbers are medians.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -22,9 +23,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from alphamed.config import Config
-from alphamed.config_file import build_config, load_config
-from alphamed.model import read_shape, resolve
+from alphamed.config.loading import build_config, load_config
+from alphamed.config.schema import Config
+from alphamed.model.shape import read_shape, resolve
 from alphamed.records import GenerationTask, Sampling
 from alphamed.rollout.spec import EngineSpec, engine_environment, engine_specs
 
@@ -49,15 +50,33 @@ def main() -> int:
         return 0
     questions = ROOT / ".cache" / "medfacts" / "train.jsonl"
     if not questions.is_file():
-        subprocess.run([sys.executable, "-m", "alphamed.data.medfacts", questions.parent, "--levels", "1", "--facts", "12",
-                        "--copies", "20"], check=True, cwd=ROOT)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "alphamed.lab.datasets.medfacts",
+                questions.parent,
+                "--levels",
+                "1",
+                "--facts",
+                "12",
+                "--copies",
+                "20",
+            ],
+            check=True,
+            cwd=ROOT,
+        )
     rates = {}
     print(f"{'side':<12}{'tokens/s':>10}{'of bare':>9}   {options.questions} questions, medians of {options.repeats}")
     for side in SIDES:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "rates.json"
-            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--side", side, "--out", out], check=True, cwd=ROOT,
-                           timeout=DEADLINE_S)
+            subprocess.run(
+                [sys.executable, __file__, *sys.argv[1:], "--side", side, "--out", out],
+                check=True,
+                cwd=ROOT,
+                timeout=DEADLINE_S,
+            )
             rates[side] = statistics.median(json.loads(out.read_text(encoding="utf-8")))
         print(f"{side:<12}{rates[side]:>10.0f}{rates[side] / rates[SIDES[0]]:>9.2f}", flush=True)
     return 0
@@ -77,7 +96,7 @@ def measure(options: argparse.Namespace) -> list[float]:
     prompts = PromptBuilder(tokenizer, config.prompt)
     r = config.rollout
     sampling = Sampling(r.samples_per_question, r.temperature, r.top_p, r.top_k, r.max_response_tokens)
-    questions = load_questions(config.data.train, config.data.bad_rows).questions[:options.questions]
+    questions = load_questions(config.data.train, config.data.bad_rows).questions[: options.questions]
     tasks = [GenerationTask(f"g{i}", q, tuple(prompts.render(q)), sampling) for i, q in enumerate(questions)]
     start = {"bare vLLM": _bare, "alphamed": _ours}[options.side]
     engines = 1 if options.side == "bare vLLM" else r.engines
@@ -104,7 +123,7 @@ def _bare(config: Config, folder: Path, specs: Sequence[EngineSpec]) -> Iterator
 
     from alphamed.rollout.engine import _engine_args, _sampling_params
 
-    given = _engine_args(spec)                                  # AsyncLLM's, which have a few fields more
+    given = _engine_args(spec)  # AsyncLLM's, which have a few fields more
     llm = LLM.from_engine_args(EngineArgs(**{field.name: getattr(given, field.name) for field in fields(EngineArgs)}))
 
     def answer(tasks: Sequence[GenerationTask], number: int) -> int:
@@ -117,9 +136,10 @@ def _bare(config: Config, folder: Path, specs: Sequence[EngineSpec]) -> Iterator
 
 @contextlib.contextmanager
 def _ours(config: Config, folder: Path, specs: Sequence[EngineSpec]) -> Iterator[Round]:
-    from alphamed.cluster import guard, placement
+    from alphamed.cluster import placement
     from alphamed.cluster.environment import enter, run_environment
-    from alphamed.cluster.launch import owned
+    from alphamed.launch import guard
+    from alphamed.launch.single_host import owned
     from alphamed.reward import process
     from alphamed.rollout.coordinator import Coordinator
     from alphamed.rollout.pool import EnginePool

@@ -7,6 +7,7 @@ the tokens, of the vocabulary and of the width, in FP32. The methods run in turn
 count; seconds are medians. Memory is the peak beside inputs, weights and their gradient: on a CPU from one more pass under
 the profiler of torch's allocator.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -27,6 +28,7 @@ CPU_SHARE = 4
 @dataclass
 class Method:
     """`run(hidden)` gives the log-probs."""
+
     name: str
     run: Callable[[Tensor], Tensor]
     seconds: list[float] = field(default_factory=list)
@@ -47,24 +49,34 @@ def main() -> None:
     torch.manual_seed(0)
     hidden = torch.randn(options.tokens, options.hidden, device=device).to(kind).requires_grad_()
     weight = (torch.randn(options.vocab, options.hidden, device=device) * 0.02).to(kind).requires_grad_()
-    weight.main_grad = torch.zeros(weight.shape, device=device)        # where Megatron wants the gradient
+    weight.main_grad = torch.zeros(weight.shape, device=device)  # where Megatron wants the gradient
     labels = torch.randint(0, options.vocab, (options.tokens,), device=device)
     shard = VocabShard(None, 0, options.vocab)
-    methods = [Method("log_softmax", lambda x: _plain(x, weight, labels)),
-               *(Method(f"chunks of {chunk}" if chunk else "at once",
-                        lambda x, chunk=chunk: label_logprobs(x, weight, labels, shard, 1.0, chunk)[0])
-                 for chunk in (0, *options.chunks))]
+    methods = [
+        Method("log_softmax", lambda x: _plain(x, weight, labels)),
+        *(
+            Method(
+                f"chunks of {chunk}" if chunk else "at once",
+                lambda x, chunk=chunk: label_logprobs(x, weight, labels, shard, 1.0, chunk)[0],
+            )
+            for chunk in (0, *options.chunks)
+        ),
+    ]
     for _ in range(1 + options.repeats):
         for method in methods:
             method.seconds.append(_timed(method, hidden, weight))
-    print(f"{options.tokens} tokens, vocabulary {options.vocab}, hidden {options.hidden}, {options.dtype} on {device}: logits "
-          f"of {options.tokens * options.vocab * 4 / 2**20:,.0f} MiB; medians of {options.repeats}")
+    print(
+        f"{options.tokens} tokens, vocabulary {options.vocab}, hidden {options.hidden}, {options.dtype} on {device}: logits "
+        f"of {options.tokens * options.vocab * 4 / 2**20:,.0f} MiB; medians of {options.repeats}"
+    )
     print(f"{'method':<16}{'seconds':>9}{'of at once':>12}{'peak MiB':>10}{'of at once':>12}")
     seconds = [statistics.median(method.seconds[1:]) for method in methods]
     peaks = [_peak_bytes(method, hidden, weight) for method in methods]
     for method, own, peak in zip(methods, seconds, peaks):
-        print(f"{method.name:<16}{own:>9.3f}{own / seconds[1]:>12.2f}{peak / 2**20:>10,.0f}{peak / peaks[1]:>12.2f}",
-              flush=True)
+        print(
+            f"{method.name:<16}{own:>9.3f}{own / seconds[1]:>12.2f}{peak / 2**20:>10,.0f}{peak / peaks[1]:>12.2f}",
+            flush=True,
+        )
 
 
 def _plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

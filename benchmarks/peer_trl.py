@@ -1,4 +1,5 @@
 """The same GRPO step with TRL, in TRL's environment: peer_trl.py MODEL PROMPTS.json ROWS.jsonl STEPS."""
+
 import json
 import re
 import sys
@@ -36,13 +37,32 @@ class Clock(TrainerCallback):
 def main(model, prompts, rows, steps):
     questions = Dataset.from_list(json.load(open(prompts)))
     settings = GRPOConfig(
-        output_dir=rows + ".out", max_steps=int(steps), per_device_train_batch_size=MICRO_BATCH,
-        gradient_accumulation_steps=QUESTIONS * SAMPLES // MICRO_BATCH, num_generations=SAMPLES,
-        max_completion_length=NEW_TOKENS, temperature=1.0, learning_rate=1e-5, beta=0.0, use_cpu=True, bf16=False,
-        fp16=False, gradient_checkpointing=False, report_to=[], save_strategy="no", logging_strategy="no", seed=0)
-    trainer = GRPOTrainer(model=AutoModelForCausalLM.from_pretrained(model, dtype="float32"),
-                          processing_class=AutoTokenizer.from_pretrained(model), reward_funcs=reward, args=settings,
-                          train_dataset=questions, callbacks=[Clock(rows)])
+        output_dir=rows + ".out",
+        max_steps=int(steps),
+        per_device_train_batch_size=MICRO_BATCH,
+        gradient_accumulation_steps=QUESTIONS * SAMPLES // MICRO_BATCH,
+        num_generations=SAMPLES,
+        max_completion_length=NEW_TOKENS,
+        temperature=1.0,
+        learning_rate=1e-5,
+        beta=0.0,
+        use_cpu=True,
+        bf16=False,
+        fp16=False,
+        gradient_checkpointing=False,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        seed=0,
+    )
+    trainer = GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(model, dtype="float32"),
+        processing_class=AutoTokenizer.from_pretrained(model),
+        reward_funcs=reward,
+        args=settings,
+        train_dataset=questions,
+        callbacks=[Clock(rows)],
+    )
     trainer.train()
 
 

@@ -6,6 +6,7 @@ SmolLM2-135M, 4 questions x 8 samples, two-shot prompts, up to 64 new tokens (be
 warm-up and not counted. The numbers are medians; the ratios compare medians of one run on one machine. The peer runs in an
 environment of its own, `.cache/peer-trl`, which the first `--peer trl` makes.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -31,6 +32,7 @@ DEADLINE_S = 3600.0
 @dataclass(frozen=True)
 class Steps:
     """What was seen of a training process and its descendants: one row of metrics and CPU seconds a step, peak memory."""
+
     rows: list[dict[str, float]]
     cpu_s: list[float]
     peak_bytes: int
@@ -51,27 +53,45 @@ def main() -> int:
     options = parser.parse_args()
     questions = ROOT / ".cache" / "medfacts"
     if not (questions / "train.jsonl").is_file():
-        subprocess.run([sys.executable, "-m", "alphamed.data.medfacts", questions, "--levels", "1", "--facts", "12",
-                        "--copies", "20"], check=True, cwd=ROOT)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "alphamed.lab.datasets.medfacts",
+                questions,
+                "--levels",
+                "1",
+                "--facts",
+                "12",
+                "--copies",
+                "20",
+            ],
+            check=True,
+            cwd=ROOT,
+        )
     ours = measure_ours(options.steps + 1, options.overrides)
     show("alphamed", ours, PARTS)
     if options.peer:
         theirs = measure_trl(options.steps + 1)
         show("trl", theirs, ("time/step_s",))
-        print(f"trl / alphamed: wall {theirs.median('time/step_s') / ours.median('time/step_s'):.2f}, "
-              f"CPU {theirs.median_cpu_s / ours.median_cpu_s:.2f}, memory {theirs.peak_bytes / ours.peak_bytes:.2f}")
+        print(
+            f"trl / alphamed: wall {theirs.median('time/step_s') / ours.median('time/step_s'):.2f}, "
+            f"CPU {theirs.median_cpu_s / ours.median_cpu_s:.2f}, memory {theirs.peak_bytes / ours.peak_bytes:.2f}"
+        )
     return 0
 
 
 def measure_ours(steps: int, overrides: list[str]) -> Steps:
     shutil.rmtree(RUN, ignore_errors=True)
-    return watch([sys.executable, "-m", "alphamed.cli", "train", "--config", str(CONFIG), f"run.steps={steps}", *overrides],
-                 RUN / "metrics.jsonl")
+    return watch(
+        [sys.executable, "-m", "alphamed.cli", "train", "--config", str(CONFIG), f"run.steps={steps}", *overrides],
+        RUN / "metrics.jsonl",
+    )
 
 
 def measure_trl(steps: int) -> Steps:
-    from alphamed.config_file import load_config
-    from alphamed.model import resolve
+    from alphamed.config.loading import load_config
+    from alphamed.model.shape import resolve
 
     config = load_config(CONFIG)
     folder = resolve(config.model.path, None, config.model.cache)
@@ -81,13 +101,15 @@ def measure_trl(steps: int) -> Steps:
         print("making the peer's environment in", home, flush=True)
         subprocess.run([sys.executable, "-m", "venv", home], check=True)
         install = [python, "-m", "pip", "install", "--quiet"]
-        subprocess.run([*install, "torch==2.13.0"], check=True)         # first: nothing may draw another build of torch
+        subprocess.run([*install, "torch==2.13.0"], check=True)  # first: nothing may draw another build of torch
         subprocess.run([*install, "-r", ROOT / "benchmarks" / "peer-trl.txt"], check=True)
     rows = ROOT / "runs" / "benchmarks" / "trl.jsonl"
     rows.unlink(missing_ok=True)
     prompts = rows.with_suffix(".prompts.json")
     prompts.write_text(json.dumps(peer_prompts(config, folder)), encoding="utf-8")
-    return watch([str(python), str(ROOT / "benchmarks" / "peer_trl.py"), str(folder), str(prompts), str(rows), str(steps)], rows)
+    return watch(
+        [str(python), str(ROOT / "benchmarks" / "peer_trl.py"), str(folder), str(prompts), str(rows), str(steps)], rows
+    )
 
 
 def peer_prompts(config, folder: Path) -> list[dict[str, str]]:
@@ -97,8 +119,10 @@ def peer_prompts(config, folder: Path) -> list[dict[str, str]]:
     from alphamed.data.tokenizer import load_tokenizer
 
     builder = PromptBuilder(load_tokenizer(folder), config.prompt)
-    return [{"prompt": builder.text(question), "answer": question.answer}
-            for question in load_questions(config.data.train, config.data.bad_rows).questions]
+    return [
+        {"prompt": builder.text(question), "answer": question.answer}
+        for question in load_questions(config.data.train, config.data.bad_rows).questions
+    ]
 
 
 def watch(command: list[str], rows_file: Path) -> Steps:
@@ -146,7 +170,9 @@ def show(name: str, steps: Steps, parts: tuple[str, ...]) -> None:
     if tokens:
         print(f"  {'generated tokens/s':<18}{tokens:9.0f}")
         print(f"  {'trained tokens/s':<18}{steps.median('throughput/trained_tokens_per_s'):9.0f}")
-    print(f"  {'CPU seconds':<18}{steps.median_cpu_s:9.2f}\n  {'peak memory GB':<18}{steps.peak_bytes / 1e9:9.2f}", flush=True)
+    print(
+        f"  {'CPU seconds':<18}{steps.median_cpu_s:9.2f}\n  {'peak memory GB':<18}{steps.peak_bytes / 1e9:9.2f}", flush=True
+    )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ long as `parallel.micro_batch_tokens` allows. Each line is a process of its own:
 backward and AdamW. `peak` is torch's own count (`max_memory_allocated`), `planned` the plan's for the same rows, without what
 is outside of torch's allocator. MFU counts model FLOPs (no recomputation) against the GPU's dense BF16 rate. Medians.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -22,27 +23,56 @@ import torch
 warnings.simplefilter("ignore")
 
 from alphamed.batching import pack
-from alphamed.config import Config
-from alphamed.config_file import build_config
+from alphamed.config.loading import build_config
+from alphamed.config.schema import Config
+from alphamed.lab.planner.time import step_time
 from alphamed.megatron import runtime as runtimes
-from alphamed.model import ModelShape, shape_of
+from alphamed.model.shape import ModelShape, shape_of
 from alphamed.planner import hardware
 from alphamed.planner.batch import Micro
 from alphamed.planner.job import Job
 from alphamed.planner.memory import stage_use
-from alphamed.planner.time import step_time
 from alphamed.records import TokenGroup
 
-LLAMA = {"model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
-         "tie_word_embeddings": True, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-         "rope_theta": 500000.0, "bos_token_id": 1, "eos_token_id": 2,
-         "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                          "original_max_position_embeddings": 8192}}
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "rope_theta": 500000.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
 SHAPES = {
-    "llama-1b": LLAMA | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-                         "num_key_value_heads": 8, "head_dim": 64},
-    "llama-3b": LLAMA | {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
-                         "num_key_value_heads": 8, "head_dim": 128},
+    "llama-1b": LLAMA
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+    },
+    "llama-3b": LLAMA
+    | {
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
 }
 SAMPLES = 8
 OUTSIDE = ("NCCL and CUDA", "sync buckets")
@@ -70,18 +100,26 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/trainer.py needs a CUDA device; benchmarks/training.py runs on a CPU too")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {options.questions} x {SAMPLES} responses of "
-          f"{options.response // 2} to {options.response} tokens, prompts of {options.prompt}, "
-          f"{'not ' if options.unshared else ''}shared; rows of {options.budget}; medians of {options.repeats}")
-    print(f"{'model':<10}{'type':<6}{'recompute':<11}{'log-probs s':>12}{'update s':>10}{'planned':>9}{'tokens/s':>10}"
-          f"{'MFU':>6}{'peak GiB':>10}{'planned':>9}{'of peak':>9}")
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {options.questions} x {SAMPLES} responses of "
+        f"{options.response // 2} to {options.response} tokens, prompts of {options.prompt}, "
+        f"{'not ' if options.unshared else ''}shared; rows of {options.budget}; medians of {options.repeats}"
+    )
+    print(
+        f"{'model':<10}{'type':<6}{'recompute':<11}{'log-probs s':>12}{'update s':>10}{'planned':>9}{'tokens/s':>10}"
+        f"{'MFU':>6}{'peak GiB':>10}{'planned':>9}{'of peak':>9}"
+    )
     for shape in options.shapes:
         for recompute in options.recompute:
             for precision in options.precision:
                 name = f"{shape}/{precision}/{recompute}"
                 try:
-                    done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", name], capture_output=True,
-                                          text=True, timeout=DEADLINE_S)
+                    done = subprocess.run(
+                        [sys.executable, __file__, *sys.argv[1:], "--one", name],
+                        capture_output=True,
+                        text=True,
+                        timeout=DEADLINE_S,
+                    )
                     failed = (done.stderr.splitlines() or ["?"])[-1] if done.returncode else None
                 except subprocess.TimeoutExpired:
                     failed = f"not done within {DEADLINE_S} s"
@@ -89,21 +127,33 @@ def main() -> None:
                     print(f"{shape:<10}{precision:<6}{recompute:<11}failed: {failed}", flush=True)
                     continue
                 one = json.loads(done.stdout.splitlines()[-1])
-                print(f"{shape:<10}{precision:<6}{recompute:<11}{one['logprobs']:>12.2f}{one['update']:>10.2f}"
-                      f"{one['planned_update']:>9.2f}{one['tokens'] / one['update']:>10.0f}{one['mfu']:>6.0%}"
-                      f"{one['peak'] / GIB:>10.2f}{one['planned'] / GIB:>9.2f}{one['planned'] / one['peak']:>9.0%}",
-                      flush=True)
+                print(
+                    f"{shape:<10}{precision:<6}{recompute:<11}{one['logprobs']:>12.2f}{one['update']:>10.2f}"
+                    f"{one['planned_update']:>9.2f}{one['tokens'] / one['update']:>10.0f}{one['mfu']:>6.0%}"
+                    f"{one['peak'] / GIB:>10.2f}{one['planned'] / GIB:>9.2f}{one['planned'] / one['peak']:>9.0%}",
+                    flush=True,
+                )
 
 
 def config_of(precision: str, recompute: str, options: argparse.Namespace) -> Config:
-    return build_config({
-        "model": {"path": "-", "dtype": "bf16", "fp8": precision == "fp8"}, "data": {"train": ["-"]},
-        "prompt": {"max_tokens": options.prompt},
-        "rollout": {"questions_per_step": options.questions, "samples_per_question": SAMPLES,
-                    "max_response_tokens": options.response},
-        "algorithm": {"kl_coefficient": 0.0, "old_logprobs": "recompute"},
-        "parallel": {"micro_batch_tokens": options.budget, "recompute": recompute,
-                     "share_prompts": not options.unshared}})
+    return build_config(
+        {
+            "model": {"path": "-", "dtype": "bf16", "fp8": precision == "fp8"},
+            "data": {"train": ["-"]},
+            "prompt": {"max_tokens": options.prompt},
+            "rollout": {
+                "questions_per_step": options.questions,
+                "samples_per_question": SAMPLES,
+                "max_response_tokens": options.response,
+            },
+            "algorithm": {"kl_coefficient": 0.0, "old_logprobs": "recompute"},
+            "parallel": {
+                "micro_batch_tokens": options.budget,
+                "recompute": recompute,
+                "share_prompts": not options.unshared,
+            },
+        }
+    )
 
 
 def measure(shape_name: str, precision: str, recompute: str, options: argparse.Namespace) -> dict[str, float]:
@@ -115,7 +165,7 @@ def measure(shape_name: str, precision: str, recompute: str, options: argparse.N
     groups = questions(shape, options)
     batch = pack(groups, policy.layout, token_budget=options.budget, share_prompts=config.parallel.share_prompts)
     seconds: dict[str, list[float]] = {"logprobs": [], "update": []}
-    for _ in range(1 + options.repeats):                                # the first does not count
+    for _ in range(1 + options.repeats):  # the first does not count
         for part, run in (("logprobs", lambda: policy.logprobs(batch)), ("update", lambda: policy.update(scored))):
             torch.cuda.synchronize()
             began = time.perf_counter()
@@ -126,17 +176,23 @@ def measure(shape_name: str, precision: str, recompute: str, options: argparse.N
     micros = batch.mini_batches[0].micro_batches
     largest = max(micros, key=lambda micro: len(micro.tokens))
     means = [sum(len(r) for r in g.responses) / SAMPLES for g in groups]
-    job = Job(config, shape, hardware.gpu(options.gpu), 1, prompt_tokens=options.prompt,
-              response_tokens=sum(means) / len(means))
+    job = Job(
+        config, shape, hardware.gpu(options.gpu), 1, prompt_tokens=options.prompt, response_tokens=sum(means) / len(means)
+    )
     row = Micro(float(len(largest.tokens)), float(int(largest.mask.sum())), options.prompt + sum(means) / len(means) / 2)
     causes = stage_use(job, 0, row, len(micros)).causes
     planned = step_time(job)
     medians = {part: statistics.median(found[1:]) for part, found in seconds.items()}
     runtimes.stop(runtime)
-    return medians | {"peak": peak, "planned": sum(v for name, v in causes.items() if name not in OUTSIDE),
-                      "planned_update": planned.update, "planned_logprobs": planned.logprobs,
-                      "tokens": sum(len(r) for g in groups for r in g.responses), "rows": len(micros),
-                      "mfu": planned.model_flops / medians["update"] / job.gpu.flops}
+    return medians | {
+        "peak": peak,
+        "planned": sum(v for name, v in causes.items() if name not in OUTSIDE),
+        "planned_update": planned.update,
+        "planned_logprobs": planned.logprobs,
+        "tokens": sum(len(r) for g in groups for r in g.responses),
+        "rows": len(micros),
+        "mfu": planned.model_flops / medians["update"] / job.gpu.flops,
+    }
 
 
 def questions(shape: ModelShape, options: argparse.Namespace) -> list[TokenGroup]:
@@ -146,9 +202,16 @@ def questions(shape: ModelShape, options: argparse.Namespace) -> list[TokenGroup
         return torch.randint(0, shape.vocab, (n,), generator=random)
 
     lengths = torch.linspace(options.response // 2, options.response, SAMPLES).long().tolist()
-    return [TokenGroup(ids(options.prompt), tuple(map(ids, lengths)),
-                       tuple(torch.full((n,), -11.0) for n in lengths), torch.linspace(-1, 1, SAMPLES), 1)
-            for _ in range(options.questions)]
+    return [
+        TokenGroup(
+            ids(options.prompt),
+            tuple(map(ids, lengths)),
+            tuple(torch.full((n,), -11.0) for n in lengths),
+            torch.linspace(-1, 1, SAMPLES),
+            1,
+        )
+        for _ in range(options.questions)
+    ]
 
 
 if __name__ == "__main__":

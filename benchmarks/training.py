@@ -9,6 +9,7 @@ packs what `--budget` tokens hold. Neither takes an optimizer step. The methods 
 not count; gradient norms must agree. Tokens are response tokens; numbers are medians. `--model`: by default the model of
 benchmarks/step.yaml, SmolLM2-135M.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -25,10 +26,10 @@ from torch.nn.utils.rnn import pad_sequence
 warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
 
 from alphamed.batching import pack
-from alphamed.config import Config
-from alphamed.config_file import build_config, load_config
+from alphamed.config.loading import build_config, load_config
+from alphamed.config.schema import Config
 from alphamed.megatron import runtime as runtimes
-from alphamed.model import ModelShape, read_shape, resolve
+from alphamed.model.shape import ModelShape, read_shape, resolve
 from alphamed.records import MiniBatch, TokenGroup
 
 STEP_CONFIG = Path(__file__).with_name("step.yaml")
@@ -51,28 +52,40 @@ def main() -> None:
     folder = resolve(options.model or default.path, None, default.cache)
     config, shape = _config(folder, options), read_shape(folder)
     runtime = runtimes.start(config)
-    print(f"{folder.name}: {shape.parameters:,} parameters, {config.model.dtype} on {runtime.device}, "
-          f"{torch.get_num_threads()} threads; {options.questions} x {options.samples} responses of {options.responses // 2} "
-          f"to {options.responses} tokens; medians of {options.repeats}")
+    print(
+        f"{folder.name}: {shape.parameters:,} parameters, {config.model.dtype} on {runtime.device}, "
+        f"{torch.get_num_threads()} threads; {options.questions} x {options.samples} responses of {options.responses // 2} "
+        f"to {options.responses} tokens; medians of {options.repeats}"
+    )
     print(f"{'prompt':>6}  {'method':<24}{'seconds':>9}{'tokens/s':>10}{'of transformers':>17}")
     theirs = _Transformers(folder, runtime.device, config)
     ours = {share: _Trainer(config, shape, runtime, folder, share) for share in (False, True)}
     for prompt in options.prompts:
         groups = _groups(shape.vocab, prompt, options)
-        passes = {"transformers, padded": theirs.on(groups), "packed": ours[False].on(groups),
-                  "packed, prompts shared": ours[True].on(groups)}
+        passes = {
+            "transformers, padded": theirs.on(groups),
+            "packed": ours[False].on(groups),
+            "packed, prompts shared": ours[True].on(groups),
+        }
         _table(prompt, passes, sum(len(r) for g in groups for r in g.responses), options.repeats, str(config.model.dtype))
     runtimes.stop(runtime)
 
 
 def _config(folder: Path, options: argparse.Namespace) -> Config:
     dtype = "bf16" if torch.cuda.is_available() else "fp32"
-    return build_config({
-        "model": {"path": str(folder), "dtype": dtype}, "data": {"train": ["-"]},
-        "prompt": {"max_tokens": max(options.prompts)},
-        "rollout": {"questions_per_step": options.questions, "samples_per_question": options.samples,
-                    "max_response_tokens": options.responses},
-        "parallel": {"micro_batch_tokens": options.budget, "distributed_optimizer": False}})
+    return build_config(
+        {
+            "model": {"path": str(folder), "dtype": dtype},
+            "data": {"train": ["-"]},
+            "prompt": {"max_tokens": max(options.prompts)},
+            "rollout": {
+                "questions_per_step": options.questions,
+                "samples_per_question": options.samples,
+                "max_response_tokens": options.responses,
+            },
+            "parallel": {"micro_batch_tokens": options.budget, "distributed_optimizer": False},
+        }
+    )
 
 
 def _groups(vocab: int, prompt: int, options: argparse.Namespace) -> list[TokenGroup]:
@@ -82,13 +95,21 @@ def _groups(vocab: int, prompt: int, options: argparse.Namespace) -> list[TokenG
         return torch.randint(0, vocab, (n,), generator=random)
 
     lengths = torch.linspace(options.responses // 2, options.responses, options.samples).long().tolist()
-    return [TokenGroup(ids(prompt), tuple(map(ids, lengths)), tuple(map(torch.zeros, lengths)),
-                       torch.linspace(-1, 1, options.samples), policy_version=0) for _ in range(options.questions)]
+    return [
+        TokenGroup(
+            ids(prompt),
+            tuple(map(ids, lengths)),
+            tuple(map(torch.zeros, lengths)),
+            torch.linspace(-1, 1, options.samples),
+            policy_version=0,
+        )
+        for _ in range(options.questions)
+    ]
 
 
 def _table(prompt: int, passes: dict[str, Pass], tokens: int, repeats: int, dtype: str) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in passes}
-    norms = {name: run() for name, run in passes.items()}               # does not count
+    norms = {name: run() for name, run in passes.items()}  # does not count
     first = next(iter(norms.values()))
     for name, norm in norms.items():
         if abs(norm / first - 1) > NORM_TOLERANCE[dtype]:
@@ -96,7 +117,7 @@ def _table(prompt: int, passes: dict[str, Pass], tokens: int, repeats: int, dtyp
     for _ in range(repeats):
         for name, run in passes.items():
             began = time.perf_counter()
-            run()                                                       # reads the norm, and so waits for the device
+            run()  # reads the norm, and so waits for the device
             seconds[name].append(time.perf_counter() - began)
     medians = {name: statistics.median(found) for name, found in seconds.items()}
     theirs = next(iter(medians.values()))
@@ -118,8 +139,9 @@ class _Trainer:
 
     def on(self, groups: Sequence[TokenGroup]) -> Pass:
         parallel = self.policy.config.parallel
-        mini, = pack(groups, self.policy.layout, token_budget=parallel.micro_batch_tokens,
-                     share_prompts=parallel.share_prompts).mini_batches
+        (mini,) = pack(
+            groups, self.policy.layout, token_budget=parallel.micro_batch_tokens, share_prompts=parallel.share_prompts
+        ).mini_batches
         return lambda: self._run(mini)
 
     def _run(self, mini: MiniBatch) -> float:

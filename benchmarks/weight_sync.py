@@ -9,6 +9,7 @@ gets into parameters laid out as vLLM's, without vLLM, whose own loading and pac
 the model's size that nobody packs, digests or loads. Seconds are those of the slowest process, GB/s count the model's bytes
 once. Direct may beat plain: a worker receives its own share only. Medians of `--repeats` after one that does not count.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -26,13 +27,13 @@ import torch.multiprocessing
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from alphamed.config_sections import ParallelConfig
-from alphamed.model import ModelShape
+from alphamed.config.sections import ParallelConfig
+from alphamed.model.families import entries, shard_shape
+from alphamed.model.shape import ModelShape
 from alphamed.records import Layout
 from alphamed.weights import links
 from alphamed.weights.buckets import Assembly, box_of, digest, unpack
 from alphamed.weights.cuts import needed
-from alphamed.weights.families import entries, shard_shape
 from alphamed.weights.hf_io import gathered, parts_of
 from alphamed.weights.plan import Slice, SyncPlan, Wire
 from alphamed.weights.receiver import Membership, arrivals
@@ -46,8 +47,12 @@ DEADLINE = timedelta(seconds=DEADLINE_S)
 CPU = torch.device("cpu")
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 # layers, hidden, ffn, heads, KV heads, vocabulary; tied
-SIZES = {"5M": (4, 256, 768, 4, 2, 8192), "100M": (12, 768, 2048, 12, 4, 32768), "400M": (24, 1024, 4096, 16, 4, 49152),
-         "1B": (16, 2048, 8192, 32, 8, 128256)}
+SIZES = {
+    "5M": (4, 256, 768, 4, 2, 8192),
+    "100M": (12, 768, 2048, 12, 4, 32768),
+    "400M": (24, 1024, 4096, 16, 4, 49152),
+    "1B": (16, 2048, 8192, 32, 8, 128256),
+}
 METHODS = ("plain", "per-tensor", "bucketed", "direct", "bucketed ipc", "direct ipc")
 
 
@@ -61,26 +66,42 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     workers = options.engines * options.engine_tensor
-    print(f"trainer TP {options.tensor}, {options.engines} engine(s) of TP {options.engine_tensor}, buckets of "
-          f"{options.bucket_bytes / 2**20:g} MiB, medians of {options.repeats}")
+    print(
+        f"trainer TP {options.tensor}, {options.engines} engine(s) of TP {options.engine_tensor}, buckets of "
+        f"{options.bucket_bytes / 2**20:g} MiB, medians of {options.repeats}"
+    )
     print(f"{'model':<8}{'MB':>8}  {'method':<14}{'seconds':>9}{'GB/s':>8}{'of plain':>10}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_process, (options, options.tensor + workers, str(Path(folder) / "rendezvous")),
-                                    nprocs=options.tensor + workers)
+        torch.multiprocessing.spawn(
+            _process, (options, options.tensor + workers, str(Path(folder) / "rendezvous")), nprocs=options.tensor + workers
+        )
 
 
 def _shape(size: str) -> ModelShape:
     layers, hidden, ffn, heads, kv_heads, vocab = SIZES[size]
-    return ModelShape(family="llama", layers=layers, hidden=hidden, ffn=ffn, heads=heads, kv_heads=kv_heads,
-                      head_dim=hidden // heads, vocab=vocab, tied=True, qkv_bias=False, qk_norm=False, norm_eps=1e-5,
-                      rope_theta=1e4, rope_scaling=None, max_positions=2048)
+    return ModelShape(
+        family="llama",
+        layers=layers,
+        hidden=hidden,
+        ffn=ffn,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=hidden // heads,
+        vocab=vocab,
+        tied=True,
+        qkv_bias=False,
+        qk_norm=False,
+        norm_eps=1e-5,
+        rope_theta=1e4,
+        rope_scaling=None,
+        max_positions=2048,
+    )
 
 
 def _process(rank: int, options: argparse.Namespace, world: int, rendezvous: str) -> None:
     """A trainer rank, or a worker of an engine."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world,
-                            timeout=DEADLINE)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world, timeout=DEADLINE)
     trainer = dist.new_group(list(range(options.tensor)))
     store, port = links.host_store(ADDRESS, DEADLINE_S) if rank == 0 else (None, 0)
     ports = [port]
@@ -98,8 +119,11 @@ def _process(rank: int, options: argparse.Namespace, world: int, rendezvous: str
             seconds = statistics.median([_timed(push) for _ in range(1 + options.repeats)][1:])
             plain_s = plain_s or seconds
             if rank == 0:
-                print(f"{size if method == 'plain' else '':<8}{model_bytes / 1e6:>8.0f}  {method:<14}{seconds:>9.3f}"
-                      f"{model_bytes / seconds / 1e9:>8.2f}{plain_s / seconds:>10.0%}", flush=True)
+                print(
+                    f"{size if method == 'plain' else '':<8}{model_bytes / 1e6:>8.0f}  {method:<14}{seconds:>9.3f}"
+                    f"{model_bytes / seconds / 1e9:>8.2f}{plain_s / seconds:>10.0%}",
+                    flush=True,
+                )
     dist.barrier()
     dist.destroy_process_group()
 
@@ -115,20 +139,28 @@ def _timed(push: Callable[[], None]) -> float:
 
 
 def _plan(method: str, shape: ModelShape, options: argparse.Namespace) -> SyncPlan:
-    wire = Wire("direct" if method.startswith("direct") else "gather", "ipc" if method.endswith("ipc") else "gloo", "bfloat16",
-                options.bucket_bytes)
+    wire = Wire(
+        "direct" if method.startswith("direct") else "gather",
+        "ipc" if method.endswith("ipc") else "gloo",
+        "bfloat16",
+        options.bucket_bytes,
+    )
     return make_plan(shape, ParallelConfig(tensor=options.tensor), (options.engine_tensor,) * options.engines, wire)
 
 
 # ------------------------------------------------------------------------------------------------------------- trainer ranks
 class ShardedWeights:
     """A tensor rank's shards of a random model, as the source of a push."""
+
     exports = scores = True
 
     def __init__(self, shape: ModelShape, options: argparse.Namespace, rank: int, group: dist.ProcessGroup):
         self.rank, self._group, self._layout = rank, group, Layout(options.tensor, tensor_rank=rank)
-        self._own = [(entry, torch.randn(shard_shape(entry, options.tensor), dtype=torch.bfloat16))
-                     for entry in entries(shape) if not entry.copy]
+        self._own = [
+            (entry, torch.randn(shard_shape(entry, options.tensor), dtype=torch.bfloat16))
+            for entry in entries(shape)
+            if not entry.copy
+        ]
 
     def tensors(self) -> Iterator[tuple[str, Tensor | None]]:
         return gathered(self._own, self._layout, self._group)
@@ -137,8 +169,9 @@ class ShardedWeights:
         return parts_of(self._own, self._layout)
 
 
-def _sending(method: str, shape: ModelShape, options: argparse.Namespace, rank: int, group: dist.ProcessGroup,
-             store: dist.Store) -> Callable[[], None]:
+def _sending(
+    method: str, shape: ModelShape, options: argparse.Namespace, rank: int, group: dist.ProcessGroup, store: dist.Store
+) -> Callable[[], None]:
     source, plan = ShardedWeights(shape, options, rank, group), _plan(method, shape, options)
     if rank not in plan.sources:
         return functools.partial(take_part, source, plan.mode) if method != "plain" else lambda: None
@@ -153,6 +186,7 @@ def _sending(method: str, shape: ModelShape, options: argparse.Namespace, rank: 
     def one_by_one() -> None:
         for _, tensor in source.tensors():
             channel.broadcast(tensor.contiguous(), DEADLINE).wait(DEADLINE)
+
     return one_by_one
 
 
@@ -167,8 +201,12 @@ class Engine:
     """A tensor rank's parameters under vLLM's names, and the boxes of the model that belong there."""
 
     def __init__(self, shape: ModelShape, size: int, rank: int):
-        self.boxes = {entry.hf[i]: Slice(entry.hf[i], entry.shapes[i], *needed(entry, i, size, rank))
-                      for entry in entries(shape) if not entry.copy for i in range(len(entry.hf))}
+        self.boxes = {
+            entry.hf[i]: Slice(entry.hf[i], entry.shapes[i], *needed(entry, i, size, rank))
+            for entry in entries(shape)
+            if not entry.copy
+            for i in range(len(entry.hf))
+        }
         self.model = Module()
         self.model.packed_modules_mapping = PACKED
         fused = {part: whole for whole, parts in PACKED.items() for part in parts}
@@ -185,12 +223,15 @@ class Engine:
         return ParameterWriter(self.model, slices, lambda layer: None)
 
 
-def _receiving(method: str, shape: ModelShape, options: argparse.Namespace, member: int,
-               store: dist.Store) -> Callable[[], None]:
+def _receiving(
+    method: str, shape: ModelShape, options: argparse.Namespace, member: int, store: dist.Store
+) -> Callable[[], None]:
     plan = _plan(method, shape, options)
     own = plan.links_to(member)
-    channels = {link.name: links.open_channel(link, 1 + link.receivers.index(member), store, ADDRESS, CPU, DEADLINE_S)
-                for link in own}
+    channels = {
+        link.name: links.open_channel(link, 1 + link.receivers.index(member), store, ADDRESS, CPU, DEADLINE_S)
+        for link in own
+    }
     engine = Engine(shape, options.engine_tensor, member % options.engine_tensor)
     channel = channels[own[0].name]
     if method == "plain":

@@ -12,7 +12,7 @@ fi
 # The project's own questions: 12 facts in many wordings, each with three wrong answers of its category.
 # The categories were chosen because the untrained model seldom boxes there: the rise in reward is mostly the format.
 questions=.cache/medfacts
-"$bin/python" -m alphamed.data.medfacts $questions --levels 1 --facts 12 --copies 20 \
+"$bin/python" -m alphamed.lab.datasets.medfacts $questions --levels 1 --facts 12 --copies 20 \
     --categories antidotes signs nutrients >/dev/null
 # No step begins after minute 14 of this command; a slow installation still leaves 5 minutes of training.
 limit_s=$((825 - SECONDS))

@@ -12,6 +12,7 @@ Versions: megatron-core 0.16.1 with torch.optim.AdamW (no Transformer Engine, no
 Remove when: the setter iterates over the keys it was given, and load_state_dict copies the step as its branch for
      HybridDeviceOptimizer already does.
 """
+
 from __future__ import annotations
 
 

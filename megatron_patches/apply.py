@@ -1,4 +1,5 @@
 """Apply every patch that Megatron-Core needs on a machine without CUDA: explicitly, once, and never where CUDA is."""
+
 from __future__ import annotations
 
 import torch
@@ -14,9 +15,11 @@ _applied: list[str] = []
 def apply() -> tuple[str, ...]:
     """Apply all patches (again: nothing happens). Returns their names. Raises RuntimeError where CUDA is available."""
     if torch.cuda.is_available():
-        raise RuntimeError("megatron_patches: this machine has CUDA, where Megatron-Core needs no patch; hide the devices "
-                           "with CUDA_VISIBLE_DEVICES= to train on the CPU")
-    for patch in PATCHES[len(_applied):]:
+        raise RuntimeError(
+            "megatron_patches: this machine has CUDA, where Megatron-Core needs no patch; hide the devices "
+            "with CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
+    for patch in PATCHES[len(_applied) :]:
         patch.apply()
         _applied.append(patch.__name__.rpartition(".")[2])
     return tuple(_applied)

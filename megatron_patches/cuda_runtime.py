@@ -8,6 +8,7 @@ Where: megatron/core/tensor_parallel/layers.py (ColumnParallelLinear.__init__), 
 Versions: megatron-core 0.16.1; torch 2.13.
 Remove when: Megatron-Core takes its device from `torch.accelerator` or from its configuration.
 """
+
 from __future__ import annotations
 
 import contextlib

@@ -9,6 +9,7 @@ Where: megatron/core/optimizer/{optimizer,distrib_optimizer,clip_grads}.py, pipe
 Versions: megatron-core 0.16.1; torch 2.13.
 Remove when: Megatron-Core's optimizer and schedules take the device of their parameters.
 """
+
 from __future__ import annotations
 
 import functools
@@ -25,6 +26,7 @@ def _on_cpu(factory):
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs["device"] = "cpu"
         return factory(*args, **kwargs)
+
     return made
 
 

@@ -7,6 +7,7 @@ Where: megatron/core/jit.py; users such as fusions/fused_bias_dropout.py.
 Versions: megatron-core 0.16.1; torch 2.6 or newer (torch.compiler.set_stance).
 Remove when: `jit_fuser` is the identity without CUDA.
 """
+
 from __future__ import annotations
 
 import torch

@@ -7,6 +7,7 @@ Where: megatron/core/tensor_parallel/random.py (_get_cuda_rng_state, _set_cuda_r
 Versions: megatron-core 0.16.1.
 Remove when: the tracker takes its generator from the device of the parameters.
 """
+
 from __future__ import annotations
 
 import logging

@@ -8,6 +8,7 @@ Where: megatron/core/tensor_parallel/layers.py (LinearWithGradAccumulationAndAsy
 Versions: megatron-core 0.16.1.
 Remove when: Megatron-Core adds weight gradients without the extension.
 """
+
 from __future__ import annotations
 
 from torch import Tensor

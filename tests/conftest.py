@@ -1,4 +1,5 @@
 """Fixtures shared by all tests: one Ray for the whole run, a module of a user's reward functions."""
+
 import os
 import secrets
 import shutil
@@ -91,8 +92,8 @@ def of_nothing():
 @pytest.fixture(scope="session", autouse=True)
 def temporary_files(tmp_path_factory):
     """A place for the temporary files of tests, libraries and the processes that they start: it goes in the end."""
-    tmp_path_factory.getbasetemp()                                  # stays where pytest keeps it
-    folder = tempfile.mkdtemp(prefix="t-", dir="/tmp")              # short: paths of unix sockets end at 107 bytes
+    tmp_path_factory.getbasetemp()  # stays where pytest keeps it
+    folder = tempfile.mkdtemp(prefix="t-", dir="/tmp")  # short: paths of unix sockets end at 107 bytes
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", folder)
         patch.setattr(tempfile, "tempdir", None)
@@ -116,12 +117,16 @@ def user_rewards(tmp_path, monkeypatch) -> str:
 def ray_session(tmp_path_factory):
     """A Ray of this test run alone, with 2 logical CPUs, and the `ray` module. It ends with the run, and so does the memory
     that its actors share: a guard writes it down, as for a training run."""
-    from alphamed.cluster import guard, quiet_ray
+    from alphamed.cluster import quiet_ray
     from alphamed.cluster.ledger import Ledger
     from alphamed.cluster.placement import ENGINE_SLOT, RAY_SETTINGS
+    from alphamed.launch import guard
 
-    os.environ |= RAY_SETTINGS | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token",
-                                  "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    os.environ |= RAY_SETTINGS | {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }
     import ray
 
     quiet_ray.apply()
@@ -129,8 +134,16 @@ def ray_session(tmp_path_factory):
     ledger = Ledger(own)
     folder = ledger.make_temporary_folder()
     guard.start(own, os.getpid())
-    ray.init(address="local", num_cpus=2, include_dashboard=False, namespace="tests", object_store_memory=128 << 20,
-             _node_ip_address="127.0.0.1", _temp_dir=str(folder), resources={ENGINE_SLOT: 64})
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        namespace="tests",
+        object_store_memory=128 << 20,
+        _node_ip_address="127.0.0.1",
+        _temp_dir=str(folder),
+        resources={ENGINE_SLOT: 64},
+    )
     yield ray
     ray.shutdown()
     ledger.clean_up()

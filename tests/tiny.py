@@ -8,18 +8,34 @@ divides.
 In pytest: `from tiny import tiny_hf` (tests/ is on the path by setup.cfg). A script that torchrun starts gets the
 folder from its test, or puts tests/ on its own path.
 """
+
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from alphamed.planner.miniature import write_tokenizer
+from alphamed.lab.planner.miniature import write_tokenizer
 
 
-def tiny_hf(folder: Path, family: str = "llama", *, vocab: int = 509, tied: bool = False, layers: int = 4,
-            hidden: int = 64, ffn: int = 128, heads: int = 4, kv_heads: int = 2, head_dim: int | None = None,
-            max_positions: int = 2048, llama3_rope: bool = False, dtype: str = "float32", scale: float = 0.1,
-            seed: int = 0, max_shard_size: str | None = None) -> Path:
+def tiny_hf(
+    folder: Path,
+    family: str = "llama",
+    *,
+    vocab: int = 509,
+    tied: bool = False,
+    layers: int = 4,
+    hidden: int = 64,
+    ffn: int = 128,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int | None = None,
+    max_positions: int = 2048,
+    llama3_rope: bool = False,
+    dtype: str = "float32",
+    scale: float = 0.1,
+    seed: int = 0,
+    max_shard_size: str | None = None,
+) -> Path:
     """Write a random model of `family` ("llama", "qwen2", "qwen3") into `folder` and return it.
 
     Weights are N(0, scale^2), norms 1 + N(0, scale^2). `head_dim` defaults to hidden / heads, for qwen3 to twice that
@@ -31,11 +47,25 @@ def tiny_hf(folder: Path, family: str = "llama", *, vocab: int = 509, tied: bool
 
     folder = Path(folder)
     head_dim = head_dim or hidden // heads * (2 if family == "qwen3" else 1)
-    config = _config(family, dict(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=max_positions,
-        tie_word_embeddings=tied, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, pad_token_id=0),
-        head_dim, llama3_rope)
+    config = _config(
+        family,
+        dict(
+            vocab_size=vocab,
+            hidden_size=hidden,
+            intermediate_size=ffn,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            max_position_embeddings=max_positions,
+            tie_word_embeddings=tied,
+            rms_norm_eps=1e-5,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        ),
+        head_dim,
+        llama3_rope,
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -58,8 +88,14 @@ def _config(family: str, common: dict, head_dim: int, llama3_rope: bool):
 
     rope = {"rope_theta": 10_000.0, "rope_type": "default"}
     if llama3_rope:
-        rope = {"rope_theta": 10_000.0, "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+        rope = {
+            "rope_theta": 10_000.0,
+            "rope_type": "llama3",
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
     kinds = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
     own_head_dim = {} if family == "qwen2" else {"head_dim": head_dim}
     return kinds[family](**common, **own_head_dim, rope_parameters=rope)

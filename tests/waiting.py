@@ -1,4 +1,5 @@
 """Waiting in tests: for a condition, under a limit that says "it hangs" and not "this machine is busy"."""
+
 from __future__ import annotations
 
 import time

@@ -11,6 +11,7 @@ Invariants of `pack` (tests hold it to each of them):
   - the cost of rows and of ranks is even: a stage waits for the dearest row, the optimizer for the dearest rank;
   - `response_tokens` and `sequences` count the whole mini-batch over all data ranks.
 """
+
 from __future__ import annotations
 
 import heapq
@@ -31,11 +32,12 @@ SHORTEST_STEM = 32
 @dataclass(frozen=True, slots=True)
 class Unit:
     """What is never cut further: some samples of one group behind one copy of their prompt."""
+
     group: int
     samples: tuple[int, ...]
-    stem: int                         # tokens of the row's stem that this prompt begins with; 0: it stands here whole
-    prefix: int                       # tokens from there to the first continuation
-    continuations: tuple[int, ...]    # none when prompts are not shared
+    stem: int  # tokens of the row's stem that this prompt begins with; 0: it stands here whole
+    prefix: int  # tokens from there to the first continuation
+    continuations: tuple[int, ...]  # none when prompts are not shared
 
     @property
     def tokens(self) -> int:
@@ -48,18 +50,21 @@ class Unit:
         return self.tokens + ATTENTION_PAIR_COST * pairs
 
 
-def pack(groups: Sequence[TokenGroup], layout: Layout, *, token_budget: int, mini_batches: int = 1,
-         share_prompts: bool = True) -> Batch:
+def pack(
+    groups: Sequence[TokenGroup], layout: Layout, *, token_budget: int, mini_batches: int = 1, share_prompts: bool = True
+) -> Batch:
     """Cut `groups` into `mini_batches` mini-batches of packed micro-batches for this data rank.
 
     token_budget: most tokens of a packed row; a single prompt with its response must fit.
     Raises ValueError when there are fewer groups than mini-batches or a response can not fit.
     """
     if len(groups) < mini_batches:
-        raise ValueError(f"algorithm.mini_batches: {mini_batches} updates, but the step has only {len(groups)} groups; "
-                         f"lower it or raise rollout.questions_per_step")
+        raise ValueError(
+            f"algorithm.mini_batches: {mini_batches} updates, but the step has only {len(groups)} groups; "
+            f"lower it or raise rollout.questions_per_step"
+        )
     stem = _stem(groups) if share_prompts else 0
-    budget = token_budget - (layout.token_multiple - 1) - stem   # room to round a row up
+    budget = token_budget - (layout.token_multiple - 1) - stem  # room to round a row up
     minis, rows, imbalance, unevenness = [], [], [], []
     for chunk in _chunks(len(groups), mini_batches):
         units = [u for g in chunk for u in _units(groups[g], g, stem, budget, share_prompts)]
@@ -71,15 +76,23 @@ def pack(groups: Sequence[TokenGroup], layout: Layout, *, token_budget: int, min
         costs = [[sum(u.cost for u in row) for row in rank] for rank in plan]
         imbalance.append(_excess([sum(rank) for rank in costs]))
         unevenness.append(max(_excess(rank) for rank in costs))
-    return Batch(tuple(minis), _metrics(groups, rows, layout) | {"batch/dp_imbalance": max(imbalance),
-                                                                 "batch/row_imbalance": max(unevenness)})
+    return Batch(
+        tuple(minis),
+        _metrics(groups, rows, layout) | {"batch/dp_imbalance": max(imbalance), "batch/row_imbalance": max(unevenness)},
+    )
 
 
 def attach(batch: Batch, field: str, values: Sequence[Sequence[torch.Tensor]]) -> Batch:
     """A batch whose micro-batches carry `values[mini][micro]` ([T] float32) as `old_logprobs` or `reference_logprobs`."""
-    return replace(batch, mini_batches=tuple(
-        replace(mini, micro_batches=tuple(replace(m, **{field: v}) for m, v in zip(mini.micro_batches, row, strict=True)))
-        for mini, row in zip(batch.mini_batches, values, strict=True)))
+    return replace(
+        batch,
+        mini_batches=tuple(
+            replace(
+                mini, micro_batches=tuple(replace(m, **{field: v}) for m, v in zip(mini.micro_batches, row, strict=True))
+            )
+            for mini, row in zip(batch.mini_batches, values, strict=True)
+        ),
+    )
 
 
 def _excess(costs: Sequence[float]) -> float:
@@ -116,8 +129,10 @@ def _units(group: TokenGroup, index: int, stem: int, budget: int, share_prompts:
         raise ValueError(f"group {index}: holds an empty response; an engine returns at least one token")
     longest, prefix = max(lengths), prompt - 1 - stem
     if prefix + longest > budget:
-        raise ValueError(f"parallel.micro_batch_tokens: {budget + stem} can not hold a prompt of {prompt} and a response of "
-                         f"{longest} tokens; raise it")
+        raise ValueError(
+            f"parallel.micro_batch_tokens: {budget + stem} can not hold a prompt of {prompt} and a response of "
+            f"{longest} tokens; raise it"
+        )
     if not share_prompts:
         return [Unit(index, (j,), 0, prefix + n, ()) for j, n in enumerate(lengths)]
     cuts, used = [0], prefix
@@ -150,7 +165,7 @@ def _assign(units: list[Unit], budget: int, ranks: int, multiple: int) -> list[l
 
 def _fill(units: list[Unit], weight: Callable[[Unit], float], rows: int, budget: int) -> list[list[Unit]] | None:
     """Heaviest first into the lightest row; None where that has no room."""
-    heap = [(0.0, 0, r) for r in range(rows)]               # weight, tokens, row
+    heap = [(0.0, 0, r) for r in range(rows)]  # weight, tokens, row
     content: list[list[int]] = [[] for _ in range(rows)]
     for i in sorted(range(len(units)), key=lambda i: (-weight(units[i]), i)):
         load, tokens, r = heap[0]
@@ -213,9 +228,17 @@ def _materialise(row: list[Unit], groups: Sequence[TokenGroup], multiple: int) -
         read(torch.zeros(padding, dtype=torch.int64), 0)
         segments.append(Segment(padding))
     ids = torch.cat(sequence)
-    return MicroBatch(tokens=torch.cat(tokens), labels=torch.cat(labels), positions=torch.cat(positions), mask=ids >= 0,
-                      sequence=ids, rollout_logprobs=torch.cat(logprobs).float(), advantages=torch.cat(advantages).float(),
-                      segments=tuple(segments), samples=tuple(samples))
+    return MicroBatch(
+        tokens=torch.cat(tokens),
+        labels=torch.cat(labels),
+        positions=torch.cat(positions),
+        mask=ids >= 0,
+        sequence=ids,
+        rollout_logprobs=torch.cat(logprobs).float(),
+        advantages=torch.cat(advantages).float(),
+        segments=tuple(segments),
+        samples=tuple(samples),
+    )
 
 
 def _metrics(groups: Sequence[TokenGroup], rows: list[list[Unit]], layout: Layout) -> dict[str, float]:
@@ -224,5 +247,8 @@ def _metrics(groups: Sequence[TokenGroup], rows: list[list[Unit]], layout: Layou
     filled = [row[0].stem + sum(u.tokens for u in row) if row else 0 for row in rows]
     real, padded = sum(filled), sum(max(multiple, -(-n // multiple) * multiple) for n in filled)
     unshared = sum(len(g.prompt) - 1 + len(r) for g in groups for r in g.responses)
-    return {"batch/micro_batches": len(rows) / layout.data, "batch/padding_fraction": 1 - real / padded,
-            "batch/shared_fraction": 1 - real / unshared}
+    return {
+        "batch/micro_batches": len(rows) / layout.data,
+        "batch/padding_fraction": 1 - real / padded,
+        "batch/shared_fraction": 1 - real / unshared,
+    }

@@ -4,24 +4,24 @@ arguments.
 Exit codes: 0 done, 1 the run failed (the last line on stderr names the culprit), 2 a mistake in configuration, data,
 model or arguments, or a place that can not be read or written (one line, no traceback), 128 + N stopped by signal N.
 """
+
 from __future__ import annotations
 
 import sys
 
 try:
     import argparse
-    import errno
     import os
     import shlex
     import signal
     from collections.abc import Callable, Sequence
     from pathlib import Path
     from typing import TYPE_CHECKING, NoReturn
-except KeyboardInterrupt:                       # everything else is imported where `main` answers to it
+except KeyboardInterrupt:  # everything else is imported where `main` answers to it
     sys.exit(130)
 
 if TYPE_CHECKING:
-    from alphamed.config import Config
+    from alphamed.config.schema import Config
 
 EXIT_USER_ERROR = 2
 NAME_CHARS = 100
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         interrupts.append(number)
         raise KeyboardInterrupt
 
-    alone = argv is None and signal.getsignal(signal.SIGINT) == signal.default_int_handler       # else Ctrl-C is not for us
+    alone = argv is None and signal.getsignal(signal.SIGINT) == signal.default_int_handler  # else Ctrl-C is not for us
     if alone:
         signal.signal(signal.SIGINT, interrupt)
     try:
@@ -60,10 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         streams.secure()
         return _run(argv)
-    except BaseException as error:              # libraries turn it into errors of their own, pydantic's even into a panic
+    except BaseException as error:  # libraries turn it into errors of their own, pydantic's even into a panic
         if not isinstance(error, KeyboardInterrupt) and (not interrupts or isinstance(error, SystemExit)):
             raise
-        if alone:                               # the end takes a moment, in which impatient people press it again
+        if alone:  # the end takes a moment, in which impatient people press it again
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("interrupted", file=sys.stderr)
         return 130
@@ -84,21 +84,21 @@ def _run(argv: Sequence[str] | None) -> int:
     except (ConfigError, DataError) as error:
         streams.report(f"error: {error}")
         return EXIT_USER_ERROR
-    except RunFailed as error:                  # a grader that was killed while its function was being checked
+    except RunFailed as error:  # a grader that was killed while its function was being checked
         streams.report(f"run failed: {error}")
         return 1
     except BrokenPipeError:
         if not streams.reader_is_gone():
             raise
-        return 128 + signal.SIGPIPE             # as a program that does not catch it
-    except UnicodeEncodeError as error:         # is a ValueError; of others' code, which takes UTF-8 only
-        if not any("\udc80" <= sign <= "\udcff" for sign in error.object[error.start:error.end]):
+        return 128 + signal.SIGPIPE  # as a program that does not catch it
+    except UnicodeEncodeError as error:  # is a ValueError; of others' code, which takes UTF-8 only
+        if not any("\udc80" <= sign <= "\udcff" for sign in error.object[error.start : error.end]):
             raise
-        where = error.object[max(0, error.start - NAME_CHARS):error.start + NAME_CHARS]
+        where = error.object[max(0, error.start - NAME_CHARS) : error.start + NAME_CHARS]
         streams.report(f"error: {where!a}: a name that is not UTF-8 cannot be used here; rename the file or folder")
         return EXIT_USER_ERROR
     except OSError as error:
-        if (problem := _place_problem(error)) is None:
+        if (problem := streams.place_problem(error)) is None:
             raise
         streams.report(f"error: {problem}")
         streams.drop_unwritten()
@@ -113,16 +113,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     elif rest:
         options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return options
-
-
-def _place_problem(error: OSError) -> str | None:
-    """One line for a file or folder that can not be read or written, and for a full disk; None for any other trouble."""
-    place = f"{error.filename}: " if error.filename is not None else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{place}{error.strerror}; make room and start again"
-    if place:
-        return f"{place}{error.strerror}; choose another place, or see to its permissions"
-    return str(error) if error.errno is None else None         # our own words
 
 
 def _find_user_code() -> None:
@@ -157,8 +147,12 @@ def _parser() -> argparse.ArgumentParser:
 def _add_running(verb: Verb) -> None:
     sub = verb("train", _train, "Train on this machine; on an existing run directory, continue.", config=True)
     sub.add_argument("--check", action="store_true", help="validate everything, start nothing")
-    sub = verb("plan", _plan, "What a run will need and how long it will take, before it runs. Needs no GPU, no weights.",
-               config=True)
+    sub = verb(
+        "plan",
+        _plan,
+        "What a run will need and how long it will take, before it runs. Needs no GPU, no weights.",
+        config=True,
+    )
     sub.add_argument("--gpu", metavar="NAME", help="in place of cluster.gpu: a100-80g, h100-80g, h200-141g, b200-180g")
     sub.add_argument("--nodes", type=int, metavar="N", help="nodes the run may take, in place of cluster.nodes")
     sub.add_argument("--prompt-tokens", type=float, metavar="N", help="expected mean (default: a quarter of the limit)")
@@ -173,7 +167,9 @@ def _add_running(verb: Verb) -> None:
     sub.add_argument("--config", type=Path, metavar="FILE")
     sub.add_argument("--nodes", metavar="A,B,C", help="all nodes of the job, the same list in the same order on each")
     sub.add_argument("--node-rank", type=int, metavar="N", help="position of this node in --nodes")
-    sub.add_argument("--port", type=int, default=29400, metavar="P", help="where the first of --nodes listens for the others")
+    sub.add_argument(
+        "--port", type=int, default=29400, metavar="P", help="where the first of --nodes listens for the others"
+    )
     sub.add_argument("--hosts", metavar="A,B,C", help="start the run on these hosts over ssh, from here")
     sub.add_argument("--slurm", action="store_true", help="with --dry-run: the job's batch script")
     sub.add_argument("--dry-run", action="store_true", help="print what each host would run, start nothing")
@@ -185,9 +181,9 @@ def _add_running(verb: Verb) -> None:
 
 
 def _add_data_and_studies(verb: Verb) -> None:
-    from alphamed.data.commands import add_verbs
     from alphamed.evaluation.command import add_arguments as add_evaluation
-    from alphamed.study.arguments import add_arguments as add_study
+    from alphamed.lab.datasets.commands import add_verbs
+    from alphamed.lab.study.arguments import add_arguments as add_study
 
     add_evaluation(verb("eval", _eval, "Evaluate a model on benchmarks; grade or compare evaluations."))
     add_verbs(verb("data", None, "Build, clean, check and show training sets."))
@@ -205,7 +201,9 @@ def _add_reading(verb: Verb) -> None:
     sub.add_argument("--out", type=Path, metavar="DIR", help="copy the model here")
     sub = verb("report", _report, "Write report.html of a run.")
     sub.add_argument("run_dir", type=Path, metavar="RUN")
-    sub = verb("status", _status, "Where a run stands, whether its parts live, where its logs are, why its last start ended.")
+    sub = verb(
+        "status", _status, "Where a run stands, whether its parts live, where its logs are, why its last start ended."
+    )
     sub.add_argument("run_dir", type=Path, metavar="RUN")
     sub.add_argument("--watch", action="store_true", help="again every few seconds, until the run has ended")
     sub = verb("compare", _compare, "Set runs against each other: before and after, size and sources, levels, controls.")
@@ -216,13 +214,15 @@ def _add_reading(verb: Verb) -> None:
     sub.add_argument("run_dir", type=Path, metavar="RUN")
     sub.add_argument("--step", type=int, required=True, metavar="N")
     sub.add_argument("--only", choices=("reward", "update"), required=True)
-    sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings to run the update with, for instance "
-                     "parallel.tensor=2")
+    sub.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings to run the update with, for instance parallel.tensor=2"
+    )
     sub = verb("bundle", _bundle, "Pack a run into one archive: configuration, hashes, metrics, evaluation.")
     sub.add_argument("run_dir", type=Path, metavar="RUN")
     sub.add_argument("--out", type=Path, required=True, metavar="FILE.tar.gz")
-    sub.add_argument("--without-questions", action="store_true",
-                     help="leave out question files, what answers quote, and the report")
+    sub.add_argument(
+        "--without-questions", action="store_true", help="leave out question files, what answers quote, and the report"
+    )
     sub = verb("reproduce", _reproduce, "Check a bundle against this machine and start its run again.")
     sub.add_argument("bundle", type=Path, metavar="BUNDLE")
     sub.add_argument("--check", action="store_true", help="only check: hashes, versions, missing files")
@@ -235,66 +235,69 @@ def _add_reading(verb: Verb) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------- verbs
 def _train(options: argparse.Namespace) -> int:
-    from alphamed.cluster import launch
-    from alphamed.config_file import load_config
+    from alphamed.config.loading import load_config
     from alphamed.lab.hooks import validate
+    from alphamed.launch import single_host
 
     config = load_config(options.config, options.overrides)
     checked = validate(config)
     checked.print_notes()
     if options.check:
-        print(f"{options.config}: in order; {checked.questions} questions, {checked.evaluation_questions} for "
-              f"evaluation, {checked.shape.parameters:,} parameters, {config.parallel.world} ranks, "
-              f"{config.rollout.engines} engines")
-        earned = ", ".join(f"{reward:g} for {'an' if kind == 'empty' else 'a'} {kind} answer"
-                           for kind, reward in checked.rewards.items())
+        print(
+            f"{options.config}: in order; {checked.questions} questions, {checked.evaluation_questions} for "
+            f"evaluation, {checked.shape.parameters:,} parameters, {config.parallel.world} ranks, "
+            f"{config.rollout.engines} engines"
+        )
+        earned = ", ".join(
+            f"{reward:g} for {'an' if kind == 'empty' else 'a'} {kind} answer" for kind, reward in checked.rewards.items()
+        )
         if earned:
             print(f"reward {config.reward.name}: {earned}")
         return 0
-    return launch.train(config)
+    return single_host.train(config)
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from alphamed.planner.main import main as plan
+    from alphamed.lab.planner import main
 
-    return plan(options)
+    return main.main(options)
 
 
 def _launch(options: argparse.Namespace) -> int:
-    from alphamed.cluster import launch
     from alphamed.errors import ConfigError
+    from alphamed.launch import single_host
 
     if options.script:
-        launch.refuse_sbatch(options.script, os.environ)
-    options.config = options.config or (options.script and launch.config_of_script(options.script))
+        single_host.refuse_sbatch(options.script, os.environ)
+    options.config = options.config or (options.script and single_host.config_of_script(options.script))
     if options.config is None:
         raise ConfigError("launch: neither --script nor --config is given")
     options.check = False
     if options.hosts or options.slurm:
-        from alphamed.cluster import remote
+        from alphamed.launch import remote
 
         return remote.main(options)
     if options.nodes is None:
         return _train(options)
-    from alphamed.cluster import nodes
-    from alphamed.config_file import load_config
+    from alphamed.config.loading import load_config
     from alphamed.lab.hooks import check
+    from alphamed.launch import nodes
 
     named = nodes.named(options.nodes, options.node_rank)
     return nodes.run(lambda: load_config(options.config, options.overrides), named, options.node_rank, options.port, check)
 
 
 def _worker(options: argparse.Namespace) -> int:
-    from alphamed.cluster import launch, worker
-    from alphamed.config_file import load_config
+    from alphamed.config.loading import load_config
     from alphamed.errors import ConfigError
+    from alphamed.launch import single_host, worker
 
     if options.config:
         return worker.run_worker(load_config(options.config, options.overrides), _train_here, None)
     if options.script is None:
         raise ConfigError("worker: neither --script nor --config is given")
     try:
-        config = load_config(launch.config_of_script(options.script), options.overrides)
+        config = load_config(single_host.config_of_script(options.script), options.overrides)
     except ConfigError as error:
         worker.report(int(os.environ.get("RANK", "0")), f"error: {error}", sys.stderr)
         return EXIT_USER_ERROR
@@ -318,7 +321,7 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _study(options: argparse.Namespace) -> int:
-    from alphamed.study import main as study
+    from alphamed.lab.study import main as study
 
     return study.main(options)
 
@@ -332,62 +335,48 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _model(options: argparse.Namespace) -> int:
-    from alphamed.config_sections import ModelConfig
-    from alphamed.model import resolve
-    from alphamed.model_folder import check_model_folder
-    from alphamed.observe.files import copy_folder
+    from alphamed import model_folder
 
-    folder = resolve(options.path, options.revision, ModelConfig.model_fields["cache"].default)
-    checked = check_model_folder(folder)
-    shape = checked.shape
-    if options.out:
-        copy_folder(folder, options.out)
-        folder = options.out
-    print(folder)
-    print(f"{shape.family}, {shape.parameters:,} parameters: {shape.layers} layers, hidden {shape.hidden}, "
-          f"FFN {shape.ffn}, {shape.heads} heads on {shape.kv_heads} KV heads of {shape.head_dim}, "
-          f"vocabulary {shape.vocab:,}{' (tied)' if shape.tied else ''}, {shape.max_positions:,} positions")
-    checked.print_remarks()
-    return 0
+    return model_folder.main(options.path, options.revision, options.out)
 
 
 def _report(options: argparse.Namespace) -> int:
-    from alphamed.observe import report
+    from alphamed.lab.reports import report
 
     return report.main(options.run_dir)
 
 
 def _status(options: argparse.Namespace) -> int:
-    from alphamed.observe import status
+    from alphamed.rundir import status
 
     return status.main(options.run_dir, options.watch)
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from alphamed.observe import compare_page
+    from alphamed.lab.reports import compare_page
 
     return compare_page.main(options.runs, options.out or Path("compare.html"), options.json)
 
 
 def _replay(options: argparse.Namespace) -> int:
     if options.only == "update":
-        from alphamed import rerun
         from alphamed.lab.hooks import check
+        from alphamed.replay import update
 
-        return rerun.main(options.run_dir, options.step, options.overrides, check)
-    from alphamed import replay
+        return update.main(options.run_dir, options.step, options.overrides, check)
+    from alphamed.replay import regrade
 
-    return replay.main(options.run_dir, options.step, options.overrides)
+    return regrade.main(options.run_dir, options.step, options.overrides)
 
 
 def _bundle(options: argparse.Namespace) -> int:
-    from alphamed import bundle
+    from alphamed.lab.bundle import pack
 
-    return bundle.main(options.run_dir, options.out, with_questions=not options.without_questions)
+    return pack.main(options.run_dir, options.out, with_questions=not options.without_questions)
 
 
 def _reproduce(options: argparse.Namespace) -> int:
-    from alphamed import reproduce
+    from alphamed.lab.bundle import reproduce
 
     return reproduce.main(options.bundle, options.out, options.data, options.check, options.overrides)
 

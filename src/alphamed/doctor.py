@@ -1,4 +1,5 @@
 """`alphamed doctor`: what is installed and active here, and what is missing for what."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -27,6 +28,7 @@ class State(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One line of the table. `needed_for` is shown where the part is not active; an `optional` part may be absent."""
+
     part: str
     state: State
     detail: str
@@ -57,11 +59,30 @@ def table(findings: list[Finding]) -> list[str]:
 def examine() -> list[Finding]:
     """Look at everything once. Imports torch; takes a few seconds."""
     checks: tuple[Callable[[], Finding], ...] = (
-        _python, _cores, _memory, _torch, _cuda, _transports, _megatron, _transformer_engine, _apex, _vllm, _ray,
-        *(lambda name=name, need=need: _package(name, need) for name, need in (
-            ("transformers", "model folders"), ("sentencepiece", "SentencePiece tokenizers"),
-            ("datasets", "question files from the hub"), ("wandb", "logging to Weights & Biases"),
-            ("safetensors", "weights"), ("psutil", "checkpoints"), ("matplotlib", "the report's curves"))))
+        _python,
+        _cores,
+        _memory,
+        _torch,
+        _cuda,
+        _transports,
+        _megatron,
+        _transformer_engine,
+        _apex,
+        _vllm,
+        _ray,
+        *(
+            lambda name=name, need=need: _package(name, need)
+            for name, need in (
+                ("transformers", "model folders"),
+                ("sentencepiece", "SentencePiece tokenizers"),
+                ("datasets", "question files from the hub"),
+                ("wandb", "logging to Weights & Biases"),
+                ("safetensors", "weights"),
+                ("psutil", "checkpoints"),
+                ("matplotlib", "the report's curves"),
+            )
+        ),
+    )
     return [check() for check in checks] + _variables()
 
 
@@ -79,15 +100,26 @@ def _cores() -> Finding:
 def _memory() -> Finding:
     total, available = memory_bytes()
     state = State.ACTIVE if total >= NEEDED_MEMORY_GIB * GIB else State.WRONG
-    return Finding("memory", state, f"{available / GIB:.1f} of {total / GIB:.1f} GiB free",
-                   f"the quickstart ({NEEDED_MEMORY_GIB} GiB)", optional=True)
+    return Finding(
+        "memory",
+        state,
+        f"{available / GIB:.1f} of {total / GIB:.1f} GiB free",
+        f"the quickstart ({NEEDED_MEMORY_GIB} GiB)",
+        optional=True,
+    )
 
 
 def _variables() -> list[Finding]:
     """Environment variables that a run on this machine would honour, ignore or refuse."""
-    return [Finding(f"${one.name}", State.WRONG if one.treatment == variables.Treatment.REFUSED else State.ACTIVE,
-                    f"{one.value}  {one.treatment}: {one.rule.why}", "any run: unset it")
-            for one in variables.examine(os.environ, variables.Start.ONE_HOST)]
+    return [
+        Finding(
+            f"${one.name}",
+            State.WRONG if one.treatment == variables.Treatment.REFUSED else State.ACTIVE,
+            f"{one.value}  {one.treatment}: {one.rule.why}",
+            "any run: unset it",
+        )
+        for one in variables.examine(os.environ, variables.Start.ONE_HOST)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------ libraries
@@ -133,8 +165,9 @@ def _transports() -> Finding:
     import torch.distributed as dist
 
     found = [name for name, there in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available())) if there]
-    return Finding("collectives", State.ACTIVE if "gloo" in found else State.ABSENT, ", ".join(found) or "none",
-                   "talk between ranks")
+    return Finding(
+        "collectives", State.ACTIVE if "gloo" in found else State.ABSENT, ", ".join(found) or "none", "talk between ranks"
+    )
 
 
 def _megatron() -> Finding:
@@ -147,8 +180,13 @@ def _transformer_engine() -> Finding:
     if version is None:
         return Finding("Transformer Engine", State.ABSENT, "Megatron's local layers are used", need, optional=True)
     if _version("transformer-engine-torch", "transformer_engine_torch") is None:
-        return Finding("Transformer Engine", State.WRONG, f"{version} without its PyTorch part fails on import; "
-                       "uninstall it or install transformer-engine[pytorch]", need, optional=True)
+        return Finding(
+            "Transformer Engine",
+            State.WRONG,
+            f"{version} without its PyTorch part fails on import; uninstall it or install transformer-engine[pytorch]",
+            need,
+            optional=True,
+        )
     return Finding("Transformer Engine", State.ACTIVE, version, need)
 
 

@@ -2,6 +2,7 @@
 
 A user's mistake is one line that names field or place, value and fix, and exit code 2; a failed run is exit code 1.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -1,4 +1,5 @@
 """Hashes that are the same in every process and on every machine, and choices made by them."""
+
 from __future__ import annotations
 
 import hashlib

@@ -7,6 +7,7 @@ count. Half a surrogate pair is read as JSON spells it (`\ud800`) and written so
 Only regular files are opened (a link to one is one): a named pipe or a device would be waited for without end. A name that
 ends in .gz is unpacked.
 """
+
 from __future__ import annotations
 
 import errno
@@ -20,9 +21,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-BOM = b"\xef\xbb\xbf"      # what some editors put in front of UTF-8
-_KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
-          stat.S_IFDIR: "a folder"}
+BOM = b"\xef\xbb\xbf"  # what some editors put in front of UTF-8
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
 
 
 def require_regular(path: Path) -> None:
@@ -55,11 +61,12 @@ def parse(line: bytes) -> Any:
     try:
         return json.loads(line.decode("utf-8"), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
-        raise ValueError(f"wrong encoding: byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line is not "
-                         f"UTF-8") from None
+        raise ValueError(
+            f"wrong encoding: byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line is not UTF-8"
+        ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from None
-    except (ValueError, RecursionError) as error:   # a repeated key, a number of 5,000 digits, brackets 10,000 deep
+    except (ValueError, RecursionError) as error:  # a repeated key, a number of 5,000 digits, brackets 10,000 deep
         raise ValueError(f"not JSON that can be used: {error}") from None
 
 

@@ -4,6 +4,7 @@ reward.
 `validate` raises the first mistake as ConfigError or DataError, one line naming field or place, value and mend. It
 imports neither torch nor transformers and takes seconds.
 """
+
 from __future__ import annotations
 
 import os
@@ -14,24 +15,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alphamed.config import Config
-from alphamed.config_choices import Device
+from alphamed.answers.thinking import Thinking
+from alphamed.config.choices import Device
+from alphamed.config.schema import Config
 from alphamed.data.mcq import RowProblem
 from alphamed.data.overlap import refuse_overlap
 from alphamed.data.sources import load_questions
 from alphamed.errors import ConfigError
-from alphamed.model import ModelShape, check_context, check_layout, resolve
+from alphamed.model.shape import ModelShape, check_context, check_layout, resolve
 from alphamed.model_folder import ModelFolder, check_model_folder, require_utf8
-from alphamed.observe.directory import MODEL_PLACE, check_resume, check_same_model
 from alphamed.records import Question
 from alphamed.reward.rules import check_name, opened_rule, try_rule
-from alphamed.reward.thinking import Thinking
 from alphamed.rollout.curriculum import check_levels
+from alphamed.rundir.directory import MODEL_PLACE, check_resume, check_same_model
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
     """What validation found on its way. `evaluation_questions`: those that will be asked, of all files."""
+
     model: ModelFolder
     questions: int
     evaluation_questions: int
@@ -50,9 +52,14 @@ class Checked:
     def print_notes(self) -> None:
         """What whoever starts a run should know of its model and data, on stderr."""
         self.model.print_remarks()
-        lines = [*(f"skipped: {problem}" for problem in self.skipped), *(f"note: {note}" for note in self.notes),
-                 *(f"{name}: {now!r} holds what {was!r} held when the run was started"
-                   for name, (was, now) in self.moved.items())]
+        lines = [
+            *(f"skipped: {problem}" for problem in self.skipped),
+            *(f"note: {note}" for note in self.notes),
+            *(
+                f"{name}: {now!r} holds what {was!r} held when the run was started"
+                for name, (was, now) in self.moved.items()
+            ),
+        ]
         for line in lines:
             print(line, file=sys.stderr)
 
@@ -69,8 +76,10 @@ def validate(config: Config, check_plan: Callable[[Config, ModelShape], None]) -
     if not config.evaluation.allow_overlap:
         refuse_overlap(training.questions, [q for file in evaluation for q in file.questions])
     if len(training.questions) < config.rollout.questions_per_step:
-        raise ConfigError(f"rollout.questions_per_step: {config.rollout.questions_per_step} is more than the "
-                          f"{len(training.questions)} questions of data.train; lower it or add data")
+        raise ConfigError(
+            f"rollout.questions_per_step: {config.rollout.questions_per_step} is more than the "
+            f"{len(training.questions)} questions of data.train; lower it or add data"
+        )
     asked = _asked(config, [file.questions for file in evaluation])
     folder = resolve(config.model.path, config.model.revision, config.model.cache)
     _check_names(config, folder)
@@ -82,11 +91,15 @@ def validate(config: Config, check_plan: Callable[[Config, ModelShape], None]) -
     paths = (*config.data.train, *config.evaluation.all_files)
     readings = sum((file.readings for file in evaluation), training.readings)
     thinking = Thinking.of(config.reward.answer_after, model.tokenizer, model.prompts)
-    return Checked(model, len(training.questions), asked,
-                   sum((file.skipped for file in evaluation), training.skipped),
-                   tuple(f"{path}: {note}" for path, reading in zip(paths, readings, strict=True) for note in reading.notes()),
-                   _check_reward(config, training.questions[0], thinking),
-                   {name: pair for name, pair in changed.items() if name in (*MODEL_PLACE, "data.train")})
+    return Checked(
+        model,
+        len(training.questions),
+        asked,
+        sum((file.skipped for file in evaluation), training.skipped),
+        tuple(f"{path}: {note}" for path, reading in zip(paths, readings, strict=True) for note in reading.notes()),
+        _check_reward(config, training.questions[0], thinking),
+        {name: pair for name, pair in changed.items() if name in (*MODEL_PLACE, "data.train")},
+    )
 
 
 def _asked(config: Config, files: Sequence[Sequence[Question]]) -> int:
@@ -135,18 +148,22 @@ def _check_place(folder: Path) -> None:
 
 def _check_replay(config: Config, run_dir: Path) -> None:
     """Whether the rollouts to train on reach to the last step, and come from settings like these."""
-    from alphamed.observe.recorded_settings import require_recorded
-    from alphamed.observe.rollout_files import recorded_steps
+    from alphamed.rundir.recorded_settings import require_recorded
+    from alphamed.rundir.rollout_files import recorded_steps
 
     last_step = config.run.last_step
     if not (run_dir / "rollouts").is_dir():
-        raise ConfigError(f"rollout.replay: {str(run_dir)!r} holds no rollouts/ folder; give the "
-                          f"directory of a run that recorded them (logging.rollout_files: true)")
+        raise ConfigError(
+            f"rollout.replay: {str(run_dir)!r} holds no rollouts/ folder; give the "
+            f"directory of a run that recorded them (logging.rollout_files: true)"
+        )
     recorded = recorded_steps(run_dir)
     if last_step not in recorded:
         present = f"rollouts of steps {recorded[0]} to {recorded[-1]}" if recorded else "no rollouts"
-        raise ConfigError(f"rollout.replay: {str(run_dir)!r} holds {present}, this run trains to step {last_step}; set "
-                          f"run.stop_after to a recorded step")
+        raise ConfigError(
+            f"rollout.replay: {str(run_dir)!r} holds {present}, this run trains to step {last_step}; set "
+            f"run.stop_after to a recorded step"
+        )
     require_recorded(config, run_dir)
 
 
@@ -158,8 +175,10 @@ def _check_hardware(config: Config) -> None:
 
     variables.refuse(os.environ)
     if config.cluster.device == Device.CUDA and gpus_present() == 0:
-        raise ConfigError("cluster.device: cuda needs an NVIDIA GPU, this machine has none; set it to cpu, or start on "
-                          "a machine that has (bash examples/... on one node, examples/slurm/train.sbatch on several)")
+        raise ConfigError(
+            "cluster.device: cuda needs an NVIDIA GPU, this machine has none; set it to cpu, or start on "
+            "a machine that has (bash examples/... on one node, examples/slurm/train.sbatch on several)"
+        )
     if wants_cuda(config) and (refusal := nccl_on_shared_gpus(config)):
         raise ConfigError(refusal)
     if not wants_cuda(config) and not config.rollout.replay:

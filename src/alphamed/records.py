@@ -11,6 +11,7 @@ A log-prob is always that of the sampling distribution: log softmax(logits / tem
 
 This module imports neither torch nor numpy at run time: the command line and the data side stay light.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 class Question:
     """One multiple-choice question. `options` is ordered: letter -> text. `level` is the difficulty 1 (easy) .. 6,
     `informativeness` a bin from 1 (little)."""
+
     id: str
     question: str
     options: Mapping[str, str]
@@ -38,13 +40,14 @@ class Question:
 
 
 class FinishReason(StrEnum):
-    STOP = "stop"          # the model ended its answer
-    LENGTH = "length"      # the token limit cut it
-    ABORT = "abort"        # the engine was told to stop
+    STOP = "stop"  # the model ended its answer
+    LENGTH = "length"  # the token limit cut it
+    ABORT = "abort"  # the engine was told to stop
 
 
 class Outcome(StrEnum):
     """What grading found. A grader's own failure is TIMEOUT or CRASH, never WRONG."""
+
     CORRECT = "correct"
     WRONG = "wrong"
     UNPARSEABLE = "unparseable"
@@ -57,6 +60,7 @@ class Outcome(StrEnum):
 class Sampling:
     """How an engine samples one request. `seed=None` leaves the engine's own generator in charge; sample j of a request
     uses seed + j. temperature 0 is greedy."""
+
     n: int
     temperature: float
     top_p: float
@@ -68,6 +72,7 @@ class Sampling:
 @dataclass(frozen=True, slots=True)
 class GenerationTask:
     """One question to be answered `sampling.n` times: what the coordinator sends to an engine."""
+
     group_id: str
     question: Question
     prompt_token_ids: tuple[int, ...]
@@ -79,6 +84,7 @@ class GenerationTask:
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """One sampled response. `logprobs[i]` belongs to `response_token_ids[i]` (the end-of-text token included)."""
+
     group_id: str
     question_id: str
     sample_index: int
@@ -92,6 +98,7 @@ class Rollout:
 @dataclass(frozen=True, slots=True)
 class RolloutGroup:
     """All responses to one question of one step; they share a prompt and a `group_id`."""
+
     group_id: str
     question: Question
     prompt_token_ids: tuple[int, ...]
@@ -102,6 +109,7 @@ class RolloutGroup:
 class ScoredGroup:
     """A graded group: `outcomes`, `rewards`, `advantages` and `letters` (the extracted answer, None where unparseable)
     run parallel to `group.rollouts`."""
+
     group: RolloutGroup
     outcomes: tuple[Outcome, ...]
     rewards: tuple[float, ...]
@@ -119,10 +127,11 @@ class ScoredGroup:
 @dataclass(frozen=True, slots=True)
 class TokenGroup:
     """What training needs of a scored group: tensors only, equal on every rank."""
-    prompt: Tensor                         # [prompt tokens] int64
-    responses: tuple[Tensor, ...]          # G x [R_j] int64
-    rollout_logprobs: tuple[Tensor, ...]   # G x [R_j] float32
-    advantages: Tensor                     # [G] float32
+
+    prompt: Tensor  # [prompt tokens] int64
+    responses: tuple[Tensor, ...]  # G x [R_j] int64
+    rollout_logprobs: tuple[Tensor, ...]  # G x [R_j] float32
+    advantages: Tensor  # [G] float32
     policy_version: int
 
 
@@ -130,6 +139,7 @@ class TokenGroup:
 class StepRollouts:
     """The groups of one step. `groups` is the same on all ranks; `scored` (texts, outcomes) and `metrics` exist on rank 0
     only and are empty elsewhere."""
+
     step: int
     groups: tuple[TokenGroup, ...]
     scored: tuple[ScoredGroup, ...] = ()
@@ -140,6 +150,7 @@ class StepRollouts:
 class Layout:
     """Sizes of the trainer's parallel dimensions and where this rank stands in them. Ranks order as Megatron's default
     `tp-cp-ep-dp-pp`: tensor ranks are neighbours, pipeline stages are farthest apart."""
+
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
@@ -179,6 +190,7 @@ class Segment:
     """A run of packed tokens: a prefix of `prefix` tokens, then continuations, each of which attends to the prefix and to
     itself. A plain sequence is a segment without continuations. Behind a stem, all its tokens attend to the row's first
     segment as well: what all prompts of the row begin with (system prompt, worked examples)."""
+
     prefix: int
     continuations: tuple[int, ...] = ()
     behind_stem: bool = False
@@ -194,17 +206,18 @@ class MicroBatch:
 
     Shared prompts: the prefix is the prompt without its last token, continuation j is that last token followed by response
     j without its last, so every response token has a label slot of its own."""
-    tokens: Tensor                # int64
-    labels: Tensor                # int64, 0 where mask is False
-    positions: Tensor             # int64, position within the sequence
-    mask: Tensor                  # bool, True at labels that are response tokens
-    sequence: Tensor              # int64, 0..S-1: which response of this micro-batch the label belongs to, -1 elsewhere
-    rollout_logprobs: Tensor      # float32
-    advantages: Tensor            # float32, the response's advantage repeated over its tokens
+
+    tokens: Tensor  # int64
+    labels: Tensor  # int64, 0 where mask is False
+    positions: Tensor  # int64, position within the sequence
+    mask: Tensor  # bool, True at labels that are response tokens
+    sequence: Tensor  # int64, 0..S-1: which response of this micro-batch the label belongs to, -1 elsewhere
+    rollout_logprobs: Tensor  # float32
+    advantages: Tensor  # float32, the response's advantage repeated over its tokens
     segments: tuple[Segment, ...]
-    samples: tuple[tuple[int, int], ...]     # sequence s came from (index of its group in the step, sample index)
-    old_logprobs: Tensor | None = None       # float32, the policy's before the first update of the step
-    reference_logprobs: Tensor | None = None # float32
+    samples: tuple[tuple[int, int], ...]  # sequence s came from (index of its group in the step, sample index)
+    old_logprobs: Tensor | None = None  # float32, the policy's before the first update of the step
+    reference_logprobs: Tensor | None = None  # float32
 
     @property
     def sequences(self) -> int:
@@ -215,6 +228,7 @@ class MicroBatch:
 class MiniBatch:
     """What one optimizer step sees. `micro_batches` are this data rank's (the same number on every rank); the counts are
     global, over all data ranks, and are what the summed loss is divided by."""
+
     micro_batches: tuple[MicroBatch, ...]
     response_tokens: int
     sequences: int
@@ -223,5 +237,6 @@ class MiniBatch:
 @dataclass(frozen=True, slots=True)
 class Batch:
     """A step's data on this rank, cut into one mini-batch per optimizer step."""
+
     mini_batches: tuple[MiniBatch, ...]
-    metrics: Mapping[str, float] = field(default_factory=dict)   # batch/... of observe/metrics.py
+    metrics: Mapping[str, float] = field(default_factory=dict)  # batch/... of rundir/metrics.py

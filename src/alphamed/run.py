@@ -13,6 +13,7 @@ Every rank holds a `Run` and calls the same methods in the same order. Files are
         run.evaluate(begin)
     run.checkpoint(save, last=True); run.evaluate(begin, last=True); run.finish()
 """
+
 from __future__ import annotations
 
 import sys
@@ -24,15 +25,14 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from alphamed.cluster.failure import StopRequested, stop_requested
 from alphamed.cluster.hardware import wants_cuda
-from alphamed.config import Config
-from alphamed.config_choices import WandbMode
-from alphamed.observe import looks, provenance
-from alphamed.observe import metrics as names
-from alphamed.observe.directory import RunDirectory
-from alphamed.observe.dumps import SpikeWatch, dump_batch
-from alphamed.observe.rollout_files import rollout_path, write_rollouts
-from alphamed.observe.sinks import Console, JsonLines, Sink, Wandb
+from alphamed.config.choices import WandbMode
+from alphamed.config.schema import Config
 from alphamed.records import Batch, StepRollouts, TokenGroup
+from alphamed.rundir import evaluation_log, metrics as names, provenance
+from alphamed.rundir.directory import RunDirectory
+from alphamed.rundir.dumps import SpikeWatch, dump_batch
+from alphamed.rundir.rollout_files import rollout_path, write_rollouts
+from alphamed.rundir.sinks import Console, JsonLines, Sink, Wandb
 
 if TYPE_CHECKING:
     from alphamed.evaluation.runner import Evaluation
@@ -43,6 +43,7 @@ T = TypeVar("T")
 
 class Control(Protocol):
     """What a run needs of `cluster.control.Control`."""
+
     rank: int
 
     def from_rank0(self, what: str, function: Callable[[], T]) -> T: ...
@@ -61,6 +62,7 @@ class Forecast(Protocol):
 @dataclass(frozen=True, slots=True)
 class Hooks:
     """What a run has done by others and could do without; `lab.hooks.HOOKS` are the program's own."""
+
     forecast: Callable[[Config, Path], Forecast] | None = None
     """Predicts each step, from the configuration and the folder of the initial model."""
     report: Callable[[Config], list[str]] | None = None
@@ -72,10 +74,11 @@ class Hooks:
 @dataclass(slots=True)
 class RunState:
     """What a checkpoint keeps besides weights, optimizer and random state; JSON-able through `asdict`."""
-    step: int = 0                       # steps done
-    policy_version: int = 0             # pushes to the engines so far
-    cursor: dict[str, Any] = field(default_factory=dict)      # where the question stream stands
-    wall_s: float = 0.0                 # seconds of training so far, over all restarts
+
+    step: int = 0  # steps done
+    policy_version: int = 0  # pushes to the engines so far
+    cursor: dict[str, Any] = field(default_factory=dict)  # where the question stream stands
+    wall_s: float = 0.0  # seconds of training so far, over all restarts
 
 
 class Run:
@@ -87,20 +90,20 @@ class Run:
         self.checkpoints = self.dir / "checkpoints"
         self.hf = self.dir / "hf"
         self.state = RunState()
-        self._directory = directory                 # None but on rank 0
+        self._directory = directory  # None but on rank 0
         self._console: Console | None = None
         self._sinks: list[Sink] = []
         self._spikes = SpikeWatch()
-        self._forecast: Forecast | None = None      # on rank 0, where the model's folder is known
-        self._checkpointed = 0                      # last step that is safe on the disk
+        self._forecast: Forecast | None = None  # on rank 0, where the model's folder is known
+        self._checkpointed = 0  # last step that is safe on the disk
         self._opened = time.monotonic()
         self._began_wall_s = 0.0
         self._step_began = self._opened
         self._warned: set[str] = set()
-        self.activity = "starting"                  # on rank 0, for `alphamed status`
-        self.stopped = False                        # asked to end before its last step; the same on every rank
-        self._evaluating: int | None = None         # the step whose evaluation is under way; the same on every rank
-        self._evaluation: Callable[[], Evaluation] | None = None        # on rank 0: waits for it
+        self.activity = "starting"  # on rank 0, for `alphamed status`
+        self.stopped = False  # asked to end before its last step; the same on every rank
+        self._evaluating: int | None = None  # the step whose evaluation is under way; the same on every rank
+        self._evaluation: Callable[[], Evaluation] | None = None  # on rank 0: waits for it
 
     @classmethod
     def open(cls, config: Config, control: Control, hooks: Hooks = Hooks()) -> Run:
@@ -126,16 +129,22 @@ class Run:
         self._console = Console(self.config.run.last_step, self.deadline)
         recorded = self._directory.last_step()
         if recorded > self.state.step:
-            self.note(f"continuing after step {self.state.step}: the records of steps {self.state.step + 1} to "
-                      f"{recorded} are dropped, no checkpoint holds them")
+            self.note(
+                f"continuing after step {self.state.step}: the records of steps {self.state.step + 1} to "
+                f"{recorded} are dropped, no checkpoint holds them"
+            )
         self._directory.drop_after(self.state.step)
         self._directory.set_finished(None)
         for row in names.read_rows(self._directory.metrics_file):
             self._spikes.check(row)
         changed = {name: {"old": old, "new": new} for name, (old, new) in self._directory.changed.items()}
-        record = provenance.record_start(self.dir, sys.argv, self.config.data.train, model,
-                                         {"continued_after_step": self.state.step, "changed": changed}
-                                         | self._remarks(model))
+        record = provenance.record_start(
+            self.dir,
+            sys.argv,
+            self.config.data.train,
+            model,
+            {"continued_after_step": self.state.step, "changed": changed} | self._remarks(model),
+        )
         self._sinks = [JsonLines(self._directory.metrics_file), self._console]
         if self.config.logging.wandb != WandbMode.OFF:
             self._sinks.append(Wandb(self.config, _wandb_id(record), self.note))
@@ -195,22 +204,34 @@ class Run:
         return up
 
     # --------------------------------------------------------------------------------------------------------- records
-    def record(self, rollouts: StepRollouts, stats: Mapping[str, float], *, version: int,
-               cursor: Mapping[str, Any] | None = None, batch: Batch | None = None) -> None:
+    def record(
+        self,
+        rollouts: StepRollouts,
+        stats: Mapping[str, float],
+        *,
+        version: int,
+        cursor: Mapping[str, Any] | None = None,
+        batch: Batch | None = None,
+    ) -> None:
         """Finish a step: write its metrics and rollouts, tell the progress, dump `batch` if the update was bad.
 
         `stats` is what `Policy.update` and the timers of the loop found; `version` the weights the engines hold now;
         `cursor` the question stream's state after this step (rank 0; None keeps the last).
         """
-        self.state = RunState(rollouts.step, version, dict(cursor) if cursor is not None else self.state.cursor,
-                              self._began_wall_s + time.monotonic() - self._opened)
+        self.state = RunState(
+            rollouts.step,
+            version,
+            dict(cursor) if cursor is not None else self.state.cursor,
+            self._began_wall_s + time.monotonic() - self._opened,
+        )
         extra = dict(batch.metrics) if batch else {}
-        bad = self.control.from_rank0(f"recording step {rollouts.step}",
-                                      lambda: self._write(rollouts, extra | dict(stats)))
+        bad = self.control.from_rank0(f"recording step {rollouts.step}", lambda: self._write(rollouts, extra | dict(stats)))
         if bad and batch:
             self.note(f"step {rollouts.step}: {bad}; its batch is kept under {self.dir / 'dumps'}")
-            self.control.everywhere(f"dumping the batch of step {rollouts.step}", lambda: str(
-                dump_batch(self.dir, rollouts.step, self.control.rank, bad, batch)))
+            self.control.everywhere(
+                f"dumping the batch of step {rollouts.step}",
+                lambda: str(dump_batch(self.dir, rollouts.step, self.control.rank, bad, batch)),
+            )
 
     def _write(self, rollouts: StepRollouts, stats: dict[str, float]) -> str | None:
         found = self._metrics(rollouts, stats)
@@ -219,7 +240,7 @@ class Run:
         for sink in self._sinks:
             sink.write(found)
         for name in set(names.undeclared(found)) - self._warned:
-            self.note(f"metric {name} is not declared in observe/metrics.py; add a row")
+            self.note(f"metric {name} is not declared in rundir/metrics.py; add a row")
             self._warned.add(name)
         return self._spikes.check(found)
 
@@ -229,8 +250,11 @@ class Run:
 
         tokens = sum(len(response) for group in rollouts.groups for response in group.responses)
         step_s = time.monotonic() - self._step_began - stats.get("time/evaluate_s", 0.0)
-        found = {"time/step_s": step_s, "time/wall_s": self.state.wall_s,
-                 "memory/rss_bytes": psutil.Process().memory_info().rss}
+        found = {
+            "time/step_s": step_s,
+            "time/wall_s": self.state.wall_s,
+            "memory/rss_bytes": psutil.Process().memory_info().rss,
+        }
         found |= names.reduce_groups(rollouts.scored) if rollouts.scored else {}
         found |= dict(rollouts.metrics) | stats
         found |= self._forecast.metrics(rollouts.groups) if self._forecast and rollouts.groups else {}
@@ -260,13 +284,17 @@ class Run:
         self.finish_evaluation()
         wanted, step = self.config.evaluation, self.state.step
         between = 0 < step < self.config.run.last_step and not last
-        due = (wanted.before and step == 0) or (wanted.after and last) or bool(
-            wanted.every and step and step % wanted.every == 0)
+        due = (
+            (wanted.before and step == 0)
+            or (wanted.after and last)
+            or bool(wanted.every and step and step % wanted.every == 0)
+        )
         own_gpus = wants_cuda(self.config) and not self.config.cluster.share_gpus
         asked = own_gpus if wanted.background is None else wanted.background
         background = between and asked and not self.config.rollout.deterministic
-        if due and self.control.from_rank0(f"beginning the evaluation after step {step}",
-                                           lambda: self._begin_evaluation(begin, background)):
+        if due and self.control.from_rank0(
+            f"beginning the evaluation after step {step}", lambda: self._begin_evaluation(begin, background)
+        ):
             self._evaluating = step
             if not background:
                 self.finish_evaluation()
@@ -304,13 +332,17 @@ class Run:
         from alphamed.megatron import checkpoint_folder
 
         development = self.config.evaluation.development
-        roles = [looks.DEVELOPMENT if one.questions.file == development else looks.TEST for one in found.results]
-        looks.record(self.dir, step, "training", [
-            (one.questions.name, role, one.score.n) for one, role in zip(found.results, roles)])
+        roles = [
+            evaluation_log.DEVELOPMENT if one.questions.file == development else evaluation_log.TEST for one in found.results
+        ]
+        evaluation_log.record(
+            self.dir, step, "training", [(one.questions.name, role, one.score.n) for one, role in zip(found.results, roles)]
+        )
         for one, role in zip(found.results, roles):
             accuracy = one.score.accuracy.value
-            if role == looks.DEVELOPMENT and checkpoint_folder.offer_best(
-                    self.checkpoints, step, accuracy, one.score.n, asked_hash(one.questions, found.max_tokens)):
+            if role == evaluation_log.DEVELOPMENT and checkpoint_folder.offer_best(
+                self.checkpoints, step, accuracy, one.score.n, asked_hash(one.questions, found.max_tokens)
+            ):
                 self.note(f"best checkpoint so far: step {step}, {one.score.accuracy} of {one.questions.name}")
 
     # ------------------------------------------------------------------------------------------------------------ end

@@ -3,6 +3,7 @@
 Rank 0 alone starts Ray, the engines, the reward process and the coordinator; whatever can fail or wait on one rank goes
 through `control`, so that all ranks end alike.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -13,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alphamed.answers.thinking import Thinking
 from alphamed.cluster import placement
 from alphamed.cluster.control import Control
 from alphamed.cluster.pulse import Pulse
-from alphamed.config import Config
-from alphamed.config_choices import AnswerKeys
+from alphamed.config.choices import AnswerKeys
+from alphamed.config.schema import Config
 from alphamed.data.controls import with_shuffled_keys
 from alphamed.data.prompts import PromptBuilder
 from alphamed.data.sources import load_questions
@@ -28,9 +30,8 @@ from alphamed.evaluation.evaluator import Evaluator
 from alphamed.evaluation.runner import Evaluation, load_sets
 from alphamed.megatron import checkpoint, checkpoint_folder, runtime
 from alphamed.megatron.policy import NoReference, Policy, Reference
-from alphamed.model import ModelShape, read_shape, resolve
+from alphamed.model.shape import ModelShape, read_shape, resolve
 from alphamed.reward import process
-from alphamed.reward.thinking import Thinking
 from alphamed.rollout.coordinator import Coordinator
 from alphamed.rollout.pace import Pace
 from alphamed.rollout.pipeline import LiveRollouts, ReplayedRollouts
@@ -46,9 +47,10 @@ from alphamed.weights.sync import WeightSync
 @dataclass(frozen=True)
 class Engines:
     """What generates and grades, as rank 0 holds it."""
+
     pool: EnginePool
     coordinator: Coordinator
-    grader: Any                             # the reward process, an actor's handle
+    grader: Any  # the reward process, an actor's handle
 
 
 class NoSync:
@@ -65,6 +67,7 @@ class NoSync:
 @dataclass(frozen=True)
 class Session:
     """Everything the loop in train.py works with, on one rank."""
+
     config: Config
     control: Control
     run: Run
@@ -95,20 +98,35 @@ class Session:
         something else. Replayed rollouts may come from another policy."""
         found, limit = stats["policy/logprob_diff_mean"], self.config.max_logprob_diff
         if math.isnan(found):
-            raise RunFailed("policy", f"step {step}: log-probs of its responses are not finite "
-                            f"(policy/logprob_diff_mean); look at its weights and at the step's batch in "
-                            f"{self.run.dir / 'dumps'}")
+            raise RunFailed(
+                "policy",
+                f"step {step}: log-probs of its responses are not finite "
+                f"(policy/logprob_diff_mean); look at its weights and at the step's batch in "
+                f"{self.run.dir / 'dumps'}",
+            )
         if self.config.rollout.replay is None and not found <= limit:
-            raise RunFailed("rollout engines", f"step {step}: their log-probs differ from the policy's by {found:.3g} in the "
-                            f"mean (policy/logprob_diff_mean), the limit is {limit:g}; look for wrongly loaded weights, or "
-                            f"raise sync.max_logprob_diff")
+            raise RunFailed(
+                "rollout engines",
+                f"step {step}: their log-probs differ from the policy's by {found:.3g} in the "
+                f"mean (policy/logprob_diff_mean), the limit is {limit:g}; look for wrongly loaded weights, or "
+                f"raise sync.max_logprob_diff",
+            )
 
     def export(self) -> None:
         """Write the policy as a Hugging Face folder, all ranks together, and its card."""
         policy = self.policy
-        self.control.everywhere("exporting the model", lambda: save_hf(
-            self.run.hf, self.folder, policy.model_chunks(), policy.shape, policy.layout, policy.tensor_group,
-            policy.pipeline_group))
+        self.control.everywhere(
+            "exporting the model",
+            lambda: save_hf(
+                self.run.hf,
+                self.folder,
+                policy.model_chunks(),
+                policy.shape,
+                policy.layout,
+                policy.tensor_group,
+                policy.pipeline_group,
+            ),
+        )
         if self.hooks.model_card is not None:
             write_card = self.hooks.model_card
             self.control.from_rank0("the model card", lambda: write_card(self.run.dir, self.config, self.run.hf))
@@ -120,16 +138,18 @@ def open_session(config: Config, hooks: Hooks = Hooks()) -> Iterator[Session]:
     with contextlib.ExitStack() as stack:
         here = runtime.start(config)
         stack.callback(runtime.stop, here)
-        print(here.layout, file=sys.stderr)                 # goes to the rank's log; `alphamed plan --simulate` reads it
-        control = stack.enter_context(Control.open(here.cpu_group, config.run_dir, config.cluster.heartbeat_timeout_s,
-                                                   longest_s=config.longest_wait_s))
+        print(here.layout, file=sys.stderr)  # goes to the rank's log; `alphamed plan --simulate` reads it
+        control = stack.enter_context(
+            Control.open(here.cpu_group, config.run_dir, config.cluster.heartbeat_timeout_s, longest_s=config.longest_wait_s)
+        )
         run = Run.open(config, control, hooks)
         stack.callback(run.close)
         pulse = Pulse(run.dir, control.heard_s, lambda: run.activity)
         if control.rank == 0:
             stack.enter_context(pulse)
-        folder = control.from_rank0("finding the model", lambda: resolve(
-            config.model.path, config.model.revision, config.model.cache))
+        folder = control.from_rank0(
+            "finding the model", lambda: resolve(config.model.path, config.model.revision, config.model.cache)
+        )
         shape, tokenizer = read_shape(folder), load_tokenizer(folder)
         policy, saved = _policy(config, shape, here, folder, control, run)
         reference = _reference(config, shape, here, folder, control)
@@ -139,18 +159,31 @@ def open_session(config: Config, hooks: Hooks = Hooks()) -> Iterator[Session]:
             run.note("starting the engines ...")
         engines = _engines(config, folder, shape, tokenizer, prompts, control, stack)
         if engines:
-            pulse.watch([*((f"engine {one.index}", one.actor) for one in engines.pool.engines), ("reward process", engines.grader)])
+            pulse.watch(
+                [*((f"engine {one.index}", one.actor) for one in engines.pool.engines), ("reward process", engines.grader)]
+            )
         pace = Pace(config, run.deadline, run.note) if config.sizes_steps and control.rank == 0 else None
         rollouts = _rollouts(config, prompts, engines, control, run, pace)
         if run.state.cursor:
             control.from_rank0("the place in the questions", lambda: rollouts.load_state(run.state.cursor))
-        yield Session(config, control, run, policy, reference, rollouts, _sync(config, policy, tokenizer, engines, control, run),
-                      folder, _evaluator(config, prompts, engines, control, run, pace), hooks)
+        yield Session(
+            config,
+            control,
+            run,
+            policy,
+            reference,
+            rollouts,
+            _sync(config, policy, tokenizer, engines, control, run),
+            folder,
+            _evaluator(config, prompts, engines, control, run, pace),
+            hooks,
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------------- parts
-def _policy(config: Config, shape: ModelShape, here: runtime.Runtime, folder: Path, control: Control,
-            run: Run) -> tuple[Policy, dict | None]:
+def _policy(
+    config: Config, shape: ModelShape, here: runtime.Runtime, folder: Path, control: Control, run: Run
+) -> tuple[Policy, dict | None]:
     """The policy with the weights of the last checkpoint, or of the model's folder, and the state saved beside them."""
     policy = Policy.build(config, shape, here)
     last = control.from_rank0("finding the last checkpoint", lambda: checkpoint_folder.latest(run.checkpoints))
@@ -161,8 +194,9 @@ def _policy(config: Config, shape: ModelShape, here: runtime.Runtime, folder: Pa
     return policy, None
 
 
-def _reference(config: Config, shape: ModelShape, here: runtime.Runtime, folder: Path,
-               control: Control) -> Reference | NoReference:
+def _reference(
+    config: Config, shape: ModelShape, here: runtime.Runtime, folder: Path, control: Control
+) -> Reference | NoReference:
     if config.algorithm.kl_coefficient == 0:
         return NoReference()
     reference = Reference.build(config, shape, here)
@@ -171,8 +205,15 @@ def _reference(config: Config, shape: ModelShape, here: runtime.Runtime, folder:
     return reference
 
 
-def _engines(config: Config, folder: Path, shape: ModelShape, tokenizer: Tokenizer, prompts: PromptBuilder,
-             control: Control, stack: contextlib.ExitStack) -> Engines | None:
+def _engines(
+    config: Config,
+    folder: Path,
+    shape: ModelShape,
+    tokenizer: Tokenizer,
+    prompts: PromptBuilder,
+    control: Control,
+    stack: contextlib.ExitStack,
+) -> Engines | None:
     """On rank 0 of a run that generates: Ray, the engines, the reward process and the coordinator; None elsewhere."""
     if config.rollout.replay is not None:
         return None
@@ -188,20 +229,21 @@ def _engines(config: Config, folder: Path, shape: ModelShape, tokenizer: Tokeniz
     return control.on_rank0("starting the engines", start)
 
 
-def _rollouts(config: Config, prompts: PromptBuilder, engines: Engines | None, control: Control,
-              run: Run, pace: Pace | None) -> LiveRollouts | ReplayedRollouts:
+def _rollouts(
+    config: Config, prompts: PromptBuilder, engines: Engines | None, control: Control, run: Run, pace: Pace | None
+) -> LiveRollouts | ReplayedRollouts:
     if config.rollout.replay is not None:
         return ReplayedRollouts(config, control)
     questions = load_questions(config.data.train, config.data.bad_rows).questions
     if config.data.answer_keys == AnswerKeys.SHUFFLED:
         questions = with_shuffled_keys(questions, config.run.seed)
     stream = QuestionStream(questions, config.run.seed, config.data.shuffle_options)
-    return LiveRollouts(config, stream, prompts, engines and engines.coordinator, control, run.show_generation,
-                        pace)
+    return LiveRollouts(config, stream, prompts, engines and engines.coordinator, control, run.show_generation, pace)
 
 
-def _sync(config: Config, policy: Policy, tokenizer: Tokenizer, engines: Engines | None, control: Control,
-          run: Run) -> WeightSync | NoSync:
+def _sync(
+    config: Config, policy: Policy, tokenizer: Tokenizer, engines: Engines | None, control: Control, run: Run
+) -> WeightSync | NoSync:
     # The first push after a resume brings the weights of the last step: it gets that step's version again.
     version = max(0, run.state.policy_version - 1)
     if config.rollout.replay is not None:
@@ -210,12 +252,15 @@ def _sync(config: Config, policy: Policy, tokenizer: Tokenizer, engines: Engines
     return WeightSync(config, PolicySource(policy, policy.shape), engines and engines.pool, control, probe, version)
 
 
-def _evaluator(config: Config, prompts: PromptBuilder, engines: Engines | None, control: Control, run: Run,
-               pace: Pace | None) -> Evaluator | None:
+def _evaluator(
+    config: Config, prompts: PromptBuilder, engines: Engines | None, control: Control, run: Run, pace: Pace | None
+) -> Evaluator | None:
     """On rank 0 of a run that evaluates: what has the evaluation files answered; None elsewhere."""
     wanted = config.evaluation
-    sets = control.on_rank0("loading the evaluation", lambda: load_sets(
-        wanted.all_files, wanted.questions, config.run.seed, config.data.bad_rows, wanted.decisions))
+    sets = control.on_rank0(
+        "loading the evaluation",
+        lambda: load_sets(wanted.all_files, wanted.questions, config.run.seed, config.data.bad_rows, wanted.decisions),
+    )
     if engines is None or not sets:
         return None
     return Evaluator(config, sets, prompts.render, engines.coordinator, run.dir, run, pace)

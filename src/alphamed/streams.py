@@ -1,8 +1,10 @@
 """The standard streams of the command line: closed ones, names that are not UTF-8, readers that are gone, full disks."""
+
 from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
 import os
 import select
 import sys
@@ -17,13 +19,13 @@ def secure() -> None:
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
-        except OSError:                         # the lowest free number is this one
+        except OSError:  # the lowest free number is this one
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
     if hasattr(sys.stdout, "reconfigure"):
         codecs.register_error(PRINTED, _as_bytes)
-        sys.stdout.reconfigure(errors=PRINTED, line_buffering=True)     # in a file or a pipe lines appear when printed, too
+        sys.stdout.reconfigure(errors=PRINTED, line_buffering=True)  # in a file or a pipe lines appear when printed, too
 
 
 def _as_bytes(error: UnicodeError) -> tuple[bytes | str, int]:
@@ -56,3 +58,13 @@ def reader_is_gone() -> bool:
     if gone:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return gone
+
+
+def place_problem(error: OSError) -> str | None:
+    """One line for a file or folder that can not be read or written, and for a full disk; None for any other trouble."""
+    place = f"{error.filename}: " if error.filename is not None else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{place}{error.strerror}; make room and start again"
+    if place:
+        return f"{place}{error.strerror}; choose another place, or see to its permissions"
+    return str(error) if error.errno is None else None  # our own words

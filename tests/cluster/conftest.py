@@ -1,4 +1,5 @@
 """Test hosts: one set for all tests of this folder."""
+
 import sys
 from pathlib import Path
 

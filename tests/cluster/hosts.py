@@ -6,6 +6,7 @@ the others' to addresses on a bridge; nothing else is reachable. File systems ar
 
 Needs root and `tests/system_packages.sh slurm`. By hand:  python tests/cluster/hosts.py up [HOSTS] | down
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -54,19 +55,24 @@ class Hosts:
     def __init__(self, count: int, folder: Path = FOLDER):
         self.folder = folder
         self.names = [f"node{number + 1}" for number in range(count)]
-        self._first: dict[str, int] = {}            # name -> id of its first process
-        kept = {name: value for name, value in os.environ.items() if name != "TMPDIR"}      # a host has a /tmp of its own
-        self.environment = kept | {"SLURM_CONF": str(folder / "slurm.conf"),
-                                   "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
+        self._first: dict[str, int] = {}  # name -> id of its first process
+        kept = {name: value for name, value in os.environ.items() if name != "TMPDIR"}  # a host has a /tmp of its own
+        self.environment = kept | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
 
     # ------------------------------------------------------------------------------------------------------ up and down
     def up(self) -> None:
         for part in ("state", "spool", "munge", "ssh"):
             (self.folder / part).mkdir(parents=True)
         self._configure()
-        self._run("munged", f"--socket={self.folder}/munge/socket", f"--key-file={self.folder}/munge/key",
-                  f"--pid-file={self.folder}/munge/pid", f"--log-file={self.folder}/munge/log",
-                  f"--seed-file={self.folder}/munge/seed", "--force")
+        self._run(
+            "munged",
+            f"--socket={self.folder}/munge/socket",
+            f"--key-file={self.folder}/munge/key",
+            f"--pid-file={self.folder}/munge/pid",
+            f"--log-file={self.folder}/munge/log",
+            f"--seed-file={self.folder}/munge/seed",
+            "--force",
+        )
         self._run("ip", "link", "add", BRIDGE, "type", "bridge")
         self._run("ip", "addr", "add", f"{SUBNET}.1/24", "dev", BRIDGE)
         self._run("ip", "link", "set", BRIDGE, "up")
@@ -81,8 +87,9 @@ class Hosts:
         own = self.folder / name
         own.mkdir(exist_ok=True)
         entries = [f"{SUBNET}.{10 + i + 1} {other}" for i, other in enumerate(self.names) if other != name]
-        (own / "hosts").write_text("\n".join(["127.0.0.1 localhost", f"127.0.1.1 {name}", f"{SUBNET}.1 {socket.gethostname()}",
-                                              *entries, ""]))
+        (own / "hosts").write_text(
+            "\n".join(["127.0.0.1 localhost", f"127.0.1.1 {name}", f"{SUBNET}.1 {socket.gethostname()}", *entries, ""])
+        )
         self._run("ip", "netns", "add", name, check=False)
         self._run("ip", "link", "delete", f"am{number}", check=False)
         self._run("ip", "link", "add", f"am{number}", "type", "veth", "peer", "name", "eth0", "netns", name)
@@ -90,12 +97,31 @@ class Hosts:
         self._run("ip", "-n", name, "addr", "add", f"{SUBNET}.{10 + number}/24", "dev", "eth0")
         for device in ("eth0", "lo"):
             self._run("ip", "-n", name, "link", "set", device, "up")
-        command = ["nsenter", f"--net=/var/run/netns/{name}", "unshare", "--mount", "--propagation", "slave", "--uts", "--ipc",
-                   "--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-c", HOST, "host", str(own), name,
-                   str(self.folder / "ssh")]
+        command = [
+            "nsenter",
+            f"--net=/var/run/netns/{name}",
+            "unshare",
+            "--mount",
+            "--propagation",
+            "slave",
+            "--uts",
+            "--ipc",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+            "bash",
+            "-c",
+            HOST,
+            "host",
+            str(own),
+            name,
+            str(self.folder / "ssh"),
+        ]
         log = open(own / "host.log", "ab")
-        outer = subprocess.Popen(command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                 start_new_session=True)
+        outer = subprocess.Popen(
+            command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
         self.wait_until(lambda: self._child(outer.pid), f"{name} starts", UP_DEADLINE_S)
         self._first[name] = self._child(outer.pid)
         (own / "first").write_text(str(self._first[name]))
@@ -191,7 +217,13 @@ class Hosts:
         for entry in os.listdir("/proc"):
             with contextlib.suppress(OSError):
                 if entry.isdigit() and os.stat(f"/proc/{entry}/ns/net").st_ino == wanted:
-                    command = Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()[:120]
+                    command = (
+                        Path(f"/proc/{entry}/cmdline")
+                        .read_bytes()
+                        .replace(b"\0", b" ")
+                        .decode(errors="replace")
+                        .strip()[:120]
+                    )
                     if command:
                         found[int(entry)] = command
         return found
@@ -205,10 +237,20 @@ class Hosts:
 
     # ----------------------------------------------------------------------------------------------------------- inside
     def _configure(self) -> None:
-        memory = int(next(line.split()[1] for line in Path("/proc/meminfo").read_text().splitlines()
-                          if line.startswith("MemTotal"))) // 1024 * 8 // 10
-        nodes = "\n".join(f"NodeName={name} NodeAddr={SUBNET}.{11 + i} CPUs={os.cpu_count()} RealMemory={memory} State=UNKNOWN"
-                          for i, name in enumerate(self.names))
+        memory = (
+            int(
+                next(
+                    line.split()[1] for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal")
+                )
+            )
+            // 1024
+            * 8
+            // 10
+        )
+        nodes = "\n".join(
+            f"NodeName={name} NodeAddr={SUBNET}.{11 + i} CPUs={os.cpu_count()} RealMemory={memory} State=UNKNOWN"
+            for i, name in enumerate(self.names)
+        )
         listed = ",".join(self.names)
         (self.folder / "slurm.conf").write_text(f"""ClusterName=hosts
 SlurmctldHost={socket.gethostname()}({SUBNET}.1)
@@ -256,14 +298,29 @@ PartitionName=urgent Nodes={listed} MaxTime=INFINITE State=UP PriorityTier=10
         (folder / "known").write_text("".join(f"{name},{SUBNET}.{11 + i} {public}\n" for i, name in enumerate(self.names)))
         (folder / "sshd_config").write_text(
             f"HostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized\nPermitRootLogin prohibit-password\n"
-            f"StrictModes no\nUsePAM no\nPidFile none\nPasswordAuthentication no\n")
+            f"StrictModes no\nUsePAM no\nPidFile none\nPasswordAuthentication no\n"
+        )
         (folder / "config").write_text(
-            f"Host *\n  IdentityFile {folder}/user\n  UserKnownHostsFile {folder}/known\n  BatchMode yes\n  User root\n")
+            f"Host *\n  IdentityFile {folder}/user\n  UserKnownHostsFile {folder}/known\n  BatchMode yes\n  User root\n"
+        )
 
-    def _run(self, *words: str, cwd: Path | None = None, environment: Mapping[str, str] = {}, timeout: float = 60,
-             check: bool = True) -> str:
-        done = subprocess.run(words, cwd=cwd, env=self.environment | environment, stdin=subprocess.DEVNULL,
-                              capture_output=True, text=True, timeout=timeout)
+    def _run(
+        self,
+        *words: str,
+        cwd: Path | None = None,
+        environment: Mapping[str, str] = {},
+        timeout: float = 60,
+        check: bool = True,
+    ) -> str:
+        done = subprocess.run(
+            words,
+            cwd=cwd,
+            env=self.environment | environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
         if check and done.returncode:
             error = subprocess.CalledProcessError(done.returncode, words, done.stdout, done.stderr)
             error.add_note(done.stderr)
@@ -291,7 +348,7 @@ def hosts(count: int) -> Iterator[Hosts]:
     with open(LOCK, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         made = Hosts(count)
-        made.down()                             # what a killed test run has left
+        made.down()  # what a killed test run has left
         try:
             made.up()
             yield made

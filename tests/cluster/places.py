@@ -1,4 +1,5 @@
 """A tiny run's folder on the file system that test hosts share, and what is asked of its jobs."""
+
 from __future__ import annotations
 
 import os
@@ -26,11 +27,20 @@ class Place(Workplace):
     def environment(self) -> dict[str, str]:
         return {"ALPHAMED_PYTHON": sys.executable, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
 
-    def submit(self, hosts: Hosts, count: int, *overrides: str, options: tuple[str, ...] = (),
-               environment: Mapping[str, str] = {}) -> str:
+    def submit(
+        self, hosts: Hosts, count: int, *overrides: str, options: tuple[str, ...] = (), environment: Mapping[str, str] = {}
+    ) -> str:
         """sbatch of the project's own batch script; the job's number."""
-        return hosts.sbatch("-N", str(count), *options, str(BATCH), "run.yaml", *overrides, cwd=self.folder,
-                            environment=self.environment() | environment)
+        return hosts.sbatch(
+            "-N",
+            str(count),
+            *options,
+            str(BATCH),
+            "run.yaml",
+            *overrides,
+            cwd=self.folder,
+            environment=self.environment() | environment,
+        )
 
     def launcher(self) -> None:
         """run.sh, which is one of the project's launchers: its configuration is run.yaml."""

@@ -1,5 +1,6 @@
 """What befalls a job of several hosts: a host that dies, a cut network, a full disk, Slurm that takes the hosts away. Each ends in
 recovery, or in one line that names the host; nothing is left behind."""
+
 import subprocess
 import time
 
@@ -7,8 +8,8 @@ import pytest
 from places import DEADLINE_S, Place, place, require_nothing_left
 from tiny_run import metrics
 
-from alphamed.observe.rollout_files import read_rollouts, recorded_steps, rollout_path
-from alphamed.observe.status import status
+from alphamed.rundir.rollout_files import read_rollouts, recorded_steps, rollout_path
+from alphamed.rundir.status import status
 
 pytestmark = [pytest.mark.slow, pytest.mark.matrix]
 END_S = 60
@@ -42,8 +43,9 @@ def said(hosts, here: Place, job: str, words: str, deadline_s: float = END_S) ->
 
 def asked(run_dir) -> list[str]:
     """The questions of a run in the order of its steps."""
-    return [group.group.question.id for step in recorded_steps(run_dir)
-            for group in read_rollouts(rollout_path(run_dir, step))]
+    return [
+        group.group.question.id for step in recorded_steps(run_dir) for group in read_rollouts(rollout_path(run_dir, step))
+    ]
 
 
 def test_a_dead_host_is_named_and_the_requeued_job_continues_when_it_is_back(hosts, here):
@@ -106,7 +108,7 @@ def test_a_job_that_slurm_stops_continues_from_a_checkpoint_of_that_moment(hosts
         questions = asked(here.run_dir("runs"))
         assert len(questions) == 400
         for first in range(0, 396, 6):
-            assert len(set(questions[first:first + 6])) == 6, first
+            assert len(set(questions[first : first + 6])) == 6, first
         require_nothing_left(hosts)
 
 
@@ -119,7 +121,9 @@ def test_a_run_directory_of_one_host_alone_is_noticed_before_anything_starts(hos
     finally:
         hosts.on("node2", "umount", str(here.folder / "runs"))
     lines = [line for line in here.log(job).splitlines() if line.startswith(("error", "run failed"))]
-    assert len(lines) == 1 and lines[0].startswith("error: run.root: ") and "on host node2 is not the folder" in lines[0], here.log(job)
+    assert len(lines) == 1 and lines[0].startswith("error: run.root: ") and "on host node2 is not the folder" in lines[0], (
+        here.log(job)
+    )
     assert list((here.folder / "runs").iterdir()) == []
     require_nothing_left(hosts)
 
@@ -140,9 +144,12 @@ def test_a_full_disk_is_named(hosts, here):
 
 def test_two_jobs_on_the_same_hosts_do_not_meet(hosts):
     with place() as first, place() as second:
-        jobs = [(here, here.submit(hosts, 2, "run.steps=3", options=("-p", "shared", "--oversubscribe")))
-                for here in (first, second)]
+        jobs = [
+            (here, here.submit(hosts, 2, "run.steps=3", options=("-p", "shared", "--oversubscribe")))
+            for here in (first, second)
+        ]
         assert [(hosts.wait_for_end(job, DEADLINE_S), here.log(job)) for here, job in jobs] == [
-            ("COMPLETED", here.log(job)) for here, job in jobs]
+            ("COMPLETED", here.log(job)) for here, job in jobs
+        ]
         assert all(sorted(metrics(here.run_dir("runs"))) == [1, 2, 3] for here, _ in jobs)
         require_nothing_left(hosts)

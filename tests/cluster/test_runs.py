@@ -1,12 +1,16 @@
 """Runs over several hosts, submitted to a real Slurm: they work, and compute what a single host computes."""
+
 import pyarrow.parquet as pq
 import pytest
 from places import place
 from tiny_run import metrics
 
 pytestmark = pytest.mark.slow
-LAYOUTS = {"data": ["parallel.data=2"], "tensor": ["parallel.tensor=2", "sync.mode=gather"],
-           "pipeline": ["parallel.pipeline=2", "sync.mode=direct"]}
+LAYOUTS = {
+    "data": ["parallel.data=2"],
+    "tensor": ["parallel.tensor=2", "sync.mode=gather"],
+    "pipeline": ["parallel.pipeline=2", "sync.mode=direct"],
+}
 
 
 def asked(run_dir) -> list[str]:
@@ -36,11 +40,18 @@ def test_each_of_two_hosts_trains_and_generates(hosts):
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_every_layout_trains_over_two_hosts_with_the_engine_on_a_third(hosts, layout, staleness):
     """And a single process that replays the same rollouts finds the same losses."""
-    with place(checkpoint={"every": 2}, evaluation={"files": ["questions.jsonl"], "allow_overlap": True, "after": True}) as here:
+    with place(
+        checkpoint={"every": 2}, evaluation={"files": ["questions.jsonl"], "allow_overlap": True, "after": True}
+    ) as here:
         run_dir = here.run(hosts, 3, "runs", *LAYOUTS[layout], f"rollout.max_staleness={staleness}", "run.steps=2")
         assert sorted(metrics(run_dir)) == [1, 2] and (run_dir / "evaluations" / "step_000002.json").is_file()
-        again = here.train("alone", f"rollout.replay={run_dir}", "run.steps=2", "evaluation.after=false",
-                           f"rollout.max_staleness={staleness}")
+        again = here.train(
+            "alone",
+            f"rollout.replay={run_dir}",
+            "run.steps=2",
+            "evaluation.after=false",
+            f"rollout.max_staleness={staleness}",
+        )
         for step, found in metrics(run_dir).items():
             alone = metrics(again)[step]
             for name in ("policy/loss", "policy/grad_norm"):

@@ -11,9 +11,10 @@ compiled parts can be loaded.
     cudnn       torch and Transformer Engine load the same cuDNN, and only that one
     compiler    Triton builds a C module, nvcc a kernel for Hopper
     plan        `alphamed plan` accepts every recipe of examples/recipes
-    names       Megatron's models of Transformer Engine's layers hold what weights/families.py and the planner say
+    names       Megatron's models of Transformer Engine's layers hold what model/families.py and the planner say
     engines     vLLM accepts alphamed's engine arguments and makes a CUDA configuration of them
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -28,15 +29,29 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-NINE = ("megatron.core", "torch", "transformer_engine.pytorch", "vllm", "vllm._C_stable_libtorch",
-        "vllm._moe_C_stable_libtorch", "ray", "datasets", "sentencepiece", "wandb")
+NINE = (
+    "megatron.core",
+    "torch",
+    "transformer_engine.pytorch",
+    "vllm",
+    "vllm._C_stable_libtorch",
+    "vllm._moe_C_stable_libtorch",
+    "ray",
+    "datasets",
+    "sentencepiece",
+    "wandb",
+)
 OPTIONAL = ("apex", "amp_C", "fused_weight_gradient_mlp_cuda")
 HOPPER = dict(major=9, minor=0, multi_processor_count=132, total_memory=80 << 30, name="NVIDIA H100 80GB HBM3")
-LAYERS = 8                              # of each model: more of them are alike, and take minutes
-LAYOUTS = (                             # model, ranks that are built (None: all), settings
+LAYERS = 8  # of each model: more of them are alike, and take minutes
+LAYOUTS = (  # model, ranks that are built (None: all), settings
     ("meta-llama/Llama-3.1-8B-Instruct", None, ("parallel.tensor=4",)),
     ("meta-llama/Llama-3.1-70B-Instruct", (0, 9, 31), ("parallel.tensor=8", "parallel.pipeline=4")),
-    ("meta-llama/Llama-3.1-70B-Instruct", (0, 15), ("parallel.tensor=8", "parallel.pipeline=2", "parallel.virtual_pipeline=2")),
+    (
+        "meta-llama/Llama-3.1-70B-Instruct",
+        (0, 15),
+        ("parallel.tensor=8", "parallel.pipeline=2", "parallel.virtual_pipeline=2"),
+    ),
     ("Qwen/Qwen2.5-3B-Instruct", None, ("parallel.tensor=2", "parallel.pipeline=2")),
     ("Qwen/Qwen3-8B", None, ("parallel.tensor=2", "parallel.share_prompts=false")),
     ("Qwen/Qwen3-8B", None, ("parallel.tensor=2", "parallel.share_prompts=false", "model.fp8=true")),
@@ -56,8 +71,9 @@ def main(names: list[str]) -> int:
         environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"} | _driver(Path(folder))
         for name in names or checks:
             start_s = time.monotonic()
-            done = subprocess.run([sys.executable, __file__, "--here", name], env=environment, cwd=folder, text=True,
-                                  capture_output=True)
+            done = subprocess.run(
+                [sys.executable, __file__, "--here", name], env=environment, cwd=folder, text=True, capture_output=True
+            )
             print(f"{'ok  ' if done.returncode == 0 else 'FAIL'} {name} ({time.monotonic() - start_s:.0f} s)")
             print("".join(f"     {line}\n" for line in done.stdout.splitlines()), end="", flush=True)
             if done.returncode:
@@ -78,7 +94,7 @@ def _driver(folder: Path) -> dict[str, str]:
     for library in [*site.rglob("*.so"), *Path(metadata.distribution("torch").locate_file("torch/lib")).glob("*.so")]:
         symbols = _output("nm", "-D", "--undefined-only", library)
         wanted |= {word for word in symbols.split() if word.startswith("cu") and word[2:3].isupper()}
-    no_device = 100                     # CUDA_ERROR_NO_DEVICE
+    no_device = 100  # CUDA_ERROR_NO_DEVICE
     source = folder / "driver.c"
     source.write_text("".join(f"int {name}() {{ return {no_device}; }}\n" for name in sorted(wanted)))
     _output("gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", folder / "libcuda.so.1", source)
@@ -106,7 +122,7 @@ def check_imports() -> None:
     for name in NINE:
         module = importlib.import_module(name)
         print(name, getattr(module, "__version__", ""))
-    import transformer_engine_torch                                         # the extension that the image compiled
+    import transformer_engine_torch  # the extension that the image compiled
 
     print("transformer_engine_torch", metadata.version("transformer-engine-torch"), transformer_engine_torch.__file__)
     assert torch.version.cuda.startswith("13."), torch.version.cuda
@@ -161,19 +177,19 @@ def check_plan() -> None:
 
 def check_names() -> None:
     """Every rank on the meta device under a fake process group, with Transformer Engine's layers and its FusedAdam."""
-    import torch
     import transformer_engine.pytorch  # noqa: F401
 
     import megatron_patches.apply as patches
 
-    patches.apply()                     # for Megatron's uses of torch.cuda; they refuse to be applied once CUDA is pretended
+    patches.apply()  # for Megatron's uses of torch.cuda; they refuse to be applied once CUDA is pretended
     patches.apply = lambda: None
     _pretend_hopper()
-    from alphamed.config_file import build_config, changed_config
-    from alphamed.megatron import build, provider
-    from alphamed.planner.shapes import published
+    from alphamed.config.loading import build_config, changed_config
+    from alphamed.lab.planner import meta_build
+    from alphamed.lab.planner.shapes import published
+    from alphamed.megatron import provider
 
-    build.LOCAL = ("sync.transport=auto",)      # keep cluster.device=cuda: Transformer Engine's layers, not the local ones
+    meta_build.LOCAL = ("sync.transport=auto",)  # keep cluster.device=cuda: Transformer Engine's layers, not the local ones
     seen = set()
     wrap, make_optimizer = provider.wrap_gradients, provider.build_optimizer
 
@@ -190,10 +206,16 @@ def check_names() -> None:
 
     provider.wrap_gradients, provider.build_optimizer = wrapping, optimizing
     for model, ranks, settings in LAYOUTS:
-        config = build_config({"model": {"path": model}, "data": {"train": ["questions.jsonl"]},
-                               "cluster": {"device": "cuda"}, "parallel": {"micro_batch_tokens": 4096}})
+        config = build_config(
+            {
+                "model": {"path": model},
+                "data": {"train": ["questions.jsonl"]},
+                "cluster": {"device": "cuda"},
+                "parallel": {"micro_batch_tokens": 4096},
+            }
+        )
         config = changed_config(config, (*settings, "parallel.sequence=true"))
-        problems = build.check_topology(config, replace(published()[model], layers=LAYERS), ranks)
+        problems = meta_build.check_topology(config, replace(published()[model], layers=LAYERS), ranks)
         assert not problems, "\n".join([model, *settings, *problems[:20]])
         print(model, *settings, "ranks", *(range(config.parallel.world) if ranks is None else ranks))
     print(*sorted(seen))
@@ -217,8 +239,8 @@ def check_engines() -> None:
         device_count = classmethod(lambda cls: 8)
 
     platforms._current_platform = platforms.current_platform = Hopper()
-    from alphamed.config_file import load_config
-    from alphamed.planner.shapes import TABLE, published
+    from alphamed.config.loading import load_config
+    from alphamed.lab.planner.shapes import TABLE, published
     from alphamed.rollout.engine import _engine_args
     from alphamed.rollout.spec import engine_specs
 
@@ -239,8 +261,12 @@ def check_engines() -> None:
             assert made.parallel_config.worker_extension_cls == spec.worker_extension
             assert made.cache_config.enable_prefix_caching is (deterministic == "false")
             assert made.device_config.device_type == "cuda"
-            print(recipe, "deterministic" if spec.deterministic else "", f"TP {config.rollout.tensor_parallel}",
-                  f"batch {made.scheduler_config.max_num_batched_tokens} tokens")
+            print(
+                recipe,
+                "deterministic" if spec.deterministic else "",
+                f"TP {config.rollout.tensor_parallel}",
+                f"batch {made.scheduler_config.max_num_batched_tokens} tokens",
+            )
 
 
 def _pretend_hopper() -> None:

@@ -1,4 +1,5 @@
 """Containers for tests: what can build and start one on this machine, an image, a command in it as a user would start it."""
+
 from __future__ import annotations
 
 import functools
@@ -21,7 +22,7 @@ def build(kind: str) -> str | None:
     neither a registry nor root with debootstrap for the base). A build that fails is an error."""
     if not shutil.which(_tool()):
         return None
-    base = os.environ.get("ALPHAMED_BASE", "")                           # say, a mirror's debian:bookworm-slim
+    base = os.environ.get("ALPHAMED_BASE", "")  # say, a mirror's debian:bookworm-slim
     if not base and not _registry():
         if not _quiet([_tool(), "inspect", "--type", "image", BASE]):
             if os.getuid() != 0 or not shutil.which("debootstrap"):
@@ -35,9 +36,21 @@ def build(kind: str) -> str | None:
 def command(image: str, work: Path, words: Sequence[str], options: Sequence[str] = ()) -> list[str]:
     """A container with a read-only root, an unprivileged user and one folder to write into. The host's certificates are
     those of the proxy, if there is one."""
-    return [*starter(image), "--rm", "--network", "host", "--read-only", "--shm-size", "2g", "--volume", f"{work}:/work",
-            *(["--volume", f"{CERTIFICATES}:{CERTIFICATES}:ro"] if Path(CERTIFICATES).exists() else []),
-            *options, image, *words]
+    return [
+        *starter(image),
+        "--rm",
+        "--network",
+        "host",
+        "--read-only",
+        "--shm-size",
+        "2g",
+        "--volume",
+        f"{work}:/work",
+        *(["--volume", f"{CERTIFICATES}:{CERTIFICATES}:ro"] if Path(CERTIFICATES).exists() else []),
+        *options,
+        image,
+        *words,
+    ]
 
 
 @functools.cache
@@ -45,9 +58,12 @@ def starter(image: str) -> tuple[str, ...] | None:
     """The beginning of a command that starts containers here; None where none does."""
     files, processes = (resource.getrlimit(limit)[1] for limit in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC))
     bounded = ("--ulimit", f"nofile={files}:{files}", "--ulimit", f"nproc={min(processes, 30000)}:{min(processes, 30000)}")
-    for words in (("docker", "run", "--tmpfs", "/tmp:exec"), ("podman", "run"),
-                  # inside a container or a small virtual machine: no systemd, no right to raise limits
-                  ("podman", "--runtime", shutil.which("runc") or "runc", "--cgroup-manager=cgroupfs", "run", *bounded)):
+    for words in (
+        ("docker", "run", "--tmpfs", "/tmp:exec"),
+        ("podman", "run"),
+        # inside a container or a small virtual machine: no systemd, no right to raise limits
+        ("podman", "--runtime", shutil.which("runc") or "runc", "--cgroup-manager=cgroupfs", "run", *bounded),
+    ):
         if shutil.which(words[0]) and _quiet([*words, "--rm", "--network", "host", "--entrypoint", "true", image]):
             return words
     return None

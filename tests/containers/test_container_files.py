@@ -1,4 +1,5 @@
 """Dockerfiles, build script and Kubernetes manifest, without building or running anything."""
+
 import importlib.util
 import os
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from alphamed.config_file import load_config
+from alphamed.config.loading import load_config
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILES = ("docker/Dockerfile", "docker/Dockerfile.cpu")
@@ -40,7 +41,7 @@ def test_a_linter_finds_nothing(name, tmp_path):
     settings = ROOT / "docker" / "hadolint.yaml"
     done = subprocess.run([HADOLINT, "--config", settings, ROOT / name], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "")
-    spoilt = tmp_path / "Dockerfile"                                     # the linter is at work: it sees a fault put in
+    spoilt = tmp_path / "Dockerfile"  # the linter is at work: it sees a fault put in
     spoilt.write_text((ROOT / name).read_text() + "RUN cd /tmp && sudo true\n")
     assert subprocess.run([HADOLINT, "--config", settings, spoilt], capture_output=True, timeout=60).returncode == 1
 
@@ -55,19 +56,26 @@ def test_the_final_image_is_small_unprivileged_and_described(name):
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user), "Kubernetes' runAsNonRoot needs a number"
     assert words.index("USER") > max(i for i, word in enumerate(words) if word in ("RUN", "COPY"))
     labels = next(rest for word, rest in final if word == "LABEL")
-    assert {"title", "description", "licenses", "version", "revision"} <= \
-        set(re.findall(r"org\.opencontainers\.image\.(\w+)=", labels))
+    assert {"title", "description", "licenses", "version", "revision"} <= set(
+        re.findall(r"org\.opencontainers\.image\.(\w+)=", labels)
+    )
     # what final images are made of: the base stage, packages that run, and copies from the build
     assert ("FROM", "python") in final
     assert all(rest.startswith(("--from=build ", "--from=project ")) for word, rest in final if word == "COPY")
-    assert not any(tool in rest for word, rest in final + instructions["python"] if word == "RUN"
-                   for tool in ("git", "pip ", "python3-venv", "cmake", "ninja"))
+    assert not any(
+        tool in rest
+        for word, rest in final + instructions["python"]
+        if word == "RUN"
+        for tool in ("git", "pip ", "python3-venv", "cmake", "ninja")
+    )
 
 
 def test_only_the_cuda_image_holds_a_compiler():
     """Triton and FlashInfer compile when they run; the laptop set never does."""
-    installs = {name: " ".join(rest for stage in ("python", "final") for word, rest in stages(name)[stage] if word == "RUN")
-                for name in DOCKERFILES}
+    installs = {
+        name: " ".join(rest for stage in ("python", "final") for word, rest in stages(name)[stage] if word == "RUN")
+        for name in DOCKERFILES
+    }
     assert "g++" in installs["docker/Dockerfile"] and "python3-dev" in installs["docker/Dockerfile"]
     assert not re.search(r"g\+\+|gcc|clang|-dev\b|build-essential", installs["docker/Dockerfile.cpu"])
 
@@ -75,8 +83,12 @@ def test_only_the_cuda_image_holds_a_compiler():
 @pytest.mark.parametrize("name", DOCKERFILES)
 def test_everything_comes_from_debian_and_locks(name):
     text = (ROOT / name).read_text()
-    assert [rest for stage in stages(name).values() for word, rest in stage if word == "FROM" and not
-            rest.startswith(("scratch AS ", "${BASE} AS ", "python", "build "))] == []
+    assert [
+        rest
+        for stage in stages(name).values()
+        for word, rest in stage
+        if word == "FROM" and not rest.startswith(("scratch AS ", "${BASE} AS ", "python", "build "))
+    ] == []
     assert "ARG BASE=debian:bookworm-slim" in text
     assert "cudnn" not in re.sub(r"^#.*$", "", text, flags=re.MULTILINE).lower()
     installs = re.findall(r"pip install (.*)", text)
@@ -115,12 +127,27 @@ def build(tmp_path: Path, *arguments: str, builder: str = "docker", **environmen
     (programs / builder).write_text(RECORDER)
     (programs / builder).chmod(0o755)
     record = tmp_path / "record"
-    kept = {"PATH": f"{programs}:/usr/bin:/bin", "RECORD": str(record), "BUILDER": builder, "HOME": str(tmp_path),
-            "PIP_CONFIG_FILE": "/dev/null", "TMPDIR": str(tmp_path)}
-    done = subprocess.run(["bash", ROOT / "docker" / "build.sh", *arguments], env=kept | environment, capture_output=True,
-                          text=True, timeout=60)
-    return (done.returncode, done.stderr, record.read_text().splitlines() if record.exists() else [],
-            Path(f"{record}.pip").read_text() if record.exists() else "")
+    kept = {
+        "PATH": f"{programs}:/usr/bin:/bin",
+        "RECORD": str(record),
+        "BUILDER": builder,
+        "HOME": str(tmp_path),
+        "PIP_CONFIG_FILE": "/dev/null",
+        "TMPDIR": str(tmp_path),
+    }
+    done = subprocess.run(
+        ["bash", ROOT / "docker" / "build.sh", *arguments],
+        env=kept | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return (
+        done.returncode,
+        done.stderr,
+        record.read_text().splitlines() if record.exists() else [],
+        Path(f"{record}.pip").read_text() if record.exists() else "",
+    )
 
 
 def test_settings_of_the_shell_reach_the_build_on_its_command_line(tmp_path):
@@ -128,16 +155,30 @@ def test_settings_of_the_shell_reach_the_build_on_its_command_line(tmp_path):
     wheels.mkdir()
     certificates.touch()
     code, errors, arguments, pip = build(
-        tmp_path, "cpu", "--base", "localhost/debian:bookworm-slim", "--", "--no-cache",
-        PIP_INDEX_URL="https://index.invalid/simple", PIP_EXTRA_INDEX_URL="file:///srv/simple https://other.invalid/simple",
-        PIP_FIND_LINKS=str(wheels), PIP_CERT=str(certificates), https_proxy="http://proxy.invalid:3128", NO_PROXY="a,b")
+        tmp_path,
+        "cpu",
+        "--base",
+        "localhost/debian:bookworm-slim",
+        "--",
+        "--no-cache",
+        PIP_INDEX_URL="https://index.invalid/simple",
+        PIP_EXTRA_INDEX_URL="file:///srv/simple https://other.invalid/simple",
+        PIP_FIND_LINKS=str(wheels),
+        PIP_CERT=str(certificates),
+        https_proxy="http://proxy.invalid:3128",
+        NO_PROXY="a,b",
+    )
     assert code == 0, errors
     pairs = list(zip(arguments, arguments[1:]))
-    for pair in (("--build-arg", "BASE=localhost/debian:bookworm-slim"), ("--tag", "localhost/alphamed:cpu"),
-                 ("--file", str(ROOT / "docker" / "Dockerfile.cpu")),
-                 ("--build-arg", "https_proxy=http://proxy.invalid:3128"),
-                 ("--build-arg", "NO_PROXY=a,b"), ("--build-context", f"wheels={wheels}"),
-                 ("--secret", f"id=certificates,src={certificates}")):
+    for pair in (
+        ("--build-arg", "BASE=localhost/debian:bookworm-slim"),
+        ("--tag", "localhost/alphamed:cpu"),
+        ("--file", str(ROOT / "docker" / "Dockerfile.cpu")),
+        ("--build-arg", "https_proxy=http://proxy.invalid:3128"),
+        ("--build-arg", "NO_PROXY=a,b"),
+        ("--build-context", f"wheels={wheels}"),
+        ("--secret", f"id=certificates,src={certificates}"),
+    ):
         assert pair in pairs, pair
     assert arguments[-2:] == ["--no-cache", str(ROOT)]
     # pip's settings travel as a secret; what is on this machine's disk is of no use in there
@@ -162,10 +203,16 @@ def test_each_builder_keeps_the_health_check(tmp_path, builder, has):
     assert (("--format", "docker") in list(zip(arguments, arguments[1:]))) is has
 
 
-@pytest.mark.parametrize("arguments, problem", [
-    ((), "the first argument is ''; give cpu or cuda"), (("gpu",), "the first argument is 'gpu'; give cpu or cuda"),
-    (("cpu", "--base"), "--base needs a value"), (("cpu", "--bse", "x"), "unknown argument '--bse'"),
-    (("cpu", "--wheels", "/nonexistent"), "--wheels: no folder /nonexistent")])
+@pytest.mark.parametrize(
+    "arguments, problem",
+    [
+        ((), "the first argument is ''; give cpu or cuda"),
+        (("gpu",), "the first argument is 'gpu'; give cpu or cuda"),
+        (("cpu", "--base"), "--base needs a value"),
+        (("cpu", "--bse", "x"), "unknown argument '--bse'"),
+        (("cpu", "--wheels", "/nonexistent"), "--wheels: no folder /nonexistent"),
+    ],
+)
 def test_bad_arguments(tmp_path, arguments, problem):
     code, errors, started, _ = build(tmp_path, *arguments)
     assert code == 2 and started == []
@@ -180,7 +227,7 @@ def test_kubernetes_takes_the_job(version):
 
     job = yaml.safe_load(JOB.read_text())
     kubernetes_validate.validate(job, version, strict=True)
-    job["spec"]["template"]["spec"]["containers"][0]["readOnlyRootFilesystem"] = True      # a level too high
+    job["spec"]["template"]["spec"]["containers"][0]["readOnlyRootFilesystem"] = True  # a level too high
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(job, version, strict=True)
 

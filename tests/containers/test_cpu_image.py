@@ -1,4 +1,5 @@
 """The CPU image, built and run for real: unprivileged, on a read-only root, with one folder to write into."""
+
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import runs
 pytestmark = [pytest.mark.slow, pytest.mark.matrix]
 
 COMMAND_LIMIT_S = 900
-MAX_IMAGE_BYTES = 4.5e9                 # 3.4 GB were measured
+MAX_IMAGE_BYTES = 4.5e9  # 3.4 GB were measured
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +37,9 @@ def in_image(image):
         work.chmod(0o777)
 
     def run(*words: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-        return subprocess.run(runs.command(image, work, words, options), capture_output=True, text=True,
-                              timeout=COMMAND_LIMIT_S)
+        return subprocess.run(
+            runs.command(image, work, words, options), capture_output=True, text=True, timeout=COMMAND_LIMIT_S
+        )
 
     run.work = work
     yield run
@@ -48,8 +50,9 @@ def test_all_parts_are_there(in_image):
     done = in_image("alphamed", "doctor", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     state = {finding["part"]: finding["state"] for finding in json.loads(done.stdout)}
-    assert {part: state[part] for part in ("torch", "megatron-core", "vLLM", "ray", "transformers", "wandb")} == \
-        dict.fromkeys(("torch", "megatron-core", "vLLM", "ray", "transformers", "wandb"), "active")
+    assert {
+        part: state[part] for part in ("torch", "megatron-core", "vLLM", "ray", "transformers", "wandb")
+    } == dict.fromkeys(("torch", "megatron-core", "vLLM", "ray", "transformers", "wandb"), "active")
 
 
 def test_without_a_command_it_helps(in_image):
@@ -57,8 +60,10 @@ def test_without_a_command_it_helps(in_image):
 
 
 def test_nothing_but_the_work_folder_can_be_written(in_image):
-    probe = ("id -u; for file in /x /alphamed/x /opt/alphamed/x; do touch $file 2>/dev/null && echo $file; done; "
-             "touch /work/x && echo work")
+    probe = (
+        "id -u; for file in /x /alphamed/x /opt/alphamed/x; do touch $file 2>/dev/null && echo $file; done; "
+        "touch /work/x && echo work"
+    )
     assert in_image("sh", "-c", probe).stdout.split() == ["1000", "work"]
     # and any other user, of whom /etc/passwd knows nothing
     in_image.work.chmod(0o777)
@@ -81,16 +86,33 @@ def test_what_the_build_used_is_not_in_it(in_image, image):
 
 def test_the_tests_that_look_at_the_installation(in_image):
     files = ("test_structure", "test_cli", "test_locks", "test_provenance", "test_config", "test_loss")
-    done = in_image("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow",
-                    *(f"tests/unit/{name}.py" for name in files), options=("--workdir", "/alphamed"))
+    done = in_image(
+        "python",
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not slow",
+        *(f"tests/unit/{name}.py" for name in files),
+        options=("--workdir", "/alphamed"),
+    )
     assert done.returncode == 0, done.stdout[-3000:]
 
 
 def test_a_short_quickstart(in_image):
     """Two steps of the real thing: the model from its wheel, engines, trainer, evaluation, export, report."""
-    done = in_image("bash", "/alphamed/examples/quickstart.sh", "run.steps=2", "optimizer.warmup_steps=0",
-                    "evaluation.questions=8", "rollout.questions_per_step=4", "rollout.samples_per_question=2",
-                    "rollout.kv_cache_bytes=268435456")
+    done = in_image(
+        "bash",
+        "/alphamed/examples/quickstart.sh",
+        "run.steps=2",
+        "optimizer.warmup_steps=0",
+        "evaluation.questions=8",
+        "rollout.questions_per_step=4",
+        "rollout.samples_per_question=2",
+        "rollout.kv_cache_bytes=268435456",
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     run = in_image.work / "runs" / "quickstart"
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -3,6 +3,7 @@ finite. Run by worker.py.
 
 Each function gets the folder of a tiny Llama and its data, runs on every rank, and returns what test_parity.py judges.
 """
+
 from __future__ import annotations
 
 import tempfile
@@ -51,9 +52,16 @@ def size_135m(folder: Path, data: oracle.Data) -> dict:
     def tokens(n: int) -> torch.Tensor:
         return torch.randint(0, SMOLLM2["vocab"], (n,), generator=generator)
 
-    groups = [TokenGroup(tokens(prompt), tuple(map(tokens, lengths)), tuple(map(torch.zeros, lengths)),
-                         torch.ones(len(lengths)), policy_version=0)
-              for prompt, lengths in ((211, (48, 31, 48, 5)), (90, (40, 17)))]
+    groups = [
+        TokenGroup(
+            tokens(prompt),
+            tuple(map(tokens, lengths)),
+            tuple(map(torch.zeros, lengths)),
+            torch.ones(len(lengths)),
+            policy_version=0,
+        )
+        for prompt, lengths in ((211, (48, 31, 48, 5)), (90, (40, 17)))
+    ]
     with tempfile.TemporaryDirectory() as scratch:
         model = tiny_hf(Path(scratch), "llama", **SMOLLM2)
         with torch.no_grad():
@@ -62,8 +70,12 @@ def size_135m(folder: Path, data: oracle.Data) -> dict:
         with worker.policy_of(case, model) as policy:
             batch = worker.packed(case, policy, groups)
             own = worker.by_sample(policy.logprobs(batch), "old_logprobs")
-            return {"own": own, "transformers": {sample: logprobs for sample, (logprobs, _) in found.items()},
-                    "shared": batch.metrics["batch/shared_fraction"], "parameters": policy.shape.parameters}
+            return {
+                "own": own,
+                "transformers": {sample: logprobs for sample, (logprobs, _) in found.items()},
+                "shared": batch.metrics["batch/shared_fraction"],
+                "parameters": policy.shape.parameters,
+            }
 
 
 def first_update(folder: Path, data: oracle.Data) -> dict:
@@ -111,7 +123,12 @@ def bf16(folder: Path, data: oracle.Data) -> dict:
             policy.update(batch)
         after = worker.by_sample(policy.logprobs(bare), "old_logprobs")
         ratio = policy.update(bare)["policy/ratio_max"]
-        return {"before": before, "after": after, "first_ratio": ratio, "dtype": next(policy.model_chunks()[0].parameters()).dtype}
+        return {
+            "before": before,
+            "after": after,
+            "first_ratio": ratio,
+            "dtype": next(policy.model_chunks()[0].parameters()).dtype,
+        }
 
 
 def non_finite(folder: Path, data: oracle.Data) -> dict:

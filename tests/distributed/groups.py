@@ -1,4 +1,5 @@
 """Process groups between the cases of one torchrun."""
+
 import torch.distributed as dist
 
 

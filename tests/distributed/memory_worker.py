@@ -8,6 +8,7 @@ usage: memory_worker.py CASES RESULT
     RESULT: JSON {name: {"peak", "static", "tokens", "responses", "rows", "stage"}}, bytes and tokens; of several ranks (under
     torchrun) each writes its own, RESULT.RANK
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -26,9 +27,9 @@ import torch
 from groups import leave_all_but_the_default
 
 from alphamed.batching import pack
-from alphamed.config_file import build_config
+from alphamed.config.loading import build_config
 from alphamed.megatron import runtime as runtimes
-from alphamed.model import shape_of
+from alphamed.model.shape import shape_of
 from alphamed.records import TokenGroup
 
 
@@ -38,9 +39,16 @@ def token_groups(vocab: int, count: int, prompt: int, samples: int, response: in
     def ids(n: int) -> torch.Tensor:
         return torch.randint(0, vocab, (n,), generator=random)
 
-    return [TokenGroup(ids(prompt), tuple(ids(response) for _ in range(samples)),
-                       tuple(torch.full((response,), -1.0) for _ in range(samples)),
-                       torch.linspace(-1, 1, samples), 1) for _ in range(count)]
+    return [
+        TokenGroup(
+            ids(prompt),
+            tuple(ids(response) for _ in range(samples)),
+            tuple(torch.full((response,), -1.0) for _ in range(samples)),
+            torch.linspace(-1, 1, samples),
+            1,
+        )
+        for _ in range(count)
+    ]
 
 
 def allocated(profile) -> list[int]:
@@ -57,9 +65,22 @@ class InUse:
     """Bytes that the C library has given out and not got back: at most while the block ran, and at its end, less those at its
     beginning. MALLOC_MMAP_THRESHOLD_ must be set, or glibc moves it about."""
 
-    class _Info(ctypes.Structure):              # struct mallinfo2
-        _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks",
-                                                         "uordblks", "fordblks", "keepcost")]
+    class _Info(ctypes.Structure):  # struct mallinfo2
+        _fields_ = [
+            (name, ctypes.c_size_t)
+            for name in (
+                "arena",
+                "ordblks",
+                "smblks",
+                "hblks",
+                "hblkhd",
+                "usmblks",
+                "fsmblks",
+                "uordblks",
+                "fordblks",
+                "keepcost",
+            )
+        ]
 
     def __enter__(self) -> Self:
         self._mallinfo = ctypes.CDLL(None).mallinfo2
@@ -110,22 +131,32 @@ def measure(case: dict) -> dict:
         reference = Reference.build(config, shape, runtime) if config.algorithm.kl_coefficient else None
         if reference:
             reference.weights_changed()
-        batch = pack(groups, policy.layout, token_budget=config.parallel.micro_batch_tokens,
-                     share_prompts=config.parallel.share_prompts)
+        batch = pack(
+            groups,
+            policy.layout,
+            token_budget=config.parallel.micro_batch_tokens,
+            share_prompts=config.parallel.share_prompts,
+        )
         if reference:
             batch = reference.logprobs(batch)
-        policy.update(batch)                # Adam's moments exist from the first update on
+        policy.update(batch)  # Adam's moments exist from the first update on
         policy.update(batch)
     micros = batch.mini_batches[0].micro_batches
     largest = max(micros, key=lambda micro: len(micro.tokens))
-    found = {"peak": used.peak, "static": used.left, "tokens": len(largest.tokens), "responses": int(largest.mask.sum()),
-             "rows": len(micros), "stage": policy.layout.pipeline_rank}
+    found = {
+        "peak": used.peak,
+        "static": used.left,
+        "tokens": len(largest.tokens),
+        "responses": int(largest.mask.sum()),
+        "rows": len(micros),
+        "stage": policy.layout.pipeline_rank,
+    }
     if runtime.world == 1:
         runtimes.stop(runtime)
     else:
-        leave_all_but_the_default()         # the next case joins the same ranks in another layout
+        leave_all_but_the_default()  # the next case joins the same ranks in another layout
     del policy, reference, batch, micros, largest, runtime
-    gc.collect()                            # what is freed in the next case's profile would count against it
+    gc.collect()  # what is freed in the next case's profile would count against it
     return found
 
 

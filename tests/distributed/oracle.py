@@ -2,6 +2,7 @@
 
 Nothing of the code under test is used, except for the records that describe a batch.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -17,12 +18,13 @@ SMOOTH_LR, SMOOTH_CLIP = 3e-5, (0.9, 9.0)
 """For comparisons in bf16: bounds that no ratio reaches, for a rounded ratio falls on the other side of a bound now and
 then, and its token's whole gradient with it; smaller steps, for Adam's first ones are signs, which rounding turns."""
 LR, BETAS, EPS, WEIGHT_DECAY, CLIP_GRAD = 1e-4, (0.9, 0.95), 1e-8, 0.01, 1.0
-Sample = tuple[int, int]                  # (index of the group, index of the response)
+Sample = tuple[int, int]  # (index of the group, index of the response)
 
 
 @dataclass
 class Data:
     """A fixed batch: groups of unequal sizes and lengths, with old and reference log-probs of every response."""
+
     groups: list[TokenGroup]
     old: dict[Sample, Tensor]
     reference: dict[Sample, Tensor]
@@ -31,17 +33,19 @@ class Data:
 @dataclass
 class Trace:
     """What a run of updates gave: loss and gradient norm of each, log-probs before the first and after the last."""
+
     loss: list[float]
     grad_norm: list[float]
     before: dict[Sample, Tensor]
     after: dict[Sample, Tensor]
-    gradient: dict[str, Tensor]           # of the first update, unclipped, by Hugging Face name
-    entropy: float                        # token mean at the first update
+    gradient: dict[str, Tensor]  # of the first update, unclipped, by Hugging Face name
+    entropy: float  # token mean at the first update
     kl: float
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32):
     from transformers import AutoModelForCausalLM
+
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
 
 
@@ -60,7 +64,7 @@ def make_data(folder: Path, seed: int = 5, vocab: int = 509) -> Data:
     def noise(n: int, scale: float) -> Tensor:
         return torch.randn(n, generator=generator) * scale
 
-    sizes = [(11, [6, 9, 4]), (7, [5, 5]), (23, [1, 14, 8, 3]), (2, [12])]       # (prompt, responses)
+    sizes = [(11, [6, 9, 4]), (7, [5, 5]), (23, [1, 14, 8, 3]), (2, [12])]  # (prompt, responses)
     shapes = [(tokens(p), [tokens(r) for r in rs]) for p, rs in sizes]
     with torch.no_grad():
         own = {s: x for s, (x, _) in scores(load(folder), shapes).items()}
@@ -83,14 +87,19 @@ def scores(model, shapes) -> dict[Sample, tuple[Tensor, Tensor]]:
     found = {}
     for i, ((g, j), row) in enumerate(rows.items()):
         start = len(shapes[g][0])
-        table = torch.log_softmax(logits[i, start - 1:len(row) - 1], -1)
+        table = torch.log_softmax(logits[i, start - 1 : len(row) - 1], -1)
         found[g, j] = table.gather(1, row[start:, None])[:, 0], -(table.exp() * table).sum(-1)
     return found
 
 
-def objective(found: dict[Sample, tuple[Tensor, Tensor]], data: Data, aggregation: str = "token_mean",
-              correction: bool = False, members: list[int] | None = None,
-              clip: tuple[float, float] = (CLIP_LOW, CLIP_HIGH)) -> tuple[Tensor, float, float]:
+def objective(
+    found: dict[Sample, tuple[Tensor, Tensor]],
+    data: Data,
+    aggregation: str = "token_mean",
+    correction: bool = False,
+    members: list[int] | None = None,
+    clip: tuple[float, float] = (CLIP_LOW, CLIP_HIGH),
+) -> tuple[Tensor, float, float]:
     """Clipped GRPO loss with a k3 KL term over the groups `members`; also the token means of entropy and KL."""
     terms, lengths, entropy, kls = [], [], 0.0, 0.0
     for (g, j), (logprobs, h) in found.items():
@@ -115,9 +124,17 @@ def objective(found: dict[Sample, tuple[Tensor, Tensor]], data: Data, aggregatio
     return loss, entropy / sum(lengths), kls / sum(lengths)
 
 
-def train(folder: Path, data: Data, updates: int = 3, aggregation: str = "token_mean", correction: bool = False,
-          mini_batches: list[list[int]] | None = None, lr: float = LR,
-          clip: tuple[float, float] = (CLIP_LOW, CLIP_HIGH), dtype: torch.dtype = torch.float32) -> Trace:
+def train(
+    folder: Path,
+    data: Data,
+    updates: int = 3,
+    aggregation: str = "token_mean",
+    correction: bool = False,
+    mini_batches: list[list[int]] | None = None,
+    lr: float = LR,
+    clip: tuple[float, float] = (CLIP_LOW, CLIP_HIGH),
+    dtype: torch.dtype = torch.float32,
+) -> Trace:
     """AdamW on all groups at once, or on each of `mini_batches` (indices of groups) in turn, `updates` times. The model
     computes in `dtype`; the optimizer's parameters are FP32 in any case, the model's are taken from them."""
     model = load(folder, dtype)
@@ -125,9 +142,15 @@ def train(folder: Path, data: Data, updates: int = 3, aggregation: str = "token_
     own = list(model.parameters())
     masters = own if dtype == torch.float32 else [p.detach().float().requires_grad_() for p in own]
     decayed = [p for p in masters if p.ndim > 1]
-    others = [p for p in masters if p.ndim == 1]                         # norms and biases
-    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=lr, betas=BETAS,
-                                  eps=EPS, weight_decay=WEIGHT_DECAY, foreach=False)
+    others = [p for p in masters if p.ndim == 1]  # norms and biases
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
+        lr=lr,
+        betas=BETAS,
+        eps=EPS,
+        weight_decay=WEIGHT_DECAY,
+        foreach=False,
+    )
     trace = Trace([], [], {}, {}, {}, 0.0, 0.0)
     for update in range(updates):
         for members in mini_batches or [None]:

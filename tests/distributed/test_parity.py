@@ -4,6 +4,7 @@ One torchrun per world size runs all its cases (worker.py); the tests below only
 of the project. FP32: |loss difference| <= 1e-5 + 1e-4 |loss|, gradient norm 1e-4 relative, log-probs 2e-5. bf16 on both
 sides, with FP32 masters: log-probs 0.02 in the mean, gradient norm 5%.
 """
+
 from __future__ import annotations
 
 import sys
@@ -23,12 +24,20 @@ from worker import Case
 
 pytestmark = pytest.mark.slow
 
-MODELS = {"llama": {"family": "llama", "tied": True, "llama3_rope": True}, "qwen2": {"family": "qwen2"},
-          "qwen3": {"family": "qwen3", "tied": True}}
-TRACES = {"plain": {}, "sequence": {"aggregation": "sequence_mean"}, "constant": {"aggregation": "constant"},
-          "corrected": {"correction": True}, "two": {"mini_batches": [[0, 1], [2, 3]]},
-          "four": {"mini_batches": [[0], [1], [2], [3]]},
-          "bf16": {"dtype": torch.bfloat16, "lr": oracle.SMOOTH_LR, "clip": oracle.SMOOTH_CLIP}}
+MODELS = {
+    "llama": {"family": "llama", "tied": True, "llama3_rope": True},
+    "qwen2": {"family": "qwen2"},
+    "qwen3": {"family": "qwen3", "tied": True},
+}
+TRACES = {
+    "plain": {},
+    "sequence": {"aggregation": "sequence_mean"},
+    "constant": {"aggregation": "constant"},
+    "corrected": {"correction": True},
+    "two": {"mini_batches": [[0, 1], [2, 3]]},
+    "four": {"mini_batches": [[0], [1], [2], [3]]},
+    "bf16": {"dtype": torch.bfloat16, "lr": oracle.SMOOTH_LR, "clip": oracle.SMOOTH_CLIP},
+}
 SMOOTH = {"algorithm": dict(zip(("clip_low", "clip_high"), oracle.SMOOTH_CLIP)), "optimizer": {"lr": oracle.SMOOTH_LR}}
 TP2, PP2, DP2 = {"tensor": 2}, {"pipeline": 2}, {"data": 2}
 BEHAVIOURS = {1: ("logits", "size_135m", "first_update", "bf16"), 2: ("non_finite", "swapped_reference")}
@@ -95,11 +104,13 @@ def fp32_cases(world: int) -> list[Case]:
         Case("tp2-pp2-sp", "qwen3", "plain", TP2 | PP2 | SP, budget=64),
         Case("tp2-dp2", "qwen2", "plain", TP2 | DP2, budget=64),
         Case("pp2-dp2", "llama", "plain", PP2 | DP2, budget=48),
-        Case("vpp2-dp2-overlap", "qwen3", "plain", PP2 | DP2 | {"virtual_pipeline": 2, "overlap_grad_reduce": True}, budget=48),
+        Case(
+            "vpp2-dp2-overlap", "qwen3", "plain", PP2 | DP2 | {"virtual_pipeline": 2, "overlap_grad_reduce": True}, budget=48
+        ),
         *everywhere("tp2-sp-cp2", TP2 | SP | CP2, budget=64),
         Case("cp2-vpp2", "llama", "plain", CP2 | VPP2, budget=48),
         Case("cp2-dp2-plain-optimizer", "qwen2", "plain", CP2 | DP2 | {"distributed_optimizer": False}, budget=48),
-        Case("cp4", "qwen3", "plain", {"context": 4}, budget=64),                # more context ranks than KV heads
+        Case("cp4", "qwen3", "plain", {"context": 4}, budget=64),  # more context ranks than KV heads
         Case("tp4", "llama", "plain", {"tensor": 4}),
         Case("tp4-sp-chunked", "qwen2", "plain", {"tensor": 4} | SP | CHUNKED, budget=64),
         Case("tp2-vpp2-sp-recompute", "llama", "plain", TP2 | VPP2 | SP | FULL, budget=64),
@@ -121,8 +132,9 @@ def traces(job) -> dict[tuple[str, str], oracle.Trace]:
 
 
 def launch(job: dict, world: int) -> Path:
-    return run_cases(job, f"world{world}", world, cases(world), BEHAVIOURS.get(world, ()), OMP_NUM_THREADS="1",
-                     CUDA_VISIBLE_DEVICES="")
+    return run_cases(
+        job, f"world{world}", world, cases(world), BEHAVIOURS.get(world, ()), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""
+    )
 
 
 @pytest.fixture(scope="session")
@@ -150,6 +162,7 @@ def ranks(results: Path, case: Case) -> list[dict]:
 @dataclass(frozen=True)
 class Tolerance:
     """`loss`: absolute and relative. `logprobs`: a limit of the mean or of the largest difference."""
+
     loss: tuple[float, float]
     grad_norm: float
     token_means: float
@@ -157,8 +170,10 @@ class Tolerance:
     judge: Callable[[torch.Tensor], torch.Tensor]
 
 
-TOLERANCES = {"fp32": Tolerance((1e-5, 1e-4), 1e-4, 1e-4, 2e-5, torch.amax),
-              "bf16": Tolerance((0.02, 0.0), 0.05, 0.02, 0.02, torch.mean)}
+TOLERANCES = {
+    "fp32": Tolerance((1e-5, 1e-4), 1e-4, 1e-4, 2e-5, torch.amax),
+    "bf16": Tolerance((0.02, 0.0), 0.05, 0.02, 0.02, torch.mean),
+}
 
 
 def compare(case: Case, found: list[dict], trace: oracle.Trace) -> None:
@@ -167,8 +182,8 @@ def compare(case: Case, found: list[dict], trace: oracle.Trace) -> None:
         assert other["stats"] == stats, "metrics differ between ranks"
     per_update = len(trace.loss) // len(stats)
     for i, stat in enumerate(stats):
-        loss = sum(trace.loss[i * per_update:(i + 1) * per_update]) / per_update
-        norm = sum(trace.grad_norm[i * per_update:(i + 1) * per_update]) / per_update
+        loss = sum(trace.loss[i * per_update : (i + 1) * per_update]) / per_update
+        norm = sum(trace.grad_norm[i * per_update : (i + 1) * per_update]) / per_update
         assert abs(stat["policy/loss"] - loss) <= limit.loss[0] + limit.loss[1] * abs(loss), f"update {i}: loss"
         assert stat["policy/grad_norm"] == pytest.approx(norm, rel=limit.grad_norm), f"update {i}: gradient norm"
     if per_update == 1:
@@ -218,7 +233,7 @@ def test_the_layouts_are_what_they_claim(world1, world2):
     by_name = {c.name: c for c in [*cases(1), *cases(2)]}
     assert ranks(world1, by_name["single-llama"])[0]["micro_batches"] == [1]
     assert ranks(world1, by_name["cut"])[0]["micro_batches"][0] > 2
-    assert ranks(world2, by_name["vpp2-odd"])[0]["micro_batches"] == [2]       # the schedule needs a multiple of 2
+    assert ranks(world2, by_name["vpp2-odd"])[0]["micro_batches"] == [2]  # the schedule needs a multiple of 2
     tokens = [sum(len(x) for x in rank["before"].values()) for rank in ranks(world2, by_name["dp2-llama"])]
     assert tokens[0] != tokens[1], "data ranks were meant to hold different numbers of tokens"
     assert sum(rank["idle"] for rank in ranks(world2, by_name["dp2-idle-rank"])) == 4
@@ -242,7 +257,7 @@ def test_logits_equal_transformers(family, tied, world1):
 def test_logprobs_at_135m_equal_transformers(world1):
     """Packed rows with shared prompts against padded ones without; FP32 rounding grows with depth and width."""
     found = behaviour(world1, "size_135m")[0]
-    assert found["parameters"] == 134_515_008           # SmolLM2-135M's, tied embeddings counted once
+    assert found["parameters"] == 134_515_008  # SmolLM2-135M's, tied embeddings counted once
     assert found["shared"] > 0.5 and found["own"].keys() == found["transformers"].keys()
     own, expected = (torch.cat([found[side][sample] for sample in sorted(found["own"])]) for side in ("own", "transformers"))
     assert len(own) == 189 and own.std() > 1
@@ -252,7 +267,7 @@ def test_logprobs_at_135m_equal_transformers(world1):
 def test_first_update_has_ratio_1_and_no_kl_to_itself(world1):
     found = behaviour(world1, "first_update")[0]
     without, recomputed = found["old log-probs absent"], found["recomputed"]
-    assert without["policy/ratio_max"] == without["policy/ratio_mean"] == 1.0      # exactly: it is exp(x - x)
+    assert without["policy/ratio_max"] == without["policy/ratio_mean"] == 1.0  # exactly: it is exp(x - x)
     assert recomputed["policy/ratio_max"] == pytest.approx(1.0, abs=1e-6)
     assert recomputed["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-6)
     assert recomputed["policy/kl"] == pytest.approx(0.0, abs=1e-6)
@@ -270,7 +285,7 @@ def test_bf16_follows_fp32(world1, traces):
     assert found["dtype"] == torch.bfloat16 and found["first_ratio"] == 1.0
     moved = torch.cat([found["after"][s] - found["before"][s] for s in trace.before])
     expected = torch.cat([trace.after[s] - trace.before[s] for s in trace.before])
-    assert torch.corrcoef(torch.stack([moved, expected]))[0, 1] > 0.9      # updates below a weight's rounding are kept in FP32
+    assert torch.corrcoef(torch.stack([moved, expected]))[0, 1] > 0.9  # updates below a weight's rounding are kept in FP32
 
 
 def test_a_swapped_reference_is_the_resident_one(world2):

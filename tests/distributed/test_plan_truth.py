@@ -1,4 +1,5 @@
 """The planner's arithmetic against Megatron's own models on the meta device, and against torch's allocator."""
+
 import json
 import os
 import subprocess
@@ -7,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from alphamed.config_file import build_config, load_config
-from alphamed.model import shape_of
+from alphamed.config.loading import build_config, load_config
+from alphamed.lab.planner.plan import job_of
+from alphamed.model.shape import shape_of
 from alphamed.planner import parameters
 from alphamed.planner.batch import Micro
 from alphamed.planner.hardware import cpu
 from alphamed.planner.job import Job
 from alphamed.planner.memory import stage_use, static_bytes
-from alphamed.planner.plan import job_of
 
 pytestmark = pytest.mark.slow
 ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
@@ -23,9 +24,9 @@ BUILT = ("llama31_8b_1node", "llama31_8b_2nodes", "qwen3_32b_4nodes", "llama31_7
 BUILD = """
 import json, sys, warnings
 warnings.simplefilter("ignore")
-from alphamed.config_file import load_config
-from alphamed.megatron.build import build_ranks, check_topology
-from alphamed.planner.plan import job_of
+from alphamed.config.loading import load_config
+from alphamed.lab.planner.meta_build import build_ranks, check_topology
+from alphamed.lab.planner.plan import job_of
 found = {}
 for name, *overrides in json.loads(sys.argv[1]):
     job, _ = job_of(load_config(f"examples/recipes/{name}.yaml", overrides))
@@ -39,12 +40,14 @@ CASES = [[name] for name in BUILT] + [
     ["llama31_70b_8nodes", "parallel.virtual_pipeline=2"],
     ["qwen25_7b_1node", "parallel.distributed_optimizer=false"],
     ["llama31_8b_1node", "parallel.context=2", "rollout.engines=1"],
-    ["qwen25_7b_1node", "model.path=Qwen/Qwen2.5-3B-Instruct", "parallel.tensor=2", "parallel.pipeline=2"]]
+    ["qwen25_7b_1node", "model.path=Qwen/Qwen2.5-3B-Instruct", "parallel.tensor=2", "parallel.pipeline=2"],
+]
 
 
 def child(arguments: list[str], **environment: str) -> None:
-    run = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600,
-                         env=os.environ | environment)
+    run = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600, env=os.environ | environment
+    )
     assert run.returncode == 0, run.stderr[-3000:]
 
 
@@ -67,38 +70,56 @@ def test_every_rank_holds_what_the_planner_says(built, case):
     for stage, elements, gradients, mine in built[case]["ranks"]:
         assert elements == parameters.count(stages[stage])
         planned = static_bytes(job, stage)
-        assert planned["gradients"] == pytest.approx(4 * gradients, rel=1e-6)      # overlap cuts more buckets, each padded
-        assert planned["optimizer"] == pytest.approx(12 * mine, rel=1e-5)          # padding is not stepped
+        assert planned["gradients"] == pytest.approx(4 * gradients, rel=1e-6)  # overlap cuts more buckets, each padded
+        assert planned["optimizer"] == pytest.approx(12 * mine, rel=1e-5)  # padding is not stepped
         owned[stage] += mine
     copies = 1 if p.distributed_optimizer else p.replicas
     assert owned == [p.tensor * copies * parameters.count(stage) for stage in stages]
 
 
 def test_a_wrong_layer_table_is_found():
-    from alphamed.megatron.build import _sync_problems
-    from alphamed.weights.families import hf_shapes
+    from alphamed.lab.planner.meta_build import _sync_problems
+    from alphamed.model.families import hf_shapes
 
     shape = job_of(load_config(ROOT / "examples" / "recipes" / "llama31_8b_1node.yaml"))[0].shape
     names = list(hf_shapes(shape).items())
     assert _sync_problems(shape, {0: tuple(names[:9]), 1: tuple(names[9:])}) == []
     problems = _sync_problems(shape, {0: tuple(names[:9]), 1: (("lm_head.weight", (1, 2)), *names[8:-1])})
-    assert problems == [f"lm_head.weight: stage 1 sends (1, 2), the model has {shape.vocab, shape.hidden}",
-                        f"{names[8][0]}: sent by stages 0 and 1"]
+    assert problems == [
+        f"lm_head.weight: stage 1 sends (1, 2), the model has {shape.vocab, shape.hidden}",
+        f"{names[8][0]}: sent by stages 0 and 1",
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
 def model(family: str = "llama", **fields) -> dict:
-    return {"model_type": family, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,
-            "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 2003, "max_position_embeddings": 4096,
-            "tie_word_embeddings": False} | fields
+    return {
+        "model_type": family,
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 2003,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+    } | fields
 
 
 def case(tree: dict, parallel: dict | None = None, dtype: str = "fp32", kl: float = 0.0, groups=(4, 65, 4, 100)) -> dict:
-    return {"model": tree, "groups": groups, "config": {
-        "model": {"path": "-", "dtype": dtype}, "data": {"train": ["-"]}, "prompt": {"max_tokens": 128},
-        "rollout": {"questions_per_step": 4, "samples_per_question": 4, "max_response_tokens": 128, "dtype": dtype},
-        "algorithm": {"kl_coefficient": kl}, "parallel": {"micro_batch_tokens": 2048} | (parallel or {}),
-        "cluster": {"device": "cpu", "trainer_threads": 1, "rank_timeout_s": 120.0}}}
+    return {
+        "model": tree,
+        "groups": groups,
+        "config": {
+            "model": {"path": "-", "dtype": dtype},
+            "data": {"train": ["-"]},
+            "prompt": {"max_tokens": 128},
+            "rollout": {"questions_per_step": 4, "samples_per_question": 4, "max_response_tokens": 128, "dtype": dtype},
+            "algorithm": {"kl_coefficient": kl},
+            "parallel": {"micro_batch_tokens": 2048} | (parallel or {}),
+            "cluster": {"device": "cpu", "trainer_threads": 1, "rank_timeout_s": 120.0},
+        },
+    }
 
 
 MEMORY = {
@@ -157,8 +178,18 @@ TWO_RANKS = {
 def measured_on_two_ranks(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("memory-of-two")
     (folder / "cases.json").write_text(json.dumps(TWO_RANKS))
-    child(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(HERE / "memory_worker.py"),
-           str(folder / "cases.json"), str(folder / "result.json")], MALLOC_MMAP_THRESHOLD_="65536")
+    child(
+        [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            str(HERE / "memory_worker.py"),
+            str(folder / "cases.json"),
+            str(folder / "result.json"),
+        ],
+        MALLOC_MMAP_THRESHOLD_="65536",
+    )
     return [json.loads((folder / f"result.json.{rank}").read_text()) for rank in range(2)]
 
 
@@ -167,4 +198,4 @@ def test_peak_memory_of_each_of_two_ranks_is_the_allocators_within_a_tenth(measu
     for found in measured_on_two_ranks:
         peak, static = expected(TWO_RANKS[name], found[name])
         assert peak == pytest.approx(found[name]["peak"], rel=0.1)
-        assert static == pytest.approx(found[name]["static"], abs=6e6)      # with what libraries keep for themselves
+        assert static == pytest.approx(found[name]["static"], abs=6e6)  # with what libraries keep for themselves

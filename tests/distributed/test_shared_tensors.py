@@ -1,4 +1,5 @@
 """`Control.open` and `share_tensors` over a real gloo group of two processes."""
+
 import os
 import subprocess
 import sys
@@ -29,8 +30,9 @@ for a, b in zip(given, got, strict=True):
 
 def test_tensors_of_rank_0_on_every_rank(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [subprocess.Popen([sys.executable, "-c", TORCH_RANK, str(rank), str(tmp_path)], env=environment)
-             for rank in range(2)]
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", TORCH_RANK, str(rank), str(tmp_path)], env=environment) for rank in range(2)
+    ]
     try:
         assert [process.wait(timeout=600) for process in ranks] == [0, 0]
     finally:

@@ -3,6 +3,7 @@ of transformers, and training that goes on from a checkpoint as if it had not st
 
 One torchrun per world size runs all its cases (weights_worker.py); the tests below only compare what it wrote.
 """
+
 from __future__ import annotations
 
 import json
@@ -17,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny_hf
 
-from alphamed.config_sections import ParallelConfig
-from alphamed.model import read_shape
+from alphamed.config.sections import ParallelConfig
+from alphamed.model.shape import read_shape
 from alphamed.weights.buckets import box_of
 from alphamed.weights.plan import Slice
 from alphamed.weights.routes import holders
@@ -30,25 +31,38 @@ from weights_worker import make_config, token_groups
 
 pytestmark = pytest.mark.slow
 
-MODELS = {f"{family}-{'tied' if tied else 'untied'}": {"family": family, "tied": tied, "llama3_rope": family == "llama"}
-          for family in ("llama", "qwen2", "qwen3") for tied in (True, False)}
-MODELS["one-kv-head"] = {"family": "qwen2", "kv_heads": 1}             # fewer KV heads than tensor ranks
+MODELS = {
+    f"{family}-{'tied' if tied else 'untied'}": {"family": family, "tied": tied, "llama3_rope": family == "llama"}
+    for family in ("llama", "qwen2", "qwen3")
+    for tied in (True, False)
+}
+MODELS["one-kv-head"] = {"family": "qwen2", "kv_heads": 1}  # fewer KV heads than tensor ranks
 MODELS["bf16"] = {"family": "llama", "dtype": "bfloat16"}
 TP2, PP2, DP2, CP2 = {"tensor": 2}, {"pipeline": 2}, {"data": 2}, {"context": 2}
 VPP2 = PP2 | {"virtual_pipeline": 2}
 PLAIN = {"distributed_optimizer": False}
-ADAM = {"eps": 1e-5}                # far above the rounding of a gradient, which 1e-8 would turn into whole updates
+ADAM = {"eps": 1e-5}  # far above the rounding of a gradient, which 1e-8 would turn into whole updates
 LAYOUTS = {1: {"single": {}}, 2: {"tp2": TP2, "pp2": PP2, "vpp2": VPP2, "cp2": CP2}, 4: {"tp2-pp2": TP2 | PP2}}
 # Trained 2 steps, saved, trained 2 more; and the same from the checkpoint, in a policy that began with other weights.
-RESUMED = {1: {"single": {}, "single-plain": PLAIN},
-           2: {"tp2": TP2, "vpp2": VPP2, "dp2": DP2, "dp2-plain": DP2 | PLAIN, "cp2": CP2},
-           4: {"tp2-dp2": TP2 | DP2, "cp2-dp2": CP2 | DP2}}
+RESUMED = {
+    1: {"single": {}, "single-plain": PLAIN},
+    2: {"tp2": TP2, "vpp2": VPP2, "dp2": DP2, "dp2-plain": DP2 | PLAIN, "cp2": CP2},
+    4: {"tp2-dp2": TP2 | DP2, "cp2-dp2": CP2 | DP2},
+}
 # name: (layout, the case of RESUMED whose checkpoint it loads)
-RESHARDED = {2: {"single-to-tp2": (TP2, "single"), "tp2-to-pp2": (PP2, "tp2"), "dp2-to-tp2": (TP2, "dp2"),
-                 "vpp2-to-dp2": (DP2, "vpp2"), "plain-to-tp2": (TP2 | PLAIN, "dp2-plain"),
-                 "single-to-cp2": (CP2, "single"), "dp2-to-cp2": (CP2, "dp2"), "cp2-to-dp2": (DP2, "cp2")},
-             4: {"dp2-to-tp2-pp2": (TP2 | PP2, "dp2"), "tp2-to-pp2-dp2": (PP2 | DP2, "tp2"),
-                 "cp2-to-tp2-cp2": (TP2 | CP2, "cp2")}}
+RESHARDED = {
+    2: {
+        "single-to-tp2": (TP2, "single"),
+        "tp2-to-pp2": (PP2, "tp2"),
+        "dp2-to-tp2": (TP2, "dp2"),
+        "vpp2-to-dp2": (DP2, "vpp2"),
+        "plain-to-tp2": (TP2 | PLAIN, "dp2-plain"),
+        "single-to-cp2": (CP2, "single"),
+        "dp2-to-cp2": (CP2, "dp2"),
+        "cp2-to-dp2": (DP2, "cp2"),
+    },
+    4: {"dp2-to-tp2-pp2": (TP2 | PP2, "dp2"), "tp2-to-pp2-dp2": (PP2 | DP2, "tp2"), "cp2-to-tp2-cp2": (TP2 | CP2, "cp2")},
+}
 
 
 class Job:
@@ -71,13 +85,26 @@ class Job:
                     steps.append(["logprobs", self.path(name, "logprobs")])
                 if layout in ("single", "tp2") and model != "bf16":
                     steps.append(["logits", self.path(name, "logits")])
-                found.append({"model": folder, "parallel": parallel, "steps": steps,
-                              "dtype": "bf16" if model == "bf16" else "fp32"})
+                found.append(
+                    {"model": folder, "parallel": parallel, "steps": steps, "dtype": "bf16" if model == "bf16" else "fp32"}
+                )
         for name, parallel in RESUMED[world].items():
             model = self.models["qwen3-tied"]
-            found.append({"model": model, "parallel": parallel, "optimizer": ADAM, "steps": [
-                ["load_hf", model], ["train", 2], ["save", self.path(name, "checkpoints"), 2],
-                ["draw", self.path(name, "drawn")], ["train", 2], ["save_hf", self.path(name, "straight"), None]]})
+            found.append(
+                {
+                    "model": model,
+                    "parallel": parallel,
+                    "optimizer": ADAM,
+                    "steps": [
+                        ["load_hf", model],
+                        ["train", 2],
+                        ["save", self.path(name, "checkpoints"), 2],
+                        ["draw", self.path(name, "drawn")],
+                        ["train", 2],
+                        ["save_hf", self.path(name, "straight"), None],
+                    ],
+                }
+            )
             found.append(self.resuming(name, parallel, name))
         for name, (parallel, source) in RESHARDED.get(world, {}).items():
             found.append(self.resuming(name, parallel, source))
@@ -85,10 +112,21 @@ class Job:
 
     def resuming(self, name: str, parallel: dict, source: str) -> dict:
         folder = f"{self.path(source, 'checkpoints')}/step_000002"
-        steps = [["load", folder], ["adam", self.path(name, "adam")], ["draw", self.path(name, "drawn-again")],
-                 ["decay", 0.01], ["train", 2], ["save_hf", self.path(name, "resumed"), None]]
-        return {"model": self.models["qwen3-tied"], "parallel": parallel, "seed": 99,
-                "optimizer": ADAM | {"weight_decay": 0.02}, "steps": steps}
+        steps = [
+            ["load", folder],
+            ["adam", self.path(name, "adam")],
+            ["draw", self.path(name, "drawn-again")],
+            ["decay", 0.01],
+            ["train", 2],
+            ["save_hf", self.path(name, "resumed"), None],
+        ]
+        return {
+            "model": self.models["qwen3-tied"],
+            "parallel": parallel,
+            "seed": 99,
+            "optimizer": ADAM | {"weight_decay": 0.02},
+            "steps": steps,
+        }
 
     def other_types(self) -> list[dict]:
         """BF16 parameters with both optimizers, a checkpoint from before the first update, weights without
@@ -96,42 +134,99 @@ class Job:
         found = []
         for name, parallel in (("bf16", {}), ("bf16-plain", PLAIN)):
             base = {"model": self.models["bf16"], "parallel": parallel, "dtype": "bf16"}
-            found += [base | {"steps": [
-                ["load_hf", self.models["bf16"]], ["train", 2], ["save", self.path(name, "checkpoints"), 2],
-                ["train", 2], ["save_hf", self.path(name, "straight"), "bfloat16"]]}, base | {"seed": 99, "steps": [
-                    ["load", f"{self.path(name, 'checkpoints')}/step_000002"], ["train", 2],
-                    ["save_hf", self.path(name, "resumed"), "bfloat16"]]}]
+            found += [
+                base
+                | {
+                    "steps": [
+                        ["load_hf", self.models["bf16"]],
+                        ["train", 2],
+                        ["save", self.path(name, "checkpoints"), 2],
+                        ["train", 2],
+                        ["save_hf", self.path(name, "straight"), "bfloat16"],
+                    ]
+                },
+                base
+                | {
+                    "seed": 99,
+                    "steps": [
+                        ["load", f"{self.path(name, 'checkpoints')}/step_000002"],
+                        ["train", 2],
+                        ["save_hf", self.path(name, "resumed"), "bfloat16"],
+                    ],
+                },
+            ]
         model = self.models["llama-untied"]
         begin = self.path("begin", "checkpoints")
         folder = f"{begin}/step_000000"
         return found + [
-            {"model": model, "parallel": {}, "steps": [["load_hf", model], ["save", begin, 2], ["train", 2],
-                                                       ["save_hf", self.path("begin", "straight"), None]]},
-            {"model": model, "parallel": {}, "seed": 99, "steps": [["load", folder], ["train", 2],
-                                                                   ["save_hf", self.path("begin", "resumed"), None]]},
-            {"model": model, "parallel": {}, "seed": 99, "steps": [["load_weights", folder],
-                                                                   ["save_hf", self.path("begin", "weights"), None]]}]
+            {
+                "model": model,
+                "parallel": {},
+                "steps": [
+                    ["load_hf", model],
+                    ["save", begin, 2],
+                    ["train", 2],
+                    ["save_hf", self.path("begin", "straight"), None],
+                ],
+            },
+            {
+                "model": model,
+                "parallel": {},
+                "seed": 99,
+                "steps": [["load", folder], ["train", 2], ["save_hf", self.path("begin", "resumed"), None]],
+            },
+            {
+                "model": model,
+                "parallel": {},
+                "seed": 99,
+                "steps": [["load_weights", folder], ["save_hf", self.path("begin", "weights"), None]],
+            },
+        ]
 
     def failing(self) -> list[dict]:
         """A disk that fills up while a second checkpoint is written; a checkpoint of the same size with other bytes;
         one of another model."""
         model, other, room = self.models["llama-tied"], self.models["llama-untied"], self.path("full", "checkpoints")
         return [
-            {"model": model, "parallel": TP2, "steps": [
-                ["load_hf", model], ["train", 1], ["save", room, 2], ["train", 1], ["limit_file_bytes", 200_000],
-                ["fails", self.path("full", "error"), ["save", room, 2]], ["limit_file_bytes", None],
-                ["spoil", f"{room}/step_000001"],
-                ["fails", self.path("spoilt", "error"), ["load", f"{room}/step_000001"]]]},
-            {"model": other, "parallel": TP2, "steps": [
-                ["fails", self.path("other", "error"), ["load", f"{room}/step_000001"]]]},
-            {"model": model, "parallel": TP2 | PLAIN, "steps": [
-                ["fails", self.path("plain", "error"), ["load", f"{room}/step_000001"]]]}]
+            {
+                "model": model,
+                "parallel": TP2,
+                "steps": [
+                    ["load_hf", model],
+                    ["train", 1],
+                    ["save", room, 2],
+                    ["train", 1],
+                    ["limit_file_bytes", 200_000],
+                    ["fails", self.path("full", "error"), ["save", room, 2]],
+                    ["limit_file_bytes", None],
+                    ["spoil", f"{room}/step_000001"],
+                    ["fails", self.path("spoilt", "error"), ["load", f"{room}/step_000001"]],
+                ],
+            },
+            {
+                "model": other,
+                "parallel": TP2,
+                "steps": [["fails", self.path("other", "error"), ["load", f"{room}/step_000001"]]],
+            },
+            {
+                "model": model,
+                "parallel": TP2 | PLAIN,
+                "steps": [["fails", self.path("plain", "error"), ["load", f"{room}/step_000001"]]],
+            },
+        ]
 
     def launch(self, world: int) -> None:
         spec = self.root / f"cases{world}.json"
         spec.write_text(json.dumps(self.cases(world)))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}",
-                   str(HERE / "weights_worker.py"), str(spec)]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={world}",
+            str(HERE / "weights_worker.py"),
+            str(spec),
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"torchrun with {world} ranks failed:\n{done.stderr[-6000:]}"
@@ -150,7 +245,7 @@ def world1(job) -> Job:
 
 @pytest.fixture(scope="module")
 def world2(world1) -> Job:
-    world1.launch(2)                   # loads checkpoints that one rank wrote
+    world1.launch(2)  # loads checkpoints that one rank wrote
     return world1
 
 
@@ -196,8 +291,10 @@ def test_round_trip_is_exact(done, layout, model):
 def test_ranks_hold_what_the_sync_plan_says(request, done, layout, model):
     """And may send it as it lies: every slice is that part of the model's own tensor."""
     world = request.node.callspec.params["done"]
-    stored, planned = tensors(done.models[model]), holders(read_shape(Path(done.models[model])),
-                                                          ParallelConfig(**LAYOUTS[world][layout]))
+    stored, planned = (
+        tensors(done.models[model]),
+        holders(read_shape(Path(done.models[model])), ParallelConfig(**LAYOUTS[world][layout])),
+    )
     assert list(planned) == list(range(world))
     for rank, slices in planned.items():
         found = torch.load(f"{done.path(f'{layout}.{model}', 'parts')}.{rank}")
@@ -222,6 +319,7 @@ def test_logits_are_those_of_transformers(done, layout, model):
     """At every position of a packed row, by vocabulary shards side by side."""
     from alphamed.batching import pack
     from alphamed.records import Layout
+
     vocab = 509
     found = torch.load(done.path(f"{layout}.{model}", "logits"))
     budget = make_config({"model": "", "parallel": {}}).parallel.micro_batch_tokens
@@ -229,11 +327,11 @@ def test_logits_are_those_of_transformers(done, layout, model):
     micro, theirs = row.mini_batches[0].micro_batches[0], transformers_model(done.models[model])
     compared = start = 0
     for segment in micro.segments:
-        prefix = micro.tokens[start:start + segment.prefix]
+        prefix = micro.tokens[start : start + segment.prefix]
         at = start + segment.prefix
         for length in segment.continuations:
-            ids = torch.cat([prefix, micro.tokens[at:at + length]])
-            mine = torch.cat([found[start:start + segment.prefix], found[at:at + length]])[:, :vocab]
+            ids = torch.cat([prefix, micro.tokens[at : at + length]])
+            mine = torch.cat([found[start : start + segment.prefix], found[at : at + length]])[:, :vocab]
             torch.testing.assert_close(mine, theirs(ids[None]).logits[0], rtol=0, atol=1e-4)
             at, compared = at + length, compared + length
         start = at
@@ -247,7 +345,7 @@ def reference(folder: str) -> dict[tuple[int, int], torch.Tensor]:
     model, found = transformers_model(folder), {}
     for g, group in enumerate(token_groups(509)):
         for s, response in enumerate(group.responses):
-            logits = model(torch.cat([group.prompt, response])[None]).logits[0, len(group.prompt) - 1:-1]
+            logits = model(torch.cat([group.prompt, response])[None]).logits[0, len(group.prompt) - 1 : -1]
             found[g, s] = logits.log_softmax(-1).gather(1, response[:, None])[:, 0]
     return found
 
@@ -255,6 +353,7 @@ def reference(folder: str) -> dict[tuple[int, int], torch.Tensor]:
 @cache
 def transformers_model(folder: str):
     from transformers import AutoModelForCausalLM
+
     return AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False)
 
 
@@ -263,16 +362,17 @@ def transformers_model(folder: str):
 def test_resumed_training_is_the_same_to_the_bit(done, name):
     assert largest_difference(done.path(name, "straight"), done.path(name, "resumed")) == 0
     moved = largest_difference(done.path(name, "straight"), done.models["qwen3-tied"])
-    assert moved > 2e-3                                           # 4 steps of Adam at 1e-3
+    assert moved > 2e-3  # 4 steps of Adam at 1e-3
 
 
 @pytest.mark.parametrize("done, name", every(RESUMED), indirect=["done"])
 def test_adam_and_random_state_are_restored(done, name):
     adam = json.loads(Path(done.path(name, "adam")).read_text())
     assert adam["steps"] == [2.0] and adam["separate"] and adam["progress"] == 2
-    assert adam["weight_decay"] == 0.02                           # the configuration's, not the checkpoint's
+    assert adam["weight_decay"] == 0.02  # the configuration's, not the checkpoint's
     assert json.loads(Path(done.path(name, "drawn")).read_text()) == json.loads(
-        Path(done.path(name, "drawn-again")).read_text())
+        Path(done.path(name, "drawn-again")).read_text()
+    )
 
 
 @pytest.mark.parametrize("done, name", every(RESHARDED), indirect=["done"])
@@ -300,9 +400,14 @@ def test_a_full_disk_is_one_error_on_all_ranks(world2):
     assert sorted(path.name for path in directory.iterdir()) == ["latest", "step_000001"]
 
 
-@pytest.mark.parametrize("name, message", (
-    ("spoilt", "is damaged ("), ("other", "is of a model with tied True, model.path has False"),
-    ("plain", "was made with parallel.distributed_optimizer: True, now it is False; set it back")))
+@pytest.mark.parametrize(
+    "name, message",
+    (
+        ("spoilt", "is damaged ("),
+        ("other", "is of a model with tied True, model.path has False"),
+        ("plain", "was made with parallel.distributed_optimizer: True, now it is False; set it back"),
+    ),
+)
 def test_a_bad_checkpoint_is_one_error_on_all_ranks(world2, name, message):
     first, second = json.loads(Path(world2.path(name, "error")).read_text())
     assert first == second and first.startswith("CheckpointError: checkpoint ")

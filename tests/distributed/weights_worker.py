@@ -3,6 +3,7 @@
 `weights_worker.py CASES.json`: a list of {"model", "parallel", "steps": [...]}; a step is a method
 of Rank with its arguments.
 """
+
 from __future__ import annotations
 
 import json
@@ -26,21 +27,34 @@ def token_groups(vocab: int) -> list[TokenGroup]:
     groups = []
     for prompt, responses in ((9, (5, 7)), (4, (6, 3, 8)), (12, (4, 4)), (6, (9, 2))):
         draw = lambda n: torch.randint(0, vocab, (n,), generator=generator)
-        groups.append(TokenGroup(
-            prompt=draw(prompt), responses=tuple(draw(n) for n in responses),
-            rollout_logprobs=tuple(-torch.rand(n, generator=generator) - 5 for n in responses),
-            advantages=torch.randn(len(responses), generator=generator), policy_version=1))
+        groups.append(
+            TokenGroup(
+                prompt=draw(prompt),
+                responses=tuple(draw(n) for n in responses),
+                rollout_logprobs=tuple(-torch.rand(n, generator=generator) - 5 for n in responses),
+                advantages=torch.randn(len(responses), generator=generator),
+                policy_version=1,
+            )
+        )
     return groups
 
 
 def make_config(case: dict):
-    from alphamed.config_file import build_config
-    return build_config({
-        "model": {"path": case["model"], "dtype": case.get("dtype", "fp32")}, "data": {"train": ["unused.jsonl"]},
-        "prompt": {"max_tokens": 16}, "rollout": {"max_response_tokens": 16, "questions_per_step": 4},
-        # room to round up, so that rows are cut alike in every layout
-        "parallel": {"micro_batch_tokens": 31 + case["parallel"].get("context", 1), **case["parallel"]}, "run": {"seed": case.get("seed", 1234)},
-        "optimizer": {"lr": 1e-3, **case.get("optimizer", {})}, "cluster": {"device": "cpu", "trainer_threads": 1}})
+    from alphamed.config.loading import build_config
+
+    return build_config(
+        {
+            "model": {"path": case["model"], "dtype": case.get("dtype", "fp32")},
+            "data": {"train": ["unused.jsonl"]},
+            "prompt": {"max_tokens": 16},
+            "rollout": {"max_response_tokens": 16, "questions_per_step": 4},
+            # room to round up, so that rows are cut alike in every layout
+            "parallel": {"micro_batch_tokens": 31 + case["parallel"].get("context", 1), **case["parallel"]},
+            "run": {"seed": case.get("seed", 1234)},
+            "optimizer": {"lr": 1e-3, **case.get("optimizer", {})},
+            "cluster": {"device": "cpu", "trainer_threads": 1},
+        }
+    )
 
 
 class Rank:
@@ -48,7 +62,7 @@ class Rank:
 
     def __init__(self, case: dict, runtime) -> None:
         from alphamed.megatron.policy import Policy
-        from alphamed.model import read_shape
+        from alphamed.model.shape import read_shape
 
         self.config, self.runtime = make_config(case), runtime
         self.shape = read_shape(Path(case["model"]))
@@ -58,24 +72,41 @@ class Rank:
 
     def batch(self):
         from alphamed.batching import pack
+
         p = self.config.parallel
-        return pack(token_groups(self.shape.vocab), self.runtime.layout, token_budget=p.micro_batch_tokens,
-                    share_prompts=p.share_prompts)
+        return pack(
+            token_groups(self.shape.vocab),
+            self.runtime.layout,
+            token_budget=p.micro_batch_tokens,
+            share_prompts=p.share_prompts,
+        )
 
     def load_hf(self, folder: str) -> None:
         from alphamed.weights.hf_io import load_hf
+
         load_hf(Path(folder), self.policy.model_chunks(), self.shape, self.runtime.layout)
         self.policy.weights_changed()
 
     def save_hf(self, folder: str, dtype: str | None) -> None:
         from alphamed.weights.hf_save import save_hf
+
         policy = self.policy
-        save_hf(Path(folder), self.source, policy.model_chunks(), self.shape, self.runtime.layout, policy.tensor_group,
-                policy.pipeline_group, dtype=getattr(torch, dtype) if dtype else None, max_file_bytes=100_000)
+        save_hf(
+            Path(folder),
+            self.source,
+            policy.model_chunks(),
+            self.shape,
+            self.runtime.layout,
+            policy.tensor_group,
+            policy.pipeline_group,
+            dtype=getattr(torch, dtype) if dtype else None,
+            max_file_bytes=100_000,
+        )
 
     def parts(self, file: str) -> None:
         """What this rank would send of its own in a direct push: [(slice, tensor)]."""
         from alphamed.weights.source import PolicySource
+
         source = PolicySource(self.policy, self.shape)
         assert source.rank == self.runtime.rank, f"{source.rank} is planned for rank {self.runtime.rank}"
         torch.save([(tuple(piece), tensor.clone()) for piece, tensor in source.parts()], f"{file}.{source.rank}")
@@ -105,30 +136,39 @@ class Rank:
 
     def save(self, directory: str, keep: int) -> None:
         from alphamed.megatron import checkpoint
+
         checkpoint.save(Path(directory), self.policy, {"step": self.done, "cursor": {"epoch": 1}}, keep)
 
     def load(self, folder: str) -> None:
         from alphamed.megatron import checkpoint
+
         state = checkpoint.load(Path(folder), self.policy)
         assert state["cursor"] == {"epoch": 1}, state
         self.done = state["step"]
 
     def load_weights(self, folder: str) -> None:
         from alphamed.megatron import checkpoint
+
         checkpoint.load_weights(Path(folder), self.policy.model_chunks(), self.shape, self.runtime)
 
     def adam(self, file: str) -> None:
         """What of the optimizer is easily lost: Adam's step on every parameter, in tensors of their own; the step that
         sets the learning rate; settings, which must be the configuration's."""
         states = [s for part in self.policy.optimizer.chained_optimizers for s in part.optimizer.state.values()]
-        self.write(file, {"steps": sorted({float(s["step"]) for s in states}),
-                          "separate": len({s["step"].data_ptr() for s in states}) == len(states),
-                          "progress": self.policy.progress.steps,
-                          "weight_decay": max(g["weight_decay"] for g in self.policy.optimizer.param_groups)})
+        self.write(
+            file,
+            {
+                "steps": sorted({float(s["step"]) for s in states}),
+                "separate": len({s["step"].data_ptr() for s in states}) == len(states),
+                "progress": self.policy.progress.steps,
+                "weight_decay": max(g["weight_decay"] for g in self.policy.optimizer.param_groups),
+            },
+        )
 
     def draw(self, file: str) -> None:
         """Random numbers of every generator that a checkpoint keeps; the generators are left as they were."""
         from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
         states = random.getstate(), numpy.random.get_state(), torch.get_rng_state(), get_cuda_rng_tracker().get_states()
         with get_cuda_rng_tracker().fork():
             drawn = [torch.rand(1).item()]
@@ -182,7 +222,7 @@ class Rank:
 def main(cases: list[dict]) -> None:
     from alphamed.megatron import runtime as runtimes
 
-    for case in cases:                          # the same processes in one layout after another
+    for case in cases:  # the same processes in one layout after another
         rank = Rank(case, runtimes.start(make_config(case)))
         for step in case["steps"]:
             rank.run(step)

@@ -2,6 +2,7 @@
 
 usage: worker.py JOB RESULTS      JOB: torch file {"folders", "data", "cases", "behaviours"}; RESULTS: folder, one file per case and rank
 """
+
 from __future__ import annotations
 
 import sys
@@ -19,14 +20,15 @@ import torch.distributed as dist
 from groups import leave_all_but_the_default
 
 from alphamed.batching import attach, pack
-from alphamed.config_file import build_config
+from alphamed.config.loading import build_config
 from alphamed.megatron import runtime as runtimes
-from alphamed.model import read_shape
+from alphamed.model.shape import read_shape
 
 
 @dataclass(frozen=True)
 class Case:
     """One way of running the fixed batch. `expect` names the oracle's trace that it must reproduce."""
+
     name: str
     model: str
     expect: str
@@ -41,19 +43,42 @@ class Case:
 
 
 def config_of(case: Case, folder: Path):
-    return build_config({
-        "model": {"path": str(folder), "dtype": case.dtype, "fp8": case.fp8}, "data": {"train": ["none.jsonl"]}, "run": {"steps": 3},
-        "rollout": {"dtype": "fp32", "temperature": oracle.TEMPERATURE, "questions_per_step": 8, "max_response_tokens": 16},
-        "algorithm": {"kl_coefficient": oracle.KL_COEFFICIENT, "clip_low": oracle.CLIP_LOW, "clip_high": oracle.CLIP_HIGH,
-                      "mini_batches": case.mini_batches, **case.algorithm},
-        "parallel": case.parallel, "prompt": {"max_tokens": 32},
-        "optimizer": {"lr": oracle.LR, "betas": oracle.BETAS, "eps": oracle.EPS, "weight_decay": oracle.WEIGHT_DECAY,
-                      "clip_grad": oracle.CLIP_GRAD, **case.optimizer},
-        "cluster": {"device": case.device, "trainer_threads": 1, "rank_timeout_s": 900.0}})
+    return build_config(
+        {
+            "model": {"path": str(folder), "dtype": case.dtype, "fp8": case.fp8},
+            "data": {"train": ["none.jsonl"]},
+            "run": {"steps": 3},
+            "rollout": {
+                "dtype": "fp32",
+                "temperature": oracle.TEMPERATURE,
+                "questions_per_step": 8,
+                "max_response_tokens": 16,
+            },
+            "algorithm": {
+                "kl_coefficient": oracle.KL_COEFFICIENT,
+                "clip_low": oracle.CLIP_LOW,
+                "clip_high": oracle.CLIP_HIGH,
+                "mini_batches": case.mini_batches,
+                **case.algorithm,
+            },
+            "parallel": case.parallel,
+            "prompt": {"max_tokens": 32},
+            "optimizer": {
+                "lr": oracle.LR,
+                "betas": oracle.BETAS,
+                "eps": oracle.EPS,
+                "weight_decay": oracle.WEIGHT_DECAY,
+                "clip_grad": oracle.CLIP_GRAD,
+                **case.optimizer,
+            },
+            "cluster": {"device": case.device, "trainer_threads": 1, "rank_timeout_s": 900.0},
+        }
+    )
 
 
 def fill(batch, name: str, values: dict[oracle.Sample, torch.Tensor]):
     """The batch with `name` set from values by sample, as a caller that knows them all would."""
+
     def row(micro):
         full = torch.zeros(len(micro.tokens))
         for s, sample in enumerate(micro.samples):
@@ -64,8 +89,13 @@ def fill(batch, name: str, values: dict[oracle.Sample, torch.Tensor]):
 
 
 def by_sample(batch, name: str) -> dict[oracle.Sample, torch.Tensor]:
-    return {sample: getattr(m, name)[m.sequence == s] for mini in batch.mini_batches for m in mini.micro_batches
-            for s, sample in enumerate(m.samples) if getattr(m, name) is not None}
+    return {
+        sample: getattr(m, name)[m.sequence == s]
+        for mini in batch.mini_batches
+        for m in mini.micro_batches
+        for s, sample in enumerate(m.samples)
+        if getattr(m, name) is not None
+    }
 
 
 @contextmanager
@@ -88,17 +118,25 @@ def policy_of(case: Case, folder: Path, changes: dict | None = None):
 
 
 def packed(case: Case, policy, groups):
-    return pack(groups, policy.layout, token_budget=case.budget, mini_batches=case.mini_batches,
-                share_prompts=policy.config.parallel.share_prompts)
+    return pack(
+        groups,
+        policy.layout,
+        token_budget=case.budget,
+        mini_batches=case.mini_batches,
+        share_prompts=policy.config.parallel.share_prompts,
+    )
 
 
 def run(case: Case, folder: Path, data: oracle.Data) -> dict:
     with policy_of(case, folder) as policy:
         bare = packed(case, policy, data.groups)
         batch = fill(fill(bare, "old_logprobs", data.old), "reference_logprobs", data.reference)
-        found = {"before": by_sample(policy.logprobs(bare), "old_logprobs"), "case": asdict(case),
-                 "micro_batches": [len(m.micro_batches) for m in bare.mini_batches],
-                 "idle": sum(not m.samples for mini in bare.mini_batches for m in mini.micro_batches)}
+        found = {
+            "before": by_sample(policy.logprobs(bare), "old_logprobs"),
+            "case": asdict(case),
+            "micro_batches": [len(m.micro_batches) for m in bare.mini_batches],
+            "idle": sum(not m.samples for mini in bare.mini_batches for m in mini.micro_batches),
+        }
         if policy.runtime.world == 1:
             found["gradient"] = first_gradient(policy, batch)
         found["stats"] = [policy.update(batch) for _ in range(3)]
@@ -113,18 +151,25 @@ def first_gradient(policy, batch) -> dict[str, torch.Tensor]:
     from alphamed.weights.tensors import to_hf
 
     forward_backward(policy._wrapped, batch.mini_batches[0], policy.layout, policy.runtime.device, policy.config)
-    return {name: grad.clone() for entry, parameter in stage_entries(policy.model_chunks(), policy.shape)
-            for name, grad in zip(entry.hf, to_hf(entry, [parameter.main_grad]), strict=True)}
+    return {
+        name: grad.clone()
+        for entry, parameter in stage_entries(policy.model_chunks(), policy.shape)
+        for name, grad in zip(entry.hf, to_hf(entry, [parameter.main_grad]), strict=True)
+    }
 
 
 def main(job_file: str, results: str) -> None:
     import behaviour
 
     job = torch.load(job_file, weights_only=False)
-    work = [(case["name"], partial(run, Case(**case), Path(job["folders"][case["model"]]), job["data"][case["model"]]))
-            for case in job["cases"]]
-    work += [(name, partial(getattr(behaviour, name), Path(job["folders"]["llama"]), job["data"]["llama"]))
-             for name in job.get("behaviours", ())]
+    work = [
+        (case["name"], partial(run, Case(**case), Path(job["folders"][case["model"]]), job["data"][case["model"]]))
+        for case in job["cases"]
+    ]
+    work += [
+        (name, partial(getattr(behaviour, name), Path(job["folders"]["llama"]), job["data"]["llama"]))
+        for name in job.get("behaviours", ())
+    ]
     for name, do in work:
         found = do()
         torch.save(found, Path(results) / f"{name}.{dist.get_rank()}.pt")

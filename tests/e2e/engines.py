@@ -1,4 +1,5 @@
 """Helpers of the engine tests: pools of tiny engines, a model as weight source, transformers as the judge."""
+
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,16 +10,16 @@ from tiny import tiny_hf
 from transformers import AutoModelForCausalLM
 
 from alphamed.cluster.control import Control
-from alphamed.config import Config
-from alphamed.config_file import build_config
-from alphamed.config_sections import ParallelConfig
-from alphamed.model import read_shape
+from alphamed.config.loading import build_config
+from alphamed.config.schema import Config
+from alphamed.config.sections import ParallelConfig
+from alphamed.model.families import hf_shapes
+from alphamed.model.shape import read_shape
 from alphamed.records import GenerationTask, Question, Sampling
 from alphamed.rollout import pool as pool_module
 from alphamed.rollout.pool import EnginePool
 from alphamed.rollout.spec import engine_environment, engine_specs
 from alphamed.weights.buckets import box_of
-from alphamed.weights.families import hf_shapes
 from alphamed.weights.probe import Probe
 from alphamed.weights.routes import holders, make_plan
 from alphamed.weights.sync import WeightSync
@@ -32,17 +33,35 @@ QUESTION = Question("q", "?", {"A": "x", "B": "y"}, "A")
 
 def tiny(folder: Path, seed: int, tied: bool, family: str = "llama") -> Path:
     """Heads of 32: vLLM has no CPU kernel for smaller ones."""
-    return tiny_hf(folder, family, seed=seed, tied=tied, head_dim=32 if family != "qwen2" else None,
-                   hidden=128 if family == "qwen2" else 64)
+    return tiny_hf(
+        folder,
+        family,
+        seed=seed,
+        tied=tied,
+        head_dim=32 if family != "qwen2" else None,
+        hidden=128 if family == "qwen2" else 64,
+    )
 
 
 def config(mode: str = "gather", transport: str = "auto", **rollout) -> Config:
     dtype = rollout.get("dtype", "fp32")
-    return build_config({
-        "model": {"path": "m", "dtype": dtype}, "data": {"train": ["d.jsonl"]}, "cluster": {"device": "cpu"},
-        "prompt": {"max_tokens": 100}, "sync": {"mode": mode, "transport": transport, "bucket_bytes": 50_000},
-        "rollout": {"dtype": dtype, "max_response_tokens": 28, "max_concurrent_requests": 32, "deterministic": True,
-                    "kv_cache_bytes": 64 << 20} | rollout})
+    return build_config(
+        {
+            "model": {"path": "m", "dtype": dtype},
+            "data": {"train": ["d.jsonl"]},
+            "cluster": {"device": "cpu"},
+            "prompt": {"max_tokens": 100},
+            "sync": {"mode": mode, "transport": transport, "bucket_bytes": 50_000},
+            "rollout": {
+                "dtype": dtype,
+                "max_response_tokens": 28,
+                "max_concurrent_requests": 32,
+                "deterministic": True,
+                "kv_cache_bytes": 64 << 20,
+            }
+            | rollout,
+        }
+    )
 
 
 def start_pool(config: Config, *folders: Path) -> EnginePool:
@@ -52,8 +71,14 @@ def start_pool(config: Config, *folders: Path) -> EnginePool:
 
 def start_engines(wanted: Sequence[tuple[Config, Path]]) -> EnginePool:
     """Engines of the given configurations on the given folders, with workers that take the hooks of worker_hooks.py."""
-    specs = [replace(engine_specs(config, folder, read_shape(folder), (EOS,))[0], index=i,
-                     worker_extension="worker_hooks.HookedReceiver") for i, (config, folder) in enumerate(wanted)]
+    specs = [
+        replace(
+            engine_specs(config, folder, read_shape(folder), (EOS,))[0],
+            index=i,
+            worker_extension="worker_hooks.HookedReceiver",
+        )
+        for i, (config, folder) in enumerate(wanted)
+    ]
     original = pool_module.engine_environment
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     pool_module.engine_environment = lambda spec: engine_environment(spec) | {"PYTHONPATH": path}
@@ -65,6 +90,7 @@ def start_engines(wanted: Sequence[tuple[Config, Path]]) -> EnginePool:
 
 class ModelSource:
     """A transformers model in the place of the policy, on one rank."""
+
     rank, exports, scores = 0, True, True
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32):

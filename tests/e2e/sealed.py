@@ -7,6 +7,7 @@ All addresses of the world lead to the loopback device of the namespace, where n
 once, and every packet for another host, and every question for a name, passes the tap. Needs the right to make namespaces
 (root, or unprivileged user namespaces); without it the exit code is NOT_PERMITTED.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -21,7 +22,7 @@ from pathlib import Path
 
 NOT_PERMITTED, CLOSED = 77, "--closed"
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
-OWN = "192.0.2.1"                       # TEST-NET-1 (RFC 5737): the address of this host in its namespace
+OWN = "192.0.2.1"  # TEST-NET-1 (RFC 5737): the address of this host in its namespace
 DNS = 53
 
 
@@ -68,8 +69,9 @@ def has_ipv6() -> bool:
 def _netlink(kind: int, head: bytes, attributes: dict[int, bytes]) -> None:
     """One rtnetlink request, acknowledged. Raises OSError."""
     REQUEST_ACK_CREATE = 1 | 4 | 0x400
-    body = head + b"".join(struct.pack("HH", 4 + len(value), name) + value + bytes(-len(value) % 4)
-                           for name, value in attributes.items())
+    body = head + b"".join(
+        struct.pack("HH", 4 + len(value), name) + value + bytes(-len(value) % 4) for name, value in attributes.items()
+    )
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as kernel:
         kernel.send(struct.pack("IHHII", 16 + len(body), kind, REQUEST_ACK_CREATE, 1, 0) + body)
         error = -struct.unpack_from("i", kernel.recv(4096), 16)[0]
@@ -83,19 +85,38 @@ def _netlink(kind: int, head: bytes, attributes: dict[int, bytes]) -> None:
 LD_B, LD_H, LD_H_AT_X, LD_W, LDX_IP_LENGTH, AND, JEQ, RET = 0x30, 0x28, 0x48, 0x20, 0xB1, 0x54, 0x15, 0x06
 KEEP, DROP = 20, 21
 OWN_NUMBER = int.from_bytes(socket.inet_aton(OWN), "big")
-PROGRAM = [                             # (operation, value, line if equal, line if not)
-    (LD_B, 0), (AND, 0xF0), (JEQ, 0x40, 3, 12),
-    (LD_W, 16), (JEQ, OWN_NUMBER, 7, 5), (AND, 0xFF000000), (JEQ, 0x7F000000, 7, KEEP),         # IPv4 destination
-    (LD_B, 9), (JEQ, socket.IPPROTO_UDP, 9, DROP), (LDX_IP_LENGTH, 0), (LD_H_AT_X, 2), (JEQ, DNS, KEEP, DROP),
-    (LD_W, 24), (JEQ, 0, 14, KEEP), (LD_W, 28), (JEQ, 0, 16, KEEP), (LD_W, 32), (JEQ, 0, 18, KEEP),
-    (LD_W, 36), (JEQ, 1, DROP, KEEP),                                                           # IPv6 destination is ::1
-    (RET, 0xFFFF), (RET, 0)]
+PROGRAM = [  # (operation, value, line if equal, line if not)
+    (LD_B, 0),
+    (AND, 0xF0),
+    (JEQ, 0x40, 3, 12),
+    (LD_W, 16),
+    (JEQ, OWN_NUMBER, 7, 5),
+    (AND, 0xFF000000),
+    (JEQ, 0x7F000000, 7, KEEP),  # IPv4 destination
+    (LD_B, 9),
+    (JEQ, socket.IPPROTO_UDP, 9, DROP),
+    (LDX_IP_LENGTH, 0),
+    (LD_H_AT_X, 2),
+    (JEQ, DNS, KEEP, DROP),
+    (LD_W, 24),
+    (JEQ, 0, 14, KEEP),
+    (LD_W, 28),
+    (JEQ, 0, 16, KEEP),
+    (LD_W, 32),
+    (JEQ, 0, 18, KEEP),
+    (LD_W, 36),
+    (JEQ, 1, DROP, KEEP),  # IPv6 destination is ::1
+    (RET, 0xFFFF),
+    (RET, 0),
+]
 
 
 def open_tap() -> socket.socket:
     SO_ATTACH_FILTER, ALL_PROTOCOLS = 26, 3
-    code = b"".join(struct.pack("HBBI", op, *((jumps[0] - i - 1, jumps[1] - i - 1) if jumps else (0, 0)), value)
-                    for i, (op, value, *jumps) in enumerate(PROGRAM))
+    code = b"".join(
+        struct.pack("HBBI", op, *((jumps[0] - i - 1, jumps[1] - i - 1) if jumps else (0, 0)), value)
+        for i, (op, value, *jumps) in enumerate(PROGRAM)
+    )
     buffer = ctypes.create_string_buffer(code)
     tap = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ALL_PROTOCOLS))
     tap.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HL", len(PROGRAM), ctypes.addressof(buffer)))
@@ -113,7 +134,7 @@ def describe(packet: bytes) -> str:
     if packet[0] >> 4 == 6:
         protocol, where, payload = packet[6], socket.inet_ntop(socket.AF_INET6, packet[24:40]), packet[40:]
     else:
-        protocol, where, payload = packet[9], socket.inet_ntoa(packet[16:20]), packet[4 * (packet[0] & 15):]
+        protocol, where, payload = packet[9], socket.inet_ntoa(packet[16:20]), packet[4 * (packet[0] & 15) :]
     name = {socket.IPPROTO_TCP: "TCP", socket.IPPROTO_UDP: "UDP"}.get(protocol)
     if name is None or len(payload) < 8:
         return f"protocol {protocol} to {where}"
@@ -126,8 +147,8 @@ def _question(labels: bytes) -> str:
     """The name in a DNS question (RFC 1035, 4.1.2)."""
     words = []
     while labels and labels[0]:
-        words.append(labels[1:1 + labels[0]].decode(errors="replace"))
-        labels = labels[1 + labels[0]:]
+        words.append(labels[1 : 1 + labels[0]].decode(errors="replace"))
+        labels = labels[1 + labels[0] :]
     return ".".join(words)
 
 

@@ -2,6 +2,7 @@
 
 transformers' FP32 log-probs say which weights a token was sampled with.
 """
+
 import subprocess
 import sys
 from collections import Counter
@@ -22,8 +23,8 @@ from engines import (
 )
 from tiny_reader import PROMPT, tiny_reader, unknown_questions
 
-from alphamed.observe.files import read_json_lines
-from alphamed.observe.rollout_files import question_json, read_rollouts, rollout_path
+from alphamed.files import read_json_lines
+from alphamed.rundir.rollout_files import question_json, read_rollouts, rollout_path
 
 pytestmark = pytest.mark.slow
 
@@ -51,26 +52,33 @@ def test_a_run_one_step_ahead(tmp_path):
     questions = unknown_questions(1)
     (tmp_path / "questions.jsonl").write_text("".join(question_json(one) + "\n" for one in questions))
     (tmp_path / "ahead.yaml").write_text(CONFIG.format(steps=STEPS, prompt=PROMPT))
-    done = subprocess.run([sys.executable, "-m", "alphamed.cli", "train", "--config", "ahead.yaml"], cwd=tmp_path,
-                          capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-m", "alphamed.cli", "train", "--config", "ahead.yaml"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "runs" / "ahead"
     metrics = {row["step"]: row for row in read_json_lines(run / "metrics.jsonl")}
     assert sorted(metrics) == list(range(1, STEPS + 1))
     assert metrics[1]["staleness/max"] == 0.0
     assert all(metrics[step]["staleness/max"] <= 1.0 for step in metrics)
-    assert sum(metrics[step]["staleness/mean"] for step in metrics) > 0            # generation went on during training
+    assert sum(metrics[step]["staleness/mean"] for step in metrics) > 0  # generation went on during training
     for step, row in metrics.items():
         groups = read_rollouts(rollout_path(run, step))
         ages = [step - rollout.policy_version for scored in groups for rollout in scored.group.rollouts]
-        assert len(groups) == 8 and set(ages) <= {0, 1}                            # the weights of step n are version n
+        assert len(groups) == 8 and set(ages) <= {0, 1}  # the weights of step n are version n
         assert row["staleness/mean"] == pytest.approx(sum(ages) / len(ages)) and row["policy_version"] == step - max(ages)
-        assert row["sampling/bound_hit"] or all(0 < sum(outcome == "correct" for outcome in scored.outcomes) < 8
-                                                for scored in groups)
+        assert row["sampling/bound_hit"] or all(
+            0 < sum(outcome == "correct" for outcome in scored.outcomes) < 8 for scored in groups
+        )
         assert row["policy/corrected_fraction"] <= 0.5
-    asked = Counter(name for step in metrics for name in
-                    {scored.group.group_id for scored in read_rollouts(rollout_path(run, step))})
-    assert max(asked.values()) == 1                                                # no group is trained on twice
+    asked = Counter(
+        name for step in metrics for name in {scored.group.group_id for scored in read_rollouts(rollout_path(run, step))}
+    )
+    assert max(asked.values()) == 1  # no group is trained on twice
     evaluated = sorted(path.name for path in (run / "evaluations").glob("step_*.json"))
     assert evaluated == ["step_000002.json", "step_000004.json"]
 
@@ -97,12 +105,18 @@ def pushed(ray_session, models, tmp_path_factory):
     import ray
 
     modes = ("wait", "keep", "abort")
-    chosen = {mode: config(max_staleness=1, on_push=mode, deterministic=False, max_response_tokens=LENGTH,
-                           max_concurrent_requests=16) for mode in modes}
+    chosen = {
+        mode: config(
+            max_staleness=1, on_push=mode, deterministic=False, max_response_tokens=LENGTH, max_concurrent_requests=16
+        )
+        for mode in modes
+    }
     pool = start_engines([(chosen[mode], models[0]) for mode in modes])
     try:
-        long = [[engine.actor.generate.remote(task(f"{i}", n=2, temperature=1.0, max_tokens=LENGTH), 0) for i in range(3)]
-                for engine in pool.engines]
+        long = [
+            [engine.actor.generate.remote(task(f"{i}", n=2, temperature=1.0, max_tokens=LENGTH), 0) for i in range(3)]
+            for engine in pool.engines
+        ]
         for engine in pool.engines:
             generate(engine, [task("short", max_tokens=4)], 0)
         push = sync_of(chosen["wait"], pool, ModelSource(models[1]), tmp_path_factory.mktemp("run"), probed=True)
@@ -115,9 +129,10 @@ def pushed(ray_session, models, tmp_path_factory):
 def agreement(judges, group, rollout) -> tuple[list[bool], list[bool]]:
     """Token by token, whether the old and the new model give the log-prob that the engine reported."""
     prompt = group.prompt_token_ids
-    both = [logprobs(model, prompt + rollout.response_token_ids)[len(prompt) - 1:] for model in judges]
-    return tuple([abs(mine - theirs) < 2e-3 for mine, theirs in zip(rollout.logprobs, expected, strict=True)]
-                 for expected in both)
+    both = [logprobs(model, prompt + rollout.response_token_ids)[len(prompt) - 1 :] for model in judges]
+    return tuple(
+        [abs(mine - theirs) < 2e-3 for mine, theirs in zip(rollout.logprobs, expected, strict=True)] for expected in both
+    )
 
 
 def test_requests_that_a_push_waits_for_are_of_the_old_version(judges, pushed):
@@ -152,7 +167,7 @@ def test_aborted_requests_begin_anew_with_the_new_weights(judges, pushed):
 
 def test_afterwards_a_request_for_the_old_version_gets_the_new_one(judges, pushed):
     for engine in pushed[0].engines:
-        group, = generate(engine, [task("later")], 0)
+        (group,) = generate(engine, [task("later")], 0)
         assert group.rollouts[0].policy_version == 1
         expected = logprobs(judges[1], group.prompt_token_ids + group.rollouts[0].response_token_ids)
-        assert largest_difference(group.rollouts[0].logprobs, expected[len(group.prompt_token_ids) - 1:]) < 2e-4
+        assert largest_difference(group.rollouts[0].logprobs, expected[len(group.prompt_token_ids) - 1 :]) < 2e-4

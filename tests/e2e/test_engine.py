@@ -1,4 +1,5 @@
 """One real engine (TP 1, untied weights, deterministic): what it says, in which versions, and how it dies."""
+
 import os
 import signal
 from dataclasses import replace
@@ -64,17 +65,19 @@ def test_a_fixed_text_scores_as_in_transformers(pool, model):
 
 
 def test_sampled_logprobs_are_those_of_the_distribution_sampled_from(engine, model):
-    group, = generate(engine, [task("t", n=4, temperature=0.7, seed=11)], 0)
+    (group,) = generate(engine, [task("t", n=4, temperature=0.7, seed=11)], 0)
     assert len({rollout.response_token_ids for rollout in group.rollouts}) == 4
     for index, rollout in enumerate(group.rollouts):
-        expected = logprobs(model, group.prompt_token_ids + rollout.response_token_ids, 0.7)[len(group.prompt_token_ids) - 1:]
+        expected = logprobs(model, group.prompt_token_ids + rollout.response_token_ids, 0.7)[
+            len(group.prompt_token_ids) - 1 :
+        ]
         assert largest_difference(rollout.logprobs, expected) < 2e-4
         assert (rollout.group_id, rollout.question_id, rollout.sample_index, rollout.policy_version) == ("t", "q", index, 0)
 
 
 def test_an_end_token_ends_the_response_and_belongs_to_it(engine, model):
     """With the end token's logit drowned in temperature it comes within 28 tokens now and then."""
-    group, = generate(engine, [task("t", n=96, temperature=2.0, max_tokens=28, seed=1)], 0)
+    (group,) = generate(engine, [task("t", n=96, temperature=2.0, max_tokens=28, seed=1)], 0)
     ended = [rollout for rollout in group.rollouts if EOS in rollout.response_token_ids]
     assert len(ended) >= 2
     for rollout in group.rollouts:
@@ -91,11 +94,11 @@ def test_an_end_token_ends_the_response_and_belongs_to_it(engine, model):
 def test_greedy_takes_the_likeliest_token(engine, model):
     import torch
 
-    group, = generate(engine, [task("t")], 0)
+    (group,) = generate(engine, [task("t")], 0)
     tokens = group.prompt_token_ids + group.rollouts[0].response_token_ids
     with torch.no_grad():
         likeliest = model(torch.tensor([tokens])).logits[0].argmax(-1)
-    assert tuple(likeliest[len(group.prompt_token_ids) - 1:-1].tolist()) == group.rollouts[0].response_token_ids
+    assert tuple(likeliest[len(group.prompt_token_ids) - 1 : -1].tolist()) == group.rollouts[0].response_token_ids
 
 
 def test_seeded_samples_repeat_in_any_order(engine):
@@ -108,7 +111,7 @@ def test_seeded_samples_repeat_in_any_order(engine):
 
 
 def test_sample_j_of_a_seeded_task_uses_seed_plus_j(engine):
-    together, = generate(engine, [task("t", n=3, temperature=1.0, seed=70)], 0)
+    (together,) = generate(engine, [task("t", n=3, temperature=1.0, seed=70)], 0)
     alone = generate(engine, [task("t", n=1, temperature=1.0, seed=70 + j) for j in range(3)], 0)
     assert [r.response_token_ids for r in together.rollouts] == [g.rollouts[0].response_token_ids for g in alone]
 
@@ -161,13 +164,14 @@ def test_the_environment_of_torchrun_does_not_reach_vllm(engine):
 def test_the_death_of_enginecore_is_noticed_and_named(pool, engine, coordinator):
     """The last test: the engine does not come back."""
     pid = engine.processes["VLLM::EngineCore"]
-    many = [replace(task(f"{i}", n=4, temperature=1.0), prompt_token_ids=TEXT[:20 + i % 50]) for i in range(2000)]
+    many = [replace(task(f"{i}", n=4, temperature=1.0), prompt_token_ids=TEXT[: 20 + i % 50]) for i in range(2000)]
     killed = []
 
     def kill(progress):
         if progress.generated and not killed:
             os.kill(pid, signal.SIGKILL)
             killed.append(pid)
+
     with pytest.raises(EngineDied) as caught:
         coordinator.run("step 4", many, kill)
     assert str(caught.value) == f"{engine.peer}: its process VLLM::EngineCore (pid {pid}) ended"
@@ -180,5 +184,7 @@ def test_an_engine_that_can_not_start_says_why(ray_session, folder):
     """vLLM finds the cache too small in its own process, and would only point to a log."""
     from alphamed.errors import RunFailed
 
-    with pytest.raises(RunFailed, match=r"engine 0.*vLLM did not start: ValueError: No available memory for the cache blocks"):
+    with pytest.raises(
+        RunFailed, match=r"engine 0.*vLLM did not start: ValueError: No available memory for the cache blocks"
+    ):
         start_pool(config(kv_cache_bytes=4096), folder)

@@ -1,4 +1,5 @@
 """`alphamed eval` and `alphamed data difficulty` with a real engine: what they write, and that nothing stays behind."""
+
 import json
 import os
 import signal
@@ -12,9 +13,9 @@ from tiny_run import clean_temporary
 from waiting import until
 
 from alphamed.cluster.ledger import run_id
-from alphamed.data.difficulty import level_of
 from alphamed.data.sources import load_questions
 from alphamed.evaluation.items import read_items
+from alphamed.lab.datasets.difficulty import level_of
 
 pytestmark = pytest.mark.slow
 CONFIG = """
@@ -31,8 +32,15 @@ DEADLINE_S = 1500
 
 def workplace(folder, concurrent=256):
     tiny_hf(folder / "model", heads=2, kv_heads=1)
-    rows = [{"id": f"q{i}", "question": f"Which is {i}?", "options": {"A": "one", "B": "two", "C": "three"},
-             "answer": "ABC"[i % 3]} for i in range(12)]
+    rows = [
+        {
+            "id": f"q{i}",
+            "question": f"Which is {i}?",
+            "options": {"A": "one", "B": "two", "C": "three"},
+            "answer": "ABC"[i % 3],
+        }
+        for i in range(12)
+    ]
     (folder / "e.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "c.yaml").write_text(CONFIG.format(folder=folder, concurrent=concurrent))
 
@@ -43,26 +51,37 @@ def alphamed(*arguments):
 
 def test_a_folder_is_evaluated_and_nothing_stays_behind(tmp_path):
     workplace(tmp_path)
-    command = alphamed("eval", "--config", tmp_path / "c.yaml", "--out", tmp_path / "out", "--samples", 3,
-                       "--variants", "free")
+    command = alphamed(
+        "eval", "--config", tmp_path / "c.yaml", "--out", tmp_path / "out", "--samples", 3, "--variants", "free"
+    )
     with clean_temporary() as environment:
         done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "e: accuracy 0.0% [0.0%, 27.8%], n = 10" in done.stdout                     # random weights box nothing
+    assert "e: accuracy 0.0% [0.0%, 27.8%], n = 10" in done.stdout  # random weights box nothing
     found = json.loads((tmp_path / "out" / "results.json").read_text())["benchmarks"]
     assert found["e"]["n"] == found["e+free"]["n"] == 10 and found["e"]["truncated"] + found["e"]["unparseable"] == 1.0
     items = read_items(tmp_path / "out")
     assert len(items) == 20 and all(len(samples) == 3 for samples in items.values())
     assert all(1 <= item.tokens <= 16 for samples in items.values() for item in samples)
-    assert len({item.text for item in items["e", "q0"]}) == 3                          # sampled, not the same thrice
+    assert len({item.text for item in items["e", "q0"]}) == 3  # sampled, not the same thrice
     assert _carriers(tmp_path / "out" / "engines") == []
 
 
 def test_an_annotation_killed_at_work_goes_on_and_repeats_nothing(tmp_path):
     workplace(tmp_path, concurrent=2)
     out, work = tmp_path / "out.jsonl", tmp_path / "out.jsonl.work"
-    command = alphamed("data", "difficulty", "--config", tmp_path / "c.yaml", "--questions", tmp_path / "e.jsonl",
-                       "--out", out, "--samples", 2)
+    command = alphamed(
+        "data",
+        "difficulty",
+        "--config",
+        tmp_path / "c.yaml",
+        "--questions",
+        tmp_path / "e.jsonl",
+        "--out",
+        out,
+        "--samples",
+        2,
+    )
     with clean_temporary() as environment:
         first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         shard = work / "shard-1-of-1.jsonl"
@@ -74,7 +93,7 @@ def test_an_annotation_killed_at_work_goes_on_and_repeats_nothing(tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = shard.read_text().splitlines()
-    assert 1 <= len(before) < 12 and lines[:len(before)] == before, "the kill came too late to show anything"
+    assert 1 <= len(before) < 12 and lines[: len(before)] == before, "the kill came too late to show anything"
     assert sorted(json.loads(line)["id"] for line in lines) == sorted(f"q{i}" for i in range(12))
     assert f"{len(before)} of 12 questions are annotated already" in done.stderr
     levels = {json.loads(line)["id"]: level_of(json.loads(line)["outcomes"].count("correct"), 2) for line in lines}
@@ -87,9 +106,13 @@ def _carriers(run_dir: Path) -> list[int]:
     tag, found = f"ALPHAMED_RUN_ID={run_id(run_dir)}".encode(), []
     for folder in Path("/proc").iterdir():
         try:
-            if folder.name.isdigit() and int(folder.name) != os.getpid() and tag in (folder / "environ").read_bytes() \
-                    and b"cluster.guard" not in (folder / "cmdline").read_bytes():
+            if (
+                folder.name.isdigit()
+                and int(folder.name) != os.getpid()
+                and tag in (folder / "environ").read_bytes()
+                and b"cluster.guard" not in (folder / "cmdline").read_bytes()
+            ):
                 found.append(int(folder.name))
         except OSError:
-            continue                     # gone meanwhile, or not ours to read
+            continue  # gone meanwhile, or not ours to read
     return found

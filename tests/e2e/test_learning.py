@@ -11,6 +11,7 @@ Control. The same run with `data.answer_keys: shuffled`: it learns keys that say
 the true one with a probability of 1/4, for 24 questions 12 times or more with one of 0.7%; so right answers must stay below
 0.5, while the reward, which such keys can give as well as true ones, rises.
 """
+
 import subprocess
 import sys
 from collections import Counter
@@ -20,10 +21,10 @@ from pathlib import Path
 import pytest
 from tiny_reader import PROMPT, UNKNOWN, tiny_reader, unknown_questions
 
-from alphamed.observe.files import read_json_lines
-from alphamed.observe.rollout_files import question_json, read_rollouts, rollout_path
+from alphamed.answers.extraction import extract_answer
+from alphamed.files import read_json_lines
 from alphamed.records import Question
-from alphamed.reward.extraction import extract_answer
+from alphamed.rundir.rollout_files import question_json, read_rollouts, rollout_path
 
 pytestmark = pytest.mark.slow
 
@@ -55,18 +56,28 @@ def workplace(tmp_path_factory) -> Path:
 
 def train(workplace: Path, name: str, keys: str) -> Path:
     """A run of all steps; returns its directory."""
-    (workplace / f"{name}.yaml").write_text(CONFIG.format(
-        name=name, seed=SEED, steps=STEPS, prompt=PROMPT, questions=len(UNKNOWN), samples=SAMPLES, keys=keys))
-    done = subprocess.run([sys.executable, "-m", "alphamed.cli", "train", "--config", f"{name}.yaml"], cwd=workplace,
-                          capture_output=True, text=True, timeout=600)
+    (workplace / f"{name}.yaml").write_text(
+        CONFIG.format(name=name, seed=SEED, steps=STEPS, prompt=PROMPT, questions=len(UNKNOWN), samples=SAMPLES, keys=keys)
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "alphamed.cli", "train", "--config", f"{name}.yaml"],
+        cwd=workplace,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return workplace / "runs" / name
 
 
 def said(run: Path, steps: Sequence[int]) -> list[tuple[Question, str | None]]:
     """Every question of these steps, as it was asked, with the letter that a response boxed."""
-    return [(scored.group.question, extract_answer(rollout.text, scored.group.question.options))
-            for step in steps for scored in read_rollouts(rollout_path(run, step)) for rollout in scored.group.rollouts]
+    return [
+        (scored.group.question, extract_answer(rollout.text, scored.group.question.options))
+        for step in steps
+        for scored in read_rollouts(rollout_path(run, step))
+        for rollout in scored.group.rollouts
+    ]
 
 
 def share_right(answers: list[tuple[Question, str | None]]) -> float:
@@ -87,14 +98,14 @@ def test_right_answers_rise_from_chance(workplace):
     assert share_right(last) > 0.8
     assert share_of_commonest_letter(last) < 0.5
     metrics = {row["step"]: row for row in read_json_lines(run / "metrics.jsonl")}
-    assert min(row["reward/boxed"] for row in metrics.values()) > 0.9         # the form was known before: not what was learnt
+    assert min(row["reward/boxed"] for row in metrics.values()) > 0.9  # the form was known before: not what was learnt
     assert metrics[1]["reward/correct"] == pytest.approx(share_right(first))
-    assert metrics[STEPS]["policy_version"] == STEPS        # the last step was sampled with the weights of all before
+    assert metrics[STEPS]["policy_version"] == STEPS  # the last step was sampled with the weights of all before
 
 
 def test_without_a_true_key_nothing_true_is_learnt(workplace):
     run = train(workplace, "control", "shuffled")
     first, last = said(run, [1]), said(run, range(STEPS - 4, STEPS + 1))
     assert share_right(last) < 0.5
-    agree = [[letter == question.answer for question, letter in answers] for answers in (first, last)]   # recorded: shuffled
+    agree = [[letter == question.answer for question, letter in answers] for answers in (first, last)]  # recorded: shuffled
     assert sum(agree[0]) / len(agree[0]) < 0.4 and sum(agree[1]) / len(agree[1]) > 0.8

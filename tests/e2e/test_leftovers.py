@@ -3,6 +3,7 @@
 Two tensor ranks share memory by name: vLLM's message queues (psm_*) and its CPU collectives (*-cpushm_*), which vLLM itself
 leaves behind. Ray's session, sockets of vLLM and scratch files go into the temporary folder, which must be empty in the end.
 """
+
 import os
 import signal
 import subprocess
@@ -26,8 +27,14 @@ class Watched:
         self.tag = run_id(place.run_dir("runs"))
         self.segments: set[str] = set()
         self.before = set(os.listdir(processes.SHARED_MEMORY))
-        self.process = subprocess.Popen(place.command("runs", *overrides), cwd=place.folder, env=environment, text=True,
-                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(
+            place.command("runs", *overrides),
+            cwd=place.folder,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
 
     def watch_until(self, done: Callable[[], bool]) -> None:
         def looked() -> bool:
@@ -44,13 +51,14 @@ class Watched:
         assert self.process.returncode == status, said
         assert any(name.startswith("psm_") for name in self.segments), self.segments
         assert any("cpushm" in name for name in self.segments), self.segments
-        assert processes.unlink_segments(set(os.listdir(processes.SHARED_MEMORY)) - self.before) == []      # nobody uses it
+        assert processes.unlink_segments(set(os.listdir(processes.SHARED_MEMORY)) - self.before) == []  # nobody uses it
         assert processes.tagged(self.tag, processes.everything()) == {}
 
 
 def test_nothing_is_left(tmp_path):
-    place = Workplace(tmp_path, rollout={"tensor_parallel": 2}, run={"name": "tiny", "steps": 100_000},
-                      checkpoint={"every": 1})
+    place = Workplace(
+        tmp_path, rollout={"tensor_parallel": 2}, run={"name": "tiny", "steps": 100_000}, checkpoint={"every": 1}
+    )
     recorded = place.run_dir("runs") / "metrics.jsonl"
     with clean_temporary() as environment:
         run = Watched(place, environment)

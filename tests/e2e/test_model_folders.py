@@ -1,11 +1,12 @@
 """Real engines on a model folder: every stop token ends a response, and weights that are not finite are named."""
+
 import pytest
 from engines import EOS, config, generate, task, tiny
 from safetensors.torch import load_file, save_file
 
 from alphamed.data.tokenizer import load_tokenizer
 from alphamed.errors import RunFailed
-from alphamed.model import read_shape
+from alphamed.model.shape import read_shape
 from alphamed.records import FinishReason
 from alphamed.rollout.pool import EnginePool
 
@@ -24,14 +25,14 @@ def test_every_stop_token_ends_a_response_and_is_not_in_its_text(ray_session, fo
     assert len(stops) == 21 and stops[0] == EOS
     pool = EnginePool.start(chosen, folder, read_shape(folder), stops)
     try:
-        group, = generate(pool.engines[0], [task("t", n=64, temperature=2.0, max_tokens=28, seed=1)], 0)
+        (group,) = generate(pool.engines[0], [task("t", n=64, temperature=2.0, max_tokens=28, seed=1)], 0)
     finally:
         pool.stop()
     stopped = [one for one in group.rollouts if one.finish_reason == FinishReason.STOP]
     assert 20 <= len(stopped) < 64 and len({one.response_token_ids[-1] for one in stopped}) > 5
     for one in group.rollouts:
         ids = one.response_token_ids
-        assert len(one.logprobs) == len(ids)                                    # the stop token is trained on
+        assert len(one.logprobs) == len(ids)  # the stop token is trained on
         if one in stopped:
             assert [i for i in ids if i in stops] == [ids[-1]]
             assert one.text == tokenizer.decode(ids[:-1])

@@ -4,6 +4,7 @@ Replayed: the rollouts are made here, so no engine is needed; also with another 
 Live: a deterministic FP32 engine samples the same tokens; what it says with the weights of step 2 is also what a fresh
 engine says that has loaded the exported folder.
 """
+
 from __future__ import annotations
 
 import math
@@ -17,12 +18,12 @@ from safetensors.torch import load_file
 from tiny_run import Workplace, metrics
 
 from alphamed.algorithms.advantage import group_advantages
-from alphamed.config_file import dump_config, load_config
+from alphamed.config.loading import dump_config, load_config
 from alphamed.data.prompts import PromptBuilder
 from alphamed.data.tokenizer import load_tokenizer
-from alphamed.observe.rollout_files import read_rollouts, rollout_path, write_rollouts
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
 from alphamed.rollout.tasks import greedy_tasks, training_tasks
+from alphamed.rundir.rollout_files import read_rollouts, rollout_path, write_rollouts
 
 pytestmark = pytest.mark.slow
 STEPS = 4
@@ -30,7 +31,8 @@ STEPS = 4
 TRAINING = {
     "algorithm": {"kl_coefficient": 0.05, "mini_batches": 2},
     "optimizer": {"lr": 1e-3, "schedule": "cosine", "warmup_steps": 1},
-    "logging": {"wandb": "off", "report": False, "export_hf": True}}
+    "logging": {"wandb": "off", "report": False, "export_hf": True},
+}
 COMPARED = ("policy/", "reward/", "response/", "batch/")
 
 
@@ -64,12 +66,27 @@ def random_group(model, step: int, place: int) -> ScoredGroup:
 
     name, prompt = f"{step}:{place}", tokens(9 + 4 * place)
     responses = [tokens(int(n)) for n in torch.randint(2, 17, (4,), generator=generator)]
-    rollouts = tuple(Rollout(name, f"q{place}", j, response, tuple(logprobs(model, prompt + response)[len(prompt) - 1:]),
-                             "text", FinishReason.LENGTH, step) for j, response in enumerate(responses))
+    rollouts = tuple(
+        Rollout(
+            name,
+            f"q{place}",
+            j,
+            response,
+            tuple(logprobs(model, prompt + response)[len(prompt) - 1 :]),
+            "text",
+            FinishReason.LENGTH,
+            step,
+        )
+        for j, response in enumerate(responses)
+    )
     rewards = torch.rand(4, generator=generator)
-    return ScoredGroup(RolloutGroup(name, Question(f"q{place}", "?", {"A": "a", "B": "b"}, "A"), prompt, rollouts),
-                       (Outcome.WRONG,) * 4, tuple(rewards.tolist()),
-                       tuple(group_advantages(rewards, torch.zeros(4, dtype=torch.long), "grpo").tolist()), (None,) * 4)
+    return ScoredGroup(
+        RolloutGroup(name, Question(f"q{place}", "?", {"A": "a", "B": "b"}, "A"), prompt, rollouts),
+        (Outcome.WRONG,) * 4,
+        tuple(rewards.tolist()),
+        tuple(group_advantages(rewards, torch.zeros(4, dtype=torch.long), "grpo").tolist()),
+        (None,) * 4,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +126,9 @@ def test_replayed_steps_in_two_parts(replays, straight):
 def test_replayed_steps_under_other_layouts(replays, straight):
     """Two steps with tensor parallelism, then two with pipeline and context parallelism from the same checkpoint."""
     replays.train("layouts", "rollout.replay=recorded", "run.stop_after=2", "parallel.tensor=2", "parallel.sequence=true")
-    layouts = replays.train("layouts", "rollout.replay=recorded", "parallel.pipeline=2", "parallel.context=2",
-                            "parallel.micro_batch_tokens=200")
+    layouts = replays.train(
+        "layouts", "rollout.replay=recorded", "parallel.pipeline=2", "parallel.context=2", "parallel.micro_batch_tokens=200"
+    )
     one, other = metrics(straight), metrics(layouts)
     for step in range(1, STEPS + 1):
         loss = one[step]["policy/loss"]
@@ -162,12 +180,15 @@ def test_a_fresh_engine_on_the_exported_folder_says_what_the_trained_one_said(ra
         pool.stop()
     assert [tokens for tokens, _ in said(fresh)] == [tokens for _, _, tokens in sampled(recorded)]
     assert share_of_argmax(load(live.folder / "after_two"), answers) >= 0.95
-    assert share_of_argmax(load(live.model), answers) < 0.95            # the untrained model would have said other things
+    assert share_of_argmax(load(live.model), answers) < 0.95  # the untrained model would have said other things
 
 
 def sampled(groups) -> list[tuple]:
-    return [(group.group.prompt_token_ids, rollout.sample_index, rollout.response_token_ids)
-            for group in groups for rollout in group.group.rollouts]
+    return [
+        (group.group.prompt_token_ids, rollout.sample_index, rollout.response_token_ids)
+        for group in groups
+        for rollout in group.group.rollouts
+    ]
 
 
 def share_of_argmax(model, groups) -> float:
@@ -177,6 +198,6 @@ def share_of_argmax(model, groups) -> float:
         prompt, response = group.prompt_token_ids, group.rollouts[0].response_token_ids
         with torch.no_grad():
             likeliest = model(torch.tensor([prompt + response])).logits[0].argmax(-1)
-        agree += (likeliest[len(prompt) - 1:-1] == torch.tensor(response)).tolist()
+        agree += (likeliest[len(prompt) - 1 : -1] == torch.tensor(response)).tolist()
     assert len(agree) > 30
     return sum(agree) / len(agree)

@@ -1,4 +1,5 @@
 """The reward process as a Ray actor: scores, failures that name their culprit, and nothing left behind."""
+
 import asyncio
 import os
 import signal
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 from waiting import until
 
-from alphamed.config_file import build_config
+from alphamed.config.loading import build_config
 from alphamed.errors import RunFailed
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup
 from alphamed.reward import process
@@ -19,8 +20,14 @@ QUESTION = Question("q1", "Which?", {"A": "this", "B": "that"}, "A")
 
 
 def config_of(**reward):
-    return build_config({"model": {"path": "none"}, "data": {"train": ["none.jsonl"]}, "reward": reward,
-                         "rollout": {"questions_per_step": 2, "samples_per_question": 4}})
+    return build_config(
+        {
+            "model": {"path": "none"},
+            "data": {"train": ["none.jsonl"]},
+            "reward": reward,
+            "rollout": {"questions_per_step": 2, "samples_per_question": 4},
+        }
+    )
 
 
 def group_of(name, *texts):
@@ -37,6 +44,7 @@ def gone(pid):
 
 def test_groups_are_scored_side_by_side(ray_session):
     """From the driver, and from the event loop of another actor, as the coordinator does it."""
+
     @ray_session.remote(num_cpus=0)
     class Coordinator:
         async def run(self, reward, groups):
@@ -69,7 +77,7 @@ def test_a_killed_grader_is_named(ray_session, user_rewards, tmp_path):
     actor = process.start(config_of(name=f"{user_rewards}:waits_for_file", timeout_s=500.0))
     grading = actor.grade.remote(group_of("g", str(tmp_path / "never")))
     ray_session.get(actor.ready.remote(), timeout=600)
-    grader, = ray_session.get(actor.grader_pids.remote(), timeout=600)
+    (grader,) = ray_session.get(actor.grader_pids.remote(), timeout=600)
     os.kill(grader, signal.SIGKILL)
     with pytest.raises(GraderDied, match=rf"grader \(pid {grader}\).*killed by signal 9 \(SIGKILL"):
         ray_session.get(grading, timeout=600)
@@ -80,7 +88,7 @@ def test_graders_end_with_the_actor(ray_session, user_rewards, tmp_path, how):
     actor = process.start(config_of(name=f"{user_rewards}:hangs", timeout_s=500.0))
     grading = actor.grade.remote(group_of("g", "?"))
     pid = ray_session.get(actor.ready.remote(), timeout=600)
-    grader, = ray_session.get(actor.grader_pids.remote(), timeout=600)
+    (grader,) = ray_session.get(actor.grader_pids.remote(), timeout=600)
     if how == "killed":
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(ray_session.exceptions.RayActorError):

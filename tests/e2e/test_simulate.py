@@ -1,4 +1,5 @@
 """`alphamed plan --simulate` as a user starts it: two steps of the real program with all that a recipe asks for."""
+
 import os
 import subprocess
 import sys
@@ -15,16 +16,38 @@ LIMIT_S = 8 * 60 + 90
 
 def test_a_recipe_is_simulated_within_its_time_and_leaves_nothing():
     """Tensor, context and data ranks, a swapped reference, direct pushes."""
-    command = [sys.executable, "-m", "alphamed.cli", "plan", "--config", "examples/recipes/llama31_8b_2nodes.yaml",
-               "--simulate", "sync.mode=direct", "parallel.reference=swapped", "parallel.context=2",
-               "parallel.data=2"]
+    command = [
+        sys.executable,
+        "-m",
+        "alphamed.cli",
+        "plan",
+        "--config",
+        "examples/recipes/llama31_8b_2nodes.yaml",
+        "--simulate",
+        "sync.mode=direct",
+        "parallel.reference=swapped",
+        "parallel.context=2",
+        "parallel.data=2",
+    ]
     with clean_temporary() as environment:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S,
-                              env=environment | {"PYTHONPATH": os.environ.get("PYTHONPATH", "")})
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+            env=environment | {"PYTHONPATH": os.environ.get("PYTHONPATH", "")},
+        )
     assert done.returncode == 0, done.stdout + done.stderr
     report = done.stdout.partition("SIMULATION")[2]
     assert "FAILED" not in report
-    for line in ("ranks:", "step 1:", "step 2:", "checkpoints: step_000001, step_000002", "export:",
-                 "checkpoint: step 2 run again"):
+    for line in (
+        "ranks:",
+        "step 1:",
+        "step 2:",
+        "checkpoints: step_000001, step_000002",
+        "export:",
+        "checkpoint: step 2 run again",
+    ):
         assert f"PASSED   {line}" in report, report
     assert "weight push (direct)" in report

@@ -1,5 +1,6 @@
 """A study of real trainings on a tiny model: a run, a control whose reward is a coin, and the unchanged model; then nothing
 is left to do. Bundled and checked, the run is the one that was made."""
+
 from __future__ import annotations
 
 import csv
@@ -12,8 +13,8 @@ import pytest
 import yaml
 from tiny_run import DEADLINE_S, Workplace, clean_temporary, metrics
 
-from alphamed.observe.rollout_files import read_rollouts, rollout_path
 from alphamed.reward.rules import CoinToss
+from alphamed.rundir.rollout_files import read_rollouts, rollout_path
 
 pytestmark = [pytest.mark.slow, pytest.mark.matrix]
 STEPS = 2
@@ -21,18 +22,35 @@ STEPS = 2
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Workplace:
-    place = Workplace(tmp_path_factory.mktemp("study"), run={"name": "base", "steps": STEPS}, evaluation={
-        "files": ["questions.jsonl"], "allow_overlap": True, "after": True})
-    (place.folder / "study.yaml").write_text(yaml.safe_dump({
-        "name": "tiny", "base": "run.yaml", "deadline_s": DEADLINE_S, "settings": {"rollout.deterministic": True},
-        "grids": [{"name": "g", "axes": {"seeds": [7]}, "controls": ["random_reward", "unchanged"]}]}))
+    place = Workplace(
+        tmp_path_factory.mktemp("study"),
+        run={"name": "base", "steps": STEPS},
+        evaluation={"files": ["questions.jsonl"], "allow_overlap": True, "after": True},
+    )
+    (place.folder / "study.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "name": "tiny",
+                "base": "run.yaml",
+                "deadline_s": DEADLINE_S,
+                "settings": {"rollout.deterministic": True},
+                "grids": [{"name": "g", "axes": {"seeds": [7]}, "controls": ["random_reward", "unchanged"]}],
+            }
+        )
+    )
     return place
 
 
 def alphamed(place: Workplace, *words: str) -> subprocess.CompletedProcess[str]:
     with clean_temporary() as environment:
-        return subprocess.run([sys.executable, "-m", "alphamed.cli", *words], cwd=place.folder, capture_output=True,
-                              text=True, timeout=3 * DEADLINE_S, env=environment)
+        return subprocess.run(
+            [sys.executable, "-m", "alphamed.cli", *words],
+            cwd=place.folder,
+            capture_output=True,
+            text=True,
+            timeout=3 * DEADLINE_S,
+            env=environment,
+        )
 
 
 def test_a_study_runs_to_its_end_and_is_not_repeated(place):
@@ -41,7 +59,10 @@ def test_a_study_runs_to_its_end_and_is_not_repeated(place):
     folder = place.folder / "studies" / "tiny"
     rows = {row["run"]: row for row in csv.DictReader((folder / "results.csv").open())}
     assert {name: (row["stand"], row["steps"], row["questions:n"]) for name, row in rows.items()} == {
-        "s7": ("finished", "2", "6"), "s7-random_reward": ("finished", "2", "6"), "s7-unchanged": ("finished", "0", "6")}
+        "s7": ("finished", "2", "6"),
+        "s7-random_reward": ("finished", "2", "6"),
+        "s7-unchanged": ("finished", "0", "6"),
+    }
     assert sorted(metrics(folder / "runs" / "s7")) == [1, 2]
     _tossed(folder / "runs" / "s7-random_reward")
     assert json.loads((folder / "runs" / "s7-unchanged" / "evaluations" / "step_000000.json").read_text())["step"] == 0

@@ -3,6 +3,7 @@ disk, TP 2 tied and untied, both in bf16.
 
 (TP 1 untied is pushed to in test_engine.py.) transformers' log-probs are the judge.
 """
+
 import os
 import signal
 
@@ -83,7 +84,7 @@ def test_after_a_push_an_engine_says_what_a_fresh_one_says(twins, fresh, old, ne
     pushed = said(generate(twins.engines[0], TASKS, version))
     assert_said_alike(pushed, fresh[0])
     assert [tokens for tokens, _ in pushed] != [tokens for tokens, _ in before]
-    assert score(twins)[0] == fresh[1]                      # alone in its engine: to the last bit
+    assert score(twins)[0] == fresh[1]  # alone in its engine: to the last bit
     assert largest_difference(score(twins)[0], logprobs(source.model, TEXT)) < 2e-4
     assert_said_alike(said(generate(twins.engines[1], TASKS, version)), fresh[0])
 
@@ -137,7 +138,7 @@ def test_a_push_in_bf16(ray_session, old, new, tmp_path):
     try:
         source = ModelSource(new, torch.bfloat16)
         expected = torch.tensor(logprobs(source.model, TEXT))
-        before = (torch.tensor(score(pool, 0)) - expected).abs()            # [engine, token]
+        before = (torch.tensor(score(pool, 0)) - expected).abs()  # [engine, token]
         sync_of(config(dtype="bf16"), pool, source, tmp_path, probed=True).push()
         gathered = score(pool)
         sync_of(config(dtype="bf16"), pool, ModelSource(old, torch.bfloat16), tmp_path).push()
@@ -148,7 +149,7 @@ def test_a_push_in_bf16(ray_session, old, new, tmp_path):
         pool.stop()
     assert before.mean(1).min() > 0.3
     assert after.mean(1).max() <= 0.08 and after.quantile(0.99, 1).max() <= 0.35
-    assert after.mean(1).min() > 1e-4                                       # both sides have rounded
+    assert after.mean(1).min() > 1e-4  # both sides have rounded
 
 
 # ---------------------------------------------------------------------------------------------------------------------- TP 2
@@ -165,7 +166,7 @@ def test_two_tensor_ranks_take_a_push(ray_session, tmp_path, family, tied):
         assert largest_difference(after, logprobs(source.model, TEXT)) < 2e-4 < 0.1 < largest_difference(after, before)
         for mode, weights, expected in (("direct", old, before), ("direct", source, after), ("gather", old, before)):
             sync_of(config(mode, tensor_parallel=2), pool, weights, tmp_path).push()
-            assert score(pool)[0] == expected               # to the last bit
+            assert score(pool)[0] == expected  # to the last bit
         sync = sync_of(gather, pool, source, tmp_path)
         sync.push()
         assert score(pool)[0] == after
@@ -173,7 +174,7 @@ def test_two_tensor_ranks_take_a_push(ray_session, tmp_path, family, tied):
         with pytest.raises(RunFailed, match="bucket 1 of stage 0 .* at engine 0 worker 1"):
             sync.push()
         hook(pool.engines[0], "damage", bucket_index=-1, tensor_rank=0)
-        sync = sync_of(gather, pool, source, tmp_path)          # a run ends with its first failure
+        sync = sync_of(gather, pool, source, tmp_path)  # a run ends with its first failure
         sync.push()
         name, pid = next((name, pid) for name, pid in pool.engines[0].processes.items() if "Worker" in name and "1" in name)
         os.kill(pid, signal.SIGKILL)

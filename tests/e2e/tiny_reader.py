@@ -7,14 +7,15 @@ It learns how to answer: name a remedy, then box the letter under which this rem
 drawn at random, so it knows their names and that any option may be right: on them it starts from chance, and only a
 reward can tell it more.
 """
+
 from __future__ import annotations
 
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alphamed.config_choices import PromptTemplate
-from alphamed.config_sections import PromptConfig
+from alphamed.config.choices import PromptTemplate
+from alphamed.config.sections import PromptConfig
 from alphamed.data.prompts import PromptBuilder
 from alphamed.data.tokenizer import load_tokenizer
 from alphamed.records import Question
@@ -43,8 +44,10 @@ def unknown_questions(seed: int) -> list[Question]:
     draw = random.Random(seed)
     letters = list(LETTERS) * (len(UNKNOWN) // len(LETTERS))
     draw.shuffle(letters)
-    return [Question(ailment, ailment, dict(zip(LETTERS, draw.sample(REMEDIES, len(LETTERS)))), letter)
-            for ailment, letter in zip(UNKNOWN, letters, strict=True)]
+    return [
+        Question(ailment, ailment, dict(zip(LETTERS, draw.sample(REMEDIES, len(LETTERS)))), letter)
+        for ailment, letter in zip(UNKNOWN, letters, strict=True)
+    ]
 
 
 def tiny_reader(folder: Path, seed: int) -> Path:
@@ -55,10 +58,24 @@ def tiny_reader(folder: Path, seed: int) -> Path:
     words = _write_tokenizer(folder)
     torch.manual_seed(seed)
     # a small RoPE base tells neighbours apart at once: finding the letter before a word takes 200 steps instead of 1,000
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=64, initializer_range=0.1, tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", "rope_theta": 10.0}, bos_token_id=1, eos_token_id=EOS, pad_token_id=0))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(words),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=64,
+            initializer_range=0.1,
+            tie_word_embeddings=False,
+            rope_parameters={"rope_type": "default", "rope_theta": 10.0},
+            bos_token_id=1,
+            eos_token_id=EOS,
+            pad_token_id=0,
+        )
+    )
     _teach(model, Lessons(folder, words, seed))
     model.save_pretrained(folder)
     return folder
@@ -69,13 +86,23 @@ def _write_tokenizer(folder: Path) -> dict[str, int]:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    texts = [*SPECIAL, "Question:", "Options:", "Answer:", *(f"{letter}:" for letter in LETTERS),
-             *(_box(letter) for letter in LETTERS), *REMEDIES, *KNOWN, *UNKNOWN]
+    texts = [
+        *SPECIAL,
+        "Question:",
+        "Options:",
+        "Answer:",
+        *(f"{letter}:" for letter in LETTERS),
+        *(_box(letter) for letter in LETTERS),
+        *REMEDIES,
+        *KNOWN,
+        *UNKNOWN,
+    ]
     words = {text: i for i, text in enumerate(texts)}
     core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
-                            unk_token="<unk>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    ).save_pretrained(folder)
     return words
 
 
@@ -127,8 +154,8 @@ def _teach(model: LlamaForCausalLM, lessons: Lessons) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 30) * (1 - step / STEPS))
     for _ in range(STEPS):
         tokens = lessons.batch()
-        logits = model(input_ids=tokens[:, :-1]).logits[:, lessons.prompt_tokens - 1:]
-        loss = cross_entropy(logits.flatten(0, 1), tokens[:, lessons.prompt_tokens:].flatten())
+        logits = model(input_ids=tokens[:, :-1]).logits[:, lessons.prompt_tokens - 1 :]
+        loss = cross_entropy(logits.flatten(0, 1), tokens[:, lessons.prompt_tokens :].flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

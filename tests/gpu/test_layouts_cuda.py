@@ -3,6 +3,7 @@
 With fewer GPUs than ranks they share one, where NCCL can (2.30 and newer, NCCL_MULTI_RANK_GPU_ENABLE=1). CUDA adds in
 another order than the CPU, so FP32 tolerances are ten times those of the CPU layouts; bf16 as there.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -45,18 +46,28 @@ def in_both(name: str, model: str, parallel: dict, **more) -> list[Case]:
 
 
 CASES = {
-    2: [*in_both("tp2", "llama", TP2), *in_both("tp2-sp-chunked", "qwen3", TP2 | SP | CHUNKED, budget=64),
-        *in_both("pp2-recompute", "qwen2", PP2 | FULL, budget=48), *in_both("vpp2", "llama", VPP2, budget=48),
+    2: [
+        *in_both("tp2", "llama", TP2),
+        *in_both("tp2-sp-chunked", "qwen3", TP2 | SP | CHUNKED, budget=64),
+        *in_both("pp2-recompute", "qwen2", PP2 | FULL, budget=48),
+        *in_both("vpp2", "llama", VPP2, budget=48),
         *in_both("dp2-overlap", "qwen3", DP2 | OVERLAP, budget=48),
         *in_both("cp2-selective", "llama", CP2 | SELECTIVE, budget=64),
-        *in_both("dp2-plain-optimizer", "qwen2", DP2 | {"distributed_optimizer": False}, budget=64)],
-    4: [*in_both("tp2-pp2-sp", "qwen3", TP2 | PP2 | SP, budget=64), *in_both("tp2-sp-cp2", "qwen2", TP2 | SP | CP2, budget=64),
-        *in_both("cp4", "qwen3", {"context": 4}, budget=64)],
+        *in_both("dp2-plain-optimizer", "qwen2", DP2 | {"distributed_optimizer": False}, budget=64),
+    ],
+    4: [
+        *in_both("tp2-pp2-sp", "qwen3", TP2 | PP2 | SP, budget=64),
+        *in_both("tp2-sp-cp2", "qwen2", TP2 | SP | CP2, budget=64),
+        *in_both("cp4", "qwen3", {"context": 4}, budget=64),
+    ],
 }
 ALL = [(world, case) for world, cases in CASES.items() for case in cases]
 
-pytestmark = [pytest.mark.gpu, pytest.mark.slow,
-              pytest.mark.skipif(ranks_possible() < 2, reason="fewer than two GPUs, and no NCCL that shares one")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.slow,
+    pytest.mark.skipif(ranks_possible() < 2, reason="fewer than two GPUs, and no NCCL that shares one"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +90,7 @@ def results(job):
         if world not in started:
             try:
                 started[world] = launch(job, world)
-            except Exception as error:          # told of every case, in place of another try
+            except Exception as error:  # told of every case, in place of another try
                 started[world] = error
         found = started[world]
         if isinstance(found, Exception):

@@ -3,6 +3,7 @@
 Log-probs before and after three updates, losses, gradient norms and every parameter's gradient. CUDA adds in another order
 than the CPU, so tolerances are ten times those of the CPU layouts.
 """
+
 from __future__ import annotations
 
 import sys
@@ -20,8 +21,11 @@ from worker import Case
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
-MODELS = {"llama": {"family": "llama", "tied": True, "llama3_rope": True}, "qwen2": {"family": "qwen2"},
-          "qwen3": {"family": "qwen3", "tied": True}}
+MODELS = {
+    "llama": {"family": "llama", "tied": True, "llama3_rope": True},
+    "qwen2": {"family": "qwen2"},
+    "qwen3": {"family": "qwen3", "tied": True},
+}
 CASES = [Case(f"cuda-{model}", model, "plain", device="cuda") for model in MODELS]
 
 

@@ -2,6 +2,7 @@
 
 Over gloo in any case, and over NCCL where it lets two members use one GPU (2.30 and newer).
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -16,17 +17,25 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 from test_layouts_cuda import nccl_shares_gpus
 from tiny_run import Workplace, metrics
 
-pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-              pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="no vLLM")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="no vLLM"),
+]
 
 STEPS = 4
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Workplace:
-    return Workplace(tmp_path_factory.mktemp("cuda-run"), model={"dtype": "bf16"},
-                     rollout={"dtype": "bf16", "kv_cache_bytes": 1 << 30, "gpu_memory_utilization": 0.3},
-                     cluster={"device": "cuda", "share_gpus": True, "gpus_per_node": 1}, run={"steps": STEPS})
+    return Workplace(
+        tmp_path_factory.mktemp("cuda-run"),
+        model={"dtype": "bf16"},
+        rollout={"dtype": "bf16", "kv_cache_bytes": 1 << 30, "gpu_memory_utilization": 0.3},
+        cluster={"device": "cuda", "share_gpus": True, "gpus_per_node": 1},
+        run={"steps": STEPS},
+    )
 
 
 @pytest.mark.parametrize("transport", ["ipc", "gloo", "nccl"])

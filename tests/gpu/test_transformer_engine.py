@@ -3,6 +3,7 @@ own, `thd`), against transformers and torch.optim.AdamW on the CPU in bf16.
 
 FP8 keeps 3 bits of mantissa where bf16 keeps 7: its log-probs are allowed several times the difference.
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -20,20 +21,28 @@ from jobs import make_job, run_cases
 from test_parity import SMOOTH, TRACES, UNSHARED
 from worker import Case
 
-pytestmark = [pytest.mark.gpu, pytest.mark.slow,
-              pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-              pytest.mark.skipif(not importlib.util.find_spec("transformer_engine"), reason="no Transformer Engine")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(not importlib.util.find_spec("transformer_engine"), reason="no Transformer Engine"),
+]
 
 SHAPE = dict(hidden=256, ffn=512, heads=4, kv_heads=2, head_dim=64, vocab=512, scale=0.05)
 MODELS = {"llama": {"family": "llama", "tied": True, "llama3_rope": True}, "qwen3": {"family": "qwen3"}}
 MEAN_DIFFERENCE = {"bf16": 0.02, "fp8": 0.1}
-CASES = [case for model in MODELS for case in (
-    Case(f"shared-{model}", model, "bf16", device="cuda", dtype="bf16", **SMOOTH),
-    Case(f"thd-{model}", model, "bf16", UNSHARED, device="cuda", dtype="bf16", **SMOOTH),
-    Case(f"recompute-{model}", model, "bf16", {"recompute": "full"}, budget=64, device="cuda", dtype="bf16", **SMOOTH),
-    Case(f"selective-{model}", model, "bf16", {"recompute": "selective"}, device="cuda", dtype="bf16", **SMOOTH),
-    Case(f"fp8-{model}", model, "bf16", device="cuda", dtype="bf16", fp8=True, **SMOOTH),
-    Case(f"fp8-thd-{model}", model, "bf16", UNSHARED, device="cuda", dtype="bf16", fp8=True, budget=208, **SMOOTH))]
+CASES = [
+    case
+    for model in MODELS
+    for case in (
+        Case(f"shared-{model}", model, "bf16", device="cuda", dtype="bf16", **SMOOTH),
+        Case(f"thd-{model}", model, "bf16", UNSHARED, device="cuda", dtype="bf16", **SMOOTH),
+        Case(f"recompute-{model}", model, "bf16", {"recompute": "full"}, budget=64, device="cuda", dtype="bf16", **SMOOTH),
+        Case(f"selective-{model}", model, "bf16", {"recompute": "selective"}, device="cuda", dtype="bf16", **SMOOTH),
+        Case(f"fp8-{model}", model, "bf16", device="cuda", dtype="bf16", fp8=True, **SMOOTH),
+        Case(f"fp8-thd-{model}", model, "bf16", UNSHARED, device="cuda", dtype="bf16", fp8=True, budget=208, **SMOOTH),
+    )
+]
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 Prints one JSON object: {patch: {"with": error or null, "without": error or null}}. Patches change torch for the whole
 process, so every check runs in a fork of its own; Megatron is imported once, before the forks and without any patch.
 """
+
 from __future__ import annotations
 
 import json
@@ -40,7 +41,7 @@ def cuda_runtime() -> None:
     join()
     table = RotaryEmbedding(kv_channels=4, rotary_percent=1.0)(3)
     # positions 0, 1, 2 times the frequencies 1 and 10000^(-2/4) = 0.01, repeated for both halves
-    torch.testing.assert_close(table[:, 0, 0], torch.tensor([[0, 0, 0, 0], [1, .01, 1, .01], [2, .02, 2, .02]]))
+    torch.testing.assert_close(table[:, 0, 0], torch.tensor([[0, 0, 0, 0], [1, 0.01, 1, 0.01], [2, 0.02, 2, 0.02]]))
 
 
 def cuda_tensors() -> None:
@@ -118,8 +119,8 @@ def adam_step() -> None:
     step()
     part = optimizer.chained_optimizers[0]
     with torch.no_grad():
-        part.load_parameter_state_from_dp_zero(part.get_parameter_state_dp_zero())   # fails with KeyError('step')
-    part.load_state_dict(part.state_dict())                                          # makes all steps one tensor
+        part.load_parameter_state_from_dp_zero(part.get_parameter_state_dp_zero())  # fails with KeyError('step')
+    part.load_state_dict(part.state_dict())  # makes all steps one tensor
     step()
     steps = [float(state["step"]) for state in part.optimizer.state.values()]
     assert steps == [3.0, 3.0], steps
@@ -151,8 +152,10 @@ def main() -> None:
     found = {}
     for patch in PATCHES:
         name = patch.__name__.rpartition(".")[2]
-        found[name] = {"with": outcome(globals()[name], PATCHES),
-                       "without": outcome(globals()[name], [p for p in PATCHES if p is not patch])}
+        found[name] = {
+            "with": outcome(globals()[name], PATCHES),
+            "without": outcome(globals()[name], [p for p in PATCHES if p is not patch]),
+        }
     print(json.dumps(found))
 
 

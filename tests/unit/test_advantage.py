@@ -1,11 +1,12 @@
 """Group advantages against numbers worked out by hand."""
+
 import math
 
 import pytest
 import torch
 
 from alphamed.algorithms.advantage import ADVANTAGES, group_advantages
-from alphamed.config_choices import Advantage
+from alphamed.config.choices import Advantage
 
 EPSILON = 1e-6
 
@@ -35,10 +36,12 @@ def test_rloo_by_hand():
 
 def test_groups_of_any_size_in_any_order():
     rewards = torch.tensor([1.0, 3.0, 0.0, 5.0, 0.0, 0.0])
-    groups = torch.tensor([40, -2, 40, 9, 40, -2])         # group 40: 1, 0, 0; group -2: 3, 0; group 9: 5 alone
-    third = 1 / math.sqrt(3)                               # std of (1, 0, 0): sqrt((4/9 + 1/9 + 1/9) / 2) = sqrt(1/3)
-    close(group_advantages(rewards, groups, "grpo"),
-          [2 / 3 / third, math.sqrt(0.5), -1 / 3 / third, 0.0, -1 / 3 / third, -math.sqrt(0.5)])
+    groups = torch.tensor([40, -2, 40, 9, 40, -2])  # group 40: 1, 0, 0; group -2: 3, 0; group 9: 5 alone
+    third = 1 / math.sqrt(3)  # std of (1, 0, 0): sqrt((4/9 + 1/9 + 1/9) / 2) = sqrt(1/3)
+    close(
+        group_advantages(rewards, groups, "grpo"),
+        [2 / 3 / third, math.sqrt(0.5), -1 / 3 / third, 0.0, -1 / 3 / third, -math.sqrt(0.5)],
+    )
     close(group_advantages(rewards, groups, "dr_grpo"), [2 / 3, 1.5, -1 / 3, 0.0, -1 / 3, -1.5])
     close(group_advantages(rewards, groups, "rloo"), [1.0, 3.0, -0.5, 0.0, -0.5, -3.0])
 
@@ -55,12 +58,12 @@ def test_ids_may_be_anything_hashable(kind):
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, -1 / 3, 1e9, 1e-30])
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_equal_rewards_give_exactly_zero(kind, reward, size):
-    rewards = torch.full((size,), reward, dtype=torch.float64)      # 0.1 x 3 / 3 is not 0.1 in floating point
+    rewards = torch.full((size,), reward, dtype=torch.float64)  # 0.1 x 3 / 3 is not 0.1 in floating point
     assert group_advantages(rewards, [0] * size, kind).tolist() == [0.0] * size
 
 
 def test_rounding_is_not_blown_up():
-    rewards = torch.tensor([0.3, 0.1 + 0.2], dtype=torch.float64)   # 5.6e-17 apart
+    rewards = torch.tensor([0.3, 0.1 + 0.2], dtype=torch.float64)  # 5.6e-17 apart
     assert group_advantages(rewards, [0, 0], "grpo").abs().max() < 1e-9
 
 
@@ -72,8 +75,9 @@ def test_sums_to_zero_and_does_not_depend_on_order(kind):
     sums = torch.zeros(6).index_add(0, groups, advantages)
     assert sums.abs().max() < 1e-5
     order = torch.randperm(40, generator=generator)
-    torch.testing.assert_close(group_advantages(rewards[order], groups[order], kind), advantages[order],
-                               rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        group_advantages(rewards[order], groups[order], kind), advantages[order], rtol=1e-6, atol=1e-7
+    )
 
 
 def test_against_torch_std():
@@ -81,8 +85,7 @@ def test_against_torch_std():
     rewards = torch.rand(5, 8, generator=generator)
     expected = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + EPSILON)
     groups = torch.arange(5).repeat_interleave(8)
-    torch.testing.assert_close(group_advantages(rewards.flatten(), groups, "grpo"), expected.flatten(),
-                               rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(group_advantages(rewards.flatten(), groups, "grpo"), expected.flatten(), rtol=1e-4, atol=1e-6)
 
 
 def test_dtype_and_empty():
@@ -96,13 +99,16 @@ def test_every_kind_of_the_configuration_exists():
     assert group_advantages(torch.tensor([1.0, 0.0]), [0, 0], Advantage.DR_GRPO).tolist() == [0.5, -0.5]
 
 
-@pytest.mark.parametrize("arguments, problem", [
-    ((torch.zeros(2), [0, 0], "gae"), "unknown kind 'gae'; choose one of grpo, dr_grpo, rloo"),
-    ((torch.zeros(3), [0, 0], "grpo"), "3,.* and 2 group ids"),
-    ((torch.zeros(2, 2), [0, 0], "grpo"), "give one of each per response"),
-    ((torch.tensor([0.0, math.nan]), [0, 0], "grpo"), "nan is not finite"),
-    ((torch.tensor([math.inf, 0.0]), [0, 1], "rloo"), "inf is not finite"),
-])
+@pytest.mark.parametrize(
+    "arguments, problem",
+    [
+        ((torch.zeros(2), [0, 0], "gae"), "unknown kind 'gae'; choose one of grpo, dr_grpo, rloo"),
+        ((torch.zeros(3), [0, 0], "grpo"), "3,.* and 2 group ids"),
+        ((torch.zeros(2, 2), [0, 0], "grpo"), "give one of each per response"),
+        ((torch.tensor([0.0, math.nan]), [0, 0], "grpo"), "nan is not finite"),
+        ((torch.tensor([math.inf, 0.0]), [0, 1], "rloo"), "inf is not finite"),
+    ],
+)
 def test_refused(arguments, problem):
     with pytest.raises(ValueError, match=problem):
         group_advantages(*arguments)

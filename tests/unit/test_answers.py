@@ -1,9 +1,10 @@
 """The stream of answers: how many tasks are out at a time, and that every group comes once."""
+
 from dataclasses import dataclass
 
 import pytest
 
-from alphamed.config_file import build_config
+from alphamed.config.loading import build_config
 from alphamed.errors import RunFailed
 from alphamed.evaluation.answers import engine_tree, stream
 
@@ -25,7 +26,7 @@ class Engines:
 
     def deliver(self, key, left_s, wait):
         assert wait and left_s > 0
-        done, self.held = self.held[-self.most:], self.held[:-self.most]
+        done, self.held = self.held[-self.most :], self.held[: -self.most]
         return Arrived(tuple(reversed(done)))
 
 
@@ -53,14 +54,21 @@ def test_time_without_an_answer_runs_out():
             if left_s <= 0:
                 raise RunFailed("engine 0", "nothing came")
             return Arrived(())
+
     with pytest.raises(RunFailed, match="nothing came"):
         list(stream(Silent(1), range(3), 8, 0.05))
 
 
 def test_engines_are_built_for_the_evaluation_and_not_for_training(tmp_path):
-    config = build_config({"model": {"path": "m"}, "data": {"train": ["d"]}, "evaluation": {"files": ["e"], "before": True},
-                           "reward": {"name": "mine:function", "overlong_buffer_tokens": 500},
-                           "rollout": {"samples_per_question": 4, "max_staleness": 2}})
+    config = build_config(
+        {
+            "model": {"path": "m"},
+            "data": {"train": ["d"]},
+            "evaluation": {"files": ["e"], "before": True},
+            "reward": {"name": "mine:function", "overlong_buffer_tokens": 500},
+            "rollout": {"samples_per_question": 4, "max_staleness": 2},
+        }
+    )
     found = engine_tree(config, tmp_path, samples=16, max_tokens=20_000)
     assert found.run_dir == tmp_path / "engines" and found.rollout.samples_per_question == 16
     assert found.max_model_tokens == 1024 + 20_000 and found.reward.name == "correct" and found.rollout.max_staleness == 0

@@ -1,23 +1,25 @@
 """Benchmarks that move apart: by hand where one set rose and another fell, in words, on the page and in the numbers."""
+
 import json
 
 import pytest
 from test_compare import answers, item, make_run
 from test_report import C, Page, W
 
-from alphamed.evaluation.compare import pair
-from alphamed.observe.apart import apart, moved_apart, told
-from alphamed.observe.compare_page import main
-from alphamed.observe.comparison import comparison
-from alphamed.observe.files import replace_json, replace_json_lines, replace_text
-from alphamed.observe.runs import read_runs
+from alphamed.files import replace_json, replace_json_lines, replace_text
+from alphamed.lab.reports.apart import apart, moved_apart, told
+from alphamed.lab.reports.compare_page import main
+from alphamed.lab.reports.comparison import comparison
+from alphamed.lab.reports.evaluations import pair
+from alphamed.lab.reports.runs import read_runs
 
 
 def change(tmp_path, gained, lost, n=40):
     """The paired change of n questions of which so many became right and so many no longer are."""
     same = [W] * (n - gained - lost)
-    found = pair(answers(tmp_path, "s", [W] * gained + [C] * lost + same),
-                 answers(tmp_path, "s", [C] * gained + [W] * lost + same))
+    found = pair(
+        answers(tmp_path, "s", [W] * gained + [C] * lost + same), answers(tmp_path, "s", [C] * gained + [W] * lost + same)
+    )
     return {"n": found.n, "difference": found.difference, "interval": list(found.interval), "p": found.p}
 
 
@@ -33,12 +35,17 @@ def test_one_rises_and_one_falls(tmp_path):
     assert up["interval"] == pytest.approx([0.1011, 0.3751], abs=5e-5)
 
 
-@pytest.mark.parametrize("flips", [
-    [(10, 0), (8, 0)],                  # both rose
-    [(0, 10), (0, 8)],                  # both fell
-    [(10, 0), (0, 5)],                  # the fall may be chance
-    [(5, 0), (0, 10)],                  # the rise may be
-    [(10, 0)], []])
+@pytest.mark.parametrize(
+    "flips",
+    [
+        [(10, 0), (8, 0)],  # both rose
+        [(0, 10), (0, 8)],  # both fell
+        [(10, 0), (0, 5)],  # the fall may be chance
+        [(5, 0), (0, 10)],  # the rise may be
+        [(10, 0)],
+        [],
+    ],
+)
 def test_what_does_not_move_apart(tmp_path, flips):
     assert moved_apart({str(k): change(tmp_path, *one) for k, one in enumerate(flips)}) is None
 
@@ -53,32 +60,44 @@ def test_the_number_of_sets_counts(tmp_path, unmoved, flagged):
 
 def folder(root, name, asked=None, **right):
     """What `alphamed eval` writes: of each set 40 questions, the first `right` of them right."""
-    replace_json_lines(root / name / "items.jsonl", [item(f"{of}{i}", C if i < count else W, name=of)
-                                                     for of, count in right.items() for i in range(40)])
+    replace_json_lines(
+        root / name / "items.jsonl",
+        [item(f"{of}{i}", C if i < count else W, name=of) for of, count in right.items() for i in range(40)],
+    )
     if asked:
-        replace_json(root / name / "evaluation.json", {"format": 1, "sets": {}, "asked": {
-            "model": {}, "prompt": asked, "sampling": {"samples": 1, "temperature": 0, "max_tokens": 9}}})
+        replace_json(
+            root / name / "evaluation.json",
+            {
+                "format": 1,
+                "sets": {},
+                "asked": {"model": {}, "prompt": asked, "sampling": {"samples": 1, "temperature": 0, "max_tokens": 9}},
+            },
+        )
     return root / name
 
 
 def test_two_evaluations_that_move_apart(tmp_path):
-    found = comparison(read_runs([folder(tmp_path, "easy", medqa=10, pubmedqa=20), folder(tmp_path, "hard", medqa=20,
-                                                                                          pubmedqa=12)]))
-    one, = found["apart"]
+    found = comparison(
+        read_runs([folder(tmp_path, "easy", medqa=10, pubmedqa=20), folder(tmp_path, "hard", medqa=20, pubmedqa=12)])
+    )
+    (one,) = found["apart"]
     assert (one["first"], one["second"]) == (1, 2)
     assert [row["set"] for row in one["rose"]] == ["medqa"] and [row["set"] for row in one["fell"]] == ["pubmedqa"]
     # pubmedqa: (0.5 - 8.5) / 42 -+ 1.96 sqrt(9 / 42 - 0.1905^2) / sqrt(42) = -0.1905 -+ 0.1276
     assert found["verdict"] == [
         "No run that means to teach has an evaluation before and after; nothing can be said of gains.",
         "hard and easy move benchmarks apart: after training hard is better on medqa (+25.0 points [+10.1, +37.5], n = 40) "
-        "and worse on pubmedqa (-20.0 points [-31.8, -6.3], n = 40)."]
+        "and worse on pubmedqa (-20.0 points [-31.8, -6.3], n = 40).",
+    ]
 
 
 def test_evaluations_asked_otherwise_move_apart_for_other_reasons(tmp_path):
     prompt = {"template": "chat", "max_tokens": 64}
-    paths = [folder(tmp_path, "easy", prompt, medqa=10, pubmedqa=20),
-             folder(tmp_path, "hard", prompt | {"template": "raw"}, medqa=20, pubmedqa=12),
-             folder(tmp_path, "hard_too", prompt, medqa=20, pubmedqa=12)]
+    paths = [
+        folder(tmp_path, "easy", prompt, medqa=10, pubmedqa=20),
+        folder(tmp_path, "hard", prompt | {"template": "raw"}, medqa=20, pubmedqa=12),
+        folder(tmp_path, "hard_too", prompt, medqa=20, pubmedqa=12),
+    ]
     assert [(one["first"], one["second"]) for one in comparison(read_runs(paths))["apart"]] == [(1, 3)]
 
 
@@ -87,16 +106,23 @@ def trained(root, name, levels, **right):
     run = make_run(root, name, train={"questions": 40, "content_sha256": "0", "sources": {}, "levels": levels})
     for step in (0, 12):
         path = run / "evaluations" / f"step_{step:06d}"
-        replace_json_lines(path.with_suffix(".items.jsonl"), [
-            item(f"{of}{i}", C if i < (count if step else 10) else W, name=of)
-            for of, count in right.items() for i in range(40)])
+        replace_json_lines(
+            path.with_suffix(".items.jsonl"),
+            [
+                item(f"{of}{i}", C if i < (count if step else 10) else W, name=of)
+                for of, count in right.items()
+                for i in range(40)
+            ],
+        )
         replace_text(path.with_suffix(".json"), json.dumps({"sets": {of: {"asked": of} for of in right}}))
     return run
 
 
 def test_runs_and_their_training_are_told_on_the_page(tmp_path):
-    paths = [trained(tmp_path, "easy", {"1": 40}, medqa=11, pubmedqa=10),
-             trained(tmp_path, "hard", {"5": 20, "6": 20}, medqa=24, pubmedqa=2)]
+    paths = [
+        trained(tmp_path, "easy", {"1": 40}, medqa=11, pubmedqa=10),
+        trained(tmp_path, "hard", {"5": 20, "6": 20}, medqa=24, pubmedqa=2),
+    ]
     main(paths, tmp_path / "c.html", False)
     found = json.loads((tmp_path / "c.json").read_text())
     assert [(one["first"], one["second"]) for one in found["apart"]] == [(None, 2), (1, 2)]
@@ -125,14 +151,19 @@ def test_a_run_and_the_unchanged_model_that_lent_its_before_are_told_once(tmp_pa
 
 def test_without_any_the_page_says_so(tmp_path):
     main([folder(tmp_path, "a", medqa=10), folder(tmp_path, "b", medqa=20)], tmp_path / "c.html", False)
-    assert "below 0.05. Where gains are true and losses are not, up to 1 comparison in 40 shows a loss by chance. None " \
-           "does." in Page((tmp_path / "c.html").read_text()).text
+    assert (
+        "below 0.05. Where gains are true and losses are not, up to 1 comparison in 40 shows a loss by chance. None "
+        "does." in Page((tmp_path / "c.html").read_text()).text
+    )
 
 
 def test_the_clearest_pairs_come_first_and_the_rest_are_counted(tmp_path):
     """Pair k loses 8 + k questions: the more, the smaller its larger p."""
-    pairs = [{"first": 1, "second": 2 + k, "alike": True, "set": of, **change(tmp_path, *flips)}
-             for k in range(8) for of, flips in (("up", (20, 0)), ("down", (0, 8 + k)))]
+    pairs = [
+        {"first": 1, "second": 2 + k, "alike": True, "set": of, **change(tmp_path, *flips)}
+        for k in range(8)
+        for of, flips in (("up", (20, 0)), ("down", (0, 8 + k)))
+    ]
     runs = {number: {"name": f"r{number}", "control": None, "training": None} for number in range(1, 10)}
     found = apart([], pairs, runs)
     assert [one["second"] for one in found] == [9, 8, 7, 6, 5, 4, 3, 2]

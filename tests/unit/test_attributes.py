@@ -1,4 +1,5 @@
 """Informativeness as an axis beside levels: in studies, sets, provenance, evaluations, reports and comparisons."""
+
 import csv
 import json
 from pathlib import Path
@@ -14,27 +15,31 @@ from test_study_plan import BASE
 from alphamed.cli import main
 from alphamed.data.attributes import ATTRIBUTES
 from alphamed.data.sources import load_questions
-from alphamed.evaluation.compare import read_answered
 from alphamed.evaluation.items import Asked, Grading, graded, read_items, row
 from alphamed.evaluation.results import set_result
 from alphamed.evaluation.runner import Evaluation, QuestionSet, SetResult, write_evaluation
 from alphamed.evaluation.score import score
-from alphamed.observe import provenance
-from alphamed.observe.compare_page import main as compare
-from alphamed.observe.comparison import comparison
-from alphamed.observe.files import replace_json_lines, replace_text
-from alphamed.observe.report import write_report
-from alphamed.observe.rollout_files import rollout_path, write_rollouts
-from alphamed.observe.runs import read_runs
+from alphamed.files import replace_json_lines, replace_text
+from alphamed.lab.reports.compare_page import main as compare
+from alphamed.lab.reports.comparison import comparison
+from alphamed.lab.reports.evaluations import read_answered
+from alphamed.lab.reports.report import write_report
+from alphamed.lab.reports.runs import read_runs
+from alphamed.lab.study.data import make_sets
+from alphamed.lab.study.grid import plan_runs, run_name
+from alphamed.lab.study.spec import load_study
 from alphamed.records import FinishReason, Question, Rollout, RolloutGroup, ScoredGroup
-from alphamed.study.data import make_sets
-from alphamed.study.grid import plan_runs, run_name
-from alphamed.study.spec import load_study
+from alphamed.rundir import provenance
+from alphamed.rundir.rollout_files import rollout_path, write_rollouts
 
 
 def question(i, **more):
-    return {"id": f"q{i}", "question": f"Which is number {i}?", "answer": "A",
-            "options": {"A": f"this {i}", "B": f"that {i}"}} | more
+    return {
+        "id": f"q{i}",
+        "question": f"Which is number {i}?",
+        "answer": "A",
+        "options": {"A": f"this {i}", "B": f"that {i}"},
+    } | more
 
 
 def write(name, rows):
@@ -53,8 +58,12 @@ def study(axes, **data):
     write("questions.jsonl", [question(i, level=1 + i % 6, informativeness=1 + i % 12 // 3) for i in range(60)])
     write("exam.jsonl", [question(99)])
     Path("base.yaml").write_text(yaml.safe_dump(BASE))
-    tree = {"name": "s", "base": "base.yaml", "data": {"sources": [{"name": "own", "path": "questions.jsonl"}], **data},
-            "grids": [{"name": "g", "axes": {"sources": ["own"]} | axes}]}
+    tree = {
+        "name": "s",
+        "base": "base.yaml",
+        "data": {"sources": [{"name": "own", "path": "questions.jsonl"}], **data},
+        "grids": [{"name": "g", "axes": {"sources": ["own"]} | axes}],
+    }
     Path("s.yaml").write_text(yaml.safe_dump(tree))
     return load_study(Path("s.yaml"))
 
@@ -79,12 +88,13 @@ def test_bins_and_sizes_dealt_to_levels_go_together():
     found = study({"levels": [[1, 2]], "informativeness": [[3]], "sizes": [4]}, per_level=True)
     made = make_sets(found, plan_runs(found), "test")
     assert [sorted((row["level"], row["informativeness"]) for row in rows(file)) for file in made] == [
-        [(1, 3), (1, 3), (2, 3), (2, 3)]]
+        [(1, 3), (1, 3), (2, 3), (2, 3)]
+    ]
 
 
 def test_results_of_a_study_have_the_axis(capsys):
     study({"informativeness": ["all", [3, 4]]})
-    assert main(["study", "s.yaml", "--collect"]) == 1                      # nothing has been run
+    assert main(["study", "s.yaml", "--collect"]) == 1  # nothing has been run
     assert [row["axis:informativeness"] for row in csv.DictReader(open("studies/s/results.csv"))] == ["all", "[3, 4]"]
     assert [row["axis:informativeness"] for row in json.loads(Path("studies/s/results.json").read_text())] == ["all", [3, 4]]
 
@@ -95,9 +105,15 @@ def test_names_say_bins():
     assert len({one.short for one in ATTRIBUTES} | {"n", "s"}) == 2 + len(ATTRIBUTES)
 
 
-@pytest.mark.parametrize("axes, words", [
-    ({"informativeness": [[0]]}, "informativeness"), ({"informativeness": [[1], [1]]}, "[1] stands twice"),
-    ({"informativeness": [[]]}, "informativeness"), ({"informativenes": [[1]]}, "did you mean 'informativeness'?")])
+@pytest.mark.parametrize(
+    "axes, words",
+    [
+        ({"informativeness": [[0]]}, "informativeness"),
+        ({"informativeness": [[1], [1]]}, "[1] stands twice"),
+        ({"informativeness": [[]]}, "informativeness"),
+        ({"informativenes": [[1]]}, "did you mean 'informativeness'?"),
+    ],
+)
 def test_a_bad_axis_is_refused_in_one_line(capsys, axes, words):
     study({})
     tree = yaml.safe_load(Path("s.yaml").read_text())
@@ -119,17 +135,24 @@ def annotations(suffix, table):
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_annotations_bring_informativeness_with_levels(suffix):
     write("a.jsonl", [question(i, informativeness=9) for i in range(4)])
-    file = annotations(suffix, [{"id": f"q{i}", "level": 1 + i, "informativeness": [2, None, 4][i], "pass_rate": 0.5}
-                                for i in range(3)])
+    file = annotations(
+        suffix, [{"id": f"q{i}", "level": 1 + i, "informativeness": [2, None, 4][i], "pass_rate": 0.5} for i in range(3)]
+    )
     recipe = f"sources: [{{name: a, path: a.jsonl, levels: {file}}}]\nshuffle: false\n"
     Path("recipe.yaml").write_text(recipe)
     assert main(["data", "build", "--out", "set.jsonl", "--config", "recipe.yaml"]) == 0
     assert [(q.id, q.level, q.informativeness) for q in load_questions(["set.jsonl"]).questions] == [
-        ("q0", 1, 2), ("q1", 2, 9), ("q2", 3, 4), ("q3", None, 9)]
+        ("q0", 1, 2),
+        ("q1", 2, 9),
+        ("q2", 3, 4),
+        ("q3", None, 9),
+    ]
     card = json.loads(Path("set.card.json").read_text())
     assert card["set"]["informativeness"] == {"2": 1, "4": 1, "9": 2}
-    assert card["steps"][:2] == [f"levels: 3 of 4 questions of a from {file}",
-                                 f"informativeness: 2 of 4 questions of a from {file}"]
+    assert card["steps"][:2] == [
+        f"levels: 3 of 4 questions of a from {file}",
+        f"informativeness: 2 of 4 questions of a from {file}",
+    ]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -142,19 +165,26 @@ def test_annotations_without_informativeness_change_levels_only(suffix):
     assert not [text for text in json.loads(Path("set.card.json").read_text())["steps"] if "informativeness" in text]
 
 
-@pytest.mark.parametrize("row, setting, words", [
-    ({"level": 7}, "seed=0", "level 7 is not a whole number from 1 to 6"),
-    ({"level": 1, "informativeness": 0}, "seed=0", "informativeness 0 is not a whole number from 1 to 1000"),
-    ({"level": 1, "informativeness": 1001}, "seed=0", "informativeness 1001 is not a whole number from 1 to 1000"),
-    ({"level": float("inf")}, "seed=0", "level inf is not a whole number from 1 to 6"),
-    ({"level": float("nan")}, "seed=0", "level nan is not a whole number from 1 to 6"),
-    ({"level": 10**400}, "seed=0", "level 1000000000"),
-    ({"level": True}, "seed=0", "level True is not a whole number from 1 to 6"),
-    ({"level": None}, "seed=0", "levels.jsonl: holds no level and no informativeness of any question; annotate again"),
-    ({"level": 2.5}, "seed=0", "level 2.5 is not a whole number"),
-    ({"informativeness": 1}, "seed=0", "rows need id and level (KeyError: 'level')"),
-    ({"level": 1}, "filter.informativeness=[2]",
-     "filter.informativeness: [2] is asked for, but no question carries informativeness; annotate them")])
+@pytest.mark.parametrize(
+    "row, setting, words",
+    [
+        ({"level": 7}, "seed=0", "level 7 is not a whole number from 1 to 6"),
+        ({"level": 1, "informativeness": 0}, "seed=0", "informativeness 0 is not a whole number from 1 to 1000"),
+        ({"level": 1, "informativeness": 1001}, "seed=0", "informativeness 1001 is not a whole number from 1 to 1000"),
+        ({"level": float("inf")}, "seed=0", "level inf is not a whole number from 1 to 6"),
+        ({"level": float("nan")}, "seed=0", "level nan is not a whole number from 1 to 6"),
+        ({"level": 10**400}, "seed=0", "level 1000000000"),
+        ({"level": True}, "seed=0", "level True is not a whole number from 1 to 6"),
+        ({"level": None}, "seed=0", "levels.jsonl: holds no level and no informativeness of any question; annotate again"),
+        ({"level": 2.5}, "seed=0", "level 2.5 is not a whole number"),
+        ({"informativeness": 1}, "seed=0", "rows need id and level (KeyError: 'level')"),
+        (
+            {"level": 1},
+            "filter.informativeness=[2]",
+            "filter.informativeness: [2] is asked for, but no question carries informativeness; annotate them",
+        ),
+    ],
+)
 def test_annotations_that_can_not_be_used_are_one_line(capsys, row, setting, words):
     write("a.jsonl", [question(0)])
     write("levels.jsonl", [{"id": "q0"} | row])
@@ -169,11 +199,17 @@ def test_annotations_that_can_not_be_used_are_one_line(capsys, row, setting, wor
 def scored(name, outcomes, **more):
     asked = Question(name, f"{name}?", {"A": "a", "B": "b"}, "A", **more)
     texts = ["so \\boxed{A}" if one == C else "so \\boxed{B}" for one in outcomes]
-    rollouts = tuple(Rollout(name, name, j, (1, 2), (-0.5, -0.5), text, FinishReason.STOP, 0)
-                     for j, text in enumerate(texts))
+    rollouts = tuple(
+        Rollout(name, name, j, (1, 2), (-0.5, -0.5), text, FinishReason.STOP, 0) for j, text in enumerate(texts)
+    )
     rewards = tuple(float(one == C) for one in outcomes)
-    return ScoredGroup(RolloutGroup(name, asked, (1,), rollouts), tuple(outcomes), rewards, rewards,
-                       tuple("A" if one == C else "B" for one in outcomes))
+    return ScoredGroup(
+        RolloutGroup(name, asked, (1,), rollouts),
+        tuple(outcomes),
+        rewards,
+        rewards,
+        tuple("A" if one == C else "B" for one in outcomes),
+    )
 
 
 def test_answers_of_a_run_and_of_eval_carry_the_bin():
@@ -186,7 +222,7 @@ def test_answers_of_a_run_and_of_eval_carry_the_bin():
     of_eval = read_answered(Path("out/items.jsonl"))["e"].answers["q"]
     assert of_run.attributes == of_eval.attributes == {"level": 2, "informativeness": 3}
     assert read_items(Path("out"))["e", "q"] == [one]
-    old = {key: value for key, value in row(one).items() if key != "informativeness"}      # of an older version
+    old = {key: value for key, value in row(one).items() if key != "informativeness"}  # of an older version
     replace_json_lines(Path("out/items.jsonl"), [old])
     assert read_items(Path("out"))["e", "q"][0].asked.question.informativeness is None
 
@@ -198,7 +234,9 @@ def test_results_are_told_by_informativeness():
 
     found = set_result([answer(0, "\\boxed{A}", 1), answer(1, "\\boxed{B}", 1), answer(2, "\\boxed{A}", 4)])
     assert {name: (one["n"], one["accuracy"]) for name, one in found["by_informativeness"].items()} == {
-        "1": (2, 0.5), "4": (1, 1.0)}
+        "1": (2, 0.5),
+        "4": (1, 1.0),
+    }
     assert found["by_level"] == {}
 
 
@@ -212,26 +250,38 @@ def test_provenance_counts_bins():
 def test_provenance_says_how_training_files_were_read():
     """Keys from 1 and labels: question 1 has key 3 of its three options; the row with key 9 is left out."""
     options = {letter: f"{letter}) finding {letter}" for letter in "ABC"}
-    write("one.jsonl", [question(0, options=options, answer=1), question(1, options=options, answer=3),
-                        question(2, options=options, answer=9)])
+    write(
+        "one.jsonl",
+        [
+            question(0, options=options, answer=1),
+            question(1, options=options, answer=3),
+            question(2, options=options, answer=9),
+        ],
+    )
     write("two.jsonl", [question(3)])
     found = provenance.training_set([Path("one.jsonl"), Path("two.jsonl")])
     assert (found["questions"], found["bad_rows"]) == (3, 1)
-    assert found["reading"] == {"one.jsonl": {"keys": {"answer": "index1"}, "labels_removed": 3, "ids_made": 0, "repeats": []},
-                                "two.jsonl": {"keys": {"answer": "letter"}, "labels_removed": 0, "ids_made": 0, "repeats": []}}
+    assert found["reading"] == {
+        "one.jsonl": {"keys": {"answer": "index1"}, "labels_removed": 3, "ids_made": 0, "repeats": []},
+        "two.jsonl": {"keys": {"answer": "letter"}, "labels_removed": 0, "ids_made": 0, "repeats": []},
+    }
 
 
 def test_the_report_counts_by_bin_where_there_are_several(tmp_path):
     run = make_run(tmp_path, "r")
-    write_rollouts(rollout_path(run, 1), 1, [scored("a", [C, W], informativeness=1), scored("b", [C, C], informativeness=2),
-                                             scored("c", [W, W])])
+    write_rollouts(
+        rollout_path(run, 1),
+        1,
+        [scored("a", [C, W], informativeness=1), scored("b", [C, C], informativeness=2), scored("c", [W, W])],
+    )
     text = Page(write_report(run).read_text()).text
     assert "Accuracy by informativeness" in text and "Accuracy by level" not in text and "By informativeness" in text
     responses = json.loads((run / "report.json").read_text())["responses"]
     assert responses["questions"]["informativeness"] == {"1": 1, "2": 1, "none": 1}
-    assert {name: (part["responses"], part["correct"]) for name, part in
-            responses["recorded_steps"][0]["informativeness"].items()} == {
-        "bin 1": (2, 1), "bin 2": (2, 2), "no bin": (2, 0)}
+    assert {
+        name: (part["responses"], part["correct"])
+        for name, part in responses["recorded_steps"][0]["informativeness"].items()
+    } == {"bin 1": (2, 1), "bin 2": (2, 2), "no bin": (2, 0)}
     seen = read_runs([run])[0].training
     assert (seen.questions, seen.mean("informativeness"), seen.mean("levels"), seen.seen_only) == (3, 1.5, None, True)
 
@@ -244,15 +294,20 @@ def trained(root, name, bins, right):
     run = make_run(root, name, train=train | ({"informativeness": bins} if bins else {}))
     for step, solved in ((0, 0), (12, right)):
         path = run / "evaluations" / f"step_{step:06d}"
-        replace_json_lines(Path(f"{path}.items.jsonl"), [
-            item(f"q{i}", C if i < solved else W, name="exam", informativeness=1 if i < 4 else 3) for i in range(8)])
+        replace_json_lines(
+            Path(f"{path}.items.jsonl"),
+            [item(f"q{i}", C if i < solved else W, name="exam", informativeness=1 if i < 4 else 3) for i in range(8)],
+        )
         replace_text(Path(f"{path}.json"), json.dumps({"sets": {"exam": {"asked": "x"}}}))
     return run
 
 
 def test_a_comparison_shows_accuracy_against_the_mean_bin_and_by_bin(tmp_path):
-    runs = [trained(tmp_path, "short", {"1": 30, "3": 10}, 5), trained(tmp_path, "long", {"4": 39, "none": 1}, 4),
-            trained(tmp_path, "old", None, 0)]
+    runs = [
+        trained(tmp_path, "short", {"1": 30, "3": 10}, 5),
+        trained(tmp_path, "long", {"4": 39, "none": 1}, 4),
+        trained(tmp_path, "old", None, 0),
+    ]
     assert compare(runs, tmp_path / "c.html", False) == 0
     found = json.loads((tmp_path / "c.json").read_text())
     # (30 x 1 + 10 x 3) / 40; 4 for all that have a bin; an older record has not counted them
@@ -267,9 +322,13 @@ def test_a_comparison_shows_accuracy_against_the_mean_bin_and_by_bin(tmp_path):
     assert [line["mean_informativeness"] for line in lines] == ["1.5", "4.0", ""]
     assert [line["mean_level"] for line in lines] == ["", "", ""]
     parts = list(csv.DictReader((tmp_path / "c.parts.csv").open()))
-    assert [(line["set"], line["run"], line["attribute"], line["value"], line["n"], line["after"]) for line in parts[:3]] == [
-        ("exam", "short", "informativeness", "1", "4", "1.0"), ("exam", "short", "informativeness", "3", "4", "0.25"),
-        ("exam", "long", "informativeness", "1", "4", "1.0")]
+    assert [
+        (line["set"], line["run"], line["attribute"], line["value"], line["n"], line["after"]) for line in parts[:3]
+    ] == [
+        ("exam", "short", "informativeness", "1", "4", "1.0"),
+        ("exam", "short", "informativeness", "3", "4", "0.25"),
+        ("exam", "long", "informativeness", "1", "4", "1.0"),
+    ]
     assert len(parts) == 6 and float(parts[1]["after_low"]) == first["3"]["interval"][0]
 
 
@@ -282,8 +341,8 @@ def test_the_page_of_a_comparison_draws_and_tells_bins(tmp_path):
     # levels are not known: said once; accuracy against the mean bin, and by bin, is drawn
     assert page.text.count("No two evaluated runs trained on questions of different mean") == 1
     svgs = (tmp_path / "c.html").read_text().split("<svg")[1:]
-    assert sum("1, 3: 25% [4.6%, 69.9%]" in svg for svg in svgs) == 1             # run 1 at bin 3
-    assert sum("2, 4: 50%" in svg for svg in svgs) == 1                           # run 2 at mean bin 4
+    assert sum("1, 3: 25% [4.6%, 69.9%]" in svg for svg in svgs) == 1  # run 1 at bin 3
+    assert sum("2, 4: 50%" in svg for svg in svgs) == 1  # run 2 at mean bin 4
 
 
 def test_evaluation_questions_of_one_bin_have_no_table(tmp_path):

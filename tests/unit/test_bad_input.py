@@ -4,6 +4,7 @@ One table. Each row starts from a good run, breaks one thing and states words th
 through `alphamed.cli.main` in this process; one of each kind also as a user starts it, through `alphamed train` and a
 launcher.
 """
+
 import json
 import os
 import subprocess
@@ -19,8 +20,12 @@ from tiny import edit_config, tiny_hf
 from alphamed.cli import main
 
 ROOT = Path(__file__).parents[2]
-QUESTION = {"id": "q0", "question": "Which vitamin prevents scurvy?", "options": {"A": "A", "B": "C", "C": "D"},
-            "answer": "B"}
+QUESTION = {
+    "id": "q0",
+    "question": "Which vitamin prevents scurvy?",
+    "options": {"A": "A", "B": "C", "C": "D"},
+    "answer": "B",
+}
 
 
 class Run:
@@ -102,8 +107,14 @@ def model(name: str, break_it: Callable[[Path], object], *words: str) -> Mistake
 
 def evaluated(run: Run, decisions: str) -> None:
     """The run with an evaluation of one question, and decisions on it."""
-    run.set("evaluation", {"files": [str(run.rows([QUESTION | {"id": "e", "question": "Which one?"}], "e.jsonl"))],
-                           "before": True, "decisions": [decisions]})
+    run.set(
+        "evaluation",
+        {
+            "files": [str(run.rows([QUESTION | {"id": "e", "question": "Which one?"}], "e.jsonl"))],
+            "before": True,
+            "decisions": [decisions],
+        },
+    )
 
 
 def decisions(run: Run, verdict: str) -> str:
@@ -111,16 +122,31 @@ def decisions(run: Run, verdict: str) -> str:
     from alphamed.data.text import fingerprint
 
     rows = run.rows([QUESTION | {"id": "e", "question": "Which one?"}], "e.jsonl")
-    question, = load_questions([rows], "refuse").questions
+    (question,) = load_questions([rows], "refuse").questions
     path = run.folder / "decisions.yaml"
-    path.write_text(yaml.safe_dump({"version": 1, "decisions": [
-        {"id": "e", "fingerprint": fingerprint(question), "decision": verdict, "who": "w", "when": "2026", "why": "y"}]}))
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "version": 1,
+                "decisions": [
+                    {
+                        "id": "e",
+                        "fingerprint": fingerprint(question),
+                        "decision": verdict,
+                        "who": "w",
+                        "when": "2026",
+                        "why": "y",
+                    }
+                ],
+            }
+        )
+    )
     return str(path)
 
 
 def truncate(path: Path, keep: float) -> None:
     data = path.read_bytes()
-    path.write_bytes(data[:int(len(data) * keep)])
+    path.write_bytes(data[: int(len(data) * keep)])
 
 
 def own_reward(run: Run, source: str) -> None:
@@ -134,8 +160,9 @@ def recorded(run: Run, changes: dict) -> None:
     old = run.folder / "old"
     (old / "rollouts").mkdir(parents=True)
     (old / "rollouts" / "step_000002.parquet").touch()
-    (old / "config.yaml").write_text(yaml.safe_dump(run.tree | {
-        name: run.tree.get(name, {}) | section for name, section in changes.items()}))
+    (old / "config.yaml").write_text(
+        yaml.safe_dump(run.tree | {name: run.tree.get(name, {}) | section for name, section in changes.items()})
+    )
     run.set("rollout.replay", str(old))
 
 
@@ -156,7 +183,7 @@ CONFIGS = [
     setting("optimizer.warmup_steps", 2, "warmup_steps"),
     setting("optimizer.betas", [1.0, 0.9], "1.0", "less than 1"),
     setting("rollout.temperature", 0.0, "0.0"),
-    setting("rollout.temperature", 0.001, "0.001", "0.01"),       # vLLM would sample at 0.01
+    setting("rollout.temperature", 0.001, "0.001", "0.01"),  # vLLM would sample at 0.01
     setting("rollout.top_p", 0.9, "0.9", "1.0"),
     setting("rollout.top_k", 50, "50", "-1"),
     setting("rollout.samples_per_question", 1, "1"),
@@ -170,15 +197,21 @@ CONFIGS = [
     setting("parallel.pipeline", 3, "3", "layers"),
     setting("parallel.sequence", True, "parallel.tensor"),
     setting("parallel.virtual_pipeline", 2, "parallel.pipeline"),
-    Mistake("a single virtual stage", lambda run: run.set("parallel", {"pipeline": 2, "virtual_pipeline": 1}),
-            ("parallel.virtual_pipeline", "1", "2")),
+    Mistake(
+        "a single virtual stage",
+        lambda run: run.set("parallel", {"pipeline": 2, "virtual_pipeline": 1}),
+        ("parallel.virtual_pipeline", "1", "2"),
+    ),
     setting("parallel.data", 4, "questions_per_step"),
     setting("parallel.context", 3, "3", "4 attention heads", "choose one of [1, 2, 4]"),
     setting("parallel.reference", "away", "away", "resident", "swapped"),
     setting("parallel.logprob_chunk_tokens", -1, "-1"),
     setting("parallel.micro_batch_tokens", 100, "100", "raise it"),
-    Mistake("no room to round a row up", lambda run: run.set("parallel", {
-        "tensor": 4, "sequence": True, "micro_batch_tokens": 512 + 16 + 2}), ("micro_batch_tokens", "at least 531")),
+    Mistake(
+        "no room to round a row up",
+        lambda run: run.set("parallel", {"tensor": 4, "sequence": True, "micro_batch_tokens": 512 + 16 + 2}),
+        ("micro_batch_tokens", "at least 531"),
+    ),
     setting("prompt.max_tokens", 2040, "2056", "2048 positions"),
     setting("prompt.max_tokens", 20, "20", "tokens"),
     setting("prompt.shots", [{"question": "q", "options": {"A": "a", "B": "b"}, "response": "A"}], "boxed"),
@@ -190,42 +223,81 @@ CONFIGS = [
     setting("reward.answer_after", " ", "white space only"),
     setting("reward.answer_after", "x", "is a part of answers themselves"),
     setting("reward.answer_after", "}", "is a part of answers themselves"),
-    Mistake("a KL penalty without a gradient", lambda run: run.set("algorithm", {
-        "kl_coefficient": 0.01, "kl_estimator": "k1"}), ("algorithm.kl_estimator: k1", "gradient of 0", "k2 or k3")),
-    Mistake("a reward of another trainer", lambda run: own_reward(run, "def f(data_source, solution_str, ground_truth, "
-            "extra_info=None): return 1.0"), ("reward.name", "data_source", "question (", "set reward.signature=verl")),
-    Mistake("a reward that fails", lambda run: own_reward(run, "def f(text): return {}['key']"),
-            ("reward.name", "a right answer to question 'q0'", "KeyError: 'key'", "own_rewards.py, line 1")),
-    Mistake("a reward that hangs", lambda run: (own_reward(run, "def f(text):\n    while True: pass"),
-                                                run.set("reward.timeout_s", 0.5)), ("reward.name", "within 0.5 s")),
-    setting("prompt.shots", [{"question": "q", "options": {"A": "a", "B": "b"},
-                              "response": "<think>\\boxed{A}</think> so it is"}], "boxed"),
+    Mistake(
+        "a KL penalty without a gradient",
+        lambda run: run.set("algorithm", {"kl_coefficient": 0.01, "kl_estimator": "k1"}),
+        ("algorithm.kl_estimator: k1", "gradient of 0", "k2 or k3"),
+    ),
+    Mistake(
+        "a reward of another trainer",
+        lambda run: own_reward(run, "def f(data_source, solution_str, ground_truth, extra_info=None): return 1.0"),
+        ("reward.name", "data_source", "question (", "set reward.signature=verl"),
+    ),
+    Mistake(
+        "a reward that fails",
+        lambda run: own_reward(run, "def f(text): return {}['key']"),
+        ("reward.name", "a right answer to question 'q0'", "KeyError: 'key'", "own_rewards.py, line 1"),
+    ),
+    Mistake(
+        "a reward that hangs",
+        lambda run: (own_reward(run, "def f(text):\n    while True: pass"), run.set("reward.timeout_s", 0.5)),
+        ("reward.name", "within 0.5 s"),
+    ),
+    setting(
+        "prompt.shots",
+        [{"question": "q", "options": {"A": "a", "B": "b"}, "response": "<think>\\boxed{A}</think> so it is"}],
+        "boxed",
+    ),
     setting("model.path", "/no/such/folder", "/no/such/folder"),
     setting("model.path", "", "model.path"),
     setting("data.train", [], "train"),
     setting("data.bad_rows", "ignore", "ignore", "'skip'"),
     elsewhere("evaluation.before", True, "evaluation.files"),
     elsewhere("evaluation.files", ["absent.jsonl"], "absent.jsonl", "no such file"),
-    Mistake("evaluation on training questions", lambda run: run.set("evaluation.files", [str(run.rows(
-        [QUESTION | {"id": "e", "question": "which vitamin prevents SCURVY"}], "e.jsonl"))]),
-        ("evaluation.files: 1 of 1 questions are in data.train too (the first: e is", "evaluation.allow_overlap=true")),
+    Mistake(
+        "evaluation on training questions",
+        lambda run: run.set(
+            "evaluation.files",
+            [str(run.rows([QUESTION | {"id": "e", "question": "which vitamin prevents SCURVY"}], "e.jsonl"))],
+        ),
+        ("evaluation.files: 1 of 1 questions are in data.train too (the first: e is", "evaluation.allow_overlap=true"),
+    ),
     setting("rollout.replay", "absent", "absent", "rollouts"),
-    Mistake("a replay that is too short", lambda run: (
-        (run.folder / "old" / "rollouts").mkdir(parents=True),
-        (run.folder / "old" / "rollouts" / "step_000001.parquet").touch(),
-        run.set("rollout.replay", str(run.folder / "old"))),
-            ("rollout.replay", "steps 1 to 1", "to step 2", "run.stop_after")),
-    Mistake("a replay at another temperature", lambda run: recorded(run, {"rollout": {"temperature": 0.5}}),
-            ("rollout.temperature: 1.0", "were sampled with 0.5", "set it back")),
-    Mistake("a replay by another reward", lambda run: recorded(run, {"reward": {"name": "format_only"}}),
-            ("reward.name: 'correct'", "were given with 'format_only'", "--only reward reward.name=correct")),
-    Mistake("decisions that are not there", lambda run: evaluated(run, "nope.yaml"),
-            ("evaluation.decisions: decisions nope.yaml: no such file",)),
-    Mistake("decisions that are something else", lambda run: evaluated(run, str(run.rows([QUESTION], "e2.jsonl"))),
-            ("evaluation.decisions", "e2.jsonl", "version: missing")),
-    Mistake("decisions that leave nothing", lambda run: evaluated(run, decisions(run, "quarantine")),
-            ("evaluation.decisions", "none of the 1 questions", "e.jsonl")),
-    setting("run.seed", 2 ** 63, "9223372036854775808", "less than 9223372036854775808"),
+    Mistake(
+        "a replay that is too short",
+        lambda run: (
+            (run.folder / "old" / "rollouts").mkdir(parents=True),
+            (run.folder / "old" / "rollouts" / "step_000001.parquet").touch(),
+            run.set("rollout.replay", str(run.folder / "old")),
+        ),
+        ("rollout.replay", "steps 1 to 1", "to step 2", "run.stop_after"),
+    ),
+    Mistake(
+        "a replay at another temperature",
+        lambda run: recorded(run, {"rollout": {"temperature": 0.5}}),
+        ("rollout.temperature: 1.0", "were sampled with 0.5", "set it back"),
+    ),
+    Mistake(
+        "a replay by another reward",
+        lambda run: recorded(run, {"reward": {"name": "format_only"}}),
+        ("reward.name: 'correct'", "were given with 'format_only'", "--only reward reward.name=correct"),
+    ),
+    Mistake(
+        "decisions that are not there",
+        lambda run: evaluated(run, "nope.yaml"),
+        ("evaluation.decisions: decisions nope.yaml: no such file",),
+    ),
+    Mistake(
+        "decisions that are something else",
+        lambda run: evaluated(run, str(run.rows([QUESTION], "e2.jsonl"))),
+        ("evaluation.decisions", "e2.jsonl", "version: missing"),
+    ),
+    Mistake(
+        "decisions that leave nothing",
+        lambda run: evaluated(run, decisions(run, "quarantine")),
+        ("evaluation.decisions", "none of the 1 questions", "e.jsonl"),
+    ),
+    setting("run.seed", 2**63, "9223372036854775808", "less than 9223372036854775808"),
     override("run.seed=" + 5000 * "9", "run.seed", "not valid"),
     setting("run.name", 300 * "x", "at most 200 characters"),
     setting("run.root", "/proc", "/proc/run", "choose another"),
@@ -240,13 +312,13 @@ CONFIGS = [
 ]
 DATA = [
     elsewhere("data.train", ["absent.jsonl"], "absent.jsonl", "no such file"),
-    Mistake("data of another kind", lambda run: run.set("data.train", [str(run.rows([], "train.xlsx"))]),
-            (".xlsx", ".jsonl")),
+    Mistake(
+        "data of another kind", lambda run: run.set("data.train", [str(run.rows([], "train.xlsx"))]), (".xlsx", ".jsonl")
+    ),
     Mistake("empty data", lambda run: run.rows([]), ("train.jsonl", "empty")),
     Mistake("not JSON", lambda run: (run.folder / "train.jsonl").write_text('{"id": '), ("train.jsonl:1", "not JSON")),
     Mistake("Latin-1", lambda run: (run.folder / "train.jsonl").write_bytes(b'{"id": "\xe9"}'), ("encoding", "0xe9")),
-    Mistake("not Parquet", lambda run: run.set("data.train", [str(run.rows([QUESTION], "train.parquet"))]),
-            ("Parquet",)),
+    Mistake("not Parquet", lambda run: run.set("data.train", [str(run.rows([QUESTION], "train.parquet"))]), ("Parquet",)),
     Mistake("a file twice", lambda run: run.set("data.train", run.tree["data"]["train"] * 2), ("twice",)),
     row("the id of another", "duplicate", "q0", id="q0"),
     row("no answer", "answer", answer=...),
@@ -262,27 +334,35 @@ DATA = [
 ]
 MODELS = [
     model("no config.json", lambda folder: (folder / "config.json").unlink(), "config.json"),
-    model("a broken config.json", lambda folder: (folder / "config.json").write_text("{"), "config.json",
-          "can not be read"),
+    model("a broken config.json", lambda folder: (folder / "config.json").write_text("{"), "config.json", "can not be read"),
     model("another family", lambda folder: edit_config(folder, model_type="gpt2"), "model_type", "gpt2", "llama"),
     model("no layers", lambda folder: edit_config(folder, num_hidden_layers=None), "num_hidden_layers", "missing"),
     model("another size in config.json", lambda folder: edit_config(folder, intermediate_size=256), "[128, 64]"),
-    model("heads that vLLM can not compute on CPU", lambda folder: edit_config(folder, head_dim=48), "heads of 48",
-          "cluster.device"),
-    model("quantised weights", lambda folder: edit_config(folder, quantization_config={"bits": 4}),
-          "quantization_config"),
+    model(
+        "heads that vLLM can not compute on CPU",
+        lambda folder: edit_config(folder, head_dim=48),
+        "heads of 48",
+        "cluster.device",
+    ),
+    model("quantised weights", lambda folder: edit_config(folder, quantization_config={"bits": 4}), "quantization_config"),
     model("no weights", lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
-    model("half its weights", lambda folder: truncate(folder / "model.safetensors", 0.5),
-          "model.safetensors", "complete"),
-    model("a missing shard", lambda folder: (
-        (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors"),
-        (folder / "model.safetensors.index.json").write_text(json.dumps(
-            {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}))),
-          "model-00002-of-00002", "missing"),
+    model("half its weights", lambda folder: truncate(folder / "model.safetensors", 0.5), "model.safetensors", "complete"),
+    model(
+        "a missing shard",
+        lambda folder: (
+            (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors"),
+            (folder / "model.safetensors.index.json").write_text(
+                json.dumps({"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}})
+            ),
+        ),
+        "model-00002-of-00002",
+        "missing",
+    ),
     model("no tokenizer", lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
     model("a broken tokenizer", lambda folder: truncate(folder / "tokenizer.json", 0.5), "tokenizer.json"),
-    model("no chat template", lambda folder: (folder / "chat_template.jinja").unlink(), "chat template",
-          "prompt.template=raw"),
+    model(
+        "no chat template", lambda folder: (folder / "chat_template.jinja").unlink(), "chat template", "prompt.template=raw"
+    ),
     model("a broken chat template", lambda folder: (folder / "chat_template.jinja").write_text("{% for"), "template"),
 ]
 MISTAKES = [*CONFIGS, *DATA, *MODELS]
@@ -322,8 +402,11 @@ def test_the_run_that_the_table_breaks_is_in_order(run, capsys):
 
 
 def test_a_check_shows_what_a_reward_of_ones_own_gives(run, capsys):
-    own_reward(run, "def f(data_source, solution_str, ground_truth, extra_info=None):\n"
-                    "    return {'score': 0.5 if '{' + ground_truth + '}' in solution_str else -len(data_source + '12') / 4}")
+    own_reward(
+        run,
+        "def f(data_source, solution_str, ground_truth, extra_info=None):\n"
+        "    return {'score': 0.5 if '{' + ground_truth + '}' in solution_str else -len(data_source + '12') / 4}",
+    )
     run.set("reward.signature", "verl")
     assert main(["train", "--check", "--config", str(run.write())]) == 0
     assert "reward own_rewards:f: 0.5 for a right answer, -0.5 for a wrong answer, -0.5 for an" in capsys.readouterr().out
@@ -345,13 +428,14 @@ def test_a_mistake_is_one_line(run, capsys, mistake):
     captured = capsys.readouterr()
     one_line(captured.err, mistake)
     assert captured.out == ""
-    assert not (run.folder / "runs").exists()       # nothing was begun
+    assert not (run.folder / "runs").exists()  # nothing was begun
 
 
 @pytest.mark.parametrize("mistake", [CONFIGS[3], DATA[9], MODELS[7]], ids=lambda mistake: mistake.name)
 def test_a_mistake_is_one_line_as_a_user_starts_it(run, mistake):
-    done = subprocess.run([sys.executable, "-m", "alphamed.cli", *command(run, mistake)], capture_output=True,
-                          text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-m", "alphamed.cli", *command(run, mistake)], capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 2
     one_line(done.stderr, mistake)
     assert done.stdout == ""
@@ -377,18 +461,25 @@ def test_a_mistake_is_one_line_from_a_launcher(run, mistake):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments, world, words", [
-    (("rollout.egnines=2",), 2, ("did you mean 'engines'",)),
-    (("data.train=[absent.jsonl]", "parallel.tensor=2"), 2, ("absent.jsonl", "no such file")),
-    (("parallel.tensor=4",), 1, ("needs 4 ranks", "started 1;", "PET_NPROC_PER_NODE=4")),
-])
+@pytest.mark.parametrize(
+    "arguments, world, words",
+    [
+        (("rollout.egnines=2",), 2, ("did you mean 'engines'",)),
+        (("data.train=[absent.jsonl]", "parallel.tensor=2"), 2, ("absent.jsonl", "no such file")),
+        (("parallel.tensor=4",), 1, ("needs 4 ranks", "started 1;", "PET_NPROC_PER_NODE=4")),
+    ],
+)
 def test_under_a_bare_torchrun_rank_0_says_the_line_once(run, arguments, world, words):
     """torchrun adds its own summary and exit code."""
     launcher = run.folder / "run.sh"
     launcher.write_text((ROOT / "examples" / "train_alphamed_8b.sh").read_text())
     run.write().rename(launcher.with_suffix(".yaml"))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}", str(launcher),
-                           *arguments], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}", str(launcher), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 1
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and all(word in said[0] for word in words), done.stderr
@@ -402,9 +493,15 @@ def test_the_line_under_a_bare_torchrun_does_not_depend_on_which_rank_is_first(r
     launcher.write_text((ROOT / "examples" / "train_alphamed_8b.sh").read_text())
     run.write().rename(launcher.with_suffix(".yaml"))
     (run.folder / "sitecustomize.py").write_text(
-        f"import os, time\nif os.environ.get('RANK') == '{late}':\n    time.sleep(8)\n")
+        f"import os, time\nif os.environ.get('RANK') == '{late}':\n    time.sleep(8)\n"
+    )
     path = os.pathsep.join([str(run.folder), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(launcher), setting],
-                          capture_output=True, text=True, timeout=600, env=os.environ | {"PYTHONPATH": path})
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(launcher), setting],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | {"PYTHONPATH": path},
+    )
     assert done.returncode == 1
     assert done.stderr.count("error: rollout.egnines: ") == 1, done.stderr

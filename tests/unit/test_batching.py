@@ -1,4 +1,5 @@
 """Packing: every response exactly once, prompts shared, budgets kept, ranks equal; rows worked out by hand."""
+
 import random
 
 import pytest
@@ -9,9 +10,13 @@ from alphamed.records import Layout, Segment, TokenGroup
 
 
 def group(prompt, responses, advantages=None):
-    return TokenGroup(torch.tensor(prompt), tuple(map(torch.tensor, responses)),
-                      tuple(torch.arange(len(r)) + 0.5 for r in responses),
-                      torch.tensor(advantages or [1.0] * len(responses)), 1)
+    return TokenGroup(
+        torch.tensor(prompt),
+        tuple(map(torch.tensor, responses)),
+        tuple(torch.arange(len(r)) + 0.5 for r in responses),
+        torch.tensor(advantages or [1.0] * len(responses)),
+        1,
+    )
 
 
 def rows(batch):
@@ -75,7 +80,7 @@ def test_what_all_prompts_begin_with_stands_once_in_a_row():
 
 
 def test_a_stem_heads_every_row_within_the_budget():
-    groups = [group([*range(50), g, 1], [[g] * 4] * 3) for g in range(6)]         # 13 tokens each behind a stem of 50
+    groups = [group([*range(50), g, 1], [[g] * 4] * 3) for g in range(6)]  # 13 tokens each behind a stem of 50
     (one, two), (other, last) = (rows(pack(groups, Layout(data=2, data_rank=r), token_budget=80)) for r in range(2))
     for row in (one, two, other, last):
         assert len(row.tokens) <= 80 and row.tokens[:50].tolist() == list(range(50))
@@ -94,14 +99,27 @@ def test_a_short_or_lone_beginning_is_no_stem():
 def test_invariants(seed):
     r = random.Random(seed)
     stem = [7] * r.choice([0, 0, 33])
-    groups = [group(stem + [r.randrange(9) for _ in range(r.randint(2, 30))],
-                    [[r.randrange(9) for _ in range(r.randint(1, 25))] for _ in range(r.randint(1, 6))])
-              for _ in range(r.randint(2, 12))]
+    groups = [
+        group(
+            stem + [r.randrange(9) for _ in range(r.randint(2, 30))],
+            [[r.randrange(9) for _ in range(r.randint(1, 25))] for _ in range(r.randint(1, 6))],
+        )
+        for _ in range(r.randint(2, 12))
+    ]
     data, tensor, minis = r.randint(1, 4), r.choice([1, 2, 4]), r.randint(1, 2)
     budget, share = r.randint(60, 200) + len(stem), r.random() < 0.7
     stages = random.Random(seed + 1000).choice([1, 2, 3, 4])
-    layouts = [Layout(data=data, data_rank=d, tensor=tensor, sequence_parallel=tensor > 1, pipeline=stages,
-                      virtual_pipeline=2 if stages > 1 else None) for d in range(data)]
+    layouts = [
+        Layout(
+            data=data,
+            data_rank=d,
+            tensor=tensor,
+            sequence_parallel=tensor > 1,
+            pipeline=stages,
+            virtual_pipeline=2 if stages > 1 else None,
+        )
+        for d in range(data)
+    ]
     batches = [pack(groups, la, token_budget=budget, mini_batches=minis, share_prompts=share) for la in layouts]
     seen = []
     for m in range(minis):
@@ -129,13 +147,13 @@ def test_invariants(seed):
 def test_data_ranks_share_the_cost():
     groups = [group(list(range(1, 101)), [[1] * n] * 4) for n in (90, 10, 10, 10, 90, 10, 10, 10)]
     batch = pack(groups, Layout(data=2), token_budget=600)
-    assert batch.metrics["batch/micro_batches"] == len(rows(batch))         # of one rank
+    assert batch.metrics["batch/micro_batches"] == len(rows(batch))  # of one rank
     assert batch.metrics["batch/dp_imbalance"] < 0.05
 
 
 def test_rows_are_spread_over_the_interleaved_schedule_and_not_filled_up_with_idle_ones():
-    groups = [group([1, 2, 3], [[4] * 8, [5] * 8]) for _ in range(4)]           # 2 + 16 tokens each: one row of 72 holds all
-    plain, = rows(pack(groups, Layout(pipeline=4), token_budget=100))
+    groups = [group([1, 2, 3], [[4] * 8, [5] * 8]) for _ in range(4)]  # 2 + 16 tokens each: one row of 72 holds all
+    (plain,) = rows(pack(groups, Layout(pipeline=4), token_budget=100))
     assert len(plain.tokens) == 72
     virtual = rows(pack(groups, Layout(pipeline=4, virtual_pipeline=2), token_budget=100))
     assert [len(row.tokens) for row in virtual] == [18] * 4 and all(row.samples for row in virtual)
@@ -148,7 +166,7 @@ def test_rows_are_balanced_by_cost_and_not_by_tokens():
     groups = [group([1, 2], [[3] * (long - 1)])] + [group([1, 2], [[3] * (short - 1)]) for _ in range(320)]
     batch = pack(groups, Layout(), token_budget=40_000)
     first, second = sorted(rows(batch), key=lambda row: -max(s.tokens for s in row.segments))
-    assert len(first.tokens) == 24576 and len(second.tokens) == 320 * 96        # by tokens: 64 short ones in the first
+    assert len(first.tokens) == 24576 and len(second.tokens) == 320 * 96  # by tokens: 64 short ones in the first
     mean = (1.5 * 24576 + 320 * 96 * (1 + 48 / 24576)) / 2
     assert batch.metrics["batch/row_imbalance"] == pytest.approx(1.5 * 24576 / mean - 1, rel=1e-3)
 

@@ -1,10 +1,11 @@
 """Beliefs about pass rates: the chance that a group teaches by hand and by integration, levels, fading, no starving."""
+
 import json
 from dataclasses import replace
 
 import pytest
 
-from alphamed.config_sections import DynamicSamplingConfig
+from alphamed.config.sections import DynamicSamplingConfig
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
 from alphamed.reward.rules import earns_of
 from alphamed.reward.shaping import Overlong
@@ -21,7 +22,9 @@ def question(name="q", level=None):
 def graded(name, *outcomes):
     rollouts = tuple(Rollout("g", name, i, (1,), (0.0,), "", FinishReason.STOP, 1) for i in range(len(outcomes)))
     rewards = tuple(float(outcome == RIGHT) for outcome in outcomes)
-    return ScoredGroup(RolloutGroup("g", question(name), (1, 2), rollouts), outcomes, rewards, rewards, (None,) * len(outcomes))
+    return ScoredGroup(
+        RolloutGroup("g", question(name), (1, 2), rollouts), outcomes, rewards, rewards, (None,) * len(outcomes)
+    )
 
 
 class Stream:
@@ -59,7 +62,8 @@ def test_chance_by_integration(right, wrong, samples):
     torch.manual_seed(0)
     p = torch.distributions.Beta(0.5 + right, 0.5 + wrong).sample((400_000,)).double()
     assert signal_chance(right, wrong, samples) == pytest.approx(
-        float((1 - p ** samples - (1 - p) ** samples).mean()), abs=2e-3)
+        float((1 - p**samples - (1 - p) ** samples).mean()), abs=2e-3
+    )
 
 
 def test_one_right_answer_of_eight_makes_a_question_worth_asking_and_none_does_not():
@@ -117,19 +121,23 @@ def test_where_too_few_are_likely_the_likeliest_of_the_rest_are_asked():
     stream = Stream([question("b"), question("a", 6), question("c", 3), question("d", 6)])
     chooser = Chooser(DynamicSamplingConfig(choose=True, search=2), stream, 8, 2)
     chooser.observe([graded("b", *[WRONG] * 16)], 0)
-    assert [q.id for q in chooser.take(2, 0)] == ["a", "c"]                # looks at 4: c is good, a the best of the rest
+    assert [q.id for q in chooser.take(2, 0)] == ["a", "c"]  # looks at 4: c is good, a the best of the rest
 
 
 def test_no_question_starves():
     """Passed over 4 times in a row, or 2 or 3, a question is asked whatever is believed of it; not all at the same time."""
     names = [f"hopeless{i}" for i in range(20)]
-    chooser = Chooser(DynamicSamplingConfig(choose=True, max_passes=4, half_life_steps=1e9, search=200),
-                      Stream([question("good", 3), *(question(name, 6) for name in names)]), 8, 1)
+    chooser = Chooser(
+        DynamicSamplingConfig(choose=True, max_passes=4, half_life_steps=1e9, search=200),
+        Stream([question("good", 3), *(question(name, 6) for name in names)]),
+        8,
+        1,
+    )
     passes, found = dict.fromkeys(names, 0), []
     stream = chooser._stream
     for step in range(400):
         before = stream.at
-        asked, = chooser.take(1, step)
+        (asked,) = chooser.take(1, step)
         for place in range(before, stream.at):
             name = stream.questions[place % 21].id
             if name != "good" and name != asked.id:
@@ -150,15 +158,21 @@ def test_a_question_is_not_asked_twice_in_a_step_while_there_are_others():
 
 def test_the_state_is_json_and_restores_every_belief_exactly():
     def fresh():
-        return Chooser(DynamicSamplingConfig(choose=True, half_life_steps=3, max_passes=2),
-                       Stream([question(f"q{i}", 1 + i % 6) for i in range(17)]), 8, 3)
+        return Chooser(
+            DynamicSamplingConfig(choose=True, half_life_steps=3, max_passes=2),
+            Stream([question(f"q{i}", 1 + i % 6) for i in range(17)]),
+            8,
+            3,
+        )
 
     def go_on(chooser, steps):
         asked = []
         for step in steps:
             asked.append([q.id for q in chooser.take(3, step)])
-            chooser.observe([graded(name, *[RIGHT] * (int(name[1:]) % 9), *[WRONG] * (8 - int(name[1:]) % 9))
-                             for name in asked[-1]], step)
+            chooser.observe(
+                [graded(name, *[RIGHT] * (int(name[1:]) % 9), *[WRONG] * (8 - int(name[1:]) % 9)) for name in asked[-1]],
+                step,
+            )
         return asked
 
     first = fresh()
@@ -171,10 +185,16 @@ def test_the_state_is_json_and_restores_every_belief_exactly():
 
 # ------------------------------------------------------------------------------------------------ rewards, not correctness
 def earned(name, *rewards, outcome=WRONG, tokens=1):
-    rollouts = tuple(Rollout("g", name, i, (1,) * tokens, (0.0,) * tokens, "", FinishReason.STOP, 1)
-                     for i in range(len(rewards)))
-    return ScoredGroup(RolloutGroup("g", question(name), (1, 2), rollouts), (outcome,) * len(rewards), rewards,
-                       (0.0,) * len(rewards), (None,) * len(rewards))
+    rollouts = tuple(
+        Rollout("g", name, i, (1,) * tokens, (0.0,) * tokens, "", FinishReason.STOP, 1) for i in range(len(rewards))
+    )
+    return ScoredGroup(
+        RolloutGroup("g", question(name), (1, 2), rollouts),
+        (outcome,) * len(rewards),
+        rewards,
+        (0.0,) * len(rewards),
+        (None,) * len(rewards),
+    )
 
 
 def rates_of(earns=None, samples=8, **settings):
@@ -208,11 +228,15 @@ def test_the_length_penalty_is_no_difference_between_answers():
     """At 75 tokens of 100 with a buffer of 50 half a point is taken off."""
     rates = rates_of()
     rates.observe([replace(earned("q", *[1.0] * 8), rewards=(1.0,) * 4 + (0.5,) * 4)], 0)
-    assert rates.chance(question(), 0) > 0.9                     # answers of one token: the difference is the answers'
+    assert rates.chance(question(), 0) > 0.9  # answers of one token: the difference is the answers'
     long = earned("long", *[0.5] * 4, tokens=75)
     short = earned("long", *[1.0] * 4)
-    group = replace(long, group=replace(long.group, rollouts=long.group.rollouts + short.group.rollouts),
-                    rewards=long.rewards + short.rewards, outcomes=(RIGHT,) * 8)
+    group = replace(
+        long,
+        group=replace(long.group, rollouts=long.group.rollouts + short.group.rollouts),
+        rewards=long.rewards + short.rewards,
+        outcomes=(RIGHT,) * 8,
+    )
     rates.observe([group], 0)
     assert rates.chance(question("long"), 0) == pytest.approx(signal_chance(8, 0, 8))
 
@@ -221,7 +245,12 @@ def test_levels_say_nothing_of_a_reward_that_does_not_follow_from_right_and_wron
     assert rates_of(None).chance(question(level=6), 0) == rates_of(None).of_unknown
     assert rates_of((1.0, 0.0)).chance(question(level=6), 0) == pytest.approx(signal_chance(0, 5, 8))
     assert [earns_of(name) for name in ("correct", "correct_and_format", "format_only", "random", "my:own")] == [
-        (1.0, 0.0), (1.0, 0.1), None, None, None]
+        (1.0, 0.0),
+        (1.0, 0.1),
+        None,
+        None,
+        None,
+    ]
 
 
 def test_a_state_of_before_rewards_were_kept_is_read():

@@ -1,4 +1,5 @@
 """Bundles: the same bytes each time, nothing that quotes a question where that is asked, and no trust in what is read."""
+
 import gzip
 import hashlib
 import io
@@ -12,17 +13,27 @@ from pathlib import Path
 
 import pytest
 
-from alphamed import archive, reproduce
-from alphamed.archive import MANIFEST, read_archive, write_archive
 from alphamed.cli import main
-from alphamed.config_file import build_config, dump_config, load_config, load_tree
+from alphamed.config.loading import build_config, dump_config, load_config, load_tree
 from alphamed.errors import ConfigError
-from alphamed.observe import provenance
+from alphamed.lab.bundle import archive, reproduce
+from alphamed.lab.bundle.archive import MANIFEST, read_archive, write_archive
+from alphamed.rundir import provenance
 
 SECRET = "Which vitamin prevents scurvy?"
-ITEM = {"set": "exam", "id": "e1", "question": SECRET, "options": {"A": "vitamin C", "B": "vitamin D"}, "answer": "A",
-        "level": 2, "letter": "A", "outcome": "correct", "finish_reason": "stop", "tokens": 9,
-        "text": f"You ask: {SECRET} \\boxed{{A}}"}
+ITEM = {
+    "set": "exam",
+    "id": "e1",
+    "question": SECRET,
+    "options": {"A": "vitamin C", "B": "vitamin D"},
+    "answer": "A",
+    "level": 2,
+    "letter": "A",
+    "outcome": "correct",
+    "finish_reason": "stop",
+    "tokens": 9,
+    "text": f"You ask: {SECRET} \\boxed{{A}}",
+}
 
 
 @pytest.fixture
@@ -34,8 +45,15 @@ def run_dir(tmp_path, monkeypatch) -> Path:
     Path("exam.jsonl").write_text(json.dumps({"id": "e1"} | question) + "\n")
     Path("model").mkdir()
     Path("model/config.json").write_text("{}")
-    config = build_config({"run": {"name": "r", "steps": 2}, "model": {"path": "model"}, "logging": {"wandb": "online"},
-                           "data": {"train": ["train.jsonl"]}, "evaluation": {"files": ["exam.jsonl"]}})
+    config = build_config(
+        {
+            "run": {"name": "r", "steps": 2},
+            "model": {"path": "model"},
+            "logging": {"wandb": "online"},
+            "data": {"train": ["train.jsonl"]},
+            "evaluation": {"files": ["exam.jsonl"]},
+        }
+    )
     folder = Path("runs/r")
     (folder / "evaluations").mkdir(parents=True)
     (folder / "config.yaml").write_text(dump_config(config))
@@ -65,11 +83,20 @@ def test_a_bundle_holds_the_run(run_dir, capfd):
     (run_dir / "eval").mkdir()
     (run_dir / "eval" / "results.json").write_text("{}")
     found = read_archive(bundle())
-    assert sorted(found.files) == sorted([
-        "config.yaml", "provenance.json", "metrics.jsonl", "report.html", "evaluations/step_000002.json",
-        "evaluations/step_000002.items.jsonl", "eval/results.json", "data/data.train.0.train.jsonl",
-        "data/evaluation.files.0.exam.jsonl",
-        *(path.name for path in run_dir.glob("*.patch"))])
+    assert sorted(found.files) == sorted(
+        [
+            "config.yaml",
+            "provenance.json",
+            "metrics.jsonl",
+            "report.html",
+            "evaluations/step_000002.json",
+            "evaluations/step_000002.items.jsonl",
+            "eval/results.json",
+            "data/data.train.0.train.jsonl",
+            "data/evaluation.files.0.exam.jsonl",
+            *(path.name for path in run_dir.glob("*.patch")),
+        ]
+    )
     assert found.files["metrics.jsonl"] == (run_dir / "metrics.jsonl").read_bytes()
     told = found.manifest
     assert (told["run"], told["step"], told["finished"], told["questions"]) == ("r", 2, True, True)
@@ -84,7 +111,7 @@ def test_the_same_run_gives_the_same_bytes(run_dir, tmp_path):
         os.utime(path, (1, 1))
     second = bundle("elsewhere/b.tar.gz").read_bytes()
     assert first == second
-    with tarfile.open("a.tar.gz") as tar:                           # what another reader sees
+    with tarfile.open("a.tar.gz") as tar:  # what another reader sees
         members = tar.getmembers()
     assert {(m.mtime, m.uid, m.gid, m.uname, m.mode) for m in members} == {(0, 0, 0, "", 0o644)}
     assert [m.name for m in members] == [MANIFEST, *sorted(m.name for m in members[1:])]
@@ -103,25 +130,40 @@ def test_question_texts_can_be_left_out(run_dir):
 
 
 def test_flipped_questions_of_a_comparison_are_left_out_but_for_their_ids(run_dir):
-    flip = {"id": "e1", "way": "gained", "question": SECRET, "answer": "vitamin C",
-            "before": [{"outcome": "wrong", "letter": "B", "option": "vitamin D"}],
-            "after": [{"outcome": "correct", "letter": "A", "option": "vitamin C"}]}
+    flip = {
+        "id": "e1",
+        "way": "gained",
+        "question": SECRET,
+        "answer": "vitamin C",
+        "before": [{"outcome": "wrong", "letter": "B", "option": "vitamin D"}],
+        "after": [{"outcome": "correct", "letter": "A", "option": "vitamin C"}],
+    }
     (run_dir / "eval" / "m").mkdir(parents=True)
     found = {"benchmarks": {"exam": {"n": 1, "flipped": [flip]}}}
     (run_dir / "eval" / "m" / "comparison.json").write_text(json.dumps(found))
     assert SECRET.encode() in read_archive(bundle()).files["eval/m/comparison.json"]
     path = bundle("b.tar.gz", "--without-questions")
     assert b"vitamin" not in gzip.decompress(path.read_bytes())
-    assert json.loads(read_archive(path).files["eval/m/comparison.json"]) == {"benchmarks": {"exam": {"n": 1, "flipped": [
-        {"id": "e1", "way": "gained"}]}}}
+    assert json.loads(read_archive(path).files["eval/m/comparison.json"]) == {
+        "benchmarks": {"exam": {"n": 1, "flipped": [{"id": "e1", "way": "gained"}]}}
+    }
 
 
 def test_a_development_set_is_bundled_and_found_again(run_dir, tmp_path, capfd, monkeypatch):
     (tmp_path / "dev.jsonl").write_text(Path("exam.jsonl").read_text())
     config = (run_dir / "config.yaml").read_text()
     assert "development: null" in config and "every: 0" in config
-    (run_dir / "config.yaml").write_text(dump_config(build_config(load_tree(run_dir / "config.yaml") | {
-        "evaluation": {"files": ["exam.jsonl"], "development": "dev.jsonl", "every": 2}, "checkpoint": {"every": 2}})))
+    (run_dir / "config.yaml").write_text(
+        dump_config(
+            build_config(
+                load_tree(run_dir / "config.yaml")
+                | {
+                    "evaluation": {"files": ["exam.jsonl"], "development": "dev.jsonl", "every": 2},
+                    "checkpoint": {"every": 2},
+                }
+            )
+        )
+    )
     path = bundle()
     (tmp_path / "dev.jsonl").unlink()
     monkeypatch.setattr(reproduce, "_start", lambda config: 0)
@@ -144,9 +186,11 @@ def test_a_full_disk_leaves_the_old_bundle(run_dir):
     """A limit on file sizes stands for the full disk: writes beyond it fail as they do there, with OSError."""
     old = bundle().read_bytes()
     (run_dir / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "x": {hash(i * 7919)}}}\n' for i in range(1, 60_000)))
-    code = ("import resource, signal, sys; from alphamed.cli import main\n"
-            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))\n"
-            "sys.exit(main(['bundle', 'runs/r', '--out', 'b.tar.gz']))")
+    code = (
+        "import resource, signal, sys; from alphamed.cli import main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))\n"
+        "sys.exit(main(['bundle', 'runs/r', '--out', 'b.tar.gz']))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 2 and "can not be written" in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert Path("b.tar.gz").read_bytes() == old and list(Path().glob(".*partial")) == []
@@ -183,12 +227,16 @@ def test_links_and_devices_are_refused(tmp_path, kind):
         read_archive(forged(tmp_path / "b.tar.gz", ("x", b""), kind=kind))
 
 
-@pytest.mark.parametrize("members, listed, words", [
-    ([("a", b"1"), ("a", b"1")], {"a": b"1"}, "'a' is there twice"),
-    ([("a", b"1"), ("b", b"1")], {"a": b"1"}, "'b' is not in the manifest"),
-    ([("a", b"1")], {"a": b"1", "b": b"2", "c": b"3"}, "b is missing, and 1 more"),
-    ([("a", b"2")], {"a": b"1"}, "'a' is not what the manifest says"),
-    ([("a", b"11")], {"a": b"1"}, "'a' has 2 bytes, the manifest says 1")])
+@pytest.mark.parametrize(
+    "members, listed, words",
+    [
+        ([("a", b"1"), ("a", b"1")], {"a": b"1"}, "'a' is there twice"),
+        ([("a", b"1"), ("b", b"1")], {"a": b"1"}, "'b' is not in the manifest"),
+        ([("a", b"1")], {"a": b"1", "b": b"2", "c": b"3"}, "b is missing, and 1 more"),
+        ([("a", b"2")], {"a": b"1"}, "'a' is not what the manifest says"),
+        ([("a", b"11")], {"a": b"1"}, "'a' has 2 bytes, the manifest says 1"),
+    ],
+)
 def test_what_the_manifest_does_not_say_is_refused(tmp_path, members, listed, words):
     with pytest.raises(ConfigError) as error:
         read_archive(forged(tmp_path / "b.tar.gz", *members, listed=listed))
@@ -234,9 +282,9 @@ def test_every_cut_and_every_flipped_bit_is_found(run_dir):
         path.write_bytes(whole[:place])
         with pytest.raises(ConfigError):
             read_archive(path)
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1:])
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
         try:
-            assert read_archive(path) == content                    # a bit of gzip's header that says nothing
+            assert read_archive(path) == content  # a bit of gzip's header that says nothing
         except ConfigError as error:
             assert "\n" not in str(error)
 
@@ -265,7 +313,7 @@ def test_a_check_on_the_same_machine_is_in_order(run_dir, capfd):
 
 def test_missing_and_other_files_are_named(run_dir, capfd):
     path = bundle("b.tar.gz", "--without-questions")
-    assert main(["reproduce", str(path), "--check"]) == 0                   # the files lie where they lay
+    assert main(["reproduce", str(path), "--check"]) == 0  # the files lie where they lay
     Path("exam.jsonl").rename("moved.jsonl")
     Path("train.jsonl").write_text("{}\n")
     Path("model/config.json").write_text('{"other": 1}')
@@ -281,7 +329,10 @@ def test_missing_and_other_files_are_named(run_dir, capfd):
     Path("model").rename("elsewhere")
     Path("elsewhere/config.json").write_text("{}")
     assert main(["reproduce", str(path), "--check", "--data", "kept", "model.path=elsewhere"]) == 2
-    assert "ok: model: 1 files in elsewhere" in (told := capfd.readouterr().out) and "ok: evaluation.files.0: kept/exam.jsonl" in told
+    assert (
+        "ok: model: 1 files in elsewhere" in (told := capfd.readouterr().out)
+        and "ok: evaluation.files.0: kept/exam.jsonl" in told
+    )
 
 
 ZEROS = "0" * 64
@@ -298,24 +349,40 @@ def other_model(told, files):
 TAMPERED = [
     (lambda told, files: told["data"].clear(), "data.train.0: train.jsonl of config.yaml is not in the manifest"),
     (lambda told, files: told["data"].pop("evaluation.files.0"), "evaluation.files.0: exam.jsonl of config.yaml is not in"),
-    (lambda told, files: told["data"]["data.train.0"].update(sha256=ZEROS),
-     "data.train.0: data/data.train.0.train.jsonl in the bundle is not the file that the run read (another SHA-256)"),
-    (lambda told, files: files.update({"data/data.train.0.train.jsonl": b"{}"}),
-     "data.train.0: data/data.train.0.train.jsonl in the bundle is not the file"),
-    (lambda told, files: told["data"]["data.train.0"].update(file="config.yaml"),
-     "data.train.0: is to be config.yaml in the bundle, where data/data.train.0.train.jsonl belongs"),
-    (lambda told, files: told["data"]["data.train.0"].update(
-        file="config.yaml", sha256=hashlib.sha256(files["config.yaml"]).hexdigest()), "data.train.0: is to be config.yaml"),
+    (
+        lambda told, files: told["data"]["data.train.0"].update(sha256=ZEROS),
+        "data.train.0: data/data.train.0.train.jsonl in the bundle is not the file that the run read (another SHA-256)",
+    ),
+    (
+        lambda told, files: files.update({"data/data.train.0.train.jsonl": b"{}"}),
+        "data.train.0: data/data.train.0.train.jsonl in the bundle is not the file",
+    ),
+    (
+        lambda told, files: told["data"]["data.train.0"].update(file="config.yaml"),
+        "data.train.0: is to be config.yaml in the bundle, where data/data.train.0.train.jsonl belongs",
+    ),
+    (
+        lambda told, files: told["data"]["data.train.0"].update(
+            file="config.yaml", sha256=hashlib.sha256(files["config.yaml"]).hexdigest()
+        ),
+        "data.train.0: is to be config.yaml",
+    ),
     (rename, "data.train.0: train.jsonl of config.yaml is not in the manifest"),
-    (lambda told, files: told["data"].update({"data.train.7": told["data"]["data.train.0"]}),
-     "data.train.7: is none of the files that config.yaml names"),
-    (lambda told, files: told["data"]["data.train.0"].update(path="exam.jsonl"),
-     "data.train.0: is exam.jsonl in the manifest and train.jsonl in config.yaml"),
+    (
+        lambda told, files: told["data"].update({"data.train.7": told["data"]["data.train.0"]}),
+        "data.train.7: is none of the files that config.yaml names",
+    ),
+    (
+        lambda told, files: told["data"]["data.train.0"].update(path="exam.jsonl"),
+        "data.train.0: is exam.jsonl in the manifest and train.jsonl in config.yaml",
+    ),
     (other_model, "model: is model in the manifest and other in config.yaml"),
     (lambda told, files: told["model"].update(path="other"), "model: is other in the manifest and model in config.yaml"),
     (lambda told, files: told["model"].update(files=[]), "model: the manifest names none of its files"),
-    (lambda told, files: told["model"]["files"][0].update(path="weights.json"),
-     "model: its files in the manifest are not those of provenance.json"),
+    (
+        lambda told, files: told["model"]["files"][0].update(path="weights.json"),
+        "model: its files in the manifest are not those of provenance.json",
+    ),
     (lambda told, files: files.pop("provenance.json"), "model: its files in the manifest are not those of provenance.json"),
 ]
 
@@ -351,13 +418,13 @@ def test_a_reproduction_is_the_run_in_a_folder_of_its_own(run_dir, capfd, monkey
     path = bundle()
     started = []
     monkeypatch.setattr(reproduce, "_start", lambda config: started.append(load_config(config)) or 0)
-    for _ in range(2):                                              # the second call takes it up again
+    for _ in range(2):  # the second call takes it up again
         assert main(["reproduce", str(path), "--out", "again", "optimizer.lr=2e-6"]) == 0
     first, second = started
     assert first == second and first.run_dir == Path("again/runs/r") and first.optimizer.lr == 2e-6
     assert first.data.train[0].read_bytes() == Path("train.jsonl").read_bytes()
     assert first.data.train == (Path("again/bundle/data/data.train.0.train.jsonl"),)
-    assert str(first.logging.wandb) == "offline"                    # nobody's account
+    assert str(first.logging.wandb) == "offline"  # nobody's account
     refused(capfd, ["reproduce", str(path), "--out", "again", "optimizer.lr=3e-6"], "other settings", "name a new folder")
     Path("taken").mkdir()
     refused(capfd, ["reproduce", str(path), "--out", "taken"], "taken exists and is no reproduction")
@@ -366,8 +433,11 @@ def test_a_reproduction_is_the_run_in_a_folder_of_its_own(run_dir, capfd, monkey
 def test_a_reproduction_starts_as_training_does(run_dir, capfd):
     """One question is too few for a step of 256: what `alphamed train` says is said here, before anything is started."""
     path = str(bundle())
-    refused(capfd, ["reproduce", path, "--out", "again", "cluster.device=cpu", "evaluation.allow_overlap=true"],
-            "rollout.questions_per_step: 256 is more than the 1 questions of data.train")
+    refused(
+        capfd,
+        ["reproduce", path, "--out", "again", "cluster.device=cpu", "evaluation.allow_overlap=true"],
+        "rollout.questions_per_step: 256 is more than the 1 questions of data.train",
+    )
     assert not Path("again/runs").exists()
 
 

@@ -1,4 +1,5 @@
 """Checkpoint folders: what counts as complete, which one is the latest, what is kept, how damage is reported."""
+
 import json
 import shutil
 from collections import namedtuple
@@ -64,9 +65,9 @@ def test_what_a_kill_leaves_is_ignored_and_cleared(tmp_path):
     (tmp_path / ".step_000005.deleted").mkdir()
     write(tmp_path, 20)
     assert names(tmp_path) == ["latest", "step_000010", "step_000020"]
-    (tmp_path / "latest").write_text("step_000010\n")                  # as if killed before `latest` was replaced
+    (tmp_path / "latest").write_text("step_000010\n")  # as if killed before `latest` was replaced
     assert latest(tmp_path).name == "step_000010"
-    shutil.rmtree(tmp_path / "step_000010")                            # and then deleted by hand, as an error advises
+    shutil.rmtree(tmp_path / "step_000010")  # and then deleted by hand, as an error advises
     assert latest(tmp_path).name == "step_000020"
 
 
@@ -95,14 +96,18 @@ def change_manifest(folder, **changes):
     (folder / "manifest.json").write_text(json.dumps(tree))
 
 
-@pytest.mark.parametrize("damage, message", (
-    (cut_short, "weights.distcp has 5 bytes, not 10"),
-    (lose, "weights.distcp is gone"),
-    (lambda f: (f / "manifest.json").write_text("{"), "manifest.json: JSONDecodeError"),
-    (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json: TypeError"),
-    (lambda f: change_manifest(f, files=None), "manifest.json: AttributeError"),
-    (lambda f: change_manifest(f, format=99), "has format 99, this version reads 1"),
-), ids=("cut", "lost", "not JSON", "a list", "no files", "format"))
+@pytest.mark.parametrize(
+    "damage, message",
+    (
+        (cut_short, "weights.distcp has 5 bytes, not 10"),
+        (lose, "weights.distcp is gone"),
+        (lambda f: (f / "manifest.json").write_text("{"), "manifest.json: JSONDecodeError"),
+        (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json: TypeError"),
+        (lambda f: change_manifest(f, files=None), "manifest.json: AttributeError"),
+        (lambda f: change_manifest(f, format=99), "has format 99, this version reads 1"),
+    ),
+    ids=("cut", "lost", "not JSON", "a list", "no files", "format"),
+)
 def test_damage_is_one_line(tmp_path, damage, message):
     write(tmp_path, 10)
     folder = write(tmp_path, 20)

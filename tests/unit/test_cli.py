@@ -1,4 +1,5 @@
 """The command line: verbs, exit codes, the launcher form, and what a worker does around the loop."""
+
 import json
 import os
 import subprocess
@@ -13,8 +14,23 @@ from alphamed.cli import main
 from alphamed.cluster.failure import recorded
 
 ROOT = Path(__file__).parents[2]
-VERBS = ("train", "launch", "worker", "eval", "data", "study", "export", "model", "report", "replay", "bundle", "reproduce",
-         "compare", "plan", "doctor")
+VERBS = (
+    "train",
+    "launch",
+    "worker",
+    "eval",
+    "data",
+    "study",
+    "export",
+    "model",
+    "report",
+    "replay",
+    "bundle",
+    "reproduce",
+    "compare",
+    "plan",
+    "doctor",
+)
 
 
 def test_help_lists_every_verb(capsys):
@@ -25,26 +41,48 @@ def test_help_lists_every_verb(capsys):
     assert [verb for verb in VERBS if f"\n    {verb}" not in text] == []
 
 
-@pytest.mark.parametrize("arguments, word", [
-    ([], "VERB"), (["trian"], "trian"), (["train"], "--config"), (["train", "--config"], "--config"),
-    (["model"], "path"), (["replay", "r", "--step", "x", "--only", "update"], "'x'"), (["launch"], "--script"),
-    (["worker"], "--script"), (["export", "no/such/run"], "no/such/run"), (["report", "no/such/run"], "no/such/run"),
-    (["replay", "no/such/run", "--step", "1", "--only", "reward"], "no/such/run"),
-    (["replay", "no/such/run", "--step", "1", "--only", "update", "parallel.tensor=2"], "no/such/run"),
-    (["train", "--config", "no/such", "--chekc"], "--chekc"), (["report", "no/such/run", "a.b=1"], "a.b=1"),
-    (["study", "no/such.yaml"], "no/such.yaml"), (["study", "x.yaml", "--slurm", "--dry-run"], "not allowed"),
-    (["bundle", "no/such/run", "--out", "b.tar.gz"], "no/such/run"), (["reproduce", "no/such.tar.gz"], "no/such.tar.gz"),
-    (["model", "no/such/folder"], "no/such"), (["model", ""], "model.path: '' names no model; give a Hugging Face folder"),
-    (["study", "x.yaml", "x=1"], "unrecognized arguments: x=1; see `alphamed study --help`"),
-    (["doctor", "x"], "unrecognized arguments: x; see `alphamed doctor --help`"),
-    (["data", "inspect", "x", "--out", "y.html", "z=1"], "unrecognized arguments: z=1; see `alphamed data inspect --help`"),
-    (["launch", "--config", "c.yaml", "--nodes", ""], "--nodes: '' leaves a node without a name; give all nodes"),
-    (["launch", "--config", "c.yaml", "--nodes", "a,,b", "--node-rank", "0"], "--nodes: 'a,,b' leaves a node without"),
-    (["launch", "--config", "c.yaml", "--nodes", "a,b,a", "--node-rank", "0"], "--nodes: 'a,b,a' names a twice"),
-    (["launch", "--config", "c.yaml", "--nodes", "a,b"],
-     "--node-rank: is missing; give this node's position in --nodes, 0 to 1"),
-    (["launch", "--config", "c.yaml", "--nodes", "a,b", "--node-rank", "2"], "--node-rank: 2 is no position in the 2 --no"),
-])
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        ([], "VERB"),
+        (["trian"], "trian"),
+        (["train"], "--config"),
+        (["train", "--config"], "--config"),
+        (["model"], "path"),
+        (["replay", "r", "--step", "x", "--only", "update"], "'x'"),
+        (["launch"], "--script"),
+        (["worker"], "--script"),
+        (["export", "no/such/run"], "no/such/run"),
+        (["report", "no/such/run"], "no/such/run"),
+        (["replay", "no/such/run", "--step", "1", "--only", "reward"], "no/such/run"),
+        (["replay", "no/such/run", "--step", "1", "--only", "update", "parallel.tensor=2"], "no/such/run"),
+        (["train", "--config", "no/such", "--chekc"], "--chekc"),
+        (["report", "no/such/run", "a.b=1"], "a.b=1"),
+        (["study", "no/such.yaml"], "no/such.yaml"),
+        (["study", "x.yaml", "--slurm", "--dry-run"], "not allowed"),
+        (["bundle", "no/such/run", "--out", "b.tar.gz"], "no/such/run"),
+        (["reproduce", "no/such.tar.gz"], "no/such.tar.gz"),
+        (["model", "no/such/folder"], "no/such"),
+        (["model", ""], "model.path: '' names no model; give a Hugging Face folder"),
+        (["study", "x.yaml", "x=1"], "unrecognized arguments: x=1; see `alphamed study --help`"),
+        (["doctor", "x"], "unrecognized arguments: x; see `alphamed doctor --help`"),
+        (
+            ["data", "inspect", "x", "--out", "y.html", "z=1"],
+            "unrecognized arguments: z=1; see `alphamed data inspect --help`",
+        ),
+        (["launch", "--config", "c.yaml", "--nodes", ""], "--nodes: '' leaves a node without a name; give all nodes"),
+        (["launch", "--config", "c.yaml", "--nodes", "a,,b", "--node-rank", "0"], "--nodes: 'a,,b' leaves a node without"),
+        (["launch", "--config", "c.yaml", "--nodes", "a,b,a", "--node-rank", "0"], "--nodes: 'a,b,a' names a twice"),
+        (
+            ["launch", "--config", "c.yaml", "--nodes", "a,b"],
+            "--node-rank: is missing; give this node's position in --nodes, 0 to 1",
+        ),
+        (
+            ["launch", "--config", "c.yaml", "--nodes", "a,b", "--node-rank", "2"],
+            "--node-rank: 2 is no position in the 2 --no",
+        ),
+    ],
+)
 def test_wrong_arguments_are_one_line(capsys, arguments, word):
     assert main(arguments) == 2
     captured = capsys.readouterr()
@@ -89,10 +127,16 @@ def test_doctor_tells_pypis_apex_from_nvidias(tmp_path, monkeypatch):
 
 
 def test_doctor_says_what_is_missing_for_what():
-    lines = doctor.table([doctor.Finding("ray", doctor.State.ABSENT, "not installed", "engines and rewards"),
-                          doctor.Finding("CUDA", doctor.State.ABSENT, "no GPU", "GPUs", optional=True)])
-    assert lines == ["ray   absent  not installed  <- needed for engines and rewards",
-                     "CUDA  absent  no GPU  <- only needed for GPUs"]
+    lines = doctor.table(
+        [
+            doctor.Finding("ray", doctor.State.ABSENT, "not installed", "engines and rewards"),
+            doctor.Finding("CUDA", doctor.State.ABSENT, "no GPU", "GPUs", optional=True),
+        ]
+    )
+    assert lines == [
+        "ray   absent  not installed  <- needed for engines and rewards",
+        "CUDA  absent  no GPU  <- only needed for GPUs",
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------------- worker
@@ -102,8 +146,8 @@ def test_a_worker_reports_its_failure_and_keeps_its_output(tmp_path):
     script.write_text(f"""
 import os, sys, types
 from pathlib import Path
-from alphamed.cluster import worker
-from alphamed.config_file import build_config
+from alphamed.launch import worker
+from alphamed.config.loading import build_config
 loop = types.ModuleType("alphamed.train")
 def main(config):
     print("step 1")
@@ -134,8 +178,14 @@ def test_a_reader_that_goes_away_is_no_traceback():
     """What `alphamed data sources | head -1` does."""
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([sys.executable, "-m", "alphamed.cli", "data", "sources"], stdout=write, stderr=subprocess.PIPE,
-                          text=True, timeout=600, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
+    done = subprocess.run(
+        [sys.executable, "-m", "alphamed.cli", "data", "sources"],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=600,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+    )
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
 
@@ -143,8 +193,13 @@ def test_a_reader_that_goes_away_is_no_traceback():
 # ------------------------------------------------------------------------------------- streams, names, Ctrl-C, full disks
 def alphamed(*arguments, environment=None, **options):
     """The finished process of a command line; bytes, for names that are not UTF-8."""
-    return subprocess.run([sys.executable, "-m", "alphamed.cli", *arguments], stderr=subprocess.PIPE, timeout=600,
-                          env=os.environ | {"PYTHONPATH": str(ROOT / "src")} | (environment or {}), **options)
+    return subprocess.run(
+        [sys.executable, "-m", "alphamed.cli", *arguments],
+        stderr=subprocess.PIPE,
+        timeout=600,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")} | (environment or {}),
+        **options,
+    )
 
 
 @pytest.mark.parametrize("closed", ["1", "2", "0 1 2"])
@@ -153,11 +208,21 @@ def test_closed_streams_lead_nowhere(tmp_path, closed):
     out = tmp_path / "out.html"
     (tmp_path / "q.jsonl").write_text('{"id": "q", "question": "?", "options": {"A": "a", "B": "b"}, "answer": "A"}\n')
     command = f'exec "$0" -m alphamed.cli data inspect q.jsonl --out out.html {" ".join(f"{n}>&-" for n in closed.split())}'
-    done = subprocess.run(["bash", "-c", command, sys.executable], cwd=tmp_path, capture_output=True, timeout=600,
-                          env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
+    done = subprocess.run(
+        ["bash", "-c", command, sys.executable],
+        cwd=tmp_path,
+        capture_output=True,
+        timeout=600,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+    )
     assert done.returncode == 0 and b"Traceback" not in done.stderr and out.stat().st_size > 1000
-    done = subprocess.run(["bash", "-c", command.replace("q.jsonl", "absent.jsonl"), sys.executable], cwd=tmp_path,
-                          capture_output=True, timeout=600, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
+    done = subprocess.run(
+        ["bash", "-c", command.replace("q.jsonl", "absent.jsonl"), sys.executable],
+        cwd=tmp_path,
+        capture_output=True,
+        timeout=600,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+    )
     assert done.returncode == 2 and b"Traceback" not in done.stdout + done.stderr
     assert done.stderr == b"" if "2" in closed else done.stderr.startswith(b"error: ")
 
@@ -172,8 +237,12 @@ def test_output_that_cannot_be_written_is_one_line():
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @pytest.mark.parametrize("arguments", [("report", "absent"), ("train",)])
 def test_a_mistake_that_cannot_be_written_has_its_exit_code(arguments):
-    done = subprocess.run(["bash", "-c", 'exec "$0" -m alphamed.cli "$@" 2> /dev/full', sys.executable, *arguments],
-                          capture_output=True, timeout=600, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
+    done = subprocess.run(
+        ["bash", "-c", 'exec "$0" -m alphamed.cli "$@" 2> /dev/full', sys.executable, *arguments],
+        capture_output=True,
+        timeout=600,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+    )
     assert (done.returncode, done.stdout) == (2, b"")
 
 
@@ -189,12 +258,15 @@ def test_names_that_are_not_utf8_are_printed_as_they_are(tmp_path, encoding):
 def test_a_model_folder_whose_name_is_not_utf8_is_refused_by_that_name(tmp_path):
     folder = os.fsencode(tiny_hf(tmp_path / "tiny").rename(os.fsdecode(os.fsencode(tmp_path) + b"/m\xff")))
     done = alphamed("model", folder)
-    assert done.returncode == 2 and b"/m\\udcff' is not UTF-8, and libraries of a run take no other names; rename" in done.stderr
+    assert (
+        done.returncode == 2
+        and b"/m\\udcff' is not UTF-8, and libraries of a run take no other names; rename" in done.stderr
+    )
 
 
 def test_names_that_are_not_utf8_are_written_as_json_and_pages_read_them(tmp_path):
     from alphamed.data.output import json_writer
-    from alphamed.observe.files import append_json, read_json_lines, replace_json
+    from alphamed.files import append_json, read_json_lines, replace_json
 
     name = os.fsdecode(b"q\xff.jsonl")
     replace_json(tmp_path / "a.json", {"path": name})
@@ -209,8 +281,10 @@ def test_names_that_are_not_utf8_are_written_as_json_and_pages_read_them(tmp_pat
     assert (done.returncode, done.stderr) == (0, b"") and (tmp_path / "page.html").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("arguments", [["plan", "--config", "c.yaml", "model.path=m\udcff"],
-                                       ["train", "--check", "--config", "c.yaml", "run.root=\udcff"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["plan", "--config", "c.yaml", "model.path=m\udcff"], ["train", "--check", "--config", "c.yaml", "run.root=\udcff"]],
+)
 def test_settings_that_are_not_utf8_are_one_line(tmp_path, monkeypatch, capsys, arguments):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.yaml").write_text("model: {path: m}\ndata: {train: [t.jsonl]}\n")
@@ -236,12 +310,27 @@ runpy.run_module("alphamed.cli", run_name="__main__", alter_sys=False)
 """
 
 
-@pytest.mark.parametrize("moment, swallowed", [("argparse", False), ("alphamed.config", False), ("pydantic", False),
-                                               ("pydantic", True), ("alphamed.doctor", True), ("torch", False), ("torch", True)])
+@pytest.mark.parametrize(
+    "moment, swallowed",
+    [
+        ("argparse", False),
+        ("alphamed.config.schema", False),
+        ("pydantic", False),
+        ("pydantic", True),
+        ("alphamed.doctor", True),
+        ("torch", False),
+        ("torch", True),
+    ],
+)
 def test_ctrl_c_while_things_are_imported_is_no_traceback(moment, swallowed):
     """Pydantic makes a KeyboardInterrupt during its import an error of its own: `swallowed`."""
-    done = subprocess.run([sys.executable, "-c", INTERRUPTED, f"{moment} {swallowed}", "doctor"], capture_output=True, text=True,
-                          timeout=600, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, f"{moment} {swallowed}", "doctor"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+    )
     assert (done.returncode, done.stdout) == (130, "") and done.stderr in ("", "interrupted\n")
 
 
@@ -261,7 +350,7 @@ def test_a_model_is_copied_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
         assert main(["model", str(folder), "--out", str(tmp_path / "copy")]) == 130
     assert copied and [path.name for path in tmp_path.iterdir()] == ["tiny"]
     assert capsys.readouterr().err.endswith("interrupted\n")
-    (tmp_path / "copy").mkdir()                                              # an empty folder may be there
+    (tmp_path / "copy").mkdir()  # an empty folder may be there
     assert main(["model", str(folder), "--out", str(tmp_path / "copy")]) == 0
     assert {path.name for path in (tmp_path / "copy").iterdir()} == {path.name for path in folder.iterdir()}
     assert main(["model", str(folder), "--out", str(folder / "inside")]) == 2
@@ -286,15 +375,28 @@ def test_a_file_that_may_not_grow_leaves_no_half_model(tmp_path):
     import resource
 
     folder = tiny_hf(tmp_path / "tiny")
-    done = alphamed("model", folder, "--out", tmp_path / "copy", stdout=subprocess.PIPE,
-                    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    done = alphamed(
+        "model",
+        folder,
+        "--out",
+        tmp_path / "copy",
+        stdout=subprocess.PIPE,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
     assert done.returncode == 2 and b"(File too large); make room" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
 def test_lines_reach_a_pipe_when_they_are_printed():
-    code = ("import sys; from alphamed.cli import main; main(['data', 'sources']); "
-            "print(sys.stdout.line_buffering, file=sys.stderr)")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100,
-                          env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
+    code = (
+        "import sys; from alphamed.cli import main; main(['data', 'sources']); "
+        "print(sys.stdout.line_buffering, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+    )
     assert (done.returncode, done.stderr.strip()) == (0, "True")

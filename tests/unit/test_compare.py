@@ -1,4 +1,5 @@
 """Comparisons: tests of significance by hand and R, the files of runs and of `alphamed eval`, the words, the page."""
+
 import csv
 import json
 import math
@@ -9,27 +10,41 @@ import pytest
 from test_report import Page, evaluate, graded
 
 from alphamed import cli
-from alphamed.config_file import build_config, dump_tree
+from alphamed.config.loading import build_config, dump_tree
 from alphamed.errors import ConfigError
-from alphamed.evaluation.compare import answered, holm, pair, read_answered
 from alphamed.evaluation.paired import mcnemar, split_gain
-from alphamed.observe import provenance
-from alphamed.observe.compare_page import main
-from alphamed.observe.comparison import comparison
-from alphamed.observe.files import append_json, replace_json, replace_json_lines, replace_text
-from alphamed.observe.plots import gain_rows, scatter
-from alphamed.observe.rollout_files import rollout_path, write_rollouts
-from alphamed.observe.runs import control_of, read_runs
+from alphamed.files import append_json, replace_json, replace_json_lines, replace_text
+from alphamed.lab.reports.compare_page import main
+from alphamed.lab.reports.comparison import comparison
+from alphamed.lab.reports.evaluations import answered, holm, pair, read_answered
+from alphamed.lab.reports.plots import gain_rows, scatter
+from alphamed.lab.reports.runs import control_of, read_runs
 from alphamed.records import Outcome
+from alphamed.rundir import provenance
+from alphamed.rundir.rollout_files import rollout_path, write_rollouts
 
 C, W, U = Outcome.CORRECT, Outcome.WRONG, Outcome.UNPARSEABLE
 
 
 def item(i, outcome, letter=None, *, name="s", sample=None, level=None, answer="A", **more):
     letter = letter or {"correct": answer, "wrong": "B"}.get(str(outcome))
-    return {"set": name, "id": i, "question": f"{i}?", "options": {"A": "a", "B": "b", "C": "c", "D": "d"}, "answer": answer,
-            "level": level, "letter": letter, "outcome": str(outcome), "finish_reason": "stop", "tokens": 10,
-            "text": "t"} | ({} if sample is None else {"sample": sample}) | more
+    return (
+        {
+            "set": name,
+            "id": i,
+            "question": f"{i}?",
+            "options": {"A": "a", "B": "b", "C": "c", "D": "d"},
+            "answer": answer,
+            "level": level,
+            "letter": letter,
+            "outcome": str(outcome),
+            "finish_reason": "stop",
+            "tokens": 10,
+            "text": "t",
+        }
+        | ({} if sample is None else {"sample": sample})
+        | more
+    )
 
 
 def sets(tmp_path, *items):
@@ -43,9 +58,10 @@ def answers(tmp_path, name, outcomes):
 
 
 # ---------------------------------------------------------------------------------------------------------------- tests
-@pytest.mark.parametrize("gained, lost, p", [
-    (2, 10, 0.03857421875), (10, 2, 0.03857421875), (0, 5, 0.0625), (0, 0, 1.0), (7, 7, 1.0),
-    (1, 0, 1.0)])           # R: binom.test(2, 12)$p.value = 0.03857; 2 x 79 / 4096
+@pytest.mark.parametrize(
+    "gained, lost, p",
+    [(2, 10, 0.03857421875), (10, 2, 0.03857421875), (0, 5, 0.0625), (0, 0, 1.0), (7, 7, 1.0), (1, 0, 1.0)],
+)  # R: binom.test(2, 12)$p.value = 0.03857; 2 x 79 / 4096
 def test_mcnemars_exact_p(gained, lost, p):
     assert mcnemar(gained, lost) == pytest.approx(p)
 
@@ -58,7 +74,7 @@ def test_a_gain_is_split_without_a_rest():
     # boxed 50% -> 100%, among boxed 20% -> 30%: 0.5 x 0.25 by boxing, 0.1 x 0.75 by being right
     found = split_gain(0.5, 0.1, 1.0, 0.3)
     assert (found.gain, found.from_boxed, found.from_accuracy_among_boxed) == pytest.approx((0.2, 0.125, 0.075))
-    assert split_gain(0.0, 0.0, 0.8, 0.4).from_accuracy_among_boxed == 0.0          # nothing was boxed: all is format
+    assert split_gain(0.0, 0.0, 0.8, 0.4).from_accuracy_among_boxed == 0.0  # nothing was boxed: all is format
 
 
 def test_holm_adjusts_for_the_number_of_tests():
@@ -85,12 +101,13 @@ def test_the_interval_of_a_difference_is_agresti_and_mins(tmp_path):
 
 
 def test_several_samples_vote_and_share(tmp_path):
-    one = sets(tmp_path, *(item("a", outcome, letter, sample=j) for j, (outcome, letter) in
-                           enumerate([(C, "A"), (C, "A"), (W, "B")])),
-               *(item("b", outcome, letter, sample=j) for j, (outcome, letter) in
-                 enumerate([(C, "A"), (W, "B"), (U, None)])))["s"]
+    one = sets(
+        tmp_path,
+        *(item("a", outcome, letter, sample=j) for j, (outcome, letter) in enumerate([(C, "A"), (C, "A"), (W, "B")])),
+        *(item("b", outcome, letter, sample=j) for j, (outcome, letter) in enumerate([(C, "A"), (W, "B"), (U, None)])),
+    )["s"]
     assert (one.n, one.samples, one.accuracy, one.boxed, one.among_boxed) == pytest.approx((2, 6, 0.5, 5 / 6, 0.6))
-    assert one.answers["a"].right and not one.answers["b"].right          # a tie is no answer
+    assert one.answers["a"].right and not one.answers["b"].right  # a tie is no answer
 
 
 def test_a_broken_line_of_answers_is_named(tmp_path):
@@ -103,10 +120,14 @@ def test_a_broken_line_of_answers_is_named(tmp_path):
 def make_run(root, name, *, before=None, after=None, train=None, steps=12, files=("wording.jsonl",), **settings):
     run_dir = root / name
     run_dir.mkdir(parents=True)
-    tree = {"model": {"path": "some/model"}, "data": {"train": ["train.jsonl"]}, "run": {"name": name, "steps": 40},
-            "evaluation": {"files": list(files)}}
+    tree = {
+        "model": {"path": "some/model"},
+        "data": {"train": ["train.jsonl"]},
+        "run": {"name": name, "steps": 40},
+        "evaluation": {"files": list(files)},
+    }
     config = build_config(tree).model_dump(mode="json")
-    for key, value in settings.items():             # settings that this version may not know
+    for key, value in settings.items():  # settings that this version may not know
         section, _, field = key.partition("__")
         config[section][field] = value
     replace_text(run_dir / "config.yaml", dump_tree(config))
@@ -125,20 +146,29 @@ BEFORE = [C] * 40 + [W] * 100 + [U] * 60
 BETTER = [C] * 90 + [W] * 100 + [U] * 10
 
 
-@pytest.mark.parametrize("tree, control", [
-    ({"reward": {"name": "correct"}}, None), ({"reward": {"name": "random"}}, "random reward"), ({}, None),
-    ({"reward": {"name": "format_only"}, "data": {"answer_keys": "shuffled"}}, "format-only reward, shuffled keys"),
-    ({"run": {"stop_after": 0}}, "unchanged model"), ({"data": {"answer_keys": "given"}, "run": {"stop_after": 3}}, None)])
+@pytest.mark.parametrize(
+    "tree, control",
+    [
+        ({"reward": {"name": "correct"}}, None),
+        ({"reward": {"name": "random"}}, "random reward"),
+        ({}, None),
+        ({"reward": {"name": "format_only"}, "data": {"answer_keys": "shuffled"}}, "format-only reward, shuffled keys"),
+        ({"run": {"stop_after": 0}}, "unchanged model"),
+        ({"data": {"answer_keys": "given"}, "run": {"stop_after": 3}}, None),
+    ],
+)
 def test_controls_are_known_by_their_configuration(tree, control):
     assert control_of(tree) == control
 
 
 def test_claims_stand_beside_controls(tmp_path):
-    runs = read_runs([make_run(tmp_path, "true", before=BEFORE, after=BETTER),
-                      make_run(tmp_path, "coin", before=BEFORE, after=[C] * 50 + [W] * 100 + [U] * 50,
-                               reward__name="random"),
-                      make_run(tmp_path, "boxes", before=BEFORE, after=[C] * 85 + [W] * 110 + [U] * 5,
-                               reward__name="format_only")])
+    runs = read_runs(
+        [
+            make_run(tmp_path, "true", before=BEFORE, after=BETTER),
+            make_run(tmp_path, "coin", before=BEFORE, after=[C] * 50 + [W] * 100 + [U] * 50, reward__name="random"),
+            make_run(tmp_path, "boxes", before=BEFORE, after=[C] * 85 + [W] * 110 + [U] * 5, reward__name="format_only"),
+        ]
+    )
     assert [run.control for run in runs] == [None, "random reward", "format-only reward"]
     found = comparison(runs)
     # 40 were right and stay right, 50 became right: 25 points, p = 2 / 2^50; 50/202 -+ 1.96 x 0.03077;
@@ -147,15 +177,23 @@ def test_claims_stand_beside_controls(tmp_path):
         "true on wording: +25.0 points [+18.7, +30.8], n = 200, McNemar p = 1.8e-15; +9.5 by boxing more answers, +15.5 by "
         "being right more often when boxed. More than the control coin (random reward): +20.0 points between them, "
         "p = 1.8e-12. Not shown to be more than the control boxes (format-only reward): +2.5 points between them, p = "
-        "0.062."]
+        "0.062."
+    ]
     assert [(row["first"], row["second"], len(row["gained"]), len(row["lost"])) for row in found["pairs"]] == [
-        (1, 2, 0, 40), (1, 3, 0, 5), (2, 3, 35, 0)]
-    assert found["pairs"][1]["p_adjusted"] == 0.0625 and found["pairs"][0]["p_adjusted"] == 3 * 2 * 0.5 ** 40
+        (1, 2, 0, 40),
+        (1, 3, 0, 5),
+        (2, 3, 35, 0),
+    ]
+    assert found["pairs"][1]["p_adjusted"] == 0.0625 and found["pairs"][0]["p_adjusted"] == 3 * 2 * 0.5**40
 
 
 def test_runs_without_an_evaluation_are_listed_with_the_reason(tmp_path):
-    paths = [make_run(tmp_path, "never", files=()), make_run(tmp_path, "dead", steps=3),
-             make_run(tmp_path, "half", before=BEFORE), make_run(tmp_path, "late", after=[C, W])]
+    paths = [
+        make_run(tmp_path, "never", files=()),
+        make_run(tmp_path, "dead", steps=3),
+        make_run(tmp_path, "half", before=BEFORE),
+        make_run(tmp_path, "late", after=[C, W]),
+    ]
     reasons = [run.reason for run in read_runs(paths)]
     assert reasons[0] == "it was not evaluated: evaluation.files is empty"
     assert reasons[1].startswith("it was not evaluated: no evaluation is recorded by step 3")
@@ -165,8 +203,9 @@ def test_runs_without_an_evaluation_are_listed_with_the_reason(tmp_path):
     page = Page((tmp_path / "c.html").read_text())
     assert all(reason in page.text for reason in reasons)
     rows = list(csv.DictReader((tmp_path / "c.csv").open()))
-    assert {row["run"]: row["not_compared"] for row in rows} == dict(zip(("half", "late", "never", "dead"),
-                                                                         (reasons[k] for k in (2, 3, 0, 1))))
+    assert {row["run"]: row["not_compared"] for row in rows} == dict(
+        zip(("half", "late", "never", "dead"), (reasons[k] for k in (2, 3, 0, 1)))
+    )
 
 
 def test_other_questions_before_are_no_before(tmp_path):
@@ -175,18 +214,26 @@ def test_other_questions_before_are_no_before(tmp_path):
 
 
 def test_the_unchanged_model_is_a_control_with_one_evaluation(tmp_path):
-    runs = read_runs([make_run(tmp_path, "true", before=BEFORE, after=BETTER),
-                      make_run(tmp_path, "as_is", before=BEFORE, steps=0, run__stop_after=0)])
+    runs = read_runs(
+        [
+            make_run(tmp_path, "true", before=BEFORE, after=BETTER),
+            make_run(tmp_path, "as_is", before=BEFORE, steps=0, run__stop_after=0),
+        ]
+    )
     assert (runs[1].control, runs[1].reason, runs[1].after["wording"].n) == ("unchanged model", None, 200)
-    assert comparison(runs)["verdict"][0].endswith("More than the control as_is (unchanged model): +25.0 points between them"
-                                                   ", p = 1.8e-15.")
+    assert comparison(runs)["verdict"][0].endswith(
+        "More than the control as_is (unchanged model): +25.0 points between them, p = 1.8e-15."
+    )
     main([run.path for run in runs], tmp_path / "c.html", False)
     assert "the model as it was" in Page((tmp_path / "c.html").read_text()).text
 
 
 def test_a_before_is_lent_to_runs_of_the_same_model_and_questions(tmp_path):
-    paths = [make_run(tmp_path, "first", before=BEFORE, after=BETTER), make_run(tmp_path, "second", after=BETTER),
-             make_run(tmp_path, "other", after=BETTER, prompt__max_tokens=99)]
+    paths = [
+        make_run(tmp_path, "first", before=BEFORE, after=BETTER),
+        make_run(tmp_path, "second", after=BETTER),
+        make_run(tmp_path, "other", after=BETTER, prompt__max_tokens=99),
+    ]
     first, second, other = read_runs(paths)
     assert second.lent == {"wording": "first"} and second.reason is None and second.before["wording"].n == 200
     assert first.lent == {} and other.lent == {} and other.reason is not None
@@ -204,8 +251,17 @@ def test_training_sets_come_from_provenance_or_what_was_seen(tmp_path):
 
 def test_provenance_counts_the_training_questions(tmp_path):
     file = tmp_path / "train.jsonl"
-    rows = [{"id": f"q{i}", "question": "?", "options": {"A": "a", "B": "b"}, "answer": "A",
-             "source": "medqa" if i else None, "level": 1 + i} for i in range(3)]
+    rows = [
+        {
+            "id": f"q{i}",
+            "question": "?",
+            "options": {"A": "a", "B": "b"},
+            "answer": "A",
+            "source": "medqa" if i else None,
+            "level": 1 + i,
+        }
+        for i in range(3)
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows) + "not a row\n")
     found = provenance.training_set([file])
     assert found["questions"] == 3 and found["levels"] == {"1": 1, "2": 1, "3": 1}
@@ -230,15 +286,19 @@ def test_benchmarks_that_move_apart_are_told(tmp_path):
     for step, right in ((0, 5), (12, 25)):
         path = run_dir / "evaluations" / f"step_{step:06d}"
         items = [json.loads(line) for line in Path(f"{path}.items.jsonl").read_text().splitlines()] if step == 0 else []
-        rows = items or [item(f"q{i}", W, name="wording", question=f"<i>q{i}</i> & more?",
-                              options={"A": "<b>a</b>", "B": "b"}) for i in range(200)]
+        rows = items or [
+            item(f"q{i}", W, name="wording", question=f"<i>q{i}</i> & more?", options={"A": "<b>a</b>", "B": "b"})
+            for i in range(200)
+        ]
         rows += [item(f"p{i}", C if i < right else W, name="other") for i in range(30)]
         replace_json_lines(Path(f"{path}.items.jsonl"), rows)
         replace_text(Path(f"{path}.json"), json.dumps({"sets": {name: {"asked": name} for name in ("wording", "other")}}))
     found = comparison(read_runs([run_dir]))
     # 20 of 30 gained: 20 / 32 -+ 1.96 sqrt(21 / 32 - 0.625^2) / sqrt(32); 40 of 200 lost: -40 / 202 -+ 1.96 x 0.02847
-    assert ("apart moves its benchmarks apart: it gains on other (+66.7 points [+44.6, +80.4], n = 30) and loses on wording "
-            "(-20.0 points [-25.4, -14.2], n = 200).") in found["verdict"]
+    assert (
+        "apart moves its benchmarks apart: it gains on other (+66.7 points [+44.6, +80.4], n = 30) and loses on wording "
+        "(-20.0 points [-25.4, -14.2], n = 200)."
+    ) in found["verdict"]
 
 
 # ----------------------------------------------------------------------------------------------------------------- page
@@ -246,8 +306,10 @@ def test_benchmarks_that_move_apart_are_told(tmp_path):
 def page(tmp_path, capsys):
     big = {"questions": 1200, "content_sha256": "0", "sources": {"medqa": 1200}, "levels": {"1": 1200}}
     small = big | {"questions": 300, "levels": {"6": 300}, "sources": {"<script>": 300}}
-    paths = [make_run(tmp_path, "big", before=BEFORE, after=BETTER, train=big),
-             make_run(tmp_path, "small", before=BEFORE, after=[W] * 200, train=small)]
+    paths = [
+        make_run(tmp_path, "big", before=BEFORE, after=BETTER, train=big),
+        make_run(tmp_path, "small", before=BEFORE, after=[W] * 200, train=small),
+    ]
     assert cli.main(["compare", *map(str, paths), "--out", str(tmp_path / "c.html"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "c.json").read_text())
     return (tmp_path / "c.html").read_text()
@@ -257,9 +319,20 @@ def test_the_page_answers_three_questions_and_asks_for_nothing(page):
     found = Page(page)
     assert found.addresses == [] and not found.tags & {"script", "img", "i", "b>a", "link", "iframe"}
     assert "default-src 'none'" in page and "prefers-color-scheme:dark" in page
-    for text in ("1. Does reinforcement learning alone", "2. How do quantity", "3. How do difficulty", "1,200",
-                 "mean 6.00", "+25.0 points", "small on wording: -20.0 points", "It got worse.",
-                 "No control is among these runs", "+9.5", "50 / 0", "<script> 100.0%"):
+    for text in (
+        "1. Does reinforcement learning alone",
+        "2. How do quantity",
+        "3. How do difficulty",
+        "1,200",
+        "mean 6.00",
+        "+25.0 points",
+        "small on wording: -20.0 points",
+        "It got worse.",
+        "No control is among these runs",
+        "+9.5",
+        "50 / 0",
+        "<script> 100.0%",
+    ):
         assert text in found.text, text
     # sizes and levels differ: both are drawn; informativeness is not known
     assert page.count("No two evaluated runs trained") == page.count("different mean informativeness") == 1
@@ -285,11 +358,12 @@ def test_gains_are_drawn_to_scale_and_controls_are_grey():
 
 
 def test_points_of_equal_x_stand_side_by_side():
-    svg = scatter([("1", 300, 0.5, 0.4, 0.6, False), ("2", 300, 0.5, 0.4, 0.6, False),
-                   ("3", 1200, 1.0, 0.9, 1.0, True)], "size")
+    svg = scatter(
+        [("1", 300, 0.5, 0.4, 0.6, False), ("2", 300, 0.5, 0.4, 0.6, False), ("3", 1200, 1.0, 0.9, 1.0, True)], "size"
+    )
     (_, one), (_, other), (kind, top) = marks(svg, "circle")
     assert one.get("cy") == other.get("cy") and one.get("cx") != other.get("cx") and kind == "f4"
-    assert float(top.get("cy")) == pytest.approx(float(one.get("cy")) * 2 - 216, abs=0.2)      # the axis lies at 250 - 34
+    assert float(top.get("cy")) == pytest.approx(float(one.get("cy")) * 2 - 216, abs=0.2)  # the axis lies at 250 - 34
 
 
 def test_only_html_is_written(tmp_path):
@@ -308,6 +382,7 @@ def test_the_numbers_replace_those_of_a_comparison_only(tmp_path, name):
 
 def test_answers_without_options_are_compared_by_their_texts(tmp_path):
     """No letter to collapse to, no chance level, and a vote that counts what the boxes say, as `alphamed eval` does."""
+
     def said(i, j, outcome, letter, text):
         return item(i, outcome, name="e+free", sample=j, variant="free", text=f"\\boxed{{{text}}}") | {"letter": letter}
 
@@ -328,16 +403,22 @@ def test_evaluations_with_another_prompt_or_sampling_are_not_alike(tmp_path):
     for name, asked, samples in (("a", prompt, 1), ("b", prompt, 1), ("c", raw, 1), ("d", prompt, 5)):
         sampling = {"samples": samples, "temperature": float(samples > 1), "max_tokens": 9}
         replace_json_lines(tmp_path / name / "items.jsonl", [item("q", C, sample=0)])
-        replace_json(tmp_path / name / "evaluation.json", {"format": 1, "sets": {}, "asked": {
-            "model": {}, "prompt": asked, "sampling": sampling}})
+        replace_json(
+            tmp_path / name / "evaluation.json",
+            {"format": 1, "sets": {}, "asked": {"model": {}, "prompt": asked, "sampling": sampling}},
+        )
     pairs = comparison(read_runs([tmp_path / name for name in "abcd"]))["pairs"]
     assert [(one["first"], one["second"]) for one in pairs if one["alike"]] == [(1, 2)]
 
 
-@pytest.mark.parametrize("file, content, words", [
-    ("evaluations/step_000000.items.jsonl", {"set": "s"}, "line 1 is no graded answer"),
-    ("evaluations/step_000000.json", {"sets": []}, "not readable"),
-    ("looks.jsonl", {"time": "now"}, "line 1 tells of no look")])
+@pytest.mark.parametrize(
+    "file, content, words",
+    [
+        ("evaluations/step_000000.items.jsonl", {"set": "s"}, "line 1 is no graded answer"),
+        ("evaluations/step_000000.json", {"sets": []}, "not readable"),
+        ("looks.jsonl", {"time": "now"}, "line 1 tells of no look"),
+    ],
+)
 def test_the_report_names_a_damaged_file(tmp_path, capsys, file, content, words):
     run = make_run(tmp_path, "a", before=[W] * 4, after=[C] * 4)
     (run / file).write_text(json.dumps(content) + "\n")

@@ -1,11 +1,12 @@
 """Configuration: files and overrides in, one object out, mistakes as one line. (The table of mistakes: test_bad_input.py.)"""
+
 from pathlib import Path
 
 import pytest
 
-from alphamed.config_choices import Dtype, WandbMode
-from alphamed.config_file import build_config, changed_config, dump_config, load_config, validated
-from alphamed.config_sections import ParallelConfig
+from alphamed.config.choices import Dtype, WandbMode
+from alphamed.config.loading import build_config, changed_config, dump_config, load_config, validated
+from alphamed.config.sections import ParallelConfig
 from alphamed.errors import ConfigError
 
 SMALL = {"model": {"path": "m"}, "data": {"train": ["a.jsonl"]}}
@@ -28,8 +29,11 @@ def test_file_and_overrides(tmp_path):
 
 def test_words_are_read_as_yaml_1_2_reads_them(tmp_path):
     """YAML 1.1 takes `off` and `no` for false, 1e-6 for text."""
-    path = write(tmp_path, "model: {path: no}\ndata: {train: [a.jsonl], shuffle_options: false}\n"
-                           "logging: {wandb: off}\noptimizer: {lr: 1e-6}\n")
+    path = write(
+        tmp_path,
+        "model: {path: no}\ndata: {train: [a.jsonl], shuffle_options: false}\n"
+        "logging: {wandb: off}\noptimizer: {lr: 1e-6}\n",
+    )
     config = load_config(path)
     assert (config.model.path, config.logging.wandb, config.optimizer.lr) == ("no", WandbMode.OFF, 1e-6)
     assert config.data.shuffle_options is False
@@ -48,29 +52,48 @@ def test_names_and_numbers_are_what_they_look_like(tmp_path):
 
 
 def test_the_written_configuration_reads_back_equal(tmp_path):
-    config = build_config(SMALL | {"logging": {"wandb": "off"}, "optimizer": {"lr": 1e-7}, "prompt": {"shots": [
-        {"question": "q: no", "options": {"A": "yes", "B": "1e3", "C": "010", "D": "1:30", "E": "2025-01-01"},
-         "response": "so \\boxed{A}"}]}})
+    config = build_config(
+        SMALL
+        | {
+            "logging": {"wandb": "off"},
+            "optimizer": {"lr": 1e-7},
+            "prompt": {
+                "shots": [
+                    {
+                        "question": "q: no",
+                        "options": {"A": "yes", "B": "1e3", "C": "010", "D": "1:30", "E": "2025-01-01"},
+                        "response": "so \\boxed{A}",
+                    }
+                ]
+            },
+        }
+    )
     assert load_config(write(tmp_path, dump_config(config))) == config
 
 
-@pytest.mark.parametrize("text, problem", [
-    ("model: {path: m}\nmodel: {path: n}\n", "stands twice"),
-    ("- a\n- b\n", "not a mapping of sections"),
-    ("model: {path: m\n", "not valid YAML"),
-    ("1: a\n", "is not text"),
-])
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("model: {path: m}\nmodel: {path: n}\n", "stands twice"),
+        ("- a\n- b\n", "not a mapping of sections"),
+        ("model: {path: m\n", "not valid YAML"),
+        ("1: a\n", "is not text"),
+    ],
+)
 def test_a_file_that_is_no_configuration(tmp_path, text, problem):
     with pytest.raises(ConfigError, match=problem):
         load_config(write(tmp_path, text))
 
 
-@pytest.mark.parametrize("override, problem", [
-    ("parallel.tensr=2", "did you mean 'tensor'"),
-    ("nonsense", "not of the form"),
-    ("model.path.x=1", "is text, not a section"),
-    ("optimizer.lr=[1", "not valid YAML"),
-])
+@pytest.mark.parametrize(
+    "override, problem",
+    [
+        ("parallel.tensr=2", "did you mean 'tensor'"),
+        ("nonsense", "not of the form"),
+        ("model.path.x=1", "is text, not a section"),
+        ("optimizer.lr=[1", "not valid YAML"),
+    ],
+)
 def test_an_override_that_is_none(tmp_path, override, problem):
     path = write(tmp_path, "model: {path: m}\ndata: {train: [a.jsonl]}\n")
     with pytest.raises(ConfigError, match=problem):
@@ -79,9 +102,11 @@ def test_an_override_that_is_none(tmp_path, override, problem):
 
 def test_values_that_follow_from_others():
     config = build_config(SMALL)
-    assert config.max_logprob_diff == 0.15                                  # bf16 on both sides
-    assert build_config(SMALL | {"model": {"path": "m", "dtype": "fp32"}, "rollout": {"dtype": "fp32"}}
-                        ).max_logprob_diff == 1e-3
+    assert config.max_logprob_diff == 0.15  # bf16 on both sides
+    assert (
+        build_config(SMALL | {"model": {"path": "m", "dtype": "fp32"}, "rollout": {"dtype": "fp32"}}).max_logprob_diff
+        == 1e-3
+    )
     assert config.max_model_tokens == 1024 + 2048 and config.constant_tokens == 2048
     assert not config.recompute_old_logprobs
     assert build_config(SMALL | {"algorithm": {"mini_batches": 2}}).recompute_old_logprobs
@@ -102,27 +127,38 @@ def test_where_samples_may_be_stale_the_policys_own_movement_does_not_stop_the_r
     assert build_config(SMALL | exact | {"sync": {"max_logprob_diff": 0.2}}).max_logprob_diff == 0.2
 
 
-@pytest.mark.parametrize("tree, problem", [
-    ({"rollout": {"max_staleness": 1, "deterministic": True}},
-     "rollout.max_staleness: 1 makes samples depend on when weights arrive"),
-    ({"algorithm": {"correction": "mis", "correction_floor": 2.0}},
-     "algorithm.correction_floor: 2.0 is not below algorithm.correction_cap (2.0); lower it"),
-    ({"rollout": {"max_staleness": -1}}, "rollout.max_staleness: -1 is not valid")])
+@pytest.mark.parametrize(
+    "tree, problem",
+    [
+        (
+            {"rollout": {"max_staleness": 1, "deterministic": True}},
+            "rollout.max_staleness: 1 makes samples depend on when weights arrive",
+        ),
+        (
+            {"algorithm": {"correction": "mis", "correction_floor": 2.0}},
+            "algorithm.correction_floor: 2.0 is not below algorithm.correction_cap (2.0); lower it",
+        ),
+        ({"rollout": {"max_staleness": -1}}, "rollout.max_staleness: -1 is not valid"),
+    ],
+)
 def test_settings_of_rollouts_that_do_not_go_together(tree, problem):
     with pytest.raises(ConfigError) as caught:
         build_config(SMALL | tree)
     assert str(caught.value).startswith(problem)
 
 
-@pytest.mark.parametrize("vocab, parallel, chunk", [
-    (128256, {"micro_batch_tokens": 16384}, 2048),                              # 16,384 x 128,256 x 4 bytes = 8.4 GB
-    (128256, {"micro_batch_tokens": 16384, "tensor": 8}, 0),                    # 1.05 GB, just below 1 GiB
-    (128256, {"micro_batch_tokens": 16896, "tensor": 8}, 2048),                 # 1.08 GB, just above
-    (49152, {"micro_batch_tokens": 2048}, 0),                                   # 0.4 GB
-    (152064, {"micro_batch_tokens": 2048}, 0),                                  # a chunk of 2,048 would be the whole row
-    (128256, {"micro_batch_tokens": 16384, "logprob_chunk_tokens": 0}, 0),      # as asked for
-    (49152, {"micro_batch_tokens": 2048, "logprob_chunk_tokens": 100}, 100),
-])
+@pytest.mark.parametrize(
+    "vocab, parallel, chunk",
+    [
+        (128256, {"micro_batch_tokens": 16384}, 2048),  # 16,384 x 128,256 x 4 bytes = 8.4 GB
+        (128256, {"micro_batch_tokens": 16384, "tensor": 8}, 0),  # 1.05 GB, just below 1 GiB
+        (128256, {"micro_batch_tokens": 16896, "tensor": 8}, 2048),  # 1.08 GB, just above
+        (49152, {"micro_batch_tokens": 2048}, 0),  # 0.4 GB
+        (152064, {"micro_batch_tokens": 2048}, 0),  # a chunk of 2,048 would be the whole row
+        (128256, {"micro_batch_tokens": 16384, "logprob_chunk_tokens": 0}, 0),  # as asked for
+        (49152, {"micro_batch_tokens": 2048, "logprob_chunk_tokens": 100}, 100),
+    ],
+)
 def test_log_probs_are_cut_where_logits_would_take_a_gibibyte(vocab, parallel, chunk):
     assert ParallelConfig(**parallel).logprob_chunk(vocab) == chunk
 
@@ -140,36 +176,43 @@ def test_a_small_file_that_stands_for_billions_of_values_is_refused(tmp_path):
     assert load_config(write(tmp_path, shared)).evaluation.files == (Path("a.jsonl"),)
 
 
-@pytest.mark.parametrize("axes, told", [
-    ({"informativeness": [1]}, "informativeness.0: 1 is not valid; it takes a list, written [a, b], or 'all'"),
-    ({"informativeness": [[]]}, "informativeness.0: [] is not valid; it takes a list of at least 1, or 'all'"),
-    ({"levels": [[9]]}, "levels.0.0: 9 is not valid; it takes a number of at most 6"),
-    ({"sizes": [0]}, "sizes.0: 0 is not valid; it takes a number greater than 0, or 'all'"),
-    ({"sizes": ["x"]}, "sizes.0: 'x' is not valid; it takes a whole number, or 'all'"),
-    ({"sizse": [1]}, "sizse: unknown key; did you mean 'sizes'?"),
-])
+@pytest.mark.parametrize(
+    "axes, told",
+    [
+        ({"informativeness": [1]}, "informativeness.0: 1 is not valid; it takes a list, written [a, b], or 'all'"),
+        ({"informativeness": [[]]}, "informativeness.0: [] is not valid; it takes a list of at least 1, or 'all'"),
+        ({"levels": [[9]]}, "levels.0.0: 9 is not valid; it takes a number of at most 6"),
+        ({"sizes": [0]}, "sizes.0: 0 is not valid; it takes a number greater than 0, or 'all'"),
+        ({"sizes": ["x"]}, "sizes.0: 'x' is not valid; it takes a whole number, or 'all'"),
+        ({"sizse": [1]}, "sizse: unknown key; did you mean 'sizes'?"),
+    ],
+)
 def test_where_several_kinds_of_value_may_stand_the_line_names_no_types(axes, told):
-    from alphamed.study.spec import Study
+    from alphamed.lab.study.spec import Study
 
     with pytest.raises(ConfigError) as error:
         validated(Study, {"name": "s", "base": "b", "grids": [{"name": "g", "axes": axes}]})
     assert str(error.value) == f"grids.0.axes.{told}"
 
 
-@pytest.mark.parametrize("override, told", [
-    ("data.train=[]", "data.train: [] is not valid; it takes a list of at least 1"),
-    ("run.seed=a", "run.seed: 'a' is not valid; it takes a whole number"),
-    ("parallel.sequence=maybe", "parallel.sequence: 'maybe' is not valid; it takes true or false"),
-    ("optimizer.betas=[0.9]", "optimizer.betas.1: missing; give a value"),
-])
+@pytest.mark.parametrize(
+    "override, told",
+    [
+        ("data.train=[]", "data.train: [] is not valid; it takes a list of at least 1"),
+        ("run.seed=a", "run.seed: 'a' is not valid; it takes a whole number"),
+        ("parallel.sequence=maybe", "parallel.sequence: 'maybe' is not valid; it takes true or false"),
+        ("optimizer.betas=[0.9]", "optimizer.betas.1: missing; give a value"),
+    ],
+)
 def test_what_is_wanted_is_said_in_plain_words(override, told):
     with pytest.raises(ConfigError) as error:
         changed_config(build_config(SMALL), [override])
     assert str(error.value) == told
 
 
-@pytest.mark.parametrize(("settings", "seconds"), [
-    ({}, 1800), ({"start_deadline_s": 5000}, 5000), ({"step_deadline_s": 7200}, 7200)])
+@pytest.mark.parametrize(
+    ("settings", "seconds"), [({}, 1800), ({"start_deadline_s": 5000}, 5000), ({"step_deadline_s": 7200}, 7200)]
+)
 def test_other_ranks_wait_longer_than_rank_0_may_take(settings, seconds):
     assert build_config(SMALLEST | {"rollout": settings}).longest_wait_s == seconds
 

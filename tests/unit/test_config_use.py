@@ -3,6 +3,7 @@
 Judged from the source: `config.rollout.engines` is a read of rollout.engines, and so is `r.engines` where the file says
 `r = config.rollout` or `r: RolloutConfig`. The checks across fields do not count: they read a value only to refuse it.
 """
+
 from __future__ import annotations
 
 import ast
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import alphamed
-from alphamed.config import Config
+from alphamed.config.schema import Config
 
 PACKAGE = Path(alphamed.__file__).parent
 SECTIONS = {name: field.annotation for name, field in Config.model_fields.items()}
@@ -24,10 +25,10 @@ def reads(source: str) -> set[str]:
     """`section.name` for everything that a source file reads of sections, calls aside."""
     tree = ast.parse(source)
     known: dict[str, str] = {}
-    for _ in range(2):                                  # a name may be given to what has got its own name only below
+    for _ in range(2):  # a name may be given to what has got its own name only below
         known |= dict(_names_of_sections(tree, known))
     found = set(_read_in(tree, known))
-    for node in ast.walk(tree):                         # the sections themselves: what follows from a section's own fields
+    for node in ast.walk(tree):  # the sections themselves: what follows from a section's own fields
         if isinstance(node, ast.ClassDef) and node.name in KINDS:
             found |= set(_read_in(node, {"self": KINDS[node.name]}))
     return found
@@ -63,7 +64,7 @@ def _names_of_sections(tree: ast.Module, known: dict[str, str]) -> Iterator[tupl
             both = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
             for name, given in zip(target.elts, value.elts) if both else [(target, value)]:
                 if section := _section(given, known):
-                    yield getattr(name, "id", None) or getattr(name, "attr"), section
+                    yield getattr(name, "id", None) or name.attr, section
 
 
 def test_the_reader_knows_the_ways_to_read_a_setting():

@@ -2,6 +2,7 @@
 
 Ranks are plain processes that join the links through a file: no torch, no torchrun, half a second each.
 """
+
 import json
 import os
 import signal
@@ -63,8 +64,12 @@ class Ranks:
         code = RANK.replace("SCENE", scene.strip().replace("\n", "\n        "))
         code = code.replace("HEARTBEAT_S", str(heartbeat_s)).replace("ABORT_S", str(abort_s))
         self.folder = folder
-        self.processes = [subprocess.Popen([sys.executable, "-c", code, str(rank), str(world), str(folder)],
-                                           stderr=open(folder / f"errors_{rank}", "w")) for rank in range(world)]
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", code, str(rank), str(world), str(folder)], stderr=open(folder / f"errors_{rank}", "w")
+            )
+            for rank in range(world)
+        ]
 
     def said(self, rank: int) -> dict:
         self.wait(rank)
@@ -77,6 +82,7 @@ class Ranks:
 
     def until(self, rank: int, name: str) -> None:
         """Until the scene has made the file `name`."""
+
         def made() -> bool:
             assert self.processes[rank].poll() is None, (self.folder / f"errors_{rank}").read_text()
             return (self.folder / name).exists()
@@ -132,27 +138,33 @@ control.from_rank0("rollouts of step 1", work)
 
 def test_a_failure_in_everywhere_names_the_rank_also_where_others_are_stuck_inside(play):
     """Rank 2 fails; rank 1 waits for it in what would be a collective and is ended by its watching thread."""
-    ranks = play("""
+    ranks = play(
+        """
 def work():
     if rank == 2:
         raise KeyError("no such tensor")
     if rank == 1:
         stay()
 control.everywhere("loading", work)
-""", abort_s=5.0)
+""",
+        abort_s=5.0,
+    )
     assert ranks.said(0)["culprit"] == ranks.said(2)["culprit"] == ranks.name(2)
     assert "KeyError" in ranks.said(0)["message"]
     assert ranks.wait(1) == 1
     words = (ranks.folder / "errors_1").read_text()
-    assert ranks.name(2) in words and "stay" in words       # who, and where this rank was stuck
+    assert ranks.name(2) in words and "stay" in words  # who, and where this rank was stuck
 
 
 def test_a_mistake_in_the_input_stays_the_users(play):
-    ranks = play("""
+    ranks = play(
+        """
 def work():
     raise ConfigError("data.train: gone; bring it back")
 control.from_rank0("questions", work)
-""", world=2)
+""",
+        world=2,
+    )
     for rank in range(2):
         assert ranks.said(rank)["user"] is True
         assert ranks.said(rank)["message"] == "data.train: gone; bring it back"
@@ -182,10 +194,14 @@ control.everywhere("saving", work)
 
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_stopped_rank_is_named_after_the_heartbeat_timeout(play, victim):
-    ranks = play("""
+    ranks = play(
+        """
 control.everywhere("a start", lambda: (folder / f"started_{rank}").touch())
 control.from_rank0("rollouts of step 1", stay)
-""", heartbeat_s=8.0, abort_s=5.0)
+""",
+        heartbeat_s=8.0,
+        abort_s=5.0,
+    )
     ranks.until(victim, f"started_{victim}")
     os.kill(ranks.processes[victim].pid, signal.SIGSTOP)
     assert ranks.said(1)["culprit"] == ranks.name(victim)
@@ -217,40 +233,52 @@ raise ConnectionError("closed by peer")
 
 
 def test_work_past_its_deadline_and_ranks_out_of_step_are_named(play):
-    late = play("""
+    late = play(
+        """
 if rank == 0:
     control.everywhere("saving", lambda: None, deadline_s=0.5)
 else:
     stay()
-""", world=2)
+""",
+        world=2,
+    )
     assert late.said(0)["culprit"] == late.name(1)
     assert late.said(0)["message"] == "saving: not done within 0 s"
 
 
 def test_ranks_at_different_calls_are_out_of_step(play):
-    ranks = play("""
+    ranks = play(
+        """
 control.from_rank0("rollouts of step 1" if rank == 0 else "rollouts of step 2", lambda: 1)
 control.from_rank0("the rest", stay)
-""", world=2)
+""",
+        world=2,
+    )
     assert "out of step: at 'rollouts of step 1'" in ranks.said(1)["message"]
 
 
 def test_a_rank_that_left_is_not_waited_for(play):
-    ranks = play("""
+    ranks = play(
+        """
 if rank == 1:
     control.from_rank0("one more step", stay)
-""", world=2)
+""",
+        world=2,
+    )
     assert ranks.said(1)["culprit"] == ranks.name(0)
     assert "has ended its part" in ranks.said(1)["message"]
 
 
-@pytest.mark.parametrize("dead, first", [
-    # (rank, status) of workers that ended in the same second
-    ([(0, -15), (1, -9)], 1),          # the agent's SIGTERM is an answer
-    ([(0, 1), (1, -9), (2, 1)], 1),    # exit code 1 is what a peer's death does to others
-    ([(0, -15), (2, 1)], 2),
-    ([(3, -11)], 3),
-])
+@pytest.mark.parametrize(
+    "dead, first",
+    [
+        # (rank, status) of workers that ended in the same second
+        ([(0, -15), (1, -9)], 1),  # the agent's SIGTERM is an answer
+        ([(0, 1), (1, -9), (2, 1)], 1),  # exit code 1 is what a peer's death does to others
+        ([(0, -15), (2, 1)], 2),
+        ([(3, -11)], 3),
+    ],
+)
 def test_the_first_dead_worker_is_the_one_that_was_not_ended_by_others(dead, first):
     workers = [failure.DeadWorker(rank, 100 + rank, status, 50.0) for rank, status in dead]
     assert failure.first_dead(workers).rank == first
@@ -265,8 +293,9 @@ def test_a_death_by_signal_outranks_what_others_recorded(tmp_path):
     failure.record(tmp_path, RunFailed("rank 0 (pid 5)", "Connection closed by peer"))
     failure.record(tmp_path, RunFailed("rank 2 (pid 7)", "came second"))
     assert str(failure.verdict(tmp_path, 1)) == "rank 0 (pid 5): Connection closed by peer"
-    failure.write_workers(tmp_path / failure.WORKERS_FILE, [failure.DeadWorker(1, 6, -9, 50.0),
-                                                            failure.DeadWorker(0, 5, 1, 50.0)])
+    failure.write_workers(
+        tmp_path / failure.WORKERS_FILE, [failure.DeadWorker(1, 6, -9, 50.0), failure.DeadWorker(0, 5, 1, 50.0)]
+    )
     assert str(failure.verdict(tmp_path, 1)).startswith("rank 1 (pid 6): was killed by signal 9 (SIGKILL")
 
 

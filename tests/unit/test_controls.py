@@ -1,9 +1,10 @@
 """Controls: keys that know nothing, and a run that evaluates the unchanged model."""
+
 from collections import Counter
 
 import pytest
 
-from alphamed.config_file import build_config
+from alphamed.config.loading import build_config
 from alphamed.data.controls import with_shuffled_keys
 from alphamed.errors import ConfigError
 from alphamed.records import Question

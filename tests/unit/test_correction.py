@@ -1,4 +1,5 @@
 """Truncated and masked importance sampling against numbers worked out by hand."""
+
 import math
 
 import pytest
@@ -22,7 +23,7 @@ def weights(kind, floor, cap, old=OLD, rollout=ROLLOUT, sequence=None):
 def test_truncated_by_hand():
     assert weights("tis", 0.5, 3.0) == ([1.0, 2.0, 0.5, 3.0], [False, False, False, True])
     assert weights("tis", 0.5, 1.5) == ([1.0, 1.5, 0.5, 1.5], [False, True, False, True])
-    assert weights("tis", 0.9, 0.5)[0] == [0.5, 0.5, 0.5, 0.5]              # the floor is none of its
+    assert weights("tis", 0.9, 0.5)[0] == [0.5, 0.5, 0.5, 0.5]  # the floor is none of its
 
 
 def test_tokens_outside_the_bounds_are_masked():
@@ -63,10 +64,17 @@ def test_nan_shows(kind):
     assert weights(kind, 0.5, 2.0, torch.tensor([math.nan]), torch.zeros(1))[0] == [math.nan]
 
 
-@pytest.mark.parametrize("kind, floor, cap, message", [
-    ("tis", 0.5, 0.0, "is not positive"), ("tis", 0.5, -1.0, "is not positive"), ("tis", 0.5, math.nan, "is not positive"),
-    ("mis", 2.0, 2.0, "is not between 0 and the cap"), ("mis", -0.1, 2.0, "is not between 0 and the cap"),
-    ("gis", 0.5, 2.0, "choose one of tis, mis, mis_sequence")])
+@pytest.mark.parametrize(
+    "kind, floor, cap, message",
+    [
+        ("tis", 0.5, 0.0, "is not positive"),
+        ("tis", 0.5, -1.0, "is not positive"),
+        ("tis", 0.5, math.nan, "is not positive"),
+        ("mis", 2.0, 2.0, "is not between 0 and the cap"),
+        ("mis", -0.1, 2.0, "is not between 0 and the cap"),
+        ("gis", 0.5, 2.0, "choose one of tis, mis, mis_sequence"),
+    ],
+)
 def test_refused(kind, floor, cap, message):
     with pytest.raises(ValueError, match=message):
         weights(kind, floor, cap)

@@ -1,11 +1,12 @@
 """Curricula: weights by hand, shares that follow them, observed levels against another implementation, exact resumes."""
+
 import json
 from collections import Counter
 
 import pytest
 
-from alphamed.config_file import build_config
-from alphamed.config_sections import DynamicSamplingConfig, LevelsConfig
+from alphamed.config.loading import build_config
+from alphamed.config.sections import DynamicSamplingConfig, LevelsConfig
 from alphamed.data.stream import QuestionStream
 from alphamed.errors import ConfigError
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
@@ -33,9 +34,16 @@ def graded(question, right, samples=4):
 
 
 # --------------------------------------------------------------------------------------------------------------- weights
-@pytest.mark.parametrize("step, weights", [
-    (1, (4, 2, 0, 0, 0, 0)), (6, (2, 1, 0, 0, 1, 2)), (3, (3.2, 1.6, 0, 0, 0.4, 0.8)), (11, (0, 0, 0, 0, 2, 4)),
-    (500, (0, 0, 0, 0, 2, 4))])
+@pytest.mark.parametrize(
+    "step, weights",
+    [
+        (1, (4, 2, 0, 0, 0, 0)),
+        (6, (2, 1, 0, 0, 1, 2)),
+        (3, (3.2, 1.6, 0, 0, 0.4, 0.8)),
+        (11, (0, 0, 0, 0, 2, 4)),
+        (500, (0, 0, 0, 0, 2, 4)),
+    ],
+)
 def test_weights_move_on_a_straight_line(step, weights):
     assert weights_at(levels(**EASY_TO_HARD).schedule, step) == pytest.approx(weights)
 
@@ -56,7 +64,8 @@ def test_shares_of_annotated_levels_follow_the_weights():
 def test_equal_weights_are_the_stream_itself():
     choose = chooser(levels(schedule=[{"step": 1, "weights": [2] * 6}]))
     assert [choose.take(8, step) for step in range(1, 30)] == [
-        stream for plain in [QuestionStream(QUESTIONS, 3)] for stream in (plain.take(8) for _ in range(29))]
+        stream for plain in [QuestionStream(QUESTIONS, 3)] for stream in (plain.take(8) for _ in range(29))
+    ]
 
 
 def test_an_epoch_asks_no_question_twice():
@@ -66,14 +75,16 @@ def test_an_epoch_asks_no_question_twice():
         asked.append(choose.take(1, 1)[0].id)
         if choose.state()["stream"]["epoch"]:
             break
-    del asked[-1]                               # may be of the next epoch
-    assert len(asked) == len(set(asked)) >= 20          # expected: 20 of levels 1 and 2, half of the 20 of 3 and 4
+    del asked[-1]  # may be of the next epoch
+    assert len(asked) == len(set(asked)) >= 20  # expected: 20 of levels 1 and 2, half of the 20 of 3 and 4
 
 
 def test_a_rare_level_is_found_all_the_same():
     """One question in 60 has nearly all the weight, and one other a little: the walk ends, and takes no third."""
     rare = [Question(q.id, q.question, q.options, "A", level=3) for q in QUESTIONS[2:]] + [
-        Question("hard", "?", {"A": "x", "B": "y"}, "A", level=6), Question("easy", "?", {"A": "x", "B": "y"}, "A", level=1)]
+        Question("hard", "?", {"A": "x", "B": "y"}, "A", level=6),
+        Question("easy", "?", {"A": "x", "B": "y"}, "A", level=1),
+    ]
     choose = chooser(levels(schedule=[{"step": 1, "weights": [1e-9, 0, 0, 0, 0, 1]}]), rare)
     found = Counter(q.id for _ in range(5) for q in choose.take(4, 1))
     assert set(found) <= {"hard", "easy"} and found["hard"] == 20 - found["easy"] >= 15
@@ -119,10 +130,13 @@ def test_observations_are_forgotten():
 
 
 # ---------------------------------------------------------------------------------------------------------------- resumes
-@pytest.mark.parametrize("tree, dynamic", [
-    (EASY_TO_HARD, {}), (EASY_TO_HARD | {"by": "observed"}, {}), (EASY_TO_HARD | {"by": "observed"}, {"choose": True})])
+@pytest.mark.parametrize(
+    "tree, dynamic",
+    [(EASY_TO_HARD, {}), (EASY_TO_HARD | {"by": "observed"}, {}), (EASY_TO_HARD | {"by": "observed"}, {"choose": True})],
+)
 def test_a_resume_asks_the_same_questions(tree, dynamic):
     """Killed after any step, with the state through JSON: the same questions in the same letters, and the same metrics."""
+
     def step(choose, number):
         asked = choose.take(8, number)
         choose.observe([graded(q, hash_free(q.id, number) % 5) for q in asked], number)
@@ -151,19 +165,24 @@ def test_metrics_tell_the_levels_asked():
 
 
 # -------------------------------------------------------------------------------------------------------------- bad input
-@pytest.mark.parametrize("schedule, words", [
-    ([{"step": 5, "weights": [1] * 6}, {"step": 5, "weights": [2] * 6}], "step 5 comes after step 5"),
-    ([{"step": 5, "weights": [0] * 6}], "all weights of step 5 are 0; give one level a weight"),
-    ([{"step": 11, "weights": [1] * 6}], "step 11 is never reached, run.steps is 10"),
-    ([{"step": 1, "weights": [1] * 5}], "data.levels.schedule.0.weights"),
-    ([{"step": 1, "weights": [1, 1, 1, 1, 1, -1]}], "data.levels.schedule.0.weights.5: -1"),
-    ([{"step": 0, "weights": [1] * 6}], "data.levels.schedule.0.step: 0"),
-    ([{"step": 1, "weights": [1, 1, 1, 1, 1, float("nan")]}], "data.levels.schedule.0.weights.5"),
-    ([{"step": 1, "weights": [1] * 6, "stpe": 2}], "did you mean 'step'?")])
+@pytest.mark.parametrize(
+    "schedule, words",
+    [
+        ([{"step": 5, "weights": [1] * 6}, {"step": 5, "weights": [2] * 6}], "step 5 comes after step 5"),
+        ([{"step": 5, "weights": [0] * 6}], "all weights of step 5 are 0; give one level a weight"),
+        ([{"step": 11, "weights": [1] * 6}], "step 11 is never reached, run.steps is 10"),
+        ([{"step": 1, "weights": [1] * 5}], "data.levels.schedule.0.weights"),
+        ([{"step": 1, "weights": [1, 1, 1, 1, 1, -1]}], "data.levels.schedule.0.weights.5: -1"),
+        ([{"step": 0, "weights": [1] * 6}], "data.levels.schedule.0.step: 0"),
+        ([{"step": 1, "weights": [1, 1, 1, 1, 1, float("nan")]}], "data.levels.schedule.0.weights.5"),
+        ([{"step": 1, "weights": [1] * 6, "stpe": 2}], "did you mean 'step'?"),
+    ],
+)
 def test_a_bad_schedule_is_refused_in_one_line(schedule, words):
     with pytest.raises(ConfigError) as error:
-        build_config({"model": {"path": "m"}, "run": {"steps": 10},
-                      "data": {"train": ["t.jsonl"], "levels": {"schedule": schedule}}})
+        build_config(
+            {"model": {"path": "m"}, "run": {"steps": 10}, "data": {"train": ["t.jsonl"], "levels": {"schedule": schedule}}}
+        )
     assert str(error.value).startswith("data.levels.schedule") and words in str(error.value)
     assert "\n" not in str(error.value)
 

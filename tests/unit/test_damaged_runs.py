@@ -1,4 +1,5 @@
 """Run directories that somebody has damaged, and places that can not be written: one line and exit code 2, no traceback."""
+
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,8 +8,8 @@ import pytest
 from tiny import tiny_hf
 
 from alphamed.cli import main
-from alphamed.config_file import build_config, dump_config
-from alphamed.observe.files import append_json
+from alphamed.config.loading import build_config, dump_config
+from alphamed.files import append_json
 
 
 @pytest.fixture(scope="module")
@@ -22,16 +23,23 @@ def run_dir(tmp_path, model, monkeypatch, capfd) -> Path:
     monkeypatch.chdir(tmp_path)
     question = {"question": "Which vitamin prevents scurvy?", "options": {"A": "A", "B": "C"}, "answer": "B"}
     Path("train.jsonl").write_text("".join(json.dumps({"id": f"q{i}"} | question) + "\n" for i in range(4)))
-    config = build_config({"model": {"path": str(model), "dtype": "fp32"}, "data": {"train": ["train.jsonl"]},
-                           "run": {"name": "r", "steps": 4}, "prompt": {"max_tokens": 512}, "cluster": {"device": "cpu"},
-                           "rollout": {"questions_per_step": 2, "samples_per_question": 2, "max_response_tokens": 16}})
+    config = build_config(
+        {
+            "model": {"path": str(model), "dtype": "fp32"},
+            "data": {"train": ["train.jsonl"]},
+            "run": {"name": "r", "steps": 4},
+            "prompt": {"max_tokens": 512},
+            "cluster": {"device": "cpu"},
+            "rollout": {"questions_per_step": 2, "samples_per_question": 2, "max_response_tokens": 16},
+        }
+    )
     folder = tmp_path / "runs" / "r"
     folder.mkdir(parents=True)
     for path in (folder / "config.yaml", Path("run.yaml")):
         path.write_text(dump_config(config))
     (folder / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n{"step": 2, "reward/mean": null}\n')
     (folder / "provenance.json").write_text('{"starts": [], "data": [], "model": []}')
-    capfd.readouterr()                          # what making the model has printed
+    capfd.readouterr()  # what making the model has printed
     return folder
 
 
@@ -40,6 +48,7 @@ def put(name: str, text: str | bytes) -> Callable[[Path], object]:
         path = run_dir / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
+
     return write
 
 
@@ -62,10 +71,16 @@ DAMAGE = [
     (put("metrics.jsonl", '{"step": true}\n'), REPORT, "metrics.jsonl: line 1 holds no number under 'step'"),
     (put("metrics.jsonl", '{"step": 1, "reward/mean": false}\n'), REPORT, "line 1 holds no number under 'reward/mean'"),
     (put("metrics.jsonl", '{"step": 1, "reward/mean": 1%s}\n' % ("0" * 400)), REPORT, "no number under 'reward/mean'"),
-    (put("metrics.jsonl", '{"step": 1}\n{"step": 1%s}\n' % ("0" * 26)), REPORT,
-     "metrics.jsonl: line 2 holds step 100000000000000000000000000, and steps go up to 1,000,000,000; remove it"),
-    (put("metrics.jsonl", '{"step": 1}\n{"step": 3}\n{"step": 3}\n'), REPORT,
-     "metrics.jsonl: line 3 holds step 3, and it comes after step 3; remove it"),
+    (
+        put("metrics.jsonl", '{"step": 1}\n{"step": 1%s}\n' % ("0" * 26)),
+        REPORT,
+        "metrics.jsonl: line 2 holds step 100000000000000000000000000, and steps go up to 1,000,000,000; remove it",
+    ),
+    (
+        put("metrics.jsonl", '{"step": 1}\n{"step": 3}\n{"step": 3}\n'),
+        REPORT,
+        "metrics.jsonl: line 3 holds step 3, and it comes after step 3; remove it",
+    ),
     (put("metrics.jsonl", '{"step": 2}\n{"step": 1}\n'), COMPARE, "line 2 holds step 1, and it comes after step 2"),
     (put("provenance.json", "{half"), REPORT, "provenance.json: not JSON"),
     (put("provenance.json", "{half"), RESUME, "provenance.json: not JSON"),
@@ -75,8 +90,14 @@ DAMAGE = [
     (put("config.yaml", "a: [\n"), REPORT, "config.yaml: not valid YAML"),
     (put("config.yaml", b"\xff\xff"), REPORT, "config.yaml: can not be read"),
     (put("config.yaml", "data: {train: [a]}\n"), REPORT, "config runs/r/config.yaml: model: missing"),
-    *((put("config.yaml", "run: 3\n"), verb, "config runs/r/config.yaml: run: 3 is not valid; it is a section with settings")
-      for verb in (REPORT, COMPARE)),
+    *(
+        (
+            put("config.yaml", "run: 3\n"),
+            verb,
+            "config runs/r/config.yaml: run: 3 is not valid; it is a section with settings",
+        )
+        for verb in (REPORT, COMPARE)
+    ),
     (put("eval/m/items.jsonl", ""), ["compare", "runs/r/eval/m"], "compare runs/r/eval/m: its items.jsonl holds no answer"),
     (put("eval/m/other", ""), ["compare", "runs/r/eval/m"], "compare runs/r/eval/m: holds neither config.yaml"),
 ]
@@ -94,22 +115,26 @@ def test_files_of_other_names_are_not_the_runs(run_dir, capfd):
     assert main(REPORT) == 0 and main(RESUME) == 0
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["report", "runs/r"], "report.html"),
-    (["model", "{model}", "--out", "/proc/no/such"], "/proc/no"),
-    (["model", "{model}", "--out", "run.yaml"], "run.yaml"),
-    (["model", "runs/r/config.yaml"], "is a file"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["report", "runs/r"], "report.html"),
+        (["model", "{model}", "--out", "/proc/no/such"], "/proc/no"),
+        (["model", "{model}", "--out", "run.yaml"], "run.yaml"),
+        (["model", "runs/r/config.yaml"], "is a file"),
+    ],
+)
 def test_a_place_that_can_not_be_written_is_named(run_dir, capfd, model, arguments, words):
-    (run_dir / "report.html").mkdir()           # in the way (permissions do not stop a root user)
+    (run_dir / "report.html").mkdir()  # in the way (permissions do not stop a root user)
     refused(capfd, [text.replace("{model}", str(model)) for text in arguments], words)
 
 
 def test_a_full_disk_is_said_in_one_line(run_dir, capfd, monkeypatch):
     def full(*_args):
         raise OSError(28, "No space left on device")
+
     with monkeypatch.context() as patched:
-        patched.setattr("alphamed.observe.report.write_report", full)
+        patched.setattr("alphamed.lab.reports.report.write_report", full)
         refused(capfd, REPORT, "No space left on device", "make room")
     monkeypatch.setattr("os.fsync", full)
     refused(capfd, REPORT, "runs/r/report.html: No space left on device; make room and start again")
@@ -120,8 +145,11 @@ def test_a_full_disk_is_said_in_one_line(run_dir, capfd, monkeypatch):
 
 def test_the_path_of_a_model_is_taken_as_it_is(run_dir, capfd):
     """It is not YAML: all of this belongs to the name."""
-    refused(capfd, ["eval", "--config", "run.yaml", "--model", "a: b #1", "evaluation.files=[train.jsonl]"],
-            "'a: b #1': no such folder")
+    refused(
+        capfd,
+        ["eval", "--config", "run.yaml", "--model", "a: b #1", "evaluation.files=[train.jsonl]"],
+        "'a: b #1': no such folder",
+    )
 
 
 def test_a_reward_module_that_dies_of_a_signal_is_said_in_one_line(run_dir, capfd, monkeypatch):

@@ -1,4 +1,5 @@
 """The card of a built set adds up: read, left out by which step, kept; and what it says of balance is true of the set."""
+
 import json
 from pathlib import Path
 
@@ -20,30 +21,71 @@ def test_every_step_is_counted_and_the_sum_is_what_was_read(capsys):
     """40 questions of a and 10 of b are read. Of a, q0 is quarantined, q1 and q2 have a long stem, q3 stands again as `twin`
     (a repeat), q4 is in the benchmark. So 35 of a are left: 29 say "no" and 6 "yes", and the balance leaves 6 and 6. A quota
     takes 10 of these 12; b has none, its 10 are left out. `size` takes 7 of the 10."""
+
     def yes_no(i, **changes):
         return row(i, options={"A": "no", "B": "yes"}, answer="B" if i >= 33 else "A", **changes)
+
     a = [yes_no(i) for i in range(39)]
     for i in (1, 2):
         a[i]["question"] += " indeed" * 50
     write("a.jsonl", [*a, a[3] | {"id": "twin"}, {"id": "bad"}])
     write("b.jsonl", [row(i + 100) for i in range(10)])
     write("bench.jsonl", [a[4] | {"id": "x4", "options": {"A": "no", "B": "yes", "C": "perhaps"}}])
-    Path("d.yaml").write_text(yaml.safe_dump({"version": 1, "decisions": [
-        {"id": "q0", "fingerprint": of(a[0]), "decision": "quarantine", "who": "R", "when": "2026-01-31", "why": "unclear"},
-        {"id": "none such", "fingerprint": "0" * 16}]}))
-    card, page = build("--from", "a.jsonl", "--from", "b.jsonl", "--decisions", "d.yaml", "--against", "bench.jsonl",
-                       "overlap=drop", "filter.max_words=40", "drop_repeats=true", "balance=[{source: a}]", "bad_rows=skip",
-                       "quotas=[{source: a, count: 10}]", "size=7", "shuffle_options=true")
-    assert card["counts"] == {"read": 50, "kept": 7, "left_out": {
-        "decisions": 1, "filter": 2, "repeats": 1, "overlap": 1, "balance": 23, "quotas": 12, "size": 3}}
+    Path("d.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "version": 1,
+                "decisions": [
+                    {
+                        "id": "q0",
+                        "fingerprint": of(a[0]),
+                        "decision": "quarantine",
+                        "who": "R",
+                        "when": "2026-01-31",
+                        "why": "unclear",
+                    },
+                    {"id": "none such", "fingerprint": "0" * 16},
+                ],
+            }
+        )
+    )
+    card, page = build(
+        "--from",
+        "a.jsonl",
+        "--from",
+        "b.jsonl",
+        "--decisions",
+        "d.yaml",
+        "--against",
+        "bench.jsonl",
+        "overlap=drop",
+        "filter.max_words=40",
+        "drop_repeats=true",
+        "balance=[{source: a}]",
+        "bad_rows=skip",
+        "quotas=[{source: a, count: 10}]",
+        "size=7",
+        "shuffle_options=true",
+    )
+    assert card["counts"] == {
+        "read": 50,
+        "kept": 7,
+        "left_out": {"decisions": 1, "filter": 2, "repeats": 1, "overlap": 1, "balance": 23, "quotas": 12, "size": 3},
+    }
     assert len(Path("s.jsonl").read_text().splitlines()) == 7 == 50 - sum(card["counts"]["left_out"].values())
-    told = ("50 questions read, 43 left out (decisions 1, filter 2, repeats 1, overlap 1, balance 23, quotas 12, size 3), 7 "
-            "kept. 1 bad row is in none of these numbers.")
+    told = (
+        "50 questions read, 43 left out (decisions 1, filter 2, repeats 1, overlap 1, balance 23, quotas 12, size 3), 7 "
+        "kept. 1 bad row is in none of these numbers."
+    )
     assert told in page and told in capsys.readouterr().out
-    for step in ("decisions: d.yaml version 1: 0 fixed, 1 quarantined and left out, 0 stale, 0 open, 1 on ids that no "
-                 "question has", "filter: 2 left out by length", "repeats: 1 left out",
-                 "quotas: 12 left out that no quota took", "size: 3 left out over 7 in all",
-                 "letters: options put in a new order"):
+    for step in (
+        "decisions: d.yaml version 1: 0 fixed, 1 quarantined and left out, 0 stale, 0 open, 1 on ids that no question has",
+        "filter: 2 left out by length",
+        "repeats: 1 left out",
+        "quotas: 12 left out that no quota took",
+        "size: 3 left out over 7 in all",
+        "letters: options put in a new order",
+    ):
         assert step in card["steps"] and f"- {step}\n" in page
 
 
@@ -82,14 +124,16 @@ def test_what_is_said_of_balance_is_true_of_the_set(count):
     answers = [q.options[q.answer] for q in load_questions(["s.jsonl"]).questions]
     most = max(("no", "yes"), key=answers.count)
     share = answers.count(most) / count
-    told, = (step for step in card["steps"] if step.startswith("balance"))
+    (told,) = (step for step in card["steps"] if step.startswith("balance"))
     if count == 20:
         assert told.startswith("balance: 20 questions of a left out; in the set its commonest answer, '")
         assert told.endswith("makes up 50.0%, at most the 50.0% asked for")
     else:
         assert share > 0.5
-        assert told == (f"balance: 20 questions of a left out; in the set its commonest answer, '{most}', makes up "
-                        f"{share:.1%}, which is more than the 50.0% asked for; quotas and size draw after balance")
+        assert told == (
+            f"balance: 20 questions of a left out; in the set its commonest answer, '{most}', makes up "
+            f"{share:.1%}, which is more than the 50.0% asked for; quotas and size draw after balance"
+        )
 
 
 def test_balance_of_a_source_that_no_quota_takes():

@@ -1,4 +1,5 @@
 """Where `alphamed data` and `alphamed plan` write: never over what they read, nor two things into one file."""
+
 import json
 from pathlib import Path
 
@@ -13,30 +14,42 @@ BUILD = ["build", "--from", "a.jsonl", "--against", "bench.jsonl"]
 CLEAN = ["decontaminate", "--train", "a.jsonl", "--against", "bench.jsonl"]
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["inspect", "a.jsonl", "--out", "a.jsonl"], "--out: a.jsonl is what FILE reads"),
-    (["inspect", "a.jsonl", "--out", "./x/../a.jsonl"], "--out: x/../a.jsonl is what FILE reads"),
-    (["inspect", "a.jsonl", "--out", "x.json"], "the numbers: x.json is what --out writes"),
-    (["inspect", "a.jsonl", "--out", ""], "--out: '.' is not a file that can be written"),
-    (["inspect", ""], "'.' is not a file that can be written"),
-    ([*CLEAN, "--out", "x.jsonl", "--report", "x.jsonl"], "--report: x.jsonl is what --out writes"),
-    ([*CLEAN, "--out", "a.jsonl", "--report", "r.json"], "--out: a.jsonl is what --train reads"),
-    ([*CLEAN, "--out", "s.jsonl", "--report", "bench.jsonl"], "--report: bench.jsonl is what --against reads"),
-    ([*CLEAN, "--out", "s.txt", "--report", "r.json"], "--out: 's.txt' ends neither in"),
-    ([*BUILD, "--out", "a.jsonl"], "--out: a.jsonl is what a source reads"),
-    ([*BUILD, "--out", "bench.jsonl"], "--out: bench.jsonl is what against reads"),
-    ([*BUILD, "--out", "levels.jsonl", "sources=[{name: a, path: a.jsonl, levels: levels.jsonl}]"],
-     "--out: levels.jsonl is what levels reads"),
-    ([*BUILD, "--out", "d.jsonl", "--decisions", "d.card.json"], "the card: d.card.json is what decisions reads"),
-    (["build", "--config", "c.card.json", "--out", "c.jsonl"], "the card: c.card.json is what --config reads"),
-    (["build", "--from", "medqa=copy", "--out", "copy/s.jsonl"], "--out: copy/s.jsonl lies in copy, which a source reads"),
-    (["build", "--from", "a.jsonl", "--out", ""], "--out: '.' is not a file that can be written"),
-    (["suspects", "--questions", "a.jsonl", "--out", "a.jsonl"], "--out: a.jsonl is what --questions reads"),
-    (["suspects", "--questions", "a.jsonl", "--items", "bench.jsonl", "--out", "bench.jsonl"],
-     "--out: bench.jsonl is what --items reads"),
-    (["difficulty", "--questions", "a.jsonl", "--model", "m", "--out", "a.jsonl"],
-     "--out: a.jsonl is what --questions reads"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["inspect", "a.jsonl", "--out", "a.jsonl"], "--out: a.jsonl is what FILE reads"),
+        (["inspect", "a.jsonl", "--out", "./x/../a.jsonl"], "--out: x/../a.jsonl is what FILE reads"),
+        (["inspect", "a.jsonl", "--out", "x.json"], "the numbers: x.json is what --out writes"),
+        (["inspect", "a.jsonl", "--out", ""], "--out: '.' is not a file that can be written"),
+        (["inspect", ""], "'.' is not a file that can be written"),
+        ([*CLEAN, "--out", "x.jsonl", "--report", "x.jsonl"], "--report: x.jsonl is what --out writes"),
+        ([*CLEAN, "--out", "a.jsonl", "--report", "r.json"], "--out: a.jsonl is what --train reads"),
+        ([*CLEAN, "--out", "s.jsonl", "--report", "bench.jsonl"], "--report: bench.jsonl is what --against reads"),
+        ([*CLEAN, "--out", "s.txt", "--report", "r.json"], "--out: 's.txt' ends neither in"),
+        ([*BUILD, "--out", "a.jsonl"], "--out: a.jsonl is what a source reads"),
+        ([*BUILD, "--out", "bench.jsonl"], "--out: bench.jsonl is what against reads"),
+        (
+            [*BUILD, "--out", "levels.jsonl", "sources=[{name: a, path: a.jsonl, levels: levels.jsonl}]"],
+            "--out: levels.jsonl is what levels reads",
+        ),
+        ([*BUILD, "--out", "d.jsonl", "--decisions", "d.card.json"], "the card: d.card.json is what decisions reads"),
+        (["build", "--config", "c.card.json", "--out", "c.jsonl"], "the card: c.card.json is what --config reads"),
+        (
+            ["build", "--from", "medqa=copy", "--out", "copy/s.jsonl"],
+            "--out: copy/s.jsonl lies in copy, which a source reads",
+        ),
+        (["build", "--from", "a.jsonl", "--out", ""], "--out: '.' is not a file that can be written"),
+        (["suspects", "--questions", "a.jsonl", "--out", "a.jsonl"], "--out: a.jsonl is what --questions reads"),
+        (
+            ["suspects", "--questions", "a.jsonl", "--items", "bench.jsonl", "--out", "bench.jsonl"],
+            "--out: bench.jsonl is what --items reads",
+        ),
+        (
+            ["difficulty", "--questions", "a.jsonl", "--model", "m", "--out", "a.jsonl"],
+            "--out: a.jsonl is what --questions reads",
+        ),
+    ],
+)
 def test_nothing_is_written_over_what_is_read_or_written(capsys, arguments, words):
     write("a.jsonl", [row(i) for i in range(3)])
     write("bench.jsonl", [row(50)])
@@ -54,8 +67,10 @@ def test_nothing_is_written_over_what_is_read_or_written(capsys, arguments, word
 
 def test_a_plan_is_not_written_over_its_configuration_nor_twice_into_one_file(capsys):
     Path("c.yaml").write_text("not: read\n")
-    for arguments, words in ((["--json", "c.yaml"], "--json: c.yaml is what --config reads"),
-                             (["--html", "p", "--json", "p"], "--html: p is what --json writes")):
+    for arguments, words in (
+        (["--json", "c.yaml"], "--json: c.yaml is what --config reads"),
+        (["--html", "p", "--json", "p"], "--html: p is what --json writes"),
+    ):
         assert main(["plan", "--config", "c.yaml", *arguments]) == 2
         assert words in capsys.readouterr().err
     assert files() == ["c.yaml"] and Path("c.yaml").read_text() == "not: read\n"
@@ -82,17 +97,41 @@ def two_folders():
     write("a.jsonl", [row(i) for i in range(5)])
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["build", "--from", "a.jsonl", "--against", "d1/test.jsonl", "--against", "d2/test.jsonl", "--out", "s.jsonl"],
-     "against: two benchmarks are called test (d1/test.jsonl and d2/test.jsonl)"),
-    (["decontaminate", "--train", "a.jsonl", "--against", "d1/test.jsonl", "--against", "d2/test.jsonl", "--out", "s.jsonl",
-      "--report", "r.json"], "against: two benchmarks are called test"),
-    (["build", "--from", "d1/train.jsonl", "--from", "d2/train.jsonl", "--out", "s.jsonl"],
-     "--from: two sources are called train (d1/train.jsonl and d2/train.jsonl); give one of them a name of its own, as "
-     "NAME=PATH"),
-    (["build", "--from", "x=d1/train.jsonl", "--from", "x=d2/train.jsonl", "--out", "s.jsonl"], "two sources are called x"),
-    (["build", "--config", "c.yaml", "--from", "d2/train.jsonl", "--out", "s.jsonl"], "two sources are called train"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (
+            ["build", "--from", "a.jsonl", "--against", "d1/test.jsonl", "--against", "d2/test.jsonl", "--out", "s.jsonl"],
+            "against: two benchmarks are called test (d1/test.jsonl and d2/test.jsonl)",
+        ),
+        (
+            [
+                "decontaminate",
+                "--train",
+                "a.jsonl",
+                "--against",
+                "d1/test.jsonl",
+                "--against",
+                "d2/test.jsonl",
+                "--out",
+                "s.jsonl",
+                "--report",
+                "r.json",
+            ],
+            "against: two benchmarks are called test",
+        ),
+        (
+            ["build", "--from", "d1/train.jsonl", "--from", "d2/train.jsonl", "--out", "s.jsonl"],
+            "--from: two sources are called train (d1/train.jsonl and d2/train.jsonl); give one of them a name of its own, as "
+            "NAME=PATH",
+        ),
+        (
+            ["build", "--from", "x=d1/train.jsonl", "--from", "x=d2/train.jsonl", "--out", "s.jsonl"],
+            "two sources are called x",
+        ),
+        (["build", "--config", "c.yaml", "--from", "d2/train.jsonl", "--out", "s.jsonl"], "two sources are called train"),
+    ],
+)
 def test_two_of_one_name_are_refused(capsys, arguments, words):
     two_folders()
     Path("c.yaml").write_text("sources: [{name: train, path: d1/train.jsonl}]\n")
@@ -133,10 +172,14 @@ def test_an_inspection_replaces_no_file_of_the_users(tmp_path, monkeypatch, caps
     assert main(["data", "inspect", "other.jsonl"]) == 0 == main(["data", "inspect", "other.jsonl", "--overwrite"])
 
 
-@pytest.mark.parametrize("arguments, made", [
-    ([*BUILD, "--out", "s.jsonl"], ["s.card.json", "s.card.md", "s.jsonl"]),
-    ([*CLEAN, "--out", "s.jsonl", "--report", "r.json"], ["r.json", "s.jsonl"]),
-    (["inspect", "a.jsonl", "--out", "p.html"], ["p.html", "p.json"])])
+@pytest.mark.parametrize(
+    "arguments, made",
+    [
+        ([*BUILD, "--out", "s.jsonl"], ["s.card.json", "s.card.md", "s.jsonl"]),
+        ([*CLEAN, "--out", "s.jsonl", "--report", "r.json"], ["r.json", "s.jsonl"]),
+        (["inspect", "a.jsonl", "--out", "p.html"], ["p.html", "p.json"]),
+    ],
+)
 def test_what_is_there_is_replaced_with_overwrite_only(capsys, arguments, made):
     """Any one of the files that a verb writes is enough for it to be refused."""
     write("a.jsonl", [row(i) for i in range(3)])
@@ -148,7 +191,8 @@ def test_what_is_there_is_replaced_with_overwrite_only(capsys, arguments, made):
             Path(other).unlink(missing_ok=True)
         Path(name).write_text('{"sha256": 0, "findings": []}')
         assert main(["data", *arguments]) == 2
-        assert capsys.readouterr().err.endswith(f": {name} is there already; choose another name, or replace it with "
-                                                "--overwrite\n")
+        assert capsys.readouterr().err.endswith(
+            f": {name} is there already; choose another name, or replace it with --overwrite\n"
+        )
         assert [one for one in files() if one in made] == [name] and Path(name).read_text().startswith('{"sha256": 0')
     assert main(["data", *arguments, "--overwrite"]) == 0 and set(made) <= set(files())

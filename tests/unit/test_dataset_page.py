@@ -1,4 +1,5 @@
 """The page of a set: its numbers, its findings, that it asks for nothing and that text stays text."""
+
 import json
 import re
 from html.parser import HTMLParser
@@ -7,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from alphamed.cli import main
-from alphamed.data.checks import check_set
-from alphamed.observe.dataset_page import examples, set_figures
-from alphamed.observe.plots import histogram, ranked_bars
+from alphamed.lab.datasets.checks import check_set
+from alphamed.lab.datasets.page import examples, set_figures
+from alphamed.lab.reports.plots import histogram, ranked_bars
 from alphamed.records import Question
 
 EVIL = "</div><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7*7 }}"
@@ -29,28 +30,45 @@ def test_an_even_set_has_no_findings():
     assert check_set(even) == []
 
 
-@pytest.mark.parametrize("change, title, count", [
-    (lambda i: {"answer": "A" if i < 32 else "BCD"[i % 3]}, "Skewed letters", 32),                   # 32 of 80 > 1.25 / 4
-    (lambda i: {"options": ("yes", "no") if i < 41 else ("no", "yes"), "answer": "A"}, "A constant answer pays", 41),
-    (lambda i: {"options": (f"a{i} is long", f"b{i}", f"c{i}", f"d{i}"), "answer": "A" if i < 36 else "BCD"[i % 3]},
-     "Long keys", 36),                                                                               # chance is 20 of 80
-    (lambda i: {"stem": "The photograph shows what" if i < 3 else "Why"}, "Images that are not there", 3),
-    (lambda i: {"options": (f"a{i}", f"b{i}", f"c{i}", "all of the above") if i < 4 else (f"a{i}", f"b{i}", f"c{i}", "d")},
-     "Options that refer to options", 4),
-])
+@pytest.mark.parametrize(
+    "change, title, count",
+    [
+        (lambda i: {"answer": "A" if i < 32 else "BCD"[i % 3]}, "Skewed letters", 32),  # 32 of 80 > 1.25 / 4
+        (lambda i: {"options": ("yes", "no") if i < 41 else ("no", "yes"), "answer": "A"}, "A constant answer pays", 41),
+        (
+            lambda i: {"options": (f"a{i} is long", f"b{i}", f"c{i}", f"d{i}"), "answer": "A" if i < 36 else "BCD"[i % 3]},
+            "Long keys",
+            36,
+        ),  # chance is 20 of 80
+        (lambda i: {"stem": "The photograph shows what" if i < 3 else "Why"}, "Images that are not there", 3),
+        (
+            lambda i: {
+                "options": (f"a{i}", f"b{i}", f"c{i}", "all of the above") if i < 4 else (f"a{i}", f"b{i}", f"c{i}", "d")
+            },
+            "Options that refer to options",
+            4,
+        ),
+    ],
+)
 def test_each_finding_counts(change, title, count):
     base = {"options": None, "answer": None}
     questions = []
     for i in range(80):
-        settings = {key: value for key, value in base.items() if value} | {
-            "options": (f"a{i}", f"b{i}", f"c{i}", f"d{i}"), "answer": "ABCD"[i % 4]} | change(i)
+        settings = (
+            {key: value for key, value in base.items() if value}
+            | {"options": (f"a{i}", f"b{i}", f"c{i}", f"d{i}"), "answer": "ABCD"[i % 4]}
+            | change(i)
+        )
         questions.append(question(i, **settings))
     assert titles(questions).get(title) == count
 
 
 def test_repeats_and_conflicts():
-    twins = [Question("a", "Why?", {"A": "x", "B": "y"}, "A"), Question("b", "why", {"A": "y", "B": "x"}, "B"),
-             Question("c", "Why?", {"A": "x", "B": "y"}, "B")]
+    twins = [
+        Question("a", "Why?", {"A": "x", "B": "y"}, "A"),
+        Question("b", "why", {"A": "y", "B": "x"}, "B"),
+        Question("c", "Why?", {"A": "x", "B": "y"}, "B"),
+    ]
     assert titles(twins) == {"Repeated questions": 1, "Conflicting keys": 3}
 
 
@@ -89,8 +107,18 @@ class Tags(HTMLParser):
 
 
 def test_the_page_is_one_safe_file_and_its_numbers_are_json(tmp_path, capsys):
-    rows = [{"id": f"q{i}", "question": EVIL + str(i), "options": {"A": EVIL, "B": "b"}, "answer": "B", "source": EVIL,
-             "context": EVIL, "level": i % 6 + 1} for i in range(60)] + [{"id": "bad"}]
+    rows = [
+        {
+            "id": f"q{i}",
+            "question": EVIL + str(i),
+            "options": {"A": EVIL, "B": "b"},
+            "answer": "B",
+            "source": EVIL,
+            "context": EVIL,
+            "level": i % 6 + 1,
+        }
+        for i in range(60)
+    ] + [{"id": "bad"}]
     (tmp_path / "set.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     assert main(["data", "inspect", str(tmp_path / "set.jsonl")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "set.html")
@@ -103,5 +131,8 @@ def test_the_page_is_one_safe_file_and_its_numbers_are_json(tmp_path, capsys):
     numbers = json.loads((tmp_path / "set.json").read_text())
     assert numbers["questions"] == 60 and numbers["levels"] == {str(level): 10 for level in range(1, 7)}
     assert {finding["title"]: finding["count"] for finding in numbers["findings"]} == {
-        "Bad rows": 1, "A constant answer pays": 60, "Skewed letters": 60}
+        "Bad rows": 1,
+        "A constant answer pays": 60,
+        "Skewed letters": 60,
+    }
     assert Path(numbers["file"]).name == "set.jsonl"

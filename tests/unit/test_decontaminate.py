@@ -1,4 +1,5 @@
 """Contamination: the exact join against brute force, the rules on a hand-labelled fixture, real near-duplicates."""
+
 import math
 from collections import Counter
 from pathlib import Path
@@ -7,11 +8,11 @@ from random import Random
 import pytest
 import yaml
 
-from alphamed.config_choices import BadRows
-from alphamed.data.decontaminate import Rule, find_hits, report
-from alphamed.data.matching import similar_pairs
+from alphamed.config.choices import BadRows
 from alphamed.data.sources import load_questions
 from alphamed.data.text import content_words
+from alphamed.lab.datasets.decontaminate import Rule, find_hits, report
+from alphamed.lab.datasets.matching import similar_pairs
 from alphamed.records import Question
 
 FIXTURE = Path(__file__).parents[1] / "contamination.yaml"
@@ -26,15 +27,18 @@ def question(name, stem, options=("yes", "no"), answer=None):
 # ------------------------------------------------------------------------------------------------------------ the join
 def brute_force(base, queries, threshold):
     """The definition in matching.py, pair by pair with plain sets."""
+
     def features(text):
         found = content_words(text)
         return set(found) | set(zip(found, found[1:]))
+
     sides = [[features(text) for text in texts] for texts in (base, queries)]
     frequency = Counter(f for side in sides for document in side for f in document)
     total = len(base) + len(queries)
 
     def weigh(chosen):
         return sum(math.log1p(total / frequency[f]) for f in chosen)
+
     found = {}
     for j, query in enumerate(sides[1]):
         for i, document in enumerate(sides[0]):
@@ -78,8 +82,10 @@ def test_precision_and_recall_on_labelled_pairs():
     found = {(hit.train.id, hit.against.id) for hit in find_hits(train, {"fixture": benchmark})}
     precision, recall = len(found & same) / len(found), len(found & same) / len(same)
     missed = Counter(kinds[name] for name, _ in same - found)
-    print(f"\n{len(train)} training questions, {len(same)} of them the same as one of {len(benchmark)}: precision "
-          f"{precision:.3f}, recall {recall:.3f}; missed: {dict(missed)}; wrong: {sorted(found - same)}")
+    print(
+        f"\n{len(train)} training questions, {len(same)} of them the same as one of {len(benchmark)}: precision "
+        f"{precision:.3f}, recall {recall:.3f}; missed: {dict(missed)}; wrong: {sorted(found - same)}"
+    )
     assert len(train) >= 45 and len(same) >= 25
     assert precision >= 0.95 and recall >= 0.75
     assert set(missed) <= {"heavy rewording", "shortened", "light rewording"}
@@ -91,15 +97,18 @@ STEM = "Which enzyme of the liver splits fructose bisphosphate in glycolysis"
 OPTIONS = ("Aldolase", "Enolase", "Hexokinase", "Pyruvate kinase")
 
 
-@pytest.mark.parametrize("stem, options, answer, rule", [
-    (STEM + "?", OPTIONS, "Aldolase", Rule.EXACT),
-    (STEM.upper() + " :", OPTIONS[::-1], "Aldolase", Rule.EXACT),
-    ("In the liver which enzyme is it that splits its substrate?", OPTIONS[::-1], "Aldolase", Rule.OPTIONS),
-    (STEM + " of a healthy man?", ("Aldolase", "Lyase", "Ligase", "Lipase"), "Aldolase", Rule.SIMILAR),
-    (STEM + "?", ("Trypsin", "Lyase", "Ligase", "Lipase"), "Lyase", None),              # other answer, other options
-    ("What turns glucose over first?", OPTIONS, "Aldolase", None),                     # same options and key, other words
-    ("Which enzyme of the liver makes fat?", OPTIONS, "Enolase", None),
-])
+@pytest.mark.parametrize(
+    "stem, options, answer, rule",
+    [
+        (STEM + "?", OPTIONS, "Aldolase", Rule.EXACT),
+        (STEM.upper() + " :", OPTIONS[::-1], "Aldolase", Rule.EXACT),
+        ("In the liver which enzyme is it that splits its substrate?", OPTIONS[::-1], "Aldolase", Rule.OPTIONS),
+        (STEM + " of a healthy man?", ("Aldolase", "Lyase", "Ligase", "Lipase"), "Aldolase", Rule.SIMILAR),
+        (STEM + "?", ("Trypsin", "Lyase", "Ligase", "Lipase"), "Lyase", None),  # other answer, other options
+        ("What turns glucose over first?", OPTIONS, "Aldolase", None),  # same options and key, other words
+        ("Which enzyme of the liver makes fat?", OPTIONS, "Enolase", None),
+    ],
+)
 def test_each_rule(stem, options, answer, rule):
     hits = find_hits([question("t", stem, options, answer)], {"b": [question("q", STEM + "?", OPTIONS, "Aldolase")]})
     assert [hit.rule for hit in hits] == ([rule] if rule else [])
@@ -117,8 +126,10 @@ def test_the_report_has_the_evidence():
     benchmarks = {"b": [question("q", STEM + "?", OPTIONS[::-1], "Aldolase")], "c": [question("r", "Unrelated words here?")]}
     found = report(train, benchmarks, find_hits(train, benchmarks), 0.6)
     assert (found["train_questions"], found["contaminated"]) == (2, 1)
-    assert found["benchmarks"] == {"b": {"questions": 1, "touched": 1, "rules": {"exact": 1}},
-                                   "c": {"questions": 1, "touched": 0, "rules": {}}}
+    assert found["benchmarks"] == {
+        "b": {"questions": 1, "touched": 1, "rules": {"exact": 1}},
+        "c": {"questions": 1, "touched": 0, "rules": {}},
+    }
     hit = found["hits"][0]
     assert (hit["rule"], hit["similarity"], hit["same_answer"], hit["shared_options"]) == ("exact", 1.0, True, 1.0)
     assert (hit["train"]["id"], hit["against"]["id"], hit["against"]["options"]["D"]) == ("t", "q", "Aldolase")
@@ -129,10 +140,20 @@ def test_the_report_has_the_evidence():
 def test_planted_copies_of_real_questions_are_found_among_real_ones():
     """20 questions of the development file, changed by a few words and with shuffled letters, among 2,563 others."""
     train = list(load_questions([REAL / "train_headqa_en.jsonl"], BadRows.SKIP).questions)
-    dev = [q for q in load_questions([REAL / "dev_headqa_en.jsonl"], BadRows.SKIP).questions
-           if len(content_words(q.question)) >= 8][:20]
-    planted = [question(f"planted-{i}", "Indicate: " + q.question.rstrip(":.?") + ", in general",
-                        tuple(q.options.values())[::-1], q.options[q.answer]) for i, q in enumerate(dev)]
+    dev = [
+        q
+        for q in load_questions([REAL / "dev_headqa_en.jsonl"], BadRows.SKIP).questions
+        if len(content_words(q.question)) >= 8
+    ][:20]
+    planted = [
+        question(
+            f"planted-{i}",
+            "Indicate: " + q.question.rstrip(":.?") + ", in general",
+            tuple(q.options.values())[::-1],
+            q.options[q.answer],
+        )
+        for i, q in enumerate(dev)
+    ]
     hits = find_hits([*train, *planted], {"dev": dev})
     found = {(hit.train.id, hit.against.id) for hit in hits if hit.train.id.startswith("planted")}
     assert found == {(copy.id, original.id) for copy, original in zip(planted, dev)}

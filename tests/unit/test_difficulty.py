@@ -1,4 +1,5 @@
 """Difficulty: levels by hand, shards that repeat nothing after a kill, columns beside the questions, build's axes."""
+
 import contextlib
 import json
 from pathlib import Path
@@ -7,10 +8,10 @@ import pytest
 from tiny import tiny_hf
 
 from alphamed import cli
-from alphamed.data.difficulty import INFORMATIVENESS, by_length, level_of, shard_of
 from alphamed.data.sources import load_questions
 from alphamed.data.tokenizer import load_tokenizer
 from alphamed.evaluation import answers
+from alphamed.lab.datasets.difficulty import INFORMATIVENESS, by_length, level_of, shard_of
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
 from alphamed.reward.rules import correct, grade
 
@@ -25,11 +26,23 @@ def test_levels_of_five_samples_are_the_papers():
     assert [level_of(right, 5) for right in (5, 4, 3, 2, 1, 0)] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("right, samples, level", [
-    (1, 1, 1), (0, 1, 6), (1, 2, 4),                # 0.5 lies between 0.6 and 0.4: the harder
-    (1, 3, 4), (2, 3, 3),                           # 0.33 is nearest to 0.4, 0.67 to 0.6
-    (7, 8, 2), (1, 8, 5), (99, 100, 2), (1, 100, 5),        # not all and not none: never 1 or 6
-    (7, 10, 3), (9, 10, 2), (3, 10, 5)])            # 0.7 as near to 0.8 as to 0.6: the harder; 0.3 likewise
+@pytest.mark.parametrize(
+    "right, samples, level",
+    [
+        (1, 1, 1),
+        (0, 1, 6),
+        (1, 2, 4),  # 0.5 lies between 0.6 and 0.4: the harder
+        (1, 3, 4),
+        (2, 3, 3),  # 0.33 is nearest to 0.4, 0.67 to 0.6
+        (7, 8, 2),
+        (1, 8, 5),
+        (99, 100, 2),
+        (1, 100, 5),  # not all and not none: never 1 or 6
+        (7, 10, 3),
+        (9, 10, 2),
+        (3, 10, 5),
+    ],
+)  # 0.7 as near to 0.8 as to 0.6: the harder; 0.3 likewise
 def test_levels_of_any_number_of_samples(right, samples, level):
     assert level_of(right, samples) == level
 
@@ -52,8 +65,17 @@ def test_bins_of_length():
 
 # -------------------------------------------------------------------------------------------------------------- running
 def rows(count):
-    return [{"id": f"q{i}", "question": f"Which is {i}? " + "word " * (20 * i), "answer": "A", "source": "s", "level": 6,
-             "options": {"A": f"one {i}", "B": f"two {i}"}} for i in range(count)]
+    return [
+        {
+            "id": f"q{i}",
+            "question": f"Which is {i}? " + "word " * (20 * i),
+            "answer": "A",
+            "source": "s",
+            "level": 6,
+            "options": {"A": f"one {i}", "B": f"two {i}"},
+        }
+        for i in range(count)
+    ]
 
 
 def write(name, rows):
@@ -77,20 +99,40 @@ def engines(tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             asked.append(task)
             texts = [says(task.question, j) for j in range(task.sampling.n)]
-            rollouts = tuple(Rollout(task.group_id, task.question.id, j, tuple(range(len(text.split()))), (), text,
-                                     FinishReason.STOP, 0) for j, text in enumerate(texts))
+            rollouts = tuple(
+                Rollout(task.group_id, task.question.id, j, tuple(range(len(text.split()))), (), text, FinishReason.STOP, 0)
+                for j, text in enumerate(texts)
+            )
             marks = [grade(task.question, text, FinishReason.STOP, correct) for text in texts]
-            yield ScoredGroup(RolloutGroup(task.group_id, task.question, task.prompt_token_ids, rollouts),
-                              tuple(mark.outcome for mark in marks), (0.0,) * len(texts), (0.0,) * len(texts),
-                              tuple(mark.letter for mark in marks))
+            yield ScoredGroup(
+                RolloutGroup(task.group_id, task.question, task.prompt_token_ids, rollouts),
+                tuple(mark.outcome for mark in marks),
+                (0.0,) * len(texts),
+                (0.0,) * len(texts),
+                tuple(mark.letter for mark in marks),
+            )
 
     monkeypatch.setattr(answers, "answering", lambda config, model: contextlib.nullcontext(answer))
     return asked, limits
 
 
 def annotate(model, *rest, questions="q.jsonl", out="out.jsonl"):
-    return cli.main(["data", "difficulty", "--questions", questions, "--model", str(model), "--out", out, *rest,
-                     "rollout.max_response_tokens=16", "rollout.dtype=fp32", "cluster.device=cpu"])
+    return cli.main(
+        [
+            "data",
+            "difficulty",
+            "--questions",
+            questions,
+            "--model",
+            str(model),
+            "--out",
+            out,
+            *rest,
+            "rollout.max_response_tokens=16",
+            "rollout.dtype=fp32",
+            "cluster.device=cpu",
+        ]
+    )
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -102,10 +144,11 @@ def test_questions_get_their_columns(model, engines, capsys, suffix):
     found = load_questions([f"out.{suffix}"]).questions
     assert [(q.id, q.level) for q in found] == [("q0", 6), ("q1", 5), ("q2", 4), ("q3", 3), ("q4", 2), ("q5", 1)]
     import pandas
+
     table = pandas.read_json("out.jsonl", lines=True) if suffix == "jsonl" else pandas.read_parquet("out.parquet")
-    assert list(table["pass_rate"]) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])        # pandas rounds when it reads JSON
+    assert list(table["pass_rate"]) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])  # pandas rounds when it reads JSON
     assert list(table["unparsed"]) == [0.2] * 5 + [0.0]
-    assert table["response_tokens_mean"][2] == pytest.approx((1 + 1 + 2 + 4 + 4) / 5)      # words, as the script counts
+    assert table["response_tokens_mean"][2] == pytest.approx((1 + 1 + 2 + 4 + 4) / 5)  # words, as the script counts
     assert set(table["samples"]) == {5} and set(table["annotated_by"]) == {"tiny"}
     tokenizer = load_tokenizer(model)
     lengths = [len(tokenizer.encode(row["question"].strip())) for row in rows(6)]
@@ -121,7 +164,7 @@ def test_a_killed_annotation_repeats_no_finished_question(model, engines, capsys
     assert annotate(model) == 130 and not Path("out.jsonl").exists()
     shard = Path("out.jsonl.work/shard-1-of-1.jsonl")
     with shard.open("a") as lines:
-        lines.write('{"id": "q4", "cont')                                  # the kill came in the middle of a line
+        lines.write('{"id": "q4", "cont')  # the kill came in the middle of a line
     first, limits["dies_after"] = [task.question.id for task in asked], None
     asked.clear()
     assert annotate(model) == 0
@@ -148,7 +191,7 @@ def test_another_measure_of_informativeness_asks_nothing_again(model, engines, m
     asked, _ = engines
     assert annotate(model) == 0
     asked.clear()
-    assert annotate(model, "--informativeness", "options") == 2 and asked == []            # the set is there
+    assert annotate(model, "--informativeness", "options") == 2 and asked == []  # the set is there
     assert annotate(model, "--informativeness", "options", "--overwrite") == 0 and asked == []
     assert [q.informativeness for q in load_questions(["out.jsonl"]).questions] == [2, 2]
 
@@ -170,15 +213,22 @@ def test_build_filters_by_informativeness_and_keeps_it(model, engines):
     assert json.loads(Path("set.card.json").read_text())["set"]["informativeness"] == {"4": len(long)}
 
 
-@pytest.mark.parametrize("rest, message", [
-    (["--shard", "3/2"], "--shard: '3/2' is not I/N with I from 1 to N"),
-    (["--samples", "0"], "--samples: 0 is no number of samples; give 1 or more"),
-    (["--temperature", "0"], "--temperature: 0 gives every answer alike, which measures no difficulty; give one above 0"),
-    (["--temperature", "-1"], "--temperature: -1.0 is not between 0 and 10"),
-    (["--temperature", "inf"], "--temperature: inf is not between 0 and 10"),
-    (["--top-p", "7"], "--top-p: 7.0 is not above 0 and at most 1"),
-    (["--out", "out.csv"], "--out: 'out.csv' ends neither in .jsonl nor in .parquet"),
-    (["--model", "nowhere"], "model.path")])
+@pytest.mark.parametrize(
+    "rest, message",
+    [
+        (["--shard", "3/2"], "--shard: '3/2' is not I/N with I from 1 to N"),
+        (["--samples", "0"], "--samples: 0 is no number of samples; give 1 or more"),
+        (
+            ["--temperature", "0"],
+            "--temperature: 0 gives every answer alike, which measures no difficulty; give one above 0",
+        ),
+        (["--temperature", "-1"], "--temperature: -1.0 is not between 0 and 10"),
+        (["--temperature", "inf"], "--temperature: inf is not between 0 and 10"),
+        (["--top-p", "7"], "--top-p: 7.0 is not above 0 and at most 1"),
+        (["--out", "out.csv"], "--out: 'out.csv' ends neither in .jsonl nor in .parquet"),
+        (["--model", "nowhere"], "model.path"),
+    ],
+)
 def test_mistakes_are_one_line_and_write_nothing(model, engines, capsys, rest, message):
     write("q.jsonl", rows(2))
     assert annotate(model, *rest) == 2
@@ -195,18 +245,32 @@ def test_other_settings_do_not_mix(model, engines, capsys):
 
 
 def test_outcomes_of_the_grader_that_are_no_answer_are_no_right_ones():
-    from alphamed.data.difficulty import Annotated
+    from alphamed.lab.datasets.difficulty import Annotated
 
-    one = Annotated("q", "", tuple(map(str, (Outcome.CORRECT, Outcome.TRUNCATED, Outcome.UNPARSEABLE, Outcome.WRONG))),
-                    ("A", "A", None, "B"), (4, 16, 3, 5), 9, (True, True, False, False))
-    assert one.columns("m") == {"pass_rate": 0.25, "samples": 4, "unparsed": 0.25, "truncated": 0.5,     # one cut, yet right
-                                "response_tokens_mean": 7.0, "question_tokens": 9, "annotated_by": "m"}
-    assert one.level == 5                           # 0.25 is nearest to 0.2
+    one = Annotated(
+        "q",
+        "",
+        tuple(map(str, (Outcome.CORRECT, Outcome.TRUNCATED, Outcome.UNPARSEABLE, Outcome.WRONG))),
+        ("A", "A", None, "B"),
+        (4, 16, 3, 5),
+        9,
+        (True, True, False, False),
+    )
+    assert one.columns("m") == {
+        "pass_rate": 0.25,
+        "samples": 4,
+        "unparsed": 0.25,
+        "truncated": 0.5,  # one cut, yet right
+        "response_tokens_mean": 7.0,
+        "question_tokens": 9,
+        "annotated_by": "m",
+    }
+    assert one.level == 5  # 0.25 is nearest to 0.2
 
 
 def test_a_cut_answer_that_is_graded_all_the_same_counts_as_truncated():
     """reward.truncated=grade: the first answer is right and was cut."""
-    from alphamed.data.difficulty import annotated
+    from alphamed.lab.datasets.difficulty import annotated
 
     question = Question("q", "Which?", {"A": "this", "B": "that"}, "A")
     ends = (FinishReason.LENGTH, FinishReason.STOP)
@@ -218,10 +282,16 @@ def test_a_cut_answer_that_is_graded_all_the_same_counts_as_truncated():
 
 
 def test_annotations_of_before_cuts_were_recorded_are_read(tmp_path):
-    from alphamed.data.difficulty import content_of, read_work
+    from alphamed.lab.datasets.difficulty import content_of, read_work
 
     question = Question("q", "Which?", {"A": "this", "B": "that"}, "A")
-    row = {"id": "q", "content": content_of(question), "outcomes": ["truncated", "correct"], "letters": [None, "A"],
-           "tokens": [16, 3], "question_tokens": 9}
+    row = {
+        "id": "q",
+        "content": content_of(question),
+        "outcomes": ["truncated", "correct"],
+        "letters": [None, "A"],
+        "tokens": [16, 3],
+        "question_tokens": 9,
+    }
     (tmp_path / "shard-1-of-1.jsonl").write_text(json.dumps(row) + "\n")
     assert read_work(tmp_path, [question], 2)["q"].columns("m")["truncated"] == 0.5

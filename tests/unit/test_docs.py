@@ -1,4 +1,5 @@
 """README and docs: links lead somewhere, commands are ones that the program takes, YAML sections are ones that it knows."""
+
 import re
 import shlex
 from pathlib import Path
@@ -7,7 +8,7 @@ import pytest
 import yaml
 
 from alphamed.cli import _parse
-from alphamed.config import Config
+from alphamed.config.schema import Config
 from alphamed.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +49,7 @@ def command_lines(text: str) -> list[str]:
         if language not in ("", "bash", "sh", "console"):
             continue
         for line in re.sub(r" *\\\n\s*", " ", block).splitlines():
-            line = re.split(r"\s+#|\s{2,}", line.strip().removeprefix("$ "))[0]     # a comment, or a second column
+            line = re.split(r"\s+#|\s{2,}", line.strip().removeprefix("$ "))[0]  # a comment, or a second column
             if line.startswith("alphamed "):
                 lines.append(line)
     return lines
@@ -71,8 +72,9 @@ def test_commands_are_ones_that_the_program_takes(page, line):
 
 
 def yaml_blocks() -> list[tuple[str, str]]:
-    return [(name_of(page), block) for page in PAGES for language, block in FENCE.findall(page.read_text())
-            if language == "yaml"]
+    return [
+        (name_of(page), block) for page in PAGES for language, block in FENCE.findall(page.read_text()) if language == "yaml"
+    ]
 
 
 @pytest.mark.parametrize("page, block", yaml_blocks(), ids=[page for page, _ in yaml_blocks()])
@@ -82,6 +84,11 @@ def test_settings_in_yaml_blocks_exist(page, block):
     assert tree
     if not isinstance(tree, dict) or not tree.keys() <= Config.model_fields.keys():
         return
-    unknown = [f"{section}.{key}" for section, value in tree.items() if isinstance(value, dict)
-               for key in value if key not in Config.model_fields[section].annotation.model_fields]
+    unknown = [
+        f"{section}.{key}"
+        for section, value in tree.items()
+        if isinstance(value, dict)
+        for key in value
+        if key not in Config.model_fields[section].annotation.model_fields
+    ]
     assert unknown == []

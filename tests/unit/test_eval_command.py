@@ -1,4 +1,5 @@
 """`alphamed eval` but for the engines: what is asked, kept, graded, refused and written. Answers come from a script."""
+
 import contextlib
 import json
 from pathlib import Path
@@ -41,7 +42,7 @@ class Script:
                 rollouts.append(Rollout(task.group_id, task.question.id, j, words, (), text, reason, 0))
             group = RolloutGroup(task.group_id, task.question, task.prompt_token_ids, tuple(rollouts))
             n = len(rollouts)
-            yield ScoredGroup(group, (Outcome.WRONG,) * n, (0.0,) * n, (0.0,) * n, (None,) * n)     # not read
+            yield ScoredGroup(group, (Outcome.WRONG,) * n, (0.0,) * n, (0.0,) * n, (None,) * n)  # not read
 
 
 def script(monkeypatch, says, dies_after=None):
@@ -51,15 +52,34 @@ def script(monkeypatch, says, dies_after=None):
 
 
 def questions(folder, name="e.jsonl", count=4):
-    rows = [{"id": f"q{i}", "question": f"Which is {i}?", "options": {"A": f"one {i}", "B": f"two {i}", "C": f"three {i}"},
-             "answer": "ABC"[i % 3], "source": "s/even" if i % 2 == 0 else "s/odd", "level": 1 + i} for i in range(count)]
+    rows = [
+        {
+            "id": f"q{i}",
+            "question": f"Which is {i}?",
+            "options": {"A": f"one {i}", "B": f"two {i}", "C": f"three {i}"},
+            "answer": "ABC"[i % 3],
+            "source": "s/even" if i % 2 == 0 else "s/odd",
+            "level": 1 + i,
+        }
+        for i in range(count)
+    ]
     (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder / name
 
 
 def evaluate(model, out, *rest):
-    arguments = ["eval", "--model", str(model), "--out", str(out), *map(str, rest), "rollout.max_response_tokens=16",
-                 "prompt.max_tokens=512", "rollout.dtype=fp32", "cluster.device=cpu"]
+    arguments = [
+        "eval",
+        "--model",
+        str(model),
+        "--out",
+        str(out),
+        *map(str, rest),
+        "rollout.max_response_tokens=16",
+        "prompt.max_tokens=512",
+        "rollout.dtype=fp32",
+        "cluster.device=cpu",
+    ]
     return cli.main(arguments)
 
 
@@ -81,7 +101,7 @@ def test_scores_of_four_answers_by_hand(tmp_path, model, monkeypatch, capsys):
     assert (found["boxed"], found["accuracy_among_boxed"]) == (0.5, 0.5)
     # Wilson, 1 of 4: (p + z2/2n -+ z sqrt(p(1-p)/n + z2/4n2)) / (1 + z2/n) with z2 = 3.8415
     assert (found["ci_low"], found["ci_high"]) == pytest.approx((0.0456, 0.6994), abs=5e-4)
-    assert found["tokens"] == {"mean": 2.75, "median": 3.0, "p90": 4, "max": 4}          # words: 2, 1, 4, 4
+    assert found["tokens"] == {"mean": 2.75, "median": 3.0, "p90": 4, "max": 4}  # words: 2, 1, 4, 4
     assert found["by_source"]["s/even"]["n"] == 2 and found["by_source"]["s/even"]["accuracy"] == 0.5
     assert found["by_level"]["1"]["accuracy"] == 1.0 and found["by_level"]["4"]["truncated"] == 1.0
     assert "accuracy 25.0%" in capsys.readouterr().out
@@ -165,7 +185,7 @@ def test_regrading_reads_the_texts_and_generates_nothing(tmp_path, model, monkey
     script(monkeypatch, lambda question, j: "\\boxed{A}")
     assert evaluate(model, out, "--benchmarks", questions(tmp_path)) == 0
     before = results(out)
-    rows = [item | {"letter": "B", "outcome": "wrong"} for item in items(out)]            # as an older grader saw them
+    rows = [item | {"letter": "B", "outcome": "wrong"} for item in items(out)]  # as an older grader saw them
     (out / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     nothing = script(monkeypatch, lambda question, j: "never")
     assert cli.main(["eval", "--regrade", str(out)]) == 0 and nothing.tasks == []
@@ -189,11 +209,14 @@ def test_variants_stand_beside_their_benchmark(tmp_path, model, monkeypatch):
     assert evaluate(model, tmp_path / "out", "--benchmarks", tmp_path / "e.jsonl", "--variants", "shuffled", "free") == 0
     found = results(tmp_path / "out")["benchmarks"]
     assert {name: (one["n"], one["accuracy"]) for name, one in found.items()} == {
-        "e": (4, 1.0), "e+shuffled": (4, 0.0), "e+free": (4, 0.25)}
+        "e": (4, 1.0),
+        "e+shuffled": (4, 0.0),
+        "e+free": (4, 0.25),
+    }
     assert found["e+shuffled"]["chance"] == pytest.approx(1 / 3) and found["e+free"]["chance"] is None
     change = found["e+shuffled"]["change"]
-    assert (change["lost"], change["gained"], change["p_mcnemar"]) == (4, 0, 0.125)       # 2 * (1/2)^4
-    assert results(tmp_path / "out")["mean"] is None                                      # one benchmark, variants are none
+    assert (change["lost"], change["gained"], change["p_mcnemar"]) == (4, 0, 0.125)  # 2 * (1/2)^4
+    assert results(tmp_path / "out")["mean"] is None  # one benchmark, variants are none
     tokenizer = load_tokenizer(model)
     for task in asked.tasks:
         assert ("Options:\nA: " in tokenizer.decode(task.prompt_token_ids)) == bool(task.question.options)
@@ -208,14 +231,16 @@ def test_two_evaluations_are_compared(tmp_path, model, monkeypatch, capsys):
     found = json.loads((tmp_path / "after" / "comparison.json").read_text())["benchmarks"]["e"]
     assert (found["gain"], found["gain_from_boxed"], found["gain_from_accuracy_among_boxed"]) == (0.5, 0.5, 0.0)
     assert [(flip["id"], flip["way"], flip["before"][0]["outcome"]) for flip in found["flipped"]] == [
-        ("q0", "gained", "unparseable"), ("q3", "gained", "unparseable")]
+        ("q0", "gained", "unparseable"),
+        ("q3", "gained", "unparseable"),
+    ]
     assert "+50.0 points = +50.0 boxed more often +0.0 right among boxed" in capsys.readouterr().out
 
 
 def test_two_models_called_hf_get_folders_of_their_own(tmp_path):
     from argparse import Namespace
 
-    from alphamed.config_file import build_config
+    from alphamed.config.loading import build_config
 
     def place(model):
         config = build_config({"model": {"path": str(model)}, "data": {"train": ["d.jsonl"]}})
@@ -224,22 +249,26 @@ def test_two_models_called_hf_get_folders_of_their_own(tmp_path):
     models = [tmp_path / name for name in ("a/one/hf", "a/two/hf", "b/one/hf", "plain")]
     assert len({place(model) for model in models}) == 4
     assert place(models[0]).name.startswith("one-hf-") and place(models[3]).name.startswith("plain-")
-    assert place(models[0]) == place(models[0])                                           # found again on a second start
+    assert place(models[0]) == place(models[0])  # found again on a second start
 
 
-@pytest.mark.parametrize("rest, message", [
-    (["--samples", "2", "--temperature", "0"], "--temperature: 0 gives the same response 2 times"),
-    (["--samples", "0"], "--samples: 0 is no number of samples"),
-    (["--variants", "shufled"], "--variants: 'shufled' is not known; choose from shuffled"),
-    (["--against", "nowhere"], "--against: nowhere holds no evaluation"),
-    (["--max-tokens", "0"], "--max-tokens: 0 leaves no room"),
-    (["--top-p", "0"], "--top-p: 0.0 is not above 0"),
-    (["--top-p", "0.5"], "--top-p: 0.5 has no effect at temperature 0, which takes the likeliest token; raise"),
-    (["--top-p", "0.5", "--samples", "2", "--temperature", "0"], "--temperature: 0 gives the same response 2 times"),
-    (["--shots", "nowhere.jsonl"], "--shots: nowhere.jsonl: no such file; give a JSONL file"),
-    (["--shots", "/dev/null"], "/dev/null: cannot be read (it is a device, not a regular file)"),
-    (["--model", "nowhere"], "model.path: 'nowhere'"),
-    (["--regrade", "x"], "--regrade: grades what is there, --model has no part in it")])
+@pytest.mark.parametrize(
+    "rest, message",
+    [
+        (["--samples", "2", "--temperature", "0"], "--temperature: 0 gives the same response 2 times"),
+        (["--samples", "0"], "--samples: 0 is no number of samples"),
+        (["--variants", "shufled"], "--variants: 'shufled' is not known; choose from shuffled"),
+        (["--against", "nowhere"], "--against: nowhere holds no evaluation"),
+        (["--max-tokens", "0"], "--max-tokens: 0 leaves no room"),
+        (["--top-p", "0"], "--top-p: 0.0 is not above 0"),
+        (["--top-p", "0.5"], "--top-p: 0.5 has no effect at temperature 0, which takes the likeliest token; raise"),
+        (["--top-p", "0.5", "--samples", "2", "--temperature", "0"], "--temperature: 0 gives the same response 2 times"),
+        (["--shots", "nowhere.jsonl"], "--shots: nowhere.jsonl: no such file; give a JSONL file"),
+        (["--shots", "/dev/null"], "/dev/null: cannot be read (it is a device, not a regular file)"),
+        (["--model", "nowhere"], "model.path: 'nowhere'"),
+        (["--regrade", "x"], "--regrade: grades what is there, --model has no part in it"),
+    ],
+)
 def test_mistakes_are_one_line_and_write_nothing(tmp_path, model, monkeypatch, capsys, rest, message):
     script(monkeypatch, lambda question, j: "never")
     assert evaluate(model, tmp_path / "out", "--benchmarks", questions(tmp_path), *rest) == 2
@@ -263,9 +292,9 @@ def test_a_folder_with_other_settings_is_refused(tmp_path, model, monkeypatch, c
 def test_a_second_benchmark_joins_and_the_mean_is_over_both(tmp_path, model, monkeypatch):
     out = tmp_path / "out"
     script(monkeypatch, lambda question, j: "\\boxed{A}")
-    assert evaluate(model, out, "--benchmarks", questions(tmp_path)) == 0                  # 2 of 4
+    assert evaluate(model, out, "--benchmarks", questions(tmp_path)) == 0  # 2 of 4
     second = script(monkeypatch, lambda question, j: "\\boxed{A}")
-    assert evaluate(model, out, "--benchmarks", questions(tmp_path, "f.jsonl", 3)) == 0    # 1 of 3
+    assert evaluate(model, out, "--benchmarks", questions(tmp_path, "f.jsonl", 3)) == 0  # 1 of 3
     assert len(second.tasks) == 3
     found = results(out)
     assert list(found["benchmarks"]) == ["e", "f"] and found["mean"]["accuracy"] == pytest.approx((1 / 2 + 1 / 3) / 2)
@@ -286,11 +315,23 @@ def test_a_benchmark_of_the_training_set_is_refused(tmp_path, model, monkeypatch
 
 
 def test_shots_and_template_reach_the_prompt(tmp_path, model, monkeypatch):
-    (tmp_path / "shots.jsonl").write_text(json.dumps(
-        {"question": "Which organ?", "options": {"A": "x", "B": "y"}, "response": "It is \\boxed{B}", "id": "s"}))
+    (tmp_path / "shots.jsonl").write_text(
+        json.dumps({"question": "Which organ?", "options": {"A": "x", "B": "y"}, "response": "It is \\boxed{B}", "id": "s"})
+    )
     asked = script(monkeypatch, lambda question, j: "\\boxed{A}")
-    assert evaluate(model, tmp_path / "out", "--benchmarks", questions(tmp_path), "--shots", tmp_path / "shots.jsonl",
-                    "--template", "raw") == 0
+    assert (
+        evaluate(
+            model,
+            tmp_path / "out",
+            "--benchmarks",
+            questions(tmp_path),
+            "--shots",
+            tmp_path / "shots.jsonl",
+            "--template",
+            "raw",
+        )
+        == 0
+    )
     text = load_tokenizer(model).decode(asked.tasks[0].prompt_token_ids)
     assert text.startswith("Question: Which organ?") and "Answer: It is \\boxed{B}" in text and text.endswith("Answer:")
 
@@ -298,7 +339,9 @@ def test_shots_and_template_reach_the_prompt(tmp_path, model, monkeypatch):
 # ------------------------------------------------------------------------------------------- bad rows, keys, places
 def bad_rows(folder):
     file = questions(folder)
-    file.write_text(file.read_text() + json.dumps({"id": "bad", "question": "?", "options": ["x", "y"], "answer": "z"}) + "\n")
+    file.write_text(
+        file.read_text() + json.dumps({"id": "bad", "question": "?", "options": ["x", "y"], "answer": "z"}) + "\n"
+    )
     return file
 
 
@@ -312,7 +355,10 @@ def test_bad_rows_of_a_benchmark_are_refused_or_counted_in_the_result(tmp_path, 
     told = capsys.readouterr().out
     assert "n = 4 (1 bad row left out), " in told and f"1 bad row left out (the first: {file}:5: answer 'z'" in told
     assert results(out)["benchmarks"]["e"]["bad_rows"] == [f"{file}:5: answer 'z' is not among the options A, B"]
-    assert json.loads((out / "evaluation.json").read_text())["sets"]["e"]["bad_rows"] == results(out)["benchmarks"]["e"]["bad_rows"]
+    assert (
+        json.loads((out / "evaluation.json").read_text())["sets"]["e"]["bad_rows"]
+        == results(out)["benchmarks"]["e"]["bad_rows"]
+    )
 
 
 def test_keys_of_a_benchmark_are_declared_behind_its_path(tmp_path, model, monkeypatch, capsys):
@@ -335,16 +381,18 @@ def test_a_folder_of_other_files_is_no_place_for_an_evaluation(tmp_path, model, 
     script(monkeypatch, lambda question, j: "\\boxed{A}")
     file, out = questions(tmp_path), tmp_path / "out"
     out.mkdir()
-    assert evaluate(model, out, "--benchmarks", file) == 0                      # an empty one is
+    assert evaluate(model, out, "--benchmarks", file) == 0  # an empty one is
     (out / "notes.txt").write_text("mine")
-    assert evaluate(model, out, "--benchmarks", file) == 0                      # so is an evaluation
+    assert evaluate(model, out, "--benchmarks", file) == 0  # so is an evaluation
     other = tmp_path / "other"
     other.mkdir()
     (other / "notes.txt").write_text("mine")
     capsys.readouterr()
     assert evaluate(model, other, "--benchmarks", file) == 2
-    assert capsys.readouterr().err == (f"error: --out: {other} holds other files (notes.txt) and no evaluation; choose another "
-                                       "folder, or put it there all the same with --overwrite\n")
+    assert capsys.readouterr().err == (
+        f"error: --out: {other} holds other files (notes.txt) and no evaluation; choose another "
+        "folder, or put it there all the same with --overwrite\n"
+    )
     assert [path.name for path in other.iterdir()] == ["notes.txt"]
     assert evaluate(model, other, "--overwrite", "--benchmarks", file) == 0
     assert (other / "notes.txt").read_text() == "mine" and len(items(other)) == 4
@@ -357,14 +405,16 @@ def test_an_evaluation_with_other_settings_is_replaced_with_overwrite_only(tmp_p
     assert evaluate(model, out, "--samples", "2", "--benchmarks", file) == 2 and (out / "items.jsonl").read_bytes() == before
     assert "replace it with --overwrite" in capsys.readouterr().err
     asked.tasks.clear()
-    assert evaluate(model, out, "--overwrite", "--benchmarks", file) == 0 and asked.tasks == []     # the same: taken up
+    assert evaluate(model, out, "--overwrite", "--benchmarks", file) == 0 and asked.tasks == []  # the same: taken up
     assert evaluate(model, out, "--overwrite", "--samples", "2", "--benchmarks", file) == 0
     assert len(items(out)) == 8 and results(out)["asked"]["sampling"]["samples"] == 2
 
 
 def test_settings_among_benchmarks_are_told_apart():
-    assert _split(["medqa=copy/e.jsonl", "rollout.dtype=fp32", "x.jsonl"]) == (["medqa=copy/e.jsonl", "x.jsonl"],
-                                                                              ["rollout.dtype=fp32"])
+    assert _split(["medqa=copy/e.jsonl", "rollout.dtype=fp32", "x.jsonl"]) == (
+        ["medqa=copy/e.jsonl", "x.jsonl"],
+        ["rollout.dtype=fp32"],
+    )
 
 
 @pytest.mark.parametrize("rest", [["--samples", "5"], ["--top-p", "0.5"], ["--temperature", "0"], ["--temperature", "1"]])
@@ -373,11 +423,15 @@ def test_regrading_refuses_what_it_would_not_heed(tmp_path, capsys, rest):
     assert capsys.readouterr().err == f"error: --regrade: grades what is there, {rest[0]} has no part in it; leave it out\n"
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda about: about.pop("grading"), "KeyError: 'grading'"),
-    (lambda about: about["sets"]["e"].pop("ids"), "ids missing"),
-    (lambda about: about.update(asked={}), "max_tokens, model, prompt, samples, sampling, temperature missing"),
-    (lambda about: about.update(sets=[]), "format 1")])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda about: about.pop("grading"), "KeyError: 'grading'"),
+        (lambda about: about["sets"]["e"].pop("ids"), "ids missing"),
+        (lambda about: about.update(asked={}), "max_tokens, model, prompt, samples, sampling, temperature missing"),
+        (lambda about: about.update(sets=[]), "format 1"),
+    ],
+)
 def test_damaged_settings_are_one_line(tmp_path, model, monkeypatch, capsys, change, words):
     script(monkeypatch, lambda question, j: "\\boxed{A}")
     assert evaluate(model, tmp_path / "out", "--benchmarks", questions(tmp_path)) == 0
@@ -399,13 +453,19 @@ def test_one_rule_for_truncated_answers_holds_for_all_sets_of_a_folder(tmp_path,
     found = results(out)
     assert found["grading"] == {"truncated": "grade", "answer_after": "", "prompt_opens_thinking": False}
     assert {name: (one["accuracy"], one["truncated"]) for name, one in found["benchmarks"].items()} == {
-        "e": (0.5, 1.0), "f": (0.5, 1.0)}        # all were cut, and graded all the same
+        "e": (0.5, 1.0),
+        "f": (0.5, 1.0),
+    }  # all were cut, and graded all the same
 
 
 def test_what_follows_the_thinking_decides_and_a_regrade_knows_it(tmp_path, model, monkeypatch, capsys):
     """q0's draft is right and its answer wrong, q1 never ends thinking, q2 answers at once, q3 boxes its answer last."""
-    said = {"q0": "<think>\\boxed{A}</think>\\boxed{B}", "q1": "<think>\\boxed{B}", "q2": "\\boxed{C}",
-            "q3": "<think>\\boxed{B}</think>\\boxed{A}"}
+    said = {
+        "q0": "<think>\\boxed{A}</think>\\boxed{B}",
+        "q1": "<think>\\boxed{B}",
+        "q2": "\\boxed{C}",
+        "q3": "<think>\\boxed{B}</think>\\boxed{A}",
+    }
     script(monkeypatch, lambda question, j: said[question.id])
     out = tmp_path / "out"
     assert evaluate(model, out, "--benchmarks", questions(tmp_path), "reward.answer_after=</think>") == 0
@@ -415,7 +475,7 @@ def test_what_follows_the_thinking_decides_and_a_regrade_knows_it(tmp_path, mode
     assert cli.main(["eval", "--regrade", str(out)]) == 0
     assert "4 answers graded again, 0 changed" in capsys.readouterr().out
     about = json.loads((out / "evaluation.json").read_text())
-    about["grading"] = {"truncated": "nothing"}                 # as older evaluations have it: the last box of all
+    about["grading"] = {"truncated": "nothing"}  # as older evaluations have it: the last box of all
     (out / "evaluation.json").write_text(json.dumps(about))
     assert cli.main(["eval", "--regrade", str(out)]) == 0
     assert "4 answers graded again, 1 changed (the first: e/q1)" in capsys.readouterr().out
@@ -428,8 +488,12 @@ def test_what_follows_the_thinking_decides_and_a_regrade_knows_it(tmp_path, mode
 def test_an_evaluation_needs_no_reward_function(tmp_path, model, monkeypatch):
     """It grades strictly: the module need not be on this machine."""
     script(monkeypatch, lambda question, j: "\\boxed{A}")
-    assert evaluate(model, tmp_path / "out", "--benchmarks", questions(tmp_path), "reward.name=not_here:f",
-                    "reward.signature=trl") == 0
+    assert (
+        evaluate(
+            model, tmp_path / "out", "--benchmarks", questions(tmp_path), "reward.name=not_here:f", "reward.signature=trl"
+        )
+        == 0
+    )
     assert results(tmp_path / "out")["benchmarks"]["e"]["accuracy"] == 0.5
 
 

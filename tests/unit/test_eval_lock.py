@@ -1,4 +1,5 @@
 """Two starts on one folder at once: the second is refused before it has changed a byte. What is cheap is checked first."""
+
 import contextlib
 import threading
 
@@ -20,8 +21,11 @@ def contents(folder):
 def test_a_second_evaluation_on_the_same_folder_changes_nothing(tmp_path, model, monkeypatch, capsys):
     """It comes while the first is asking its second question: with other questions, with the same, and to regrade."""
     out, first, second = tmp_path / "out", questions(tmp_path), questions(tmp_path, "f.jsonl")
-    starts = [lambda: evaluate(model, out, "--benchmarks", second), lambda: evaluate(model, out, "--benchmarks", first),
-              lambda: cli.main(["eval", "--regrade", str(out)])]
+    starts = [
+        lambda: evaluate(model, out, "--benchmarks", second),
+        lambda: evaluate(model, out, "--benchmarks", first),
+        lambda: cli.main(["eval", "--regrade", str(out)]),
+    ]
     found = []
 
     def says(question, j):
@@ -34,12 +38,13 @@ def test_a_second_evaluation_on_the_same_folder_changes_nothing(tmp_path, model,
     assert evaluate(model, out, "--benchmarks", first) == 0
     assert found == [(2, True)] * 3
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert [line.split(" (pid ")[0] for line in told] == [f"error: {option}: {out}: already running"
-                                                          for option in ("--out", "--out", "--regrade")]
+    assert [line.split(" (pid ")[0] for line in told] == [
+        f"error: {option}: {out}: already running" for option in ("--out", "--out", "--regrade")
+    ]
     assert all(line.endswith("wait for its end, end it, or choose another folder") for line in told)
     assert len(asked.tasks) == 4 == len(items(out)) and list(results(out)["benchmarks"]) == ["e"]
     script(monkeypatch, lambda question, j: "\\boxed{A}")
-    assert evaluate(model, out, "--benchmarks", second) == 0                     # the folder is free again
+    assert evaluate(model, out, "--benchmarks", second) == 0  # the folder is free again
     assert list(results(out)["benchmarks"]) == ["e", "f"]
 
 
@@ -55,7 +60,9 @@ def test_a_folder_that_can_not_be_made_is_one_line(tmp_path, model, monkeypatch,
     script(monkeypatch, lambda question, j: "never")
     assert evaluate(model, tmp_path / "file" / "out", "--benchmarks", questions(tmp_path)) == 2
     told = capsys.readouterr().err
-    assert told.startswith(f"error: --out: {tmp_path / 'file' / 'out'} can not be made or written (") and told.count("\n") == 1
+    assert (
+        told.startswith(f"error: --out: {tmp_path / 'file' / 'out'} can not be made or written (") and told.count("\n") == 1
+    )
 
 
 def test_difficulty_of_one_shard_runs_once_at_a_time(tmp_path, model, engines, monkeypatch, capsys):
@@ -93,13 +100,17 @@ def test_a_lock_that_is_soon_let_go_is_waited_for(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ what comes first
-@pytest.mark.parametrize("folder, names, message", [
-    ("nope", ["medqa"], "model.path: 'nope': no such folder"),
-    ("empty", ["medqa"], "/empty': holds no config.json"),
-    (None, ["medqa", "medqaa"], "benchmark 'medqaa' is neither known"),
-    (None, ["medqa", "absent.jsonl"], "absent.jsonl: no such file"),
-    (None, ["medqa", "pubmedqa=absent"], "absent: no such file or folder"),
-    (None, ["medqa", "nope=e.jsonl"], "benchmark 'nope' is not known")])
+@pytest.mark.parametrize(
+    "folder, names, message",
+    [
+        ("nope", ["medqa"], "model.path: 'nope': no such folder"),
+        ("empty", ["medqa"], "/empty': holds no config.json"),
+        (None, ["medqa", "medqaa"], "benchmark 'medqaa' is neither known"),
+        (None, ["medqa", "absent.jsonl"], "absent.jsonl: no such file"),
+        (None, ["medqa", "pubmedqa=absent"], "absent: no such file or folder"),
+        (None, ["medqa", "nope=e.jsonl"], "benchmark 'nope' is not known"),
+    ],
+)
 def test_nothing_is_fetched_for_what_can_not_be_done(tmp_path, model, monkeypatch, capsys, folder, names, message):
     def fetched(*_):
         raise AssertionError("the hub was asked")

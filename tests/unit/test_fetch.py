@@ -1,4 +1,5 @@
 """The conversion of a GGUF file, on a tiny one that is written here tensor by tensor."""
+
 import json
 
 import numpy as np
@@ -6,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alphamed.fetch import convert_gguf
-from alphamed.model import read_shape
-from alphamed.planner.miniature import CHATML, SPECIAL
-from alphamed.weights.folder import check_weights
+from alphamed.lab.planner.miniature import CHATML, SPECIAL
+from alphamed.model.fetch import convert_gguf
+from alphamed.model.shape import read_shape
+from alphamed.model.weight_files import check_weights
 
 HIDDEN, FFN, HEADS, KV_HEADS = 32, 64, 2, 1
 
@@ -39,9 +40,17 @@ def converted(tmp_path_factory):
     writer.add_tensor("output_norm.weight", draw(HIDDEN))
     kv = HIDDEN // HEADS * KV_HEADS
     for layer in range(2):
-        for name, size in (("attn_norm", (HIDDEN,)), ("attn_q", (HIDDEN, HIDDEN)), ("attn_k", (kv, HIDDEN)),
-                           ("attn_v", (kv, HIDDEN)), ("attn_output", (HIDDEN, HIDDEN)), ("ffn_norm", (HIDDEN,)),
-                           ("ffn_gate", (FFN, HIDDEN)), ("ffn_up", (FFN, HIDDEN)), ("ffn_down", (HIDDEN, FFN))):
+        for name, size in (
+            ("attn_norm", (HIDDEN,)),
+            ("attn_q", (HIDDEN, HIDDEN)),
+            ("attn_k", (kv, HIDDEN)),
+            ("attn_v", (kv, HIDDEN)),
+            ("attn_output", (HIDDEN, HIDDEN)),
+            ("ffn_norm", (HIDDEN,)),
+            ("ffn_gate", (FFN, HIDDEN)),
+            ("ffn_up", (FFN, HIDDEN)),
+            ("ffn_down", (HIDDEN, FFN)),
+        ):
             writer.add_tensor(f"blk.{layer}.{name}.weight", draw(*size))
     writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
     convert_gguf(root / "tiny.gguf", root / "model")
@@ -60,6 +69,7 @@ def test_it_is_a_model_that_can_be_trained(converted):
 def test_its_tokenizer_splits_digits_off(converted):
     """As SmolLM2's own does: white space before a number is a token of its own, digits stand alone."""
     from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(converted[0])
     assert tokenizer.tokenize("a\n\n12") == ["a", "ĊĊ", "1", "2"]
     assert tokenizer.decode(tokenizer.encode("dose: 3.5 mg\n\n2. µg")) == "dose: 3.5 mg\n\n2. µg"

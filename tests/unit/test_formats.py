@@ -1,17 +1,19 @@
 """docs/formats.md: every example on the page is read by the program's own reader and gives what the page says."""
+
 import fnmatch
 import re
 from pathlib import Path
 
 import pytest
 
-from alphamed.config_file import load_tree, validated
-from alphamed.data.build import _annotations, build
+from alphamed.config.loading import load_tree, validated
 from alphamed.data.decisions import read_decisions
-from alphamed.data.recipe import BuildRecipe, SourceRecipe
 from alphamed.data.sources import load_questions
 from alphamed.evaluation.benchmarks import load_benchmark
 from alphamed.evaluation.command import _shots
+from alphamed.lab.datasets.build import build
+from alphamed.lab.datasets.read_sources import annotations_of
+from alphamed.lab.datasets.recipe import BuildRecipe, SourceRecipe
 
 PAGE = Path(__file__).parents[2] / "docs" / "formats.md"
 MARK = re.compile(r"^<!-- example: (\S+) (\S+) -> (.*?) -->\n```(\w*)\n(.*?)^```$", re.M | re.S)
@@ -29,7 +31,7 @@ def source(file, name):
 
 def levels(file, _):
     """The levels that a source gets from the file."""
-    return [f"{name}={values['level']}" for name, values in _annotations(file).items()]
+    return [f"{name}={values['level']}" for name, values in annotations_of(file).items()]
 
 
 def shots(file, _):

@@ -1,18 +1,29 @@
 """Habits of single responses: what counts as a box, as reasoning after the answer, as repetition."""
+
 import pytest
 
-from alphamed.observe.habits import Habit, habits, repetition, side_by_side
+from alphamed.answers.extraction import closed_boxes
+from alphamed.lab.reports.habits import Habit, habits, repetition, side_by_side
 from alphamed.records import Outcome
-from alphamed.reward.extraction import closed_boxes
 
 B, A, S, R = Habit.BARE, Habit.AFTERWARDS, Habit.SEVERAL, Habit.REPEATS
 TEN = "one two three four five six seven eight nine ten"
 
 
-@pytest.mark.parametrize("text, contents", [
-    ("so \\boxed{A}", ["A"]), ("\\boxed{A} or \\boxed {B}", ["A", "B"]), ("\\boxed{\\text{C}}", ["\\text{C}"]),
-    ("{a} } { \\boxed{D}", ["D"]), ("\\boxed{\\boxed{A}}", ["A", "\\boxed{A}"]), ("\\boxed{A", []), ("boxed{A} {}", []),
-    ("\\\\boxed{E}", ["E"]), ("\\{ \\boxed{a\\}b}", ["a\\}b"])])
+@pytest.mark.parametrize(
+    "text, contents",
+    [
+        ("so \\boxed{A}", ["A"]),
+        ("\\boxed{A} or \\boxed {B}", ["A", "B"]),
+        ("\\boxed{\\text{C}}", ["\\text{C}"]),
+        ("{a} } { \\boxed{D}", ["D"]),
+        ("\\boxed{\\boxed{A}}", ["A", "\\boxed{A}"]),
+        ("\\boxed{A", []),
+        ("boxed{A} {}", []),
+        ("\\\\boxed{E}", ["E"]),
+        ("\\{ \\boxed{a\\}b}", ["a\\}b"]),
+    ],
+)
 def test_closed_boxes_in_the_order_of_their_ends(text, contents):
     assert [text[start:end] for start, end in closed_boxes(text)] == contents
 
@@ -22,15 +33,20 @@ def test_a_box_in_a_box_is_one():
     assert len(boxes) == 3 and len(side_by_side(boxes)) == 2
 
 
-@pytest.mark.parametrize("text, outcome, found", [
-    ("The answer is \\boxed{A}", Outcome.CORRECT, {B}),                          # 3 words before the box
-    ("The answer is \\boxed{A}", Outcome.TRUNCATED, set()),                      # not a boxed answer
-    (f"{TEN} \\boxed{{A}}", Outcome.WRONG, set()),
-    (f"It is \\boxed{{A}} {TEN}", Outcome.CORRECT, {B, A}),                      # 10 words after, 2 before
-    ("It is \\boxed{A} as was said before", Outcome.CORRECT, {B}),               # 4 words after are no reasoning
-    (f"{TEN} and so \\boxed{{A}} {TEN}", Outcome.CORRECT, set()),                # 12 before, 10 after
-    (f"{TEN} \\boxed{{A}} or \\boxed{{B}}", Outcome.WRONG, {S}),
-    ("no box " + "and so on " * 20, Outcome.UNPARSEABLE, {R}), ("", Outcome.UNPARSEABLE, set())])
+@pytest.mark.parametrize(
+    "text, outcome, found",
+    [
+        ("The answer is \\boxed{A}", Outcome.CORRECT, {B}),  # 3 words before the box
+        ("The answer is \\boxed{A}", Outcome.TRUNCATED, set()),  # not a boxed answer
+        (f"{TEN} \\boxed{{A}}", Outcome.WRONG, set()),
+        (f"It is \\boxed{{A}} {TEN}", Outcome.CORRECT, {B, A}),  # 10 words after, 2 before
+        ("It is \\boxed{A} as was said before", Outcome.CORRECT, {B}),  # 4 words after are no reasoning
+        (f"{TEN} and so \\boxed{{A}} {TEN}", Outcome.CORRECT, set()),  # 12 before, 10 after
+        (f"{TEN} \\boxed{{A}} or \\boxed{{B}}", Outcome.WRONG, {S}),
+        ("no box " + "and so on " * 20, Outcome.UNPARSEABLE, {R}),
+        ("", Outcome.UNPARSEABLE, set()),
+    ],
+)
 def test_habits_are_told_from_the_text(text, outcome, found):
     assert habits(text, outcome) == found
 
@@ -39,7 +55,7 @@ def test_repetition_counts_four_grams_that_occurred_before():
     # 20 words of period 4: 17 4-grams, 4 of them different
     assert repetition("a b c d " * 5) == pytest.approx(13 / 17)
     assert repetition(" ".join(map(str, range(50)))) == 0.0
-    assert repetition("x " * 14) == 0.0                     # 11 4-grams: too short to tell
+    assert repetition("x " * 14) == 0.0  # 11 4-grams: too short to tell
     assert repetition("x " * 15) == pytest.approx(11 / 12)
 
 

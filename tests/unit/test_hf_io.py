@@ -1,4 +1,5 @@
 """Hugging Face folders in and out of Megatron-shaped modules in one process, and every way a folder can be broken."""
+
 import dataclasses
 import json
 import subprocess
@@ -10,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from tiny import edit_config, tiny_hf
 
 from alphamed.errors import ConfigError
-from alphamed.model import read_shape
+from alphamed.model.families import entries, shard_shape
+from alphamed.model.shape import read_shape
+from alphamed.model.weight_files import INDEX, SINGLE, check_weights
 from alphamed.records import Layout
-from alphamed.weights.families import entries, shard_shape
-from alphamed.weights.folder import INDEX, SINGLE, check_weights
 from alphamed.weights.hf_io import hf_manifest, hf_tensors, load_hf
 from alphamed.weights.hf_save import save_hf
 
@@ -37,7 +38,7 @@ def megatron_like(shape, layout, layers=None, transformer_engine=False, dtype=to
             continue
         attach(chunk, name, torch.nn.Parameter(torch.full(shard_shape(entry, layout.tensor), torch.nan, dtype=dtype)))
     for local, layer in chunk.decoder.layers.named_children():
-        layer.layer_number = layers[0] + int(local) + 1            # Megatron's own attribute, from 1
+        layer.layer_number = layers[0] + int(local) + 1  # Megatron's own attribute, from 1
     return chunk
 
 
@@ -108,10 +109,10 @@ def test_tensor_ranks_load_their_shards(tmp_path):
         chunk = megatron_like(shape, layout)
         load_hf(folder, [chunk], shape, layout)
         output = chunk.get_parameter("output_layer.weight")
-        rows = source["lm_head.weight"][255 * rank:255 * (rank + 1)]           # 509 rows over 2 ranks of 255
-        assert torch.equal(output[:len(rows)], rows) and not output[len(rows):].any()
+        rows = source["lm_head.weight"][255 * rank : 255 * (rank + 1)]  # 509 rows over 2 ranks of 255
+        assert torch.equal(output[: len(rows)], rows) and not output[len(rows) :].any()
         down = chunk.get_parameter("decoder.layers.3.mlp.linear_fc2.weight")
-        assert torch.equal(down, source["model.layers.3.mlp.down_proj.weight"][:, 64 * rank:64 * (rank + 1)])
+        assert torch.equal(down, source["model.layers.3.mlp.down_proj.weight"][:, 64 * rank : 64 * (rank + 1)])
 
 
 def test_types(tmp_path):
@@ -132,6 +133,7 @@ def test_types(tmp_path):
 
 def test_saved_folder_is_what_transformers_expects(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     folder = tiny_hf(tmp_path / "in", "llama", llama3_rope=True)
     shape, layout = read_shape(folder), Layout()
     chunk = megatron_like(shape, layout)
@@ -172,7 +174,7 @@ import resource, signal, sys
 sys.path[:0] = {sys.path!r}
 from pathlib import Path
 from test_hf_io import megatron_like
-from alphamed.model import read_shape
+from alphamed.model.shape import read_shape
 from alphamed.records import Layout
 from alphamed.weights.hf_io import load_hf
 from alphamed.weights.hf_save import save_hf
@@ -202,12 +204,16 @@ def without(tensors, name):
 GATE = "model.layers.2.mlp.gate_proj.weight"
 BREAKAGES = {
     "missing tensor": (lambda t: without(t, GATE), f"tensor '{GATE}' is missing"),
-    "other shape": (lambda t: t | {GATE: t[GATE].T.contiguous()},
-                    f"'{GATE}' has the shape [64, 128], config.json means [128, 64]"),
+    "other shape": (
+        lambda t: t | {GATE: t[GATE].T.contiguous()},
+        f"'{GATE}' has the shape [64, 128], config.json means [128, 64]",
+    ),
     "quantised": (lambda t: t | {GATE: t[GATE].to(torch.int8)}, f"'{GATE}' has type I8; only F32, BF16, F16"),
     "no output layer": (lambda t: without(t, "lm_head.weight"), "tensor 'lm_head.weight' is missing"),
-    "another layer": (lambda t: t | {"model.layers.4.mlp.up_proj.weight": t[GATE].clone()},
-                      "has no place in the llama model"),
+    "another layer": (
+        lambda t: t | {"model.layers.4.mlp.up_proj.weight": t[GATE].clone()},
+        "has no place in the llama model",
+    ),
     "a bias": (lambda t: t | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}, "q_proj.bias' has no place"),
 }
 
@@ -219,7 +225,7 @@ def test_wrong_tensors(tmp_path, what):
     shape = read_shape(folder)
     save_file(change(stored(folder)), folder / SINGLE)
     refused_by(lambda: check_weights(folder, shape), message)
-    if what not in ("another layer", "a bias"):                    # loading looks at what it needs only
+    if what not in ("another layer", "a bias"):  # loading looks at what it needs only
         refused_by(lambda: load_hf(folder, [megatron_like(shape, Layout())], shape, Layout()), message)
 
 
@@ -230,7 +236,7 @@ def test_values_that_are_not_finite_are_refused_by_name(tmp_path, rank):
     shape, layout, tensors = read_shape(folder), Layout(tensor=2, tensor_rank=rank), stored(folder)
     tensors["model.layers.1.self_attn.k_proj.weight"][-1, 0] = float("nan")
     save_file(tensors, folder / SINGLE)
-    load = lambda: load_hf(folder, [megatron_like(shape, layout)], shape, layout)     # noqa: E731
+    load = lambda: load_hf(folder, [megatron_like(shape, layout)], shape, layout)  # noqa: E731
     if rank:
         refused_by(load, "model.layers.1.self_attn.k_proj.weight holds values that are not finite")
     else:
@@ -278,16 +284,20 @@ def promise_more(folder):
     (folder / INDEX).write_text(json.dumps(index))
 
 
-@pytest.mark.parametrize("damage, message", (
-    (truncate, "is not a complete safetensors file"),
-    (lambda f: (f / SINGLE).write_bytes(b"not safetensors"), "is not a complete safetensors file"),
-    (lambda f: (f / SINGLE).write_bytes(b""), "is not a complete safetensors file"),
-    (lambda f: (f / SINGLE).rename(f / "pytorch_model.bin"), "give a folder with safetensors weights"),
-    (lose_a_file, f"which {INDEX} names, is missing"),
-    (lambda f: spoil_index(f, "{"), "is no weight index"),
-    (lambda f: spoil_index(f, '{"weight_map": []}'), "is no weight index"),
-    (promise_more, f"does not hold tensor 'model.layers.9.x', which {INDEX} promises"),
-), ids=lambda x: None if callable(x) else x[:30])
+@pytest.mark.parametrize(
+    "damage, message",
+    (
+        (truncate, "is not a complete safetensors file"),
+        (lambda f: (f / SINGLE).write_bytes(b"not safetensors"), "is not a complete safetensors file"),
+        (lambda f: (f / SINGLE).write_bytes(b""), "is not a complete safetensors file"),
+        (lambda f: (f / SINGLE).rename(f / "pytorch_model.bin"), "give a folder with safetensors weights"),
+        (lose_a_file, f"which {INDEX} names, is missing"),
+        (lambda f: spoil_index(f, "{"), "is no weight index"),
+        (lambda f: spoil_index(f, '{"weight_map": []}'), "is no weight index"),
+        (promise_more, f"does not hold tensor 'model.layers.9.x', which {INDEX} promises"),
+    ),
+    ids=lambda x: None if callable(x) else x[:30],
+)
 def test_damaged_files(tmp_path, damage, message):
     folder = tiny_hf(tmp_path, "llama")
     shape = read_shape(folder)

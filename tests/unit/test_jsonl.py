@@ -1,4 +1,5 @@
 """JSON lines of every kind: what separates lines, what a reader takes in, and that writers write what readers read back."""
+
 import json
 import os
 import socket
@@ -7,31 +8,34 @@ from pathlib import Path
 import pytest
 
 from alphamed import jsonl
-from alphamed.archive import read_archive
 from alphamed.cli import main
-from alphamed.config_file import load_config
-from alphamed.errors import ConfigError
-from alphamed.data.build import _annotations
-from alphamed.data.difficulty import content_of, read_work
+from alphamed.config.loading import load_config
 from alphamed.data.output import question_writer
 from alphamed.data.sources import load_questions
-from alphamed.data.suspects import read_models
 from alphamed.errors import ConfigError, DataError
 from alphamed.evaluation.benchmarks import load_benchmark
 from alphamed.evaluation.command import _shots
-from alphamed.observe import looks
-from alphamed.observe.files import append_json, read_json_lines, replace_json, replace_json_lines
-from alphamed.observe.metrics import read_rows
-from alphamed.observe.rollout_files import read_rollouts, write_rollouts
+from alphamed.files import append_json, read_json_lines, replace_json, replace_json_lines
+from alphamed.lab.bundle.archive import read_archive
+from alphamed.lab.datasets.difficulty import content_of, read_work
+from alphamed.lab.datasets.read_sources import annotations_of
+from alphamed.lab.datasets.suspects import read_models
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
+from alphamed.rundir import evaluation_log
+from alphamed.rundir.metrics import read_rows
+from alphamed.rundir.rollout_files import read_rollouts, write_rollouts
 
 SEPARATORS = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei\ufeffj"
 """All that str.splitlines cuts at but for line feed and carriage return, and a byte order mark amid the text."""
 QUESTION = Question("q\u20281", f"Which {SEPARATORS}?", {"A": f"x{SEPARATORS}x", "B": "y"}, "A")
 ROW = {"id": QUESTION.id, "question": QUESTION.question, "options": dict(QUESTION.options), "answer": "A"}
-WAYS = {"plain": lambda text: text, "byte order mark": lambda text: b"\xef\xbb\xbf" + text,
-        "Windows": lambda text: text.replace(b"\n", b"\r\n"), "no last line end": lambda text: text.removesuffix(b"\n"),
-        "blank lines": lambda text: b"\n \r\n" + text + b"\n"}
+WAYS = {
+    "plain": lambda text: text,
+    "byte order mark": lambda text: b"\xef\xbb\xbf" + text,
+    "Windows": lambda text: text.replace(b"\n", b"\r\n"),
+    "no last line end": lambda text: text.removesuffix(b"\n"),
+    "blank lines": lambda text: b"\n \r\n" + text + b"\n",
+}
 
 
 @pytest.fixture(params=WAYS)
@@ -40,6 +44,7 @@ def write(request, tmp_path):
         text = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
         (tmp_path / name).write_bytes(WAYS[request.param](text))
         return tmp_path / name
+
     return write
 
 
@@ -49,7 +54,7 @@ def test_questions_levels_items_and_shots_are_read_however_their_lines_end(write
     first, second = load_questions([questions]).questions
     assert (first.question, dict(first.options), first.level) == (QUESTION.question, dict(QUESTION.options), 3)
     assert load_benchmark(str(questions)).questions == (first, second)
-    assert _annotations(questions) == {QUESTION.id: {"level": 3}, "r": {"level": 4}}
+    assert annotations_of(questions) == {QUESTION.id: {"level": 3}, "r": {"level": 4}}
     items = write("items.jsonl", ROW | {"letter": "A", "model": "m"}, ROW | {"id": "r", "letter": None, "model": "m"})
     assert [row["id"] for row in read_models([items])["m"]] == [QUESTION.id, "r"]
     shot = {"question": QUESTION.question, "options": dict(QUESTION.options), "response": "\\boxed{A}"}
@@ -95,13 +100,21 @@ def test_questions_are_written_as_they_were(tmp_path):
 
 
 def test_logs_and_work_files_of_the_program(tmp_path):
-    looks.record(tmp_path, 3, "training", [(f"set {SEPARATORS}", "test", 5)])
-    assert looks.sentences(tmp_path) == [f"Test set set {SEPARATORS} was looked at once (step 3)."]
+    evaluation_log.record(tmp_path, 3, "training", [(f"set {SEPARATORS}", "test", 5)])
+    assert evaluation_log.sentences(tmp_path) == [f"Test set set {SEPARATORS} was looked at once (step 3)."]
     append_json(tmp_path / "metrics.jsonl", {"step": 1, "loss": 0.5})
     assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5}]
-    append_json(tmp_path / "shard-1-of-1.jsonl", {"id": QUESTION.id, "content": content_of(QUESTION),
-                                                  "outcomes": ["correct"], "letters": ["A"],
-                                                  "tokens": [3], "question_tokens": 4})
+    append_json(
+        tmp_path / "shard-1-of-1.jsonl",
+        {
+            "id": QUESTION.id,
+            "content": content_of(QUESTION),
+            "outcomes": ["correct"],
+            "letters": ["A"],
+            "tokens": [3],
+            "question_tokens": 4,
+        },
+    )
     assert set(read_work(tmp_path, [QUESTION], 1)) == {QUESTION.id}
 
 
@@ -109,7 +122,7 @@ def test_half_a_surrogate_pair_in_a_response_does_not_stop_the_rollout_file(tmp_
     rollout = Rollout("g", QUESTION.id, 0, (1,), (-0.5,), f"{SEPARATORS}\ud800\\boxed{{A}}", FinishReason.STOP, 0)
     scored = ScoredGroup(RolloutGroup("g", QUESTION, (1,), (rollout,)), (Outcome.CORRECT,), (1.0,), (0.0,), ("A",), 0.1)
     write_rollouts(tmp_path / "r.parquet", 1, [scored])
-    read, = read_rollouts(tmp_path / "r.parquet")
+    (read,) = read_rollouts(tmp_path / "r.parquet")
     assert read.group.rollouts[0].text == f"{SEPARATORS}?\\boxed{{A}}" and read.group.question == QUESTION
 
 
@@ -120,12 +133,16 @@ def test_half_a_last_line_is_left_out_and_cut_off_by_the_next(tmp_path):
     assert read_json_lines(tmp_path / "a.jsonl") == [{"x": 1}, {"x": 2}]
 
 
-@pytest.mark.parametrize("line, problem", [
-    (b'{"x": 1, "x": 2}', "line 1 is not JSON that can be used: key 'x' stands twice; remove it"),
-    (b"[" * 100_000, "line 1 is not JSON that can be used: maximum recursion depth"),
-    (b'{"x": "\xe9"}', "line 1 is wrong encoding: byte 0xe9 at byte 8 of the line is not UTF-8; remove it"),
-    (b"{", "line 1 is not JSON: Expecting property name enclosed in double quotes at character 2; remove it"),
-    (b"[1]", "line 1 is no JSON object; remove it")])
+@pytest.mark.parametrize(
+    "line, problem",
+    [
+        (b'{"x": 1, "x": 2}', "line 1 is not JSON that can be used: key 'x' stands twice; remove it"),
+        (b"[" * 100_000, "line 1 is not JSON that can be used: maximum recursion depth"),
+        (b'{"x": "\xe9"}', "line 1 is wrong encoding: byte 0xe9 at byte 8 of the line is not UTF-8; remove it"),
+        (b"{", "line 1 is not JSON: Expecting property name enclosed in double quotes at character 2; remove it"),
+        (b"[1]", "line 1 is no JSON object; remove it"),
+    ],
+)
 def test_a_line_that_is_none_is_named(tmp_path, line, problem):
     (tmp_path / "a.jsonl").write_bytes(line + b"\n")
     with pytest.raises(ConfigError) as error:
@@ -150,17 +167,25 @@ def device(path):
 
 
 @pytest.mark.parametrize("make, what", [(pipe, "it is a named pipe"), (device, "it is a device")])
-@pytest.mark.parametrize("read, error", [
-    (lambda file: load_questions([file]), DataError), (_annotations, DataError),
-    (lambda file: load_benchmark(f"medqa={file}"), DataError), (lambda file: load_benchmark(str(file)), DataError),
-    (lambda file: read_models([file]), DataError), (_shots, ConfigError), (read_json_lines, ConfigError)])
+@pytest.mark.parametrize(
+    "read, error",
+    [
+        (lambda file: load_questions([file]), DataError),
+        (annotations_of, DataError),
+        (lambda file: load_benchmark(f"medqa={file}"), DataError),
+        (lambda file: load_benchmark(str(file)), DataError),
+        (lambda file: read_models([file]), DataError),
+        (_shots, ConfigError),
+        (read_json_lines, ConfigError),
+    ],
+)
 def test_a_pipe_or_a_device_is_refused_and_not_waited_for(tmp_path, make, what, read, error):
     with pytest.raises(error, match=f"x.jsonl: cannot be read \\({what}, not a regular file\\)"):
         read(make(tmp_path / "x.jsonl"))
 
 
 def test_a_socket_is_refused_and_a_link_is_followed(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)                     # addresses of sockets are short
+    monkeypatch.chdir(tmp_path)  # addresses of sockets are short
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("x.jsonl")
         with pytest.raises(DataError, match="it is a socket, not a regular file"):

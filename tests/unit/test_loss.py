@@ -1,15 +1,16 @@
 """Losses, KL estimators and weights: hand-worked numbers, closed-form gradients, gradcheck."""
+
 import math
 
 import pytest
 import torch
 
 from alphamed.algorithms.loss import LOSSES, kl_penalty, normalizer, policy_loss, token_weights, weighted_sum
-from alphamed.config_choices import Aggregation, KlEstimator, Loss
+from alphamed.config.choices import Aggregation, KlEstimator, Loss
 
 NAN, INF = math.nan, math.inf
 F64 = torch.float64
-logs = lambda *ratios: torch.tensor([math.log(r) for r in ratios], dtype=F64)     # noqa: E731  log pi for pi_old = 1
+logs = lambda *ratios: torch.tensor([math.log(r) for r in ratios], dtype=F64)  # noqa: E731  log pi for pi_old = 1
 
 
 def loss_and_gradient(kind, ratios, advantages, sequence, weights=None, low=0.2, high=0.3, correction=None):
@@ -17,8 +18,17 @@ def loss_and_gradient(kind, ratios, advantages, sequence, weights=None, low=0.2,
     logprobs = logs(*ratios).requires_grad_()
     sequence = torch.tensor(sequence)
     weights = token_weights(sequence, "token_mean", dtype=F64) if weights is None else torch.tensor(weights, dtype=F64)
-    terms = policy_loss(logprobs, torch.zeros_like(logprobs), torch.tensor(advantages, dtype=F64), weights, sequence,
-                        kind, low, high, correction)
+    terms = policy_loss(
+        logprobs,
+        torch.zeros_like(logprobs),
+        torch.tensor(advantages, dtype=F64),
+        weights,
+        sequence,
+        kind,
+        low,
+        high,
+        correction,
+    )
     terms.loss_sum.backward()
     return terms, logprobs.grad
 
@@ -33,10 +43,10 @@ def close(actual, expected, **tolerance):
 CLIP = [
     (1.0, 2.0, -2.0, -2.0),
     (1.2, 2.0, -2.4, -2.4),
-    (1.5, 2.0, -2.6, 0.0),         # min(3.0, 2.6)
-    (0.5, 2.0, -1.0, -1.0),        # min(1.0, 1.6): a good token that became rarer is not clipped
-    (0.5, -2.0, 1.6, 0.0),         # min(-1.0, -1.6)
-    (1.5, -2.0, 3.0, 3.0),         # min(-3.0, -2.6)
+    (1.5, 2.0, -2.6, 0.0),  # min(3.0, 2.6)
+    (0.5, 2.0, -1.0, -1.0),  # min(1.0, 1.6): a good token that became rarer is not clipped
+    (0.5, -2.0, 1.6, 0.0),  # min(-1.0, -1.6)
+    (1.5, -2.0, 3.0, 3.0),  # min(-3.0, -2.6)
     (1.5, 0.0, 0.0, 0.0),
 ]
 
@@ -57,7 +67,7 @@ def test_clip_sums_weighted_terms():
     close(terms.loss_sum, -10.5)
     close(grad, [w * g for w, g in zip(weights, gradient)])
     close(terms.clipped_tokens, 2.0)
-    close(terms.ratio_sum, 7.7)            # 1 + 1.2 + 1.5 + 0.5 + 0.5 + 1.5 + 1.5
+    close(terms.ratio_sum, 7.7)  # 1 + 1.2 + 1.5 + 0.5 + 0.5 + 1.5 + 1.5
     close(terms.ratio_max, 1.5)
     close(terms.tokens, 7.0)
 
@@ -77,7 +87,7 @@ def test_gspo_by_hand():
     sequence = [0, 0, 1, 1, 1, 2]
     weights = token_weights(torch.tensor(sequence), "sequence_mean", dtype=F64).tolist()
     terms, grad = loss_and_gradient("gspo", ratios, advantages, sequence, weights)
-    close(terms.loss_sum, -1.0 - 2.6 + 0.8)          # one term per sequence, as in the paper
+    close(terms.loss_sum, -1.0 - 2.6 + 0.8)  # one term per sequence, as in the paper
     # d s / d log pi_t = s / length: sequence 0 gives -A s / 2 per token, clipped sequences 0
     close(grad, [-0.5, -0.5, 0.0, 0.0, 0.0, 0.0])
     close(terms.clipped_tokens, 4.0)
@@ -93,13 +103,14 @@ def test_gspo_with_token_weights_counts_each_token():
 
 
 # ---------------------------------------------------------------------------------------------------------------- cispo
-@pytest.mark.parametrize("ratio, advantage, bounded", [
-    (1.1, 2.0, 1.1), (1.5, 2.0, 1.3), (1.5, -2.0, 1.3), (0.5, 2.0, 0.8), (0.5, -1.0, 0.8), (1.5, 0.0, 1.3),
-])
+@pytest.mark.parametrize(
+    "ratio, advantage, bounded",
+    [(1.1, 2.0, 1.1), (1.5, 2.0, 1.3), (1.5, -2.0, 1.3), (0.5, 2.0, 0.8), (0.5, -1.0, 0.8), (1.5, 0.0, 1.3)],
+)
 def test_cispo_by_hand(ratio, advantage, bounded):
     terms, grad = loss_and_gradient("cispo", [ratio], [advantage], [0])
     close(terms.loss_sum, -bounded * advantage * math.log(ratio))
-    close(grad, [-bounded * advantage])              # a clipped token keeps a gradient
+    close(grad, [-bounded * advantage])  # a clipped token keeps a gradient
     assert terms.clipped_tokens.item() == (bounded != ratio and advantage != 0.0)
 
 
@@ -113,8 +124,16 @@ def test_cispo_without_a_lower_bound():
 def test_first_update_is_the_policy_gradient(kind):
     # ratio 1: every loss has the gradient -A of plain REINFORCE, nothing is clipped, drift is 0
     logprobs = logs(0.3, 0.2, 0.9).requires_grad_()
-    terms = policy_loss(logprobs, logprobs.detach(), torch.tensor([1.5, 1.5, -0.5], dtype=F64),
-                        torch.ones(3, dtype=F64), torch.tensor([0, 0, 1]), kind, 0.2, 0.3)
+    terms = policy_loss(
+        logprobs,
+        logprobs.detach(),
+        torch.tensor([1.5, 1.5, -0.5], dtype=F64),
+        torch.ones(3, dtype=F64),
+        torch.tensor([0, 0, 1]),
+        kind,
+        0.2,
+        0.3,
+    )
     terms.loss_sum.backward()
     close(logprobs.grad, [-1.5, -1.5, 0.5])
     close(terms.ratio_sum, 3.0)
@@ -138,9 +157,17 @@ def test_what_lies_outside_the_responses_is_ignored(kind):
     logprobs = torch.cat([nan, logs(1.1, 0.9), -nan, logs(1.4), nan + INF]).requires_grad_()
     index = torch.tensor([-1, 0, 0, -1, 1, -1])
     old = torch.tensor([NAN, 0.0, 0.0, INF, 0.0, -INF], dtype=F64)
-    terms = policy_loss(logprobs, old, torch.tensor([NAN, 1.0, 1.0, INF, -2.0, NAN], dtype=F64),
-                        token_weights(index, "token_mean", dtype=F64), index, kind, 0.2, 0.3,
-                        correction=torch.tensor([NAN, 1.0, 1.0, INF, 1.0, NAN], dtype=F64))
+    terms = policy_loss(
+        logprobs,
+        old,
+        torch.tensor([NAN, 1.0, 1.0, INF, -2.0, NAN], dtype=F64),
+        token_weights(index, "token_mean", dtype=F64),
+        index,
+        kind,
+        0.2,
+        0.3,
+        correction=torch.tensor([NAN, 1.0, 1.0, INF, 1.0, NAN], dtype=F64),
+    )
     terms.loss_sum.backward()
     for name in terms.__slots__:
         close(getattr(terms, name), getattr(plain, name).item())
@@ -163,14 +190,14 @@ def test_cutting_the_batch_elsewhere_changes_nothing(kind, aggregation):
             keep = torch.isin(sequence, torch.tensor(row))
             local = torch.unique(sequence[keep], return_inverse=True)[1]
             weights = token_weights(local, aggregation, 7, dtype=F64)
-            total = total + policy_loss(logprobs[keep], old[keep], advantages[keep], weights, local, kind,
-                                        0.2, 0.3).loss_sum
+            total = total + policy_loss(logprobs[keep], old[keep], advantages[keep], weights, local, kind, 0.2, 0.3).loss_sum
         return total / normalizer(aggregation, 11, 4)
 
     whole, cut = loss([[0, 1, 2, 3]]), loss([[2], [3, 0], [1]])
     torch.testing.assert_close(whole, cut, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(torch.autograd.grad(whole, logprobs)[0], torch.autograd.grad(cut, logprobs)[0],
-                               rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        torch.autograd.grad(whole, logprobs)[0], torch.autograd.grad(cut, logprobs)[0], rtol=1e-12, atol=1e-14
+    )
 
 
 @pytest.mark.parametrize("kind", ["clip", "gspo"])
@@ -181,8 +208,8 @@ def test_gradcheck(kind):
     sequence = torch.tensor([0, 0, 1, 2, 3, 4])
     weights = token_weights(sequence, "sequence_mean", dtype=F64)
     assert torch.autograd.gradcheck(
-        lambda x: policy_loss(x, torch.zeros_like(x), advantages, weights, sequence, kind, 0.2, 0.3).loss_sum,
-        [logprobs])
+        lambda x: policy_loss(x, torch.zeros_like(x), advantages, weights, sequence, kind, 0.2, 0.3).loss_sum, [logprobs]
+    )
 
 
 def test_cispo_gradient_is_that_of_the_log_prob_with_fixed_weights():
@@ -219,8 +246,9 @@ def test_clip_against_a_padded_formulation():
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_large_ratios_stay_finite(kind, log_ratio, advantage):
     logprobs = torch.tensor([log_ratio], requires_grad=True)
-    terms = policy_loss(logprobs, torch.zeros(1), torch.tensor([advantage]), torch.ones(1), torch.tensor([0]), kind,
-                        0.2, 0.3)
+    terms = policy_loss(
+        logprobs, torch.zeros(1), torch.tensor([advantage]), torch.ones(1), torch.tensor([0]), kind, 0.2, 0.3
+    )
     terms.loss_sum.backward()
     assert logprobs.grad.isfinite().all()
     assert all(getattr(terms, name).isfinite() for name in terms.__slots__)
@@ -230,8 +258,9 @@ def test_large_ratios_stay_finite(kind, log_ratio, advantage):
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 def test_log_probs_that_are_not_finite_show_in_the_loss(kind, bad):
     logprobs = torch.tensor([-1.0, bad], requires_grad=True)
-    terms = policy_loss(logprobs, torch.tensor([-1.0, -1.0]), torch.ones(2), torch.ones(2), torch.tensor([0, 1]), kind,
-                        0.2, 0.3)
+    terms = policy_loss(
+        logprobs, torch.tensor([-1.0, -1.0]), torch.ones(2), torch.ones(2), torch.tensor([0, 1]), kind, 0.2, 0.3
+    )
     assert terms.loss_sum.isnan()
 
 
@@ -248,11 +277,14 @@ def test_a_row_without_responses_gives_zeros():
 LN2 = math.log(2.0)
 
 
-@pytest.mark.parametrize("kind, values, gradients", [
-    ("k1", [-LN2, LN2, 0.0], [1.0, 1.0, 1.0]),                       # d k1 / d log pi = 1
-    ("k2", [LN2 ** 2 / 2, LN2 ** 2 / 2, 0.0], [-LN2, LN2, 0.0]),     # -d
-    ("k3", [1 - LN2, LN2 - 0.5, 0.0], [-1.0, 0.5, 0.0]),             # 1 - exp(d)
-])
+@pytest.mark.parametrize(
+    "kind, values, gradients",
+    [
+        ("k1", [-LN2, LN2, 0.0], [1.0, 1.0, 1.0]),  # d k1 / d log pi = 1
+        ("k2", [LN2**2 / 2, LN2**2 / 2, 0.0], [-LN2, LN2, 0.0]),  # -d
+        ("k3", [1 - LN2, LN2 - 0.5, 0.0], [-1.0, 0.5, 0.0]),  # 1 - exp(d)
+    ],
+)
 def test_kl_by_hand(kind, values, gradients):
     logprobs = logs(0.25, 0.5, 0.3).requires_grad_()
     reference = logs(0.5, 0.25, 0.3).requires_grad_()
@@ -284,11 +316,12 @@ def test_what_the_expected_gradients_of_the_estimators_are():
     logits = torch.tensor([0.3, -0.2, 0.5], dtype=F64, requires_grad=True)
     reference = torch.tensor([0.4, 0.4, 0.2], dtype=F64).log()
     log_pi = logits.log_softmax(0)
-    true, = torch.autograd.grad((log_pi.exp() * (log_pi - reference)).sum(), logits, retain_graph=True)
+    (true,) = torch.autograd.grad((log_pi.exp() * (log_pi - reference)).sum(), logits, retain_graph=True)
 
     def expected(kind):
-        return torch.autograd.grad((log_pi.detach().exp() * kl_penalty(log_pi, reference, kind)).sum(), logits,
-                                   retain_graph=True)[0]
+        return torch.autograd.grad(
+            (log_pi.detach().exp() * kl_penalty(log_pi, reference, kind)).sum(), logits, retain_graph=True
+        )[0]
 
     torch.testing.assert_close(expected("k2"), true)
     torch.testing.assert_close(expected("k3"), log_pi.detach().exp() - reference.exp())
@@ -307,11 +340,14 @@ def test_k3_is_never_negative_and_stays_finite():
 SEQUENCE = torch.tensor([-1, 1, 1, -1, 0, 2, 2, 2, -1])
 
 
-@pytest.mark.parametrize("aggregation, constant, weights, divisor", [
-    ("token_mean", None, [0, 1, 1, 0, 1, 1, 1, 1, 0], 6),
-    ("sequence_mean", None, [0, 1 / 2, 1 / 2, 0, 1, 1 / 3, 1 / 3, 1 / 3, 0], 3),
-    ("constant", 4, [0, 1 / 4, 1 / 4, 0, 1 / 4, 1 / 4, 1 / 4, 1 / 4, 0], 3),
-])
+@pytest.mark.parametrize(
+    "aggregation, constant, weights, divisor",
+    [
+        ("token_mean", None, [0, 1, 1, 0, 1, 1, 1, 1, 0], 6),
+        ("sequence_mean", None, [0, 1 / 2, 1 / 2, 0, 1, 1 / 3, 1 / 3, 1 / 3, 0], 3),
+        ("constant", 4, [0, 1 / 4, 1 / 4, 0, 1 / 4, 1 / 4, 1 / 4, 1 / 4, 0], 3),
+    ],
+)
 def test_weights_by_hand(aggregation, constant, weights, divisor):
     close(token_weights(SEQUENCE, aggregation, constant), weights)
     assert normalizer(aggregation, response_tokens=6, sequences=3) == divisor
@@ -342,13 +378,16 @@ def test_every_kind_of_the_configuration_exists():
         token_weights(SEQUENCE, kind, 4), normalizer(kind, 1, 1)
 
 
-@pytest.mark.parametrize("call, problem", [
-    (lambda: policy_loss(*[torch.zeros(1)] * 4, torch.tensor([0]), "ppo", 0.2, 0.2), "choose one of clip, gspo, cispo"),
-    (lambda: kl_penalty(torch.zeros(1), torch.zeros(1), "k4"), "unknown kind 'k4'; choose one of k1, k2, k3"),
-    (lambda: token_weights(SEQUENCE, "mean"), "unknown kind 'mean'"),
-    (lambda: normalizer("mean", 1, 1), "unknown kind 'mean'"),
-    (lambda: token_weights(SEQUENCE, "constant"), "needs a positive number of tokens, not None"),
-])
+@pytest.mark.parametrize(
+    "call, problem",
+    [
+        (lambda: policy_loss(*[torch.zeros(1)] * 4, torch.tensor([0]), "ppo", 0.2, 0.2), "choose one of clip, gspo, cispo"),
+        (lambda: kl_penalty(torch.zeros(1), torch.zeros(1), "k4"), "unknown kind 'k4'; choose one of k1, k2, k3"),
+        (lambda: token_weights(SEQUENCE, "mean"), "unknown kind 'mean'"),
+        (lambda: normalizer("mean", 1, 1), "unknown kind 'mean'"),
+        (lambda: token_weights(SEQUENCE, "constant"), "needs a positive number of tokens, not None"),
+    ],
+)
 def test_refused(call, problem):
     with pytest.raises(ValueError, match=problem):
         call()

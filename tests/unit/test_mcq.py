@@ -1,13 +1,18 @@
 """One row in, a question or a plain statement of what is wrong out."""
+
 import pickle
 
 import pytest
 
 from alphamed.data.mcq import QuestionError, Row, RowProblem, check_questions, parse_question
 
-GOOD = {"id": "q1", "question": "Which vitamin prevents scurvy?", "options": {"A": "Vitamin A", "B": "Vitamin C"},
-        "answer": "B"}
-HALF_PAIR = "\ud800"        # JSON can spell it, UTF-8 can not encode it
+GOOD = {
+    "id": "q1",
+    "question": "Which vitamin prevents scurvy?",
+    "options": {"A": "Vitamin A", "B": "Vitamin C"},
+    "answer": "B",
+}
+HALF_PAIR = "\ud800"  # JSON can spell it, UTF-8 can not encode it
 
 
 def without(key: str) -> dict:
@@ -53,8 +58,10 @@ BROKEN = {
     "null question": (GOOD | {"question": None}, "no question"),
     "blank question": (GOOD | {"question": "\n"}, "question is empty"),
     "question is a list": (GOOD | {"question": ["a"]}, "question is a list, not text"),
-    "question half a pair": (GOOD | {"question": HALF_PAIR},
-                             "question holds half a surrogate pair, which is not valid Unicode"),
+    "question half a pair": (
+        GOOD | {"question": HALF_PAIR},
+        "question holds half a surrogate pair, which is not valid Unicode",
+    ),
     "no options": (without("options"), "no options"),
     "options are numbers": (GOOD | {"options": ["a", 20]}, "an option is a number (20), not text"),
     "options are a list": (GOOD | {"options": ["a", "b"]}, "options are a list, not letter -> text"),
@@ -67,10 +74,11 @@ BROKEN = {
     "option is a number": (GOOD | {"options": {"A": "x", "B": 5}}, "option B is a number, not text"),
     "option is null": (GOOD | {"options": {"A": None, "B": "x"}}, "option A is nothing, not text"),
     "empty option": (GOOD | {"options": {"A": "x", "B": ""}}, "option B is empty"),
-    "option half a pair": (GOOD | {"options": {"A": "x", "B": HALF_PAIR}},
-                           "option B holds half a surrogate pair, which is not valid Unicode"),
-    "duplicate options": (GOOD | {"options": {"A": "x", "B": "a  b", "C": "a b "}},
-                          "options B and C are the same: 'a b'"),
+    "option half a pair": (
+        GOOD | {"options": {"A": "x", "B": HALF_PAIR}},
+        "option B holds half a surrogate pair, which is not valid Unicode",
+    ),
+    "duplicate options": (GOOD | {"options": {"A": "x", "B": "a  b", "C": "a b "}}, "options B and C are the same: 'a b'"),
     "no answer": (without("answer"), "no answer"),
     "empty answer": (GOOD | {"answer": ""}, "answer is empty"),
     "answer is an index": (GOOD | {"answer": 1}, "answer is a number, not text"),
@@ -103,9 +111,17 @@ def test_long_values_are_cut_and_kept_on_one_line():
 
 
 def test_check_questions_splits_good_from_bad_and_finds_duplicate_ids():
-    rows = [Row("f", 1, GOOD), Row("f", 2, problem="not JSON"), Row("f", 3, GOOD | {"id": "q2", "answer": "Z"}),
-            Row("g", 1, GOOD | {"id": "q2"}), Row("g", 2, GOOD)]
+    rows = [
+        Row("f", 1, GOOD),
+        Row("f", 2, problem="not JSON"),
+        Row("f", 3, GOOD | {"id": "q2", "answer": "Z"}),
+        Row("g", 1, GOOD | {"id": "q2"}),
+        Row("g", 2, GOOD),
+    ]
     questions, problems = check_questions(rows)
-    assert [q.id for q in questions] == ["q1", "q2"]        # the q2 of g counts: the one before it was bad
-    assert problems == [RowProblem("f", 2, "not JSON"), RowProblem("f", 3, "answer 'Z' is not among the options A, B"),
-                        RowProblem("g", 2, "duplicate id 'q1', first at f:1")]
+    assert [q.id for q in questions] == ["q1", "q2"]  # the q2 of g counts: the one before it was bad
+    assert problems == [
+        RowProblem("f", 2, "not JSON"),
+        RowProblem("f", 3, "answer 'Z' is not among the options A, B"),
+        RowProblem("g", 2, "duplicate id 'q1', first at f:1"),
+    ]

@@ -3,6 +3,7 @@
 The checker below parses medfacts.yaml itself and recognises a question by its sentence alone, so that it shares nothing
 with the generator but the data file.
 """
+
 import configparser
 import hashlib
 import json
@@ -13,10 +14,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from alphamed.config_choices import BadRows
-from alphamed.data import medfacts
-from alphamed.data.medfacts_table import parse, table
+from alphamed.config.choices import BadRows
 from alphamed.data.sources import load_questions
+from alphamed.lab.datasets import medfacts
+from alphamed.lab.datasets.medfacts_table import parse, table
 
 ROOT = Path(__file__).parents[2]
 SPLITS = ("train", "heldout_wording", "heldout_fact")
@@ -25,7 +26,7 @@ SPLITS = ("train", "heldout_wording", "heldout_fact")
 # ---------------------------------------------------------------------------------- an independent reading of the table
 @cache
 def raw() -> dict:
-    return yaml.safe_load((ROOT / "src/alphamed/data/medfacts.yaml").read_text("utf-8"))
+    return yaml.safe_load((ROOT / "src/alphamed/lab/datasets/medfacts.yaml").read_text("utf-8"))
 
 
 @cache
@@ -83,7 +84,7 @@ def right_options(question) -> list[str]:
         return [letter for letter, text in question.options.items() if text in rows[key][1]]
     if form == "reverse":
         return [letter for letter, text in question.options.items() if key in rows[text][1]]
-    if form == "except":       # sure members are those whose main answer it is
+    if form == "except":  # sure members are those whose main answer it is
         return [letter for letter, text in question.options.items() if rows[text][0] != key]
     pairs = {letter: text.split(" - ") for letter, text in question.options.items()}
     return [letter for letter, (subject, said) in pairs.items() if rows[subject][0] != said]
@@ -124,7 +125,7 @@ def test_the_table_is_large():
     assert len(facts) >= 1000 and len(raw()["categories"]) >= 20
     assert all(len(truth(category)) >= 20 for category in raw()["categories"])
     ten = [c for c in raw()["categories"] if len({answer for answer, _ in truth(c).values()}) >= 10]
-    assert len(ten) == len(raw()["categories"]) - 1      # acid-base has five disorders and no more
+    assert len(ten) == len(raw()["categories"]) - 1  # acid-base has five disorders and no more
 
 
 def test_no_row_comes_twice_and_cells_are_clean():
@@ -154,15 +155,22 @@ def test_the_module_reads_the_table_as_the_checker_does():
         assert {f.subject: (f.answer, f.also | {f.answer}) for f in category.facts} == truth(name)
 
 
-BROKEN = [("a | b | c | d", "write 'subject | answer'"), ("a |", "write 'subject | answer'"), ("a", "write 'subject"),
-          ("a | b | c", "also ['c']"), ("a | b\n        a | c", "has two rows")]
+BROKEN = [
+    ("a | b | c | d", "write 'subject | answer'"),
+    ("a |", "write 'subject | answer'"),
+    ("a", "write 'subject"),
+    ("a | b | c", "also ['c']"),
+    ("a | b\n        a | c", "has two rows"),
+]
 
 
 @pytest.mark.parametrize(("rows", "message"), BROKEN)
 def test_a_broken_row_is_named(rows, message):
     words = "{train: [], heldout: []}"
-    text = (f"general: {{except: {words}, pairs: {words}}}\ncategories:\n  toys:\n    subjects: s\n    predicate: p\n"
-            f"    pair: p\n    ask: {words}\n    reverse: {words}\n    facts:\n      one: |\n        {rows}\n")
+    text = (
+        f"general: {{except: {words}, pairs: {words}}}\ncategories:\n  toys:\n    subjects: s\n    predicate: p\n"
+        f"    pair: p\n    ask: {words}\n    reverse: {words}\n    facts:\n      one: |\n        {rows}\n"
+    )
     with pytest.raises(ValueError, match="toys") as error:
         parse(text)
     assert message in str(error.value)
@@ -171,7 +179,7 @@ def test_a_broken_row_is_named(rows, message):
 def test_the_table_is_shipped():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    assert "*.yaml" in setup["options.package_data"]["alphamed.data"].split()
+    assert "*.yaml" in setup["options.package_data"]["alphamed.lab.datasets"].split(", ")
 
 
 # -------------------------------------------------------------------------------------------------------- the questions
@@ -199,7 +207,7 @@ def test_options_are_distinct_and_their_number_fits_the_level(splits):
     for question in splits.train:
         sizes[question.level][len(question.options)] += 1
         assert len(set(question.options.values())) == len(question.options)
-        assert list(question.options) == list("ABCDEFGHIJ"[:len(question.options)])
+        assert list(question.options) == list("ABCDEFGHIJ"[: len(question.options)])
     for level, counts in sizes.items():
         assert 4 <= min(counts) and max(counts) == most[level]
     assert all(sizes[level].most_common(1)[0][0] == most[level] for level in (1, 2, 3, 5, 6))
@@ -255,7 +263,7 @@ def test_answers_are_balanced_over_the_letters(splits):
             by_size.setdefault(len(question.options), Counter())[question.answer] += 1
         for size, counts in by_size.items():
             total, share = counts.total(), 1 / size
-            bound = 4 * (total * share * (1 - share)) ** 0.5          # four standard deviations of a fair die
+            bound = 4 * (total * share * (1 - share)) ** 0.5  # four standard deviations of a fair die
             assert all(abs(counts[letter] - total * share) <= bound for letter in "ABCDEFGHIJ"[:size]), (split, counts)
 
 
@@ -291,7 +299,7 @@ def test_the_number_of_facts_and_copies():
     assert len(trained) == 40 and len(few.train) == 200
     assert set().union(*map(stated_subjects, few.heldout_wording)) == trained and len(few.heldout_wording) == 200
     plain = medfacts.build(0, **easy)
-    assert {q.id for q in plain.train} < {q.id for q in few.train}       # more copies add, they do not change
+    assert {q.id for q in plain.train} < {q.id for q in few.train}  # more copies add, they do not change
 
 
 @pytest.mark.parametrize("filters", [{"levels": (7,)}, {"categories": ("astrology",)}])

@@ -1,4 +1,5 @@
 """The launchers of several hosts: how they meet, agree, refuse and notice a loss; what each one runs."""
+
 import json
 import os
 import signal
@@ -10,15 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from alphamed.cluster import addresses, nodes, placement, remote
+from alphamed.cluster import addresses, placement
 from alphamed.cluster.failure import stop_requested
-from alphamed.errors import RunFailed
 from alphamed.cluster.job import Job, Place
-from alphamed.cluster.meeting import Meeting
-from alphamed.cluster.nodes import part_of
-from alphamed.config import Config
-from alphamed.errors import ConfigError
-from alphamed.config_file import build_config
+from alphamed.config.loading import build_config
+from alphamed.config.schema import Config
+from alphamed.errors import ConfigError, RunFailed
+from alphamed.launch import nodes, remote
+from alphamed.launch.meeting import Meeting
+from alphamed.launch.nodes import part_of
 
 NAMES = ["localhost", "127.0.0.2", "127.0.0.3"]
 """Hosts that are all this one: the second's and third's names are addresses."""
@@ -40,7 +41,7 @@ def together(*acts):
     def play(number, act):
         try:
             found[number] = act()
-        except Exception as error:      # noqa: BLE001 - looked at by the test
+        except Exception as error:  # noqa: BLE001 - looked at by the test
             found[number] = error
 
     threads = [threading.Thread(target=play, args=pair, daemon=True) for pair in enumerate(acts)]
@@ -61,13 +62,18 @@ def test_hosts_exchange_facts_and_get_the_first_ones_decision():
             return facts, meeting.share("decision", lambda: f"made by {rank}")
 
     assert together(*(lambda rank=rank: act(rank) for rank in range(3))) == [
-        (["fact 0", "fact 1", "fact 2"], "made by 0"), (None, "made by 0"), (None, "made by 0")]
+        (["fact 0", "fact 1", "fact 2"], "made by 0"),
+        (None, "made by 0"),
+        (None, "made by 0"),
+    ]
 
 
 def test_a_host_that_does_not_come_is_named():
     meeting_port = port()
-    first, second = together(lambda: Meeting.join(NAMES, 0, meeting_port, "token", 2, 30),
-                             lambda: Meeting.join(NAMES, 1, meeting_port, "token", 2, 30))
+    first, second = together(
+        lambda: Meeting.join(NAMES, 0, meeting_port, "token", 2, 30),
+        lambda: Meeting.join(NAMES, 1, meeting_port, "token", 2, 30),
+    )
     assert isinstance(second, RunFailed) and second.culprit == "host localhost"
     assert isinstance(first, RunFailed) and first.culprit == "host 127.0.0.3"
     assert "did not join the control links within 2 s (missing: host 127.0.0.3)" in first.message
@@ -75,8 +81,10 @@ def test_a_host_that_does_not_come_is_named():
 
 def test_another_token_is_refused():
     meeting_port = port()
-    first, second = together(lambda: Meeting.join(NAMES[:2], 0, meeting_port, "token", 3, 30),
-                             lambda: Meeting.join(NAMES[:2], 1, meeting_port, "another", 3, 30))
+    first, second = together(
+        lambda: Meeting.join(NAMES[:2], 0, meeting_port, "token", 3, 30),
+        lambda: Meeting.join(NAMES[:2], 1, meeting_port, "another", 3, 30),
+    )
     assert isinstance(first, RunFailed) and first.culprit == "host 127.0.0.2"
     assert isinstance(second, RunFailed) and "refuses 127.0.0.2: it has another token" in str(second)
 
@@ -108,7 +116,7 @@ def test_a_silent_host_is_lost_and_named():
             return meeting.failure
 
     def second():
-        meeting = Meeting.join(NAMES[:2], 1, meeting_port, "token", 20, 1000.0)     # its next heartbeat is far away
+        meeting = Meeting.join(NAMES[:2], 1, meeting_port, "token", 20, 1000.0)  # its next heartbeat is far away
         while not lost:
             time.sleep(0.05)
         meeting._links.close()
@@ -123,7 +131,7 @@ def started(monkeypatch):
     """What `nodes.run` begins: checks, and the whole training of a single host."""
     found = []
     monkeypatch.setattr(nodes, "gpus_present", lambda: 8)
-    monkeypatch.setattr(nodes.launch, "train", lambda config, grace: found.append("train") or 0)
+    monkeypatch.setattr(nodes.single_host, "train", lambda config, grace: found.append("train") or 0)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "token")
     return found
 
@@ -134,11 +142,19 @@ def test_a_run_on_one_host_is_checked_before_it_starts(started):
 
 
 def test_hosts_beyond_the_one_that_is_shared_stay_out(started, capsys, tmp_path):
-    shared = config(cluster={"device": "cuda", "share_gpus": True}, parallel={"tensor": 8}, rollout={"engines": 8},
-                    run={"root": str(tmp_path)})
+    shared = config(
+        cluster={"device": "cuda", "share_gpus": True},
+        parallel={"tensor": 8},
+        rollout={"engines": 8},
+        run={"root": str(tmp_path)},
+    )
     meeting_port = port()
-    assert together(*(lambda rank=rank: nodes.run(lambda: shared, NAMES, rank, meeting_port,
-                                                   lambda config: started.append("validate")) for rank in range(3))) == [0, 0, 0]
+    assert together(
+        *(
+            lambda rank=rank: nodes.run(lambda: shared, NAMES, rank, meeting_port, lambda config: started.append("validate"))
+            for rank in range(3)
+        )
+    ) == [0, 0, 0]
     assert started == ["validate", "train"]
     assert sorted(capsys.readouterr().err.splitlines()) == ["host 127.0.0.2 is not needed", "host 127.0.0.3 is not needed"]
 
@@ -146,8 +162,12 @@ def test_hosts_beyond_the_one_that_is_shared_stay_out(started, capsys, tmp_path)
 def test_only_the_first_host_says_what_is_wrong(started, capsys):
     meeting_port = port()
     small = config(cluster={"device": "cuda"}, parallel={"tensor": 8, "pipeline": 4})
-    assert together(*(lambda rank=rank: nodes.run(lambda: small, NAMES, rank, meeting_port,
-                                                   lambda config: started.append("validate")) for rank in range(3))) == [2, 0, 0]
+    assert together(
+        *(
+            lambda rank=rank: nodes.run(lambda: small, NAMES, rank, meeting_port, lambda config: started.append("validate"))
+            for rank in range(3)
+        )
+    ) == [2, 0, 0]
     assert started == [] and capsys.readouterr().err.count("error: cluster: 32 trainer ranks") == 1
 
 
@@ -164,12 +184,23 @@ def test_every_host_gets_its_part():
     job, run = Job(PLACES, 21_000, 22_000), config(cluster={"device": "cuda", "ranks_per_host": 4})
     head, second, engines = (part_of(job, place, run, Path("own"), Path("tmp")) for place in job.places)
     for rank, part in enumerate((head, second)):
-        assert {"--nnodes=2", f"--node-rank={rank}", "--master-addr=10.0.0.1", "--master-port=21000",
-                f"--local-addr=10.0.0.{rank + 1}", "--nproc-per-node=4"} <= set(part.command)
-    assert not head.beside                                      # rank 0 itself brings Ray's head up
+        assert {
+            "--nnodes=2",
+            f"--node-rank={rank}",
+            "--master-addr=10.0.0.1",
+            "--master-port=21000",
+            f"--local-addr=10.0.0.{rank + 1}",
+            "--nproc-per-node=4",
+        } <= set(part.command)
+    assert not head.beside  # rank 0 itself brings Ray's head up
     for command, address, count in ((second.beside, "10.0.0.2", 2), (engines.command, "10.0.0.3", 8)):
-        assert {"alphamed.cluster.join_ray", "--address=10.0.0.1:22000", f"--node-ip-address={address}", f"--num-gpus={count}",
-                "--min-worker-port=0"} <= set(command)
+        assert {
+            "alphamed.cluster.join_ray",
+            "--address=10.0.0.1:22000",
+            f"--node-ip-address={address}",
+            f"--num-gpus={count}",
+            "--min-worker-port=0",
+        } <= set(command)
     assert engines.serves and not engines.beside and not second.serves
     on_cpu = part_of(job, job.places[2], config(cluster={"device": "cpu"}), Path("own"), Path("tmp")).command
     assert '--resources={"engine_slot": 8}' in on_cpu
@@ -182,7 +213,7 @@ def test_a_dry_run_shows_what_every_host_would_run():
     shown = remote.preview(run, ["a", "b", "c"], Path("run.yaml"), ["run.steps=2"], slurm=True)
     assert shown.startswith("# sbatch -N 3 examples/slurm/train.sbatch run.yaml run.steps=2\n#!/usr/bin/env bash")
     assert "# a: rank 0, torchrun's store on port 29500" in shown and "# c: room for 1 engine worker" in shown
-    assert shown.count("alphamed.cluster.agent") == 2 and shown.count("join_ray a 6379") == 1
+    assert shown.count("alphamed.launch.agent") == 2 and shown.count("join_ray a 6379") == 1
 
 
 # -------------------------------------------------------------------------------------------------------------- addresses
@@ -196,7 +227,9 @@ def test_the_address_is_that_of_the_route_unless_the_user_names_an_interface(mon
     assert addresses.own(["b"], {"NCCL_SOCKET_IFNAME": "ib,eth"}).interface == "ib0"
     assert addresses.own(["b"], {"NCCL_SOCKET_IFNAME": "^docker"}).interface == "eth0"
     assert addresses.interface_settings(chosen, {"NCCL_SOCKET_IFNAME": "=ib0"}) == {
-        "GLOO_SOCKET_IFNAME": "ib0", "NCCL_SOCKET_IFNAME": "=ib0"}
+        "GLOO_SOCKET_IFNAME": "ib0",
+        "NCCL_SOCKET_IFNAME": "=ib0",
+    }
     with pytest.raises(ConfigError, match="GLOO_SOCKET_IFNAME: 'eth7' is no interface .* eth0, ib0, lo"):
         addresses.own(["b"], {"GLOO_SOCKET_IFNAME": "eth7"})
 

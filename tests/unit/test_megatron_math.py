@@ -1,4 +1,5 @@
 """The trainer's own tensor functions against plain torch and transformers, gradients included. No process groups."""
+
 from __future__ import annotations
 
 import warnings
@@ -9,13 +10,13 @@ import torch.nn.functional as F
 
 warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
 
-from alphamed.config_file import build_config
+from alphamed.config.loading import build_config
 from alphamed.megatron.attention import masked_attention, rotary_frequencies, rotate
 from alphamed.megatron.layers import SwiGlu, rms_norm
 from alphamed.megatron.logprobs import VocabShard, label_logprobs
 from alphamed.megatron.prefix_attention import prefix_attention
 from alphamed.megatron.step import SUM_NAMES, learning_rate, micro_loss
-from alphamed.model import ModelShape, RopeScaling
+from alphamed.model.shape import ModelShape, RopeScaling
 from alphamed.records import MicroBatch, Segment
 
 
@@ -26,8 +27,9 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 def agree(found, expected, inputs, tolerance: float = 2e-6) -> None:
     """Equal values and equal gradients of a random weighting, relative to the largest."""
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(9))
-    gradients = [torch.autograd.grad((out.float() * weights).sum(), inputs, retain_graph=out is expected)
-                 for out in (found, expected)]
+    gradients = [
+        torch.autograd.grad((out.float() * weights).sum(), inputs, retain_graph=out is expected) for out in (found, expected)
+    ]
     for a, b in [(found, expected), *zip(*gradients)]:
         assert (a - b).abs().max() <= tolerance * b.abs().max(), f"differs by {(a - b).abs().max():.1e}"
 
@@ -51,12 +53,12 @@ def plain_attention(q, k, v, segments, scale):
     for segment in segments:
         n = start + segment.prefix
         if segment.behind_stem:
-            visible[start:start + segment.tokens, :segments[0].tokens] = True
+            visible[start : start + segment.tokens, : segments[0].tokens] = True
         visible[start:n, start:n] = torch.ones(segment.prefix, segment.prefix).tril().bool()
         at = n
         for length in segment.continuations:
-            visible[at:at + length, start:n] = True
-            visible[at:at + length, at:at + length] = torch.ones(length, length).tril().bool()
+            visible[at : at + length, start:n] = True
+            visible[at : at + length, at : at + length] = torch.ones(length, length).tril().bool()
             at += length
         start = at
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
@@ -82,25 +84,48 @@ def test_attention_over_several_blocks_of_the_kernel():
 
 # ------------------------------------------------------------------------------------------------------------------- rotary
 def shape_of(**changes) -> ModelShape:
-    values = dict(family="llama", layers=1, hidden=8, ffn=8, heads=1, kv_heads=1, head_dim=64, vocab=9, tied=False,
-                  qkv_bias=False, qk_norm=False, norm_eps=1e-5, rope_theta=500000.0, rope_scaling=None, max_positions=64)
+    values = dict(
+        family="llama",
+        layers=1,
+        hidden=8,
+        ffn=8,
+        heads=1,
+        kv_heads=1,
+        head_dim=64,
+        vocab=9,
+        tied=False,
+        qkv_bias=False,
+        qk_norm=False,
+        norm_eps=1e-5,
+        rope_theta=500000.0,
+        rope_scaling=None,
+        max_positions=64,
+    )
     return ModelShape(**(values | changes))
 
 
-@pytest.mark.parametrize("scaling", [
-    None, RopeScaling(8.0, 1.0, 4.0, 8192),           # Llama 3.1
-    RopeScaling(32.0, 1.0, 4.0, 8192),                # Llama 3.2
-    RopeScaling(3.0, 2.0, 16.0, 512),                 # nothing that Megatron takes for granted
-])
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        None,
+        RopeScaling(8.0, 1.0, 4.0, 8192),  # Llama 3.1
+        RopeScaling(32.0, 1.0, 4.0, 8192),  # Llama 3.2
+        RopeScaling(3.0, 2.0, 16.0, 512),  # nothing that Megatron takes for granted
+    ],
+)
 def test_rotary_frequencies_equal_those_of_transformers(scaling):
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     rope = {"rope_theta": 500000.0, "rope_type": "default"}
     if scaling:
-        rope |= {"rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": scaling.low_freq_factor,
-                 "high_freq_factor": scaling.high_freq_factor,
-                 "original_max_position_embeddings": scaling.original_max_positions}
+        rope |= {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_positions,
+        }
     config = LlamaConfig(hidden_size=64, num_attention_heads=1, head_dim=64, rope_parameters=rope)
     expected = LlamaRotaryEmbedding(config).inv_freq
     torch.testing.assert_close(rotary_frequencies(shape_of(rope_scaling=scaling)), expected, rtol=1e-6, atol=0)
@@ -128,7 +153,7 @@ def test_rms_norm_of_bf16_is_computed_in_fp32():
     expected = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
     found = rms_norm(x, weight, 1e-5)
     assert found.dtype == torch.bfloat16
-    assert ((found.double() - expected).abs() <= expected.abs() * 2 ** -8).all()      # one rounding to 8 bits
+    assert ((found.double() - expected).abs() <= expected.abs() * 2**-8).all()  # one rounding to 8 bits
 
 
 def test_swiglu():
@@ -151,9 +176,10 @@ def test_label_logprobs_leave_padding_columns_out(chunk, temperature):
     assert not entropy.requires_grad
     agree(found, expected, (hidden,))
     g = random(40, seed=2).detach()
-    d_weight, = torch.autograd.grad((label_logprobs(hidden, weight, labels, VocabShard(None, 0, 3), temperature, chunk)[0]
-                                     * g).sum(), weight)
-    expected_weight, = torch.autograd.grad((expected * g).sum(), real)
+    (d_weight,) = torch.autograd.grad(
+        (label_logprobs(hidden, weight, labels, VocabShard(None, 0, 3), temperature, chunk)[0] * g).sum(), weight
+    )
+    (expected_weight,) = torch.autograd.grad((expected * g).sum(), real)
     assert (d_weight[:3] - expected_weight).abs().max() <= 2e-6 * expected_weight.abs().max()
     assert (d_weight[3:] == 0).all()
 
@@ -168,7 +194,7 @@ def test_label_logprobs_of_no_labels():
 
 def test_label_logprobs_add_to_a_gradient_buffer():
     hidden, weight, labels = random(5, 6), random(3, 6, seed=1), torch.tensor([0, 1, 2, 0, 1])
-    plain, = torch.autograd.grad(label_logprobs(hidden, weight, labels, VocabShard(None, 0, 3), 1.0)[0].sum(), weight)
+    (plain,) = torch.autograd.grad(label_logprobs(hidden, weight, labels, VocabShard(None, 0, 3), 1.0)[0].sum(), weight)
     weight.main_grad, weight.grad_added_to_main_grad = torch.full((3, 6), 2.0), False
     label_logprobs(hidden, weight, labels, VocabShard(None, 0, 3), 1.0)[0].sum().backward()
     torch.testing.assert_close(weight.main_grad, plain + 2)
@@ -176,20 +202,31 @@ def test_label_logprobs_add_to_a_gradient_buffer():
 
 
 # ------------------------------------------------------------------------------------------------------------------ schedule
-@pytest.mark.parametrize("schedule, expected", [
-    ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
-    ("linear", [0.5, 1.0, 1.0, 0.8, 0.6, 0.4]),               # from 1.0 at step 2 towards 0.2 at step 6
-    ("cosine", [0.5, 1.0, 1.0, 0.882843, 0.6, 0.317157]),     # 0.2 + 0.8 (1 + cos(pi k / 4)) / 2
-])
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.8, 0.6, 0.4]),  # from 1.0 at step 2 towards 0.2 at step 6
+        ("cosine", [0.5, 1.0, 1.0, 0.882843, 0.6, 0.317157]),  # 0.2 + 0.8 (1 + cos(pi k / 4)) / 2
+    ],
+)
 def test_learning_rate(schedule, expected):
-    config = build_config({"model": {"path": "m"}, "data": {"train": ["q.jsonl"]}, "run": {"steps": 6},
-                           "optimizer": {"lr": 1.0, "min_lr": 0.2, "schedule": schedule, "warmup_steps": 2}})
+    config = build_config(
+        {
+            "model": {"path": "m"},
+            "data": {"train": ["q.jsonl"]},
+            "run": {"steps": 6},
+            "optimizer": {"lr": 1.0, "min_lr": 0.2, "schedule": schedule, "warmup_steps": 2},
+        }
+    )
     assert [learning_rate(step, config) for step in range(6)] == pytest.approx(expected, abs=1e-6)
 
 
 # -------------------------------------------------------------------------------------------------------------------- loss
-@pytest.mark.parametrize("kind, weights, changed", [
-    ("none", [1, 1, 1], 0), ("tis", [1, 2, 2], 1), ("mis", [1, 2, 0], 1), ("mis_sequence", [2, 2, 0], 1)])
+@pytest.mark.parametrize(
+    "kind, weights, changed",
+    [("none", [1, 1, 1], 0), ("tis", [1, 2, 2], 1), ("mis", [1, 2, 0], 1), ("mis_sequence", [2, 2, 0], 1)],
+)
 def test_importance_weights_reach_the_loss_and_its_counts(kind, weights, changed):
     """Ratios to the rollout's policy 1, 2 (one response) and 4 (another), bounds 0.5 and 2; ratios to the old policy are 1,
     so the loss is -sum(weight * advantage) / divisor. The row begins with a prompt token."""
@@ -198,8 +235,17 @@ def test_importance_weights_reach_the_loss_and_its_counts(kind, weights, changed
     rollout = torch.tensor([1.0, 0.25, 0.25, 0.125]).log()
     advantages = torch.tensor([0.0, 1.0, 1.0, -3.0])
     zero, mask = torch.zeros(4, dtype=torch.int64), torch.tensor([False, True, True, True])
-    micro = MicroBatch(tokens=zero, labels=zero, positions=zero, mask=mask, sequence=torch.tensor([-1, 0, 0, 1]),
-                       rollout_logprobs=rollout, advantages=advantages, segments=(), samples=((0, 0), (0, 1)))
+    micro = MicroBatch(
+        tokens=zero,
+        labels=zero,
+        positions=zero,
+        mask=mask,
+        sequence=torch.tensor([-1, 0, 0, 1]),
+        rollout_logprobs=rollout,
+        advantages=advantages,
+        segments=(),
+        samples=((0, 0), (0, 1)),
+    )
     loss, sums = micro_loss(micro, logprobs, torch.zeros(3), 4.0, config)
     expected = -(weights[0] + weights[1] - 3 * weights[2]) / 4
     assert float(loss) == pytest.approx(expected)
@@ -216,8 +262,14 @@ def test_virtual_stages_neither_batch_their_messages_nor_free_what_they_send(vir
     from alphamed.megatron.provider import transformer_config
     from alphamed.records import Layout
 
-    config = build_config({"model": {"path": "m", "dtype": "fp32"}, "data": {"train": ["a"]}, "cluster": {"device": "cpu"},
-                           "parallel": {"pipeline": 2, "virtual_pipeline": virtual}})
+    config = build_config(
+        {
+            "model": {"path": "m", "dtype": "fp32"},
+            "data": {"train": ["a"]},
+            "cluster": {"device": "cpu"},
+            "parallel": {"pipeline": 2, "virtual_pipeline": virtual},
+        }
+    )
     found = transformer_config(config, shape_of(layers=4), Layout(pipeline=2, virtual_pipeline=virtual))
     assert (found.batch_p2p_comm, found.overlap_p2p_comm) == (batched, not batched)
     assert found.deallocate_pipeline_outputs == batched
@@ -229,7 +281,7 @@ def test_swapped_weights_hold_their_values_inside_the_block_only(dtype):
     from alphamed.megatron.swapping import SwappedWeights
 
     model = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 7)).to(dtype)
-    model[2].weight = model[0].weight                                   # a tied output layer
+    model[2].weight = model[0].weight  # a tied output layer
     model.requires_grad_(False)
     ids = torch.arange(7)
     expected, size = model(ids), sum(p.nbytes for p in model.parameters())
@@ -240,4 +292,4 @@ def test_swapped_weights_hold_their_values_inside_the_block_only(dtype):
             assert torch.equal(model(ids), expected)
             assert model[2].weight is model[0].weight
     assert [p.numel() for p in model.parameters()] == [0, 0, 0, 0]
-    assert swapped.bytes == size                                        # the shared matrix once
+    assert swapped.bytes == size  # the shared matrix once

@@ -1,4 +1,5 @@
 """Metrics of a step against numbers worked out by hand, the declared names, and the spike rule."""
+
 import math
 import re
 from pathlib import Path
@@ -6,8 +7,6 @@ from pathlib import Path
 import pytest
 
 import alphamed
-from alphamed.observe.dumps import MAX_SPIKE_DUMPS, SpikeWatch, dump_batch
-from alphamed.observe.metrics import METRICS, is_bare_box, rates, reduce_groups, undeclared
 from alphamed.records import (
     Batch,
     FinishReason,
@@ -20,6 +19,8 @@ from alphamed.records import (
     ScoredGroup,
     Segment,
 )
+from alphamed.rundir.dumps import MAX_SPIKE_DUMPS, SpikeWatch, dump_batch
+from alphamed.rundir.metrics import METRICS, is_bare_box, rates, reduce_groups, undeclared
 
 NAMES_OF_THE_ISSUE = """step policy_version reward/mean reward/correct reward/unparseable reward/truncated
     reward/effective_groups response/tokens_mean response/tokens_max policy/loss policy/kl policy/entropy
@@ -35,21 +36,46 @@ def group(name, outcomes, rewards, lengths, texts=None, cut=()):
     question = Question(name, "?", {"A": "a", "B": "b"}, "A")
     texts = texts or ["one two three four five \\boxed{A}"] * len(outcomes)
     ends = [FinishReason.LENGTH if outcome == T or i in cut else FinishReason.STOP for i, outcome in enumerate(outcomes)]
-    rollouts = tuple(Rollout(name, name, i, tuple(range(n)), (-0.5,) * n, text, ends[i], 3)
-                     for i, (n, text) in enumerate(zip(lengths, texts)))
-    return ScoredGroup(RolloutGroup(name, question, (1, 2), rollouts), tuple(outcomes), tuple(rewards),
-                       tuple(r - sum(rewards) / len(rewards) for r in rewards), (None,) * len(outcomes))
+    rollouts = tuple(
+        Rollout(name, name, i, tuple(range(n)), (-0.5,) * n, text, ends[i], 3)
+        for i, (n, text) in enumerate(zip(lengths, texts))
+    )
+    return ScoredGroup(
+        RolloutGroup(name, question, (1, 2), rollouts),
+        tuple(outcomes),
+        tuple(rewards),
+        tuple(r - sum(rewards) / len(rewards) for r in rewards),
+        (None,) * len(outcomes),
+    )
 
 
 def test_reduction_of_two_groups_by_hand():
-    found = reduce_groups([
-        group("a", [C, W, U, T], [1.0, 0.1, 0.0, 0.0], [10, 20, 30, 40],
-              texts=["because it is so, therefore \\boxed{A}", "\\boxed{B}", "no", "on and"]),
-        group("b", [C, C, C, X], [1.0, 1.0, 1.0, 1.0], [1, 2, 3, 4])])
-    assert found == pytest.approx({
-        "reward/mean": 5.1 / 8, "reward/correct": 4 / 8, "reward/boxed": 5 / 8, "reward/unparseable": 1 / 8,
-        "reward/truncated": 1 / 8, "reward/failed": 1 / 8, "reward/effective_groups": 1 / 2,
-        "reward/bare_box": 1 / 5, "response/tokens_mean": 110 / 8, "response/tokens_max": 40.0})
+    found = reduce_groups(
+        [
+            group(
+                "a",
+                [C, W, U, T],
+                [1.0, 0.1, 0.0, 0.0],
+                [10, 20, 30, 40],
+                texts=["because it is so, therefore \\boxed{A}", "\\boxed{B}", "no", "on and"],
+            ),
+            group("b", [C, C, C, X], [1.0, 1.0, 1.0, 1.0], [1, 2, 3, 4]),
+        ]
+    )
+    assert found == pytest.approx(
+        {
+            "reward/mean": 5.1 / 8,
+            "reward/correct": 4 / 8,
+            "reward/boxed": 5 / 8,
+            "reward/unparseable": 1 / 8,
+            "reward/truncated": 1 / 8,
+            "reward/failed": 1 / 8,
+            "reward/effective_groups": 1 / 2,
+            "reward/bare_box": 1 / 5,
+            "response/tokens_mean": 110 / 8,
+            "response/tokens_max": 40.0,
+        }
+    )
 
 
 def test_the_outcome_shares_add_up_to_one():
@@ -73,9 +99,17 @@ def test_nothing_to_reduce_is_refused(groups):
         reduce_groups(groups)
 
 
-@pytest.mark.parametrize("text, bare", [
-    ("\\boxed{A}", True), ("The answer is \\boxed{A}", True), ("So the answer must be \\boxed{A}", False),
-    ("\\boxed{A} or rather, all things considered, \\boxed{B}", False), ("no box at all", False), ("", False)])
+@pytest.mark.parametrize(
+    "text, bare",
+    [
+        ("\\boxed{A}", True),
+        ("The answer is \\boxed{A}", True),
+        ("So the answer must be \\boxed{A}", False),
+        ("\\boxed{A} or rather, all things considered, \\boxed{B}", False),
+        ("no box at all", False),
+        ("", False),
+    ],
+)
 def test_bare_box_counts_words_before_the_last_box(text, bare):
     assert is_bare_box(text) is bare
 
@@ -83,7 +117,7 @@ def test_bare_box_counts_words_before_the_last_box(text, bare):
 def test_rates_are_tokens_over_the_declared_times():
     times = {"time/generate_s": 4.0, "time/logprobs_s": 1.0, "time/update_s": 10.0}
     assert rates(times, 200) == {"throughput/generated_tokens_per_s": 50.0, "throughput/trained_tokens_per_s": 20.0}
-    assert rates({"time/generate_s": 0.0}, 200) == {}           # a replay generates nothing
+    assert rates({"time/generate_s": 0.0}, 200) == {}  # a replay generates nothing
 
 
 def test_every_name_of_the_issue_is_declared_with_unit_and_meaning():
@@ -107,9 +141,15 @@ def test_every_metric_that_the_source_writes_is_declared():
 def test_every_declared_metric_is_written_somewhere():
     """As a literal where steps are measured; what only shows metrics does not count, nor does the table itself."""
     package = Path(alphamed.__file__).parent
-    measured = [package / "run.py", package / "batching.py", package / "observe" / "metrics.py",
-                package / "planner" / "forecast.py", package / "train.py", *(package / "megatron").glob("*.py"),
-                *(package / "rollout").glob("*.py")]
+    measured = [
+        package / "run.py",
+        package / "batching.py",
+        package / "rundir" / "metrics.py",
+        package / "lab" / "planner" / "forecast.py",
+        package / "train.py",
+        *(package / "megatron").glob("*.py"),
+        *(package / "rollout").glob("*.py"),
+    ]
     text = "".join(path.read_text(encoding="utf-8") for path in measured)
     assert [name for name in METRICS if text.count(f'"{name}"') < 2] == []
 
@@ -128,10 +168,10 @@ def test_a_gradient_norm_over_ten_times_its_median_is_a_spike():
 
 def test_small_values_and_a_short_history_are_no_spikes():
     watch = SpikeWatch()
-    assert watch.check({"policy/loss": 50.0, "policy/grad_norm": 90.0}) is None     # nothing to compare with yet
+    assert watch.check({"policy/loss": 50.0, "policy/grad_norm": 90.0}) is None  # nothing to compare with yet
     watch = SpikeWatch()
     steps(watch, [1e-6] * 20, [1e-3] * 20)
-    assert watch.check({"policy/loss": -0.9, "policy/grad_norm": 0.9}) is None      # a million times, but below 1
+    assert watch.check({"policy/loss": -0.9, "policy/grad_norm": 0.9}) is None  # a million times, but below 1
     assert "policy/loss -1.5" in watch.check({"policy/loss": -1.5, "policy/grad_norm": 0.9})
 
 
@@ -153,9 +193,17 @@ def test_a_run_that_spikes_for_ever_dumps_a_few_times():
 def test_a_dumped_batch_reads_back_without_our_classes(tmp_path):
     import torch
 
-    row = MicroBatch(torch.tensor([5, 6]), torch.tensor([6, 7]), torch.arange(2), torch.tensor([False, True]),
-                     torch.tensor([-1, 0]), torch.tensor([0.0, -0.25]), torch.tensor([0.0, 1.5]),
-                     (Segment(1, (1,)),), ((0, 0),))
+    row = MicroBatch(
+        torch.tensor([5, 6]),
+        torch.tensor([6, 7]),
+        torch.arange(2),
+        torch.tensor([False, True]),
+        torch.tensor([-1, 0]),
+        torch.tensor([0.0, -0.25]),
+        torch.tensor([0.0, 1.5]),
+        (Segment(1, (1,)),),
+        ((0, 0),),
+    )
     batch = Batch((MiniBatch((row,), 1, 1),), {"batch/dp_imbalance": 0.0})
     path = dump_batch(tmp_path, 7, 2, "policy/loss is not finite", batch)
     assert path == tmp_path / "dumps" / "step_000007" / "rank_2.pt"

@@ -1,13 +1,14 @@
 """Filters, balance, quotas, order and letters of a training set: counts worked out by hand."""
+
 from collections import Counter
 
 import pytest
 
-from alphamed.config_file import validated
+from alphamed.config.loading import validated
 from alphamed.data.describe import length_words
-from alphamed.data.mixture import Item, balanced, drawn, filtered, largest_cap, mixed, relettered, shuffled
-from alphamed.data.recipe import BalanceRecipe, BuildRecipe, FilterRecipe, QuotaRecipe, Short
 from alphamed.errors import ConfigError, DataError
+from alphamed.lab.datasets.mixture import Item, balanced, drawn, filtered, largest_cap, mixed, relettered, shuffled
+from alphamed.lab.datasets.recipe import BalanceRecipe, BuildRecipe, FilterRecipe, QuotaRecipe, Short
 from alphamed.records import Question
 
 
@@ -25,35 +26,46 @@ def test_words_are_those_of_context_question_and_options():
     assert length_words(item(1, stem="one two", options=("a b", "c"), context="three four five").question) == 3 + 2 + 3
 
 
-@pytest.mark.parametrize("settings, kept, reasons", [
-    ({}, ["s1", "s2", "s3", "t4"], {}),
-    ({"sources": ["t"]}, ["t4"], {"source": 3}),
-    ({"sources": ["s/b", "t"]}, ["s2", "t4"], {"source": 2}),
-    ({"levels": [2, 3]}, ["s2", "t4"], {"level": 2}),
-    ({"min_options": 3}, ["s1", "s3"], {"options": 2}),
-    ({"max_words": 6}, ["s1", "s2", "t4"], {"length": 1}),
-    ({"min_words": 5, "max_options": 4, "levels": [1, 2]}, ["s1"], {"level": 2, "length": 1}),
-    ({"exclude": ["IMAGE|figure"]}, ["s1", "s2", "t4"], {"excluded text": 1}),
-])
+@pytest.mark.parametrize(
+    "settings, kept, reasons",
+    [
+        ({}, ["s1", "s2", "s3", "t4"], {}),
+        ({"sources": ["t"]}, ["t4"], {"source": 3}),
+        ({"sources": ["s/b", "t"]}, ["s2", "t4"], {"source": 2}),
+        ({"levels": [2, 3]}, ["s2", "t4"], {"level": 2}),
+        ({"min_options": 3}, ["s1", "s3"], {"options": 2}),
+        ({"max_words": 6}, ["s1", "s2", "t4"], {"length": 1}),
+        ({"min_words": 5, "max_options": 4, "levels": [1, 2]}, ["s1"], {"level": 2, "length": 1}),
+        ({"exclude": ["IMAGE|figure"]}, ["s1", "s2", "t4"], {"excluded text": 1}),
+    ],
+)
 def test_filters_and_their_reasons(settings, kept, reasons):
-    items = [item(1, level=1), item(2, level=2, options=("a", "b"), source="s/b"),
-             item(3, stem="See the image of this poor man"), item(4, "t", level=3, options=("a", "b"))]
+    items = [
+        item(1, level=1),
+        item(2, level=2, options=("a", "b"), source="s/b"),
+        item(3, stem="See the image of this poor man"),
+        item(4, "t", level=3, options=("a", "b")),
+    ]
     found, dropped = filtered(items, FilterRecipe(**settings))
     assert (ids(found), dict(dropped)) == (kept, reasons)
 
 
 # ------------------------------------------------------------------------------------------------------------- balance
-@pytest.mark.parametrize("counts, share, cap", [
-    ([75, 20, 5], 0.5, 25),         # 25 of 25 + 20 + 5
-    ([75, 20, 5], 0.4, 16),         # 16 of 16 + 16 + 5 = .432 is too much; 15 of 35 = .429; ... see the check below
-    ([30, 30], 0.5, 30),
-    ([9, 1], 0.5, 1),
-    ([9], 0.5, 0),
-    ([], 0.5, 0),
-])
+@pytest.mark.parametrize(
+    "counts, share, cap",
+    [
+        ([75, 20, 5], 0.5, 25),  # 25 of 25 + 20 + 5
+        ([75, 20, 5], 0.4, 16),  # 16 of 16 + 16 + 5 = .432 is too much; 15 of 35 = .429; ... see the check below
+        ([30, 30], 0.5, 30),
+        ([9, 1], 0.5, 1),
+        ([9], 0.5, 0),
+        ([], 0.5, 0),
+    ],
+)
 def test_the_largest_cap(counts, share, cap):
-    by_hand = max((c for c in range(max(counts, default=0) + 1) if c <= share * sum(min(n, c) for n in counts) + 1e-9),
-                  default=0)
+    by_hand = max(
+        (c for c in range(max(counts, default=0) + 1) if c <= share * sum(min(n, c) for n in counts) + 1e-9), default=0
+    )
     assert largest_cap(counts, share) == by_hand
     if (counts, share) != ([75, 20, 5], 0.4):
         assert by_hand == cap
@@ -93,16 +105,17 @@ def test_quotas_by_count_and_by_level():
     quotas = [QuotaRecipe(source="a", per_level=3), QuotaRecipe(source="b", count=7)]
     found, missing = mixed(pool(), quotas, 5, Short.REFUSE)
     assert missing == []
-    assert Counter(one.question.level for one in found if one.origin == "a") == {level: 3 for level in range(1, 7)}
+    assert Counter(one.question.level for one in found if one.origin == "a") == dict.fromkeys(range(1, 7), 3)
     assert sum(one.origin == "b" for one in found) == 7 and len(found) == 25
 
 
 def test_a_smaller_quota_takes_a_part_of_a_larger_one_and_file_order_does_not_count():
     def taken(count, items):
         return set(ids(mixed(items, [QuotaRecipe(source="b", count=count)], 5, Short.REFUSE)[0]))
+
     assert taken(7, pool()) < taken(12, pool())
     assert taken(7, pool()) == taken(7, pool()[::-1])
-    assert taken(7, pool()) != {one for one in ids(mixed(pool(), [QuotaRecipe(source="b", count=7)], 6, Short.REFUSE)[0])}
+    assert taken(7, pool()) != set(ids(mixed(pool(), [QuotaRecipe(source="b", count=7)], 6, Short.REFUSE)[0]))
 
 
 def test_a_source_without_a_quota_is_left_out():
@@ -141,10 +154,11 @@ def test_new_letters_keep_the_right_text_and_are_dealt_evenly():
     found, as_they_were = relettered(items, 2)
     assert as_they_were == 0
     assert [one.question.options[one.question.answer] for one in found] == ["x"] * 40 + ["z"] * 10
-    assert all(sorted(new.question.options.values()) == sorted(old.question.options.values())
-               for new, old in zip(found, items))
-    assert Counter(one.question.answer for one in found[:40]) == {letter: 10 for letter in "ABCD"}
-    assert Counter(one.question.answer for one in found[40:]) == {letter: 2 for letter in "ABCDE"}
+    assert all(
+        sorted(new.question.options.values()) == sorted(old.question.options.values()) for new, old in zip(found, items)
+    )
+    assert Counter(one.question.answer for one in found[:40]) == dict.fromkeys("ABCD", 10)
+    assert Counter(one.question.answer for one in found[40:]) == dict.fromkeys("ABCDE", 2)
     assert any(list(new.question.options.values()) != list(old.question.options.values()) for new, old in zip(found, items))
 
 
@@ -154,22 +168,25 @@ def test_options_that_refer_to_others_stay():
 
 
 # -------------------------------------------------------------------------------------------------------------- recipe
-@pytest.mark.parametrize("tree, words", [
-    ({"sources": []}, "sources: [] is not valid"),
-    ({"sources": [{"name": "a"}, {"name": "a"}]}, "a stands twice"),
-    ({"sources": [{"name": "a", "pth": "x"}]}, "sources.0.pth: unknown key; did you mean 'path'?"),
-    ({"sources": [{"name": "a"}], "filtr": {}}, "filtr: unknown key; did you mean 'filter'?"),
-    ({"sources": [{"name": "a"}], "quotas": [{"source": "b", "count": 1}]}, "quotas: 'b' is none of the sources a"),
-    ({"sources": [{"name": "a"}], "quotas": [{"source": "a"}]}, "a needs either count or per_level"),
-    ({"sources": [{"name": "a"}], "balance": [{"source": "a", "max_share": 1.5}]}, "balance.0.max_share: 1.5"),
-    ({"sources": [{"name": "a"}], "filter": {"levels": [7]}}, "filter.levels.0: 7 is not valid"),
-    ({"sources": [{"name": "a"}], "filter": {"min_options": 5, "max_options": 4}}, "filter.min_options: 5 is above"),
-    ({"sources": [{"name": "a"}], "filter": {"exclude": ["fine", "("]}}, "filter.exclude: '(' is no regular expression"),
-    ({"sources": [{"name": "a"}], "filter": {"exclude": ["a{99999999999999999999}"]}}, "is no regular expression"),
-    ({"sources": [{"name": "a"}], "similarity": 0}, "similarity: 0 is not valid"),
-    ({"sources": [{"name": "a"}], "decisions_version": 2}, "decisions_version: 2"),
-    ({"sources": [{"name": "a", "answer": "number"}]}, "sources.0.answer: 'number' is not valid"),
-])
+@pytest.mark.parametrize(
+    "tree, words",
+    [
+        ({"sources": []}, "sources: [] is not valid"),
+        ({"sources": [{"name": "a"}, {"name": "a"}]}, "a stands twice"),
+        ({"sources": [{"name": "a", "pth": "x"}]}, "sources.0.pth: unknown key; did you mean 'path'?"),
+        ({"sources": [{"name": "a"}], "filtr": {}}, "filtr: unknown key; did you mean 'filter'?"),
+        ({"sources": [{"name": "a"}], "quotas": [{"source": "b", "count": 1}]}, "quotas: 'b' is none of the sources a"),
+        ({"sources": [{"name": "a"}], "quotas": [{"source": "a"}]}, "a needs either count or per_level"),
+        ({"sources": [{"name": "a"}], "balance": [{"source": "a", "max_share": 1.5}]}, "balance.0.max_share: 1.5"),
+        ({"sources": [{"name": "a"}], "filter": {"levels": [7]}}, "filter.levels.0: 7 is not valid"),
+        ({"sources": [{"name": "a"}], "filter": {"min_options": 5, "max_options": 4}}, "filter.min_options: 5 is above"),
+        ({"sources": [{"name": "a"}], "filter": {"exclude": ["fine", "("]}}, "filter.exclude: '(' is no regular expression"),
+        ({"sources": [{"name": "a"}], "filter": {"exclude": ["a{99999999999999999999}"]}}, "is no regular expression"),
+        ({"sources": [{"name": "a"}], "similarity": 0}, "similarity: 0 is not valid"),
+        ({"sources": [{"name": "a"}], "decisions_version": 2}, "decisions_version: 2"),
+        ({"sources": [{"name": "a", "answer": "number"}]}, "sources.0.answer: 'number' is not valid"),
+    ],
+)
 def test_mistakes_in_a_recipe_are_one_line(tree, words):
     with pytest.raises(ConfigError) as error:
         validated(BuildRecipe, tree)

@@ -1,21 +1,30 @@
 """The card of an exported model: what a run directory says of its training and evaluation, and what the model is not for."""
+
 import json
 
 import pytest
 import yaml
 from test_report import C, U, W, evaluate, graded, row
 
-from alphamed.config_file import build_config, changed_config, dump_config
-from alphamed.observe.files import append_json, replace_text
-from alphamed.observe.model_card import write_card
-from alphamed.observe.rollout_files import rollout_path, write_rollouts
+from alphamed.config.loading import build_config, changed_config, dump_config
+from alphamed.files import append_json, replace_text
+from alphamed.lab.reports.model_card import write_card
+from alphamed.rundir.rollout_files import rollout_path, write_rollouts
 
-RECORD = {"starts": [{"time": "2026-01-02T03:04:05+00:00", "command": [], "git": {"commit": "c" * 40},
-                      "packages": {"alphamed": "0.1.0"}}],
-          "data": [{"path": "/home/someone/data/train.jsonl", "bytes": 12345, "sha256": "ab" * 32, "hashed": "all"}],
-          "model": [], "train": {"questions": 1200, "content_sha256": "cd" * 32, "sources": {"medqa": 1000, "medmcqa": 200},
-                                 "levels": {"1": 900, "6": 300},
-                                 "informativeness": {"2": 700, "none": 500}}}
+RECORD = {
+    "starts": [
+        {"time": "2026-01-02T03:04:05+00:00", "command": [], "git": {"commit": "c" * 40}, "packages": {"alphamed": "0.1.0"}}
+    ],
+    "data": [{"path": "/home/someone/data/train.jsonl", "bytes": 12345, "sha256": "ab" * 32, "hashed": "all"}],
+    "model": [],
+    "train": {
+        "questions": 1200,
+        "content_sha256": "cd" * 32,
+        "sources": {"medqa": 1000, "medmcqa": 200},
+        "levels": {"1": 900, "6": 300},
+        "informativeness": {"2": 700, "none": 500},
+    },
+}
 
 
 @pytest.fixture
@@ -67,17 +76,24 @@ def test_a_model_of_an_earlier_step_is_not_credited_with_later_ones(run_dir):
 def test_the_card_tells_what_the_prompt_and_the_end_of_a_response_need(run_dir):
     run_dir, config = run_dir
     assert "Template: chat; at most" in written(run_dir, config)
-    config = changed_config(config, ["prompt.template_variables={enable_thinking: false, budget: low}",
-                                     "rollout.stop=['</answer>']"])
-    assert ("Template: chat with `enable_thinking: false`, `budget: \"low\"`, responses also end at `</answer>`; at most"
-            in written(run_dir, config))
+    config = changed_config(
+        config, ["prompt.template_variables={enable_thinking: false, budget: low}", "rollout.stop=['</answer>']"]
+    )
+    assert (
+        'Template: chat with `enable_thinking: false`, `budget: "low"`, responses also end at `</answer>`; at most'
+        in written(run_dir, config)
+    )
 
 
 def test_warnings_of_the_run_are_on_its_card(run_dir):
     run_dir, config = run_dir
     for step in range(8, 13):
         groups = [graded(f"q{k}", [W, W], "because of all that \\boxed{B}") for k in range(4)]
-        write_rollouts(rollout_path(run_dir, step), step, [
-            type(one)(one.group, one.outcomes, one.rewards, one.advantages, ("B", "B"), 0.0) for one in groups])
+        write_rollouts(
+            rollout_path(run_dir, step),
+            step,
+            [type(one)(one.group, one.outcomes, one.rewards, one.advantages, ("B", "B"), 0.0) for one in groups],
+        )
     assert "- Warning. One letter for all questions: in the last 5 recorded steps 100.0% of the answers are B" in written(
-        run_dir, config)
+        run_dir, config
+    )

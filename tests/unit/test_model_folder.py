@@ -1,4 +1,5 @@
 """The one check of a model folder, through every command that begins with it: what is refused, noted and recorded."""
+
 import json
 import shutil
 
@@ -7,17 +8,22 @@ from safetensors.torch import load_file, save_file
 from tiny import edit_config, tiny_hf
 
 from alphamed.cli import main
-from alphamed.config_file import build_config
+from alphamed.config.loading import build_config
 from alphamed.errors import ConfigError
 from alphamed.evaluation import settings
 from alphamed.model_folder import check_model_folder, remarks_on
-from alphamed.observe import provenance
 from alphamed.run import Run
+from alphamed.rundir import provenance
 
-QUESTION = {"id": "q0", "question": "Which vitamin prevents scurvy?", "options": {"A": "A", "B": "C", "C": "D"},
-            "answer": "B"}
-OPENED = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-          "<|im_start|>assistant\n<|go|>")
+QUESTION = {
+    "id": "q0",
+    "question": "Which vitamin prevents scurvy?",
+    "options": {"A": "A", "B": "C", "C": "D"},
+    "answer": "B",
+}
+OPENED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n<|go|>"
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +34,15 @@ def good(tmp_path_factory):
 @pytest.fixture
 def folder(good, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(QUESTION | {"id": f"q{i}", "question": f"{i}?"}) + "\n"
-                                              for i in range(4)))
+    (tmp_path / "q.jsonl").write_text(
+        "".join(json.dumps(QUESTION | {"id": f"q{i}", "question": f"{i}?"}) + "\n" for i in range(4))
+    )
     return shutil.copytree(good, tmp_path / "m")
 
 
 class Alone:
     """The control of a world of one rank."""
+
     rank = 0
 
     def from_rank0(self, what, function):
@@ -44,9 +52,14 @@ class Alone:
 
 
 def config(folder, **sections):
-    tree = {"model": {"path": str(folder), "dtype": "fp32"}, "data": {"train": ["q.jsonl"]}, "prompt": {"max_tokens": 700},
-            "run": {"name": "r"}, "cluster": {"device": "cpu"},
-            "rollout": {"questions_per_step": 4, "samples_per_question": 2, "max_response_tokens": 16, "dtype": "fp32"}}
+    tree = {
+        "model": {"path": str(folder), "dtype": "fp32"},
+        "data": {"train": ["q.jsonl"]},
+        "prompt": {"max_tokens": 700},
+        "run": {"name": "r"},
+        "cluster": {"device": "cpu"},
+        "rollout": {"questions_per_step": 4, "samples_per_question": 2, "max_response_tokens": 16, "dtype": "fp32"},
+    }
     for name, section in sections.items():
         tree[name] = tree.get(name, {}) | section
     return tree
@@ -57,10 +70,13 @@ def commands(folder, **sections):
     file = folder.parent / "run.yaml"
     file.write_text(json.dumps(config(folder, **sections)))
     given = ["--config", str(file)]
-    return {"train": ["train", "--check", *given],
-            "eval": ["eval", *given, "--benchmarks", "q.jsonl", "--out", "e"],
-            "difficulty": ["data", "difficulty", *given, "--questions", "q.jsonl", "--out", "d.jsonl"],
-            "plan": ["plan", *given], "model": ["model", str(folder)]}
+    return {
+        "train": ["train", "--check", *given],
+        "eval": ["eval", *given, "--benchmarks", "q.jsonl", "--out", "e"],
+        "difficulty": ["data", "difficulty", *given, "--questions", "q.jsonl", "--out", "d.jsonl"],
+        "plan": ["plan", *given],
+        "model": ["model", str(folder)],
+    }
 
 
 def refused_everywhere(folder, capsys, *words, but=(), **sections):
@@ -78,8 +94,17 @@ def add_token(folder, text):
     """One id more than the model has."""
     tree = json.loads((folder / "tokenizer.json").read_text())
     new = 1 + max(tree["model"]["vocab"].values())
-    tree["added_tokens"].append({"id": new, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
-                                 "normalized": False, "special": True})
+    tree["added_tokens"].append(
+        {
+            "id": new,
+            "content": text,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+    )
     (folder / "tokenizer.json").write_text(json.dumps(tree))
     return new
 
@@ -96,8 +121,9 @@ def end_with(folder, text, number):
 def test_two_sets_of_weights(folder, capsys):
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors, folder / "model-00001-of-00001.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps(
-        {"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")})
+    )
     refused_everywhere(folder, capsys, "model.safetensors", "model.safetensors.index.json", "two sets of weights")
 
 
@@ -122,11 +148,21 @@ def test_a_template_that_writes_a_token_the_model_has_not(folder, capsys):
 def test_a_question_that_needs_a_token_the_model_has_not(folder, capsys):
     """Its text is a token of its own that is no control token; who does not read the questions can not know."""
     tree = json.loads((folder / "tokenizer.json").read_text())
-    tree["added_tokens"].append({"id": 509, "content": "scurvy", "single_word": False, "lstrip": False, "rstrip": False,
-                                 "normalized": False, "special": False})
+    tree["added_tokens"].append(
+        {
+            "id": 509,
+            "content": "scurvy",
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": False,
+        }
+    )
     (folder / "tokenizer.json").write_text(json.dumps(tree))
-    (folder.parent / "q.jsonl").write_text("".join(json.dumps(QUESTION | {"id": f"q{i}", "context": f"{i}"}) + "\n"
-                                                   for i in range(4)))
+    (folder.parent / "q.jsonl").write_text(
+        "".join(json.dumps(QUESTION | {"id": f"q{i}", "context": f"{i}"}) + "\n" for i in range(4))
+    )
     refused_everywhere(folder, capsys, "question 'q0': ", "'scurvy', id 509", but=("plan", "model"))
 
 
@@ -136,10 +172,16 @@ def test_an_end_token_that_the_model_has_not(folder, capsys):
 
 
 def test_settings_that_the_folder_can_not_serve(folder, capsys):
-    refused_everywhere(folder, capsys, "rollout.stop: 'the end' takes 7 tokens", but=("model",),
-                       rollout={"stop": ["the end"]})
-    refused_everywhere(folder, capsys, "'enable_thinking' is no variable", but=("model",),
-                       prompt={"template_variables": {"enable_thinking": False}})
+    refused_everywhere(
+        folder, capsys, "rollout.stop: 'the end' takes 7 tokens", but=("model",), rollout={"stop": ["the end"]}
+    )
+    refused_everywhere(
+        folder,
+        capsys,
+        "'enable_thinking' is no variable",
+        but=("model",),
+        prompt={"template_variables": {"enable_thinking": False}},
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- noted
@@ -149,12 +191,14 @@ def test_a_check_prints_what_there_is_to_say_and_a_run_records_it(folder, capsys
     edit_config(folder, z_loss=0.1)
     template = (folder / "chat_template.jinja").read_text().replace("message['content']", "message['content'] | trim")
     (folder / "chat_template.jinja").write_text("Hello.\n" + template)
-    expected = ["warning: the chat template drops or changes leading blanks, trailing blanks of a message",
-                "note: config.json holds keys of which it is not known here whether they change the model: z_loss",
-                "note: the tokenizer has 510 ids, the model 509: prompts that would hold one of the last 1 are refused",
-                "note: the chat template ends a turn with '<|im_end|>', which the folder's files do not name as an end token; "
-                "it ends responses too",
-                "note: the chat template writes a text of its own before the first message: 'Hello.'"]
+    expected = [
+        "warning: the chat template drops or changes leading blanks, trailing blanks of a message",
+        "note: config.json holds keys of which it is not known here whether they change the model: z_loss",
+        "note: the tokenizer has 510 ids, the model 509: prompts that would hold one of the last 1 are refused",
+        "note: the chat template ends a turn with '<|im_end|>', which the folder's files do not name as an end token; "
+        "it ends responses too",
+        "note: the chat template writes a text of its own before the first message: 'Hello.'",
+    ]
     for name, command in commands(folder).items():
         if name in ("train", "model"):
             assert main(command) == 0
@@ -201,4 +245,4 @@ def test_an_evaluation_records_variables_and_stop_tokens(folder):
     settings.write(folder, str(folder), plain, {"truncated": "nothing"}, {}, "")
     with pytest.raises(ConfigError, match="prompt.template_variables.enable_thinking None, now it is True"):
         settings.require_same(folder, now)
-    assert "stop" not in plain["sampling"]              # evaluations of before rollout.stop can be continued
+    assert "stop" not in plain["sampling"]  # evaluations of before rollout.stop can be continued

@@ -3,6 +3,7 @@
 The scorer here is written from lm-evaluation-harness's documentation of RegexFilter (findall, group_select, the first group
 that is not empty, stripped, "[invalid]" where nothing matches) and of exact_match with ignore_case and ignore_punctuation.
 """
+
 import re
 import string
 from pathlib import Path
@@ -17,8 +18,19 @@ FIXTURE = yaml.safe_load((Path(__file__).parents[1] / "hard_outputs.yaml").read_
 CASES = FIXTURE["cases"]
 PATTERN = re.compile(r"\\boxed\{\(?([A-J])\)?\}|answer is:? \(?([A-J])\)?")
 GROUP_SELECT, FALLBACK = 0, "[invalid]"
-KINDS = {"several boxes", "box amid reasoning", "LaTeX", "full width", "lower case", "option text", "refusal", "negation",
-         "truncated", "injected", "ten letters"}
+KINDS = {
+    "several boxes",
+    "box amid reasoning",
+    "LaTeX",
+    "full width",
+    "lower case",
+    "option text",
+    "refusal",
+    "negation",
+    "truncated",
+    "injected",
+    "ten letters",
+}
 
 
 def harness_filter(text):
@@ -34,6 +46,7 @@ def harness_filter(text):
 def harness_exact_match(text, key):
     def plain(one):
         return one.lower().translate(str.maketrans("", "", string.punctuation))
+
     return plain(harness_filter(text)) == plain(key)
 
 

@@ -1,4 +1,5 @@
 """Each patch of megatron_patches repairs something that fails without it; none is applied where CUDA is."""
+
 from __future__ import annotations
 
 import json
@@ -12,8 +13,14 @@ import torch
 
 PATCHES = ("cuda_runtime", "cuda_tensors", "eager", "rng_tracker", "weight_gradient", "adam_step")
 # What each check dies of where its patch is missing.
-ERRORS = {"cuda_runtime": "CUDA", "cuda_tensors": "CUDA", "eager": "torch.compile was started", "rng_tracker": "CUDA",
-          "weight_gradient": "gradient_accumulation_fusion", "adam_step": "step"}
+ERRORS = {
+    "cuda_runtime": "CUDA",
+    "cuda_tensors": "CUDA",
+    "eager": "torch.compile was started",
+    "rng_tracker": "CUDA",
+    "weight_gradient": "gradient_accumulation_fusion",
+    "adam_step": "step",
+}
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -27,7 +34,11 @@ def checks() -> dict:
 
 def test_every_patch_has_a_check(checks):
     folder = Path(__file__).parents[2] / "megatron_patches"
-    assert sorted(checks) == sorted(PATCHES) == sorted(p.stem for p in folder.glob("*.py") if p.stem not in ("__init__", "apply"))
+    assert (
+        sorted(checks)
+        == sorted(PATCHES)
+        == sorted(p.stem for p in folder.glob("*.py") if p.stem not in ("__init__", "apply"))
+    )
 
 
 @pytest.mark.parametrize("patch", PATCHES)

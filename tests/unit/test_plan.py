@@ -1,4 +1,5 @@
 """`alphamed plan`: parameters, memory, batch, topology and time against numbers worked out by hand or published."""
+
 import itertools
 import json
 import math
@@ -7,24 +8,23 @@ from pathlib import Path
 
 import pytest
 
-from alphamed.config import Config
-from alphamed.config_choices import Recompute
-from alphamed.config_file import build_config, changed_config, load_config
+from alphamed.config.choices import Recompute
+from alphamed.config.loading import build_config, changed_config, load_config
+from alphamed.config.schema import Config
 from alphamed.errors import ConfigError
-from alphamed.planner import advice, published
+from alphamed.lab.planner import advice, published
+from alphamed.lab.planner.calibration import GPU
+from alphamed.lab.planner.mending import layouts
+from alphamed.lab.planner.plan import job_of, make_plan, to_json
+from alphamed.lab.planner.shapes import find_shape, published as shapes
+from alphamed.lab.planner.time import decay_scale, step_time
+from alphamed.lab.planner.topology import axis_groups, context_bytes, coordinates, place
 from alphamed.planner.batch import batch_of, in_flight
-from alphamed.planner.calibration import GPU
 from alphamed.planner.hardware import gpu
 from alphamed.planner.job import Job
-from alphamed.planner.memory import _receiving_bytes, engine_cache, layer_bytes, stage_use, static_bytes, trainer_use
 from alphamed.planner.legality import layout_problems
-from alphamed.planner.mending import layouts
+from alphamed.planner.memory import _receiving_bytes, engine_cache, layer_bytes, stage_use, static_bytes, trainer_use
 from alphamed.planner.parameters import buffer_elements, count, layers_of, stage_parameters
-from alphamed.planner.plan import job_of, make_plan, to_json
-from alphamed.planner.shapes import find_shape
-from alphamed.planner.shapes import published as shapes
-from alphamed.planner.time import decay_scale, step_time
-from alphamed.planner.topology import axis_groups, context_bytes, coordinates, place
 from alphamed.weights import routes
 from alphamed.weights.plan import Wire
 
@@ -34,8 +34,12 @@ LLAMA_8B, LLAMA_70B = "meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-
 
 
 def config_of(name: str = LLAMA_8B, /, **sections) -> Config:
-    tree = {"model": {"path": name}, "data": {"train": ["x.jsonl"]}, "cluster": {"device": "cuda"},
-            "parallel": {"micro_batch_tokens": 4096}}
+    tree = {
+        "model": {"path": name},
+        "data": {"train": ["x.jsonl"]},
+        "cluster": {"device": "cuda"},
+        "parallel": {"micro_batch_tokens": 4096},
+    }
     for section, values in sections.items():
         tree[section] = tree.get(section, {}) | values
     return build_config(tree)
@@ -47,10 +51,19 @@ def job(name: str = LLAMA_8B, /, **sections) -> Job:
 
 # ----------------------------------------------------------------------------------------------------------- parameters
 # totals of the published safetensors files, as the models' hub pages show them
-@pytest.mark.parametrize(("name", "total"), [
-    (LLAMA_8B, 8_030_261_248), (LLAMA_70B, 70_553_706_496), ("Qwen/Qwen2.5-3B-Instruct", 3_085_938_688),
-    ("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512), ("Qwen/Qwen2.5-32B-Instruct", 32_763_876_352),
-    ("Qwen/Qwen2.5-72B-Instruct", 72_706_203_648), ("Qwen/Qwen3-8B", 8_190_735_360), ("Qwen/Qwen3-32B", 32_762_123_264)])
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [
+        (LLAMA_8B, 8_030_261_248),
+        (LLAMA_70B, 70_553_706_496),
+        ("Qwen/Qwen2.5-3B-Instruct", 3_085_938_688),
+        ("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512),
+        ("Qwen/Qwen2.5-32B-Instruct", 32_763_876_352),
+        ("Qwen/Qwen2.5-72B-Instruct", 72_706_203_648),
+        ("Qwen/Qwen3-8B", 8_190_735_360),
+        ("Qwen/Qwen3-32B", 32_762_123_264),
+    ],
+)
 def test_published_shapes_have_the_published_number_of_parameters(name, total):
     assert shapes()[name].parameters == total
 
@@ -70,26 +83,34 @@ def test_ranks_hold_every_parameter_once(name):
         stages = stage_parameters(shape, tensor, pipeline, virtual)
         held = [one for stage in stages for chunk in stage for one in chunk]
         whole = sum(one.elements * (1 if one.kind == "replicated" else tensor) for one in held if not one.copy)
-        assert whole == shape.parameters, (tensor, pipeline, virtual)      # these vocabularies divide by 2
+        assert whole == shape.parameters, (tensor, pipeline, virtual)  # these vocabularies divide by 2
         assert sum(one.copy for one in held) == (shape.tied and pipeline > 1)
-        layers = [layer for stage in range(pipeline) for chunk in range(virtual)
-                  for layer in layers_of(stage, chunk, shape.layers, pipeline, virtual)]
+        layers = [
+            layer
+            for stage in range(pipeline)
+            for chunk in range(virtual)
+            for layer in layers_of(stage, chunk, shape.layers, pipeline, virtual)
+        ]
         assert sorted(layers) == list(range(shape.layers))
 
 
 @pytest.mark.parametrize(("tensor", "pipeline", "engine"), [(1, 1, 1), (4, 4, 4), (8, 2, 2), (2, 4, 8)])
 def test_room_for_a_direct_push_is_what_the_sync_plan_takes(tensor, pipeline, engine):
-    one = job(LLAMA_70B, parallel={"tensor": tensor, "pipeline": pipeline}, rollout={"tensor_parallel": engine},
-              sync={"mode": "direct"})
+    one = job(
+        LLAMA_70B,
+        parallel={"tensor": tensor, "pipeline": pipeline},
+        rollout={"tensor_parallel": engine},
+        sync={"mode": "direct"},
+    )
     wire = Wire("direct", "nccl", "bfloat16", one.config.sync.bucket_bytes)
     plan = routes.make_plan(one.shape, one.parallel, (engine,), wire)
     largest = max(plan.buffer_bytes(worker) for worker in range(engine))
-    assert 0.85 * _receiving_bytes(one) < largest <= _receiving_bytes(one)         # buckets end between tensors
+    assert 0.85 * _receiving_bytes(one) < largest <= _receiving_bytes(one)  # buckets end between tensors
 
 
 def test_vocabulary_is_padded_to_the_tensor_ranks_and_buffers_to_their_alignment():
     shape = replace(shapes()[LLAMA_8B], layers=1, hidden=8, ffn=6, heads=2, kv_heads=2, head_dim=4, vocab=509)
-    chunk, = stage_parameters(shape, 2, 1, 1)[0]
+    (chunk,) = stage_parameters(shape, 2, 1, 1)[0]
     by_name = {one.names[0]: one.shape for one in chunk}
     assert by_name["embedding.word_embeddings.weight"] == (255, 8)
     assert by_name["decoder.layers.0.self_attention.linear_qkv.weight"] == (12, 8)
@@ -121,17 +142,24 @@ def test_activations_of_a_layer_by_hand():
 
 def test_a_swapped_reference_by_hand():
     """8B over 4 tensor ranks, bf16, one row of 16,384 tokens: 4.0 GB that an update's activations make room for."""
-    resident, swapped = (job(parallel={"tensor": 4, "sequence": True, "micro_batch_tokens": 16384, "reference": place},
-                             algorithm={"kl_coefficient": 0.1}) for place in ("resident", "swapped"))
+    resident, swapped = (
+        job(
+            parallel={"tensor": 4, "sequence": True, "micro_batch_tokens": 16384, "reference": place},
+            algorithm={"kl_coefficient": 0.1},
+        )
+        for place in ("resident", "swapped")
+    )
     held = 2 * ((8_030_261_248 - 65 * 4096) // 4 + 65 * 4096)
     before, after = (stage_use(one, 0).causes for one in (resident, swapped))
     assert before["reference"] == held and after["reference"] == 0
     assert {**before, "reference": 0} == after
     # full recompute keeps 32 inputs of 16,384 x 2,048 bytes: the reference and its output layer need more than an update
-    small = job(parallel={"tensor": 4, "sequence": True, "micro_batch_tokens": 4096, "recompute": "full",
-                          "reference": "swapped"}, algorithm={"kl_coefficient": 0.1})
+    small = job(
+        parallel={"tensor": 4, "sequence": True, "micro_batch_tokens": 4096, "recompute": "full", "reference": "swapped"},
+        algorithm={"kl_coefficient": 0.1},
+    )
     causes = stage_use(small, 0).causes
-    logits = 4096 * 32064 * (4 + 2) + 4096 * 4096 * 2 + 32064 * 4096 * 2                    # whole, with their gradient
+    logits = 4096 * 32064 * (4 + 2) + 4096 * 4096 * 2 + 32064 * 4096 * 2  # whole, with their gradient
     assert causes["reference"] == held + logits - causes["activations"] - causes["logits"]
     # over PCIe 5 at 70% of 64 GB/s, once a step
     more = step_time(swapped).logprobs - step_time(resident).logprobs
@@ -141,13 +169,14 @@ def test_a_swapped_reference_by_hand():
 def test_chunks_of_their_own_accord_are_planned():
     one = job(parallel={"micro_batch_tokens": 16384})
     whole = replace(one, config=changed_config(one.config, ["parallel.logprob_chunk_tokens=0"]))
-    logits = 128256 * 6                                                     # FP32, and their gradient in bf16, of a token
+    logits = 128256 * 6  # FP32, and their gradient in bf16, of a token
     assert stage_use(whole, 0).causes["logits"] - stage_use(one, 0).causes["logits"] == (16384 - 2048) * logits
     assert step_time(one).update > step_time(whole).update
 
 
-@pytest.mark.parametrize(("virtual", "stage", "expected"), [(None, 0, 4), (None, 3, 1), (2, 0, (2 * 3 + 4 + 1) / 2),
-                                                            (2, 3, (4 + 1) / 2)])
+@pytest.mark.parametrize(
+    ("virtual", "stage", "expected"), [(None, 0, 4), (None, 3, 1), (2, 0, (2 * 3 + 4 + 1) / 2), (2, 3, (4 + 1) / 2)]
+)
 def test_micro_batches_in_flight(virtual, stage, expected):
     # 1F1B: as many as stages follow. Interleaved: 2 (stages behind) + (chunks - 1) stages chunks before the first backward
     one = job(parallel={"pipeline": 4, "virtual_pipeline": virtual})
@@ -158,7 +187,7 @@ def test_micro_batches_in_flight(virtual, stage, expected):
 def test_kv_cache_by_hand():
     one = job(rollout={"tensor_parallel": 2, "kv_cache_bytes": 4 << 30})
     found = engine_cache(one)
-    assert found.token_bytes == 2 * 32 * 4 * 128 * 2                     # keys and values, layers, 4 of 8 heads, bf16
+    assert found.token_bytes == 2 * 32 * 4 * 128 * 2  # keys and values, layers, 4 of 8 heads, bf16
     assert found.tokens == (2 << 30) // 65536 == 32768 and found.full_sequences == 32768 // 3072
 
 
@@ -171,23 +200,34 @@ def test_fp8_copies_and_the_reference_double_what_layers_hold():
 
 # ---------------------------------------------------------------------------------------------------- batch and topology
 def test_batch_arithmetic_by_hand():
-    one = job(rollout={"questions_per_step": 64, "samples_per_question": 4, "max_response_tokens": 400},
-              prompt={"max_tokens": 404}, parallel={"data": 2, "micro_batch_tokens": 2000, "pipeline": 2},
-              algorithm={"mini_batches": 2})
-    found = batch_of(one)                                                # expected: 101 prompt, 100 response tokens
+    one = job(
+        rollout={"questions_per_step": 64, "samples_per_question": 4, "max_response_tokens": 400},
+        prompt={"max_tokens": 404},
+        parallel={"data": 2, "micro_batch_tokens": 2000, "pipeline": 2},
+        algorithm={"mini_batches": 2},
+    )
+    found = batch_of(one)  # expected: 101 prompt, 100 response tokens
     assert found.trained_tokens == 64 * (100 + 400)
     assert found.rows == math.ceil(32000 / 2 / 2 / (2000 * 0.92)) == 5 and found.micro.tokens == 1600
     assert found.shared_fraction == 1 - 500 / 800 and found.bubble == 1 / 6
 
 
 def test_ranks_and_engines_have_their_places():
-    one = replace(job(parallel={"tensor": 2, "pipeline": 2, "data": 2, "sequence": True},
-                      rollout={"engines": 2, "tensor_parallel": 2}), gpus_per_node=4)
+    one = replace(
+        job(
+            parallel={"tensor": 2, "pipeline": 2, "data": 2, "sequence": True}, rollout={"engines": 2, "tensor_parallel": 2}
+        ),
+        gpus_per_node=4,
+    )
     topology = place(one)
     seats = {(seat.node, seat.gpu): seat for seat in topology.seats}
     assert len(seats) == 12 and topology.trainer_nodes == 2 and topology.engine_nodes == 1
     assert [(seats[1, g].rank, seats[1, g].tensor, seats[1, g].data, seats[1, g].pipeline) for g in range(4)] == [
-        (4, 0, 0, 1), (5, 1, 0, 1), (6, 0, 1, 1), (7, 1, 1, 1)]
+        (4, 0, 0, 1),
+        (5, 1, 0, 1),
+        (6, 0, 1, 1),
+        (7, 1, 1, 1),
+    ]
     assert [(seats[2, g].engine, seats[2, g].worker) for g in range(4)] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert seats[0, 0].layers == ((0, 15),) and seats[1, 0].layers == ((16, 31),)
     assert axis_groups(one.parallel)["data"] == [[0, 2], [1, 3], [4, 6], [5, 7]]
@@ -200,39 +240,53 @@ def test_ranks_and_engines_have_their_places():
 
 def test_engines_may_have_the_gpus_that_ranks_leave_on_their_hosts():
     """4 + 4 on each of two hosts of 8: an engine of 4 on each, weights cross once, to the second."""
-    one = job(parallel={"tensor": 4, "data": 2}, rollout={"engines": 2, "tensor_parallel": 4},
-              cluster={"ranks_per_host": 4, "nodes": 2})
+    one = job(
+        parallel={"tensor": 4, "data": 2},
+        rollout={"engines": 2, "tensor_parallel": 4},
+        cluster={"ranks_per_host": 4, "nodes": 2},
+    )
     topology = place(one)
     seats = {(seat.node, seat.gpu): seat for seat in topology.seats}
     assert len(seats) == 16 and (topology.trainer_nodes, topology.engine_nodes) == (2, 0)
     assert [seats[1, gpu].rank for gpu in range(4)] == [4, 5, 6, 7] and seats[1, 0].data == 1
     assert [(seats[node, gpu].engine, seats[node, gpu].worker) for node in (0, 1) for gpu in range(4, 8)] == [
-        (engine, worker) for engine in (0, 1) for worker in range(4)]
+        (engine, worker) for engine in (0, 1) for worker in range(4)
+    ]
     kinds = {group.kind: group for group in topology.groups}
     assert kinds["tensor"].within_node and not kinds["data"].within_node
     assert kinds["weight sync"].leaving == 2 * 8_030_261_248 and not layout_problems(one)
     crowded = replace(one, nodes=1)
     assert [problem.text for problem in layout_problems(crowded)] == [
-        "cluster.nodes: 8 trainer ranks, 4 on a host, and 2 engines need 2 nodes of 8 GPUs, there are 1"]
+        "cluster.nodes: 8 trainer ranks, 4 on a host, and 2 engines need 2 nodes of 8 GPUs, there are 1"
+    ]
 
 
 def test_context_ranks_stand_between_tensor_and_data_ranks():
     one = job(parallel={"tensor": 2, "context": 2, "pipeline": 2, "data": 2, "sequence": True})
     assert [coordinates(rank, one.parallel) for rank in (1, 2, 4, 13)] == [
-        (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (1, 0, 1, 1)]                 # (tensor, context, data, pipeline)
+        (1, 0, 0, 0),
+        (0, 1, 0, 0),
+        (0, 0, 1, 0),
+        (1, 0, 1, 1),
+    ]  # (tensor, context, data, pipeline)
     groups = axis_groups(one.parallel)
     assert groups["context"][:3] == [[0, 2], [1, 3], [4, 6]]
     assert groups["data"] == [[0, 2, 4, 6], [1, 3, 5, 7], [8, 10, 12, 14], [9, 11, 13, 15]]
-    assert [group.source for group in routes.make_plan(one.shape, one.parallel, (2,), Wire(
-        "gather", "nccl", "bfloat16", 1 << 28)).links] == [0, 8]
+    assert [
+        group.source
+        for group in routes.make_plan(one.shape, one.parallel, (2,), Wire("gather", "nccl", "bfloat16", 1 << 28)).links
+    ] == [0, 8]
 
 
 def test_a_context_rank_has_a_part_of_a_row_and_of_the_optimizer():
-    alone, shared = (job(parallel={"context": context, "micro_batch_tokens": tokens, "recompute": "selective"})
-                     for context, tokens in ((1, 4096), (2, 8192)))
+    alone, shared = (
+        job(parallel={"context": context, "micro_batch_tokens": tokens, "recompute": "selective"})
+        for context, tokens in ((1, 4096), (2, 8192))
+    )
     one, two = (stage_use(each, 0).causes for each in (alone, shared))
     assert {cause: one[cause] for cause in ("activations", "logits", "weights", "gradients")} == {
-        cause: two[cause] for cause in ("activations", "logits", "weights", "gradients")}
+        cause: two[cause] for cause in ("activations", "logits", "weights", "gradients")
+    }
     assert one["optimizer"] == 2 * two["optimizer"]
 
 
@@ -241,7 +295,7 @@ def test_what_context_ranks_exchange_and_keep():
     alone, shared, many = (job(parallel={"context": context}) for context in (1, 2, 16))
     # rotated q and k beside the fused qkv; or q, k and v as exchanged in place of it, and the output once more
     kept = [layer_bytes(one, Recompute.NONE)[0] - layer_bytes(one, Recompute.SELECTIVE)[0] for one in (alone, shared, many)]
-    assert kept == [2 * (4096 + 1024), 2 * 4096, 2 * (4096 + 2 * 1024)]        # 16 ranks: 8 more copies of k and of v
+    assert kept == [2 * (4096 + 1024), 2 * 4096, 2 * (4096 + 2 * 1024)]  # 16 ranks: 8 more copies of k and of v
     row = batch_of(shared).micro.tokens
     # 2 ranks hold half a row each, and send half of their heads' q, k, v and outputs to the other
     assert context_bytes(shared, batch_of(shared)) == pytest.approx(row / 2 * (4096 + 1024 + 1024 + 4096) / 2 * 2)
@@ -262,8 +316,9 @@ def test_the_efficiencies_are_those_that_two_published_steps_give():
 
 def test_unseen_published_steps_are_met_within_a_fifth():
     steps = published.steps()
-    unseen = {key: step_time(step.job).total / step.seconds for key, step in steps.items()
-              if key not in published.CALIBRATION}
+    unseen = {
+        key: step_time(step.job).total / step.seconds for key, step in steps.items() if key not in published.CALIBRATION
+    }
     assert len(unseen) == 3
     assert all(0.8 < ratio < 1.2 for ratio in unseen.values()), unseen
 
@@ -274,15 +329,18 @@ def test_the_documented_table_is_the_models():
 
 def test_lengths_cut_at_a_limit_have_the_mean_that_was_asked_for():
     scale = decay_scale(500, 1000)
-    cut = sum(math.exp(-(i + 0.5) / scale) for i in range(1000))        # mean of a cut distribution: sum of its tail
+    cut = sum(math.exp(-(i + 0.5) / scale) for i in range(1000))  # mean of a cut distribution: sum of its tail
     assert cut == pytest.approx(500, rel=1e-3)
     assert decay_scale(1000, 1000) == math.inf
 
 
 def test_update_time_of_one_gpu_by_hand():
     # two rows of 3,600 tokens in all; 6 FLOPs per parameter and token in matrices, 12 q per pair, 6 H V per response token
-    one = job(rollout={"questions_per_step": 4, "samples_per_question": 4, "max_response_tokens": 400},
-              prompt={"max_tokens": 404}, parallel={"micro_batch_tokens": 2000})
+    one = job(
+        rollout={"questions_per_step": 4, "samples_per_question": 4, "max_response_tokens": 400},
+        prompt={"max_tokens": 404},
+        parallel={"micro_batch_tokens": 2000},
+    )
     tokens, responses, context = 4 * 500, 1600, 101 + 50
     matrices = 32 * (4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336)
     flops = tokens * (6 * matrices + 12 * 32 * 4096 * context) + 6 * responses * 4096 * 128256
@@ -299,15 +357,24 @@ def test_recipes_fit_the_nodes_that_they_name(path):
     assert plan.fits, plan.problems
     assert plan.found.topology.nodes == found.cluster.nodes and f"{found.cluster.nodes}node" in path.stem
     assert found.run.name == path.stem and found.model.fp8 == path.stem.endswith("_fp8")
-    assert {"trainer", "engine"} == {seat.role for seat in plan.found.topology.seats}      # no GPU idles
+    assert {"trainer", "engine"} == {seat.role for seat in plan.found.topology.seats}  # no GPU idles
 
 
 def test_there_is_a_recipe_for_every_model_and_cluster():
     names = {path.stem for path in RECIPES}
-    assert {"llama31_8b_1node", "llama31_8b_1node_shared", "qwen25_3b_1node_1gpu", "llama31_8b_2nodes", "qwen25_7b_1node", "qwen3_8b_1node", "qwen25_32b_4nodes",
-            "qwen3_32b_4nodes"} <= names
-    assert {f"{model}_{nodes}nodes{fp8}" for model in ("llama31_70b", "qwen25_72b") for nodes in (8, 16)
-            for fp8 in ("", "_fp8")} <= names
+    assert {
+        "llama31_8b_1node",
+        "llama31_8b_1node_shared",
+        "qwen25_3b_1node_1gpu",
+        "llama31_8b_2nodes",
+        "qwen25_7b_1node",
+        "qwen3_8b_1node",
+        "qwen25_32b_4nodes",
+        "qwen3_32b_4nodes",
+    } <= names
+    assert {
+        f"{model}_{nodes}nodes{fp8}" for model in ("llama31_70b", "qwen25_72b") for nodes in (8, 16) for fp8 in ("", "_fp8")
+    } <= names
 
 
 @pytest.mark.parametrize("name", ["train_alphamed_8b", "train_alphamed_70b"])
@@ -316,24 +383,47 @@ def test_the_first_examples_fit_as_well(name):
 
 
 # ---------------------------------------------------------------------------------------------------- problems and advice
-@pytest.mark.parametrize(("sections", "field", "mend"), [
-    ({"parallel": {"tensor": 3, "micro_batch_tokens": 4096}}, "parallel.tensor: 3", "parallel.tensor=4"),
-    ({"rollout": {"tensor_parallel": 3}}, "rollout.tensor_parallel: 3", "rollout.tensor_parallel=4"),
-    ({"parallel": {"pipeline": 5}}, "parallel.pipeline: 5", "parallel.pipeline=4"),
-    ({"parallel": {"pipeline": 4, "virtual_pipeline": 3}}, "parallel.virtual_pipeline: 3", "parallel.virtual_pipeline=4"),
-    ({"parallel": {"tensor": 16, "sequence": True}}, "parallel.tensor: 16", "parallel.tensor=8"),
-    ({"parallel": {"data": 12}}, "parallel: tensor 1 x data 12 x pipeline 1 = 12 ranks", "parallel.data=16"),
-    ({"parallel": {"data": 4}, "rollout": {"engines": 12}, "cluster": {"nodes": 2}}, "cluster.nodes", "rollout.engines=8"),
-    ({"parallel": {"data": 4}, "rollout": {"engines": 8}, "cluster": {"nodes": 1}}, "cluster.nodes", "rollout.engines=4"),
-    ({"parallel": {"recompute": "selective", "share_prompts": False}}, "parallel.recompute: selective",
-     "parallel.recompute=none"),
-    ({"prompt": {"max_tokens": 130000}, "parallel": {"micro_batch_tokens": 140000, "context": 8}}, "prompt.max_tokens",
-     "rollout.max_response_tokens=1072"),
-])
+@pytest.mark.parametrize(
+    ("sections", "field", "mend"),
+    [
+        ({"parallel": {"tensor": 3, "micro_batch_tokens": 4096}}, "parallel.tensor: 3", "parallel.tensor=4"),
+        ({"rollout": {"tensor_parallel": 3}}, "rollout.tensor_parallel: 3", "rollout.tensor_parallel=4"),
+        ({"parallel": {"pipeline": 5}}, "parallel.pipeline: 5", "parallel.pipeline=4"),
+        (
+            {"parallel": {"pipeline": 4, "virtual_pipeline": 3}},
+            "parallel.virtual_pipeline: 3",
+            "parallel.virtual_pipeline=4",
+        ),
+        ({"parallel": {"tensor": 16, "sequence": True}}, "parallel.tensor: 16", "parallel.tensor=8"),
+        ({"parallel": {"data": 12}}, "parallel: tensor 1 x data 12 x pipeline 1 = 12 ranks", "parallel.data=16"),
+        (
+            {"parallel": {"data": 4}, "rollout": {"engines": 12}, "cluster": {"nodes": 2}},
+            "cluster.nodes",
+            "rollout.engines=8",
+        ),
+        (
+            {"parallel": {"data": 4}, "rollout": {"engines": 8}, "cluster": {"nodes": 1}},
+            "cluster.nodes",
+            "rollout.engines=4",
+        ),
+        (
+            {"parallel": {"recompute": "selective", "share_prompts": False}},
+            "parallel.recompute: selective",
+            "parallel.recompute=none",
+        ),
+        (
+            {"prompt": {"max_tokens": 130000}, "parallel": {"micro_batch_tokens": 140000, "context": 8}},
+            "prompt.max_tokens",
+            "rollout.max_response_tokens=1072",
+        ),
+    ],
+)
 def test_illegal_settings_come_with_the_nearest_that_fit(sections, field, mend):
     """On GPUs of 180 GB, of which 8 billion parameters in training take 145."""
-    wide = sections | {"cluster": {"device": "cuda", "gpu": "b200-180g"} | sections.get("cluster", {}),
-                       "parallel": {"recompute": "full"} | sections.get("parallel", {})}
+    wide = sections | {
+        "cluster": {"device": "cuda", "gpu": "b200-180g"} | sections.get("cluster", {}),
+        "parallel": {"recompute": "full"} | sections.get("parallel", {}),
+    }
     plan = make_plan(job(**wide))
     assert not plan.fits and plan.found is None
     assert plan.problems[0].text.startswith(field) and plan.problems[0].mend == (mend,)
@@ -343,8 +433,10 @@ def test_illegal_settings_come_with_the_nearest_that_fit(sections, field, mend):
 BROKEN = [
     ("qwen25_7b_1node", ["parallel.pipeline=7"]),
     ("qwen25_7b_1node", ["evaluation.max_response_tokens=100000"]),
-    ("qwen25_7b_1node", ["evaluation.max_response_tokens=100000", "rollout.max_response_tokens=40000",
-                         "parallel.micro_batch_tokens=50000"]),
+    (
+        "qwen25_7b_1node",
+        ["evaluation.max_response_tokens=100000", "rollout.max_response_tokens=40000", "parallel.micro_batch_tokens=50000"],
+    ),
     ("qwen25_7b_1node", ["prompt.max_tokens=40000", "parallel.micro_batch_tokens=50000"]),
     ("qwen25_7b_1node", ["cluster.gpus_per_node=1", "cluster.nodes=null"]),
     ("llama31_8b_1node", ["parallel.context=2"]),
@@ -380,20 +472,24 @@ def test_every_printed_mend_changes_something_and_leads_to_a_legal_plan(name, ov
         assert make_plan(*job_of(changed_config(config, change.overrides))).fits, change
 
 
-@pytest.mark.parametrize(("name", "overrides", "mend"), [
-    ("qwen25_7b_1node", ["parallel.pipeline=7"], ("parallel.pipeline=1",)),
-    ("qwen25_7b_1node", ["evaluation.max_response_tokens=100000"], ("evaluation.max_response_tokens=31744",)),
-    # 64 ranks fill all 8 nodes; half of the tensor ranks leave 4 of them to the engines
-    ("llama31_70b_8nodes", ["parallel.context=2"], ("parallel.tensor=4",)),
-    ("llama31_8b_1node", ["parallel.data=3"], ("parallel.data=1",)),
-])
+@pytest.mark.parametrize(
+    ("name", "overrides", "mend"),
+    [
+        ("qwen25_7b_1node", ["parallel.pipeline=7"], ("parallel.pipeline=1",)),
+        ("qwen25_7b_1node", ["evaluation.max_response_tokens=100000"], ("evaluation.max_response_tokens=31744",)),
+        # 64 ranks fill all 8 nodes; half of the tensor ranks leave 4 of them to the engines
+        ("llama31_70b_8nodes", ["parallel.context=2"], ("parallel.tensor=4",)),
+        ("llama31_8b_1node", ["parallel.data=3"], ("parallel.data=1",)),
+    ],
+)
 def test_the_mend_is_the_nearest(name, overrides, mend):
     plan = make_plan(*job_of(load_config(ROOT / "examples" / "recipes" / f"{name}.yaml", overrides)))
     assert plan.problems[0].mend == mend
 
 
-@pytest.mark.parametrize(("name", "nodes"), [
-    ("llama31_70b_8nodes", 1), ("llama31_70b_8nodes", 2), ("llama31_70b_16nodes", 3)])
+@pytest.mark.parametrize(
+    ("name", "nodes"), [("llama31_70b_8nodes", 1), ("llama31_70b_8nodes", 2), ("llama31_70b_16nodes", 3)]
+)
 def test_where_no_mend_is_found_that_is_said(name, nodes):
     """70 billion parameters take 18 bytes each while they are trained: 1,270 GB and more, a node has 640."""
     plan = make_plan(*job_of(load_config(ROOT / "examples" / "recipes" / f"{name}.yaml"), nodes=nodes))
@@ -406,8 +502,10 @@ def test_a_cache_that_is_too_small_is_told_the_least_size():
     config = load_config(ROOT / "examples" / "recipes" / "llama31_8b_1node.yaml", ["rollout.kv_cache_bytes=1000"])
     plan = make_plan(*job_of(config))
     assert plan.problems[0].text.endswith(f"raise it to at least {131072 * 3072}")
-    exact, less = (make_plan(*job_of(changed_config(config, [f"rollout.kv_cache_bytes={size}"])))
-                   for size in (131072 * 3072, 131072 * 3072 - 1))
+    exact, less = (
+        make_plan(*job_of(changed_config(config, [f"rollout.kv_cache_bytes={size}"])))
+        for size in (131072 * 3072, 131072 * 3072 - 1)
+    )
     assert exact.fits and not less.fits
 
 
@@ -423,8 +521,11 @@ def test_advice_keeps_ranks_that_talk_in_every_layer_within_a_node():
 def test_a_row_that_is_too_long_for_tensor_ranks_is_shared_by_context_ranks():
     """140,000 tokens in a row: full recomputation keeps 32 inputs of 4,096 x 2 bytes of each, 36.7 GB, beside 48 GB of
     weights and gradients."""
-    one = job(parallel={"tensor": 1, "data": 8, "micro_batch_tokens": 140000, "recompute": "full"},
-              rollout={"max_response_tokens": 120000, "engines": 8}, cluster={"nodes": 2})
+    one = job(
+        parallel={"tensor": 1, "data": 8, "micro_batch_tokens": 140000, "recompute": "full"},
+        rollout={"max_response_tokens": 120000, "engines": 8},
+        cluster={"nodes": 2},
+    )
     plan = make_plan(one)
     assert not plan.fits and plan.found
     shared = changed_config(one.config, ["parallel.context=8", "parallel.data=1", "rollout.step_deadline_s=100000"])
@@ -434,8 +535,11 @@ def test_a_row_that_is_too_long_for_tensor_ranks_is_shared_by_context_ranks():
 
 
 def test_what_is_too_large_comes_with_changes_that_make_it_fit():
-    one = job(LLAMA_70B, parallel={"tensor": 8, "pipeline": 4, "sequence": True, "micro_batch_tokens": 16384},
-              rollout={"engines": 2, "tensor_parallel": 8})
+    one = job(
+        LLAMA_70B,
+        parallel={"tensor": 8, "pipeline": 4, "sequence": True, "micro_batch_tokens": 16384},
+        rollout={"engines": 2, "tensor_parallel": 8},
+    )
     plan = make_plan(one)
     assert not plan.fits and "activations" in plan.problems[0].text
     found = advice.mends(plan)
@@ -454,7 +558,7 @@ def test_advice_holds_when_it_is_followed():
         other = make_plan(replace(one, config=changed_config(one.config, change.overrides)))
         assert other.fits and other.found.time.total == change.seconds < plan.found.time.total
         assert other.job.gpus <= plan.job.gpus
-        assert other.found.batch.samples == plan.found.batch.samples       # what is trained stays
+        assert other.found.batch.samples == plan.found.batch.samples  # what is trained stays
 
 
 def test_fullest_stage_is_the_one_reported():
@@ -484,8 +588,11 @@ def test_json_holds_finite_plain_values():
 
 
 # ---------------------------------------------------------------------------------------------------------- shared GPUs
-SHARED = {"cluster": {"device": "cuda", "share_gpus": True, "gpus_per_node": 1}, "prompt": {"max_tokens": 512},
-          "algorithm": {"kl_coefficient": 0.0}}
+SHARED = {
+    "cluster": {"device": "cuda", "share_gpus": True, "gpus_per_node": 1},
+    "prompt": {"max_tokens": 512},
+    "algorithm": {"kl_coefficient": 0.0},
+}
 QWEN_3B = "Qwen/Qwen2.5-3B-Instruct"
 SMALL = {"micro_batch_tokens": 2560, "recompute": "full", "logprob_chunk_tokens": 1024}
 
@@ -496,17 +603,22 @@ def test_trainer_and_engine_on_one_gpu_must_fit_together():
     assert not plan.fits and plan.problems[0].text.startswith("cluster.share_gpus: the trainer needs ")
     assert "rollout.gpu_memory_utilization keeps 39.8 GiB of it for an engine" in plan.problems[0].text
     assert advice.mends(make_plan(job(QWEN_3B, **SHARED | {"parallel": SMALL}, rollout={"gpu_memory_utilization": 0.5})))[
-        0].overrides == ("rollout.gpu_memory_utilization=0.2",)
+        0
+    ].overrides == ("rollout.gpu_memory_utilization=0.2",)
     fitting = make_plan(job(QWEN_3B, **SHARED | {"parallel": SMALL}, rollout={"gpu_memory_utilization": 0.15}))
     assert fitting.fits, fitting.problems
     assert [(seat.node, seat.gpu, seat.role) for seat in fitting.found.topology.seats] == [
-        (0, 0, "trainer"), (0, 0, "engine")]
+        (0, 0, "trainer"),
+        (0, 0, "engine"),
+    ]
     assert fitting.job.gpus == 1 and fitting.found.topology.nodes == 1
 
 
 def test_shared_gpus_are_those_of_one_node():
     plan = make_plan(job(QWEN_3B, **SHARED, parallel={"data": 2, "micro_batch_tokens": 4096}))
-    assert "cluster.share_gpus: 2 trainer ranks and 1 engine workers share the GPUs of one node, it has 1" in str(plan.problems[0])
+    assert "cluster.share_gpus: 2 trainer ranks and 1 engine workers share the GPUs of one node, it has 1" in str(
+        plan.problems[0]
+    )
 
 
 def test_a_layout_that_is_too_large_for_shared_gpus_shrinks():
@@ -517,18 +629,32 @@ def test_a_layout_that_is_too_large_for_shared_gpus_shrinks():
 
 def test_weights_over_gloo_take_longer():
     shared = SHARED | {"parallel": SMALL}
-    for job_, bytes_per_s in ((job(QWEN_3B), GPU.sync), (job(QWEN_3B, **shared), GPU.sync),
-                              (job(QWEN_3B, **shared, sync={"transport": "gloo"}), 1e9)):
+    for job_, bytes_per_s in (
+        (job(QWEN_3B), GPU.sync),
+        (job(QWEN_3B, **shared), GPU.sync),
+        (job(QWEN_3B, **shared, sync={"transport": "gloo"}), 1e9),
+    ):
         assert step_time(job_).sync == pytest.approx(3_085_938_688 * 2 / bytes_per_s)
 
 
-@pytest.mark.parametrize("nodes, engines, mend", [
-    (16, 8, ("parallel.data=1",)),                                      # 64 ranks on 8 nodes, 8 engines on the other 8
-    (12, 8, ("parallel.data=1", "rollout.engines=4")), (20, 8, ("rollout.engines=4",))])
+@pytest.mark.parametrize(
+    "nodes, engines, mend",
+    [
+        (16, 8, ("parallel.data=1",)),  # 64 ranks on 8 nodes, 8 engines on the other 8
+        (12, 8, ("parallel.data=1", "rollout.engines=4")),
+        (20, 8, ("rollout.engines=4",)),
+    ],
+)
 def test_a_run_that_is_too_large_for_its_nodes_shrinks_no_more_than_it_must(nodes, engines, mend):
-    large = job(LLAMA_70B, parallel={"tensor": 8, "pipeline": 4, "context": 2, "data": 2}, cluster={"device": "cuda", "nodes": nodes},
-                rollout={"tensor_parallel": 8, "engines": engines})
-    problem, = [one for one in make_plan(large).problems if one.text.startswith("cluster.nodes: 128 trainer ranks and 8 engines")]
+    large = job(
+        LLAMA_70B,
+        parallel={"tensor": 8, "pipeline": 4, "context": 2, "data": 2},
+        cluster={"device": "cuda", "nodes": nodes},
+        rollout={"tensor_parallel": 8, "engines": engines},
+    )
+    (problem,) = [
+        one for one in make_plan(large).problems if one.text.startswith("cluster.nodes: 128 trainer ranks and 8 engines")
+    ]
     assert problem.mend == mend
 
 
@@ -537,11 +663,14 @@ def test_shared_memory_does_not_reach_to_another_machine():
     assert not [problem for problem in make_plan(one).problems if "ipc" in problem.text]
     two = make_plan(job(QWEN_3B, cluster={"device": "cuda", "gpus_per_node": 1}, sync={"transport": "ipc"}))
     assert "sync.transport: ipc needs one machine, 1 trainer ranks and 1 engines of 1 GPUs need several of 1 GPUs" in str(
-        two.problems[0]) and "sync.transport=auto" in str(two.problems[0])
+        two.problems[0]
+    ) and "sync.transport=auto" in str(two.problems[0])
 
 
 def test_mends_are_not_told_twice():
-    large = load_config(ROOT / "examples" / "recipes" / "llama31_8b_1node_shared.yaml", ["parallel.tensor=2", "parallel.data=4"])
+    large = load_config(
+        ROOT / "examples" / "recipes" / "llama31_8b_1node_shared.yaml", ["parallel.tensor=2", "parallel.data=4"]
+    )
     told = [frozenset(one.overrides) for one in advice.mends(make_plan(*job_of(large)))]
     assert len(told) == len(set(told)) > 0
 
@@ -551,8 +680,15 @@ def test_without_cuda_sharing_changes_nothing():
     assert not shared.shared and shared.gpus == 2
 
 
-@pytest.mark.parametrize(("parallel", "tokens"), [
-    ({}, 16), ({"tensor": 2, "sequence": True}, 32), ({"tensor": 2, "sequence": True, "context": 2}, 64), ({"context": 2}, 32)])
+@pytest.mark.parametrize(
+    ("parallel", "tokens"),
+    [
+        ({}, 16),
+        ({"tensor": 2, "sequence": True}, 32),
+        ({"tensor": 2, "sequence": True, "context": 2}, 64),
+        ({"context": 2}, 32),
+    ],
+)
 def test_rows_of_fp8_are_multiples_of_16_on_every_rank(parallel, tokens):
     wide = {"parallel": {"micro_batch_tokens": 8192} | parallel}
     assert config_of(model={"path": LLAMA_8B, "fp8": True}, **wide).token_multiple == tokens

@@ -1,4 +1,5 @@
 """The verb `alphamed plan`: exit codes, files, and the launcher's refusal."""
+
 import json
 import re
 import subprocess
@@ -9,7 +10,7 @@ import pytest
 import yaml
 
 from alphamed.cli import main
-from alphamed.config_file import load_config
+from alphamed.config.loading import load_config
 from alphamed.errors import ConfigError
 from alphamed.lab.hooks import HOOKS, refuse_unfit
 from alphamed.planner import hardware
@@ -28,8 +29,8 @@ def test_a_plan_that_fits(tmp_path, capsys):
     assert tree["fits"] and set(tree["step"]["seconds"]) == {"generate", "logprobs", "update", "sync", "other", "total"}
     page = files[1].read_text()
     assert page.count("<svg") == 3 and "<script" not in page and "prefers-color-scheme:dark" in page
-    assert not re.search(r'(src|href)="', page)                       # nothing is fetched
-    assert page.count("rank 3") == 2 and "engine 3" in page           # label and hover
+    assert not re.search(r'(src|href)="', page)  # nothing is fetched
+    assert page.count("rank 3") == 2 and "engine 3" in page  # label and hover
 
 
 def test_what_does_not_fit_exits_with_1(capsys):
@@ -40,16 +41,26 @@ def test_what_does_not_fit_exits_with_1(capsys):
 
 def test_an_illegal_layout_exits_with_1_and_names_the_nearest(tmp_path, capsys):
     written = tmp_path / "plan.html"
-    assert main(["plan", "--config", RECIPE, "--html", str(written), "--json", str(tmp_path / "p.json"),
-                 "parallel.tensor=5"]) == 1
+    assert (
+        main(["plan", "--config", RECIPE, "--html", str(written), "--json", str(tmp_path / "p.json"), "parallel.tensor=5"])
+        == 1
+    )
     assert "try parallel.tensor=4" in capsys.readouterr().out
     assert "This layout is illegal." in written.read_text()
     assert json.loads((tmp_path / "p.json").read_text())["problems"][0]["mend"] == ["parallel.tensor=4"]
 
 
-@pytest.mark.parametrize("arguments", [
-    ["--gpu", "v100"], ["--nodes", "0"], ["--response-tokens", "-3"], ["parallel.tensr=2"], ["--storage", "nan"],
-    ["model.path=nobody/nothing"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--gpu", "v100"],
+        ["--nodes", "0"],
+        ["--response-tokens", "-3"],
+        ["parallel.tensr=2"],
+        ["--storage", "nan"],
+        ["model.path=nobody/nothing"],
+    ],
+)
 def test_bad_input_exits_with_2_in_one_line(arguments, tmp_path, capsys):
     written = tmp_path / "plan.json"
     assert main(["plan", "--config", RECIPE, "--json", str(written), f"model.cache={tmp_path}", *arguments]) == 2
@@ -69,29 +80,34 @@ def test_more_of_a_faster_gpu_is_faster(tmp_path):
 
 
 def test_planning_imports_nothing_heavy(tmp_path):
-    code = ("import sys; from alphamed.cli import main; main(['plan', '--config', sys.argv[1], '--html', sys.argv[2]]); "
-            "print(*[m for m in ('torch', 'transformers', 'megatron', 'vllm', 'ray') if m in sys.modules], file=sys.stderr)")
-    run = subprocess.run([sys.executable, "-c", code, RECIPE, str(tmp_path / "p.html")], capture_output=True, text=True,
-                         timeout=600)
+    code = (
+        "import sys; from alphamed.cli import main; main(['plan', '--config', sys.argv[1], '--html', sys.argv[2]]); "
+        "print(*[m for m in ('torch', 'transformers', 'megatron', 'vllm', 'ray') if m in sys.modules], file=sys.stderr)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, RECIPE, str(tmp_path / "p.html")], capture_output=True, text=True, timeout=600
+    )
     assert run.returncode == 0 and run.stderr.split() == []
 
 
 def test_the_launcher_refuses_what_can_not_fit_unless_told_to_go_on(tmp_path, monkeypatch):
-    from alphamed.planner.shapes import published
+    from alphamed.lab.planner.shapes import published
 
     tree = yaml.safe_load(Path(RECIPE).read_text()) | {"cluster": {"device": "auto"}}
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump(tree))
     shape = published()[tree["model"]["path"]]
     gpu = hardware.gpu("h100-80g")
-    monkeypatch.setattr("alphamed.planner.plan._this_machine", lambda config: (gpu, 8))      # a machine with H100s
+    monkeypatch.setattr("alphamed.lab.planner.plan._this_machine", lambda config: (gpu, 8))  # a machine with H100s
     refuse_unfit(load_config(file), shape)
     large = ["parallel.tensor=1", "parallel.sequence=false"]
     with pytest.raises(ConfigError, match=r"trainer .* GiB.*start_unfit=true"):
         refuse_unfit(load_config(file, large), shape)
     refuse_unfit(load_config(file, [*large, "cluster.start_unfit=true"]), shape)
-    with pytest.raises(ConfigError, match=r"rollout.step_deadline_s: generating a step .* rollout.step_deadline_s=600 would fit"):
-        refuse_unfit(load_config(file, ["rollout.step_deadline_s=20"]), shape)         # it takes 34 s
+    with pytest.raises(
+        ConfigError, match=r"rollout.step_deadline_s: generating a step .* rollout.step_deadline_s=600 would fit"
+    ):
+        refuse_unfit(load_config(file, ["rollout.step_deadline_s=20"]), shape)  # it takes 34 s
 
 
 def test_a_cpu_plan_reckons_with_this_machine(tmp_path, monkeypatch):
@@ -99,8 +115,16 @@ def test_a_cpu_plan_reckons_with_this_machine(tmp_path, monkeypatch):
 
     folder = tiny_hf(tmp_path / "model", head_dim=32)
     file = tmp_path / "c.yaml"
-    file.write_text(yaml.safe_dump({"model": {"path": str(folder), "dtype": "fp32"}, "data": {"train": ["x"]},
-                                    "cluster": {"device": "cpu"}, "rollout": {"dtype": "fp32", "max_response_tokens": 512}}))
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "model": {"path": str(folder), "dtype": "fp32"},
+                "data": {"train": ["x"]},
+                "cluster": {"device": "cpu"},
+                "rollout": {"dtype": "fp32", "max_response_tokens": 512},
+            }
+        )
+    )
     assert main(["plan", "--config", str(file)]) == 0
     monkeypatch.setattr("alphamed.cluster.hardware.memory_bytes", lambda: (64 << 20, 64 << 20))
     assert main(["plan", "--config", str(file)]) == 1
@@ -110,8 +134,8 @@ def test_a_run_records_the_plans_prediction_beside_the_measurement(tmp_path):
     from test_run import STATS, Alone, config_of, lines, rollouts_of
     from tiny import tiny_hf
 
-    from alphamed.observe.metrics import undeclared
     from alphamed.run import Run
+    from alphamed.rundir.metrics import undeclared
 
     config, folder = config_of(tmp_path), tiny_hf(tmp_path / "model")
     run = Run.open(config, Alone(), HOOKS)
@@ -119,30 +143,33 @@ def test_a_run_records_the_plans_prediction_beside_the_measurement(tmp_path):
     next(iter(run.steps()))
     run.record(rollouts_of(1), STATS, version=2)
     run.close()
-    row, = lines(config)
+    (row,) = lines(config)
     parts = [row[f"plan/{part}_s"] for part in ("generate", "logprobs", "update", "sync")]
     assert all(seconds > 0 for seconds in (parts[0], parts[2], parts[3])) and sum(parts) < row["plan/step_s"]
     assert row["plan/memory_bytes"] > 0 and row["time/step_s"] > 0 and not undeclared(row)
 
 
 # -------------------------------------------------------------------------------------------------- what a user trial found
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--prompt-tokens", "99999"], ("--prompt-tokens", "99999", "prompt.max_tokens (1024)")),
-    (["--response-tokens", "1e9"], ("--response-tokens", "1e+09", "rollout.max_response_tokens (2048)")),
-    (["--response-tokens", "0.5"], ("--response-tokens", "0.5", "between 1 and")),
-    (["--nodes", "100000000000000000000"], ("--nodes", "100,000 GPUs", "at most 12500")),
-    (["rollout.engines=100000000", "cluster.nodes=null"], ("rollout.engines", "100000000", "100000")),
-    (["rollout.engines=60000", "rollout.tensor_parallel=2", "cluster.nodes=null"], ("120004 processes", "100,000")),
-    (["--gpu", ""], ("--gpu", "''", "h100-80g")),
-    (["--json", ""], ("--json", "is not a file")),
-    (["--html", ""], ("--html", "is not a file")),
-    (["--html", "/dev/null"], ("--html", "/dev/null", "is not a file")),
-    (["--html", "questions.jsonl"], ("--html", "'questions.jsonl' does not end in .html")),
-    (["--json", "no/such/folder/x.json"], ("--json", "no/such/folder", "make 'no/such/folder' first")),
-])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--prompt-tokens", "99999"], ("--prompt-tokens", "99999", "prompt.max_tokens (1024)")),
+        (["--response-tokens", "1e9"], ("--response-tokens", "1e+09", "rollout.max_response_tokens (2048)")),
+        (["--response-tokens", "0.5"], ("--response-tokens", "0.5", "between 1 and")),
+        (["--nodes", "100000000000000000000"], ("--nodes", "100,000 GPUs", "at most 12500")),
+        (["rollout.engines=100000000", "cluster.nodes=null"], ("rollout.engines", "100000000", "100000")),
+        (["rollout.engines=60000", "rollout.tensor_parallel=2", "cluster.nodes=null"], ("120004 processes", "100,000")),
+        (["--gpu", ""], ("--gpu", "''", "h100-80g")),
+        (["--json", ""], ("--json", "is not a file")),
+        (["--html", ""], ("--html", "is not a file")),
+        (["--html", "/dev/null"], ("--html", "/dev/null", "is not a file")),
+        (["--html", "questions.jsonl"], ("--html", "'questions.jsonl' does not end in .html")),
+        (["--json", "no/such/folder/x.json"], ("--json", "no/such/folder", "make 'no/such/folder' first")),
+    ],
+)
 def test_a_mistake_in_an_option_is_one_line_before_anything_is_planned(arguments, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("alphamed.planner.main.make_plan", None)
+    monkeypatch.setattr("alphamed.lab.planner.main.make_plan", None)
     assert main(["plan", "--config", RECIPE, *arguments]) == 2
     told = capsys.readouterr()
     assert told.out == "" and told.err.count("\n") == 1 and all(word in told.err for word in words), told.err
@@ -166,13 +193,17 @@ def test_a_run_in_parts_is_planned_to_its_end(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_building_ranks_prints_its_result_and_no_warnings():
-    run = subprocess.run([sys.executable, "-m", "alphamed.cli", "plan", "--config", RECIPE, "--build"], capture_output=True,
-                         text=True, timeout=600)
+    run = subprocess.run(
+        [sys.executable, "-m", "alphamed.cli", "plan", "--config", RECIPE, "--build"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert run.returncode == 0 and run.stderr == "" and "4 ranks built" in run.stdout
 
 
 def test_what_nothing_mends_is_said_on_paper_too(tmp_path, capsys):
-    written = tmp_path / "p.html"                   # 70 billion parameters, 18 bytes each, and a node of 640 GB
+    written = tmp_path / "p.html"  # 70 billion parameters, 18 bytes each, and a node of 640 GB
     assert main(["plan", "--config", RECIPE, "--html", str(written), "model.path=meta-llama/Llama-3.1-70B-Instruct"]) == 1
     said = "It does not fit, and no settings that do were found within these nodes."
     assert capsys.readouterr().out.rstrip().endswith(said) and said in written.read_text()

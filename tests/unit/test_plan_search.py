@@ -1,4 +1,5 @@
 """Proposals of `alphamed plan`: each fits when it is applied, and where a search of everything finds a way, so do they."""
+
 import itertools
 import os
 import random
@@ -6,16 +7,16 @@ from dataclasses import replace
 
 import pytest
 
-from alphamed.config_file import build_config, changed_config
+from alphamed.config.loading import build_config, changed_config
 from alphamed.errors import ConfigError
-from alphamed.planner import advice
-from alphamed.planner.deadline import deadline_problems
+from alphamed.lab.planner import advice
+from alphamed.lab.planner.deadline import deadline_problems
+from alphamed.lab.planner.plan import job_of, make_plan
+from alphamed.lab.planner.search import best_share, nearest_changes
 from alphamed.planner.hardware import cpu
 from alphamed.planner.job import Job
 from alphamed.planner.legality import layout_problems, memory_problems
 from alphamed.planner.memory import engine_cache, engine_use, trainer_use
-from alphamed.planner.plan import job_of, make_plan
-from alphamed.planner.search import best_share, nearest_changes
 
 QWEN_3B, LLAMA_8B, QWEN_32B = "Qwen/Qwen2.5-3B-Instruct", "meta-llama/Llama-3.1-8B-Instruct", "Qwen/Qwen2.5-32B-Instruct"
 
@@ -33,7 +34,8 @@ def proposals(one: Job):
     """(overrides, plan with them) of all that the plan prints."""
     plan = make_plan(one)
     printed = [problem.mend for problem in plan.problems if problem.mend] + [
-        change.overrides for change in advice.mends(plan)]
+        change.overrides for change in advice.mends(plan)
+    ]
     return [(overrides, make_plan(job_of(changed_config(one.config, overrides))[0])) for overrides in printed]
 
 
@@ -41,14 +43,19 @@ def proposals(one: Job):
 def test_one_gpu_is_proposed_to_be_shared():
     """51.7 GiB of weights, gradients and optimizer, an engine of 6 GiB: one GPU of 80 GB holds both."""
     one = job(QWEN_3B, cluster={"device": "cuda", "gpus_per_node": 1, "nodes": 1}, parallel={"micro_batch_tokens": 4096})
-    (overrides, plan), = proposals(one)
+    ((overrides, plan),) = proposals(one)
     assert plan.fits and "cluster.share_gpus=true" in overrides
 
 
 def test_two_settings_together_are_tried():
     """The engine's share and recomputation: neither alone is enough."""
-    one = job(QWEN_3B, cluster={"device": "cuda", "gpus_per_node": 1, "nodes": 1, "share_gpus": True},
-              parallel={"micro_batch_tokens": 16384}, prompt={"max_tokens": 1024}, rollout={"max_response_tokens": 15000})
+    one = job(
+        QWEN_3B,
+        cluster={"device": "cuda", "gpus_per_node": 1, "nodes": 1, "share_gpus": True},
+        parallel={"micro_batch_tokens": 16384},
+        prompt={"max_tokens": 1024},
+        rollout={"max_response_tokens": 15000},
+    )
     found = proposals(one)
     assert found and all(plan.fits for _, plan in found)
     assert {"rollout.gpu_memory_utilization", "parallel.recompute"} <= {item.partition("=")[0] for item in found[0][0]}
@@ -56,17 +63,24 @@ def test_two_settings_together_are_tried():
 
 def test_a_tensor_size_further_away_is_tried():
     """Of 32 billion parameters eight tensor ranks hold 18 bytes each: 74 GB. Two or four are nearer, and do not fit."""
-    one = job(QWEN_32B, cluster={"device": "cuda", "nodes": 4},
-              parallel={"tensor": 3, "data": 1, "micro_batch_tokens": 4096, "recompute": "full"},
-              rollout={"engines": 2, "tensor_parallel": 4})
-    (overrides, plan), = proposals(one)
+    one = job(
+        QWEN_32B,
+        cluster={"device": "cuda", "nodes": 4},
+        parallel={"tensor": 3, "data": 1, "micro_batch_tokens": 4096, "recompute": "full"},
+        rollout={"engines": 2, "tensor_parallel": 4},
+    )
+    ((overrides, plan),) = proposals(one)
     assert plan.fits, overrides
 
 
 def test_what_does_not_fit_a_node_is_not_proposed_for_two():
-    one = job(QWEN_32B, cluster={"device": "cuda", "nodes": 2},
-              parallel={"tensor": 8, "data": 2, "sequence": True, "micro_batch_tokens": 4096},
-              rollout={"engines": 4, "tensor_parallel": 4}, algorithm={"kl_coefficient": 0.01})
+    one = job(
+        QWEN_32B,
+        cluster={"device": "cuda", "nodes": 2},
+        parallel={"tensor": 8, "data": 2, "sequence": True, "micro_batch_tokens": 4096},
+        rollout={"engines": 4, "tensor_parallel": 4},
+        algorithm={"kl_coefficient": 0.01},
+    )
     assert all(plan.fits for _, plan in proposals(one))
 
 
@@ -83,30 +97,37 @@ def test_an_engine_of_more_tensor_ranks_than_cores_is_no_plan_for_this_machine(m
 
 def test_data_ranks_that_fill_nodes_are_tried():
     """Trainer nodes of 6 GPUs are filled by a factor of 3, which heads and layers of the 70B model have not: data ranks have."""
-    one = job("meta-llama/Llama-3.1-70B-Instruct", cluster={"device": "cuda", "gpu": "h200-141g", "gpus_per_node": 6, "nodes": 6},
-              parallel={"tensor": 8, "pipeline": 4, "sequence": True, "micro_batch_tokens": 16384},
-              rollout={"engines": 2, "tensor_parallel": 2})
+    one = job(
+        "meta-llama/Llama-3.1-70B-Instruct",
+        cluster={"device": "cuda", "gpu": "h200-141g", "gpus_per_node": 6, "nodes": 6},
+        parallel={"tensor": 8, "pipeline": 4, "sequence": True, "micro_batch_tokens": 16384},
+        rollout={"engines": 2, "tensor_parallel": 2},
+    )
     found = proposals(one)
     assert found and all(plan.fits and plan.job.parallel.data % 3 == 0 for _, plan in found)
 
 
 def test_nccl_on_shared_gpus_and_all_of_a_gpu_for_the_engine_are_refused(monkeypatch):
-    shared = {"cluster": {"device": "cuda", "gpus_per_node": 1, "nodes": 1, "share_gpus": True},
-              "parallel": {"micro_batch_tokens": 4096, "recompute": "full"}}
+    shared = {
+        "cluster": {"device": "cuda", "gpus_per_node": 1, "nodes": 1, "share_gpus": True},
+        "parallel": {"micro_batch_tokens": 4096, "recompute": "full"},
+    }
     one = job(QWEN_3B, **shared, sync={"transport": "nccl"}, rollout={"gpu_memory_utilization": 1.0})
     assert make_plan(one).problems[0].text.startswith("sync.transport: nccl refuses two members on one GPU")
-    (overrides, plan), = proposals(one)
+    ((overrides, plan),) = proposals(one)
     assert plan.fits and "sync.transport=auto" in overrides
-    monkeypatch.setitem(os.environ, "NCCL_MULTI_RANK_GPU_ENABLE", "1")          # the user says that this NCCL can
+    monkeypatch.setitem(os.environ, "NCCL_MULTI_RANK_GPU_ENABLE", "1")  # the user says that this NCCL can
     assert make_plan(one).problems[0].text.startswith("rollout.gpu_memory_utilization: 1 of h100-80g")
     own = job(LLAMA_8B, parallel={"tensor": 4, "sequence": True}, rollout={"gpu_memory_utilization": 1.0})
-    problem, = make_plan(own).problems                  # 81,559 MiB less 0.75 GiB of context and 0.3 GiB for NCCL: 0.987
+    (problem,) = make_plan(own).problems  # 81,559 MiB less 0.75 GiB of context and 0.3 GiB for NCCL: 0.987
     assert problem.text.endswith("lower it to at most 0.98")
 
 
 def test_generation_past_its_deadline_is_a_problem_with_a_deadline_that_suffices():
-    long = {"rollout": {"questions_per_step": 8192, "samples_per_question": 64, "engines": 4},
-            "parallel": {"tensor": 4, "sequence": True}}
+    long = {
+        "rollout": {"questions_per_step": 8192, "samples_per_question": 64, "engines": 4},
+        "parallel": {"tensor": 4, "sequence": True},
+    }
     plan = make_plan(job(LLAMA_8B, **long))
     assert plan.problems[0].text.startswith("rollout.step_deadline_s: generating a step (8,192 questions x 64, responses of")
     (overrides, followed), *_ = proposals(job(LLAMA_8B, **long))
@@ -123,12 +144,23 @@ def test_on_a_cpu_times_are_trusted_to_a_factor_of_two():
     one = job(QWEN_3B, cluster={"device": "cpu"})
     seconds = make_plan(one).found.time.generate
     for deadline, problems in ((seconds / 1.9, 0), (seconds / 2.1, 1)):
-        late = Job(changed_config(one.config, [f"rollout.step_deadline_s={deadline}"]), one.shape, one.gpu, one.gpus_per_node)
+        late = Job(
+            changed_config(one.config, [f"rollout.step_deadline_s={deadline}"]), one.shape, one.gpu, one.gpus_per_node
+        )
         assert len(deadline_problems(late)) == problems
 
 
-@pytest.mark.parametrize(("need", "most", "now", "share"), [
-    (20, 95, 0.5, 0.5), (60, 95, 0.5, 0.85), (60, 80, 0.5, 0.8), (10, 24, 0.5, 0.2), (21, 24, 0.5, 0.24), (30, 20, 0.5, None)])
+@pytest.mark.parametrize(
+    ("need", "most", "now", "share"),
+    [
+        (20, 95, 0.5, 0.5),
+        (60, 95, 0.5, 0.85),
+        (60, 80, 0.5, 0.8),
+        (10, 24, 0.5, 0.2),
+        (21, 24, 0.5, 0.24),
+        (30, 20, 0.5, None),
+    ],
+)
 def test_an_engines_share_is_the_present_or_the_usual_one_or_as_much_as_there_is(need, most, now, share):
     one = job(QWEN_3B, rollout={"gpu_memory_utilization": now})
     memory = one.gpu.memory_bytes
@@ -149,16 +181,31 @@ def random_config(draw: random.Random):
     tensor, data = draw.choice([1, 1, 2, 3, 4]), draw.choice([1, 1, 2])
     return config(
         draw.choice([QWEN_3B, QWEN_3B, LLAMA_8B]),
-        cluster={"device": "cuda", "gpus_per_node": per_node, "nodes": draw.choice([1, 1, 2]),
-                 "gpu": draw.choice(["h100-80g", "h200-141g"]), "share_gpus": draw.random() < 0.4},
+        cluster={
+            "device": "cuda",
+            "gpus_per_node": per_node,
+            "nodes": draw.choice([1, 1, 2]),
+            "gpu": draw.choice(["h100-80g", "h200-141g"]),
+            "share_gpus": draw.random() < 0.4,
+        },
         prompt={"max_tokens": 512},
-        parallel={"tensor": tensor, "sequence": tensor > 1, "data": data, "pipeline": draw.choice([1, 1, 2]),
-                  "recompute": draw.choice(["none", "none", "selective", "full"]),
-                  "micro_batch_tokens": draw.choice([3000, 8192, 32768]), "distributed_optimizer": draw.random() < 0.8},
-        rollout={"engines": draw.choice([1, 2]), "tensor_parallel": draw.choice([1, 1, 2]),
-                 "gpu_memory_utilization": draw.choice([0.1, 0.3, 0.85, 0.95])},
+        parallel={
+            "tensor": tensor,
+            "sequence": tensor > 1,
+            "data": data,
+            "pipeline": draw.choice([1, 1, 2]),
+            "recompute": draw.choice(["none", "none", "selective", "full"]),
+            "micro_batch_tokens": draw.choice([3000, 8192, 32768]),
+            "distributed_optimizer": draw.random() < 0.8,
+        },
+        rollout={
+            "engines": draw.choice([1, 2]),
+            "tensor_parallel": draw.choice([1, 1, 2]),
+            "gpu_memory_utilization": draw.choice([0.1, 0.3, 0.85, 0.95]),
+        },
         algorithm={"kl_coefficient": draw.choice([0.0, 0.0, 0.01])},
-        sync={"transport": draw.choice(["auto", "auto", "nccl"])})
+        sync={"transport": draw.choice(["auto", "auto", "nccl"])},
+    )
 
 
 def everything(one: Job):
@@ -166,13 +213,22 @@ def everything(one: Job):
     nodes = one.nodes * one.gpus_per_node
     sizes = [size for size in (1, 2, 4, 8) if size <= nodes]
     for share, tensor, context, pipeline, data, engines, engine_tensor in itertools.product(
-            ("true", "false"), sizes, (1, 2), sizes, sizes, (1, 2), (1, 2)):
+        ("true", "false"), sizes, (1, 2), sizes, sizes, (1, 2), (1, 2)
+    ):
         world = tensor * context * pipeline * data
         if world > nodes or (share == "false" and world + engines * engine_tensor > nodes):
             continue
-        layout = [f"cluster.share_gpus={share}", f"parallel.tensor={tensor}", f"parallel.sequence={str(tensor > 1).lower()}",
-                  f"parallel.context={context}", f"parallel.pipeline={pipeline}", f"parallel.data={data}",
-                  f"rollout.engines={engines}", f"rollout.tensor_parallel={engine_tensor}", "sync.transport=auto"]
+        layout = [
+            f"cluster.share_gpus={share}",
+            f"parallel.tensor={tensor}",
+            f"parallel.sequence={str(tensor > 1).lower()}",
+            f"parallel.context={context}",
+            f"parallel.pipeline={pipeline}",
+            f"parallel.data={data}",
+            f"rollout.engines={engines}",
+            f"rollout.tensor_parallel={engine_tensor}",
+            "sync.transport=auto",
+        ]
         try:
             legal = changed_config(one.config, layout)
         except ConfigError:
@@ -184,9 +240,20 @@ def everything(one: Job):
         for recompute, row in itertools.product(("none", "full"), {tokens, max(3000, tokens // 4)}):
             for used in (0.15, 0.3, 0.5, 0.85):
                 try:
-                    yield Job(changed_config(legal, [f"parallel.recompute={recompute}", f"parallel.micro_batch_tokens={row}",
-                                                     f"rollout.gpu_memory_utilization={used}"]),
-                              one.shape, one.gpu, one.gpus_per_node, one.nodes)
+                    yield Job(
+                        changed_config(
+                            legal,
+                            [
+                                f"parallel.recompute={recompute}",
+                                f"parallel.micro_batch_tokens={row}",
+                                f"rollout.gpu_memory_utilization={used}",
+                            ],
+                        ),
+                        one.shape,
+                        one.gpu,
+                        one.gpus_per_node,
+                        one.nodes,
+                    )
                 except ConfigError:
                     continue
 
@@ -206,6 +273,10 @@ def test_what_is_printed_fits_and_what_fits_is_found(seed):
 
 def test_nothing_is_proposed_where_nothing_fits():
     """70 billion parameters take 18 bytes each while they are trained, 1,270 GB: 16 GPUs of 80 GB have no room for an engine."""
-    one = job("meta-llama/Llama-3.1-70B-Instruct", cluster={"device": "cuda", "nodes": 2},
-              parallel={"tensor": 8, "pipeline": 4, "sequence": True}, rollout={"engines": 4, "tensor_parallel": 8})
+    one = job(
+        "meta-llama/Llama-3.1-70B-Instruct",
+        cluster={"device": "cuda", "nodes": 2},
+        parallel={"tensor": 8, "pipeline": 4, "sequence": True},
+        rollout={"engines": 4, "tensor_parallel": 8},
+    )
     assert nearest_changes(one, 2) == [] and not proposals(one)

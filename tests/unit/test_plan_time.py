@@ -1,21 +1,27 @@
 """What a plan's time holds beside one round of generation and an update: refills, overlap, evaluations. Numbers by hand."""
+
 import gzip
 import json
 
 import pytest
 
-from alphamed.config_file import build_config
-from alphamed.planner.evaluation import count_questions
-from alphamed.planner.plan import hours, job_of, make_plan
-from alphamed.planner.time import rounds, step_time, wait_seconds
+from alphamed.config.loading import build_config
+from alphamed.lab.planner.evaluations import count_questions
+from alphamed.lab.planner.plan import hours, job_of, make_plan
+from alphamed.lab.planner.time import rounds, step_time, wait_seconds
 
 QWEN_3B = "Qwen/Qwen2.5-3B-Instruct"
 
 
 def config(**sections):
-    tree = {"model": {"path": QWEN_3B}, "data": {"train": ["x.jsonl"]}, "cluster": {"device": "cuda"}, "prompt": {"max_tokens": 256},
-            "rollout": {"questions_per_step": 8, "max_response_tokens": 1000},
-            "parallel": {"micro_batch_tokens": 4096, "recompute": "full"}}
+    tree = {
+        "model": {"path": QWEN_3B},
+        "data": {"train": ["x.jsonl"]},
+        "cluster": {"device": "cuda"},
+        "prompt": {"max_tokens": 256},
+        "rollout": {"questions_per_step": 8, "max_response_tokens": 1000},
+        "parallel": {"micro_batch_tokens": 4096, "recompute": "full"},
+    }
     return build_config(tree | {name: tree.get(name, {}) | values for name, values in sections.items()})
 
 
@@ -34,14 +40,18 @@ def generated(questions: int, samples: int) -> float:
 
 
 # --------------------------------------------------------------------------------------------------------------- refills
-@pytest.mark.parametrize(("sampling", "staleness", "expected"), [
-    ({}, 0, [8]),
-    ({"refills": 2}, 0, [8, 4, 2]),                             # half of the groups have signal
-    ({"refills": 9}, 0, [8, 4, 2, 1, 1]),                       # 8, 4, 2, 1, 1/2, and then a quarter of a group: nothing
-    ({"refills": 9, "choose": True}, 0, [8, 4, 2, 1]),          # 40% are left of each round: 3.2, 1.28, 0.512
-    ({"choose": True}, 0, [8]),
-    ({"refills": 9}, 1, [16]),                                  # replaced as they come
-    ({"refills": 0}, 1, [8])])
+@pytest.mark.parametrize(
+    ("sampling", "staleness", "expected"),
+    [
+        ({}, 0, [8]),
+        ({"refills": 2}, 0, [8, 4, 2]),  # half of the groups have signal
+        ({"refills": 9}, 0, [8, 4, 2, 1, 1]),  # 8, 4, 2, 1, 1/2, and then a quarter of a group: nothing
+        ({"refills": 9, "choose": True}, 0, [8, 4, 2, 1]),  # 40% are left of each round: 3.2, 1.28, 0.512
+        ({"choose": True}, 0, [8]),
+        ({"refills": 9}, 1, [16]),  # replaced as they come
+        ({"refills": 0}, 1, [8]),
+    ],
+)
 def test_rounds_of_a_step(sampling, staleness, expected):
     assert rounds(job(dynamic_sampling=sampling, rollout={"questions_per_step": 8, "max_staleness": staleness})) == expected
 
@@ -50,15 +60,17 @@ def test_every_round_is_generated_after_the_one_before():
     one = job(dynamic_sampling={"refills": 1})
     assert step_time(job()).generate == pytest.approx(generated(8, 8), rel=1e-6)
     assert step_time(one).generate == pytest.approx(generated(8, 8) + generated(4, 8), rel=1e-6)
-    assert wait_seconds(one) == pytest.approx(generated(8, 8), rel=1e-6)       # each round has the deadline to itself
+    assert wait_seconds(one) == pytest.approx(generated(8, 8), rel=1e-6)  # each round has the deadline to itself
 
 
 # --------------------------------------------------------------------------------------------------------------- overlap
 def test_generation_ahead_overlaps_training():
-    apart, ahead = (step_time(job(rollout={"questions_per_step": 8, "max_response_tokens": 1000, "max_staleness": k})) for k in (0, 1))
+    apart, ahead = (
+        step_time(job(rollout={"questions_per_step": 8, "max_response_tokens": 1000, "max_staleness": k})) for k in (0, 1)
+    )
     assert ahead.parts() == apart.parts() and ahead.training < ahead.generate
     assert apart.total == pytest.approx(apart.generate + apart.training + apart.sync + 3.0)
-    assert ahead.total == pytest.approx(ahead.generate + ahead.sync + 3.0)     # training takes less time than that
+    assert ahead.total == pytest.approx(ahead.generate + ahead.sync + 3.0)  # training takes less time than that
     assert (apart.waited, ahead.waited) == (apart.generate, pytest.approx(ahead.generate - ahead.training))
 
 
@@ -74,7 +86,14 @@ def test_evaluations_are_in_the_hours_of_a_run(tmp_path, every, background, betw
     """Ten steps; every 4: after 4 and 8, and after the last; every 5: the second is the one after the last step."""
     exam = tmp_path / "exam.jsonl"
     exam.write_text("".join(json.dumps({"id": i}) + "\n" for i in range(700)) + "\n")
-    evaluation = {"files": [str(exam)], "questions": 200, "before": True, "after": True, "every": every, "background": background}
+    evaluation = {
+        "files": [str(exam)],
+        "questions": 200,
+        "before": True,
+        "after": True,
+        "every": every,
+        "background": background,
+    }
     one = job(run={"steps": 10}, evaluation=evaluation, checkpoint={"every": 0})
     plan = make_plan(one)
     found, seconds = plan.found.evaluations, generated(200, 1)

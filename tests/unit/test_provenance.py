@@ -1,4 +1,5 @@
 """Provenance: hashes against sha256 by other means, git state of a real repository, one entry a start, no secrets."""
+
 import hashlib
 import json
 import shutil
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from alphamed.observe import provenance
+from alphamed.rundir import provenance
 
 
 def test_each_start_adds_an_entry_and_hashes_are_taken_once(tmp_path, monkeypatch):
@@ -28,8 +29,15 @@ def test_each_start_adds_an_entry_and_hashes_are_taken_once(tmp_path, monkeypatc
     assert first["time"] <= second["time"] and first["time"].endswith("+00:00")
     assert first["packages"]["pydantic"] and first["hardware"]["cores"] >= 1
     assert first["hardware"]["memory_bytes"] > 1 << 28
-    assert record["data"] == [{"path": str(data), "bytes": 3, "hashed": "all", "sha256":       # FIPS 180 test vector
-                               "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}]
+    assert record["data"] == [
+        {
+            "path": str(data),
+            "bytes": 3,
+            "hashed": "all",
+            "sha256":  # FIPS 180 test vector
+            "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+        }
+    ]
     assert [Path(entry["path"]).name for entry in record["model"]] == ["config.json", "model.safetensors"]
     assert "hunter2" not in (tmp_path / "provenance.json").read_text()
     assert provenance.changed_files(tmp_path, [data]) == [str(data)]
@@ -48,16 +56,24 @@ def test_big_files_are_hashed_by_size_and_samples(tmp_path, monkeypatch):
     # three blocks of 4 bytes: at 0, at (200 - 4) / 2 = 98 and at 196
     assert entry["hashed"] == "samples"
     assert entry["sha256"] == hashlib.sha256(b"200" + content[0:4] + content[98:102] + content[196:200]).hexdigest()
-    big.write_bytes(content[:-1] + b"!")                                 # the last byte counts
+    big.write_bytes(content[:-1] + b"!")  # the last byte counts
     assert provenance.file_entry(big)["sha256"] != entry["sha256"]
     big.write_bytes(content[:100])
-    assert provenance.file_entry(big) == {"path": str(big), "bytes": 100, "hashed": "all",
-                                          "sha256": hashlib.sha256(content[:100]).hexdigest()}
+    assert provenance.file_entry(big) == {
+        "path": str(big),
+        "bytes": 100,
+        "hashed": "all",
+        "sha256": hashlib.sha256(content[:100]).hexdigest(),
+    }
 
 
 def git(folder, *command):
-    return subprocess.run(["git", "-C", folder, "-c", "user.name=t", "-c", "user.email=t@t", *command], check=True,
-                          capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["git", "-C", folder, "-c", "user.name=t", "-c", "user.email=t@t", *command],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
 
 
 @pytest.fixture
@@ -67,7 +83,7 @@ def checkout(tmp_path, monkeypatch):
         pytest.skip("git is not installed")
     package = tmp_path / "repo" / "src" / "alphamed"
     (package / "observe").mkdir(parents=True)
-    (package / "config.py").write_text("A = 1\n")
+    (package / "cli.py").write_text("A = 1\n")
     git(tmp_path / "repo", "init", "-q")
     git(tmp_path / "repo", "add", "-A")
     git(tmp_path / "repo", "commit", "-qm", "first")
@@ -77,12 +93,11 @@ def checkout(tmp_path, monkeypatch):
 
 def test_a_clean_checkout_has_a_commit_and_no_diff(checkout, tmp_path):
     state = provenance.git_state(tmp_path)
-    assert state == {"commit": git(checkout, "rev-parse", "HEAD"), "diff_sha256": None, "diff_file": None,
-                     "untracked": []}
+    assert state == {"commit": git(checkout, "rev-parse", "HEAD"), "diff_sha256": None, "diff_file": None, "untracked": []}
 
 
 def test_uncommitted_changes_are_kept_as_a_patch_that_applies(checkout, tmp_path):
-    (checkout / "config.py").write_text("A = 2\n")
+    (checkout / "cli.py").write_text("A = 2\n")
     (checkout / "new.py").write_text("B = 1\n")
     (checkout / "weights.bin").write_bytes(b"\0\1\2")
     git(checkout, "add", "weights.bin")
@@ -94,14 +109,14 @@ def test_uncommitted_changes_are_kept_as_a_patch_that_applies(checkout, tmp_path
     clone = tmp_path / "clone"
     git(tmp_path, "clone", "-q", str(tmp_path / "repo"), str(clone))
     git(clone, "apply", str(run_dir / state["diff_file"]))
-    assert (clone / "src" / "alphamed" / "config.py").read_text() == "A = 2\n"
+    assert (clone / "src" / "alphamed" / "cli.py").read_text() == "A = 2\n"
     assert (clone / "src" / "alphamed" / "weights.bin").read_bytes() == b"\0\1\2"
 
 
 def test_an_installed_package_inside_a_foreign_repository_has_no_commit(checkout, tmp_path, monkeypatch):
     installed = tmp_path / "repo" / ".venv" / "alphamed" / "observe"
     installed.mkdir(parents=True)
-    (installed.parent / "config.py").write_text("A = 1\n")
+    (installed.parent / "cli.py").write_text("A = 1\n")
     monkeypatch.setattr(provenance, "__file__", str(installed / "provenance.py"))
     assert provenance.git_state(tmp_path) is None
 
@@ -112,8 +127,12 @@ def test_an_image_has_the_commit_that_it_was_built_from(tmp_path, monkeypatch):
     monkeypatch.setattr(provenance, "__file__", str(package / "observe" / "provenance.py"))
     assert provenance.git_state(tmp_path) is None
     (tmp_path / "alphamed" / "COMMIT").write_text("5b1e0d-modified\n")
-    assert provenance.git_state(tmp_path) == {"commit": "5b1e0d-modified", "diff_sha256": None, "diff_file": None,
-                                              "untracked": []}
+    assert provenance.git_state(tmp_path) == {
+        "commit": "5b1e0d-modified",
+        "diff_sha256": None,
+        "diff_file": None,
+        "untracked": [],
+    }
 
 
 def test_a_damaged_record_is_told(tmp_path):

@@ -1,9 +1,10 @@
 """Groups that teach nothing are replaced: which, how often, what is counted; and the simulation of a run."""
+
 import random
 
 import pytest
 
-from alphamed.config_sections import DynamicSamplingConfig
+from alphamed.config.sections import DynamicSamplingConfig
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
 from alphamed.reward.shaping import Overlong
 from alphamed.rollout.choice import Chooser
@@ -14,11 +15,18 @@ RIGHT, WRONG = Outcome.CORRECT, Outcome.WRONG
 
 
 def graded(name, outcomes, rewards=None, lengths=None):
-    rollouts = tuple(Rollout(name, name, i, (1,) * n, (0.0,) * n, "", FinishReason.STOP, 1)
-                     for i, n in enumerate(lengths or [2] * len(outcomes)))
+    rollouts = tuple(
+        Rollout(name, name, i, (1,) * n, (0.0,) * n, "", FinishReason.STOP, 1)
+        for i, n in enumerate(lengths or [2] * len(outcomes))
+    )
     rewards = tuple(rewards or (float(outcome == RIGHT) for outcome in outcomes))
-    return ScoredGroup(RolloutGroup(name, Question(name, "?", {"A": "x", "B": "y"}, "A"), (1, 2), rollouts), tuple(outcomes),
-                       rewards, (0.0,) * len(outcomes), (None,) * len(outcomes))
+    return ScoredGroup(
+        RolloutGroup(name, Question(name, "?", {"A": "x", "B": "y"}, "A"), (1, 2), rollouts),
+        tuple(outcomes),
+        rewards,
+        (0.0,) * len(outcomes),
+        (None,) * len(outcomes),
+    )
 
 
 def mixed(name):
@@ -58,9 +66,15 @@ def test_without_refills_every_group_stays():
         asked.append(missing)
         places.fill([wrong("a"), mixed("b")])
     assert asked == [2] and names(places.groups) == ["a", "b"]
-    assert places.tally.metrics(0) == {"sampling/asked": 2, "sampling/kept": 2, "sampling/dropped": 0,
-                                       "sampling/bound_hit": 0.0, "sampling/passed_over": 0, "sampling/reward_mean": 0.25,
-                                       "sampling/groups_per_kept": 1.0}
+    assert places.tally.metrics(0) == {
+        "sampling/asked": 2,
+        "sampling/kept": 2,
+        "sampling/dropped": 0,
+        "sampling/bound_hit": 0.0,
+        "sampling/passed_over": 0,
+        "sampling/reward_mean": 0.25,
+        "sampling/groups_per_kept": 1.0,
+    }
 
 
 def test_groups_that_teach_nothing_are_replaced_in_their_places():
@@ -70,9 +84,15 @@ def test_groups_that_teach_nothing_are_replaced_in_their_places():
         asked.append(missing)
         places.fill(next(rounds))
     assert asked == [3, 2, 1] and names(places.groups) == ["d", "b", "f"]
-    assert places.tally.metrics(4) == {"sampling/asked": 6, "sampling/kept": 3, "sampling/dropped": 3,
-                                       "sampling/bound_hit": 0.0, "sampling/passed_over": 4,
-                                       "sampling/reward_mean": 1.5 / 6, "sampling/groups_per_kept": 2.0}
+    assert places.tally.metrics(4) == {
+        "sampling/asked": 6,
+        "sampling/kept": 3,
+        "sampling/dropped": 3,
+        "sampling/bound_hit": 0.0,
+        "sampling/passed_over": 4,
+        "sampling/reward_mean": 1.5 / 6,
+        "sampling/groups_per_kept": 2.0,
+    }
 
 
 def test_past_the_bound_what_was_dropped_last_fills_the_step():
@@ -125,8 +145,10 @@ def generated_per_kept(choose, annotated, steps=STEPS, seed=5):
     for step in range(1, steps + 1):
         places = Places(PER_STEP, 9, NO_PENALTY)
         for missing in places.rounds():
-            groups = [graded(q.id, [RIGHT if rng.random() < rates[q.id] else WRONG for _ in range(SAMPLES)])
-                      for q in chooser.take(missing, step)]
+            groups = [
+                graded(q.id, [RIGHT if rng.random() < rates[q.id] else WRONG for _ in range(SAMPLES)])
+                for q in chooser.take(missing, step)
+            ]
             places.fill(groups)
             chooser.observe(groups, step)
             for scored in groups:
@@ -138,16 +160,16 @@ def generated_per_kept(choose, annotated, steps=STEPS, seed=5):
 
 def test_choosing_by_belief_needs_at_most_two_groups_where_blind_refilling_needs_five():
     blind, blind_hits, _ = generated_per_kept(choose=False, annotated=False)
-    assert blind >= 5.0                                         # one in 5 may teach, and 2% of those groups do not
-    assert blind_hits > STEPS / 2                               # 32 places, 9 refills: 0.8^10 = 11% stay empty
+    assert blind >= 5.0  # one in 5 may teach, and 2% of those groups do not
+    assert blind_hits > STEPS / 2  # 32 places, 9 refills: 0.8^10 = 11% stay empty
     levels, hits, asked_of = generated_per_kept(choose=True, annotated=True)
     assert levels <= 2.0 and hits < STEPS / 10
-    assert min(asked_of.values()) >= 1                          # none starves
+    assert min(asked_of.values()) >= 1  # none starves
 
 
 def test_without_levels_the_runs_own_results_do_the_same():
     found, hits, asked_of = generated_per_kept(choose=True, annotated=False)
-    assert found <= 2.0 and hits < STEPS / 5                    # the first meeting of all questions is blind
+    assert found <= 2.0 and hits < STEPS / 5  # the first meeting of all questions is blind
     assert min(asked_of.values()) >= 1
 
 

@@ -1,4 +1,5 @@
 """The report from whole and partial run directories: what it says, that it asks for nothing, that text stays text."""
+
 import json
 import re
 from html.parser import HTMLParser
@@ -7,50 +8,69 @@ from xml.etree import ElementTree
 
 import pytest
 
-from alphamed.config_file import build_config, dump_config
+from alphamed.config.loading import build_config, dump_config
 from alphamed.errors import ConfigError
 from alphamed.evaluation.runner import Evaluation, QuestionSet, SetResult, write_evaluation
 from alphamed.evaluation.score import score
-from alphamed.observe import provenance
-from alphamed.observe.figures import figures
-from alphamed.observe.files import append_json, replace_text
-from alphamed.observe.plots import Series, line_chart, nice_ticks, number, sheet, smoothed, stacked_bars
-from alphamed.observe.report import edges, main, training_sentences, write_report
-from alphamed.observe.rollout_files import rollout_path, write_rollouts
-from alphamed.observe.samples import changes, marked
-from alphamed.observe.summary import summary
+from alphamed.files import append_json, replace_text
+from alphamed.lab.reports.figures import figures
+from alphamed.lab.reports.plots import Series, line_chart, nice_ticks, number, sheet, smoothed, stacked_bars
+from alphamed.lab.reports.report import edges, main, training_sentences, write_report
+from alphamed.lab.reports.samples import changes, marked
+from alphamed.lab.reports.summary import summary
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
+from alphamed.rundir import provenance
+from alphamed.rundir.rollout_files import rollout_path, write_rollouts
 
 C, W, U = Outcome.CORRECT, Outcome.WRONG, Outcome.UNPARSEABLE
 EVIL = "</div><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7*7 }} \\boxed{A}"
 
 
 def row(step, **more):
-    return {"step": step, "policy_version": step, "reward/mean": step / 40, "reward/correct": 0.5, "reward/boxed": 0.75,
-            "reward/unparseable": 0.25, "reward/truncated": 0.0, "reward/bare_box": 0.1, "time/step_s": 10.0,
-            "time/generate_s": 4.0, "time/update_s": 5.0, "time/wall_s": 10.0 * step} | more
+    return {
+        "step": step,
+        "policy_version": step,
+        "reward/mean": step / 40,
+        "reward/correct": 0.5,
+        "reward/boxed": 0.75,
+        "reward/unparseable": 0.25,
+        "reward/truncated": 0.0,
+        "reward/bare_box": 0.1,
+        "time/step_s": 10.0,
+        "time/generate_s": 4.0,
+        "time/update_s": 5.0,
+        "time/wall_s": 10.0 * step,
+    } | more
 
 
 def graded(name, outcomes, text="because \\boxed{A}"):
     question = Question(name, f"<i>{name}</i> & more?", {"A": "<b>a</b>", "B": "b"}, "A")
-    rollouts = tuple(Rollout(name, name, j, (1, 2), (-0.5, -0.5), text, FinishReason.STOP, 0)
-                     for j in range(len(outcomes)))
+    rollouts = tuple(Rollout(name, name, j, (1, 2), (-0.5, -0.5), text, FinishReason.STOP, 0) for j in range(len(outcomes)))
     rewards = tuple(float(outcome == C) for outcome in outcomes)
-    return ScoredGroup(RolloutGroup(name, question, (1,), rollouts), tuple(outcomes), rewards, rewards,
-                       ("A",) * len(outcomes))
+    return ScoredGroup(
+        RolloutGroup(name, question, (1,), rollouts), tuple(outcomes), rewards, rewards, ("A",) * len(outcomes)
+    )
 
 
 def evaluate(run_dir, step, outcomes, text="because \\boxed{A}"):
     groups = tuple(graded(f"q{i}", [outcome], text) for i, outcome in enumerate(outcomes))
     questions = QuestionSet("wording", Path("wording.jsonl"), tuple(g.group.question for g in groups), len(groups))
-    write_evaluation(run_dir / "evaluations", f"step_{step:06d}", step, Evaluation(0, (SetResult(questions, groups, score(groups)),), 1.0))
+    write_evaluation(
+        run_dir / "evaluations", f"step_{step:06d}", step, Evaluation(0, (SetResult(questions, groups, score(groups)),), 1.0)
+    )
 
 
 @pytest.fixture
 def run_dir(tmp_path):
     """A directory with nothing but a configuration."""
-    config = build_config({"model": {"path": "some/model"}, "data": {"train": ["train.jsonl"]},
-                           "prompt": {"system": "<script>alert(3)</script>"}, "run": {"steps": 40}})
+    config = build_config(
+        {
+            "model": {"path": "some/model"},
+            "data": {"train": ["train.jsonl"]},
+            "prompt": {"system": "<script>alert(3)</script>"},
+            "run": {"steps": 40},
+        }
+    )
     replace_text(tmp_path / "config.yaml", dump_config(config))
     return tmp_path
 
@@ -76,8 +96,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
         self._hidden = tag == "style"
-        self.addresses += [value for name, value in attrs
-                           if name in ("src", "href", "srcset", "action", "data", "poster")]
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "data", "poster")]
         assert not [name for name, _ in attrs if name.startswith("on")], attrs
 
     def handle_endtag(self, tag):
@@ -147,15 +166,18 @@ def collapsed(run_dir):
 def one_letter(name, step):
     found = graded(name, [W, W], "It is \\boxed{B} " + EVIL.replace("\\boxed{A}", ""))
     question = Question(name, "Which?", {"A": "a", "B": "b"}, "A", None, f"source {step % 2}", 1 + step % 2)
-    return ScoredGroup(RolloutGroup(name, question, (1,), found.group.rollouts), found.outcomes, found.rewards,
-                       found.advantages, ("B", "B"))
+    return ScoredGroup(
+        RolloutGroup(name, question, (1,), found.group.rollouts), found.outcomes, found.rewards, found.advantages, ("B", "B")
+    )
 
 
 def test_a_collapsed_run_is_called_one(run_dir):
     collapsed(run_dir)
     page = Page(write_report(run_dir).read_text())
-    assert ("One letter for all questions: in the last 5 recorded steps 100.0% of the answers are B, which is the key of 0.0% "
-            "of these questions.") in page.text
+    assert (
+        "One letter for all questions: in the last 5 recorded steps 100.0% of the answers are B, which is the key of 0.0% "
+        "of these questions."
+    ) in page.text
     assert "Accuracy by level" in page.text and "Accuracy by source" in page.text and "One letter: B" in page.text
     assert "Answers without reasoning" in page.text and "onerror=alert(2)" in page.text and "script" not in page.tags
     assert "4 questions asked, 4 of them at more than one step" in page.text
@@ -183,7 +205,7 @@ def test_a_run_without_rollout_files_says_so_once(run_dir):
 
 
 def test_one_letter_on_an_evaluation_set_is_told(run_dir):
-    evaluate(run_dir, 0, [C] * 30)                           # the key is A and so is every answer: no collapse
+    evaluate(run_dir, 0, [C] * 30)  # the key is A and so is every answer: no collapse
     assert "One letter" not in Page(write_report(run_dir).read_text()).text
     items = run_dir / "evaluations" / "step_000000.items.jsonl"
     items.write_text(items.read_text().replace('"answer": "A"', '"answer": "B"').replace("correct", "wrong"))
@@ -214,10 +236,16 @@ def killed_amid_an_evaluation(run_dir):
     (run_dir / "evaluations" / "step_000005.items.jsonl").write_text("")
 
 
-@pytest.mark.parametrize("make, expected", [
-    (without_steps, "No step is recorded yet."), (one_step_of_a_replay, "1 step recorded, too few to compare"),
-    (only_before, "3 questions, greedy answers"), (nothing_boxed, "0 boxed answers before, 0 after"),
-    (killed_amid_an_evaluation, "1 question, greedy")])
+@pytest.mark.parametrize(
+    "make, expected",
+    [
+        (without_steps, "No step is recorded yet."),
+        (one_step_of_a_replay, "1 step recorded, too few to compare"),
+        (only_before, "3 questions, greedy answers"),
+        (nothing_boxed, "0 boxed answers before, 0 after"),
+        (killed_amid_an_evaluation, "1 question, greedy"),
+    ],
+)
 def test_what_a_run_lacks_is_left_out(run_dir, make, expected):
     make(run_dir)
     page = Page(write_report(run_dir).read_text())
@@ -244,9 +272,14 @@ def test_edges_skip_what_was_not_measured():
     assert edges(rows, "absent") == (None, None)
 
 
-@pytest.mark.parametrize("end, said", [
-    (0.9, "Mean reward rose: 0.20 in the first 5 steps, 0.90 in the last 5, 4.5 times"),
-    (0.1, "Mean reward fell: 0.20"), (0.2, "Mean reward stayed: 0.20")])
+@pytest.mark.parametrize(
+    "end, said",
+    [
+        (0.9, "Mean reward rose: 0.20 in the first 5 steps, 0.90 in the last 5, 4.5 times"),
+        (0.1, "Mean reward fell: 0.20"),
+        (0.2, "Mean reward stayed: 0.20"),
+    ],
+)
 def test_reward_is_compared_at_both_ends(end, said):
     rows = [row(k, **{"reward/mean": 0.2 if k < 6 else end}) for k in range(1, 11)]
     assert training_sentences(rows)[0].startswith(said)
@@ -256,15 +289,17 @@ def test_dropped_groups_are_reported_with_their_length():
     rows = [row(k, **{"response/tokens_mean": 100.0}) for k in range(1, 5)]
     rows[1] |= {"staleness/dropped": 1.0, "staleness/dropped_tokens_mean": 700.0}
     rows[2] |= {"staleness/dropped": 3.0, "staleness/dropped_tokens_mean": 300.0}
-    assert training_sentences(rows)[-1] == (                                       # (700 + 3 x 300) / 4
+    assert training_sentences(rows)[-1] == (  # (700 + 3 x 300) / 4
         "4 groups were dropped because they took longer than rollout.max_staleness steps; their responses held 400 tokens in "
-        "the mean, those trained on 100. rollout.stragglers=wait trains on them.")
+        "the mean, those trained on 100. rollout.stragglers=wait trains on them."
+    )
 
 
 def test_steps_of_unequal_size_are_reported():
     rows = [row(k, **{"sampling/questions": float(size)}) for k, size in enumerate((8, 8, 3), start=1)]
     assert training_sentences(rows)[-1] == (
-        "Steps held 3 to 8 questions: run.min_steps fitted them to the time that this machine had.")
+        "Steps held 3 to 8 questions: run.min_steps fitted them to the time that this machine had."
+    )
     assert "Steps held" not in " ".join(training_sentences(rows[:2]))
 
 
@@ -279,26 +314,42 @@ def test_changes_are_counted_over_common_questions():
     def items(**outcomes):
         return {("s", name): {"id": name, "outcome": outcome} for name, outcome in outcomes.items()}
 
-    found = changes(items(a="correct", b="wrong", c="correct", d="unparseable", e="wrong"),
-                    items(a="correct", b="correct", c="truncated", d="correct", f="correct"), "s", limit=1)
+    found = changes(
+        items(a="correct", b="wrong", c="correct", d="unparseable", e="wrong"),
+        items(a="correct", b="correct", c="truncated", d="correct", f="correct"),
+        "s",
+        limit=1,
+    )
     assert (found.stayed_right, found.got_better, found.got_worse, found.stayed_wrong) == (1, 2, 1, 0)
     assert len(found.better) == 1 and found.worse[0].before["id"] == "c"
     assert changes(items(a="correct"), items(b="correct"), "s") is None
     assert changes(items(a="correct"), items(a="correct"), "other") is None
 
 
-@pytest.mark.parametrize("text, boxes", [
-    ("so \\boxed{A} or \\boxed {B}.", ["\\boxed{A}", "\\boxed {B}"]), ("\\boxed{A", []), ("", []),
-    ("\\boxed{}", ["\\boxed{}"])])
+@pytest.mark.parametrize(
+    "text, boxes",
+    [
+        ("so \\boxed{A} or \\boxed {B}.", ["\\boxed{A}", "\\boxed {B}"]),
+        ("\\boxed{A", []),
+        ("", []),
+        ("\\boxed{}", ["\\boxed{}"]),
+    ],
+)
 def test_boxes_are_marked_and_no_letter_is_lost(text, boxes):
     pieces = marked(text)
     assert [piece for piece, box in pieces if box] == boxes and "".join(piece for piece, _ in pieces) == text
 
 
 # --------------------------------------------------------------------------------------------------------------- charts
-@pytest.mark.parametrize("low, high, ticks", [
-    (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0, 64, [0, 20, 40, 60, 80]),
-    (-0.02, 0.03, [-0.02, -0.01, 0, 0.01, 0.02, 0.03]), (0, 12, [0, 2.5, 5, 7.5, 10, 12.5])])
+@pytest.mark.parametrize(
+    "low, high, ticks",
+    [
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (0, 64, [0, 20, 40, 60, 80]),
+        (-0.02, 0.03, [-0.02, -0.01, 0, 0.01, 0.02, 0.03]),
+        (0, 12, [0, 2.5, 5, 7.5, 10, 12.5]),
+    ],
+)
 def test_ticks_are_round_and_cover(low, high, ticks):
     assert nice_ticks(low, high) == pytest.approx(ticks)
 
@@ -308,9 +359,18 @@ def test_smoothing_is_a_centred_mean_of_what_exists():
     assert smoothed([3.0, None], 1) == [3.0, None]
 
 
-@pytest.mark.parametrize("value, unit, text", [
-    (0.5, "share", "50%"), (0.125, "share", "12.5%"), (5e-5, "", "5e-5"), (3.25e-6, "", "3.2e-6"), (0.0, "", "0"),
-    (12345.6, "", "12,346"), (None, "", "-")])
+@pytest.mark.parametrize(
+    "value, unit, text",
+    [
+        (0.5, "share", "50%"),
+        (0.125, "share", "12.5%"),
+        (5e-5, "", "5e-5"),
+        (3.25e-6, "", "3.2e-6"),
+        (0.0, "", "0"),
+        (12345.6, "", "12,346"),
+        (None, "", "-"),
+    ],
+)
 def test_numbers_are_short(value, unit, text):
     assert number(value, unit) == text
 

@@ -1,10 +1,11 @@
 """Running a recorded update again: what is compared, what is needed, and that the run itself stays as it was."""
+
 import pytest
 
-from alphamed.config_file import build_config, dump_config
+from alphamed.config.loading import build_config, dump_config
 from alphamed.errors import ConfigError
-from alphamed.observe.files import append_json
-from alphamed.rerun import COMPARED, compare, prepare, recorded_metrics, replay_config
+from alphamed.files import append_json
+from alphamed.replay.update import COMPARED, compare, prepare, recorded_metrics, replay_config
 
 ROW = dict.fromkeys(COMPARED, 0.5)
 
@@ -19,9 +20,15 @@ def run_dir(tmp_path):
     for step in range(1, 7):
         (root / "rollouts" / f"step_{step:06d}.parquet").write_bytes(b"x")
         append_json(root / "metrics.jsonl", {"step": step, "policy/loss": step / 10})
-    config = build_config({"model": {"path": "m"}, "data": {"train": ["a.jsonl"]}, "run": {"name": "one", "steps": 9},
-                           "optimizer": {"lr": 1e-5, "schedule": "linear"},
-                           "evaluation": {"files": ["e.jsonl"], "before": True}})
+    config = build_config(
+        {
+            "model": {"path": "m"},
+            "data": {"train": ["a.jsonl"]},
+            "run": {"name": "one", "steps": 9},
+            "optimizer": {"lr": 1e-5, "schedule": "linear"},
+            "evaluation": {"files": ["e.jsonl"], "before": True},
+        }
+    )
     (root / "config.yaml").write_text(dump_config(config))
     return root
 
@@ -39,7 +46,7 @@ def test_the_checkpoint_before_is_linked_and_the_run_untouched(run_dir):
     assert (scratch / "checkpoints" / "step_000004" / "weights").read_text() == "w"
     assert (scratch / "checkpoints" / "latest").read_text() == "step_000004\n"
     (scratch / "left over").write_text("")
-    prepare(run_dir, 1, scratch)                        # the first step starts from the model itself
+    prepare(run_dir, 1, scratch)  # the first step starts from the model itself
     assert [p.name for p in scratch.rglob("*")] == ["checkpoints"]
     assert (run_dir / "checkpoints" / "step_000004" / "weights").exists()
 

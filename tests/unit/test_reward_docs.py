@@ -1,4 +1,5 @@
 """docs/rewards.md tells the truth: its examples earn what it says, its tables list the arguments that there are."""
+
 import re
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """The reward process without Ray: advantages, failure share, concurrency, graders that hang, die or lose a parent."""
+
 import asyncio
 import os
 import pickle
@@ -13,12 +14,12 @@ from pathlib import Path
 import pytest
 from waiting import until
 
-from alphamed.config_sections import RewardConfig
+from alphamed.answers.thinking import Thinking
+from alphamed.config.sections import RewardConfig
 from alphamed.errors import ConfigError, RunFailed
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup
 from alphamed.reward.grader import GraderDied, GraderPool, RewardTimeout
 from alphamed.reward.process import GradingFailed, RewardProcess, advantages
-from alphamed.reward.thinking import Thinking
 
 QUESTION = Question("q1", "Which?", {"A": "this", "B": "that"}, "A")
 RIGHT, WRONG, NONE = r"\boxed{A}", r"\boxed{B}", "?"
@@ -68,7 +69,7 @@ def test_truncated_follows_the_configuration():
 def test_failed_samples_teach_nothing():
     outcomes = (Outcome.CORRECT, Outcome.CRASH, Outcome.WRONG, Outcome.TIMEOUT)
     assert advantages(outcomes, (1.0, 0.0, 0.0, 0.0), "dr_grpo") == (0.5, 0.0, -0.5, 0.0)
-    assert advantages(outcomes[:2], (1.0, 0.0), "grpo") == (0.0, 0.0)          # one sample has nothing to be compared with
+    assert advantages(outcomes[:2], (1.0, 0.0), "grpo") == (0.0, 0.0)  # one sample has nothing to be compared with
     assert advantages((outcomes[1], outcomes[3]), (0.0, 0.0), "grpo") == (0.0, 0.0)
 
 
@@ -137,7 +138,7 @@ def test_failures_up_to_the_share_are_let_pass(user_rewards):
     async def run():
         return [await process.grade(group_of(RIGHT, WRONG, RIGHT, RIGHT)) for _ in range(4)]
 
-    for scored in asyncio.run(run()):                # 2 of every 8 are 0.25, not above it
+    for scored in asyncio.run(run()):  # 2 of every 8 are 0.25, not above it
         assert scored.outcomes == (Outcome.CORRECT, Outcome.CRASH, Outcome.CORRECT, Outcome.CORRECT)
         assert scored.rewards == (1.0, 0.0, 1.0, 1.0)
         assert scored.advantages == (0.0, 0.0, 0.0, 0.0)
@@ -150,7 +151,7 @@ def test_failures_above_the_share_stop_the_run_with_the_first_traceback(user_rew
         await process.grade(group_of(RIGHT, WRONG, WRONG, RIGHT))
         with pytest.raises(GradingFailed) as raised:
             await process.grade(group_of(RIGHT, WRONG))
-        with pytest.raises(GradingFailed):           # and it stays stopped
+        with pytest.raises(GradingFailed):  # and it stays stopped
             await process.grade(group_of(RIGHT))
         with pytest.raises(GradingFailed):
             await process.check()
@@ -158,15 +159,17 @@ def test_failures_above_the_share_stop_the_run_with_the_first_traceback(user_rew
 
     error = asyncio.run(run())
     assert error.culprit == "reward function user_rewards:raises_for_b"
-    assert "failed for 3 of the last 6 samples (3 crashes, 0 time-outs; reward.max_failure_share allows 25.0% of a " \
-           "step's 8)" in str(error)
+    assert (
+        "failed for 3 of the last 6 samples (3 crashes, 0 time-outs; reward.max_failure_share allows 25.0% of a "
+        "step's 8)" in str(error)
+    )
     assert "\nTraceback (most recent call last):\n" in str(error) and "KeyError: 'no rule for B'" in str(error)
     copy = pickle.loads(pickle.dumps(error))
     assert isinstance(copy, RunFailed) and str(copy) == str(error)
 
 
 def test_time_outs_count_as_failures(user_rewards):
-    for timeout_s in (0.5, 5.0, 50.0):               # until the machine has had the time to write down where it hangs
+    for timeout_s in (0.5, 5.0, 50.0):  # until the machine has had the time to write down where it hangs
         process = process_of(f"{user_rewards}:hangs", step_samples=4, max_failure_share=0.0, timeout_s=timeout_s)
         with pytest.raises(GradingFailed, match=r"1 of the last 1 samples \(0 crashes, 1 time-outs") as raised:
             asyncio.run(process.grade(group_of(RIGHT)))
@@ -187,18 +190,18 @@ def test_a_grader_is_kept_for_the_next_call(user_rewards):
 
 
 def test_a_hanging_grader_is_killed_with_its_children_and_replaced(user_rewards, tmp_path):
-    for timeout_s in (1.0, 10.0, 100.0):             # until the function has had the time to start its child
+    for timeout_s in (1.0, 10.0, 100.0):  # until the function has had the time to start its child
         with GraderPool(f"{user_rewards}:hangs_with_child", workers=1, timeout_s=timeout_s) as pool:
-            grader, = pool.pids
+            (grader,) = pool.pids
             with pytest.raises(RewardTimeout):
                 pool(QUESTION, str(tmp_path / "child"), None, "")
             if not (tmp_path / "child").exists():
                 continue
             assert gone(grader) and pool.pids == []
             until(lambda: gone(int((tmp_path / "child").read_text())), "the end of the child")
-            with pytest.raises(RewardTimeout):       # a new grader, not a dead one, was asked
+            with pytest.raises(RewardTimeout):  # a new grader, not a dead one, was asked
                 pool(QUESTION, str(tmp_path / "child"), None, "")
-            pool.check_alive()                       # what the pool killed itself is no murder
+            pool.check_alive()  # what the pool killed itself is no murder
             return
     pytest.fail("the function never started its child")
 
@@ -209,12 +212,15 @@ def test_a_grader_killed_while_idle_is_noticed(user_rewards, number):
 
     async def run():
         await process.grade(group_of(RIGHT))
-        pid, = await process.grader_pids()
+        (pid,) = await process.grader_pids()
         os.kill(pid, number)
         until(lambda: gone(pid), "end of the grader")
         for call in (process.check(), process.grade(group_of(RIGHT)), process.check()):
-            with pytest.raises(GraderDied, match=rf"^grader \(pid {pid}\) of reward function user_rewards:half: was "
-                                                 rf"killed by signal {number.value} \({number.name}"):
+            with pytest.raises(
+                GraderDied,
+                match=rf"^grader \(pid {pid}\) of reward function user_rewards:half: was "
+                rf"killed by signal {number.value} \({number.name}",
+            ):
                 await call
 
     asyncio.run(run())
@@ -226,7 +232,7 @@ def test_a_grader_killed_at_work_is_noticed(user_rewards, tmp_path):
     async def run():
         grading = asyncio.create_task(process.grade(group_of(str(tmp_path / "never"))))
         await process.ready()
-        pid, = await process.grader_pids()
+        (pid,) = await process.grader_pids()
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(GraderDied, match=rf"pid {pid}.*SIGKILL"):
             await grading
@@ -245,10 +251,10 @@ def test_graders_do_not_see_torchrun(user_rewards, monkeypatch):
 
 def test_graders_end_with_the_pool(user_rewards):
     with GraderPool(f"{user_rewards}:half", workers=1, timeout_s=600) as pool:
-        pid, = pool.pids
+        (pid,) = pool.pids
     assert gone(pid)
     forgotten = GraderPool(f"{user_rewards}:half", workers=1, timeout_s=600)
-    pid, = forgotten.pids
+    (pid,) = forgotten.pids
     del forgotten
     until(lambda: gone(pid), "end of the grader")
 
@@ -266,8 +272,12 @@ pool(Question("q", "?", {"A": "a"}, "A"), sys.argv[2], None, "")      # never an
 @pytest.mark.parametrize("function", ["hangs", "waits_for_file"])
 def test_a_grader_at_work_ends_with_its_parent(user_rewards, tmp_path, function):
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "user"), *filter(None, sys.path)])}
-    with subprocess.Popen([sys.executable, "-c", PARENT, f"{user_rewards}:{function}", str(tmp_path / "never")],
-                          stdout=subprocess.PIPE, text=True, env=env) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT, f"{user_rewards}:{function}", str(tmp_path / "never")],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=env,
+    ) as parent:
         grader = int(parent.stdout.readline())
         assert not gone(grader)
         parent.kill()

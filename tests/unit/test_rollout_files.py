@@ -1,4 +1,5 @@
 """Rollout files give back every bit they were given, and say plainly what is wrong with others."""
+
 import math
 import struct
 
@@ -6,7 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from alphamed.observe.rollout_files import (
+from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
+from alphamed.rundir.rollout_files import (
     RolloutFileError,
     read_answers,
     read_rollouts,
@@ -15,7 +17,6 @@ from alphamed.observe.rollout_files import (
     rollout_path,
     write_rollouts,
 )
-from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
 
 
 def float32(value: float) -> float:
@@ -23,22 +24,46 @@ def float32(value: float) -> float:
 
 
 def scored_group(name: str, count: int, **question) -> ScoredGroup:
-    asked = Question(**({"id": f"q-{name}", "question": "Which vitamin?", "options": {"A": "B12", "B": "C"},
-                         "answer": "B"} | question))
-    rollouts = tuple(Rollout(name, asked.id, j, tuple(range(100_000, 100_000 + j)),
-                             tuple(float32(-0.1 * k) for k in range(j)), f"text {j} \\boxed{{B}}",
-                             FinishReason.STOP if j else FinishReason.LENGTH, 11 + j) for j in range(count))
+    asked = Question(
+        **({"id": f"q-{name}", "question": "Which vitamin?", "options": {"A": "B12", "B": "C"}, "answer": "B"} | question)
+    )
+    rollouts = tuple(
+        Rollout(
+            name,
+            asked.id,
+            j,
+            tuple(range(100_000, 100_000 + j)),
+            tuple(float32(-0.1 * k) for k in range(j)),
+            f"text {j} \\boxed{{B}}",
+            FinishReason.STOP if j else FinishReason.LENGTH,
+            11 + j,
+        )
+        for j in range(count)
+    )
     outcomes = tuple(list(Outcome)[j % 6] for j in range(count))
-    return ScoredGroup(RolloutGroup(name, asked, (1, 2, 49151), rollouts), outcomes,
-                       tuple(0.1 * j for j in range(count)), tuple(math.pi * (j - 1) for j in range(count)),
-                       tuple("B" if j % 2 else None for j in range(count)), 0.1 + 0.2)
+    return ScoredGroup(
+        RolloutGroup(name, asked, (1, 2, 49151), rollouts),
+        outcomes,
+        tuple(0.1 * j for j in range(count)),
+        tuple(math.pi * (j - 1) for j in range(count)),
+        tuple("B" if j % 2 else None for j in range(count)),
+        0.1 + 0.2,
+    )
 
 
 GROUPS = (
     scored_group("g0", 3),
-    scored_group("g1", 8, question="Größe «µ» \N{MICROBE}\nline\ttab \\boxed{}", context="an abstract", source="s",
-                 level=6, options={"C": "third first", "A": "", "B": "…"}, answer="C"),
-    scored_group("g0", 2),                      # neighbours or not, groups are told apart by place, never by name
+    scored_group(
+        "g1",
+        8,
+        question="Größe «µ» \N{MICROBE}\nline\ttab \\boxed{}",
+        context="an abstract",
+        source="s",
+        level=6,
+        options={"C": "third first", "A": "", "B": "…"},
+        answer="C",
+    ),
+    scored_group("g0", 2),  # neighbours or not, groups are told apart by place, never by name
 )
 
 
@@ -52,7 +77,7 @@ def test_groups_come_back_equal_and_in_order(tmp_path):
     assert recorded_step(path) == 12 and recorded_steps(tmp_path) == [12]
     assert isinstance(read[0].outcomes[0], Outcome)
     assert isinstance(read[0].group.rollouts[0].finish_reason, FinishReason)
-    assert [file.name for file in path.parent.iterdir()] == [path.name]          # no temporary file stays
+    assert [file.name for file in path.parent.iterdir()] == [path.name]  # no temporary file stays
 
 
 def test_neighbouring_groups_of_the_same_question_stay_two(tmp_path):
@@ -64,10 +89,10 @@ def test_neighbouring_groups_of_the_same_question_stay_two(tmp_path):
 def test_numbers_keep_their_bits_also_the_odd_ones(tmp_path):
     odd = (0.1, -0.0, 5e-324, 1.7976931348623157e308, math.nan)
     logprobs = (float32(-1e-45), -0.0, -math.inf, float32(-17.3), math.nan)
-    rollouts = tuple(Rollout("g", "q", j, (7,), (logprob,), "", FinishReason.ABORT, 0)
-                     for j, logprob in enumerate(logprobs))
-    group = ScoredGroup(RolloutGroup("g", GROUPS[0].group.question, (1,), rollouts), (Outcome.TIMEOUT,) * 5, odd, odd,
-                        (None,) * 5)
+    rollouts = tuple(Rollout("g", "q", j, (7,), (logprob,), "", FinishReason.ABORT, 0) for j, logprob in enumerate(logprobs))
+    group = ScoredGroup(
+        RolloutGroup("g", GROUPS[0].group.question, (1,), rollouts), (Outcome.TIMEOUT,) * 5, odd, odd, (None,) * 5
+    )
     write_rollouts(tmp_path / "r.parquet", 1, [group])
     read = read_rollouts(tmp_path / "r.parquet")[0]
 
@@ -80,8 +105,9 @@ def test_numbers_keep_their_bits_also_the_odd_ones(tmp_path):
 
 def test_logprobs_of_more_precision_are_rounded_to_float32(tmp_path):
     rollout = Rollout("g", "q", 0, (7,), (-0.1,), "", FinishReason.STOP, 0)
-    group = ScoredGroup(RolloutGroup("g", GROUPS[0].group.question, (1,), (rollout,)), (Outcome.WRONG,), (0.0,), (0.0,),
-                        ("A",))
+    group = ScoredGroup(
+        RolloutGroup("g", GROUPS[0].group.question, (1,), (rollout,)), (Outcome.WRONG,), (0.0,), (0.0,), ("A",)
+    )
     write_rollouts(tmp_path / "r.parquet", 1, [group])
     assert read_rollouts(tmp_path / "r.parquet")[0].group.rollouts[0].logprobs == (-0.10000000149011612,)
 
@@ -90,8 +116,22 @@ def test_columns_are_typed_and_carry_what_the_issue_lists(tmp_path):
     write_rollouts(tmp_path / "r.parquet", 1, GROUPS)
     schema = pq.read_schema(tmp_path / "r.parquet")
     kinds = {field.name: str(field.type) for field in schema}
-    assert {"question_id", "group_id", "prompt_token_ids", "response_token_ids", "logprobs", "text", "outcome",
-            "reward", "advantage", "finish_reason", "policy_version", "question", "letter", "sample_index"} <= kinds.keys()
+    assert {
+        "question_id",
+        "group_id",
+        "prompt_token_ids",
+        "response_token_ids",
+        "logprobs",
+        "text",
+        "outcome",
+        "reward",
+        "advantage",
+        "finish_reason",
+        "policy_version",
+        "question",
+        "letter",
+        "sample_index",
+    } <= kinds.keys()
     assert "float" in kinds["logprobs"] and kinds["reward"] == kinds["advantage"] == "double"
 
 
@@ -105,14 +145,17 @@ def write_without_columns(path):
     pq.write_table(pq.read_table(path).drop(["logprobs", "letter"]), path)
 
 
-@pytest.mark.parametrize("write, message", [
-    (lambda path: None, "no such file; give a run directory"),
-    (lambda path: path.write_bytes(b"PAR1 no"), "not readable as Parquet"),
-    (lambda path: path.write_bytes(b""), "not readable as Parquet"),
-    (lambda path: pq.write_table(pa.table({"a": [1]}), path), "without rollouts of alphamed"),
-    (write_other_schema, "schema version 99, this program reads 1"),
-    (write_without_columns, "columns logprobs, letter are missing"),
-])
+@pytest.mark.parametrize(
+    "write, message",
+    [
+        (lambda path: None, "no such file; give a run directory"),
+        (lambda path: path.write_bytes(b"PAR1 no"), "not readable as Parquet"),
+        (lambda path: path.write_bytes(b""), "not readable as Parquet"),
+        (lambda path: pq.write_table(pa.table({"a": [1]}), path), "without rollouts of alphamed"),
+        (write_other_schema, "schema version 99, this program reads 1"),
+        (write_without_columns, "columns logprobs, letter are missing"),
+    ],
+)
 def test_a_file_that_is_no_rollout_file_is_one_clear_error(tmp_path, write, message):
     path = tmp_path / "r.parquet"
     write(path)

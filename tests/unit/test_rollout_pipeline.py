@@ -1,4 +1,5 @@
 """From questions to tasks, and from graded groups to the tensors that all ranks get."""
+
 from dataclasses import replace
 
 import pytest
@@ -6,19 +7,26 @@ import torch
 
 from alphamed.cluster.control import Control
 from alphamed.cluster.failure import StopRequested
-from alphamed.config_file import build_config
+from alphamed.config.loading import build_config
 from alphamed.errors import RunFailed
-from alphamed.observe.rollout_files import rollout_path, write_rollouts
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, Sampling, ScoredGroup
 from alphamed.rollout.coordinator import Progress
 from alphamed.rollout.pipeline import LiveRollouts, ReplayedRollouts, flatten, to_token_group, unflatten
 from alphamed.rollout.tasks import greedy_tasks, training_tasks
+from alphamed.rundir.rollout_files import rollout_path, write_rollouts
 
 
 def config(advantage="grpo", **rollout):
-    return build_config({"model": {"path": "m"}, "data": {"train": ["d.jsonl"]}, "run": {"name": "r"}, "prompt": {
-        "max_tokens": 16}, "algorithm": {"advantage": advantage}, "rollout": {
-            "questions_per_step": 2, "samples_per_question": 2, "max_response_tokens": 8} | rollout})
+    return build_config(
+        {
+            "model": {"path": "m"},
+            "data": {"train": ["d.jsonl"]},
+            "run": {"name": "r"},
+            "prompt": {"max_tokens": 16},
+            "algorithm": {"advantage": advantage},
+            "rollout": {"questions_per_step": 2, "samples_per_question": 2, "max_response_tokens": 8} | rollout,
+        }
+    )
 
 
 def question(name):
@@ -27,11 +35,27 @@ def question(name):
 
 def scored(name, responses, version=4):
     """A group with one-token-per-letter responses."""
-    rollouts = tuple(Rollout(f"g{name}", name, i, tuple(map(ord, text)), tuple(-0.5 * k for k in range(len(text))), text,
-                             FinishReason.STOP, version) for i, text in enumerate(responses))
+    rollouts = tuple(
+        Rollout(
+            f"g{name}",
+            name,
+            i,
+            tuple(map(ord, text)),
+            tuple(-0.5 * k for k in range(len(text))),
+            text,
+            FinishReason.STOP,
+            version,
+        )
+        for i, text in enumerate(responses)
+    )
     n = len(responses)
-    return ScoredGroup(RolloutGroup(f"g{name}", question(name), tuple(map(ord, name)), rollouts), (Outcome.WRONG,) * n,
-                       (0.0,) * n, tuple(float(i) - 0.5 for i in range(n)), (None,) * n)
+    return ScoredGroup(
+        RolloutGroup(f"g{name}", question(name), tuple(map(ord, name)), rollouts),
+        (Outcome.WRONG,) * n,
+        (0.0,) * n,
+        tuple(float(i) - 0.5 for i in range(n)),
+        (None,) * n,
+    )
 
 
 class Prompts:
@@ -85,8 +109,12 @@ def test_training_tasks_carry_the_configured_sampling_and_unique_ids():
 
 def test_deterministic_seeds_depend_on_run_step_question_and_place_only():
     def seeds(step, **rollout):
-        return [task.sampling.seed for task in training_tasks(
-            config(deterministic=True, **rollout), step, [question("q1"), question("q2"), question("q1")], Prompts())]
+        return [
+            task.sampling.seed
+            for task in training_tasks(
+                config(deterministic=True, **rollout), step, [question("q1"), question("q2"), question("q1")], Prompts()
+            )
+        ]
 
     assert seeds(3) == seeds(3, temperature=0.5)
     assert len(set(seeds(3) + seeds(4))) == 6
@@ -95,7 +123,7 @@ def test_deterministic_seeds_depend_on_run_step_question_and_place_only():
 
 
 def test_greedy_tasks_for_evaluation():
-    task, = greedy_tasks("before", [question("q1")], Prompts(), 5)
+    (task,) = greedy_tasks("before", [question("q1")], Prompts(), 5)
     assert task.group_id == "before:0:q1"
     assert task.sampling == Sampling(n=1, temperature=0.0, top_p=1.0, top_k=-1, max_tokens=5) and task.evaluation
 
@@ -145,8 +173,13 @@ def test_rollouts_that_are_abandoned_are_none(control):
 
 
 def test_replay_gives_the_recorded_groups_of_each_step(tmp_path, control):
-    recorded = {step: [replace(scored(f"q{step}", ["ab", "c"]), rewards=(0.0, 1.0)),
-                       replace(scored("q0", ["d", ""]), rewards=(0.0, 1.0))] for step in (1, 2)}
+    recorded = {
+        step: [
+            replace(scored(f"q{step}", ["ab", "c"]), rewards=(0.0, 1.0)),
+            replace(scored("q0", ["d", ""]), rewards=(0.0, 1.0)),
+        ]
+        for step in (1, 2)
+    }
     for step, groups in recorded.items():
         path = rollout_path(tmp_path / "old", step)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,10 +192,14 @@ def test_replay_gives_the_recorded_groups_of_each_step(tmp_path, control):
         rollouts.next(3)
 
 
-@pytest.mark.parametrize("kind, advantages", [
-    ("dr_grpo", (0.75, -0.25, -0.5, 0.0)),              # less their mean, 1/4; the crash does not count
-    ("rloo", (1.125, -0.375, -0.75, 0.0)),              # n / (n - 1) = 3/2 times that
-    ("grpo", (0.75 / 0.6614379, -0.25 / 0.6614379, -0.5 / 0.6614379, 0.0))])       # std^2 = (9 + 1 + 4) / 16 / 2
+@pytest.mark.parametrize(
+    "kind, advantages",
+    [
+        ("dr_grpo", (0.75, -0.25, -0.5, 0.0)),  # less their mean, 1/4; the crash does not count
+        ("rloo", (1.125, -0.375, -0.75, 0.0)),  # n / (n - 1) = 3/2 times that
+        ("grpo", (0.75 / 0.6614379, -0.25 / 0.6614379, -0.5 / 0.6614379, 0.0)),
+    ],
+)  # std^2 = (9 + 1 + 4) / 16 / 2
 def test_a_replay_computes_the_advantages_of_its_own_configuration(tmp_path, control, kind, advantages):
     """Whatever advantages were recorded."""
     outcomes = (Outcome.CORRECT, Outcome.WRONG, Outcome.TRUNCATED, Outcome.CRASH)

@@ -1,4 +1,5 @@
 """A run directory through fresh start, steps, kills and resumes, driven by one rank without engines or a model."""
+
 import io
 import json
 import math
@@ -12,17 +13,12 @@ import pytest
 import torch
 
 from alphamed.cluster.failure import StopRequested, request_stop
-from alphamed.config_file import build_config, changed_config, dump_config, load_config
+from alphamed.config.loading import build_config, changed_config, dump_config, load_config
 from alphamed.errors import ConfigError
 from alphamed.evaluation.runner import Evaluation, QuestionSet, SetResult
 from alphamed.evaluation.score import score
+from alphamed.files import append_json, read_json_lines, replace_text
 from alphamed.lab.hooks import HOOKS
-from alphamed.observe.directory import check_resume, check_same_model, finished_step, is_finished
-from alphamed.observe.files import append_json, read_json_lines, replace_text
-from alphamed.observe.metrics import undeclared
-from alphamed.observe.provenance import record_start
-from alphamed.observe.rollout_files import read_rollouts, recorded_steps
-from alphamed.observe.sinks import Console, JsonLines, Wandb, spoken_time
 from alphamed.records import (
     Batch,
     FinishReason,
@@ -37,10 +33,16 @@ from alphamed.records import (
 )
 from alphamed.rollout.coordinator import Progress
 from alphamed.run import Run
+from alphamed.rundir.directory import check_resume, check_same_model, finished_step, is_finished
+from alphamed.rundir.metrics import undeclared
+from alphamed.rundir.provenance import record_start
+from alphamed.rundir.rollout_files import read_rollouts, recorded_steps
+from alphamed.rundir.sinks import Console, JsonLines, Wandb, spoken_time
 
 
 class Alone:
     """The control of a world of one rank."""
+
     rank = 0
 
     def from_rank0(self, what, function):
@@ -51,6 +53,7 @@ class Alone:
 
 class Follower:
     """The control of rank 1: never runs rank 0's function, gets what rank 0 is said to have found."""
+
     rank = 1
 
     def __init__(self, answers=(), told=None):
@@ -69,10 +72,14 @@ class Follower:
 
 def config_of(root, **sections):
     (root / "train.jsonl").touch()
-    tree = {"model": {"path": "model"}, "data": {"train": [str(root / "train.jsonl")]},
-            "run": {"root": str(root), "name": "r", "steps": 4},
-            "rollout": {"questions_per_step": 1, "samples_per_question": 2, "max_response_tokens": 8},
-            "logging": {"wandb": "off", "report": False}, "checkpoint": {"every": 2}}
+    tree = {
+        "model": {"path": "model"},
+        "data": {"train": [str(root / "train.jsonl")]},
+        "run": {"root": str(root), "name": "r", "steps": 4},
+        "rollout": {"questions_per_step": 1, "samples_per_question": 2, "max_response_tokens": 8},
+        "logging": {"wandb": "off", "report": False},
+        "checkpoint": {"every": 2},
+    }
     for name, values in sections.items():
         tree[name] = tree.get(name, {}) | values
     return build_config(tree)
@@ -80,12 +87,22 @@ def config_of(root, **sections):
 
 def rollouts_of(step):
     question = Question("q", "?", {"A": "a", "B": "b"}, "A")
-    samples = tuple(Rollout("g", "q", j, (1, 2, 3), (-0.5,) * 3, "\\boxed{A}", FinishReason.STOP, step)
-                    for j in range(2))
-    scored = ScoredGroup(RolloutGroup("g", question, (9,), samples), (Outcome.CORRECT, Outcome.WRONG), (1.0, 0.0),
-                         (1.0, -1.0), ("A", "A"), 0.125)
-    tokens = TokenGroup(torch.tensor([9]), (torch.tensor([1, 2, 3]),) * 2, (torch.full((3,), -0.5),) * 2,
-                        torch.tensor([1.0, -1.0]), policy_version=step)
+    samples = tuple(Rollout("g", "q", j, (1, 2, 3), (-0.5,) * 3, "\\boxed{A}", FinishReason.STOP, step) for j in range(2))
+    scored = ScoredGroup(
+        RolloutGroup("g", question, (9,), samples),
+        (Outcome.CORRECT, Outcome.WRONG),
+        (1.0, 0.0),
+        (1.0, -1.0),
+        ("A", "A"),
+        0.125,
+    )
+    tokens = TokenGroup(
+        torch.tensor([9]),
+        (torch.tensor([1, 2, 3]),) * 2,
+        (torch.full((3,), -0.5),) * 2,
+        torch.tensor([1.0, -1.0]),
+        policy_version=step,
+    )
     return StepRollouts(step, (tokens,), (scored,), {"time/generate_s": 2.0})
 
 
@@ -117,15 +134,15 @@ def lines(config):
 def test_a_run_is_finished_when_nothing_is_left_to_do(tmp_path):
     config = config_of(tmp_path)
     assert finished_step(config.run_dir) is None
-    states = train(config, stop_after=2)                                    # killed
+    states = train(config, stop_after=2)  # killed
     assert finished_step(config.run_dir) is None and not is_finished(config)
     train(config, saved=states[-1])
     assert finished_step(config.run_dir) == 4 and is_finished(config)
     longer = changed_config(config, ["run.steps=6"])
     assert not is_finished(longer)
-    assert is_finished(changed_config(longer, ["run.time_limit_s=60"]))     # its time was up
+    assert is_finished(changed_config(longer, ["run.time_limit_s=60"]))  # its time was up
     train(longer, stop_after=5, saved={"step": 4})
-    assert finished_step(config.run_dir) is None                            # begun again, and killed
+    assert finished_step(config.run_dir) is None  # begun again, and killed
 
 
 def test_a_run_of_no_steps_evaluates_and_is_finished(tmp_path):
@@ -134,11 +151,12 @@ def test_a_run_of_no_steps_evaluates_and_is_finished(tmp_path):
     run.begin(None)
     assert run.evaluate(lambda background: evaluation)
     assert list(run.steps()) == [] and not run.checkpoint(lambda state: None, last=True)
-    assert not run.evaluate(lambda background: evaluation, last=True)              # the same weights: once is enough
+    assert not run.evaluate(lambda background: evaluation, last=True)  # the same weights: once is enough
     run.finish()
     assert is_finished(config) and finished_step(config.run_dir) == 0
     assert [path.name for path in (config.run_dir / "evaluations").iterdir() if path.suffix == ".json"] == [
-        "step_000000.json"]
+        "step_000000.json"
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------- fresh start
@@ -152,10 +170,10 @@ def test_a_run_writes_its_directory(tmp_path, capsys):
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     first = rows[0]
     assert list(first)[:2] == ["step", "policy_version"] and undeclared(first) == []
-    assert first["policy_version"] == 1                     # what generated the rollouts, not what was pushed after
+    assert first["policy_version"] == 1  # what generated the rollouts, not what was pushed after
     assert first["reward/mean"] == 0.5
-    assert first["throughput/generated_tokens_per_s"] == 3.0     # 6 tokens in 2 s
-    assert first["throughput/trained_tokens_per_s"] == 3.0       # 6 tokens in 2 s
+    assert first["throughput/generated_tokens_per_s"] == 3.0  # 6 tokens in 2 s
+    assert first["throughput/trained_tokens_per_s"] == 3.0  # 6 tokens in 2 s
     assert first["memory/rss_bytes"] > 1 << 20 and rows[-1]["time/wall_s"] >= rows[0]["time/wall_s"] >= 0
 
     assert load_config(config.run_dir / "config.yaml") == config
@@ -180,9 +198,12 @@ def test_other_ranks_touch_no_file(tmp_path):
         seen.append((step, run.checkpoint(lambda state: None)))
         assert run.evaluate(lambda background: None) is (step == 3)
     run.finish()
-    assert told.index("beginning the evaluation after step 3") < told.index("the evaluation after step 3") < told.index(
-        "recording step 4")
-    assert seen == [(1, False), (2, True), (3, False), (4, True)]        # the same decisions as on rank 0
+    assert (
+        told.index("beginning the evaluation after step 3")
+        < told.index("the evaluation after step 3")
+        < told.index("recording step 4")
+    )
+    assert seen == [(1, False), (2, True), (3, False), (4, True)]  # the same decisions as on rank 0
     assert not config.run_dir.exists()
 
 
@@ -197,9 +218,9 @@ def test_a_step_that_was_not_recorded_is_noticed(tmp_path):
 # --------------------------------------------------------------------------------------------------------------- resume
 def test_a_kill_and_a_resume_leave_the_same_record_as_one_run(tmp_path, capsys):
     config = config_of(tmp_path)
-    states = train(config, stop_after=3)                            # killed in step 4, the checkpoint is of step 2
+    states = train(config, stop_after=3)  # killed in step 4, the checkpoint is of step 2
     with (config.run_dir / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "rew')                                    # amid a line
+        file.write('{"step": 4, "rew')  # amid a line
     (config.run_dir / "rollouts" / ".step_000004.parquet.123.partial").touch()
     train(config, saved=json.loads(json.dumps(states[-1])))
     assert [row["step"] for row in lines(config)] == [1, 2, 3, 4]
@@ -227,12 +248,18 @@ def test_a_finished_run_does_nothing_more_until_steps_are_added(tmp_path):
     assert start["changed"] == {"run.steps": {"old": 4, "new": 6}}
 
 
-@pytest.mark.parametrize("sections, message", [
-    ({"optimizer": {"lr": 3e-5}}, "optimizer.lr: 3e-05 but the run in .*r was started with 1e-06; set it back or"),
-    ({"model": {"path": "other"}}, "model.path: 'other' but"),
-    ({"rollout": {"questions_per_step": 1, "samples_per_question": 4, "max_response_tokens": 8}},
-     "rollout.samples_per_question: 4 but"),
-    ({"prompt": {"system": "Be brief."}}, "prompt.system: 'Be brief.' but")])
+@pytest.mark.parametrize(
+    "sections, message",
+    [
+        ({"optimizer": {"lr": 3e-5}}, "optimizer.lr: 3e-05 but the run in .*r was started with 1e-06; set it back or"),
+        ({"model": {"path": "other"}}, "model.path: 'other' but"),
+        (
+            {"rollout": {"questions_per_step": 1, "samples_per_question": 4, "max_response_tokens": 8}},
+            "rollout.samples_per_question: 4 but",
+        ),
+        ({"prompt": {"system": "Be brief."}}, "prompt.system: 'Be brief.' but"),
+    ],
+)
 def test_a_resume_that_would_compute_something_else_is_refused(tmp_path, sections, message):
     config = config_of(tmp_path)
     train(config, stop_after=2)
@@ -245,13 +272,25 @@ def test_a_resume_that_would_compute_something_else_is_refused(tmp_path, section
 
 def test_what_a_resume_may_change(tmp_path):
     train(config_of(tmp_path), stop_after=2)
-    changed = config_of(tmp_path, parallel={"tensor": 2, "micro_batch_tokens": 4096}, cluster={"trainer_threads": 1},
-                        checkpoint={"every": 1, "keep": 5}, logging={"wandb": "offline"}, sync={"probe": False},
-                        rollout={"questions_per_step": 1, "samples_per_question": 2, "max_response_tokens": 8,
-                                 "engines": 2})
-    assert set(check_resume(changed)) == {"parallel.tensor", "parallel.micro_batch_tokens", "cluster.trainer_threads",
-                                          "checkpoint.every", "checkpoint.keep", "logging.wandb", "sync.probe",
-                                          "rollout.engines"}
+    changed = config_of(
+        tmp_path,
+        parallel={"tensor": 2, "micro_batch_tokens": 4096},
+        cluster={"trainer_threads": 1},
+        checkpoint={"every": 1, "keep": 5},
+        logging={"wandb": "offline"},
+        sync={"probe": False},
+        rollout={"questions_per_step": 1, "samples_per_question": 2, "max_response_tokens": 8, "engines": 2},
+    )
+    assert set(check_resume(changed)) == {
+        "parallel.tensor",
+        "parallel.micro_batch_tokens",
+        "cluster.trainer_threads",
+        "checkpoint.every",
+        "checkpoint.keep",
+        "logging.wandb",
+        "sync.probe",
+        "rollout.engines",
+    }
 
 
 @pytest.fixture
@@ -282,7 +321,7 @@ def test_another_spelling_of_a_place_is_the_same_place(tmp_path, moved):
     for path in ("model/", "./model", str(tmp_path / "model"), "link", "data/model"):
         assert moved(path) == set()
     assert moved(train=[str(tmp_path / "train.jsonl"), "data/more.jsonl"]) == set()
-    assert moved(cache=str(tmp_path / ".cache" / "models")) == set()        # the default, as a whole path
+    assert moved(cache=str(tmp_path / ".cache" / "models")) == set()  # the default, as a whole path
 
 
 def test_another_place_with_the_same_content_is_noted(tmp_path, moved):
@@ -290,7 +329,7 @@ def test_another_place_with_the_same_content_is_noted(tmp_path, moved):
     shutil.copy(tmp_path / "more.jsonl", tmp_path / "mount" / "m.jsonl")
     assert moved("mount/renamed", train=["train.jsonl", "mount/m.jsonl"]) == {"model.path", "data.train"}
     assert moved(cache="elsewhere") == {"model.cache"}
-    shutil.rmtree(tmp_path / "model")                                       # the first place may be gone
+    shutil.rmtree(tmp_path / "model")  # the first place may be gone
     (tmp_path / "more.jsonl").unlink()
     assert moved("mount/renamed", train=["train.jsonl", "mount/m.jsonl"]) == {"model.path", "data.train"}
 
@@ -298,16 +337,18 @@ def test_another_place_with_the_same_content_is_noted(tmp_path, moved):
 def test_another_place_with_other_content_is_refused(tmp_path, moved):
     shutil.copytree(tmp_path / "model", tmp_path / "other")
     (tmp_path / "other" / "model.safetensors").write_bytes(b"Weights")
-    with pytest.raises(ConfigError, match="model.path: 'other' but the run in .* was started with 'model', which held "
-                                          "something else; set it back or"):
+    with pytest.raises(
+        ConfigError,
+        match="model.path: 'other' but the run in .* was started with 'model', which held something else; set it back or",
+    ):
         moved("other")
     (tmp_path / "other" / "model.safetensors").write_bytes(b"weights")
     assert moved("other") == {"model.path"}
-    (tmp_path / "other" / "added_tokens.json").write_text("{}")             # a file more can change what the model says
+    (tmp_path / "other" / "added_tokens.json").write_text("{}")  # a file more can change what the model says
     with pytest.raises(ConfigError, match="model.path: 'other' but"):
         moved("other")
     with pytest.raises(ConfigError, match="data.train: .* was started with"):
-        moved(train=["more.jsonl", "train.jsonl"])                          # the order decides who is asked when
+        moved(train=["more.jsonl", "train.jsonl"])  # the order decides who is asked when
     with pytest.raises(ConfigError, match="data.train: .* was started with"):
         moved(train=["train.jsonl"])
 
@@ -354,7 +395,7 @@ def test_no_step_begins_after_the_time_limit(tmp_path, capsys, monkeypatch):
     run.begin(None)
     states = []
     for step in run.steps():
-        now[0] += 30.0                                   # steps begin at 0, 30, 60 and 90 s; the fifth would at 120
+        now[0] += 30.0  # steps begin at 0, 30, 60 and 90 s; the fifth would at 120
         run.record(rollouts_of(step), STATS, version=step)
     assert run.state.step == 4
     assert run.checkpoint(states.append, last=True) and states[0]["step"] == 4 and states[0]["wall_s"] == 120.0
@@ -395,13 +436,15 @@ def test_a_run_that_is_asked_to_stop_ends_its_step_and_begins_no_other(tmp_path)
 
 def evaluation():
     groups = rollouts_of(1).scored
-    return Evaluation(0, (SetResult(QuestionSet("s", Path("s.jsonl"), (groups[0].group.question,), 1), groups,
-                                    score(groups)),), 1.0)
+    return Evaluation(
+        0, (SetResult(QuestionSet("s", Path("s.jsonl"), (groups[0].group.question,), 1), groups, score(groups)),), 1.0
+    )
 
 
 def test_evaluations_run_when_due_and_only_once(tmp_path):
-    config = config_of(tmp_path, evaluation={"files": ["e.jsonl"], "before": True, "after": True, "every": 3,
-                                             "background": True})
+    config = config_of(
+        tmp_path, evaluation={"files": ["e.jsonl"], "before": True, "after": True, "every": 3, "background": True}
+    )
     ran, ended = [], []
 
     def loop(saved):
@@ -424,15 +467,17 @@ def test_evaluations_run_when_due_and_only_once(tmp_path):
         return states
 
     states = loop(None)
-    assert ran == [(0, False), (3, True), (4, False)] and ended == [0, 3, 4]    # 3's while step 4 was made, not recorded
+    assert ran == [(0, False), (3, True), (4, False)] and ended == [0, 3, 4]  # 3's while step 4 was made, not recorded
     names = sorted(path.name for path in (config.run_dir / "evaluations").iterdir())
     assert names == [f"step_00000{step}.{end}" for step in (0, 3, 4) for end in ("items.jsonl", "json")]
-    loop(states[0])                                                        # again from step 2: 3 and 4 are new, 0 stays
+    loop(states[0])  # again from step 2: 3 and 4 are new, 0 stays
     assert [step for step, _ in ran] == [0, 3, 4, 3, 4]
 
 
-@pytest.mark.parametrize("settings", [{"evaluation": {"background": False}}, {"rollout": {"deterministic": True}, "evaluation": {"background": True}},
-                                      {}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"evaluation": {"background": False}}, {"rollout": {"deterministic": True}, "evaluation": {"background": True}}, {}],
+)
 def test_an_evaluation_in_the_foreground_ends_before_the_next_step(tmp_path, settings):
     wanted = {"files": ["e.jsonl"], "every": 1} | settings.get("evaluation", {})
     run = Run.open(config_of(tmp_path, evaluation=wanted, rollout=settings.get("rollout", {})), Alone())
@@ -453,7 +498,7 @@ def test_a_run_that_ends_early_leaves_no_evaluation_behind(tmp_path):
         run.finish_evaluation()
         run.record(rollouts_of(step), STATS, version=step)
         run.evaluate(lambda background: evaluation)
-        if step == 2:                                           # begun, and no further step: as at a time limit
+        if step == 2:  # begun, and no further step: as at a time limit
             break
     run.evaluate(lambda background: evaluation, last=True)
     run.close()
@@ -467,8 +512,12 @@ def test_a_loss_that_is_not_finite_dumps_the_batch_and_is_null_in_the_metrics(tm
     run.begin(None)
     for step in run.steps():
         loss = math.nan if step == 2 else 0.5
-        run.record(rollouts_of(step), STATS | {"policy/loss": loss}, version=step,
-                   batch=Batch((MiniBatch((), 6, 2),), {"batch/dp_imbalance": 0.25}))
+        run.record(
+            rollouts_of(step),
+            STATS | {"policy/loss": loss},
+            version=step,
+            batch=Batch((MiniBatch((), 6, 2),), {"batch/dp_imbalance": 0.25}),
+        )
     run.close()
     dumps = list((config.run_dir / "dumps").rglob("*.pt"))
     assert [str(path.relative_to(config.run_dir)) for path in dumps] == ["dumps/step_000002/rank_0.pt"]
@@ -504,11 +553,20 @@ def test_the_console_tells_the_time_left_by_the_median_step():
     stream = io.StringIO()
     console = Console(steps=10, stream=stream)
     for step, seconds in enumerate((60.0, 10.0, 12.0), start=1):
-        console.write({"step": step, "reward/mean": 0.25, "reward/correct": 0.2, "reward/boxed": 0.5,
-                       "throughput/generated_tokens_per_s": 211.6, "time/step_s": seconds})
-    assert stream.getvalue().splitlines()[-1] == (          # 7 x 12 s are left
-        "step    3/10  reward 0.250  correct  20%  boxed  50%     212 tokens/s    12.0 s/step  1 min left")
-    console.show(4, "generating")                            # no terminal: nothing is overwritten
+        console.write(
+            {
+                "step": step,
+                "reward/mean": 0.25,
+                "reward/correct": 0.2,
+                "reward/boxed": 0.5,
+                "throughput/generated_tokens_per_s": 211.6,
+                "time/step_s": seconds,
+            }
+        )
+    assert stream.getvalue().splitlines()[-1] == (  # 7 x 12 s are left
+        "step    3/10  reward 0.250  correct  20%  boxed  50%     212 tokens/s    12.0 s/step  1 min left"
+    )
+    console.show(4, "generating")  # no terminal: nothing is overwritten
     assert "generating" not in stream.getvalue() and "\x1b" not in stream.getvalue()
     assert [spoken_time(s) for s in (44.6, 84, 3540, 7500)] == ["45 s", "1 min", "59 min", "2 h 5 min"]
 
@@ -519,10 +577,13 @@ def test_without_a_terminal_a_long_step_shows_in_lines_of_its_own():
     for now, done in ((10.0, 1), (29.0, 2), (31.0, 3), (40.0, 4), (62.0, 5)):
         console.show(4, f"generating, {done}/8 questions")
     console.note("evaluating after 4 steps ...")
-    now = 90.0                                               # 28 s after the last line
+    now = 90.0  # 28 s after the last line
     console.show(5, "running")
-    assert stream.getvalue().splitlines() == ["step    4/10  generating, 3/8 questions ...",
-                                              "step    4/10  generating, 5/8 questions ...", "evaluating after 4 steps ..."]
+    assert stream.getvalue().splitlines() == [
+        "step    4/10  generating, 3/8 questions ...",
+        "step    4/10  generating, 5/8 questions ...",
+        "evaluating after 4 steps ...",
+    ]
 
 
 def test_on_a_terminal_the_running_step_is_overwritten_by_its_result():
@@ -543,8 +604,8 @@ def test_wandb_offline_writes_into_the_run_directory_and_tries_no_connection(tmp
     config = config_of(tmp_path, logging={"wandb": "offline"})
     program = f"""
 import socket, sys
-from alphamed.config_file import build_config, load_config
-from alphamed.observe.sinks import Wandb
+from alphamed.config.loading import build_config, load_config
+from alphamed.rundir.sinks import Wandb
 tried = []
 def audit(event, args):
     if event == "socket.connect" and args[0].family != socket.AF_UNIX: tried.append(args[1])
@@ -552,7 +613,7 @@ def audit(event, args):
 sys.addaudithook(audit)
 notes = []
 Wandb.CLOSE_DEADLINE_S = 500             # busy machines
-sink = Wandb(load_config({str(tmp_path / 'c.yaml')!r}), "abc123", notes.append)
+sink = Wandb(load_config({str(tmp_path / "c.yaml")!r}), "abc123", notes.append)
 for step in (1, 2): sink.write({{"step": step, "reward/mean": 0.5}})
 sink.close()
 print("tried", [t for t in tried if not str(t).startswith(("127.", "('127.", "localhost"))], "notes", notes)
@@ -571,8 +632,7 @@ def test_wandb_that_fails_is_told_and_stops_nothing(tmp_path, monkeypatch):
     sink = Wandb(config_of(tmp_path), "abc", notes.append)
     sink.write({"step": 1})
     sink.close()
-    assert notes == ["wandb stopped (division by zero); metrics.jsonl is complete, "
-                     "set logging.wandb to off to silence this"]
+    assert notes == ["wandb stopped (division by zero); metrics.jsonl is complete, set logging.wandb to off to silence this"]
 
 
 def test_wandb_that_hangs_is_left_behind(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 """Majority vote, pass@k and bootstrap intervals against hand counts and closed forms."""
+
 import itertools
 import math
 
@@ -17,12 +18,12 @@ def test_pass_at_k_is_the_share_of_k_subsets_with_a_right_one(right, samples, k)
 def test_pass_at_k_is_unbiased():
     """Its mean over 6 draws of a coin with p = 0.3 is 1 - 0.7^k exactly."""
     for k in (1, 2, 4, 6):
-        mean = sum(math.comb(6, c) * 0.3 ** c * 0.7 ** (6 - c) * pass_at_k([c], 6, k) for c in range(7))
-        assert mean == pytest.approx(1 - 0.7 ** k)
+        mean = sum(math.comb(6, c) * 0.3**c * 0.7 ** (6 - c) * pass_at_k([c], 6, k) for c in range(7))
+        assert mean == pytest.approx(1 - 0.7**k)
 
 
 def test_pass_at_k_is_the_mean_over_questions():
-    assert pass_at_k([0, 2, 4], 4, 2) == pytest.approx((0 + 5 / 6 + 1) / 3)      # 2 of 4: 1 - C(2,2)/C(4,2)
+    assert pass_at_k([0, 2, 4], 4, 2) == pytest.approx((0 + 5 / 6 + 1) / 3)  # 2 of 4: 1 - C(2,2)/C(4,2)
 
 
 @pytest.mark.parametrize("k", [0, 6])
@@ -35,8 +36,10 @@ def test_the_k_that_are_shown():
     assert [shown_ks(n) for n in (1, 2, 5, 8)] == [[1], [1, 2], [1, 2, 4, 5], [1, 2, 4, 8]]
 
 
-@pytest.mark.parametrize("letters, share", [
-    ("AAB", 1), ("ABB", 0), ("AB", 0.5), ("ABC", 1 / 3), ("BBCC", 0), ([None, None, "A"], 1), ([None, None], 0), ([], 0)])
+@pytest.mark.parametrize(
+    "letters, share",
+    [("AAB", 1), ("ABB", 0), ("AB", 0.5), ("ABC", 1 / 3), ("BBCC", 0), ([None, None, "A"], 1), ([None, None], 0), ([], 0)],
+)
 def test_votes(letters, share):
     assert vote(list(letters), "A") == pytest.approx(share)
 

@@ -1,11 +1,12 @@
 """Scores against published Wilson intervals and counts by hand; sentences that claim no more than the numbers hold."""
+
 import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from alphamed.config_choices import BadRows
+from alphamed.config.choices import BadRows
 from alphamed.evaluation.runner import (
     Evaluation,
     QuestionSet,
@@ -28,12 +29,16 @@ C, W, U, T = Outcome.CORRECT, Outcome.WRONG, Outcome.UNPARSEABLE, Outcome.TRUNCA
 
 
 # ------------------------------------------------------------------------------------------------------------ intervals
-@pytest.mark.parametrize("count, total, low, high", [
-    (81, 263, 0.2553, 0.3662),      # Newcombe 1998, Statistics in Medicine 17:857, table I, method 3
-    (15, 148, 0.0624, 0.1605),
-    (0, 20, 0.0000, 0.1611),
-    (1, 29, 0.0061, 0.1718),
-    (20, 20, 0.8389, 1.0000)])      # the mirror of 0 of 20
+@pytest.mark.parametrize(
+    "count, total, low, high",
+    [
+        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, Statistics in Medicine 17:857, table I, method 3
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (20, 20, 0.8389, 1.0000),
+    ],
+)  # the mirror of 0 of 20
 def test_wilson_interval_equals_the_published_one(count, total, low, high):
     assert Share(count, total).interval == pytest.approx((low, high), abs=5e-5)
 
@@ -55,18 +60,35 @@ def test_shares_are_written_with_their_interval():
 # -------------------------------------------------------------------------------------------------------------- scoring
 def graded(name, outcome, tokens, options=4, letter=None):
     question = Question(name, f"question {name}?", dict(zip("ABCDEFGHIJ"[:options], "abcdefghij")), "A")
-    rollout = Rollout(f"g-{name}", name, 0, tuple(range(tokens)), (0.0,) * tokens, f"text of {name}",
-                      FinishReason.LENGTH if outcome == T else FinishReason.STOP, 0)
-    return ScoredGroup(RolloutGroup(f"g-{name}", question, (1,), (rollout,)), (outcome,), (float(outcome == C),),
-                       (0.0,), (letter,))
+    rollout = Rollout(
+        f"g-{name}",
+        name,
+        0,
+        tuple(range(tokens)),
+        (0.0,) * tokens,
+        f"text of {name}",
+        FinishReason.LENGTH if outcome == T else FinishReason.STOP,
+        0,
+    )
+    return ScoredGroup(
+        RolloutGroup(f"g-{name}", question, (1,), (rollout,)), (outcome,), (float(outcome == C),), (0.0,), (letter,)
+    )
 
 
 def test_score_of_eight_answers_by_hand():
     outcomes = [C, C, C, W, W, U, T, Outcome.CRASH]
     found = score([graded(str(i), outcome, 10 * i, options=4 if i < 4 else 5) for i, outcome in enumerate(outcomes)])
-    assert found == Score(n=8, boxed=Share(5, 8), accuracy=Share(3, 8), accuracy_among_boxed=Share(3, 5),
-                          truncated=Share(1, 8), failed=Share(1, 8), tokens_mean=35.0, tokens_max=70,
-                          chance=pytest.approx((4 / 4 + 4 / 5) / 8))
+    assert found == Score(
+        n=8,
+        boxed=Share(5, 8),
+        accuracy=Share(3, 8),
+        accuracy_among_boxed=Share(3, 5),
+        truncated=Share(1, 8),
+        failed=Share(1, 8),
+        tokens_mean=35.0,
+        tokens_max=70,
+        chance=pytest.approx((4 / 4 + 4 / 5) / 8),
+    )
     assert found.accuracy.value == pytest.approx(found.boxed.value * found.accuracy_among_boxed.value)
 
 
@@ -92,8 +114,9 @@ def test_an_empty_evaluation_is_refused():
 
 # ------------------------------------------------------------------------------------------------------------ sentences
 def numbers(boxed, correct, n=200, truncated=0, chance=0.2):
-    return Score(n, Share(boxed, n), Share(correct, n), Share(correct, boxed), Share(truncated, n), Share(0, n), 50.0,
-                 64, chance)
+    return Score(
+        n, Share(boxed, n), Share(correct, n), Share(correct, boxed), Share(truncated, n), Share(0, n), 50.0, 64, chance
+    )
 
 
 def test_change_needs_intervals_that_do_not_touch():
@@ -105,7 +128,7 @@ def test_change_needs_intervals_that_do_not_touch():
 
 
 def test_a_risen_boxed_rate_is_called_format_and_not_knowledge():
-    sentences = verdict(numbers(boxed=90, correct=20), numbers(boxed=195, correct=45))       # 22.2% -> 23.1% of boxed
+    sentences = verdict(numbers(boxed=90, correct=20), numbers(boxed=195, correct=45))  # 22.2% -> 23.1% of boxed
     text = " ".join(sentences)
     assert sentences[0].startswith("The answer format was learnt")
     assert "More questions are answered correctly" in text and "That is format, not knowledge" in text
@@ -149,20 +172,34 @@ QUESTIONS = tuple(Question(f"q{i}", f"question {i}?", {"A": "a", "B": "b"}, "AB"
 def answer_a(tasks):
     """Greedy "A" for everything, in another order than asked."""
     assert all(task.sampling.temperature == 0 and task.sampling.n == 1 for task in tasks)
-    return [ScoredGroup(
-        RolloutGroup(task.group_id, task.question, task.prompt_token_ids, (
-            Rollout(task.group_id, task.question.id, 0, (1, 2, 3), (0.0,) * 3, "<b>\\boxed{A}", FinishReason.STOP,
-                    4),)),
-        (C if task.question.answer == "A" else W,), (0.0,), (0.0,), ("A",)) for task in reversed(tasks)]
+    return [
+        ScoredGroup(
+            RolloutGroup(
+                task.group_id,
+                task.question,
+                task.prompt_token_ids,
+                (Rollout(task.group_id, task.question.id, 0, (1, 2, 3), (0.0,) * 3, "<b>\\boxed{A}", FinishReason.STOP, 4),),
+            ),
+            (C if task.question.answer == "A" else W,),
+            (0.0,),
+            (0.0,),
+            ("A",),
+        )
+        for task in reversed(tasks)
+    ]
 
 
 def test_evaluation_keeps_order_and_reads_back(tmp_path):
-    sets = [QuestionSet("one", Path("one.jsonl"), QUESTIONS[:3], 9),
-            QuestionSet("two", Path("two.jsonl"), QUESTIONS, 4)]
+    sets = [QuestionSet("one", Path("one.jsonl"), QUESTIONS[:3], 9), QuestionSet("two", Path("two.jsonl"), QUESTIONS, 4)]
     begun = []
-    finish = begin_evaluation(sets, lambda question: [len(question.id)], lambda name, tasks: begun.append((name, tasks)) or (
-        lambda: answer_a(tasks)), max_tokens=64, policy_version=4)
-    assert [name for name, _ in begun] == ["one", "two"]        # before anything is waited for
+    finish = begin_evaluation(
+        sets,
+        lambda question: [len(question.id)],
+        lambda name, tasks: begun.append((name, tasks)) or (lambda: answer_a(tasks)),
+        max_tokens=64,
+        policy_version=4,
+    )
+    assert [name for name, _ in begun] == ["one", "two"]  # before anything is waited for
     assert all(task.evaluation for _, tasks in begun for task in tasks)
     found = finish()
     assert [group.group.question.id for group in found.results[0].groups] == ["q0", "q1", "q2"]
@@ -186,8 +223,7 @@ def test_missing_answers_are_an_error():
 def test_subsets_are_chosen_by_seed_not_by_place(tmp_path):
     import json
 
-    rows = [{"id": f"q{i}", "question": f"question {i}?", "options": {"A": "a", "B": "b"}, "answer": "A"}
-            for i in range(50)]
+    rows = [{"id": f"q{i}", "question": f"question {i}?", "options": {"A": "a", "B": "b"}, "answer": "A"} for i in range(50)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
 
@@ -195,30 +231,45 @@ def test_subsets_are_chosen_by_seed_not_by_place(tmp_path):
         return [q.id for q in load_sets([tmp_path / file], limit, seed, BadRows.REFUSE)[0].questions]
 
     ten = ids("a.jsonl", 10, seed=1)
-    assert len(ten) == 10 and ten == sorted(ten, key=lambda name: int(name[1:]))           # the order of the file
+    assert len(ten) == 10 and ten == sorted(ten, key=lambda name: int(name[1:]))  # the order of the file
     assert set(ids("b.jsonl", 10, seed=1)) == set(ten) != set(ids("a.jsonl", 10, seed=2))
     assert set(ids("a.jsonl", 5, seed=1)) < set(ten) and len(ids("a.jsonl", None, seed=1)) == 50
     assert load_sets([tmp_path / "a.jsonl"], 10, 1, BadRows.REFUSE)[0].available == 50
 
 
 # ----------------------------------------------------------------------------------------------------------- limited time
-@pytest.mark.parametrize(("wanted", "tried", "seconds", "limit", "asked"), [
-    (200, 24, 12.0, 100.0, 200),            # 0.5 s each
-    (200, 24, 24.0, 100.0, 100),            # 1 s each
-    (200, 24, 240.0, 100.0, 48),            # 10 s each: 10 would fit, fewer than 48 say nothing
-    (30, 24, 240.0, 100.0, 30), (10, 10, 1.0, 0.1, 10), (200, 24, 0.0, 1.0, 200)])
+@pytest.mark.parametrize(
+    ("wanted", "tried", "seconds", "limit", "asked"),
+    [
+        (200, 24, 12.0, 100.0, 200),  # 0.5 s each
+        (200, 24, 24.0, 100.0, 100),  # 1 s each
+        (200, 24, 240.0, 100.0, 48),  # 10 s each: 10 would fit, fewer than 48 say nothing
+        (30, 24, 240.0, 100.0, 30),
+        (10, 10, 1.0, 0.1, 10),
+        (200, 24, 0.0, 1.0, 200),
+    ],
+)
 def test_questions_that_there_is_time_for(wanted, tried, seconds, limit, asked):
     assert affordable(wanted, tried, seconds, limit) == asked
 
 
 def timed(seconds_each: float, asked: list):
     """An evaluation of one set that takes so long for each question; notes the questions."""
+
     def evaluate(one):
         asked.append([question.id for question in one.questions])
-        groups = tuple(ScoredGroup(RolloutGroup("g", question, (1,), (Rollout(
-            "g", question.id, 0, (1,), (0.0,), "", FinishReason.STOP, 3),)), (C,), (1.0,), (0.0,), ("A",))
-            for question in one.questions)
+        groups = tuple(
+            ScoredGroup(
+                RolloutGroup("g", question, (1,), (Rollout("g", question.id, 0, (1,), (0.0,), "", FinishReason.STOP, 3),)),
+                (C,),
+                (1.0,),
+                (0.0,),
+                ("A",),
+            )
+            for question in one.questions
+        )
         return Evaluation(3, (SetResult(one, groups, score(groups)),), seconds_each * len(groups), 64)
+
     return evaluate
 
 
@@ -229,15 +280,17 @@ def question_set(name, count):
 
 def test_a_slow_evaluation_asks_a_part_of_each_set_that_any_later_one_can_ask_too(tmp_path):
     sets, asked, notes = (question_set("a", 200), question_set("b", 50)), [], []
-    found = evaluate_within(sets, timed(1.0, asked), 125.0, 7, notes.append)        # 100 s for a, 25 s for b
+    found = evaluate_within(sets, timed(1.0, asked), 125.0, 7, notes.append)  # 100 s for a, 25 s for b
     assert [result.score.n for result in found.results] == [100, 48] and found.seconds == 148.0
     assert [len(ids) for ids in asked] == [24, 76, 24, 24]
     first = found.results[0].questions
-    assert sorted(asked[0] + asked[1]) == sorted(question.id for question in first.questions)       # each once
+    assert sorted(asked[0] + asked[1]) == sorted(question.id for question in first.questions)  # each once
     assert [group.group.question.id for group in found.results[0].groups] == [question.id for question in first.questions]
     assert first.questions == within(sets[0], 100, 7).questions and first.available == 200
-    assert notes == ["evaluation.time_limit_s: 24 questions of a took 24 s; 100 of 200 are asked in this run, 100 are left out",
-                     "evaluation.time_limit_s: 24 questions of b took 24 s; 48 of 50 are asked in this run, 2 are left out"]
+    assert notes == [
+        "evaluation.time_limit_s: 24 questions of a took 24 s; 100 of 200 are asked in this run, 100 are left out",
+        "evaluation.time_limit_s: 24 questions of b took 24 s; 48 of 50 are asked in this run, 2 are left out",
+    ]
     write_evaluation(tmp_path / "evaluations", "step_000000", 0, found)
     assert asked_before(tmp_path) == {"a": 100, "b": 48}
 

@@ -1,4 +1,5 @@
 """Links through shared memory, between threads and between processes."""
+
 import gc
 import os
 import signal
@@ -33,7 +34,7 @@ def open_link(receivers, slot_bytes=4096, deadline_s=DEADLINE_S):
 
 def test_every_receiver_gets_every_bucket_in_turn():
     generator = torch.Generator().manual_seed(0)
-    sizes = (4096, 1, 77, 5000, 4096, 9, 10)                    # more than there are slots, and larger than a page
+    sizes = (4096, 1, 77, 5000, 4096, 9, 10)  # more than there are slots, and larger than a page
     sent = [torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator) for size in sizes]
     sent += [torch.randn(33, generator=generator), torch.randn(64, generator=generator).bfloat16()]
     source, *receivers = open_link(3, slot_bytes=5000)
@@ -42,7 +43,7 @@ def test_every_receiver_gets_every_bucket_in_turn():
         for bucket in sent:
             scratch = bucket.clone()
             source.broadcast(scratch, LATE)
-            scratch.zero_()                                     # it may be reused at once
+            scratch.zero_()  # it may be reused at once
         return source.broadcast(sent[0], LATE).wait(LATE)
 
     def receive(receiver):
@@ -51,6 +52,7 @@ def test_every_receiver_gets_every_bucket_in_turn():
         for arrival in arrivals:
             arrival.wait(LATE)
         return found
+
     with ThreadPoolExecutor(4) as threads:
         sending = threads.submit(send)
         for found in threads.map(receive, receivers, timeout=DEADLINE_S):
@@ -122,7 +124,8 @@ def test_processes_of_other_users_are_not_let_in(monkeypatch):
 def test_a_closed_link_leaves_nothing():
     def left():
         return len(os.listdir("/proc/self/fd")), Path("/proc/self/maps").read_text().count("/memfd:alphamed")
-    gc.collect()                                # tracebacks of other tests hold links in cycles
+
+    gc.collect()  # tracebacks of other tests hold links in cycles
     before = left()
     ends = open_link(2)
     assert left()[1] == before[1] + 3
@@ -154,7 +157,7 @@ def test_the_death_of_a_receiving_process_is_noticed_at_once():
         pending = source.broadcast(torch.zeros(1000), LATE)
         os.kill(child.pid, signal.SIGKILL)
         with pytest.raises(RuntimeError, match="link l: member 1 did not take bucket 1: Connection reset by peer"):
-            pending.wait(timedelta(days=1))                     # not its deadline
+            pending.wait(timedelta(days=1))  # not its deadline
         child.wait(DEADLINE_S)
         with pytest.raises(RuntimeError, match="link l: member 1 is gone"):
             source.broadcast(torch.zeros(1000), LATE)

@@ -1,4 +1,5 @@
 """`alphamed status`: what it says of a live run and of dead ones."""
+
 import json
 import subprocess
 import sys
@@ -10,14 +11,25 @@ from alphamed.cluster import failure
 from alphamed.cluster.job import Job, Place
 from alphamed.cluster.ledger import Lock
 from alphamed.cluster.pulse import Pulse
+from alphamed.config.loading import build_config, dump_config
 from alphamed.errors import ConfigError
-from alphamed.config_file import build_config, dump_config
-from alphamed.observe.status import is_running, main, status
+from alphamed.rundir.status import is_running, main, status
 
-ROW = {"time/step_s": 12.0, "throughput/generated_tokens_per_s": 850.0, "reward/mean": 0.25, "reward/correct": 0.25,
-       "reward/boxed": 0.5}
-PULSE = {"time": 1000.0, "host": "node1", "pid": 77, "slurm_job": "5", "activity": "step 4, generating, 2 of 8 questions",
-         "heard": {"rank 0 (pid 77 on node1)": 1000.0, "engine 0": 940.0, "reward process": 999.0}}
+ROW = {
+    "time/step_s": 12.0,
+    "throughput/generated_tokens_per_s": 850.0,
+    "reward/mean": 0.25,
+    "reward/correct": 0.25,
+    "reward/boxed": 0.5,
+}
+PULSE = {
+    "time": 1000.0,
+    "host": "node1",
+    "pid": 77,
+    "slurm_job": "5",
+    "activity": "step 4, generating, 2 of 8 questions",
+    "heard": {"rank 0 (pid 77 on node1)": 1000.0, "engine 0": 940.0, "reward process": 999.0},
+}
 
 
 @pytest.fixture
@@ -26,8 +38,9 @@ def run_dir(tmp_path):
     (tmp_path / "config.yaml").write_text(dump_config(config))
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(ROW | {"step": step}) + "\n" for step in (1, 2, 3)))
     (tmp_path / "pulse.json").write_text(json.dumps(PULSE))
-    (tmp_path / "job.json").write_text(Job((Place("node1", "10.0.0.1", "eth0", 2, 0), Place("node2", "10.0.0.2", "eth0", 0, 1)),
-                                           1, 2).to_json())
+    (tmp_path / "job.json").write_text(
+        Job((Place("node1", "10.0.0.1", "eth0", 2, 0), Place("node2", "10.0.0.2", "eth0", 0, 1)), 1, 2).to_json()
+    )
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "rank_0.log").touch()
     return tmp_path
@@ -40,17 +53,30 @@ def test_a_live_run(run_dir):
         "step     3 of 10, 12.0 s a step, 850 tokens/s generated, 1 min left",
         "reward   0.250, correct 25%, boxed 50%",
         "now      step 4, generating, 2 of 8 questions",
-        "host     node1 (10.0.0.1): 2 ranks", "host     node2 (10.0.0.2): 1 engine workers",
-        "heard    rank 0 (pid 77 on node1): 4 s ago", "heard    engine 0: 1 min ago (late)", "heard    reward process: 5 s ago",
-        f"logs     {run_dir / 'logs'}: rank_0.log"]
+        "host     node1 (10.0.0.1): 2 ranks",
+        "host     node2 (10.0.0.2): 1 engine workers",
+        "heard    rank 0 (pid 77 on node1): 4 s ago",
+        "heard    engine 0: 1 min ago (late)",
+        "heard    reward process: 5 s ago",
+        f"logs     {run_dir / 'logs'}: rank_0.log",
+    ]
 
 
-@pytest.mark.parametrize("end, words", [
-    (lambda run_dir: failure.record_end(run_dir, "stopped by SIGTERM"), "ended    stopped by SIGTERM, "),
-    (lambda run_dir: failure.record(run_dir, failure.RunFailed("host node2", "was lost")), "ended    failed: host node2: was lost"),
-    (lambda run_dir: (run_dir / "finished.json").write_text('{"step": 3}'), "ended    finished after step 3"),
-    (lambda run_dir: None, "ended    without a record (killed, or its host was lost); its last sign of life came 17 min ago, at: step 4"),
-])
+@pytest.mark.parametrize(
+    "end, words",
+    [
+        (lambda run_dir: failure.record_end(run_dir, "stopped by SIGTERM"), "ended    stopped by SIGTERM, "),
+        (
+            lambda run_dir: failure.record(run_dir, failure.RunFailed("host node2", "was lost")),
+            "ended    failed: host node2: was lost",
+        ),
+        (lambda run_dir: (run_dir / "finished.json").write_text('{"step": 3}'), "ended    finished after step 3"),
+        (
+            lambda run_dir: None,
+            "ended    without a record (killed, or its host was lost); its last sign of life came 17 min ago, at: step 4",
+        ),
+    ],
+)
 def test_a_dead_run_says_why(run_dir, end, words):
     end(run_dir)
     lines = list(status(run_dir, 2000.0))

@@ -1,4 +1,5 @@
 """The order of questions and the letters of their options: seeded, complete, resumable, and right."""
+
 import json
 from collections import Counter
 from dataclasses import replace
@@ -52,7 +53,7 @@ def test_a_stream_continues_exactly_from_every_position():
         resumed = QuestionStream(QUESTIONS[::-1], seed=3)
         resumed.take(5)
         resumed.load_state(state)
-        assert resumed.take(10) == reference[position:position + 10]
+        assert resumed.take(10) == reference[position : position + 10]
         assert (state["epoch"], state["position"]) == divmod(position, 7)
 
 
@@ -99,20 +100,22 @@ def test_all_orders_of_three_options_come_up_equally_often():
 
 def test_every_four_neighbours_have_their_answers_at_all_four_letters():
     stream = QuestionStream([question(i, "C") for i in range(22)], seed=5)
-    for _ in range(3):                                  # epochs of 22: five whole decks and a half one
+    for _ in range(3):  # epochs of 22: five whole decks and a half one
         epoch = stream.take(22)
         for start in range(0, 20, 4):
-            assert sorted(q.answer for q in epoch[start:start + 4]) == list("ABCD")
+            assert sorted(q.answer for q in epoch[start : start + 4]) == list("ABCD")
         assert all(q.options[q.answer] == "blue" for q in epoch)
 
 
 def test_letters_depend_on_seed_epoch_and_id_alone():
     base = shuffle_options(question(1), 1, 1)
     assert shuffle_options(replace(question(1), context="c", level=2), 1, 1).options == base.options
-    for other in ([shuffle_options(question(1), seed, 1) for seed in range(30)],
-                  [shuffle_options(question(1), 1, epoch) for epoch in range(30)],
-                  [shuffle_options(question(i), 1, 1) for i in range(30)]):
-        assert len({tuple(shuffled.options.values()) for shuffled in other}) > 10     # of 24 orders
+    for other in (
+        [shuffle_options(question(1), seed, 1) for seed in range(30)],
+        [shuffle_options(question(1), 1, epoch) for epoch in range(30)],
+        [shuffle_options(question(i), 1, 1) for i in range(30)],
+    ):
+        assert len({tuple(shuffled.options.values()) for shuffled in other}) > 10  # of 24 orders
 
 
 def test_the_stream_letters_anew_every_epoch_and_only_when_asked():
@@ -123,30 +126,89 @@ def test_the_stream_letters_anew_every_epoch_and_only_when_asked():
     assert QuestionStream(QUESTIONS[:1], seed=3, shuffle_options=False).take(3) == [QUESTIONS[0]] * 3
 
 
-@pytest.mark.parametrize("text", [
-    "All of the above", "all the above", "None of the above.", "none", "None.", "NONE", "None of these", "All of these",
-    "Both of the above", "Both A and B", "A and B", "A & C only", "Both (a) and (b)", "Both 'a' and 'c'", "A or B",
-    "A only", "Only B", "A, B and D", "All", "Both", "Neither", "Neither of them", "Any of the above",
-    "Anyone of the above.",
-    "All are correct", "All are true.", "None is correct.", "No option is correct.", "No answer is correct.",
-    "All the previous answers are correct.", "The answers 1 and 2 are the correct ones.", "1 and 3 are correct.",
-    "1 only", "1, 2, and 3", "1,2,3 & 4", "In none of the above.", "Options B and C", "Same as A",
-    "Two of these", "I and J"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "All of the above",
+        "all the above",
+        "None of the above.",
+        "none",
+        "None.",
+        "NONE",
+        "None of these",
+        "All of these",
+        "Both of the above",
+        "Both A and B",
+        "A and B",
+        "A & C only",
+        "Both (a) and (b)",
+        "Both 'a' and 'c'",
+        "A or B",
+        "A only",
+        "Only B",
+        "A, B and D",
+        "All",
+        "Both",
+        "Neither",
+        "Neither of them",
+        "Any of the above",
+        "Anyone of the above.",
+        "All are correct",
+        "All are true.",
+        "None is correct.",
+        "No option is correct.",
+        "No answer is correct.",
+        "All the previous answers are correct.",
+        "The answers 1 and 2 are the correct ones.",
+        "1 and 3 are correct.",
+        "1 only",
+        "1, 2, and 3",
+        "1,2,3 & 4",
+        "In none of the above.",
+        "Options B and C",
+        "Same as A",
+        "Two of these",
+        "I and J",
+    ],
+)
 def test_options_that_speak_of_others_stay_where_they_are(text):
     asked = question(1, A="red", B="green", C="blue", D=text)
     assert refers_to_options(asked)
     assert all(shuffle_options(asked, 1, epoch) is asked for epoch in range(5))
 
 
-@pytest.mark.parametrize("text", [
-    "Vitamin A", "Hepatitis B virus", "All-trans retinoic acid", "Acute lymphoblastic leukemia (ALL)", "Both kidneys",
-    "Neither consumes oxygen nor produces ATP", "Above 9 years", "Serum calcium above 11 mg/dL",
-    "Previous chemotherapy", "Factor VIII and factor IX", "2 and a half years", "1,25-dihydroxyvitamin D",
-    "Between 3 and 5 days", "3/4", "42",
-    "yes", "no", "maybe", "Surgery is the treatment of choice", "A high fever", "Group A streptococcus",
-    "Both males and females",
-    "T cells only in the thymus", "Nonenhancing lesion", "Loss of all body hair", "L4 and L5",
-    "P waves and QRS complexes unrelated to each other"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Vitamin A",
+        "Hepatitis B virus",
+        "All-trans retinoic acid",
+        "Acute lymphoblastic leukemia (ALL)",
+        "Both kidneys",
+        "Neither consumes oxygen nor produces ATP",
+        "Above 9 years",
+        "Serum calcium above 11 mg/dL",
+        "Previous chemotherapy",
+        "Factor VIII and factor IX",
+        "2 and a half years",
+        "1,25-dihydroxyvitamin D",
+        "Between 3 and 5 days",
+        "3/4",
+        "42",
+        "yes",
+        "no",
+        "maybe",
+        "Surgery is the treatment of choice",
+        "A high fever",
+        "Group A streptococcus",
+        "Both males and females",
+        "T cells only in the thymus",
+        "Nonenhancing lesion",
+        "Loss of all body hair",
+        "L4 and L5",
+        "P waves and QRS complexes unrelated to each other",
+    ],
+)
 def test_options_that_only_look_like_it_are_shuffled(text):
     assert not refers_to_options(question(1, A="red", B="green", C="blue", D=text))
 

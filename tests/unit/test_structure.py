@@ -1,6 +1,8 @@
 """Import fences and the light start of the command line: the architecture, held by a test."""
+
 import ast
 import configparser
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,21 +14,51 @@ SOURCE = ROOT / "src" / "alphamed"
 
 # package -> the only places that may import it (folders end with a slash)
 FENCES = {
-    "megatron": ("src/alphamed/megatron/", "src/alphamed/weights/sync.py", "megatron_patches/"),
+    "megatron": (
+        "src/alphamed/megatron/",
+        "src/alphamed/weights/sync.py",
+        "src/alphamed/lab/planner/meta_build.py",
+        "megatron_patches/",
+    ),
     "vllm": ("src/alphamed/rollout/engine.py", "src/alphamed/weights/receiver.py"),
     "ray": ("src/alphamed/cluster/", "src/alphamed/rollout/", "src/alphamed/reward/process.py"),
     "transformer_engine": ("src/alphamed/megatron/",),
-    "wandb": ("src/alphamed/observe/sinks.py",),
+    "wandb": ("src/alphamed/rundir/sinks.py",),
 }
 # what a laptop's `alphamed --help` and the data tools must never wait for
 HEAVY = ("torch", "transformers", "ray", "vllm", "megatron", "matplotlib", "wandb", "datasets")
-LIGHT = ("alphamed.config", "alphamed.records", "alphamed.model", "alphamed.cli", "alphamed.data.mcq",
-         "alphamed.jsonl", "alphamed.folding", "alphamed.data.tables", "alphamed.data.text", "alphamed.data.sources", "alphamed.data.prompts", "alphamed.data.stream", "alphamed.data.tokenizer",
-         "alphamed.data.medfacts", "alphamed.data.build", "alphamed.data.commands", "alphamed.data.decontaminate",
-         "alphamed.data.matching", "alphamed.data.suspects", "alphamed.evaluation.benchmarks",
-         "alphamed.observe.dataset_page", "alphamed.reward.extraction", "alphamed.reward.rules",
-         "alphamed.bundle", "alphamed.reproduce", "alphamed.rollout.curriculum", "alphamed.study.main",
-         "alphamed.planner.main", "alphamed.planner.forecast", "alphamed.weights.routes")
+LIGHT = (
+    "alphamed.answers.extraction",
+    "alphamed.answers.folding",
+    "alphamed.cli",
+    "alphamed.config.schema",
+    "alphamed.data.mcq",
+    "alphamed.data.prompts",
+    "alphamed.data.sources",
+    "alphamed.data.stream",
+    "alphamed.data.tables",
+    "alphamed.data.text",
+    "alphamed.data.tokenizer",
+    "alphamed.evaluation.benchmarks",
+    "alphamed.jsonl",
+    "alphamed.lab.bundle.pack",
+    "alphamed.lab.bundle.reproduce",
+    "alphamed.lab.datasets.build",
+    "alphamed.lab.datasets.commands",
+    "alphamed.lab.datasets.decontaminate",
+    "alphamed.lab.datasets.matching",
+    "alphamed.lab.datasets.medfacts",
+    "alphamed.lab.datasets.page",
+    "alphamed.lab.datasets.suspects",
+    "alphamed.lab.planner.forecast",
+    "alphamed.lab.planner.main",
+    "alphamed.lab.study.main",
+    "alphamed.model.shape",
+    "alphamed.records",
+    "alphamed.reward.rules",
+    "alphamed.rollout.curriculum",
+    "alphamed.weights.routes",
+)
 
 
 def sources() -> list[Path]:
@@ -47,9 +79,38 @@ def imports(path: Path) -> set[str]:
 @pytest.mark.parametrize("package", FENCES)
 def test_a_library_is_imported_behind_its_fence_only(package):
     allowed = FENCES[package]
-    strays = [name for path in sources() if package in imports(path)
-              for name in [path.relative_to(ROOT).as_posix()] if not name.startswith(allowed)]
+    strays = [
+        name
+        for path in sources()
+        if package in imports(path)
+        for name in [path.relative_to(ROOT).as_posix()]
+        if not name.startswith(allowed)
+    ]
     assert strays == []
+
+
+def test_the_layers_hold():
+    """.importlinter states them; a forbidden import fails here."""
+    pytest.importorskip("importlinter", reason="import-linter is not installed (tests/requirements.txt)")
+    lint = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+    run = subprocess.run(
+        [sys.executable, "-c", lint, "--no-cache"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_the_linter_finds_nothing():
+    """The settings are those of pyproject.toml."""
+    pytest.importorskip("ruff", reason="ruff is not installed (tests/requirements.txt)")
+    run = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--no-cache", "."], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 @pytest.mark.parametrize("module", LIGHT)
@@ -75,8 +136,14 @@ def test_an_installed_package_holds_every_folder_and_data_file():
     setup.read(ROOT / "setup.cfg")
     folders = {path.parent for path in SOURCE.rglob("*.py")}
     assert set(setup["options"]["packages"].split()) == {
-        ".".join(folder.relative_to(SOURCE.parent).parts) for folder in folders} | {"megatron_patches"}
+        ".".join(folder.relative_to(SOURCE.parent).parts) for folder in folders
+    } | {"megatron_patches"}
     taken = {package: patterns.split(", ") for package, patterns in setup["options.package_data"].items()}
-    left = [path.name for path in SOURCE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")
-            and not any(path.match(pattern) for pattern in taken[".".join(path.parent.relative_to(SOURCE.parent).parts)])]
+    left = [
+        path.name
+        for path in SOURCE.rglob("*")
+        if path.is_file()
+        and path.suffix not in (".py", ".pyc")
+        and not any(path.match(pattern) for pattern in taken[".".join(path.parent.relative_to(SOURCE.parent).parts)])
+    ]
     assert left == []

@@ -1,4 +1,5 @@
 """Studies: which runs a file means, what is refused, what a set is drawn from, resuming, failing runs, Slurm scripts."""
+
 import csv
 import json
 import os
@@ -14,18 +15,24 @@ from waiting import until
 
 from alphamed.cli import main
 from alphamed.cluster.ledger import Lock
-from alphamed.config_file import load_config
-from alphamed.data import build
-from alphamed.study import child, slurm
-from alphamed.study.data import make_sets
-from alphamed.study.grid import plan_runs, run_name
-from alphamed.study.spec import CONTROLS, Control, load_study
+from alphamed.config.loading import load_config
+from alphamed.lab.datasets import build
+from alphamed.lab.study import child, slurm
+from alphamed.lab.study.data import make_sets
+from alphamed.lab.study.grid import plan_runs, run_name
+from alphamed.lab.study.spec import CONTROLS, Control, load_study
 
 ROOT = Path(__file__).parents[2]
-BASE = {"model": {"path": "no-such-model"}, "data": {"train": ["questions.jsonl"]}, "run": {"steps": 8, "seed": 5},
-        "prompt": {"max_tokens": 64}, "rollout": {"questions_per_step": 2, "samples_per_question": 2,
-                                                  "max_response_tokens": 8},
-        "evaluation": {"files": ["exam.jsonl"]}, "logging": {"wandb": "off"}, "cluster": {"device": "cpu"}}
+BASE = {
+    "model": {"path": "no-such-model"},
+    "data": {"train": ["questions.jsonl"]},
+    "run": {"steps": 8, "seed": 5},
+    "prompt": {"max_tokens": 64},
+    "rollout": {"questions_per_step": 2, "samples_per_question": 2, "max_response_tokens": 8},
+    "evaluation": {"files": ["exam.jsonl"]},
+    "logging": {"wandb": "off"},
+    "cluster": {"device": "cpu"},
+}
 
 
 @pytest.fixture
@@ -33,8 +40,16 @@ def write(tmp_path, monkeypatch):
     """Write a study file beside its base, in the current directory, and return its path."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE))
-    rows = [{"id": f"q{i}", "question": f"Which is number {i}?", "answer": "ABC"[i % 3], "level": 1 + i % 6,
-             "options": {"A": f"this {i}", "B": f"that {i}", "C": f"other {i}"}} for i in range(60)]
+    rows = [
+        {
+            "id": f"q{i}",
+            "question": f"Which is number {i}?",
+            "answer": "ABC"[i % 3],
+            "level": 1 + i % 6,
+            "options": {"A": f"this {i}", "B": f"that {i}", "C": f"other {i}"},
+        }
+        for i in range(60)
+    ]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "exam.jsonl").write_text(json.dumps({**rows[0], "id": "e", "question": "Which, in the exam?"}) + "\n")
 
@@ -74,19 +89,23 @@ def test_axes_are_crossed(write):
     assert [(run.config.run.seed, run.config.optimizer.lr) for run in found] == [(1, 1e-5), (2, 1e-5), (1, 3e-4), (2, 3e-4)]
     assert {run.config.run_dir for run in found} == {Path("studies/s/runs") / run.name for run in found}
     assert found[2].axes == {"optimizer.lr": 0.0003, "seeds": 1}
-    assert all(run.config.rollout.questions_per_step == 2 for run in found)         # the rest is the base's
+    assert all(run.config.rollout.questions_per_step == 2 for run in found)  # the rest is the base's
 
 
 def test_settings_of_grid_over_study_over_base(write):
-    path = write(settings={"run.steps": 20, "optimizer.lr": 2e-6, "evaluation.files": ["{study}/exam.jsonl"]},
-                 grids=[{"name": "a"}, {"name": "b", "settings": {"run.steps": 30}, "axes": {"seeds": [7]}}])
+    path = write(
+        settings={"run.steps": 20, "optimizer.lr": 2e-6, "evaluation.files": ["{study}/exam.jsonl"]},
+        grids=[{"name": "a"}, {"name": "b", "settings": {"run.steps": 30}, "axes": {"seeds": [7]}}],
+    )
     first, second = runs(path)
     assert (first.config.run.steps, first.config.optimizer.lr, first.config.run.seed) == (20, 2e-6, 5)
     assert (second.config.run.steps, second.config.optimizer.lr, second.config.run.seed) == (30, 2e-6, 7)
     assert first.config.evaluation.files == (Path("studies/s/exam.jsonl"),)
     axes = {"settings": {"evaluation.files": [["{study}/a.jsonl"], ["b.jsonl"]]}}
     assert [run.config.evaluation.files for run in runs(write(grids=[{"name": "g", "axes": axes}]))] == [
-        (Path("studies/s/a.jsonl"),), (Path("b.jsonl"),)]
+        (Path("studies/s/a.jsonl"),),
+        (Path("b.jsonl"),),
+    ]
 
 
 def test_the_same_run_in_two_grids_is_one(write):
@@ -107,17 +126,31 @@ def test_two_runs_of_one_name_are_refused(write, capfd):
 
 
 def test_controls_stand_beside_the_first_values_with_all_seeds(write):
-    path = write(grids=[{"name": "g", "axes": {"seeds": [1, 2], "settings": {"optimizer.lr": [1e-5, 1e-4]}},
-                         "controls": [str(one) for one in Control]}])
+    path = write(
+        grids=[
+            {
+                "name": "g",
+                "axes": {"seeds": [1, 2], "settings": {"optimizer.lr": [1e-5, 1e-4]}},
+                "controls": [str(one) for one in Control],
+            }
+        ]
+    )
     found = [run for run in runs(path) if run.control]
     assert [run.name for run in found] == [
-        "lr1e-05-s1-random_reward", "lr1e-05-s2-random_reward", "lr1e-05-s1-format_reward", "lr1e-05-s2-format_reward",
-        "lr1e-05-s1-shuffled_keys", "lr1e-05-s2-shuffled_keys", "lr1e-05-s1-unchanged"]       # one, the exam is the same
+        "lr1e-05-s1-random_reward",
+        "lr1e-05-s2-random_reward",
+        "lr1e-05-s1-format_reward",
+        "lr1e-05-s2-format_reward",
+        "lr1e-05-s1-shuffled_keys",
+        "lr1e-05-s2-shuffled_keys",
+        "lr1e-05-s1-unchanged",
+    ]  # one, the exam is the same
     assert [run.config.reward.name for run in found] == ["random"] * 2 + ["format_only"] * 2 + ["correct"] * 3
     assert [str(run.config.data.answer_keys) for run in found] == ["given"] * 4 + ["shuffled"] * 2 + ["given"]
     assert (found[-1].config.run.last_step, found[-1].config.evaluation.before) == (0, True)
-    sampled = write(settings={"evaluation.questions": 1}, grids=[{"name": "g", "axes": {"seeds": [1, 2]},
-                                                                  "controls": ["unchanged"]}])
+    sampled = write(
+        settings={"evaluation.questions": 1}, grids=[{"name": "g", "axes": {"seeds": [1, 2]}, "controls": ["unchanged"]}]
+    )
     assert [run.name for run in runs(sampled) if run.control] == ["s1-unchanged", "s2-unchanged"]
 
 
@@ -134,94 +167,181 @@ def test_every_control_has_its_preset():
 def test_long_names_are_cut_and_stay_apart():
     names = [run_name({"prompt.instruction": "x" * 200 + end}, None) for end in "ab"]
     assert names[0] != names[1] and all(len(name) == 100 for name in names)
-    assert run_name({"sources": "medqa+mine", "sizes": 1200, "levels": (1, 2), "seeds": 3}, Control.UNCHANGED) == \
-        "medqa.mine-n1200-l1.2-s3-unchanged"
-    assert run_name({"sources": "a", "sizes": "all", "levels": "all", "data.shuffle_options": False}, None) == \
-        "a-shuffleoptionsfalse"
+    assert (
+        run_name({"sources": "medqa+mine", "sizes": 1200, "levels": (1, 2), "seeds": 3}, Control.UNCHANGED)
+        == "medqa.mine-n1200-l1.2-s3-unchanged"
+    )
+    assert (
+        run_name({"sources": "a", "sizes": "all", "levels": "all", "data.shuffle_options": False}, None)
+        == "a-shuffleoptionsfalse"
+    )
 
 
-@pytest.mark.parametrize("tree, words", [
-    ({"grids": []}, ["grids"]),
-    ({"gird": 1}, ["gird: unknown key", "did you mean 'grids'?"]),
-    ({"base": "nowhere.yaml"}, ["nowhere.yaml", "no such file"]),
-    ({"grids": [{"name": "a"}, {"name": "a"}]}, ["grids: a stands twice"]),
-    ({"grids": [{"name": "a", "axes": {"settings": {"optimizer.lrr": [1]}}}]},
-     ["grids.a: run lrr1-s5", "optimizer.lrr: unknown key; did you mean 'lr'?"]),
-    ({"grids": [{"name": "a", "axes": {"settings": {"optimizer.lr": [1e-5, -1]}}}]}, ["run lr-1-s5", "optimizer.lr: -1"]),
-    ({"grids": [{"name": "a", "axes": {"seeds": [1, 1]}}]}, ["grids.a.axes.seeds: 1 stands twice"]),
-    ({"grids": [{"name": "a", "axes": {"sizes": [10]}}]}, ["grids.a.axes.sizes: needs data"]),
-    ({"settings": {"run.seed": 3}}, ["run.seed is the axis seeds"]),
-    ({"grids": [{"name": "a", "settings": {"run.name": "x"}}]}, ["grids.a.settings: run.name is given by the study"]),
-    ({"grids": [{"name": "a", "controls": ["randm"]}]}, ["grids.0.controls.0", "'randm'"]),
-    ({"settings": {"reward.name": "corect"}}, ["did you mean 'correct'?"]),
-    ({"data": {}}, ["grids.g.axes.sources: missing"]),
-    ({"data": {}, "grids": [{"name": "g", "axes": {"sources": ["owm"]}}]}, ["'owm' is not known", "medqa"]),
-    ({"data": {"recipe": {"seed": 1}}, "grids": [{"name": "g", "axes": {"sources": ["medqa"]}}]},
-     ["error: data.recipe: seed is what the axes decide"]),
-    ({"data": {"recipe": {"fliter": {}}}, "grids": [{"name": "g", "axes": {"sources": ["medqa"]}}]}, ["fliter", "'filter'"]),
-    ({"data": OWN, "grids": [{"name": "g", "axes": {"sources": ["own+more"], "sizes": [11]}}]},
-     ["11 can not be dealt evenly to 2 sources; choose a multiple of 2"]),
-    ({"data": OWN | {"per_level": True}, "grids": [{"name": "g", "axes": {"sources": ["own"], "sizes": [10]}}]},
-     ["10 can not be dealt evenly to 1 source x 6 levels; choose a multiple of 6"]),
-    ({"data": {"sources": [{"name": "own", "path": "absent.jsonl"}]},
-      "grids": [{"name": "g", "axes": {"sources": ["own"]}}]}, ["absent.jsonl: no such file"]),
-    ({"data": {"sources": [{"name": "own", "path": "questions.jsonl", "levels": "absent.jsonl"}]},
-      "grids": [{"name": "g", "axes": {"sources": ["own"]}}]}, ["absent.jsonl: no such file of levels"]),
-    ({"data": OWN, "grids": [{"name": "g", "axes": {"sources": ["own"], "levels": [[7]]}}]}, ["levels", "7"]),
-    (own_axes() | {"data": OWN | {"recipe": {"decisions": ["absent.json"]}}},
-     ["data.recipe.decisions: absent.json: no such file"]),
-    (own_axes() | {"data": OWN | {"recipe": {"against": ["medqb"]}}}, ["data.recipe: benchmark 'medqb' is neither known"]),
-    (own_axes() | {"data": OWN | {"recipe": {"against": ["medqa=absent"]}}}, ["data.recipe: ", "absent"]),
-    # what the study sets itself, however it is written
-    (own_axes(settings={"data.train": [["x.jsonl"], ["y.jsonl"]]}),
-     ["grids.g.axes.settings: data.train is what data builds; use the axis sources"]),
-    (own_axes(settings={"data": [{"train": ["x.jsonl"]}, {"train": ["y.jsonl"]}]}), ["axes.settings: data.train is what"]),
-    (own_axes() | {"settings": {"data.train": ["x.jsonl"]}}, ["settings: data.train is what data builds"]),
-    ({"data": OWN, "grids": [{"name": "g", "axes": {"sources": ["own"]}, "settings": {"data": {"train": ["x.jsonl"]}}}]},
-     ["grids.g.settings: data.train is what data builds"]),
-    ({"settings": {"run": {"seed": 3}}}, ["settings: run.seed is the axis seeds"]),
-    ({"settings": {"run": {"steps": 3, "root": "r"}}}, ["settings: run.root is given by the study; use root"]),
-    ({"grids": [{"name": "a", "axes": {"settings": {"optimizer": [{"lr": 1e-6}], "optimizer.lr": [1e-5]}}}]},
-     ["grids.a.axes.settings: optimizer holds optimizer.lr, another axis"]),
-    # one condition under two names
-    (own_axes(informativeness=[[3, 4], [4, 3]]),
-     ["axes.informativeness: [4, 3] is [3, 4] in another order; give each value once"]),
-    (own_axes(informativeness=[[1, 1], [1]]), ["axes.informativeness: [1, 1] names one thing twice"]),
-    (own_axes(levels=[[1, 2], "all", [2, 1]]), ["axes.levels: [2, 1] is [1, 2] in another order"]),
-    (own_axes(sources=["own+more", "more+own"]), ['axes.sources: "more+own" is "own+more" in another order']),
-    (own_axes(sources=["own+own"]), ['axes.sources: "own+own" names one thing twice']),
-    *((own_axes(**{axis: []}), [f"axes.{axis}: [] leaves no value to run; give at least one, or remove the axis"])
-      for axis in ("seeds", "sizes", "levels", "informativeness", "sources")),
-    (own_axes(sizes=[10, 10]), ["axes.sizes: 10 stands twice"]),
-    ({"data": OWN, "grids": [{"name": name, "axes": {"sources": ["own"], "levels": levels}}
-                             for name, levels in (("a", [[1, 2]]), ("b", [[2, 1]]))]},
-     ["grids.b.axes.levels: [2, 1] is [1, 2] in another order; write it as grids.a does"]),
-    ({"grids": [{"name": "a", "axes": {"settings": {"run.steps": [4, 4.0]}}}]},
-     ["grids.a: steps4.0-s5 and steps4-s5 are one run under two names; give each value once"]),
-    ({"grids": [{"name": "a"}, {"name": "b", "axes": {"settings": {"run.steps": [8]}}}]},
-     ["grids.b: steps8-s5 and s5 are one run under two names"]),
-    # what would be refused only when the sets are made, or would take one thing for another
-    ({"data": {"medfacts": {"categories": ["nope"]}}, "grids": [{"name": "g", "axes": {"sources": ["medfacts"]}}]},
-     ["data.medfacts: category ['nope'] unknown; choose from"]),
-    ({"data": {"medfacts": {"levels": []}}, "grids": [{"name": "g", "axes": {"sources": ["medfacts"]}}]},
-     ["data.medfacts.levels: "]),
-    ({"data": {"medfacts": {}, "sources": [{"name": "medfacts", "path": "questions.jsonl"}]},
-      "grids": [{"name": "g", "axes": {"sources": ["medfacts"]}}]},
-     ["error: data.sources: medfacts is the name of the shipped questions"]),
-    ({"data": {"sources": [{"name": "alphamed19k", "path": "questions.jsonl"}]},
-      "grids": [{"name": "g", "axes": {"sources": ["alphamed19k"]}}]},
-     ["error: data.sources: alphamed19k is the name of a preset"]),
-    ({"data": {"sources": [OWN["sources"][0]] * 2}, "grids": [{"name": "g", "axes": {"sources": ["own"]}}]},
-     ["error: data.sources: own stands twice"]),
-    (own_axes(recipe={"filter": {"informativeness": [2]}}, informativeness=["all", [1]]),
-     ["data.recipe.filter.informativeness: [2] and grids.g.axes.informativeness both choose questions"]),
-    (own_axes(recipe={"filter": {"levels": [2]}}, levels=[[1]]), ["data.recipe.filter.levels: [2] and grids.g.axes.levels"]),
-    (own_axes(recipe={"filter": 3}, levels=[[1]]), ["error: data.recipe.filter: 3 is not valid; it is a section"]),
-    ({"slurm": {"options": ["--partition=gpu\ncurl x | sh"]}},
-     ["error: slurm.options: '--partition=gpu\\ncurl x | sh' holds a line"]),
-    ({"root": "studies\nrm -r x"}, ["root: 'studies\\nrm -r x' holds a line break"]),
-    ({"settings": {"evaluation": 3}}, ["settings: evaluation: 3 is not valid; it is a section with settings of its own"]),
-])
+@pytest.mark.parametrize(
+    "tree, words",
+    [
+        ({"grids": []}, ["grids"]),
+        ({"gird": 1}, ["gird: unknown key", "did you mean 'grids'?"]),
+        ({"base": "nowhere.yaml"}, ["nowhere.yaml", "no such file"]),
+        ({"grids": [{"name": "a"}, {"name": "a"}]}, ["grids: a stands twice"]),
+        (
+            {"grids": [{"name": "a", "axes": {"settings": {"optimizer.lrr": [1]}}}]},
+            ["grids.a: run lrr1-s5", "optimizer.lrr: unknown key; did you mean 'lr'?"],
+        ),
+        (
+            {"grids": [{"name": "a", "axes": {"settings": {"optimizer.lr": [1e-5, -1]}}}]},
+            ["run lr-1-s5", "optimizer.lr: -1"],
+        ),
+        ({"grids": [{"name": "a", "axes": {"seeds": [1, 1]}}]}, ["grids.a.axes.seeds: 1 stands twice"]),
+        ({"grids": [{"name": "a", "axes": {"sizes": [10]}}]}, ["grids.a.axes.sizes: needs data"]),
+        ({"settings": {"run.seed": 3}}, ["run.seed is the axis seeds"]),
+        ({"grids": [{"name": "a", "settings": {"run.name": "x"}}]}, ["grids.a.settings: run.name is given by the study"]),
+        ({"grids": [{"name": "a", "controls": ["randm"]}]}, ["grids.0.controls.0", "'randm'"]),
+        ({"settings": {"reward.name": "corect"}}, ["did you mean 'correct'?"]),
+        ({"data": {}}, ["grids.g.axes.sources: missing"]),
+        ({"data": {}, "grids": [{"name": "g", "axes": {"sources": ["owm"]}}]}, ["'owm' is not known", "medqa"]),
+        (
+            {"data": {"recipe": {"seed": 1}}, "grids": [{"name": "g", "axes": {"sources": ["medqa"]}}]},
+            ["error: data.recipe: seed is what the axes decide"],
+        ),
+        (
+            {"data": {"recipe": {"fliter": {}}}, "grids": [{"name": "g", "axes": {"sources": ["medqa"]}}]},
+            ["fliter", "'filter'"],
+        ),
+        (
+            {"data": OWN, "grids": [{"name": "g", "axes": {"sources": ["own+more"], "sizes": [11]}}]},
+            ["11 can not be dealt evenly to 2 sources; choose a multiple of 2"],
+        ),
+        (
+            {"data": OWN | {"per_level": True}, "grids": [{"name": "g", "axes": {"sources": ["own"], "sizes": [10]}}]},
+            ["10 can not be dealt evenly to 1 source x 6 levels; choose a multiple of 6"],
+        ),
+        (
+            {
+                "data": {"sources": [{"name": "own", "path": "absent.jsonl"}]},
+                "grids": [{"name": "g", "axes": {"sources": ["own"]}}],
+            },
+            ["absent.jsonl: no such file"],
+        ),
+        (
+            {
+                "data": {"sources": [{"name": "own", "path": "questions.jsonl", "levels": "absent.jsonl"}]},
+                "grids": [{"name": "g", "axes": {"sources": ["own"]}}],
+            },
+            ["absent.jsonl: no such file of levels"],
+        ),
+        ({"data": OWN, "grids": [{"name": "g", "axes": {"sources": ["own"], "levels": [[7]]}}]}, ["levels", "7"]),
+        (
+            own_axes() | {"data": OWN | {"recipe": {"decisions": ["absent.json"]}}},
+            ["data.recipe.decisions: absent.json: no such file"],
+        ),
+        (
+            own_axes() | {"data": OWN | {"recipe": {"against": ["medqb"]}}},
+            ["data.recipe: benchmark 'medqb' is neither known"],
+        ),
+        (own_axes() | {"data": OWN | {"recipe": {"against": ["medqa=absent"]}}}, ["data.recipe: ", "absent"]),
+        # what the study sets itself, however it is written
+        (
+            own_axes(settings={"data.train": [["x.jsonl"], ["y.jsonl"]]}),
+            ["grids.g.axes.settings: data.train is what data builds; use the axis sources"],
+        ),
+        (
+            own_axes(settings={"data": [{"train": ["x.jsonl"]}, {"train": ["y.jsonl"]}]}),
+            ["axes.settings: data.train is what"],
+        ),
+        (own_axes() | {"settings": {"data.train": ["x.jsonl"]}}, ["settings: data.train is what data builds"]),
+        (
+            {
+                "data": OWN,
+                "grids": [{"name": "g", "axes": {"sources": ["own"]}, "settings": {"data": {"train": ["x.jsonl"]}}}],
+            },
+            ["grids.g.settings: data.train is what data builds"],
+        ),
+        ({"settings": {"run": {"seed": 3}}}, ["settings: run.seed is the axis seeds"]),
+        ({"settings": {"run": {"steps": 3, "root": "r"}}}, ["settings: run.root is given by the study; use root"]),
+        (
+            {"grids": [{"name": "a", "axes": {"settings": {"optimizer": [{"lr": 1e-6}], "optimizer.lr": [1e-5]}}}]},
+            ["grids.a.axes.settings: optimizer holds optimizer.lr, another axis"],
+        ),
+        # one condition under two names
+        (
+            own_axes(informativeness=[[3, 4], [4, 3]]),
+            ["axes.informativeness: [4, 3] is [3, 4] in another order; give each value once"],
+        ),
+        (own_axes(informativeness=[[1, 1], [1]]), ["axes.informativeness: [1, 1] names one thing twice"]),
+        (own_axes(levels=[[1, 2], "all", [2, 1]]), ["axes.levels: [2, 1] is [1, 2] in another order"]),
+        (own_axes(sources=["own+more", "more+own"]), ['axes.sources: "more+own" is "own+more" in another order']),
+        (own_axes(sources=["own+own"]), ['axes.sources: "own+own" names one thing twice']),
+        *(
+            (own_axes(**{axis: []}), [f"axes.{axis}: [] leaves no value to run; give at least one, or remove the axis"])
+            for axis in ("seeds", "sizes", "levels", "informativeness", "sources")
+        ),
+        (own_axes(sizes=[10, 10]), ["axes.sizes: 10 stands twice"]),
+        (
+            {
+                "data": OWN,
+                "grids": [
+                    {"name": name, "axes": {"sources": ["own"], "levels": levels}}
+                    for name, levels in (("a", [[1, 2]]), ("b", [[2, 1]]))
+                ],
+            },
+            ["grids.b.axes.levels: [2, 1] is [1, 2] in another order; write it as grids.a does"],
+        ),
+        (
+            {"grids": [{"name": "a", "axes": {"settings": {"run.steps": [4, 4.0]}}}]},
+            ["grids.a: steps4.0-s5 and steps4-s5 are one run under two names; give each value once"],
+        ),
+        (
+            {"grids": [{"name": "a"}, {"name": "b", "axes": {"settings": {"run.steps": [8]}}}]},
+            ["grids.b: steps8-s5 and s5 are one run under two names"],
+        ),
+        # what would be refused only when the sets are made, or would take one thing for another
+        (
+            {"data": {"medfacts": {"categories": ["nope"]}}, "grids": [{"name": "g", "axes": {"sources": ["medfacts"]}}]},
+            ["data.medfacts: category ['nope'] unknown; choose from"],
+        ),
+        (
+            {"data": {"medfacts": {"levels": []}}, "grids": [{"name": "g", "axes": {"sources": ["medfacts"]}}]},
+            ["data.medfacts.levels: "],
+        ),
+        (
+            {
+                "data": {"medfacts": {}, "sources": [{"name": "medfacts", "path": "questions.jsonl"}]},
+                "grids": [{"name": "g", "axes": {"sources": ["medfacts"]}}],
+            },
+            ["error: data.sources: medfacts is the name of the shipped questions"],
+        ),
+        (
+            {
+                "data": {"sources": [{"name": "alphamed19k", "path": "questions.jsonl"}]},
+                "grids": [{"name": "g", "axes": {"sources": ["alphamed19k"]}}],
+            },
+            ["error: data.sources: alphamed19k is the name of a preset"],
+        ),
+        (
+            {"data": {"sources": [OWN["sources"][0]] * 2}, "grids": [{"name": "g", "axes": {"sources": ["own"]}}]},
+            ["error: data.sources: own stands twice"],
+        ),
+        (
+            own_axes(recipe={"filter": {"informativeness": [2]}}, informativeness=["all", [1]]),
+            ["data.recipe.filter.informativeness: [2] and grids.g.axes.informativeness both choose questions"],
+        ),
+        (
+            own_axes(recipe={"filter": {"levels": [2]}}, levels=[[1]]),
+            ["data.recipe.filter.levels: [2] and grids.g.axes.levels"],
+        ),
+        (own_axes(recipe={"filter": 3}, levels=[[1]]), ["error: data.recipe.filter: 3 is not valid; it is a section"]),
+        (
+            {"slurm": {"options": ["--partition=gpu\ncurl x | sh"]}},
+            ["error: slurm.options: '--partition=gpu\\ncurl x | sh' holds a line"],
+        ),
+        ({"root": "studies\nrm -r x"}, ["root: 'studies\\nrm -r x' holds a line break"]),
+        (
+            {"settings": {"evaluation": 3}},
+            ["settings: evaluation: 3 is not valid; it is a section with settings of its own"],
+        ),
+    ],
+)
 def test_a_bad_study_is_refused_in_one_line(write, capfd, tree, words):
     refused(capfd, write(**tree), *words)
 
@@ -235,9 +355,10 @@ def test_a_base_whose_section_is_a_number_is_refused_in_one_line(write, capfd, s
 
 # ---------------------------------------------------------------------------------------------------------------- the data
 def test_sets_are_drawn_by_source_size_level_and_seed(write):
-    path = write(data={"sources": [OWN["sources"][0]], "per_level": True},
-                 grids=[{"name": "g", "axes": {"sources": ["own"], "sizes": [12], "levels": ["all", [2, 5]],
-                                               "seeds": [1, 2]}}])
+    path = write(
+        data={"sources": [OWN["sources"][0]], "per_level": True},
+        grids=[{"name": "g", "axes": {"sources": ["own"], "sizes": [12], "levels": ["all", [2, 5]], "seeds": [1, 2]}}],
+    )
     study = load_study(path)
     planned = plan_runs(study)
     made = make_sets(study, planned, "test")
@@ -246,16 +367,16 @@ def test_sets_are_drawn_by_source_size_level_and_seed(write):
     assert levels == [[1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]] * 2 + [[2] * 6 + [5] * 6] * 2
     sets = [{json.loads(line)["id"] for line in file.read_text().splitlines()} for file in made]
     assert sets[0] != sets[1]
-    assert make_sets(study, planned, "test") == []                                  # once is enough
+    assert make_sets(study, planned, "test") == []  # once is enough
     made[0].write_text("{}\n")
-    assert make_sets(study, planned, "test") == [made[0]]                           # not what its card says
+    assert make_sets(study, planned, "test") == [made[0]]  # not what its card says
 
 
 def test_a_set_is_made_anew_where_a_file_of_its_recipe_has_changed(write):
     Path("levels.jsonl").write_text("".join(json.dumps({"id": f"q{i}", "level": 1 + i % 2}) + "\n" for i in range(60)))
     data = {"sources": [{"name": "own", "path": "questions.jsonl", "levels": "levels.jsonl"}]}
     study = load_study(write(data=data, grids=[{"name": "g", "axes": {"sources": ["own"], "levels": [[2]]}}]))
-    run, = plan_runs(study)
+    (run,) = plan_runs(study)
     assert make_sets(study, [run], "test") == [run.set.file] and make_sets(study, [run], "test") == []
     Path("levels.jsonl").write_text("".join(json.dumps({"id": f"q{i}", "level": 1 + (i < 10)}) + "\n" for i in range(60)))
     assert make_sets(study, [run], "test") == [run.set.file]
@@ -264,18 +385,26 @@ def test_a_set_is_made_anew_where_a_file_of_its_recipe_has_changed(write):
 
 def test_a_set_that_can_not_be_made_names_its_run_and_leaves_no_other(write, capfd):
     """60 questions, ten of each level: a set of 12 of level 2 can not be drawn, that of ten can, and is made first."""
-    path = write(data={"sources": [OWN["sources"][0]], "medfacts": {"facts": 1}},
-                 grids=[{"name": "g", "axes": {"sources": ["own"], "sizes": [10, 12], "levels": [[2]], "seeds": [1]}}])
+    path = write(
+        data={"sources": [OWN["sources"][0]], "medfacts": {"facts": 1}},
+        grids=[{"name": "g", "axes": {"sources": ["own"], "sizes": [10, 12], "levels": [[2]], "seeds": [1]}}],
+    )
     assert main(["study", str(path)]) == 2
     told = capfd.readouterr().err
     assert told.startswith("error: run own-n12-l2-s1: ") and told.count("\n") == 1, told
     assert not Path("studies/s/data").exists()
     # sets of an earlier start stay
-    first, = runs(other := write(data={"sources": [OWN["sources"][0]]}, grids=[
-        {"name": "g", "axes": {"sources": ["own"], "sizes": [10], "levels": [[2]], "seeds": [1]}}]))
+    (first,) = runs(
+        other := write(
+            data={"sources": [OWN["sources"][0]]},
+            grids=[{"name": "g", "axes": {"sources": ["own"], "sizes": [10], "levels": [[2]], "seeds": [1]}}],
+        )
+    )
     assert make_sets(load_study(other), [first], "test") == [first.set.file]
-    path = write(data={"sources": [OWN["sources"][0]], "medfacts": {"facts": 1}},
-                 grids=[{"name": "g", "axes": {"sources": ["own"], "sizes": [10, 12], "levels": [[2]], "seeds": [1]}}])
+    path = write(
+        data={"sources": [OWN["sources"][0]], "medfacts": {"facts": 1}},
+        grids=[{"name": "g", "axes": {"sources": ["own"], "sizes": [10, 12], "levels": [[2]], "seeds": [1]}}],
+    )
     assert main(["study", str(path)]) == 2
     assert sorted(Path("studies/s/data").iterdir()) == sorted(build.files_of(first.set.file))
     # and so does one that is made anew, because its card is damaged: a run may have been trained on it
@@ -286,8 +415,8 @@ def test_a_set_that_can_not_be_made_names_its_run_and_leaves_no_other(write, cap
 
 def test_another_recipe_is_another_file(write):
     grids = [{"name": "g", "axes": {"sources": ["own"], "sizes": [10]}}]
-    first, = runs(write(data=OWN, grids=grids))
-    other, = runs(write(data=OWN | {"recipe": {"drop_repeats": True}}, grids=grids))
+    (first,) = runs(write(data=OWN, grids=grids))
+    (other,) = runs(write(data=OWN | {"recipe": {"drop_repeats": True}}, grids=grids))
     assert first.name == other.name and first.set.file != other.set.file
 
 
@@ -345,13 +474,21 @@ def test_a_failing_run_is_named_and_the_others_go_on(trained, capfd):
     assert "run s2 failed: engine 0: was killed by signal 9 (SIGKILL)" in told.err
     assert told.err.splitlines()[-1] == (
         f"study s: 1 of 3 runs are not finished; `alphamed study {path}` continues them here, "
-        f"`alphamed study {path} --slurm` writes their scripts")
+        f"`alphamed study {path} --slurm` writes their scripts"
+    )
     assert Path("studies/s/comparison.html").read_text() == "s1 s3"
     rows = list(csv.DictReader(Path("studies/s/results.csv").open()))
     assert [(row["run"], row["stand"], row["axis:seeds"]) for row in rows] == [
-        ("s1", "finished", "1"), ("s2", "new", "2"), ("s3", "finished", "3")]
+        ("s1", "finished", "1"),
+        ("s2", "new", "2"),
+        ("s3", "finished", "3"),
+    ]
     assert json.loads(Path("studies/s/runs/s3/study.json").read_text()) == {
-        "study": "s", "grids": ["g"], "axes": {"seeds": 3}, "control": None}
+        "study": "s",
+        "grids": ["g"],
+        "axes": {"seeds": 3},
+        "control": None,
+    }
     assert load_config("studies/s/configs/s3.yaml").run.seed == 3
 
 
@@ -381,9 +518,10 @@ def test_collecting_starts_nothing_and_names_what_does(trained, capfd):
         "run s2 is not finished: it has not begun",
         "run s3 failed: studies/s/runs/s3/finished.json: not readable (JSONDecodeError); remove it, and the run is continued",
         f"study s: 2 of 3 runs are not finished; `alphamed study {path}` continues them here, "
-        f"`alphamed study {path} --slurm` writes their scripts"]
+        f"`alphamed study {path} --slurm` writes their scripts",
+    ]
     Path("studies/s/runs/s3/finished.json").unlink()
-    assert main(["study", str(path)]) == 0                                  # what the line promises
+    assert main(["study", str(path)]) == 0  # what the line promises
     assert asked() == ["s2", "s3"]
 
 
@@ -394,9 +532,12 @@ def test_scores_of_other_settings_are_not_collected(trained, capfd):
     path.write_text(yaml.safe_dump(tree))
     scores = Path("studies/s/runs/s1/evaluations/step_000000.json")
     scores.parent.mkdir()
-    scores.write_text("{}")                                                 # reading it would fail
+    scores.write_text("{}")  # reading it would fail
     assert main(["study", str(path), "--collect"]) == 1
-    assert "run s1 failed: optimizer.lr: 0.001 but the run in studies/s/runs/s1 was started with 1e-06" in capfd.readouterr().err
+    assert (
+        "run s1 failed: optimizer.lr: 0.001 but the run in studies/s/runs/s1 was started with 1e-06"
+        in capfd.readouterr().err
+    )
     assert {row["stand"] for row in json.loads(Path("studies/s/results.json").read_text())} == {"broken"}
 
 
@@ -427,7 +568,7 @@ def test_a_damaged_run_does_not_end_the_study(trained, capfd):
     assert main(["study", str(path)]) == 1
     told = capfd.readouterr()
     assert asked() == ["s1", "s2", "s3"] and "run s1 failed: studies/s/runs/s1/finished.json: not readable" in told.err
-    assert main(["study", str(path)]) == 2                                  # what stands there now is refused at once
+    assert main(["study", str(path)]) == 2  # what stands there now is refused at once
     assert asked() == []
 
 
@@ -464,11 +605,15 @@ def test_a_real_training_that_can_not_start_is_named(write, capfd):
     assert "run s5 failed: model.path: 'no-such-model'" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("text, status, why", [
-    ("=== started 1\nrun failed: old\n=== started 2\nstep 1\nrun failed: rank 0: died\n", 1, "rank 0: died"),
-    ("=== started 1\nstep 1\nerror: x: bad\nlater words\n", 2, "x: bad"),
-    ("=== started 1\n\nSegmentation fault\n", -11, "ended with signal SIGSEGV; its last line: Segmentation fault"),
-    ("=== started 1\n", 3, "ended with exit code 3")])
+@pytest.mark.parametrize(
+    "text, status, why",
+    [
+        ("=== started 1\nrun failed: old\n=== started 2\nstep 1\nrun failed: rank 0: died\n", 1, "rank 0: died"),
+        ("=== started 1\nstep 1\nerror: x: bad\nlater words\n", 2, "x: bad"),
+        ("=== started 1\n\nSegmentation fault\n", -11, "ended with signal SIGSEGV; its last line: Segmentation fault"),
+        ("=== started 1\n", 3, "ended with exit code 3"),
+    ],
+)
 def test_reasons(tmp_path, text, status, why):
     (tmp_path / "log").write_text(text)
     assert child.reason(tmp_path / "log", status) == why
@@ -486,7 +631,7 @@ def test_slurm_scripts_are_bash_that_submits_every_unfinished_run(trained, tmp_p
     for file in scripts:
         subprocess.run(["bash", "-n", str(file)], check=True)
     text = scripts[0].read_text()
-    assert "#SBATCH --job-name=s2\n#SBATCH --nodes=1\n" in text and "--gpus-per-node" not in text      # the base is on CPU
+    assert "#SBATCH --job-name=s2\n#SBATCH --nodes=1\n" in text and "--gpus-per-node" not in text  # the base is on CPU
     assert "#SBATCH --time=33\n" in text and "#SBATCH --output=studies/s/logs/s2.log\n" in text
     assert text.splitlines()[-1] == f"exec bash {ROOT / 'examples/slurm/train.sbatch'} studies/s/configs/s2.yaml"
     (tmp_path / "bin").mkdir()
@@ -501,8 +646,10 @@ def test_slurm_scripts_are_bash_that_submits_every_unfinished_run(trained, tmp_p
 @pytest.mark.parametrize("tensor, engines, nodes", [(4, 4, 1), (8, 8, 2), (8, 9, 3)])
 def test_nodes(write, tensor, engines, nodes):
     """8 GPUs a node: 4 + 4 share one; 8 + 8 take two; nine engines need two of their own."""
-    config, = [run.config for run in runs(write(settings={
-        "cluster.device": "cuda", "parallel.tensor": tensor, "rollout.engines": engines}))]
+    (config,) = [
+        run.config
+        for run in runs(write(settings={"cluster.device": "cuda", "parallel.tensor": tensor, "rollout.engines": engines}))
+    ]
     assert slurm.nodes_of(config, 8) == nodes
 
 

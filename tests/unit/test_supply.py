@@ -1,10 +1,11 @@
 """Where a step's groups come from: in rounds, or ahead of the policy, with a coordinator that answers as the test says."""
+
 import json
 import random
 
 import pytest
 
-from alphamed.config_file import build_config
+from alphamed.config.loading import build_config
 from alphamed.errors import RunFailed
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
 from alphamed.rollout.choice import Chooser
@@ -17,9 +18,22 @@ RIGHT, WRONG = Outcome.CORRECT, Outcome.WRONG
 
 
 def config(max_staleness=0, refills=0, steps=100, rollout=None, **more):
-    return build_config({"model": {"path": "m"}, "data": {"train": ["d.jsonl"]}, "run": {"steps": steps}, "prompt": {
-        "max_tokens": 16}, "dynamic_sampling": {"refills": refills} | more, "rollout": {
-            "questions_per_step": 3, "samples_per_question": 2, "max_response_tokens": 8, "max_staleness": max_staleness} | (rollout or {})})
+    return build_config(
+        {
+            "model": {"path": "m"},
+            "data": {"train": ["d.jsonl"]},
+            "run": {"steps": steps},
+            "prompt": {"max_tokens": 16},
+            "dynamic_sampling": {"refills": refills} | more,
+            "rollout": {
+                "questions_per_step": 3,
+                "samples_per_question": 2,
+                "max_response_tokens": 8,
+                "max_staleness": max_staleness,
+            }
+            | (rollout or {}),
+        }
+    )
 
 
 class Stream:
@@ -46,10 +60,17 @@ class Prompts:
 
 def answered(task, version, teaches=True):
     outcomes = (RIGHT, WRONG) if teaches else (WRONG, WRONG)
-    rollouts = tuple(Rollout(task.group_id, task.question.id, i, (5, 6, 7), (0.0,) * 3, "", FinishReason.STOP, version)
-                     for i in range(task.sampling.n))
-    return ScoredGroup(RolloutGroup(task.group_id, task.question, task.prompt_token_ids, rollouts), outcomes,
-                       tuple(float(one == RIGHT) for one in outcomes), (0.0, 0.0), (None, None))
+    rollouts = tuple(
+        Rollout(task.group_id, task.question.id, i, (5, 6, 7), (0.0,) * 3, "", FinishReason.STOP, version)
+        for i in range(task.sampling.n)
+    )
+    return ScoredGroup(
+        RolloutGroup(task.group_id, task.question, task.prompt_token_ids, rollouts),
+        outcomes,
+        tuple(float(one == RIGHT) for one in outcomes),
+        (0.0, 0.0),
+        (None, None),
+    )
 
 
 class FakeCoordinator:
@@ -75,8 +96,9 @@ class FakeCoordinator:
         chosen = free[:1] if wait else [item for item in free if getattr(self, "idle", False)]
         assert chosen or not wait, "the step waits for a group that never comes"
         self.waiting = [item for item in self.waiting if item not in chosen]
-        return Arrivals(tuple(answered(task, version, task.question.id not in self.useless) for task, version in chosen),
-                        6 * len(chosen))
+        return Arrivals(
+            tuple(answered(task, version, task.question.id not in self.useless) for task, version in chosen), 6 * len(chosen)
+        )
 
 
 def supply(config, coordinator):
@@ -98,14 +120,25 @@ def versions(gathered):
 def test_rounds_replace_what_teaches_nothing():
     coordinator = FakeCoordinator(useless=["q0", "q2", "q3"])
     found = supply(config(refills=9), coordinator).gather(4)
-    assert coordinator.asked == [("step 4", ["q0", "q1", "q2"]), ("step 4, refill 1", ["q3", "q4"]),
-                                 ("step 4, refill 2", ["q5"])]
+    assert coordinator.asked == [
+        ("step 4", ["q0", "q1", "q2"]),
+        ("step 4, refill 1", ["q3", "q4"]),
+        ("step 4, refill 2", ["q5"]),
+    ]
     assert ids(found) == ["q5", "q1", "q4"]
     assert len({scored.group.group_id for scored in found.groups}) == 3
     assert found.metrics == {
-        "time/generate_s": 6.0, "time/reward_s": 0.75, "throughput/generated_tokens_per_s": 36 / 6.0, "sampling/asked": 6,
-        "sampling/kept": 3, "sampling/dropped": 3, "sampling/bound_hit": 0.0, "sampling/passed_over": 0,
-        "sampling/reward_mean": 1.5 / 6, "sampling/groups_per_kept": 2.0}
+        "time/generate_s": 6.0,
+        "time/reward_s": 0.75,
+        "throughput/generated_tokens_per_s": 36 / 6.0,
+        "sampling/asked": 6,
+        "sampling/kept": 3,
+        "sampling/dropped": 3,
+        "sampling/bound_hit": 0.0,
+        "sampling/passed_over": 0,
+        "sampling/reward_mean": 1.5 / 6,
+        "sampling/groups_per_kept": 2.0,
+    }
 
 
 def test_rounds_end_at_the_bound():
@@ -126,8 +159,14 @@ def test_the_beliefs_of_rounds_are_part_of_the_state():
     one = supply(config(choose=True), FakeCoordinator(useless=["q0"]))
     one.gather(1)
     state = json.loads(json.dumps(one.state()))
-    assert state == {"stream": {"at": 3}, "pass_rates": {
-        "q0": [0, 2, 1, 0, [[0, 2]], 2], "q1": [1, 1, 1, 0, [[1, 1], [0, 1]], 2], "q2": [1, 1, 1, 0, [[1, 1], [0, 1]], 2]}}
+    assert state == {
+        "stream": {"at": 3},
+        "pass_rates": {
+            "q0": [0, 2, 1, 0, [[0, 2]], 2],
+            "q1": [1, 1, 1, 0, [[1, 1], [0, 1]], 2],
+            "q2": [1, 1, 1, 0, [[1, 1], [0, 1]], 2],
+        },
+    }
     other = supply(config(choose=True), FakeCoordinator())
     other.load_state(state)
     assert other.state() == state
@@ -151,7 +190,7 @@ def test_one_step_ahead():
     ahead = supply(config(1, steps=3), coordinator)
     first = ahead.gather(1)
     assert (ids(first), versions(first)) == (["q0", "q1", "q2"], [1, 1, 1])
-    assert coordinator.asked == [("rollouts", [f"q{i}" for i in range(6)])]        # this step's and the next one's
+    assert coordinator.asked == [("rollouts", [f"q{i}" for i in range(6)])]  # this step's and the next one's
     assert first.metrics["staleness/max"] == 0.0
     coordinator.version = 2
     second = ahead.gather(2)
@@ -160,7 +199,7 @@ def test_one_step_ahead():
     coordinator.version = 3
     third = ahead.gather(3)
     assert (ids(third), versions(third)) == (["q6", "q7", "q8"], [2, 2, 2])
-    assert coordinator.asked[1:] == [("rollouts", ["q6", "q7", "q8"])]             # nothing for a fourth step
+    assert coordinator.asked[1:] == [("rollouts", ["q6", "q7", "q8"])]  # nothing for a fourth step
     assert coordinator.waiting == []
 
 
@@ -186,14 +225,14 @@ def test_with_drop_a_step_does_not_wait_for_a_straggler_and_drops_it_when_it_is_
     coordinator.version = 2
     second = ahead.gather(2)
     assert ids(second) == ["q4", "q5", "q6"] and versions(second) == [1, 1, 2]
-    coordinator.version, coordinator.held, coordinator.idle = 3, set(), True       # q1 ends while the policy trains
+    coordinator.version, coordinator.held, coordinator.idle = 3, set(), True  # q1 ends while the policy trains
     third = ahead.gather(3)
     assert ids(third) == ["q7", "q8", "q9"]
     assert third.metrics["staleness/dropped"] == 1.0 and third.metrics["staleness/max"] == 1.0
-    assert third.metrics["staleness/dropped_share"] == 1 / 4                       # 1 dropped, 3 trained on
+    assert third.metrics["staleness/dropped_share"] == 1 / 4  # 1 dropped, 3 trained on
     assert third.metrics["staleness/dropped_tokens_share"] == 1 / 4 and third.metrics["staleness/dropped_tokens_mean"] == 3.0
     asked = [name for _, names in coordinator.asked for name in names]
-    assert asked == [f"q{i}" for i in range(13)]                                   # 9 trained on, 1 lost, 3 ahead
+    assert asked == [f"q{i}" for i in range(13)]  # 9 trained on, 1 lost, 3 ahead
 
 
 def test_a_step_that_would_make_a_straggler_too_old_waits_for_it():
@@ -202,7 +241,7 @@ def test_a_step_that_would_make_a_straggler_too_old_waits_for_it():
     ahead = supply(config(1), coordinator)
     assert ids(ahead.gather(1)) == ["q0", "q2", "q3"]
     coordinator.version = 2
-    with pytest.raises(AssertionError, match="never comes"):                       # q4 to q8 are ready, q1 is awaited
+    with pytest.raises(AssertionError, match="never comes"):  # q4 to q8 are ready, q1 is awaited
         ahead.gather(2)
     coordinator.held = set()
     second = ahead.gather(2)
@@ -211,11 +250,11 @@ def test_a_step_that_would_make_a_straggler_too_old_waits_for_it():
 
 def test_stragglers_of_a_step_are_not_left_to_a_later_one_that_has_no_room_for_them():
     coordinator = FakeCoordinator()
-    coordinator.held = {f"q{i}" for i in range(9) if i not in (0, 1, 2)}           # six of nine are slow
+    coordinator.held = {f"q{i}" for i in range(9) if i not in (0, 1, 2)}  # six of nine are slow
     ahead = supply(config(2), coordinator)
     assert ids(ahead.gather(1)) == ["q0", "q1", "q2"]
     coordinator.version = 2
-    with pytest.raises(AssertionError, match="never comes"):                       # q9 to q11 would leave all six to step 3
+    with pytest.raises(AssertionError, match="never comes"):  # q9 to q11 would leave all six to step 3
         ahead.gather(2)
     coordinator.held = {"q6", "q7", "q8"}
     assert ids(ahead.gather(2)) == ["q3", "q4", "q5"]
@@ -236,19 +275,26 @@ def test_overdue_stragglers_are_named_with_what_helps():
     ahead = supply(config(1, rollout={"step_deadline_s": 1e-9}), coordinator)
     ahead.gather(1)
     coordinator.version = 2
-    with pytest.raises(Overdue, match=r"step 2 waits for .*q1.* \(asked in step 1\); raise rollout.step_deadline_s or set "
-                                      r"rollout.stragglers=drop$"):
+    with pytest.raises(
+        Overdue,
+        match=r"step 2 waits for .*q1.* \(asked in step 1\); raise rollout.step_deadline_s or set "
+        r"rollout.stragglers=drop$",
+    ):
         ahead.gather(2)
 
 
-@pytest.mark.parametrize(("step", "limit", "share", "ready", "unfinished", "waits"), [
-    (5, 1, 1.0, [4, 4, 5], [4], True),                  # asked in step 4: not later than step 5
-    (5, 1, 1.0, [4, 4, 5], [5, 5], False),
-    (5, 2, 1.0, [3, 4, 4], [4, 4, 4], False),           # step 6 takes the three
-    (5, 2, 1.0, [3, 4, 5], [4, 4, 4, 4], True),         # step 6 takes three of four
-    (5, 2, 0.5, [3, 4, 5], [4, 4, 4, 4], False),        # of four two are expected to teach
-    (5, 2, 1.0, [3, 4, 4, 4, 4], [4, 4], True),         # two ready ones stay, and two are awaited
-    (5, 2, 1.0, [4] * 9, [], False)])                   # nothing to wait for
+@pytest.mark.parametrize(
+    ("step", "limit", "share", "ready", "unfinished", "waits"),
+    [
+        (5, 1, 1.0, [4, 4, 5], [4], True),  # asked in step 4: not later than step 5
+        (5, 1, 1.0, [4, 4, 5], [5, 5], False),
+        (5, 2, 1.0, [3, 4, 4], [4, 4, 4], False),  # step 6 takes the three
+        (5, 2, 1.0, [3, 4, 5], [4, 4, 4, 4], True),  # step 6 takes three of four
+        (5, 2, 0.5, [3, 4, 5], [4, 4, 4, 4], False),  # of four two are expected to teach
+        (5, 2, 1.0, [3, 4, 4, 4, 4], [4, 4], True),  # two ready ones stay, and two are awaited
+        (5, 2, 1.0, [4] * 9, [], False),
+    ],
+)  # nothing to wait for
 def test_waiting_by_hand(step, limit, share, ready, unfinished, waits):
     assert must_wait(step, limit, 3, share, ready, unfinished) == waits
 
@@ -280,7 +326,7 @@ class Clock(FakeCoordinator):
 def test_the_longest_groups_are_trained_on_or_counted(limit, stragglers):
     steps, wanted = 200, 16
     draw = random.Random(7)
-    seconds = [draw.lognormvariate(-0.7, 0.8) for _ in range(2 * steps * wanted)]      # median 0.5 s
+    seconds = [draw.lognormvariate(-0.7, 0.8) for _ in range(2 * steps * wanted)]  # median 0.5 s
     coordinator = Clock(seconds)
     chosen = config(limit, steps=steps, rollout={"questions_per_step": wanted, "stragglers": stragglers})
     ahead = supply(chosen, coordinator)
@@ -297,7 +343,7 @@ def test_the_longest_groups_are_trained_on_or_counted(limit, stragglers):
     if stragglers == "wait":
         assert set(slowest) <= set(trained) and dropped == 0 and asked == steps * wanted
     else:
-        assert len(set(slowest) & set(trained)) < 30                               # what waiting is for
+        assert len(set(slowest) & set(trained)) < 30  # what waiting is for
         assert dropped == asked - steps * wanted - len(ahead.state()["under_way"]) > 100
 
 
@@ -307,7 +353,7 @@ def test_ready_groups_that_a_push_makes_too_old_are_dropped():
     ahead = supply(config(1), coordinator)
     ahead.gather(1)
     coordinator.version = 2
-    ahead.gather(2)                                                                # q6, q7, q8 are under way or ready
+    ahead.gather(2)  # q6, q7, q8 are under way or ready
     coordinator.version = 9
     found = ahead.gather(3)
     assert min(versions(found)) >= 8 and found.metrics["staleness/dropped"] == 3.0
@@ -333,7 +379,7 @@ def test_ahead_of_the_policy_the_bound_ends_the_replacing():
     coordinator = FakeCoordinator(useless=[f"q{i}" for i in range(60) if i != 4])
     found = supply(config(1, refills=1), coordinator).gather(1)
     assert found.metrics["sampling/bound_hit"] == 1.0 and len(found.groups) == 3
-    assert ids(found)[:2] == ["q0", "q1"]                                          # dropped ones take the places left
+    assert ids(found)[:2] == ["q0", "q1"]  # dropped ones take the places left
     assert found.metrics["sampling/dropped"] == 3
 
 
@@ -356,5 +402,5 @@ def test_a_resume_asks_first_what_was_under_way():
 def test_an_empty_resume_goes_on_in_the_stream():
     later = FakeCoordinator()
     resumed = supply(config(1), later)
-    resumed.load_state({"stream": {"at": 12}})                                     # written by a run without staleness
+    resumed.load_state({"stream": {"at": 12}})  # written by a run without staleness
     assert ids(resumed.gather(5)) == ["q12", "q13", "q14"]

@@ -1,15 +1,16 @@
 """Suspect keys and decisions on them: what is found, what a decision does, and by which version."""
+
 import json
 
 import pytest
 
-from alphamed.config_choices import BadRows
-from alphamed.config_file import dump_tree, load_tree, validated
+from alphamed.config.choices import BadRows
+from alphamed.config.loading import dump_tree, load_tree, validated
 from alphamed.data.decisions import Decision, Decisions, Verdict, apply_decisions, apply_files, merged, read_decisions
-from alphamed.data.suspects import read_models, suspects
 from alphamed.data.text import fingerprint
 from alphamed.errors import ConfigError, DataError
 from alphamed.evaluation.runner import load_sets
+from alphamed.lab.datasets.suspects import read_models, suspects
 from alphamed.records import Question
 
 OPTIONS = {"A": "Insulin", "B": "Glucagon", "C": "Cortisol", "D": "Renin"}
@@ -24,16 +25,19 @@ TURNED = {"A": "Renin", "B": "Cortisol", "C": "Insulin", "D": "glucagon."}
 OTHER = {"A": "Glucagon", "B": "Insulin", "C": "Leptin", "D": "Ghrelin"}
 
 
-@pytest.mark.parametrize("second, conflict", [
-    (question("b", "B"), True),
-    (question("b", "D", options=TURNED), True),                       # glucagon, under another letter and written otherwise
-    (question("b", "C", options=TURNED), False),                      # insulin both times
-    (question("b", "A", options=OTHER), True),                        # other options that hold both keys
-    (question("b", "C", options=OTHER), False),                       # leptin is no option of the first
-    (question("b", "B", stem="which HORMONE lowers the blood-glucose"), True),
-    (question("b", "B", stem="Which hormone raises blood glucose?"), False),
-    (question("b", "B", context="An abstract."), False),              # asked about another text
-])
+@pytest.mark.parametrize(
+    "second, conflict",
+    [
+        (question("b", "B"), True),
+        (question("b", "D", options=TURNED), True),  # glucagon, under another letter and written otherwise
+        (question("b", "C", options=TURNED), False),  # insulin both times
+        (question("b", "A", options=OTHER), True),  # other options that hold both keys
+        (question("b", "C", options=OTHER), False),  # leptin is no option of the first
+        (question("b", "B", stem="which HORMONE lowers the blood-glucose"), True),
+        (question("b", "B", stem="Which hormone raises blood glucose?"), False),
+        (question("b", "B", context="An abstract."), False),  # asked about another text
+    ],
+)
 def test_duplicates_with_conflicting_keys(second, conflict):
     found = suspects([question("a"), second, question("c", "D", stem="Which enzyme comes from the kidney?")], {})
     assert set(found) == ({"a", "b"} if conflict else set())
@@ -48,16 +52,25 @@ def rows(letters, options=None):
     return [{"id": "a", "letter": letter, "options": options or OPTIONS} for letter in letters]
 
 
-@pytest.mark.parametrize("items, found", [
-    ({"m": rows("BBBB"), "n": rows("BBBA")}, {"models_say": "Glucagon", "share": 0.875, "answers": 8, "models": ["m", "n"]}),
-    ({"m": rows("BBBB")}, None),                                            # one model is not enough
-    ({"m": rows("BBBB"), "n": rows("CCCC")}, None),                         # they do not agree
-    ({"m": rows("BBBB"), "n": rows("AAAA")}, None),                         # one agrees with the key
-    ({"m": rows("BBAC"), "n": rows("BBAD")}, None),                         # 4 of 8 is below 0.6
-    ({"m": rows("BBAA"), "n": rows("BBBB")}, None),                         # m has no favourite
-    ({"m": rows([None] * 4), "n": rows([None] * 4)}, None),                 # nothing was boxed
-    ({"m": rows("D", TURNED), "n": rows("B")}, {"models_say": "Glucagon", "share": 1.0, "answers": 2, "models": ["m", "n"]}),
-])
+@pytest.mark.parametrize(
+    "items, found",
+    [
+        (
+            {"m": rows("BBBB"), "n": rows("BBBA")},
+            {"models_say": "Glucagon", "share": 0.875, "answers": 8, "models": ["m", "n"]},
+        ),
+        ({"m": rows("BBBB")}, None),  # one model is not enough
+        ({"m": rows("BBBB"), "n": rows("CCCC")}, None),  # they do not agree
+        ({"m": rows("BBBB"), "n": rows("AAAA")}, None),  # one agrees with the key
+        ({"m": rows("BBAC"), "n": rows("BBAD")}, None),  # 4 of 8 is below 0.6
+        ({"m": rows("BBAA"), "n": rows("BBBB")}, None),  # m has no favourite
+        ({"m": rows([None] * 4), "n": rows([None] * 4)}, None),  # nothing was boxed
+        (
+            {"m": rows("D", TURNED), "n": rows("B")},
+            {"models_say": "Glucagon", "share": 1.0, "answers": 2, "models": ["m", "n"]},
+        ),
+    ],
+)
 def test_models_that_agree_on_another_letter(items, found):
     decisions = suspects([question("a")], items)
     if found is None:
@@ -75,12 +88,26 @@ def test_models_are_named_by_row_file_or_folder(tmp_path):
     assert {name: len(items) for name, items in found.items()} == {"qwen": 1, "llama-8b": 1, "llama.items": 1}
 
 
-@pytest.mark.parametrize("content, word", [('{"id": "a"}\n', ":1: no graded answer"), ("[]\n", ":1: no graded answer"),
-                                           *((json.dumps({"id": "a", "letter": "A", "options": {"A": "x"}} | change) + "\n",
-                                              ":1: no graded answer") for change in (
-                                               {"options": None}, {"options": ["x"]}, {"id": ["a"]}, {"letter": ["A"]},
-                                               {"options": {"A": 7}}, {"letter": 1})),
-                                           ("{\n", "x.jsonl:1: not JSON: "), ("[" * 100_000, "not JSON that can be used")])
+@pytest.mark.parametrize(
+    "content, word",
+    [
+        ('{"id": "a"}\n', ":1: no graded answer"),
+        ("[]\n", ":1: no graded answer"),
+        *(
+            (json.dumps({"id": "a", "letter": "A", "options": {"A": "x"}} | change) + "\n", ":1: no graded answer")
+            for change in (
+                {"options": None},
+                {"options": ["x"]},
+                {"id": ["a"]},
+                {"letter": ["A"]},
+                {"options": {"A": 7}},
+                {"letter": 1},
+            )
+        ),
+        ("{\n", "x.jsonl:1: not JSON: "),
+        ("[" * 100_000, "not JSON that can be used"),
+    ],
+)
 def test_files_that_hold_no_graded_answers(tmp_path, content, word):
     (tmp_path / "x.jsonl").write_text(content)
     with pytest.raises(DataError, match=word):
@@ -102,12 +129,17 @@ def decided(verdict, answer=None, of=None):
     return Decision(id="a", fingerprint=fingerprint(of or question("a")), decision=verdict, answer=answer, **SIGNED)
 
 
-@pytest.mark.parametrize("decision, letter, touched", [
-    (decided("keep"), "A", ""), (decided("quarantine"), None, "quarantined"), (decided("fix", "glucagon"), "B", "fixed"),
-    (decided("quarantine", of=question("a", stem="Revised?")), "A", "stale"),
-    (decided("fix", "Insulin", of=question("a", "B")), "A", "fixed"),              # mended already
-    (Decision(id="a", fingerprint="0" * 16), "A", "open"),
-])
+@pytest.mark.parametrize(
+    "decision, letter, touched",
+    [
+        (decided("keep"), "A", ""),
+        (decided("quarantine"), None, "quarantined"),
+        (decided("fix", "glucagon"), "B", "fixed"),
+        (decided("quarantine", of=question("a", stem="Revised?")), "A", "stale"),
+        (decided("fix", "Insulin", of=question("a", "B")), "A", "fixed"),  # mended already
+        (Decision(id="a", fingerprint="0" * 16), "A", "open"),
+    ],
+)
 def test_what_a_decision_does(decision, letter, touched):
     applied = apply_decisions([question("a"), question("z", "D")], [decision])
     by_id = {q.id: q.answer for q in applied.questions}
@@ -123,16 +155,29 @@ def test_a_decision_holds_whatever_the_letters_are():
 
 def test_evaluation_applies_decisions_and_records_their_version(tmp_path):
     questions = [question("a"), question("z", "D")]
-    (tmp_path / "e.jsonl").write_text("".join(json.dumps(
-        {"id": q.id, "question": q.question, "options": dict(q.options), "answer": q.answer}) + "\n" for q in questions))
-    tree = {"version": 4, "decisions": [decided("quarantine").model_dump(mode="json"),
-                                        Decision(id="z", fingerprint=fingerprint(questions[1]), decision="fix",
-                                                 answer="Cortisol", **SIGNED).model_dump(mode="json")]}
+    (tmp_path / "e.jsonl").write_text(
+        "".join(
+            json.dumps({"id": q.id, "question": q.question, "options": dict(q.options), "answer": q.answer}) + "\n"
+            for q in questions
+        )
+    )
+    tree = {
+        "version": 4,
+        "decisions": [
+            decided("quarantine").model_dump(mode="json"),
+            Decision(id="z", fingerprint=fingerprint(questions[1]), decision="fix", answer="Cortisol", **SIGNED).model_dump(
+                mode="json"
+            ),
+        ],
+    }
     (tmp_path / "d.yaml").write_text(dump_tree(tree))
-    loaded, = load_sets([tmp_path / "e.jsonl"], None, 0, BadRows.REFUSE, [tmp_path / "d.yaml"])
+    (loaded,) = load_sets([tmp_path / "e.jsonl"], None, 0, BadRows.REFUSE, [tmp_path / "d.yaml"])
     assert [(q.id, q.answer) for q in loaded.questions] == [("z", "C")] and loaded.available == 1
     assert {key: loaded.decisions[0][key] for key in ("version", "fixed", "quarantined")} == {
-        "version": 4, "fixed": 1, "quarantined": 1}
+        "version": 4,
+        "fixed": 1,
+        "quarantined": 1,
+    }
 
 
 def test_templates_are_compared_by_their_options_only():
@@ -144,8 +189,10 @@ def test_templates_are_compared_by_their_options_only():
 
 def test_decisions_on_questions_that_are_not_there_are_counted(tmp_path):
     """Of three decisions one is on a question, which the first file takes out, and two are on none."""
-    tree = [decided("quarantine").model_dump(mode="json"),
-            *({"id": name, "fingerprint": "0" * 16} for name in ("gone", "of another set"))]
+    tree = [
+        decided("quarantine").model_dump(mode="json"),
+        *({"id": name, "fingerprint": "0" * 16} for name in ("gone", "of another set")),
+    ]
     for name in ("d.yaml", "e.yaml"):
         (tmp_path / name).write_text(dump_tree({"version": 1, "decisions": tree}))
     questions, told = apply_files([question("a"), question("z")], [tmp_path / "d.yaml", tmp_path / "e.yaml"])
@@ -158,11 +205,16 @@ def test_a_fix_that_names_no_option_is_refused():
         apply_decisions([question("a")], [decided("fix", "Leptin")])
 
 
-@pytest.mark.parametrize("change, word", [
-    ({"decision": "fix"}, "fix needs answer"), ({"who": None}, "needs who, when and why"),
-    ({"decision": "drop"}, "'drop' is not valid"), ({"fingerprint": "x"}, "fingerprint"),
-    ({"verdict": "keep"}, "unknown key"),
-])
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"decision": "fix"}, "fix needs answer"),
+        ({"who": None}, "needs who, when and why"),
+        ({"decision": "drop"}, "'drop' is not valid"),
+        ({"fingerprint": "x"}, "fingerprint"),
+        ({"verdict": "keep"}, "unknown key"),
+    ],
+)
 def test_mistakes_in_decisions(tmp_path, change, word):
     tree = {"version": 1, "decisions": [{"id": "a", "fingerprint": "0" * 16, "decision": "keep", **SIGNED} | change]}
     (tmp_path / "d.yaml").write_text(dump_tree(tree))
@@ -190,4 +242,4 @@ def test_new_suspects_join_a_file_and_leave_what_is_decided(tmp_path):
     found = validated(Decisions, load_tree(path))
     assert found.version == 2
     assert {one.id: str(one.decision) for one in found.decisions} == {"a": "keep", "b": "open", "c": "open"}
-    assert merged(path, {}) == path.read_text()               # nothing new: the same version
+    assert merged(path, {}) == path.read_text()  # nothing new: the same version

@@ -1,4 +1,5 @@
 """The plan of a push for every family, size and layout, by brute force; and one small model carried through it for real."""
+
 from collections import defaultdict
 from dataclasses import replace
 from functools import cache
@@ -7,14 +8,14 @@ import pytest
 import torch
 from test_hf_io import IndexedModule, attach, megatron_like
 
-from alphamed.config_file import build_config
-from alphamed.config_sections import ParallelConfig
+from alphamed.config.loading import build_config
+from alphamed.config.sections import ParallelConfig
 from alphamed.errors import ConfigError
-from alphamed.model import ModelShape
-from alphamed.planner.shapes import published
+from alphamed.lab.planner.shapes import published
+from alphamed.model.families import entries, hf_shapes
+from alphamed.model.shape import ModelShape
 from alphamed.records import Layout
 from alphamed.weights.buckets import box_of, pack, unpack
-from alphamed.weights.families import entries, hf_shapes
 from alphamed.weights.hf_io import hf_parts
 from alphamed.weights.plan import Slice, SyncPlan, Wire, in_turns
 from alphamed.weights.routes import check_sync, gathers, holders, make_plan
@@ -24,14 +25,35 @@ from alphamed.weights.writer import ParameterWriter
 
 
 def shape(family, layers, hidden, ffn, heads, kv_heads, vocab, head_dim, tied=False):
-    return ModelShape(family=family, layers=layers, hidden=hidden, ffn=ffn, heads=heads, kv_heads=kv_heads,
-                      head_dim=head_dim, vocab=vocab, tied=tied, qkv_bias=family == "qwen2", qk_norm=family == "qwen3",
-                      norm_eps=1e-5, rope_theta=1e6, rope_scaling=None, max_positions=32768)
+    return ModelShape(
+        family=family,
+        layers=layers,
+        hidden=hidden,
+        ffn=ffn,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab=vocab,
+        tied=tied,
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+        norm_eps=1e-5,
+        rope_theta=1e6,
+        rope_scaling=None,
+        max_positions=32768,
+    )
 
 
 MODELS = {name.rpartition("/")[2]: model for name, model in published().items()}
-FAMILIES = ["Llama-3.1-8B", "Llama-3.1-70B", "Qwen2.5-7B-Instruct", "Qwen2.5-32B-Instruct", "Qwen2.5-72B-Instruct",
-            "Qwen3-8B", "Qwen3-32B"]
+FAMILIES = [
+    "Llama-3.1-8B",
+    "Llama-3.1-70B",
+    "Qwen2.5-7B-Instruct",
+    "Qwen2.5-32B-Instruct",
+    "Qwen2.5-72B-Instruct",
+    "Qwen3-8B",
+    "Qwen3-32B",
+]
 BUCKET = 256 << 20
 GATHER, DIRECT = (Wire(mode, "nccl", "bfloat16", BUCKET) for mode in ("gather", "direct"))
 SIZES = (1, 2, 4, 8)
@@ -106,8 +128,11 @@ def test_gathered_every_tensor_is_sent_once_in_buckets_within_the_limit(name):
         assert {n: whole[0].whole for n, whole in parts.items()} == expected
         assert all(tile(part) for part in parts.values())
         assert plan.bytes == 2 * model.parameters
-        assert all(in_stage(part.name) for in_stage, link in zip(stages(model, parallel), plan.links, strict=True)
-                   for part in link.slices)
+        assert all(
+            in_stage(part.name)
+            for in_stage, link in zip(stages(model, parallel), plan.links, strict=True)
+            for part in link.slices
+        )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -131,7 +156,7 @@ def test_direct_every_engine_rank_gets_its_share_once_from_ranks_that_hold_it(na
                     start, size = expected.pop(own)
                     assert tile([moved(part, start, size) for part in parts]), (tensor, engine, worker, own)
                 assert not expected
-        assert SyncPlan.from_json(plan.to_json()) == plan       # the other end, which has it as text, cuts the same
+        assert SyncPlan.from_json(plan.to_json()) == plan  # the other end, which has it as text, cuts the same
 
 
 @pytest.mark.parametrize("name", ["Llama-3.1-8B", "Llama-3.1-70B", "Qwen2.5-32B-Instruct", "Qwen3-8B"])
@@ -150,15 +175,21 @@ def test_direct_stages_send_what_one_stage_would(name):
             assert stage == link.stage and all(in_stage[stage](name) for name in {part.name for part in link.slices})
             found[rank, link.receivers] += link.slices
         assert {key: len(slices) for key, slices in found.items()} == {
-            (link.source, link.receivers): len(link.slices) for link in one.links}
+            (link.source, link.receivers): len(link.slices) for link in one.links
+        }
         assert all(set(found[link.source, link.receivers]) == set(link.slices) for link in one.links)
         assert {part.name for link in one.links_to(0) for part in link.slices} == hf_shapes(model).keys()
 
 
 def contains(held, part):
     row, rows, column, columns = part.start[0], part.shape[0], part.start[-1], part.shape[-1]
-    return any(h.start[0] <= row and row + rows <= h.start[0] + h.shape[0] and
-               h.start[-1] <= column and column + columns <= h.start[-1] + h.shape[-1] for h in held)
+    return any(
+        h.start[0] <= row
+        and row + rows <= h.start[0] + h.shape[0]
+        and h.start[-1] <= column
+        and column + columns <= h.start[-1] + h.shape[-1]
+        for h in held
+    )
 
 
 def moved(part, start, size):
@@ -213,7 +244,9 @@ def test_gathers_by_hand():
 
 # --------------------------------------------------------------------------------------------------- a small model for real
 SMALL = [shape("llama", 2, 48, 96, 8, kv, 509, head_dim=8, tied=tied) for kv in (8, 2, 1) for tied in (False, True)] + [
-    shape("qwen2", 2, 48, 96, 8, 2, 509, head_dim=8), shape("qwen3", 2, 48, 96, 8, 4, 509, head_dim=10)]
+    shape("qwen2", 2, 48, 96, 8, 2, 509, head_dim=8),
+    shape("qwen3", 2, 48, 96, 8, 4, 509, head_dim=10),
+]
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
@@ -230,7 +263,7 @@ def engine_like(model, size, rank):
             own = (sum(vllm_share(model, size, rank)[f"{parent}.{part}.bias"][1][0] for part in PACKED[whole]),)
         if layer in ("embed_tokens", "lm_head"):
             tensor = torch.zeros(rows, own[1])
-            tensor[:own[0]] = torch.nan
+            tensor[: own[0]] = torch.nan
         else:
             tensor = torch.empty(0) if len(own) == 2 else torch.full(own, torch.nan)
         attach(module, f"{parent}.{whole}.{leaf}".lstrip("."), torch.nn.Parameter(tensor, requires_grad=False))
@@ -255,6 +288,7 @@ def test_shards_of_any_trainer_make_up_the_parameters_of_any_engine(model, tenso
 
         def repack(layer, packed=packed, names=names):
             packed[names[layer]] = {leaf: p.data.clone() for leaf, p in layer.named_parameters(recurse=False)}
+
         links = plan.links_to(worker)
         writer = ParameterWriter(module, [part for link in links for part in link.slices], repack)
         sources = {link.name: parts[link.source] for link in links}
@@ -301,19 +335,29 @@ def test_a_slice_that_never_came_is_noticed():
 
 # ----------------------------------------------------------------------------------------------------------------- refusals
 def config(tensor=1, engine=1, **sync):
-    return build_config({
-        "model": {"path": "m", "dtype": "fp32"}, "data": {"train": ["d.jsonl"]}, "cluster": {"device": "cpu"}, "sync": sync,
-        "parallel": {"tensor": tensor}, "rollout": {"dtype": "fp32", "tensor_parallel": engine}})
+    return build_config(
+        {
+            "model": {"path": "m", "dtype": "fp32"},
+            "data": {"train": ["d.jsonl"]},
+            "cluster": {"device": "cpu"},
+            "sync": sync,
+            "parallel": {"tensor": tensor},
+            "rollout": {"dtype": "fp32", "tensor_parallel": engine},
+        }
+    )
 
 
 def test_direct_refuses_sizes_that_do_not_divide_one_another():
     config(tensor=4, engine=2, mode="direct"), config(tensor=2, engine=4, mode="direct"), config(tensor=4, engine=6)
-    with pytest.raises(ConfigError, match=r"sync.mode: direct needs parallel.tensor \(4\) and rollout.tensor_parallel \(6\) "
-                                          r"to divide one another; change one of them or set it to gather"):
+    with pytest.raises(
+        ConfigError,
+        match=r"sync.mode: direct needs parallel.tensor \(4\) and rollout.tensor_parallel \(6\) "
+        r"to divide one another; change one of them or set it to gather",
+    ):
         config(tensor=4, engine=6, mode="direct")
 
 
 def test_a_bucket_must_hold_a_row():
-    check_sync(config(bucket_bytes=384), SMALL[0])                      # the widest: down_proj, 96 columns in FP32
+    check_sync(config(bucket_bytes=384), SMALL[0])  # the widest: down_proj, 96 columns in FP32
     with pytest.raises(ConfigError, match=r"sync.bucket_bytes: 383 can not hold one row .* \(384 bytes\)"):
         check_sync(config(bucket_bytes=383), SMALL[0])

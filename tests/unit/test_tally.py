@@ -1,14 +1,15 @@
 """Counts over recorded responses, question histories and warnings, against numbers worked out by hand."""
+
 from collections import Counter
 
 import pytest
 
-from alphamed.observe.habits import Habit
-from alphamed.observe.history import Past, history
-from alphamed.observe.rollout_files import Answers
-from alphamed.observe.tally import Count, Tally, together
-from alphamed.observe.watch import collapse, ends, warnings
+from alphamed.lab.reports.habits import Habit
+from alphamed.lab.reports.history import Past, history
+from alphamed.lab.reports.tally import Count, Tally, together
+from alphamed.lab.reports.watch import collapse, ends, warnings
 from alphamed.records import Outcome, Question
+from alphamed.rundir.rollout_files import Answers
 
 C, W, U = Outcome.CORRECT, Outcome.WRONG, Outcome.UNPARSEABLE
 LONG = "because of this and of that it must be "
@@ -18,8 +19,15 @@ def group(name, letters, key="A", *, level=None, source=None, text=LONG + "\\box
     """Responses that box these letters (None: no box); the reward is 1 for the key."""
     question = Question(name, f"{name}?", dict.fromkeys("ABCD", "x"), key, None, source, level)
     outcomes = tuple(U if letter is None else C if letter == key else W for letter in letters)
-    return Answers(name, question, tuple(text.format(letter) if letter else "no idea" for letter in letters), outcomes,
-                   tuple(letters), tuple(float(o is C) for o in outcomes), tuple(range(1, len(letters) + 1)))
+    return Answers(
+        name,
+        question,
+        tuple(text.format(letter) if letter else "no idea" for letter in letters),
+        outcomes,
+        tuple(letters),
+        tuple(float(o is C) for o in outcomes),
+        tuple(range(1, len(letters) + 1)),
+    )
 
 
 def count(*groups):
@@ -30,12 +38,17 @@ def count(*groups):
 
 
 # --------------------------------------------------------------------------------------------------------------- counts
-@pytest.mark.parametrize("groups, effective", [
-    ([(4, 4), (0, 4), (4, 4), (0, 4)], 4),        # alike within groups: 3 by the formula, but 4 groups are 4 cases
-    ([(2, 4)] * 4, 16),                           # no spread between groups
-    # squared deviations 4 + 0 + 0 + 4; variance 4/3 x 8 / 16^2 = 1/24; of 16 independent cases 1/64; 16 x 24/64 = 6
-    ([(4, 4), (2, 4), (2, 4), (0, 4)], 6),
-    ([(4, 4), (4, 4)], 2), ([(3, 8)], 1)])
+@pytest.mark.parametrize(
+    "groups, effective",
+    [
+        ([(4, 4), (0, 4), (4, 4), (0, 4)], 4),  # alike within groups: 3 by the formula, but 4 groups are 4 cases
+        ([(2, 4)] * 4, 16),  # no spread between groups
+        # squared deviations 4 + 0 + 0 + 4; variance 4/3 x 8 / 16^2 = 1/24; of 16 independent cases 1/64; 16 x 24/64 = 6
+        ([(4, 4), (2, 4), (2, 4), (0, 4)], 6),
+        ([(4, 4), (4, 4)], 2),
+        ([(3, 8)], 1),
+    ],
+)
 def test_responses_to_one_question_count_as_fewer(groups, effective):
     assert count(*groups).effective_cases == pytest.approx(effective)
 
@@ -79,7 +92,7 @@ def test_first_solved_and_forgotten():
         return Past(None, {}, [(step, right, 8) for step, right in visits])
 
     at_once, later, lost, never = past((1, 5)), past((1, 4), (9, 8)), past((2, 8), (5, 3)), past((1, 4), (7, 0))
-    assert [one.first_solved for one in (at_once, later, lost, never)] == [1, 9, 2, None]      # 4 of 8 is not solved
+    assert [one.first_solved for one in (at_once, later, lost, never)] == [1, 9, 2, None]  # 4 of 8 is not solved
     assert [one.forgotten for one in (at_once, later, lost, never)] == [False, False, True, False]
     found = history([at_once, later, lost, never, past((2, 8), (5, 3), (8, 8))])
     assert (found.asked, found.again, found.at_once, found.later, found.never) == (5, 4, 3, 1, 1)
@@ -88,10 +101,17 @@ def test_first_solved_and_forgotten():
 
 
 # ------------------------------------------------------------------------------------------------------------- warnings
-@pytest.mark.parametrize("answers, keys, letter", [
-    (dict(A=98, B=2), dict(A=25, B=75), "A"), (dict(A=69, B=31), dict(A=25, B=75), None),
-    (dict(A=80, B=20), dict(A=56, B=44), None),             # yes and no with skewed keys: 24 points ahead
-    (dict(A=85, B=15), dict(A=55, B=45), "A"), (dict(A=19), dict(B=19), None), ({}, {}, None)])
+@pytest.mark.parametrize(
+    "answers, keys, letter",
+    [
+        (dict(A=98, B=2), dict(A=25, B=75), "A"),
+        (dict(A=69, B=31), dict(A=25, B=75), None),
+        (dict(A=80, B=20), dict(A=56, B=44), None),  # yes and no with skewed keys: 24 points ahead
+        (dict(A=85, B=15), dict(A=55, B=45), "A"),
+        (dict(A=19), dict(B=19), None),
+        ({}, {}, None),
+    ],
+)
 def test_one_letter_is_a_collapse_only_far_beyond_the_keys(answers, keys, letter):
     found = collapse(Counter(answers), Counter(keys))
     assert (found and found.letter) == letter
@@ -108,8 +128,10 @@ def run(steps):
 def test_a_collapsed_run_is_told_in_plain_words():
     assert warnings(run(["ABCD"] * 12)) == []
     said = warnings(run(["ABCD"] * 6 + ["CCCC"] * 6))
-    assert said == ["One letter for all questions: in the last 5 recorded steps 100.0% of the answers are C, which is the "
-                    "key of 25.0% of these questions. What is earned that way is no knowledge."]
+    assert said == [
+        "One letter for all questions: in the last 5 recorded steps 100.0% of the answers are C, which is the "
+        "key of 25.0% of these questions. What is earned that way is no knowledge."
+    ]
 
 
 def test_boxes_without_knowledge_are_told():
@@ -130,5 +152,7 @@ def test_a_habit_that_spread_is_told():
     for step in range(1, 11):
         text = LONG + "\\boxed{{{0}}}" + (" or \\boxed{{{0}}}" if step > 5 else "")
         tally.add(step, [group(key, "ABCD", key, text=text) for key in "ABCD"])
-    assert warnings(tally.steps) == ["Several boxes: in the last 5 recorded steps 100.0% of responses have more than one "
-                                     "box; the last one counts; in the first 5 it was 0.0%."]
+    assert warnings(tally.steps) == [
+        "Several boxes: in the last 5 recorded steps 100.0% of responses have more than one "
+        "box; the last one counts; in the first 5 it was 0.0%."
+    ]

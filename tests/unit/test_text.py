@@ -1,18 +1,19 @@
 """How texts are compared and counted: signs that look alike, and scripts without blanks between words."""
+
 import json
 from pathlib import Path
 
 import pytest
 
 from alphamed.cli import main
-from alphamed.data.decontaminate import Rule, find_hits
-from alphamed.data.matching import similar_pairs
 from alphamed.data.mcq import QuestionError, parse_question
-from alphamed.data.suspects import suspects
 from alphamed.data.text import content_length, content_words, normalised, normalised_option, option_set, word_count, words
-from alphamed.observe.habits import Habit, habits, repetition
-from alphamed.observe.metrics import is_bare_box
+from alphamed.lab.datasets.decontaminate import Rule, find_hits
+from alphamed.lab.datasets.matching import similar_pairs
+from alphamed.lab.datasets.suspects import suspects
+from alphamed.lab.reports.habits import Habit, habits, repetition
 from alphamed.records import Outcome, Question
+from alphamed.rundir.metrics import is_bare_box
 
 
 def question(name, stem, options, answer="A"):
@@ -21,8 +22,13 @@ def question(name, stem, options, answer="A"):
 
 # ----------------------------------------------------------------------------------------------- signs that look alike
 TYPED = ("Graves' disease", "Tay-Sachs disease", "Stress fracture", "5-10 mg", "infiltration")
-TYPESET = ("Graves\u2019\u00a0disease", "Tay\u2010Sachs dis\u00adease", "Stress \u200bfrac\u2060ture\n\"",
-           "5\u201310\u202fmg", "in\ufb01ltration")
+TYPESET = (
+    "Graves\u2019\u00a0disease",
+    "Tay\u2010Sachs dis\u00adease",
+    'Stress \u200bfrac\u2060ture\n"',
+    "5\u201310\u202fmg",
+    "in\ufb01ltration",
+)
 
 
 @pytest.mark.parametrize("typed, typeset", list(zip(TYPED, TYPESET)))
@@ -45,19 +51,25 @@ def test_a_typeset_copy_is_contamination_a_repeat_and_a_conflict(tmp_path, monke
     rows = [{"id": q.id, "question": q.question, "options": dict(q.options), "answer": "A"} for q in (one, other)]
     Path("x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["data", "build", "--out", "o.jsonl", "--from", "x.jsonl", "drop_repeats=true"]) == 0
-    kept, = Path("o.jsonl").read_text(encoding="utf-8").splitlines()
-    assert json.loads(kept)["options"] == dict(one.options)         # what is written is as it was read
+    (kept,) = Path("o.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(kept)["options"] == dict(one.options)  # what is written is as it was read
 
 
 ROW = {"id": "q", "question": "Which?", "options": {"A": "x", "B": "y"}, "answer": "A"}
 
 
-@pytest.mark.parametrize("change, problem", [
-    ({"options": {"A": "Graves' disease", "B": "Graves\u2019 disease"}},
-     "options A and B are the same: \"Graves' disease\""),
-    ({"options": {"A": "5-10", "B": "x", "C": "5\u201310\ufeff"}}, "options A and C are the same: '5-10'"),
-    ({"options": {"A": "x", "B": "\u200b\ufeff"}}, "option B is empty"),
-    ({"question": "\u200b \u2060"}, "question is empty")])
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        (
+            {"options": {"A": "Graves' disease", "B": "Graves\u2019 disease"}},
+            'options A and B are the same: "Graves\' disease"',
+        ),
+        ({"options": {"A": "5-10", "B": "x", "C": "5\u201310\ufeff"}}, "options A and C are the same: '5-10'"),
+        ({"options": {"A": "x", "B": "\u200b\ufeff"}}, "option B is empty"),
+        ({"question": "\u200b \u2060"}, "question is empty"),
+    ],
+)
 def test_options_that_look_the_same_and_texts_that_show_nothing_are_refused(change, problem):
     with pytest.raises(QuestionError) as error:
         parse_question(ROW | change, "f:1")
@@ -70,16 +82,23 @@ def test_options_that_differ_by_a_raised_digit_are_two():
 
 
 # ---------------------------------------------------------------------------------------------- scripts without blanks
-@pytest.mark.parametrize("text, expected", [
-    ("\u60a3\u800545\u5c81", ["\u60a3", "\u8005", "45", "\u5c81"]),
-    ("\u7ef4\u751f\u7d20B12 7.4\u7f3a\u4e4f", ["\u7ef4", "\u751f", "\u7d20", "b12", "7.4", "\u7f3a", "\u4e4f"]),
-    ("\u8840\u538b\uff0c\u9ad8\u3002", ["\u8840", "\u538b", "\u9ad8"]),
-    ("\u30d3\u30bf\u30df\u30f3\u306e", ["\u30d3", "\u30bf", "\u30df", "\u30f3", "\u306e"]),
-    ("\uff8b\uff9e", ["\u30d3"]),                                                      # half-width, in two signs
-    ("\u0e44\u0e21\u0e48\u0e21\u0e35", ["\u0e44", "\u0e21\u0e48", "\u0e21\u0e35"]),    # Thai: marks stay on their characters
-    ("\u1019\u103b\u102c\u1038", ["\u1019\u103b\u102c\u1038"]),                         # Burmese
-    ("\ud608\uc555 \ub192\ub2e4", ["\ud608\uc555", "\ub192\ub2e4"]),                    # Korean has blanks
-    ("High blood pressure", ["high", "blood", "pressure"])])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("\u60a3\u800545\u5c81", ["\u60a3", "\u8005", "45", "\u5c81"]),
+        ("\u7ef4\u751f\u7d20B12 7.4\u7f3a\u4e4f", ["\u7ef4", "\u751f", "\u7d20", "b12", "7.4", "\u7f3a", "\u4e4f"]),
+        ("\u8840\u538b\uff0c\u9ad8\u3002", ["\u8840", "\u538b", "\u9ad8"]),
+        ("\u30d3\u30bf\u30df\u30f3\u306e", ["\u30d3", "\u30bf", "\u30df", "\u30f3", "\u306e"]),
+        ("\uff8b\uff9e", ["\u30d3"]),  # half-width, in two signs
+        (
+            "\u0e44\u0e21\u0e48\u0e21\u0e35",
+            ["\u0e44", "\u0e21\u0e48", "\u0e21\u0e35"],
+        ),  # Thai: marks stay on their characters
+        ("\u1019\u103b\u102c\u1038", ["\u1019\u103b\u102c\u1038"]),  # Burmese
+        ("\ud608\uc555 \ub192\ub2e4", ["\ud608\uc555", "\ub192\ub2e4"]),  # Korean has blanks
+        ("High blood pressure", ["high", "blood", "pressure"]),
+    ],
+)
 def test_words_of_scripts_without_blanks_are_characters(text, expected):
     assert words(text) == expected
 
@@ -90,25 +109,32 @@ def test_blanks_and_punctuation_between_characters_do_not_count():
 
 
 SAME = [
-    ("一名45岁男性患者，上腹部疼痛三天并伴有恶心呕吐，血淀粉酶升高，最可能的诊断是",
-     "患者男，45岁，上腹部疼痛三天，伴恶心呕吐，血淀粉酶升高，最可能的诊断是"),
+    (
+        "一名45岁男性患者，上腹部疼痛三天并伴有恶心呕吐，血淀粉酶升高，最可能的诊断是",
+        "患者男，45岁，上腹部疼痛三天，伴恶心呕吐，血淀粉酶升高，最可能的诊断是",
+    ),
     ("下列哪项是急性心肌梗死最具特征性的心电图改变", "急性心肌梗死最具特征性的心电图改变是下列哪一项"),
     ("维生素B12缺乏可引起哪种贫血", "缺乏维生素B12会引起哪种贫血"),
     ("治疗肺炎链球菌肺炎的首选抗生素是", "肺炎链球菌肺炎治疗首选的抗生素为"),
     ("使用warfarin的病人监测INR的目的是什么", "病人使用warfarin时，监测INR的目的是"),
-    ("45歳の男性。3日前からの上腹部痛と悪心を主訴に来院した。血清アミラーゼ高値。最も考えられる診断はどれか",
-     "45歳男性。上腹部痛と悪心が3日前から続き来院。血清アミラーゼは高値。最も考えられる診断はどれか"),
-    ("ผู้ป่วยชายอายุ 45 ปี ปวดท้องส่วนบนมา 3 วัน ร่วมกับคลื่นไส้อาเจียน ค่าอะไมเลสในเลือดสูง "
-     "การวินิจฉัยที่เป็นไปได้มากที่สุดคืออะไร",
-     "ชายอายุ 45 ปี ปวดท้องส่วนบน 3 วัน คลื่นไส้อาเจียน ค่าอะไมเลสในเลือดสูง วินิจฉัยที่เป็นไปได้มากที่สุดคือ"),
+    (
+        "45歳の男性。3日前からの上腹部痛と悪心を主訴に来院した。血清アミラーゼ高値。最も考えられる診断はどれか",
+        "45歳男性。上腹部痛と悪心が3日前から続き来院。血清アミラーゼは高値。最も考えられる診断はどれか",
+    ),
+    (
+        "ผู้ป่วยชายอายุ 45 ปี ปวดท้องส่วนบนมา 3 วัน ร่วมกับคลื่นไส้อาเจียน ค่าอะไมเลสในเลือดสูง การวินิจฉัยที่เป็นไปได้มากที่สุดคืออะไร",
+        "ชายอายุ 45 ปี ปวดท้องส่วนบน 3 วัน คลื่นไส้อาเจียน ค่าอะไมเลสในเลือดสูง วินิจฉัยที่เป็นไปได้มากที่สุดคือ",
+    ),
 ]
 OTHER = [
     ("下列关于糖尿病患者足部护理的说法，正确的是", "下列关于糖尿病患者胰岛素注射的说法，正确的是"),
     ("下列哪项是急性心包炎最具特征性的心电图改变", "下列哪项是高钾血症最具特征性的心电图改变"),
     ("治疗支原体肺炎的首选药物是", "治疗军团菌病的首选药物是"),
     ("缺铁可引起哪种贫血", "缺铜可引起哪种疾病"),
-    ("患者女，60岁，胸骨后疼痛两小时，向左肩放射，心电图ST段抬高，最可能的诊断是",
-     "患者女，60岁，突发右侧肢体无力两小时，头颅CT未见出血，最可能的诊断是"),
+    (
+        "患者女，60岁，胸骨后疼痛两小时，向左肩放射，心电图ST段抬高，最可能的诊断是",
+        "患者女，60岁，突发右侧肢体无力两小时，头颅CT未见出血，最可能的诊断是",
+    ),
     ("下列药物中，属于β受体阻滞剂的是", "下列药物中，属于钙通道阻滞剂的是"),
     ("高血圧の第一選択薬はどれか", "糖尿病の第一選択薬はどれか"),
 ]
@@ -116,10 +142,16 @@ OTHER = [
 
 def test_reworded_questions_are_found_and_others_with_the_same_template_are_not():
     """All with one answer, so that the stems alone decide. By hand: which pairs ask the same."""
-    train = [question(f"{kind}{i}", one, ("甲", f"乙{kind}{i}")) for kind, pairs in (("same", SAME), ("other", OTHER))
-             for i, (one, _) in enumerate(pairs)]
-    bench = [question(f"{kind}{i}", other, ("甲", f"丙{kind}{i}")) for kind, pairs in (("same", SAME), ("other", OTHER))
-             for i, (_, other) in enumerate(pairs)]
+    train = [
+        question(f"{kind}{i}", one, ("甲", f"乙{kind}{i}"))
+        for kind, pairs in (("same", SAME), ("other", OTHER))
+        for i, (one, _) in enumerate(pairs)
+    ]
+    bench = [
+        question(f"{kind}{i}", other, ("甲", f"丙{kind}{i}"))
+        for kind, pairs in (("same", SAME), ("other", OTHER))
+        for i, (_, other) in enumerate(pairs)
+    ]
     hits = {(hit.train.id, hit.against.id) for hit in find_hits(train, {"b": bench})}
     assert hits == {(f"same{i}", f"same{i}") for i in range(len(SAME))}
 
@@ -129,7 +161,7 @@ def test_similarity_of_characters_and_their_pairs_by_hand():
     log 2); of one side each are 1 character and 1 pair (weight log 3)."""
     from math import log
 
-    pair, = similar_pairs(["甲乙丙丁"], ["甲乙丙戊"], 0.1)
+    (pair,) = similar_pairs(["甲乙丙丁"], ["甲乙丙戊"], 0.1)
     assert pair.similarity == pytest.approx(5 * log(2) / (5 * log(2) + 4 * log(3)))
 
 
@@ -144,20 +176,26 @@ def test_stop_phrases_are_left_out_and_negations_are_not():
 
 
 # ------------------------------------------------------------------------------------------------------------- counting
-@pytest.mark.parametrize("text, count", [
-    ("患者男，45岁，B12 deficiency。", 7), ("one two - three", 4), ("", 0), ("  ", 0), ("高血压", 3), ("ไม่มี", 3)])
+@pytest.mark.parametrize(
+    "text, count",
+    [("患者男，45岁，B12 deficiency。", 7), ("one two - three", 4), ("", 0), ("  ", 0), ("高血压", 3), ("ไม่มี", 3)],
+)
 def test_words_are_counted_at_blanks_and_characters_where_there_are_none(text, count):
     """The first: 患 者 男 45 岁 B12 deficiency."""
     assert word_count(text) == count
 
 
-@pytest.mark.parametrize("settings, kept", [("filter.min_words=10", ["long"]), ("filter.max_words=12", ["short"]),
-                                            ("filter.min_words=9", ["long", "short"])])
+@pytest.mark.parametrize(
+    "settings, kept",
+    [("filter.min_words=10", ["long"]), ("filter.max_words=12", ["short"]), ("filter.min_words=9", ["long", "short"])],
+)
 def test_length_filters_count_characters_and_say_so(settings, kept, tmp_path, monkeypatch, capsys):
     """9 characters with the options in `short`, 14 in `long`."""
     monkeypatch.chdir(tmp_path)
-    rows = [ROW | {"id": "short", "question": "高血压病因是？", "options": {"A": "钠", "B": "钾盐"}},
-            ROW | {"id": "long", "question": "下列何者是高血压的病因？", "options": {"A": "钠", "B": "钾盐"}}]
+    rows = [
+        ROW | {"id": "short", "question": "高血压病因是？", "options": {"A": "钠", "B": "钾盐"}},
+        ROW | {"id": "long", "question": "下列何者是高血压的病因？", "options": {"A": "钠", "B": "钾盐"}},
+    ]
     Path("x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["data", "build", "--out", "o.jsonl", "--from", "x.jsonl", settings]) == 0
     assert sorted(json.loads(line)["id"] for line in Path("o.jsonl").read_text().split("\n")[:-1]) == kept

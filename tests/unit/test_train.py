@@ -1,4 +1,5 @@
 """Where a step goes wrong, what went wrong is on the disk before the run ends, and no checkpoint holds it."""
+
 import contextlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -6,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from alphamed import train
-from alphamed.config_file import build_config
+from alphamed.config.loading import build_config
 from alphamed.errors import RunFailed
 from alphamed.session import Session
 
@@ -26,6 +27,7 @@ class Called:
             if name in self._fails:
                 raise RuntimeError(name)
             return {}
+
         return method
 
 
@@ -34,8 +36,15 @@ def test_a_bad_step_is_recorded_and_makes_no_checkpoint(monkeypatch, check):
     calls: list[str] = []
     run = Called(calls, steps=lambda: iter([1, 2]))
     rollouts = Called(calls, next=lambda step: SimpleNamespace(groups=()))
-    session = Called(calls, (check,), run=run, rollouts=rollouts, policy=Called(calls, (check,), layout=None),
-                     reference=Called(calls), sync=Called(calls))
+    session = Called(
+        calls,
+        (check,),
+        run=run,
+        rollouts=rollouts,
+        policy=Called(calls, (check,), layout=None),
+        reference=Called(calls),
+        sync=Called(calls),
+    )
     monkeypatch.setattr(train, "open_session", lambda *_: contextlib.nullcontext(session))
     monkeypatch.setattr(train, "pack", lambda *_args, **_named: None)
     with pytest.raises(RuntimeError, match=check):
@@ -47,17 +56,27 @@ def test_a_bad_step_is_recorded_and_makes_no_checkpoint(monkeypatch, check):
 def test_a_run_that_is_asked_to_stop_writes_a_checkpoint_and_is_not_finished(monkeypatch):
     calls: list[str] = []
     run = Called(calls, steps=lambda: iter([1, 2]), stop_asked=lambda: True)
-    session = Called(calls, run=run, rollouts=Called(calls, next=lambda step: None), policy=Called(calls, layout=None),
-                     reference=Called(calls), sync=Called(calls))
+    session = Called(
+        calls,
+        run=run,
+        rollouts=Called(calls, next=lambda step: None),
+        policy=Called(calls, layout=None),
+        reference=Called(calls),
+        sync=Called(calls),
+    )
     monkeypatch.setattr(train, "open_session", lambda *_: contextlib.nullcontext(session))
     train.main(CONFIG)
     assert calls == ["push", "evaluate", "checkpoint"]
 
 
-@pytest.mark.parametrize("found, culprit, words", [
-    (0.2, "rollout engines", "the limit is 0.15"), (float("inf"), "rollout engines", "inf"),
-    (float("nan"), "policy", "not finite"),                                  # which is no news of the engines
-])
+@pytest.mark.parametrize(
+    "found, culprit, words",
+    [
+        (0.2, "rollout engines", "the limit is 0.15"),
+        (float("inf"), "rollout engines", "inf"),
+        (float("nan"), "policy", "not finite"),  # which is no news of the engines
+    ],
+)
 def test_log_probs_that_differ_stop_the_run(found, culprit, words):
     session = SimpleNamespace(config=CONFIG, run=SimpleNamespace(dir=Path("runs/r")))
     with pytest.raises(RunFailed, match=words) as stopped:

@@ -1,4 +1,5 @@
 """Public sets in their own layouts: every row of the tables through `datasets`, by hub name and from local copies."""
+
 import hashlib
 import json
 import shutil
@@ -13,22 +14,32 @@ import upstream_layouts as layouts
 from huggingface_hub import constants
 from upstream_layouts import hub_folder
 
-from alphamed.config_choices import BadRows
+from alphamed.config.choices import BadRows
 from alphamed.data import adapters, upstream
-from alphamed.data.catalogue import PRESETS, SOURCES
 from alphamed.data.mcq import check_questions
 from alphamed.data.reading import interpret
 from alphamed.data.upstream import read_upstream
 from alphamed.errors import DataError
 from alphamed.evaluation import benchmarks
 from alphamed.evaluation.benchmarks import BENCHMARKS, load_benchmark
+from alphamed.lab.datasets.catalogue import PRESETS, SOURCES
 
-LAYOUTS = {adapters.medqa: layouts.MEDQA, adapters.medmcqa: layouts.MEDMCQA, adapters.pubmedqa: layouts.PUBMEDQA,
-           adapters.openlife: layouts.OPENLIFE, adapters.headqa: layouts.HEADQA, adapters.mmlu_pro_medical: layouts.MMLU_PRO,
-           adapters.gpqa_medical: layouts.GPQA, adapters.medxpertqa: layouts.MEDXPERTQA, adapters.mmlu_medical: layouts.MMLU}
-TABLE = [pytest.param(table, name, id=f"{kind}-{name}") for kind, table in (("train", SOURCES), ("benchmark", BENCHMARKS))
-         for name in table]
-
+LAYOUTS = {
+    adapters.medqa: layouts.MEDQA,
+    adapters.medmcqa: layouts.MEDMCQA,
+    adapters.pubmedqa: layouts.PUBMEDQA,
+    adapters.openlife: layouts.OPENLIFE,
+    adapters.headqa: layouts.HEADQA,
+    adapters.mmlu_pro_medical: layouts.MMLU_PRO,
+    adapters.gpqa_medical: layouts.GPQA,
+    adapters.medxpertqa: layouts.MEDXPERTQA,
+    adapters.mmlu_medical: layouts.MMLU,
+}
+TABLE = [
+    pytest.param(table, name, id=f"{kind}-{name}")
+    for kind, table in (("train", SOURCES), ("benchmark", BENCHMARKS))
+    for name in table
+]
 
 
 def made_id(name, question, options, right):
@@ -37,8 +48,12 @@ def made_id(name, question, options, right):
     return f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
 
-SAILOR = made_id("medqa", "A sailor has bleeding gums. Which vitamin is missing?",
-                 ["Vitamin A", "Vitamin B12", "Vitamin C", "Vitamin D"], "Vitamin C")
+SAILOR = made_id(
+    "medqa",
+    "A sailor has bleeding gums. Which vitamin is missing?",
+    ["Vitamin A", "Vitamin B12", "Vitamin C", "Vitamin D"],
+    "Vitamin C",
+)
 INSULIN = made_id("medqa", "Which organ makes insulin?", ["Pancreas", "Liver", "Spleen", "Kidney"], "Pancreas")
 BONES = made_id("mmlu", "Which ion makes bones hard?", ["Sodium", "Calcium", "Iron", "Iodine"], "Calcium")
 
@@ -46,18 +61,26 @@ BONES = made_id("mmlu", "Which ion makes bones hard?", ["Sodium", "Calcium", "Ir
 EXPECTED = {
     adapters.medqa: {SAILOR: ("Vitamin C", 4, "medqa", None), INSULIN: ("Pancreas", 4, "medqa", None)},
     adapters.medmcqa: {"medmcqa-e1": ("Aorta", 4, "medmcqa", None), "medmcqa-e2": ("I", 4, "medmcqa", None)},
-    adapters.pubmedqa: {"pubmedqa-101": ("yes", 3, "pubmedqa", "We let 10 people walk.\nThey felt better."),
-                        "pubmedqa-102": ("maybe", 3, "pubmedqa", "We let 10 people stand.")},
+    adapters.pubmedqa: {
+        "pubmedqa-101": ("yes", 3, "pubmedqa", "We let 10 people walk.\nThey felt better."),
+        "pubmedqa-102": ("maybe", 3, "pubmedqa", "We let 10 people stand."),
+    },
     adapters.openlife: {"pubmedqa-201": ("no", 3, "pubmedqa", "We let 10 people sleep.\nThey felt worse.")},
     adapters.headqa: {"headqa-Cuaderno_2013_1_B-7": ("Mitochondrion", 5, "headqa/biology", None)},
-    adapters.mmlu_pro_medical: {"mmlu_pro-1": ("Femur", 3, "mmlu_pro/health", None),
-                                "mmlu_pro-3": ("DNA", 3, "mmlu_pro/biology", None)},
-    adapters.gpqa_medical: {"gpqa-rec0": ("right", 4, "gpqa/genetics", None),
-                            "gpqa-rec1": ("right", 4, "gpqa/molecular_biology", None),
-                            "gpqa-rec3": ("right", 4, "gpqa/genetics", None),
-                            "gpqa-rec4": ("right", 4, "gpqa/genetics", None)},
-    adapters.medxpertqa: {"medxpertqa-Text-0": ("o9", 10, "medxpertqa/reasoning", None),
-                          "medxpertqa-Text-1": ("p0", 10, "medxpertqa/understanding", None)},
+    adapters.mmlu_pro_medical: {
+        "mmlu_pro-1": ("Femur", 3, "mmlu_pro/health", None),
+        "mmlu_pro-3": ("DNA", 3, "mmlu_pro/biology", None),
+    },
+    adapters.gpqa_medical: {
+        "gpqa-rec0": ("right", 4, "gpqa/genetics", None),
+        "gpqa-rec1": ("right", 4, "gpqa/molecular_biology", None),
+        "gpqa-rec3": ("right", 4, "gpqa/genetics", None),
+        "gpqa-rec4": ("right", 4, "gpqa/genetics", None),
+    },
+    adapters.medxpertqa: {
+        "medxpertqa-Text-0": ("o9", 10, "medxpertqa/reasoning", None),
+        "medxpertqa-Text-1": ("p0", 10, "medxpertqa/understanding", None),
+    },
     adapters.mmlu_medical: {BONES: ("Calcium", 4, "mmlu/anatomy", None)},
 }
 
@@ -79,7 +102,7 @@ def test_every_row_loads_by_its_hub_name_from_a_repository_of_the_same_layout(tm
     rows, _ = interpret(read_upstream(replace(source, hub=str(folder)), None), source.answer)
     questions, problems = check_questions(rows)
     assert told(questions) == EXPECTED[source.adapt]
-    if source.adapt is adapters.medmcqa:        # the question without a public key
+    if source.adapt is adapters.medmcqa:  # the question without a public key
         assert [p.problem for p in problems] == ["cop -1 is not among the options A, B, C, D (keys are numbers from 0)"]
     else:
         assert problems == []
@@ -108,12 +131,29 @@ def test_medxpertqas_question_does_not_repeat_its_options():
 # ----------------------------------------------------------------------------------------------------------- the tables
 def test_counts_and_letters_of_the_table():
     """Sizes as the paper and the sets' authors give them (see the issue's list and RECIPE's test sizes)."""
-    counts = {"medqa": 1273, "medmcqa": 4183, "pubmedqa": 500, "pubmedqa1000": 1000, "mmlu_pro": 818 + 717, "gpqa": 78,
-              "medxpertqa": 1861 + 589, "mmlu_medical": 135 + 265 + 144 + 173 + 100 + 272, "headqa": None}
+    counts = {
+        "medqa": 1273,
+        "medmcqa": 4183,
+        "pubmedqa": 500,
+        "pubmedqa1000": 1000,
+        "mmlu_pro": 818 + 717,
+        "gpqa": 78,
+        "medxpertqa": 1861 + 589,
+        "mmlu_medical": 135 + 265 + 144 + 173 + 100 + 272,
+        "headqa": None,
+    }
     assert {name: source.expected for name, source in BENCHMARKS.items()} == counts
     assert {name: len(source.letters) for name, source in BENCHMARKS.items()} == {
-        "medqa": 4, "medmcqa": 4, "pubmedqa": 3, "pubmedqa1000": 3, "mmlu_pro": 10, "gpqa": 4, "medxpertqa": 10,
-        "mmlu_medical": 4, "headqa": 5}
+        "medqa": 4,
+        "medmcqa": 4,
+        "pubmedqa": 3,
+        "pubmedqa1000": 3,
+        "mmlu_pro": 10,
+        "gpqa": 4,
+        "medxpertqa": 10,
+        "mmlu_medical": 4,
+        "headqa": 5,
+    }
 
 
 def test_every_row_names_a_commit_or_says_that_it_does_not():
@@ -126,8 +166,10 @@ def test_every_row_names_a_commit_or_says_that_it_does_not():
 
 
 def test_presets_have_the_papers_sizes():
-    sizes = {name: sum(quota.get("count", 6 * quota.get("per_level", 0)) for quota in tree["quotas"])
-             for name, tree in PRESETS.items()}
+    sizes = {
+        name: sum(quota.get("count", 6 * quota.get("per_level", 0)) for quota in tree["quotas"])
+        for name, tree in PRESETS.items()
+    }
     assert sizes == {"alphamed19k": 10_178 + 9_000, "medqa1200": 1200, "medmcqa1200": 1200, "pubmedqa1200": 1200}
 
 
@@ -146,16 +188,21 @@ def test_the_right_count_is_no_complaint(tmp_path, monkeypatch):
 
 
 def test_more_letters_than_expected_and_bad_rows_are_told(tmp_path):
-    rows = [layouts.MEDQA[0] | {"options": {letter: f"Vitamin {letter}" for letter in "ABCDE"}},
-            layouts.MEDQA[1] | {"answer_idx": "Z"}]
+    rows = [
+        layouts.MEDQA[0] | {"options": {letter: f"Vitamin {letter}" for letter in "ABCDE"}},
+        layouts.MEDQA[1] | {"answer_idx": "Z"},
+    ]
     name = f"medqa={hub_folder(tmp_path / 'copy', None, 'test', rows)}"
-    with pytest.raises(DataError, match="'Z' is not among the options A, B, C, D; mend the data, or leave bad rows out with "
-                                        "--bad-rows skip"):
+    with pytest.raises(
+        DataError, match="'Z' is not among the options A, B, C, D; mend the data, or leave bad rows out with --bad-rows skip"
+    ):
         load_benchmark(name)
     loaded = load_benchmark(name, BadRows.SKIP)
     assert [problem.problem for problem in loaded.problems] == ["answer_idx 'Z' is not among the options A, B, C, D"]
-    assert "1 questions, 1,273 were expected; 5 options in a question, at most 4 were expected; 1 bad row left out" in \
-        loaded.complaint
+    assert (
+        "1 questions, 1,273 were expected; 5 options in a question, at most 4 were expected; 1 bad row left out"
+        in loaded.complaint
+    )
 
 
 def test_a_benchmark_file_of_the_schema(tmp_path):
@@ -165,8 +212,14 @@ def test_a_benchmark_file_of_the_schema(tmp_path):
     assert load_benchmark(f"medqa={file}").questions == load_benchmark(str(file)).questions
 
 
-@pytest.mark.parametrize("name, word", [("medqaa", "medqa, medmcqa"), ("nosuch=x.jsonl", "'nosuch' is not known"),
-                                        ("medqa=no/such", "no/such: no such file or folder")])
+@pytest.mark.parametrize(
+    "name, word",
+    [
+        ("medqaa", "medqa, medmcqa"),
+        ("nosuch=x.jsonl", "'nosuch' is not known"),
+        ("medqa=no/such", "no/such: no such file or folder"),
+    ],
+)
 def test_unknown_benchmarks(name, word):
     with pytest.raises(DataError, match=word):
         load_benchmark(name)
@@ -178,14 +231,22 @@ def cut(folder):
     return folder
 
 
-@pytest.mark.parametrize("make, words", [
-    (lambda d: cut(hub_folder(d / "c", None, "test", layouts.MEDQA)),
-     ["can not be read as medqa", "Parquet magic bytes not found"]),
-    (lambda d: hub_folder(d / "w", None, "test", layouts.MMLU),
-     ["not in the layout of medqa (no 'options')", "question, subject, choices, answer"]),
-    (lambda d: hub_folder(d / "s", None, "train", layouts.MEDQA), ["can not be read as medqa, split test"]),
-    (lambda d: (d / "empty").mkdir() or d / "empty", ["can not be read as medqa"]),
-], ids=["truncated", "other layout", "no such split", "empty folder"])
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (
+            lambda d: cut(hub_folder(d / "c", None, "test", layouts.MEDQA)),
+            ["can not be read as medqa", "Parquet magic bytes not found"],
+        ),
+        (
+            lambda d: hub_folder(d / "w", None, "test", layouts.MMLU),
+            ["not in the layout of medqa (no 'options')", "question, subject, choices, answer"],
+        ),
+        (lambda d: hub_folder(d / "s", None, "train", layouts.MEDQA), ["can not be read as medqa, split test"]),
+        (lambda d: (d / "empty").mkdir() or d / "empty", ["can not be read as medqa"]),
+    ],
+    ids=["truncated", "other layout", "no such split", "empty folder"],
+)
 def test_a_copy_that_can_not_be_used_is_one_line(tmp_path, make, words):
     with pytest.raises(DataError) as error:
         load_benchmark(f"medqa={make(tmp_path)}")
@@ -195,12 +256,15 @@ def test_a_copy_that_can_not_be_used_is_one_line(tmp_path, make, words):
 def test_a_hub_that_does_not_answer_is_one_line(monkeypatch):
     def refuse(*arguments, **settings):
         raise ConnectionError("no\nroute")
+
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(DataError) as error:
         load_benchmark("medxpertqa")
-    assert str(error.value).startswith("medxpertqa: TsinghuaC3I/MedXpertQA at revision "
-                                       "7e7c465a68eb2b866926bfa59c8c9d17a8daba65 can not be "
-                                       "loaded from the hub (ConnectionError: 'no route')")
+    assert str(error.value).startswith(
+        "medxpertqa: TsinghuaC3I/MedXpertQA at revision "
+        "7e7c465a68eb2b866926bfa59c8c9d17a8daba65 can not be "
+        "loaded from the hub (ConnectionError: 'no route')"
+    )
 
 
 def test_a_hub_whose_host_is_not_there_is_one_line_at_once(monkeypatch, tmp_path, capfd):
@@ -217,11 +281,16 @@ def test_a_hub_whose_host_is_not_there_is_one_line_at_once(monkeypatch, tmp_path
     with pytest.raises(DataError, match=f"no connection to {address}, no copy in the cache"):
         load_benchmark("medqa")
     assert waits == [] and capfd.readouterr() == ("", "")
-    assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE      # for that call only
+    assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE  # for that call only
 
 
-@pytest.mark.parametrize("cached, refused", [("90b8e5be2b1d3d2dbfe016cdab47981150600c4a", None),
-                                             ("0123456789abcdef0123456789abcdef01234567", "holds revision 0123456789abcdef")])
+@pytest.mark.parametrize(
+    "cached, refused",
+    [
+        ("90b8e5be2b1d3d2dbfe016cdab47981150600c4a", None),
+        ("0123456789abcdef0123456789abcdef01234567", "holds revision 0123456789abcdef"),
+    ],
+)
 def test_without_a_hub_only_a_cached_copy_of_the_pinned_revision_will_do(monkeypatch, tmp_path, cached, refused):
     """The cache as `datasets` fills it: OWNER___NAME/CONFIG/VERSION/COMMIT."""
     with socket.socket() as free:
@@ -231,8 +300,9 @@ def test_without_a_hub_only_a_cached_copy_of_the_pinned_revision_will_do(monkeyp
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     made = datasets.Dataset.from_list(list(layouts.GPQA)).to_parquet(tmp_path / "rows.parquet") and datasets.load_dataset(
-        "parquet", data_files=str(tmp_path / "rows.parquet"), split="train", cache_dir=str(tmp_path / "made"))
-    source, = {Path(file["filename"]).parent for file in made.cache_files}
+        "parquet", data_files=str(tmp_path / "rows.parquet"), split="train", cache_dir=str(tmp_path / "made")
+    )
+    (source,) = {Path(file["filename"]).parent for file in made.cache_files}
     place = tmp_path / "cache" / "Idavidrein___gpqa" / "gpqa_main" / "0.0.0" / cached
     shutil.copytree(source, place)
     (place / "parquet-train.arrow").rename(place / "gpqa-train.arrow")
@@ -245,8 +315,16 @@ def test_without_a_hub_only_a_cached_copy_of_the_pinned_revision_will_do(monkeyp
         assert len(load_benchmark("gpqa").questions) == 4
 
 
-@pytest.mark.parametrize("proxies, listens, reachable", [({}, True, True), ({}, False, False), ({"http": "p:1"}, False, True),
-                                                         ({"all": "p:1"}, False, True), ({"https": "p:1"}, False, False)])
+@pytest.mark.parametrize(
+    "proxies, listens, reachable",
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"http": "p:1"}, False, True),
+        ({"all": "p:1"}, False, True),
+        ({"https": "p:1"}, False, False),
+    ],
+)
 def test_what_counts_as_a_network(monkeypatch, proxies, listens, reachable):
     monkeypatch.setattr(upstream, "getproxies", lambda: proxies)
     with socket.socket() as server:
@@ -262,7 +340,12 @@ def test_the_hub_is_asked_for_the_pinned_revision(monkeypatch):
     def load(path, config, split, revision):
         asked.update(path=path, config=config, split=split, revision=revision)
         return list(layouts.GPQA)
+
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert len(load_benchmark("gpqa").questions) == 4
-    assert asked == {"path": "Idavidrein/gpqa", "config": "gpqa_main", "split": "train",
-                     "revision": "90b8e5be2b1d3d2dbfe016cdab47981150600c4a"}
+    assert asked == {
+        "path": "Idavidrein/gpqa",
+        "config": "gpqa_main",
+        "split": "train",
+        "revision": "90b8e5be2b1d3d2dbfe016cdab47981150600c4a",
+    }

@@ -1,4 +1,5 @@
 """Changed forms of questions, and the grading of answers given without options."""
+
 from collections import Counter
 
 import pytest
@@ -24,7 +25,7 @@ def test_shuffling_keeps_texts_and_key_and_moves_the_letter():
 
 def test_the_key_goes_to_every_other_place_about_equally_often():
     places = Counter(shuffled(question(i), seed=2).answer for i in range(600))
-    assert set(places) == set("ABD") and min(places.values()) > 150          # 200 each, four standard deviations are 46
+    assert set(places) == set("ABD") and min(places.values()) > 150  # 200 each, four standard deviations are 46
 
 
 def test_removing_takes_one_wrong_option_and_closes_the_gap():
@@ -64,23 +65,29 @@ def test_two_options_can_not_lose_one():
     assert one_removed(question(options={"A": "yes", "B": "no"}, answer="A"), 1) is None
 
 
-@pytest.mark.parametrize("text", ["Which of the following is true?", "All occur in scurvy EXCEPT:",
-                                  "Which statement holds?"])
+@pytest.mark.parametrize(
+    "text", ["Which of the following is true?", "All occur in scurvy EXCEPT:", "Which statement holds?"]
+)
 def test_questions_about_their_options_are_not_asked_without_them(text):
     assert free(question(text=text), 1) is None
     assert free(question(text="Which of the following is the most likely diagnosis?"), 1) is not None
 
 
-@pytest.mark.parametrize("text, letter", [
-    ("\\boxed{Vitamin C}", "C"),
-    ("\\boxed{\\text{vitamin  c}.}", "C"),
-    ("\\boxed{Start vitamin C today}", "C"),
-    ("It is vitamin C.", None),                          # no box
-    ("\\boxed{ascorbic acid}", None),                    # a synonym: known to count as wrong
-    ("\\boxed{Vitamin}", None),                          # a part of an option is none
-    ("\\boxed{Vitamin C or Vitamin D}", None),           # two of them
-    ("\\boxed{Vitamin A} \\boxed{Vitamin D}", "D"),
-    ("\\boxed{C}", None), ("\\boxed{}", None)])
+@pytest.mark.parametrize(
+    "text, letter",
+    [
+        ("\\boxed{Vitamin C}", "C"),
+        ("\\boxed{\\text{vitamin  c}.}", "C"),
+        ("\\boxed{Start vitamin C today}", "C"),
+        ("It is vitamin C.", None),  # no box
+        ("\\boxed{ascorbic acid}", None),  # a synonym: known to count as wrong
+        ("\\boxed{Vitamin}", None),  # a part of an option is none
+        ("\\boxed{Vitamin C or Vitamin D}", None),  # two of them
+        ("\\boxed{Vitamin A} \\boxed{Vitamin D}", "D"),
+        ("\\boxed{C}", None),
+        ("\\boxed{}", None),
+    ],
+)
 def test_free_answers(text, letter):
     assert free_letter(text, OPTIONS) == letter
 

@@ -1,4 +1,5 @@
 """Which weight files a folder's model is made of: what is ambiguous is refused, what is read is what vLLM reads too."""
+
 import json
 import shutil
 import struct
@@ -10,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_hf
 
 from alphamed.errors import ConfigError
-from alphamed.model import read_shape
-from alphamed.weights.folder import (
+from alphamed.model.shape import read_shape
+from alphamed.model.weight_files import (
     CHUNK,
     INDEX,
     SINGLE,
@@ -68,8 +69,9 @@ def test_an_index_may_name_the_single_file(single, tmp_path):
     assert list(weight_files(folder)) == [SINGLE]
 
 
-@pytest.mark.parametrize("other", ("adapter_model.safetensors", "consolidated.safetensors",
-                                   "model-00001-of-00002.safetensors"))
+@pytest.mark.parametrize(
+    "other", ("adapter_model.safetensors", "consolidated.safetensors", "model-00001-of-00002.safetensors")
+)
 def test_a_single_file_beside_others_needs_an_index(single, tmp_path, other):
     folder = copied(single, tmp_path)
     shutil.copy(folder / SINGLE, folder / other)
@@ -97,14 +99,17 @@ def test_a_tensor_in_two_files_is_refused(sharded, tmp_path):
     refused(folder, name, first, last)
 
 
-@pytest.mark.parametrize("break_it, words", (
-    (lambda d: (d / shards(d)[1]).unlink(), ("00002-of", "is missing")),
-    (lambda d: (d / shards(d)[1]).write_bytes((d / shards(d)[1]).read_bytes()[:-4]), ("00002-of", "not a complete")),
-    (lambda d: put_in_index(d, "model.extra", shards(d)[0]), ("does not hold tensor 'model.extra'", "00001-of")),
-    (lambda d: put_in_index(d, "model.norm.weight", "../m/model-00001-of-00005.safetensors"), ("not one of its own",)),
-    (lambda d: (d / INDEX).write_text('{"weight_map": {}}'), ("names no weights",)),
-    (lambda d: (d / INDEX).write_text('{"weight_map": [1]}'), ("is no weight index",)),
-))
+@pytest.mark.parametrize(
+    "break_it, words",
+    (
+        (lambda d: (d / shards(d)[1]).unlink(), ("00002-of", "is missing")),
+        (lambda d: (d / shards(d)[1]).write_bytes((d / shards(d)[1]).read_bytes()[:-4]), ("00002-of", "not a complete")),
+        (lambda d: put_in_index(d, "model.extra", shards(d)[0]), ("does not hold tensor 'model.extra'", "00001-of")),
+        (lambda d: put_in_index(d, "model.norm.weight", "../m/model-00001-of-00005.safetensors"), ("not one of its own",)),
+        (lambda d: (d / INDEX).write_text('{"weight_map": {}}'), ("names no weights",)),
+        (lambda d: (d / INDEX).write_text('{"weight_map": [1]}'), ("is no weight index",)),
+    ),
+)
 def test_an_index_that_does_not_hold(sharded, tmp_path, break_it, words):
     folder = copied(sharded, tmp_path)
     break_it(folder)
@@ -149,8 +154,9 @@ def test_a_value_that_is_not_finite_is_found_by_tensor(tmp_path, dtype, value):
     save_file({"a.weight": good, "b.weight": bad}, tmp_path / SINGLE)
     with pytest.raises(ConfigError) as error:
         require_finite(tmp_path)
-    assert str(error.value) == (f"model.path: {tmp_path}: b.weight holds values that are not finite; repair the model or "
-                                f"fetch it again")
+    assert str(error.value) == (
+        f"model.path: {tmp_path}: b.weight holds values that are not finite; repair the model or fetch it again"
+    )
 
 
 def test_every_value_of_a_large_tensor_is_read(tmp_path):

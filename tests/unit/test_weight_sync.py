@@ -1,5 +1,6 @@
 """Pushes through real links, gloo and shared memory, without vLLM: ranks and engine workers are threads, a model is a
 dictionary."""
+
 import queue
 import sys
 import threading
@@ -11,13 +12,13 @@ import torch
 from test_hf_io import megatron_like
 from test_sync_routes import SMALL, engine_like, fill, vllm_parameter
 
-from alphamed.config_file import build_config
-from alphamed.config_sections import ParallelConfig
+from alphamed.config.loading import build_config
+from alphamed.config.sections import ParallelConfig
 from alphamed.errors import ConfigError, RunFailed
+from alphamed.model.families import hf_shapes
 from alphamed.records import Layout
 from alphamed.rollout.failures import Peer
 from alphamed.weights import receiver
-from alphamed.weights.families import hf_shapes
 from alphamed.weights.hf_io import hf_parts
 from alphamed.weights.links import GroupChannel
 from alphamed.weights.plan import Link, Slice, SyncPlan, Wire, members
@@ -40,13 +41,21 @@ def over(request, monkeypatch):
 
 
 def config(dtype="fp32", bucket_bytes=64, mode="gather"):
-    return build_config({"model": {"path": "m", "dtype": "fp32"}, "data": {"train": ["d.jsonl"]}, "cluster": {
-        "device": "cpu"}, "sync": {"bucket_bytes": bucket_bytes, "mode": mode, "transport": transport}, "rollout": {"dtype": dtype}})
+    return build_config(
+        {
+            "model": {"path": "m", "dtype": "fp32"},
+            "data": {"train": ["d.jsonl"]},
+            "cluster": {"device": "cpu"},
+            "sync": {"bucket_bytes": bucket_bytes, "mode": mode, "transport": transport},
+            "rollout": {"dtype": dtype},
+        }
+    )
 
 
 class Source:
     """The weights of one stage's sender, or of a tensor rank that only takes part in the gathering. `everything`: the
     tensors of each stage, whose senders are ranks 0, 1, ..."""
+
     exports = True
 
     def __init__(self, *everything, rank=0, stage=0):
@@ -56,10 +65,23 @@ class Source:
 
     def plan(self, engines, wire):
         workers = members(engines)
-        return SyncPlan(wire.mode, tuple(
-            Link(f"stage {stage}", stage, stage, tuple(range(len(workers))), wire.transport, wire.dtype, wire.bucket_bytes,
-                 tuple(Slice.all_of(name, tuple(tensor.shape)) for name, tensor in tensors.items()))
-            for stage, tensors in enumerate(self._stages)), workers)
+        return SyncPlan(
+            wire.mode,
+            tuple(
+                Link(
+                    f"stage {stage}",
+                    stage,
+                    stage,
+                    tuple(range(len(workers))),
+                    wire.transport,
+                    wire.dtype,
+                    wire.bucket_bytes,
+                    tuple(Slice.all_of(name, tuple(tensor.shape)) for name, tensor in tensors.items()),
+                )
+                for stage, tensors in enumerate(self._stages)
+            ),
+            workers,
+        )
 
     def make_current(self):
         pass
@@ -118,8 +140,10 @@ class Pool:
 
     def _all(self, engine, method, arguments):
         with ThreadPoolExecutor(8) as threads:
-            return [call.result(DEADLINE_S) for call in
-                    [threads.submit(getattr(worker, method), **arguments) for worker in self.workers[engine]]]
+            return [
+                call.result(DEADLINE_S)
+                for call in [threads.submit(getattr(worker, method), **arguments) for worker in self.workers[engine]]
+            ]
 
 
 class Control:
@@ -146,6 +170,7 @@ class Control:
             self.barrier.wait(DEADLINE_S)
             if self.failures:
                 raise self.failures[0]
+
         return SimpleNamespace(from_rank0=from_rank0, everywhere=everywhere)
 
 
@@ -181,11 +206,13 @@ def test_bf16_engines_get_rounded_weights():
 
 def run_ranks(*syncs):
     """Push on all ranks; the value or error of each."""
+
     def push(sync):
         try:
             return sync.push()
         except Exception as error:
             return error
+
     with ThreadPoolExecutor(len(syncs)) as threads:
         return list(threads.map(push, syncs, timeout=DEADLINE_S))
 
@@ -195,8 +222,11 @@ def three_ranks(pool):
     control = Control(3)
     one, two = weights("a"), weights("b", sizes=(30, 1), seed=1)
     sources = [Source(one, two), Source(one, two, rank=1, stage=1), Source(one, two, rank=2, stage=1)]
-    return one | two, sources, [WeightSync(config(), source, pool if rank == 0 else None, control.of(rank))
-                                for rank, source in enumerate(sources)]
+    return (
+        one | two,
+        sources,
+        [WeightSync(config(), source, pool if rank == 0 else None, control.of(rank)) for rank, source in enumerate(sources)],
+    )
 
 
 def test_two_stages_send_over_links_of_their_own():
@@ -207,7 +237,7 @@ def test_two_stages_send_over_links_of_their_own():
         # buckets of 16 elements, in turns: a2 has 20, b0 30 of them and is there when its second part has come
         assert worker.order == ["a0", "a1", "b0", "b1", "a2", "a3", "a4"]
         assert all(torch.equal(worker.loaded[name], tensor) for name, tensor in tensors.items())
-    assert sources[2].exported == 2                                             # the export is a collective
+    assert sources[2].exported == 2  # the export is a collective
 
 
 def test_damage_on_a_second_stages_link_is_named(monkeypatch):
@@ -218,6 +248,7 @@ def test_damage_on_a_second_stages_link_is_named(monkeypatch):
         if threading.current_thread() is victim and str(bucket).startswith("bucket 1 of stage 1"):
             flat.view(torch.uint8)[2] ^= 1
         return flat
+
     victim = None
     original = pool.workers[1][0].alphamed_receive
 
@@ -225,6 +256,7 @@ def test_damage_on_a_second_stages_link_is_named(monkeypatch):
         nonlocal victim
         victim = threading.current_thread()
         return original(**arguments)
+
     pool.workers[1][0].alphamed_receive = receive
     monkeypatch.setattr(receiver, "arrived", damage)
     first, *others = run_ranks(*syncs)
@@ -244,6 +276,7 @@ def test_a_tensor_that_can_not_be_loaded_fails_the_push_but_leaves_no_sender_wai
 
 class ShardSource:
     """A tensor rank that sends what it holds."""
+
     exports = scores = True
 
     def __init__(self, model, truth, size, rank):
@@ -271,8 +304,15 @@ def test_tensor_ranks_send_their_own_shards_to_the_parameters_that_they_belong_t
     for engine in pool.workers:
         for worker in engine:
             worker.model_runner.model = engine_like(model, len(engine), worker.rank)
-    syncs = [WeightSync(config(bucket_bytes=4096, mode="direct"), ShardSource(model, truth, trainer, rank),
-                        pool if rank == 0 else None, control.of(rank)) for rank in range(trainer)]
+    syncs = [
+        WeightSync(
+            config(bucket_bytes=4096, mode="direct"),
+            ShardSource(model, truth, trainer, rank),
+            pool if rank == 0 else None,
+            control.of(rank),
+        )
+        for rank in range(trainer)
+    ]
     assert run_ranks(*syncs) == [1] * trainer
     assert sorted(pool.committed) == [(engine, 1) for engine in range(len(engines))]
     for engine in pool.workers:
@@ -289,8 +329,9 @@ def test_a_lost_receiver_breaks_the_link_and_the_export_is_carried_to_its_end():
     sync.push()
 
     def gone(**_):
-        pool.workers[0][0]._alphamed.channels.clear()             # what the death of its process does
+        pool.workers[0][0]._alphamed.channels.clear()  # what the death of its process does
         return {}
+
     pool.workers[0][0].alphamed_receive = gone
     with pytest.raises(RuntimeError, match="a weight link of trainer rank 0 broke"):
         sync.push()
@@ -312,8 +353,10 @@ def test_links_of_unequal_length_come_to_their_ends():
     """Stage 1 has 1 bucket, stage 0 has 8, the last of which is the largest; a worker takes them in turn."""
     pool, control = Pool(1, 1), Control(2)
     one, two = weights("a", sizes=(9,) * 7 + (16,)), weights("b", sizes=(3,), seed=1)
-    syncs = [WeightSync(config(), Source(one, two, rank=rank, stage=rank), pool if rank == 0 else None, control.of(rank))
-             for rank in range(2)]
+    syncs = [
+        WeightSync(config(), Source(one, two, rank=rank, stage=rank), pool if rank == 0 else None, control.of(rank))
+        for rank in range(2)
+    ]
     for version in (1, 2):
         assert run_ranks(*syncs) == [version] * 2
     for engine in pool.workers:
@@ -349,7 +392,7 @@ def test_weights_go_through_shared_memory_where_they_can(monkeypatch):
     assert type(pool.workers[0][0]._alphamed.channels["stage 0"]) is GroupChannel
     pool.on_this_machine, pool.epoch = True, 3
     monkeypatch.setenv("WORLD_SIZE", "16")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")                 # the trainer itself is on two
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # the trainer itself is on two
     sync.push()
     assert type(pool.workers[0][0]._alphamed.channels["stage 0"]) is GroupChannel
     assert torch.equal(pool.workers[0][0].loaded["w3"], tensors["w3"])
@@ -358,11 +401,14 @@ def test_weights_go_through_shared_memory_where_they_can(monkeypatch):
         WeightSync(config(), Source(tensors), pool, Control().of(0)).push()
 
 
-@pytest.mark.parametrize("share_gpus, one_machine, chosen", [
-    (False, True, "nccl"), (False, False, "nccl"), (True, True, "ipc"), (True, False, "gloo")])
+@pytest.mark.parametrize(
+    "share_gpus, one_machine, chosen",
+    [(False, True, "nccl"), (False, False, "nccl"), (True, True, "ipc"), (True, False, "gloo")],
+)
 def test_on_gpus_nccl_carries_weights_unless_members_share_one(share_gpus, one_machine, chosen):
-    wanted = build_config({"model": {"path": "m"}, "data": {"train": ["d.jsonl"]},
-                           "cluster": {"device": "cuda", "share_gpus": share_gpus}})
+    wanted = build_config(
+        {"model": {"path": "m"}, "data": {"train": ["d.jsonl"]}, "cluster": {"device": "cuda", "share_gpus": share_gpus}}
+    )
     assert choose_transport(wanted, one_machine) == chosen
 
 
@@ -373,6 +419,7 @@ def test_the_probe_runs_once_and_names_the_engine_that_differs():
     def logprobs(tokens):
         asked.append(tokens)
         return [-1.0, -2.0]
+
     probe = Probe((5, 6, 7), logprobs)
     good = Pool(1, 1, scores=([-1.0, -2.0001], [-1.0, -2.0]))
     sync = WeightSync(config(), Source(weights("w")), good, Control().of(0), probe)
@@ -380,14 +427,21 @@ def test_the_probe_runs_once_and_names_the_engine_that_differs():
     sync.push()
     assert asked == [(5, 6, 7)]
     bad = Pool(1, 1, scores=([-1.0, -2.0], [-1.0, -2.5]))
-    with pytest.raises(RunFailed, match="engine 1: its log-probs of a fixed text differ .* by 0.25 in the mean.* 0.5 at most"):
+    with pytest.raises(
+        RunFailed, match="engine 1: its log-probs of a fixed text differ .* by 0.25 in the mean.* 0.5 at most"
+    ):
         WeightSync(config(), Source(weights("w")), bad, Control().of(0), probe).push()
 
 
 def test_the_probe_is_cut_to_what_an_engine_holds():
     asked = []
-    sync = WeightSync(config(), Source(weights("w")), Pool(1, scores=([0.0] * 3070,)), Control().of(0), Probe(
-        tuple(range(5000)), lambda tokens: asked.append(tokens) or [0.0] * 3070))
+    sync = WeightSync(
+        config(),
+        Source(weights("w")),
+        Pool(1, scores=([0.0] * 3070,)),
+        Control().of(0),
+        Probe(tuple(range(5000)), lambda tokens: asked.append(tokens) or [0.0] * 3070),
+    )
     sync.push()
     assert asked == [tuple(range(1024 + 2048 - 1))]
 
@@ -396,7 +450,7 @@ def test_the_probe_is_cut_to_what_an_engine_holds():
 @pytest.mark.parametrize("stages, named", [(1, ["engine 1 worker 0"]), (2, [])])
 def test_a_late_worker_is_named_where_it_can_not_be_waiting_for_another_rank(stages, named):
     source = Source(*(weights(f"{stage}w") for stage in range(stages)))
-    sender = Sender.__new__(Sender)             # without links: what is asked needs none
+    sender = Sender.__new__(Sender)  # without links: what is asked needs none
     sender._source, sender._plan = source, source.plan((1, 1), Wire("gather", "ipc", "float32", 64))
     assert [str(worker) for worker in sender.late(Late("stage 0", [2], "take bucket 3"))] == named
     assert sender.late(RuntimeError("link stage 0: member 2 is gone")) == [] == sender.late(None)

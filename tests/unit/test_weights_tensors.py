@@ -1,17 +1,33 @@
 """Names and cuts of weights: shards worked out by hand, exact round trips for every family and tensor-parallel size."""
+
 import dataclasses
 
 import pytest
 import torch
 from tiny import tiny_hf
 
-from alphamed.model import ModelShape, read_shape
+from alphamed.model.families import Entry, Kind, entries, hf_shapes, padded_vocab, shard_shape
+from alphamed.model.shape import ModelShape, read_shape
 from alphamed.weights.cuts import pieces
-from alphamed.weights.families import Entry, Kind, entries, hf_shapes, padded_vocab, shard_shape
 from alphamed.weights.tensors import to_hf, to_shard
 
-SHAPE = ModelShape(family="llama", layers=2, hidden=6, ffn=8, heads=4, kv_heads=2, head_dim=2, vocab=5, tied=False,
-                   qkv_bias=False, qk_norm=False, norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, max_positions=32)
+SHAPE = ModelShape(
+    family="llama",
+    layers=2,
+    hidden=6,
+    ffn=8,
+    heads=4,
+    kv_heads=2,
+    head_dim=2,
+    vocab=5,
+    tied=False,
+    qkv_bias=False,
+    qk_norm=False,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+    rope_scaling=None,
+    max_positions=32,
+)
 
 
 def entry_named(shape: ModelShape, megatron: str) -> Entry:
@@ -25,7 +41,7 @@ def numbered(rows: int, first: int = 0) -> torch.Tensor:
 def test_qkv_interleaves_by_kv_group():
     entry = entry_named(SHAPE, "decoder.layers.1.self_attention.linear_qkv.weight")
     assert entry.hf == tuple(f"model.layers.1.self_attn.{x}_proj.weight" for x in "qkv")
-    q, k, v = numbered(8), numbered(4, 100), numbered(4, 200)         # 4 heads, 2 KV heads of 2 rows each
+    q, k, v = numbered(8), numbered(4, 100), numbered(4, 200)  # 4 heads, 2 KV heads of 2 rows each
     whole = to_shard(entry, (q, k, v), 1, 0)[:, 0].tolist()
     assert whole == [0, 1, 2, 3, 100, 101, 200, 201, 4, 5, 6, 7, 102, 103, 202, 203]
     assert to_shard(entry, (q, k, v), 2, 1)[:, 0].tolist() == whole[8:]
@@ -58,7 +74,7 @@ def test_vocabulary_is_padded_with_zeros_to_a_multiple_of_tp_only():
     rows = numbered(5, 1)
     assert to_shard(entry, (rows,), 1, 0).shape == (5, 6)
     assert to_shard(entry, (rows,), 2, 1)[:, 0].tolist() == [4, 5, 0]
-    assert to_shard(entry, (rows,), 4, 3).tolist() == [[0] * 6] * 2          # a rank that holds padding only
+    assert to_shard(entry, (rows,), 4, 3).tolist() == [[0] * 6] * 2  # a rank that holds padding only
     assert [padded_vocab(509, t) for t in (1, 2, 3, 4)] == [509, 510, 510, 512]
 
 
@@ -73,6 +89,7 @@ def test_replicated_is_whole_on_every_rank():
 @pytest.mark.parametrize("family", ("llama", "qwen2", "qwen3"))
 def test_tables_name_every_tensor_of_transformers(tmp_path, family, tied):
     from safetensors.torch import load_file
+
     folder = tiny_hf(tmp_path, family, tied=tied)
     stored = {name: tuple(t.shape) for name, t in load_file(folder / "model.safetensors").items()}
     shape = read_shape(folder)

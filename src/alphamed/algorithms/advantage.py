@@ -1,4 +1,5 @@
 """Advantages from rewards: each response is compared with the other responses to the same question."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
@@ -11,8 +12,9 @@ STD_EPSILON = 1e-6
 """Added to the standard deviation, so that rewards that differ by rounding alone are not blown up to +-1."""
 
 
-def group_advantages(rewards: Float[Tensor, " S"], group_ids: Int[Tensor, " S"] | Sequence[Hashable],
-                     kind: str) -> Float[Tensor, " S"]:
+def group_advantages(
+    rewards: Float[Tensor, " S"], group_ids: Int[Tensor, " S"] | Sequence[Hashable], kind: str
+) -> Float[Tensor, " S"]:
     """Advantage of every response within its group, float32 [S] on the device of `rewards`.
 
     `group_ids[s]` names the group of response s: integers in a tensor or any hashables. Groups may have any size and
@@ -29,8 +31,9 @@ def group_advantages(rewards: Float[Tensor, " S"], group_ids: Int[Tensor, " S"] 
     if kind not in ADVANTAGES:
         raise ValueError(f"advantage: unknown kind {kind!r}; choose one of {', '.join(ADVANTAGES)}")
     if rewards.ndim != 1 or len(rewards) != len(group_ids):
-        raise ValueError(f"rewards of shape {tuple(rewards.shape)} and {len(group_ids)} group ids; give one of each "
-                         f"per response")
+        raise ValueError(
+            f"rewards of shape {tuple(rewards.shape)} and {len(group_ids)} group ids; give one of each per response"
+        )
     finite = torch.isfinite(rewards)
     if not bool(finite.all()):
         raise ValueError(f"rewards: {rewards[~finite][0].item()} is not finite; mend the reward function")
@@ -39,7 +42,7 @@ def group_advantages(rewards: Float[Tensor, " S"], group_ids: Int[Tensor, " S"] 
     group, size = _group_indices(group_ids, rewards.device)
     values = rewards.double()
     lowest = torch.full_like(size, torch.inf).scatter_reduce(0, group, values, "amin")
-    values = values - lowest[group]              # equal rewards become exact zeros, whose mean has no rounding error
+    values = values - lowest[group]  # equal rewards become exact zeros, whose mean has no rounding error
     centred = values - _group_sum(values, group, size)[group] / size[group]
     return ADVANTAGES[kind](centred, group, size).float()
 

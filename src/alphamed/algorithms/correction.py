@@ -1,4 +1,5 @@
 """Importance weights for sampling from other log-probs than the trainer's: the engine's numerics, or older weights."""
+
 from __future__ import annotations
 
 import math
@@ -13,8 +14,14 @@ CORRECTIONS = ("tis", "mis", "mis_sequence")
 
 
 @torch.no_grad()
-def importance_weights(old_logprobs: Float[Tensor, " T"], rollout_logprobs: Float[Tensor, " T"], sequence: Int[Tensor, " T"],
-                       kind: str, floor: float, cap: float) -> tuple[Float[Tensor, " T"], Bool[Tensor, " T"]]:
+def importance_weights(
+    old_logprobs: Float[Tensor, " T"],
+    rollout_logprobs: Float[Tensor, " T"],
+    sequence: Int[Tensor, " T"],
+    kind: str,
+    floor: float,
+    cap: float,
+) -> tuple[Float[Tensor, " T"], Bool[Tensor, " T"]]:
     """The weight of every token's term in the loss, without gradient, and where it is not the ratio itself.
 
     `old_logprobs` are those of the weights that the update starts from, as the trainer computes them, `rollout_logprobs`

@@ -12,6 +12,7 @@ Numbers. Differences of log-probs enter exp() cut to +-20: e^20 = 4.9e8 is far o
 it exp() soon overflows and its gradient turns into NaN. A cut token has no gradient. Log-probs that are not finite are
 not cut: they make the loss NaN, which the caller's check for a finite loss must find.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -29,17 +30,26 @@ class LossTerms:
     """Sums over the response tokens of one micro-batch, to be added up over micro-batches and ranks (of `ratio_max`
     take the maximum). All are scalars; only `loss_sum` carries a gradient. The ratio is pi / pi_old, per token (`clip`,
     `cispo`) or per sequence and repeated over its tokens (`gspo`)."""
+
     loss_sum: Float[Tensor, ""]
-    clipped_tokens: Float[Tensor, ""]      # tokens whose ratio the clipping changed
+    clipped_tokens: Float[Tensor, ""]  # tokens whose ratio the clipping changed
     ratio_sum: Float[Tensor, ""]
-    ratio_max: Float[Tensor, ""]           # 0 where there is no response token
-    drift_sum: Float[Tensor, ""]           # k3 estimate of KL(pi_old || pi), token by token
+    ratio_max: Float[Tensor, ""]  # 0 where there is no response token
+    drift_sum: Float[Tensor, ""]  # k3 estimate of KL(pi_old || pi), token by token
     tokens: Float[Tensor, ""]
 
 
-def policy_loss(logprobs: Float[Tensor, " T"], old_logprobs: Float[Tensor, " T"], advantages: Float[Tensor, " T"],
-                weights: Float[Tensor, " T"], sequence: Int[Tensor, " T"], kind: str, clip_low: float, clip_high: float,
-                correction: Float[Tensor, " T"] | None = None) -> LossTerms:
+def policy_loss(
+    logprobs: Float[Tensor, " T"],
+    old_logprobs: Float[Tensor, " T"],
+    advantages: Float[Tensor, " T"],
+    weights: Float[Tensor, " T"],
+    sequence: Int[Tensor, " T"],
+    kind: str,
+    clip_low: float,
+    clip_high: float,
+    correction: Float[Tensor, " T"] | None = None,
+) -> LossTerms:
     """The policy-gradient loss of one packed row. With r = pi / pi_old, [r] = r cut to [1 - clip_low, 1 + clip_high]:
 
       clip   -min(r A, [r] A), r of the token. PPO's, with the separate bounds of DAPO (2503.14476).
@@ -85,16 +95,16 @@ def _cispo(logprobs, log_ratio, advantages, sequence, clip_low, clip_high) -> tu
 LOSSES: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {"clip": _clip, "gspo": _gspo, "cispo": _cispo}
 
 
-def _clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_low: float,
-                       clip_high: float) -> tuple[Tensor, Tensor, Tensor]:
+def _clipped_surrogate(
+    ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor, Tensor]:
     free = ratio * advantages
     bounded = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
     return -torch.minimum(free, bounded), ratio, bounded < free
 
 
 # -------------------------------------------------------------------------------------------------------- KL estimators
-def kl_penalty(logprobs: Float[Tensor, " T"], reference_logprobs: Float[Tensor, " T"],
-               kind: str) -> Float[Tensor, " T"]:
+def kl_penalty(logprobs: Float[Tensor, " T"], reference_logprobs: Float[Tensor, " T"], kind: str) -> Float[Tensor, " T"]:
     """Estimates of KL(pi || reference) from the sampled tokens (Schulman, "Approximating KL divergence", 2020), [T].
 
     With d = log reference - log pi (a constant reference; the gradient goes through log pi):
@@ -122,8 +132,9 @@ def _k3(difference: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------- aggregation
-def token_weights(sequence: Int[Tensor, " T"], aggregation: str, constant: int | None = None,
-                  dtype: torch.dtype = torch.float32) -> Float[Tensor, " T"]:
+def token_weights(
+    sequence: Int[Tensor, " T"], aggregation: str, constant: int | None = None, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, " T"]:
     """Weight of every label position in the sum that `normalizer` divides, 0 outside the responses.
 
       token_mean     1             every token of the mini-batch counts alike (DAPO)
@@ -171,7 +182,7 @@ def _exp(log_ratio: Tensor) -> Tensor:
 def sequence_sum(values: Tensor, sequence: Tensor) -> Tensor:
     """Sum of `values` over each response, repeated over its tokens; 0 outside."""
     mask, index = sequence >= 0, sequence.clamp(min=0)
-    bins = values.new_zeros(len(sequence))       # every response has a token, so T labels hold at most T responses
+    bins = values.new_zeros(len(sequence))  # every response has a token, so T labels hold at most T responses
     sums = bins.index_add(0, index, torch.where(mask, values, 0.0))
     return torch.where(mask, sums[index], 0.0)
 
@@ -187,8 +198,9 @@ def _sequence_mean(values: Tensor, sequence: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _statistics(log_ratio: Float[Tensor, " T"], ratio: Float[Tensor, " T"], clipped: Bool[Tensor, " T"],
-                mask: Bool[Tensor, " T"]) -> dict[str, Tensor]:
+def _statistics(
+    log_ratio: Float[Tensor, " T"], ratio: Float[Tensor, " T"], clipped: Bool[Tensor, " T"], mask: Bool[Tensor, " T"]
+) -> dict[str, Tensor]:
     return {
         "clipped_tokens": (clipped & mask).sum().to(ratio.dtype),
         "ratio_sum": torch.where(mask, ratio, 0.0).sum(),

@@ -3,6 +3,7 @@
 A host's own name says nothing: on Debian it resolves to 127.0.1.1. What others resolve it to, and the interface that packets
 to them leave by, are the cluster's.
 """
+
 from __future__ import annotations
 
 import ipaddress
@@ -23,6 +24,7 @@ FIRST_PORT, LAST_PORT = 20_000, 32_000
 @dataclass(frozen=True, slots=True)
 class Own:
     """This host's address in the cluster and the interface that has it."""
+
     address: str
     interface: str
 
@@ -32,8 +34,10 @@ def resolve(name: str) -> str:
     try:
         return socket.gethostbyname(name)
     except OSError as error:
-        raise ConfigError(f"host {name}: its name has no address on {socket.gethostname()} ({error}); add it to the cluster's "
-                          f"DNS or to /etc/hosts, or give addresses") from None
+        raise ConfigError(
+            f"host {name}: its name has no address on {socket.gethostname()} ({error}); add it to the cluster's "
+            f"DNS or to /etc/hosts, or give addresses"
+        ) from None
 
 
 def is_loopback(address: str) -> bool:
@@ -45,12 +49,14 @@ def toward(peer: str) -> str:
     address = LOOPBACK if peer == "localhost" else resolve(peer)
     if is_loopback(address):
         return LOOPBACK
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:     # connecting UDP sends nothing
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connecting UDP sends nothing
         try:
             probe.connect((address, 9))
         except OSError as error:
-            raise ConfigError(f"host {peer}: there is no route from {socket.gethostname()} to {address} ({error.strerror}); "
-                              f"see to the network") from None
+            raise ConfigError(
+                f"host {peer}: there is no route from {socket.gethostname()} to {address} ({error.strerror}); "
+                f"see to the network"
+            ) from None
         return probe.getsockname()[0]
 
 
@@ -59,7 +65,7 @@ def own(others: Sequence[str], environment: Mapping[str, str] = os.environ) -> O
     first of the `others`. Raises ConfigError."""
     for variable in CHOSEN_BY_USER:
         if name := environment.get(variable, "").split(",")[0].lstrip("=^"):
-            if environment[variable].startswith("^"):       # NCCL: "all but"
+            if environment[variable].startswith("^"):  # NCCL: "all but"
                 continue
             return _of_interface(name, variable)
     address = toward(others[0]) if others else LOOPBACK
@@ -72,8 +78,10 @@ def _of_interface(wanted: str, variable: str) -> Own:
     for name, address in sorted(present.items(), key=lambda item: item[0] != wanted):
         if name == wanted or (variable.startswith("NCCL") and name.startswith(wanted)):
             return Own(address, name)
-    raise ConfigError(f"{variable}: {wanted!r} is no interface with an IPv4 address on {socket.gethostname()}; choose from "
-                      f"{', '.join(sorted(present))}")
+    raise ConfigError(
+        f"{variable}: {wanted!r} is no interface with an IPv4 address on {socket.gethostname()}; choose from "
+        f"{', '.join(sorted(present))}"
+    )
 
 
 def interface_of(address: str) -> str:
@@ -81,8 +89,10 @@ def interface_of(address: str) -> str:
     for name, present in _addresses().items():
         if present == address:
             return name
-    raise ConfigError(f"host {socket.gethostname()}: none of its interfaces has the address {address}; set GLOO_SOCKET_IFNAME "
-                      f"and NCCL_SOCKET_IFNAME")
+    raise ConfigError(
+        f"host {socket.gethostname()}: none of its interfaces has the address {address}; set GLOO_SOCKET_IFNAME "
+        f"and NCCL_SOCKET_IFNAME"
+    )
 
 
 def interface_settings(place: Own, environment: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -3,6 +3,7 @@
 A limit of any group between the root and the process's own holds, so the smallest counts. Container runtimes set them on a
 parent, batch systems on the job's or the step's group.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -15,6 +16,7 @@ from pathlib import Path
 class Limits:
     """`cores`: CPU seconds per second, a fraction; `memory_bytes`: at most; `memory_left_bytes`: until the tightest group is
     full. None where no group sets a limit."""
+
     cores: float | None = None
     memory_bytes: int | None = None
     memory_left_bytes: int | None = None
@@ -48,13 +50,13 @@ def _groups(root: Path, process: str) -> Iterator[tuple[int, set[str], Path]]:
             # in a container the mount shows a part of the tree: `top` is where that begins
             inside = place if top == "/" else place.removeprefix(top)
             parts = [part for part in inside.split("/") if part]
-            if ".." in parts:                   # outside the namespace: what is mounted is all there is to see
+            if ".." in parts:  # outside the namespace: what is mounted is all there is to see
                 parts = []
             own = folder.joinpath(*parts)
-            for group in (own, *list(own.parents)[:len(parts)]):
+            for group in (own, *list(own.parents)[: len(parts)]):
                 if group.is_dir():
                     yield version, controllers, group
-            break                               # the same tree mounted twice says the same
+            break  # the same tree mounted twice says the same
 
 
 def _mounts(root: Path, mountinfo: str) -> Iterator[tuple[int, set[str], str, Path]]:
@@ -87,7 +89,7 @@ def _memory_v2(folder: Path) -> list[tuple[int, int]]:
 
 def _memory_v1(folder: Path) -> list[tuple[int, int]]:
     limit = _read(folder / "memory.limit_in_bytes")
-    if not limit or int(limit) < 0 or int(limit) >= 1 << 62:       # "no limit" is 2^63 rounded down to pages
+    if not limit or int(limit) < 0 or int(limit) >= 1 << 62:  # "no limit" is 2^63 rounded down to pages
         return []
     used = int(_read(folder / "memory.usage_in_bytes") or 0) - _field(folder / "memory.stat", "total_inactive_file")
     return [(int(limit), used)]
@@ -96,7 +98,7 @@ def _memory_v1(folder: Path) -> list[tuple[int, int]]:
 def _read(file: Path) -> str | None:
     try:
         return file.read_text().strip()
-    except OSError:                             # the root group has no such file
+    except OSError:  # the root group has no such file
         return None
 
 

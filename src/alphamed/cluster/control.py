@@ -5,6 +5,7 @@ go through here and not through a collective: rank 0 sends `Ok(value)` or the fa
 waits the links watch over the others. Whatever goes wrong first, anywhere, is what every rank raises:
 `RunFailed(culprit, message)`.
 """
+
 from __future__ import annotations
 
 import faulthandler
@@ -51,6 +52,7 @@ class Ok:
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One exchange. All ranks make the same calls in the same order, so numbers match; `what` tells if they do not."""
+
     number: int
     what: str
 
@@ -59,8 +61,14 @@ class Control:
     """This rank's end of the agreement. A context manager: an exception that leaves it fails the run on every rank."""
 
     @classmethod
-    def open(cls, group: ProcessGroup, run_dir: Path, heartbeat_timeout_s: float = 30.0,
-             abort_after_s: float = 15.0, longest_s: float = 0.0) -> Self:
+    def open(
+        cls,
+        group: ProcessGroup,
+        run_dir: Path,
+        heartbeat_timeout_s: float = 30.0,
+        abort_after_s: float = 15.0,
+        longest_s: float = 0.0,
+    ) -> Self:
         """Connect the ranks of `group`, a CPU (gloo) group of all of them. The first failure is recorded in `run_dir`.
 
         longest_s: what work with a deadline of its own may take on rank 0; the others wait longer, so that it is rank 0 who
@@ -85,15 +93,24 @@ class Control:
             peers = [join(*invitation[0], rank, own_name=name)]
         return cls(group, rank, world, peers, run_dir, heartbeat_timeout_s, abort_after_s, DEADLINE_S + longest_s)
 
-    def __init__(self, group: ProcessGroup, rank: int, world: int, peers: list[Peer], run_dir: Path,
-                 heartbeat_timeout_s: float, abort_after_s: float, deadline_s: float = DEADLINE_S):
+    def __init__(
+        self,
+        group: ProcessGroup,
+        rank: int,
+        world: int,
+        peers: list[Peer],
+        run_dir: Path,
+        heartbeat_timeout_s: float,
+        abort_after_s: float,
+        deadline_s: float = DEADLINE_S,
+    ):
         self.rank, self.world = rank, world
         self._deadline_s = deadline_s
         self._group = group
         self._run_dir = run_dir
         self._abort_after_s = abort_after_s
         self._turns = 0
-        self._delivered = threading.Event()     # the main thread knows of the failure, or has left
+        self._delivered = threading.Event()  # the main thread knows of the failure, or has left
         self._links = Links(peers, heartbeat_timeout_s, self._on_failure)
 
     def __enter__(self) -> Self:
@@ -106,7 +123,7 @@ class Control:
             first = self._links.fail(failure.of_exception(error, self.name))
             self._close()
             if first.culprit != self.name and isinstance(error, Exception):
-                raise first from error          # ours was but the echo of somebody else's
+                raise first from error  # ours was but the echo of somebody else's
             return
         if error is not None:
             self._links.fail(error)
@@ -166,8 +183,9 @@ class Control:
         described = self.from_rank0("shapes of shared tensors", lambda: [(t.shape, t.dtype) for t in tensors])
         sizes = [shape.numel() * dtype.itemsize for shape, dtype in described]
         if self.rank == 0:
-            flat = torch.cat([torch.empty(0, dtype=torch.uint8),
-                              *(t.contiguous().reshape(-1).view(torch.uint8) for t in tensors)])
+            flat = torch.cat(
+                [torch.empty(0, dtype=torch.uint8), *(t.contiguous().reshape(-1).view(torch.uint8) for t in tensors)]
+            )
         else:
             flat = torch.empty(sum(sizes), dtype=torch.uint8)
         if sum(sizes):
@@ -175,8 +193,14 @@ class Control:
         if self.rank == 0:
             return tensors
         # a copy for each: views of bytes at odd offsets can not become int64
-        return [part.clone().view(dtype).reshape(shape)
-                for part, (shape, dtype) in zip(flat.split(sizes), described, strict=True)] if sizes else []
+        return (
+            [
+                part.clone().view(dtype).reshape(shape)
+                for part, (shape, dtype) in zip(flat.split(sizes), described, strict=True)
+            ]
+            if sizes
+            else []
+        )
 
     def heard_s(self) -> dict[str, float]:
         """Seconds since this rank last heard of each rank that it is connected to, by name; 0 for itself."""

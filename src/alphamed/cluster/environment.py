@@ -1,6 +1,7 @@
 """The environment of a run's processes: the one place, with placement.py, that says what goes into it.
 
 What the caller has set is kept or left out as cluster.variables says."""
+
 from __future__ import annotations
 
 import os
@@ -12,8 +13,8 @@ from pathlib import Path
 from alphamed.cluster.ledger import run_id
 from alphamed.cluster.processes import TAG
 from alphamed.cluster.variables import LAUNCHER, Start, kept
-from alphamed.config import Config
-from alphamed.config_choices import WandbMode
+from alphamed.config.choices import WandbMode
+from alphamed.config.schema import Config
 
 SILENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -21,7 +22,7 @@ SILENT = {
     "VLLM_DO_NOT_TRACK": "1",
     "DO_NOT_TRACK": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_OFFLINE": "1",              # a hub model was fetched before anything was started
+    "HF_HUB_OFFLINE": "1",  # a hub model was fetched before anything was started
     "HF_DATASETS_OFFLINE": "1",
     "WANDB_ERROR_REPORTING": "false",
 }
@@ -37,15 +38,14 @@ def run_environment(config: Config, temporary: Path, start: Start, base: Mapping
         TAG: run_id(config.run_dir),
         "TMPDIR": str(temporary),
         "WANDB_MODE": WANDB[config.logging.wandb],
-        "TOKENIZERS_PARALLELISM": "false",         # its threads fight the engine's for the cores
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",        # Megatron overlaps communication only in this order
-        "SPT_NOENV": "1",                          # process titles must not overwrite the tag
+        "TOKENIZERS_PARALLELISM": "false",  # its threads fight the engine's for the cores
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron overlaps communication only in this order
+        "SPT_NOENV": "1",  # process titles must not overwrite the tag
         # tokens keep other users of the machine away from the run's Ray; where a start honours a given one, it is that
         "RAY_AUTH_MODE": env.get("RAY_AUTH_MODE", "token"),
         "RAY_AUTH_TOKEN": env.get("RAY_AUTH_TOKEN", secrets.token_hex(32)),
         # user code (`reward.name: module:function`) is found from where the run was started
-        "PYTHONPATH": os.pathsep.join(dict.fromkeys(
-            part for part in (env.get("PYTHONPATH", ""), os.getcwd()) if part)),
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(part for part in (env.get("PYTHONPATH", ""), os.getcwd()) if part)),
     }
     return env
 
@@ -56,7 +56,7 @@ def enter(environment: Mapping[str, str]) -> None:
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
     os.environ.update(environment)
-    tempfile.tempdir = None                     # Python keeps the temporary folder that it was first asked for
+    tempfile.tempdir = None  # Python keeps the temporary folder that it was first asked for
 
 
 def without_torchrun(env: Mapping[str, str]) -> dict[str, str]:

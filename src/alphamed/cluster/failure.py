@@ -4,6 +4,7 @@ A dying run fails in many places at once (a killed rank breaks its peers' connec
 failure tries to record it; the first record stays. What torchrun saw of its workers outranks it where a worker died of
 a signal: nobody else can have caused that.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -48,10 +49,12 @@ def record(run_dir: Path, failure: RunFailed) -> None:
     """Keep this failure in the run directory unless another one came first. Safe among processes."""
     path = run_dir / FAILURE_FILE
     draft = path.with_name(f".{FAILURE_FILE}.{os.getpid()}")
-    draft.write_text(json.dumps({"culprit": failure.culprit, "message": failure.message,
-                                 "user_error": failure.user_error}), encoding="utf-8")
+    draft.write_text(
+        json.dumps({"culprit": failure.culprit, "message": failure.message, "user_error": failure.user_error}),
+        encoding="utf-8",
+    )
     try:
-        os.link(draft, path)                    # fails where the name exists, and is never half written
+        os.link(draft, path)  # fails where the name exists, and is never half written
     except FileExistsError:
         pass
     finally:
@@ -92,11 +95,12 @@ def stop_requested(run_dir: Path) -> bool:
 class DeadWorker:
     """`status` as subprocess gives it: an exit code, or minus the number of the signal. `time_s`: seconds since
     epoch."""
+
     rank: int
     pid: int
     status: int
     time_s: float
-    host: str = ""                      # where ranks are on several
+    host: str = ""  # where ranks are on several
 
     def __str__(self) -> str:
         return f"rank {self.rank} (pid {self.pid}{f' on {self.host}' if self.host else ''})"

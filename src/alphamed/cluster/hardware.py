@@ -1,4 +1,5 @@
 """What this machine has, found without importing torch: GPUs, cores, memory."""
+
 from __future__ import annotations
 
 import os
@@ -8,11 +9,11 @@ import subprocess
 from pathlib import Path
 
 from alphamed.cluster.cgroup import limits
-from alphamed.config import Config
-from alphamed.config_choices import Device
+from alphamed.config.choices import Device
+from alphamed.config.schema import Config
 
 DRIVER_DEADLINE_S = 20
-CUDA_TRAINER_THREADS = 8        # of a rank that computes on a GPU: enough for its data and its collectives on CPU tensors
+CUDA_TRAINER_THREADS = 8  # of a rank that computes on a GPU: enough for its data and its collectives on CPU tensors
 
 
 def gpus_present() -> int:
@@ -27,8 +28,12 @@ def gpus_present() -> int:
 def gpu_memory_bytes() -> int | None:
     """Memory of the smallest NVIDIA GPU here; None where the driver's tool does not say."""
     try:
-        told = subprocess.run(["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"], capture_output=True,
-                              text=True, timeout=DRIVER_DEADLINE_S)
+        told = subprocess.run(
+            ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            timeout=DRIVER_DEADLINE_S,
+        )
         return min(int(line) for line in told.stdout.split()) << 20
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return None
@@ -62,8 +67,10 @@ def memory_bytes() -> tuple[int, int]:
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     total, free = (int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
     groups = limits()
-    return (min(total, groups.memory_bytes or total),
-            free if groups.memory_left_bytes is None else min(free, groups.memory_left_bytes))
+    return (
+        min(total, groups.memory_bytes or total),
+        free if groups.memory_left_bytes is None else min(free, groups.memory_left_bytes),
+    )
 
 
 def trainer_threads(config: Config, local_ranks: int, on_cuda: bool) -> int:

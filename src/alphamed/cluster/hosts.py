@@ -4,12 +4,13 @@ A host has slots: its GPUs, or on CPU as many as it is given to hold. Trainer ra
 engines get the rest of a single host, hosts of their own, or, with `cluster.ranks_per_host`, what it leaves of the
 trainer's hosts.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from alphamed.config import Config
+from alphamed.config.schema import Config
 from alphamed.errors import ConfigError
 
 
@@ -17,6 +18,7 @@ from alphamed.errors import ConfigError
 class HostShare:
     """What one host holds: trainer ranks, and slots for the workers of engines (an engine takes as many as it has tensor
     ranks)."""
+
     name: str
     ranks: int
     engine_slots: int
@@ -25,6 +27,7 @@ class HostShare:
 @dataclass(frozen=True, slots=True)
 class NodePlan:
     """The hosts that are needed, in the order of the job's list: trainer ranks are numbered along it."""
+
     hosts: tuple[HostShare, ...]
 
     @property
@@ -48,7 +51,7 @@ def plan_nodes(config: Config, nodes: Sequence[str], gpus_per_node: int) -> Node
     world, ranks = config.parallel.world, config.cluster.ranks_per_host
     engines = 0 if config.rollout.replay else config.rollout.engines
     if gpus_per_node == 0:
-        if len(nodes) == 1:                     # all on it: they share the cores, and nothing says how many are too many
+        if len(nodes) == 1:  # all on it: they share the cores, and nothing says how many are too many
             return _named(nodes, [(world, engines * config.rollout.tensor_parallel)])
         slots, mixed = _cpu_slots(config, len(nodes), engines)
     else:
@@ -61,7 +64,8 @@ def plan_nodes(config: Config, nodes: Sequence[str], gpus_per_node: int) -> Node
             f"cluster: {world} trainer ranks and {engines} engines of {size} {kind} need "
             f"{world + engines * size} {kind} on {trainers} + {len(shares) - trainers} nodes of {slots}, present are "
             f"{len(nodes) * slots} on {len(nodes)}; lower parallel or rollout.engines, or start on more nodes "
-            f"(examples/slurm/train.sbatch)")
+            f"(examples/slurm/train.sbatch)"
+        )
     return _named(nodes, shares)
 
 
@@ -75,20 +79,26 @@ def deal(config: Config, engines: int, slots: int, mixed: bool, share: bool) -> 
     workers, ranks = engines * size, config.cluster.ranks_per_host
     if share:
         if max(world, workers) > slots:
-            raise ConfigError(f"cluster.share_gpus: {world} trainer ranks and {workers} engine workers share the GPUs of one "
-                              f"node, it has {slots}; lower parallel or rollout.engines, or set it to false")
+            raise ConfigError(
+                f"cluster.share_gpus: {world} trainer ranks and {workers} engine workers share the GPUs of one "
+                f"node, it has {slots}; lower parallel or rollout.engines, or set it to false"
+            )
         return [(world, workers)]
     if ranks is not None and ranks > slots:
         raise ConfigError(f"cluster.ranks_per_host: {ranks} is more than the {slots} GPUs of a node; lower it")
     if world + workers <= slots and world <= (ranks or slots):
         return [(world, workers)]
     if slots % size and workers:
-        raise ConfigError(f"rollout.tensor_parallel: {size} does not divide the {slots} GPUs of a node; choose a divisor, an "
-                          f"engine stays within its node")
+        raise ConfigError(
+            f"rollout.tensor_parallel: {size} does not divide the {slots} GPUs of a node; choose a divisor, an "
+            f"engine stays within its node"
+        )
     per_host = min(world, ranks or slots)
     if world % per_host:
-        raise ConfigError(f"parallel: {config.parallel.axes()} = {world} ranks do not fill nodes of {per_host} "
-                          f"{'trainer ranks (cluster.ranks_per_host)' if ranks else 'GPUs'}; choose a multiple of {per_host}")
+        raise ConfigError(
+            f"parallel: {config.parallel.axes()} = {world} ranks do not fill nodes of {per_host} "
+            f"{'trainer ranks (cluster.ranks_per_host)' if ranks else 'GPUs'}; choose a multiple of {per_host}"
+        )
     hosts = world // per_host
     room = (slots - per_host) // size if mixed else 0
     inside = min(engines, hosts * room)
@@ -105,8 +115,10 @@ def _cpu_slots(config: Config, nodes: int, engines: int) -> tuple[int, bool]:
     how much a CPU can hold. Engines get the hosts that the trainer leaves, evenly, or share its hosts where it takes all."""
     ranks, world, size = config.cluster.ranks_per_host, config.parallel.world, config.rollout.tensor_parallel
     if ranks is None:
-        raise ConfigError(f"cluster.ranks_per_host: is not set, and on {nodes} hosts without GPUs nothing else says how many "
-                          f"of the {world} trainer ranks each gets; set it")
+        raise ConfigError(
+            f"cluster.ranks_per_host: is not set, and on {nodes} hosts without GPUs nothing else says how many "
+            f"of the {world} trainer ranks each gets; set it"
+        )
     trainers = -(-world // ranks)
     filled = -(-min(ranks, world) // size) * size
     own = nodes - trainers

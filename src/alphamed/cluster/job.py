@@ -1,4 +1,5 @@
 """A job of several hosts as its processes see it: who is where, and which ports it uses. Travels in the environment."""
+
 from __future__ import annotations
 
 import json
@@ -16,6 +17,7 @@ ADDRESS_VARIABLE = "ALPHAMED_ADDRESS"
 @dataclass(frozen=True, slots=True)
 class Place:
     """A host: its name and address, its trainer ranks, and how many workers of engines it has room for."""
+
     name: str
     address: str
     interface: str
@@ -26,6 +28,7 @@ class Place:
 @dataclass(frozen=True, slots=True)
 class Job:
     """`places` in the order of ranks; the first has rank 0, torchrun's store and Ray's head."""
+
     places: tuple[Place, ...]
     master_port: int
     ray_port: int

@@ -3,6 +3,7 @@
 `python -m alphamed.cluster.join_ray ADDRESS PORT <arguments of ray>`. The head comes up when rank 0 has built its policy,
 which can take minutes; whoever started this ends it when the run ends first.
 """
+
 from __future__ import annotations
 
 import socket

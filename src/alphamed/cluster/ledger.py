@@ -3,6 +3,7 @@
 The ledger file in the run directory (`processes-HOST.json`) is rewritten every few seconds while the run lives, so that
 whoever comes after a violent death (the guard, the next start) can end by id what remains and unlink what was shared.
 """
+
 from __future__ import annotations
 
 import fcntl
@@ -21,7 +22,7 @@ from alphamed.cluster import processes
 from alphamed.cluster.processes import Process
 from alphamed.errors import ConfigError
 
-LOCK_FILE = ".start.lock"          # held by whoever starts the run; the run directory itself has one more, the writer's
+LOCK_FILE = ".start.lock"  # held by whoever starts the run; the run directory itself has one more, the writer's
 POLL_S = 0.05
 MAX_TEMPORARY_CHARS = 20
 """Unix sockets may have paths of 107 bytes; Ray and ZeroMQ put up to 85 below the temporary folder."""
@@ -43,6 +44,7 @@ def temporary_folder(run_dir: Path) -> Path:
 @dataclass
 class CleanUp:
     """What a clean-up found and did."""
+
     ended: list[Process] = field(default_factory=list)
     stuck: list[Process] = field(default_factory=list)
     segments: list[str] = field(default_factory=list)
@@ -77,8 +79,10 @@ class Lock:
                 handle.seek(0)
                 holder = handle.read().strip() or "an unknown process"
                 handle.close()
-                raise ConfigError(f"{self._what} {self._path.parent}: already running ({holder}); wait for its end, end it, "
-                                  f"or {self._mend}")
+                raise ConfigError(
+                    f"{self._what} {self._path.parent}: already running ({holder}); wait for its end, end it, "
+                    f"or {self._mend}"
+                )
             time.sleep(POLL_S)
         handle.truncate(0)
         handle.write(f"pid {os.getpid()} on {socket.gethostname()}")
@@ -116,7 +120,7 @@ class Ledger:
         living = processes.everything()
         mine = processes.tagged(self._id, living)
         mine |= processes.descendants((*self._roots, *mine), living)
-        for pid, process in self._processes.items():        # recorded earlier, orphaned or renamed since
+        for pid, process in self._processes.items():  # recorded earlier, orphaned or renamed since
             now = living.get(pid)
             if now and now.start == process.start:
                 mine[pid] = now
@@ -129,8 +133,14 @@ class Ledger:
         """Look once and write down what the run owns now. Segments stay on the list until they are cleaned up: their
         last user may be gone before anybody looks again."""
         self.look()
-        text = json.dumps({"boot": _boot_id(), "segments": sorted(self._segments),
-                           "processes": [asdict(process) for process in self._processes.values()]}, indent=1)
+        text = json.dumps(
+            {
+                "boot": _boot_id(),
+                "segments": sorted(self._segments),
+                "processes": [asdict(process) for process in self._processes.values()],
+            },
+            indent=1,
+        )
         if text != self._written:
             draft = self._file.with_suffix(".tmp")
             draft.write_text(text, encoding="utf-8")
@@ -157,14 +167,21 @@ class Ledger:
     def _serves(self, process: Process, kept: set[int]) -> bool:
         """Whether this is the resource tracker of a process that stays. One that was the run's, and has passed to the
         subreaper, carries the tag."""
-        return (processes.RESOURCE_TRACKER in process.command and process.parent in kept
-                and not processes.tagged(self._id, {process.pid: process}))
+        return (
+            processes.RESOURCE_TRACKER in process.command
+            and process.parent in kept
+            and not processes.tagged(self._id, {process.pid: process})
+        )
 
     def _keep_actor_logs(self) -> None:
         """Move what engines and reward process have printed, which Ray keeps in its session, to `logs/ray`: where they
         died, it says why."""
-        printed = [path for pattern in ACTOR_LOGS for path in self._temporary.glob(f"session_latest/logs/{pattern}")
-                   if path.stat().st_size]
+        printed = [
+            path
+            for pattern in ACTOR_LOGS
+            for path in self._temporary.glob(f"session_latest/logs/{pattern}")
+            if path.stat().st_size
+        ]
         if printed:
             kept = self._file.parent / "logs" / "ray"
             shutil.rmtree(kept, ignore_errors=True)
@@ -198,7 +215,7 @@ def clean_up_dead_runs(root: Path) -> dict[Path, CleanUp]:
         try:
             lock.take()
         except (ConfigError, OSError):
-            continue                            # it lives, or belongs to somebody else
+            continue  # it lives, or belongs to somebody else
         done[file.parent] = Ledger(file.parent).clean_up()
         lock.release()
     return done

@@ -8,6 +8,7 @@ daemon thread per rank sends a beat every few seconds, receives, and watches.
 Every connection is authenticated with a key that rank 0 draws and the process group carries, so messages may be
 pickled.
 """
+
 from __future__ import annotations
 
 import os
@@ -34,7 +35,7 @@ class Peer:
         self.rank, self.name, self.connection = rank, name, connection
         self.log = f"logs/rank_{rank}.log"
         self.heard_s = time.monotonic()
-        self.left = False                       # said good-bye
+        self.left = False  # said good-bye
         self._sending = threading.Lock()
 
     def __str__(self) -> str:
@@ -56,7 +57,7 @@ class Peer:
         try:
             self.connection.send(message)
         except OSError:
-            pass                                # it has gone: the receiving side says so, and names it
+            pass  # it has gone: the receiving side says so, and names it
 
 
 class Links:
@@ -69,7 +70,7 @@ class Links:
     def __init__(self, peers: list[Peer], timeout_s: float, on_failure: Callable[[RunFailed], None]):
         self.peers = {peer.rank: peer for peer in peers}
         self.failure: RunFailed | None = None
-        self._failing = False                   # a failure is being made known
+        self._failing = False  # a failure is being made known
         self._timeout_s = timeout_s
         self._beat_s = min(BEAT_S, timeout_s / 6)
         self._on_failure = on_failure
@@ -135,7 +136,7 @@ class Links:
         next_beat_s = last_s
         while not self._closed:
             now_s = time.monotonic()
-            if now_s - last_s > 2 * self._beat_s:       # it was us who slept: the others' silence means nothing
+            if now_s - last_s > 2 * self._beat_s:  # it was us who slept: the others' silence means nothing
                 for peer in self.peers.values():
                     peer.heard_s += now_s - last_s
             last_s = now_s
@@ -153,7 +154,7 @@ class Links:
             return
         try:
             ready = wait(list(present), timeout_s)
-        except OSError:                         # closed by `close` meanwhile
+        except OSError:  # closed by `close` meanwhile
             return
         for connection in ready:
             peer = present[connection]
@@ -185,8 +186,13 @@ class Links:
         for peer in self.peers.values():
             silent_s = time.monotonic() - peer.heard_s
             if not peer.left and silent_s > self._timeout_s:
-                self.fail(RunFailed(str(peer), f"has not been heard of for {silent_s:.0f} s (stopped, swapping, "
-                                               f"stuck, or its network cut){_see(peer)}"))
+                self.fail(
+                    RunFailed(
+                        str(peer),
+                        f"has not been heard of for {silent_s:.0f} s (stopped, swapping, "
+                        f"stuck, or its network cut){_see(peer)}",
+                    )
+                )
                 self._leave(peer)
 
 
@@ -201,8 +207,9 @@ def listen(host: str, port: int = 0, key: bytes = b"") -> tuple[Listener, bytes]
     return Listener((host, port), family="AF_INET", backlog=1024, authkey=key), key
 
 
-def accept(listener: Listener, world: int, timeout_s: float = JOIN_DEADLINE_S, own_name: str = "",
-           names: Sequence[str] = ()) -> list[Peer]:
+def accept(
+    listener: Listener, world: int, timeout_s: float = JOIN_DEADLINE_S, own_name: str = "", names: Sequence[str] = ()
+) -> list[Peer]:
     """Wait for all others, which say who they are; `own_name` is what they will call this one. Raises RunFailed naming those
     that did not come, by `names` where they have better ones than their ranks."""
     peers: list[Peer] = []
@@ -212,9 +219,9 @@ def accept(listener: Listener, world: int, timeout_s: float = JOIN_DEADLINE_S, o
             try:
                 connection = listener.accept()
                 peers.append(Peer(*connection.recv(), connection))
-            except (AuthenticationError, EOFError, ConnectionError):    # a stranger, or one with another key
+            except (AuthenticationError, EOFError, ConnectionError):  # a stranger, or one with another key
                 continue
-            except OSError:                     # closed: it is too late
+            except OSError:  # closed: it is too late
                 return
 
     thread = threading.Thread(target=take, name="control-accept", daemon=True)

@@ -6,6 +6,7 @@ and knows nothing of torchrun. In a job of several hosts it listens at rank 0's 
 hosts join it (`worker_command`). Where the user has started Ray by hand, RAY_ADDRESS says where, and the run joins that; a
 RAY_ADDRESS that was left over never comes here (cluster.variables).
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -26,7 +27,7 @@ from alphamed.cluster.environment import SILENT, without_torchrun
 from alphamed.cluster.hardware import cores, gpus_present, wants_cuda
 from alphamed.cluster.job import Job, Place
 from alphamed.cluster.ledger import MAX_TEMPORARY_CHARS, run_id
-from alphamed.config import Config
+from alphamed.config.schema import Config
 from alphamed.errors import ConfigError, RunFailed
 
 OBJECT_STORE_BYTES = 200 << 20
@@ -41,9 +42,9 @@ NOT_FOR_ACTORS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECT
 """Settings of a trainer rank that its actors must not inherit."""
 
 RAY_SETTINGS = {
-    "RAY_worker_niceness": "0",                     # Ray's default of 15 starves an engine wherever anything else runs
-    "RAY_health_check_timeout_ms": "30000",         # a node is given up after 20 failed checks, not 5: on a busy machine
-    "RAY_health_check_failure_threshold": "20",     # Ray's own processes can be slow; deaths of actors are seen at once
+    "RAY_worker_niceness": "0",  # Ray's default of 15 starves an engine wherever anything else runs
+    "RAY_health_check_timeout_ms": "30000",  # a node is given up after 20 failed checks, not 5: on a busy machine
+    "RAY_health_check_failure_threshold": "20",  # Ray's own processes can be slow; deaths of actors are seen at once
 }
 
 
@@ -51,7 +52,7 @@ def check_ray_address() -> None:
     """Raises ConfigError where the environment names a Ray to join and nothing answers there: Ray itself would go on trying
     for minutes without a word."""
     address = os.environ.get("RAY_ADDRESS", "")
-    if address in ("", "auto", "local"):            # none, one that Ray finds on this host, or a new one
+    if address in ("", "auto", "local"):  # none, one that Ray finds on this host, or a new one
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal():
@@ -63,8 +64,9 @@ def check_ray_address() -> None:
             return
         except (OSError, OverflowError) as error:
             if time.monotonic() >= deadline:
-                raise ConfigError(f"RAY_ADDRESS: {address!r} does not answer ({error}); start Ray there, or unset "
-                                  f"it") from None
+                raise ConfigError(
+                    f"RAY_ADDRESS: {address!r} does not answer ({error}); start Ray there, or unset it"
+                ) from None
             time.sleep(0.5)
 
 
@@ -79,13 +81,20 @@ def start_ray(config: Config) -> None:
     else:
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         slots = job.head.engine_slots if job else config.rollout.engines * config.rollout.tensor_parallel
-        gpus = engine_gpus(config, local_ranks)[:slots if job else None]
-        options = dict(address="local", num_cpus=cores(), num_gpus=len(gpus), include_dashboard=False,
-                       resources={ENGINE_SLOT: slots} if slots and not gpus else None,
-                       object_store_memory=OBJECT_STORE_BYTES, _node_ip_address=job.head.address if job else LOOPBACK,
-                       _temp_dir=_session_folder(), **shared)
+        gpus = engine_gpus(config, local_ranks)[: slots if job else None]
+        options = dict(
+            address="local",
+            num_cpus=cores(),
+            num_gpus=len(gpus),
+            include_dashboard=False,
+            resources={ENGINE_SLOT: slots} if slots and not gpus else None,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _node_ip_address=job.head.address if job else LOOPBACK,
+            _temp_dir=_session_folder(),
+            **shared,
+        )
     with _environment_of_actors(config, job):
-        import ray                              # reads its token when it is imported
+        import ray  # reads its token when it is imported
 
         quiet_ray.apply()
         # In this thread, which stays: the kernel ends Ray's processes with the thread that started them.
@@ -94,7 +103,7 @@ def start_ray(config: Config) -> None:
             try:
                 ray.init(**options)
                 break
-            except Exception as error:          # Ray raises plain Exception where a busy machine was too slow for it
+            except Exception as error:  # Ray raises plain Exception where a busy machine was too slow for it
                 ray.shutdown()
                 if attempt + 1 == START_ATTEMPTS:
                     raise RunFailed("Ray", f"did not start: {type(error).__name__}: {error}") from error
@@ -114,8 +123,11 @@ def wait_for_hosts(job: Job, deadline_s: float) -> None:
         if not missing:
             return
         if time.monotonic() > until:
-            raise RunFailed(f"host {missing[0]}", f"has not joined Ray within {deadline_s:.0f} s (missing: "
-                                                  f"{', '.join(missing)}); see logs/ray_{missing[0]}.log")
+            raise RunFailed(
+                f"host {missing[0]}",
+                f"has not joined Ray within {deadline_s:.0f} s (missing: "
+                f"{', '.join(missing)}); see logs/ray_{missing[0]}.log",
+            )
         time.sleep(0.5)
 
 
@@ -129,9 +141,13 @@ def _require_room(config: Config, address: str | None) -> None:
     if sum(room // size for room in present) < wanted:
         option = "--num-gpus=N" if kind == "GPU" else f"--resources='{{\"{ENGINE_SLOT}\": N}}'"
         where = f" at {address} (RAY_ADDRESS)" if address else ""
-        raise RunFailed("", f"rollout.engines: {wanted} engines of {size} workers do not fit Ray{where}, whose hosts have room for "
-                            f"{' + '.join(map(str, present))} workers; lower it, or have more hosts join with `ray start "
-                            f"--address=... {option}`", user_error=True)
+        raise RunFailed(
+            "",
+            f"rollout.engines: {wanted} engines of {size} workers do not fit Ray{where}, whose hosts have room for "
+            f"{' + '.join(map(str, present))} workers; lower it, or have more hosts join with `ray start "
+            f"--address=... {option}`",
+            user_error=True,
+        )
 
 
 def beside_rank0() -> Any:
@@ -144,13 +160,30 @@ def beside_rank0() -> Any:
 
 def worker_command(job: Job, place: Place, on_cuda: bool, temporary: Path) -> list[str]:
     """Ray on a host of engines, once the head answers: bound to the host's address in the cluster, on ports of its own."""
-    room = [f"--num-gpus={place.engine_slots}"] if on_cuda else [f'--resources={{"{ENGINE_SLOT}": {place.engine_slots}}}',
-                                                                "--num-gpus=0"]
-    return [sys.executable, "-m", "alphamed.cluster.join_ray", job.head.address, str(job.ray_port), "start", "--block",
-            f"--address={job.head.address}:{job.ray_port}", f"--node-ip-address={place.address}", *room,
-            f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={temporary}", "--disable-usage-stats",
-            # 0: any; Ray's own defaults are fixed ports, which two jobs on one host would both want
-            "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
+    room = (
+        [f"--num-gpus={place.engine_slots}"]
+        if on_cuda
+        else [f'--resources={{"{ENGINE_SLOT}": {place.engine_slots}}}', "--num-gpus=0"]
+    )
+    return [
+        sys.executable,
+        "-m",
+        "alphamed.cluster.join_ray",
+        job.head.address,
+        str(job.ray_port),
+        "start",
+        "--block",
+        f"--address={job.head.address}:{job.ray_port}",
+        f"--node-ip-address={place.address}",
+        *room,
+        f"--object-store-memory={OBJECT_STORE_BYTES}",
+        f"--temp-dir={temporary}",
+        "--disable-usage-stats",
+        # 0: any; Ray's own defaults are fixed ports, which two jobs on one host would both want
+        "--min-worker-port=0",
+        "--max-worker-port=0",
+        "--dashboard-agent-listen-port=0",
+    ]
 
 
 def stop_ray() -> None:

@@ -5,6 +5,7 @@ The processes of a run are found in two ways that complement each other: by ance
 all its descendants) and by a tag, an environment variable that every descendant inherits. The tag alone would miss
 processes that overwrite their environment with a title; ancestry alone would miss those whose supervisor has died.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -32,6 +33,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 @dataclass(frozen=True, slots=True)
 class Process:
     """`start` is the start time in clock ticks since boot: with the pid it names a process for good."""
+
     pid: int
     start: int
     parent: int
@@ -46,7 +48,7 @@ def describe(pid: int) -> Process | None:
         arguments = Path(f"/proc/{pid}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return None
-    name, _, rest = stat.partition("(")[2].rpartition(")")      # the name may itself hold brackets and blanks
+    name, _, rest = stat.partition("(")[2].rpartition(")")  # the name may itself hold brackets and blanks
     fields = rest.split()
     if fields[0] in "ZX":
         return None
@@ -120,7 +122,7 @@ def end(processes: Iterable[Process], grace_s: float = 5.0, deadline_s: float = 
     Python's resource trackers come last: they ignore SIGTERM, end by themselves when the last process is gone that they
     serve, and unlink what it has left."""
     left = [process for process in processes if send(process, signal.SIGTERM)]
-    for process in left:                        # a stopped process takes a SIGTERM only once it runs again
+    for process in left:  # a stopped process takes a SIGTERM only once it runs again
         send(process, signal.SIGCONT)
     trackers = [process for process in left if RESOURCE_TRACKER in process.command]
     served = wait_gone((process for process in left if process not in trackers), grace_s)
@@ -151,15 +153,14 @@ def reap(keep: int | None = None) -> None:
             try:
                 os.waitpid(process, os.WNOHANG)
             except ChildProcessError:
-                pass                            # not ours after all: it was reaped in between
+                pass  # not ours after all: it was reaped in between
 
 
 def _child_pids() -> list[int]:
     try:
         tasks = os.listdir(f"/proc/{os.getpid()}/task")
-        return [int(pid) for task in tasks
-                for pid in Path(f"/proc/{os.getpid()}/task/{task}/children").read_text().split()]
-    except FileNotFoundError:                   # a thread ended while the list was read: next time
+        return [int(pid) for task in tasks for pid in Path(f"/proc/{os.getpid()}/task/{task}/children").read_text().split()]
+    except FileNotFoundError:  # a thread ended while the list was read: next time
         return []
 
 
@@ -200,14 +201,14 @@ def segments_of(pid: int, names: dict[Inode, str] | None = None, written: bool =
             for line in maps:
                 if prefix in line:
                     _, access, _, device, inode, _ = line.split(maxsplit=5)
-                    if access[1::2] == "ws" or not written:                     # as in rw-s
+                    if access[1::2] == "ws" or not written:  # as in rw-s
                         found.add((os.makedev(*(int(part, 16) for part in device.split(":"))), int(inode)))
         for entry in os.scandir(f"/proc/{pid}/fd"):
             try:
                 if os.readlink(entry.path).startswith(prefix) and (not written or _opened_for_writing(pid, entry.name)):
                     status = os.stat(entry.path)
                     found.add((status.st_dev, status.st_ino))
-            except FileNotFoundError:           # closed while we looked
+            except FileNotFoundError:  # closed while we looked
                 pass
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         pass
@@ -227,9 +228,9 @@ def segment_names() -> dict[Inode, str]:
             try:
                 status = entry.stat(follow_symlinks=False)
                 found[status.st_dev, status.st_ino] = entry.name
-            except FileNotFoundError:           # gone while we looked
+            except FileNotFoundError:  # gone while we looked
                 pass
-    except FileNotFoundError:                   # a system without it
+    except FileNotFoundError:  # a system without it
         pass
     return found
 

@@ -1,5 +1,6 @@
 """Signs of life of a run, for `alphamed status`: rank 0 writes every few seconds what it is doing and when it last heard of each
 rank, engine and the reward process."""
+
 from __future__ import annotations
 
 import contextlib
@@ -48,7 +49,7 @@ class Pulse:
     def _beat(self) -> None:
         while not self._over.is_set():
             began = time.monotonic()
-            with contextlib.suppress(Exception):        # Ray going down, a full disk: the run itself says what is wrong
+            with contextlib.suppress(Exception):  # Ray going down, a full disk: the run itself says what is wrong
                 self._ask_actors()
             with contextlib.suppress(OSError):
                 self._write()
@@ -67,8 +68,16 @@ class Pulse:
     def _write(self) -> None:
         now = time.time()
         heard = {name: now - age for name, age in self._ranks().items()} | self._answered
-        text = json.dumps({"time": now, "host": os.environ.get(HOST_VARIABLE) or socket.gethostname(), "pid": os.getpid(),
-                           "slurm_job": os.environ.get("SLURM_JOB_ID"), "activity": self._activity(), "heard": heard})
+        text = json.dumps(
+            {
+                "time": now,
+                "host": os.environ.get(HOST_VARIABLE) or socket.gethostname(),
+                "pid": os.getpid(),
+                "slurm_job": os.environ.get("SLURM_JOB_ID"),
+                "activity": self._activity(),
+                "heard": heard,
+            }
+        )
         draft = self._path.with_suffix(".tmp")
         draft.write_text(text, encoding="utf-8")
         draft.replace(self._path)

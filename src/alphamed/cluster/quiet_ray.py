@@ -9,6 +9,7 @@ Remove when: Ray's usage module stays silent under RAY_USAGE_STATS_ENABLED=0.
 
 `python -m alphamed.cluster.quiet_ray <arguments of ray>` is Ray's command line with this applied.
 """
+
 from __future__ import annotations
 
 

@@ -3,6 +3,7 @@ refused, and why. One table; what every process gets, what is printed, recorded 
 
 A variable that no row names is passed on and not spoken of.
 """
+
 from __future__ import annotations
 
 import json
@@ -16,7 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from alphamed.errors import ConfigError
-from alphamed.observe.files import replace_json
+from alphamed.files import replace_json
 
 ENVIRONMENT_FILE = "environment.json"
 """In the run directory: the variables that the last start found, for provenance.json."""
@@ -27,6 +28,7 @@ URL_USER = re.compile(r"//[^/@\s]*@")
 
 class Start(StrEnum):
     """How a run's processes are started."""
+
     ONE_HOST = "alphamed train, alphamed eval"
     NODES = "alphamed launch --nodes"
     TORCHRUN = "torchrun on one host"
@@ -52,6 +54,7 @@ BY_TORCHRUN = frozenset(start for start in Start if start.by_torchrun)
 class Rule:
     """`patterns`: names, `*` stands for any text. `honoured`: the starts that honour them, the others ignore them.
     `private`: values are places or addresses, which are printed but not recorded. `refused`: no start takes them."""
+
     patterns: str
     honoured: frozenset[Start]
     why: str
@@ -62,17 +65,29 @@ class Rule:
         return any(fnmatchcase(name, pattern) for pattern in self.patterns.split())
 
 
-LAUNCHER = Rule("RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE ROLE_RANK ROLE_NAME "
-                "ROLE_WORLD_SIZE MASTER_ADDR MASTER_PORT TORCHELASTIC_* PET_*", BY_TORCHRUN,
-                "alphamed starts a torchrun of its own, which sets them", private=True)
+LAUNCHER = Rule(
+    "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE ROLE_RANK ROLE_NAME "
+    "ROLE_WORLD_SIZE MASTER_ADDR MASTER_PORT TORCHELASTIC_* PET_*",
+    BY_TORCHRUN,
+    "alphamed starts a torchrun of its own, which sets them",
+    private=True,
+)
 RULES = (
     LAUNCHER,
     Rule("ALPHAMED_JOB ALPHAMED_HOST", NEVER, "`alphamed launch --nodes` sets it", private=True),
     Rule("ALPHAMED_ADDRESS", frozenset({Start.TORCHRUN_HOSTS}), "a start over several hosts sets it", private=True),
-    Rule("RAY_ADDRESS", frozenset({Start.TORCHRUN_HOSTS}),
-         "a run on one host starts a Ray of its own, `alphamed launch --nodes` one on its nodes", private=True),
-    Rule("RAY_AUTH_* RAY_USE_TLS RAY_TLS_*", frozenset({Start.NODES, Start.TORCHRUN_HOSTS}),
-         "the Ray of a run on one host has a token of its own", private=True),
+    Rule(
+        "RAY_ADDRESS",
+        frozenset({Start.TORCHRUN_HOSTS}),
+        "a run on one host starts a Ray of its own, `alphamed launch --nodes` one on its nodes",
+        private=True,
+    ),
+    Rule(
+        "RAY_AUTH_* RAY_USE_TLS RAY_TLS_*",
+        frozenset({Start.NODES, Start.TORCHRUN_HOSTS}),
+        "the Ray of a run on one host has a token of its own",
+        private=True,
+    ),
     Rule("RAY_USAGE_STATS_ENABLED RAY_worker_niceness RAY_health_check_*", NEVER, "the run sets it"),
     Rule("RAY_[a-z]* RAY_BACKEND_LOG_LEVEL RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE", ALWAYS, "settings of Ray"),
     Rule("RAY_*", frozenset({Start.NODES, Start.TORCHRUN_HOSTS}), "it belongs to another Ray", private=True),
@@ -83,8 +98,12 @@ RULES = (
     Rule("GLOO_SOCKET_IFNAME", ALWAYS - {Start.ONE_HOST}, "processes of one host talk over its loopback interface"),
     Rule("NCCL_* GLOO_* UCX_*", ALWAYS, "links between processes"),
     Rule("PYTORCH_* TORCH_* TORCHINDUCTOR_* TORCHDYNAMO_* NVTE_*", ALWAYS, "settings of PyTorch and Transformer Engine"),
-    Rule("VLLM_HOST_IP VLLM_WORKER_MULTIPROC_METHOD VLLM_LOGGING_LEVEL VLLM_CPU_OMP_THREADS_BIND VLLM_NO_USAGE_STATS "
-         "VLLM_DO_NOT_TRACK", NEVER, "the run sets it"),
+    Rule(
+        "VLLM_HOST_IP VLLM_WORKER_MULTIPROC_METHOD VLLM_LOGGING_LEVEL VLLM_CPU_OMP_THREADS_BIND VLLM_NO_USAGE_STATS "
+        "VLLM_DO_NOT_TRACK",
+        NEVER,
+        "the run sets it",
+    ),
     Rule("VLLM_CPU_KVCACHE_SPACE", NEVER, "rollout.kv_cache_bytes decides"),
     Rule("VLLM_USE_MODELSCOPE", NEVER, "model.path decides"),
     Rule("VLLM_PORT VLLM_DP_* VLLM_ENABLE_V1_MULTIPROCESSING", NEVER, "it is for a server of vLLM's own"),
@@ -95,8 +114,12 @@ RULES = (
     Rule("WANDB_NAME WANDB_RUN_ID WANDB_RESUME WANDB_DIR", NEVER, "run.name and the run directory decide"),
     Rule("WANDB_SERVICE WANDB_ERROR_REPORTING", NEVER, "the run starts a service of its own"),
     Rule("WANDB_*", ALWAYS, "where logs go, if logging.wandb is online", private=True),
-    Rule("HTTP_PROXY HTTPS_PROXY ALL_PROXY NO_PROXY http_proxy https_proxy all_proxy no_proxy", ALWAYS,
-         "how a model is fetched", private=True),
+    Rule(
+        "HTTP_PROXY HTTPS_PROXY ALL_PROXY NO_PROXY http_proxy https_proxy all_proxy no_proxy",
+        ALWAYS,
+        "how a model is fetched",
+        private=True,
+    ),
     Rule("LD_PRELOAD LD_LIBRARY_PATH", ALWAYS, "libraries of all processes", private=True),
     Rule("PYTHONPATH PYTHONHOME", ALWAYS, "code of all processes", private=True),
     Rule("PYTHONOPTIMIZE", NEVER, "Python would leave out the checks on which the results rely", refused=True),
@@ -106,6 +129,7 @@ RULES = (
 @dataclass(frozen=True, slots=True)
 class Variable:
     """A variable that is set. `value` is fit to print: secrets are withheld, long ones cut."""
+
     name: str
     value: str
     treatment: Treatment
@@ -125,7 +149,7 @@ def examine(environment: Mapping[str, str], start: Start) -> list[Variable]:
         given_by_torchrun = rule is LAUNCHER or (name, environment[name]) == ("OMP_NUM_THREADS", "1")
         if rule is None or start.by_torchrun and given_by_torchrun:
             continue
-        if rule.refused and environment[name] in ("", "0"):         # unset, to Python
+        if rule.refused and environment[name] in ("", "0"):  # unset, to Python
             continue
         given = Treatment.HONOURED if start in rule.honoured else Treatment.IGNORED
         found.append(Variable(name, printable(name, environment[name]), Treatment.REFUSED if rule.refused else given, rule))
@@ -149,8 +173,10 @@ def lines(found: list[Variable]) -> list[str]:
     """What a start prints: one line for all that are honoured, one for each that is ignored."""
     honoured = [f"{one.name}={one.value}" for one in found if one.treatment == Treatment.HONOURED]
     return ([f"environment: honoured are {' '.join(honoured)}"] if honoured else []) + [
-        f"environment: {one.name}={one.value} is ignored: {one.rule.why}" for one in found
-        if one.treatment == Treatment.IGNORED]
+        f"environment: {one.name}={one.value} is ignored: {one.rule.why}"
+        for one in found
+        if one.treatment == Treatment.IGNORED
+    ]
 
 
 def refuse(environment: Mapping[str, str]) -> None:
@@ -162,9 +188,14 @@ def refuse(environment: Mapping[str, str]) -> None:
 
 def write(run_dir: Path, found: list[Variable]) -> None:
     """Note the variables for provenance.json, without values that are secrets, places or addresses."""
-    replace_json(run_dir / ENVIRONMENT_FILE, [
-        {"name": one.name, "treatment": str(one.treatment)} | ({} if one.rule.private or SECRET.search(one.name)
-                                                              else {"value": one.value}) for one in found])
+    replace_json(
+        run_dir / ENVIRONMENT_FILE,
+        [
+            {"name": one.name, "treatment": str(one.treatment)}
+            | ({} if one.rule.private or SECRET.search(one.name) else {"value": one.value})
+            for one in found
+        ],
+    )
 
 
 def settle(run_dir: Path, start: Start, quiet: bool = False) -> None:

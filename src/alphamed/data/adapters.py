@@ -6,6 +6,7 @@ from the whole file (`keys.py`), never assumed here. A set without ids gets none
 is checked that the schema checks: a missing or wrong value becomes a reported bad row there. A broken layout shows as
 KeyError or TypeError, which the reader reports as a wrong schema.
 """
+
 from __future__ import annotations
 
 import re
@@ -19,8 +20,9 @@ Upstream = Mapping[str, Any]
 Adapter = Callable[[Upstream], dict[str, Any] | None]
 
 YES_NO_MAYBE = {"A": "yes", "B": "no", "C": "maybe"}
-MMLU_MEDICAL = frozenset({"anatomy", "clinical_knowledge", "college_biology", "college_medicine", "medical_genetics",
-                          "professional_medicine"})
+MMLU_MEDICAL = frozenset(
+    {"anatomy", "clinical_knowledge", "college_biology", "college_medicine", "medical_genetics", "professional_medicine"}
+)
 # MedXpertQA repeats its options at the end of the question.
 _REPEATED_OPTIONS = re.compile(r"\s*Answer Choices:\s*\(A\).*\Z", re.DOTALL)
 
@@ -31,34 +33,58 @@ def medqa(row: Upstream) -> dict[str, Any]:
     stated = {name: row[name] for name in ("answer_idx", "answer") if row.get(name) is not None}
     if not stated:
         raise KeyError("answer_idx")
-    return {"id": row.get("id"), "question": row["question"], "options": row["options"], "answer": Keys(stated),
-            "source": "medqa"}
+    return {
+        "id": row.get("id"),
+        "question": row["question"],
+        "options": row["options"],
+        "answer": Keys(stated),
+        "source": "medqa",
+    }
 
 
 def medmcqa(row: Upstream) -> dict[str, Any]:
     """MedMCQA. Its authors' files count `cop` from 1, the hub's copy from 0; its test split has no keys (cop = -1)."""
-    return {"id": f"medmcqa-{row['id']}", "question": row["question"],
-            "options": [row["opa"], row["opb"], row["opc"], row["opd"]], "answer": Keys({"cop": row["cop"]}),
-            "source": "medmcqa"}
+    return {
+        "id": f"medmcqa-{row['id']}",
+        "question": row["question"],
+        "options": [row["opa"], row["opb"], row["opc"], row["opd"]],
+        "answer": Keys({"cop": row["cop"]}),
+        "source": "medmcqa",
+    }
 
 
 def pubmedqa(row: Upstream) -> dict[str, Any]:
     """PubMedQA as in qiaojin/PubMedQA, or as its authors publish it (ori_pqal.json, whose keys are the ids): the abstract
     without its conclusion is the context."""
     if "QUESTION" in row:
-        row = {"pubid": row["id"], "question": row["QUESTION"], "context": {"contexts": row["CONTEXTS"]},
-               "final_decision": row["final_decision"]}
+        row = {
+            "pubid": row["id"],
+            "question": row["QUESTION"],
+            "context": {"contexts": row["CONTEXTS"]},
+            "final_decision": row["final_decision"],
+        }
     answers = {text: letter for letter, text in YES_NO_MAYBE.items()}
-    return {"id": f"pubmedqa-{row['pubid']}", "question": row["question"], "options": YES_NO_MAYBE,
-            "answer": answers.get(row["final_decision"], row["final_decision"]),
-            "context": "\n".join(row["context"]["contexts"]), "source": "pubmedqa"}
+    return {
+        "id": f"pubmedqa-{row['pubid']}",
+        "question": row["question"],
+        "options": YES_NO_MAYBE,
+        "answer": answers.get(row["final_decision"], row["final_decision"]),
+        "context": "\n".join(row["context"]["contexts"]),
+        "source": "pubmedqa",
+    }
 
 
 def openlife(row: Upstream) -> dict[str, Any]:
     """The official 500 test questions of PubMedQA as in openlifescienceai/pubmedqa."""
     data = row["data"]
-    return {"id": f"pubmedqa-{row['id']}", "question": data["Question"], "options": data["Options"],
-            "answer": data["Correct Option"], "context": "\n".join(data["Context"]), "source": "pubmedqa"}
+    return {
+        "id": f"pubmedqa-{row['id']}",
+        "question": data["Question"],
+        "options": data["Options"],
+        "answer": data["Correct Option"],
+        "context": "\n".join(data["Context"]),
+        "source": "pubmedqa",
+    }
 
 
 def headqa(row: Upstream) -> dict[str, Any] | None:
@@ -70,9 +96,13 @@ def headqa(row: Upstream) -> dict[str, Any] | None:
     forms = {0: AnswerForm.INDEX, 1: AnswerForm.INDEX1}
     if numbers[0] not in forms or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
         raise ValueError(f"options are numbered {numbers}, not 1, 2, 3 ...")
-    return {"id": f"headqa-{row['name']}-{row['qid']}", "question": row["qtext"],
-            "options": [answer["atext"] for answer in row["answers"]],
-            "answer": Keys({"ra": row["ra"]}, forms[numbers[0]]), "source": f"headqa/{row['category']}"}
+    return {
+        "id": f"headqa-{row['name']}-{row['qid']}",
+        "question": row["qtext"],
+        "options": [answer["atext"] for answer in row["answers"]],
+        "answer": Keys({"ra": row["ra"]}, forms[numbers[0]]),
+        "source": f"headqa/{row['category']}",
+    }
 
 
 def mmlu_pro_medical(row: Upstream) -> dict[str, Any] | None:
@@ -80,10 +110,13 @@ def mmlu_pro_medical(row: Upstream) -> dict[str, Any] | None:
     if row["category"] not in ("health", "biology"):
         return None
     stated = {"answer_index": row["answer_index"], "answer": row.get("answer")}
-    return {"id": f"mmlu_pro-{row['question_id']}", "question": row["question"],
-            "options": [None if text == "N/A" else text for text in row["options"]],
-            "answer": Keys({name: value for name, value in stated.items() if value is not None}),
-            "source": f"mmlu_pro/{row['category']}"}
+    return {
+        "id": f"mmlu_pro-{row['question_id']}",
+        "question": row["question"],
+        "options": [None if text == "N/A" else text for text in row["options"]],
+        "answer": Keys({name: value for name, value in stated.items() if value is not None}),
+        "source": f"mmlu_pro/{row['category']}",
+    }
 
 
 def gpqa_medical(row: Upstream) -> dict[str, Any] | None:
@@ -92,25 +125,38 @@ def gpqa_medical(row: Upstream) -> dict[str, Any] | None:
         return None
     texts = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
     order = sorted(range(4), key=lambda i: draw(row["Record ID"], i))
-    return {"id": f"gpqa-{row['Record ID']}", "question": row["Question"], "options": [texts[i] for i in order],
-            "answer": "ABCD"[order.index(0)], "source": f"gpqa/{row['Subdomain'].lower().replace(' ', '_')}"}
+    return {
+        "id": f"gpqa-{row['Record ID']}",
+        "question": row["Question"],
+        "options": [texts[i] for i in order],
+        "answer": "ABCD"[order.index(0)],
+        "source": f"gpqa/{row['Subdomain'].lower().replace(' ', '_')}",
+    }
 
 
 def medxpertqa(row: Upstream) -> dict[str, Any]:
     """MedXpertQA Text: ten options; reasoning and understanding are told apart by source. Copies for benchmark harnesses
     have the options in the question alone, which the schema's check refuses."""
     options = row.get("options")
-    return {"id": f"medxpertqa-{row['id']}", "options": options, "answer": Keys({"label": row["label"]}),
-            "question": _REPEATED_OPTIONS.sub("", row["question"]) if options else row["question"],
-            "source": f"medxpertqa/{row.get('question_type', 'text').lower()}"}
+    return {
+        "id": f"medxpertqa-{row['id']}",
+        "options": options,
+        "answer": Keys({"label": row["label"]}),
+        "question": _REPEATED_OPTIONS.sub("", row["question"]) if options else row["question"],
+        "source": f"medxpertqa/{row.get('question_type', 'text').lower()}",
+    }
 
 
 def mmlu_medical(row: Upstream) -> dict[str, Any] | None:
     """The six medical subjects of MMLU."""
     if row["subject"] not in MMLU_MEDICAL:
         return None
-    return {"question": row["question"], "options": row["choices"], "answer": Keys({"answer": row["answer"]}),
-            "source": f"mmlu/{row['subject']}"}
+    return {
+        "question": row["question"],
+        "options": row["choices"],
+        "answer": Keys({"answer": row["answer"]}),
+        "source": f"mmlu/{row['subject']}",
+    }
 
 
 def schema(row: Any) -> Any:

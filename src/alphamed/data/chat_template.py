@@ -1,4 +1,5 @@
 """Finds the chat template of a model folder and renders messages with it, as transformers does but without it."""
+
 from __future__ import annotations
 
 import re
@@ -12,13 +13,25 @@ from alphamed.errors import ConfigError
 # Some templates (Llama 3.2) write today's date into the prompt, which would make a resumed run see other prompts than
 # the first start. The date stands still at Llama 3.1's own default.
 TEMPLATE_DATE = date(2024, 7, 26)
-GIVEN = frozenset({"messages", "add_generation_prompt", "tools", "documents", "bos_token", "eos_token", "unk_token",
-                   "pad_token", "sep_token", "cls_token"})
+GIVEN = frozenset(
+    {
+        "messages",
+        "add_generation_prompt",
+        "tools",
+        "documents",
+        "bos_token",
+        "eos_token",
+        "unk_token",
+        "pad_token",
+        "sep_token",
+        "cls_token",
+    }
+)
 """Variables that are not the user's to set."""
 
 
 class Message(TypedDict):
-    role: str        # "system", "user" or "assistant"
+    role: str  # "system", "user" or "assistant"
     content: str
 
 
@@ -41,24 +54,34 @@ class ChatTemplate:
             self._template = environment.from_string(source)
             tree = environment.parse(source)
         except TemplateSyntaxError as e:
-            raise ConfigError(f"model.path: the chat template of {folder} is broken in line {e.lineno} ({e.message}); "
-                              "mend or remove it") from None
+            raise ConfigError(
+                f"model.path: the chat template of {folder} is broken in line {e.lineno} ({e.message}); mend or remove it"
+            ) from None
         self._folder = folder
         self.variables = frozenset(meta.find_undeclared_variables(tree) - GIVEN)
         """Names that a user can set; unset ones are undefined."""
         self.writes_date = any(name.name == "strftime_now" for name in tree.find_all(nodes.Name))
 
-    def render(self, messages: Sequence[Message], special_tokens: Mapping[str, str],
-               variables: Mapping[str, Any] | None = None) -> str:
+    def render(
+        self, messages: Sequence[Message], special_tokens: Mapping[str, str], variables: Mapping[str, Any] | None = None
+    ) -> str:
         """The text of the conversation up to where the assistant's next answer begins. `special_tokens` are the
         variables `bos_token`, `eos_token` and so on. Raises ConfigError where the template refuses the messages."""
         try:
-            return self._template.render(**(variables or {}), **special_tokens, messages=messages,
-                                         add_generation_prompt=True, tools=None, documents=None)
-        except Exception as e:      # the template is the model author's program
-            raise ConfigError(f"prompt: the chat template of {self._folder} refuses this conversation "
-                              f"({' '.join(str(e).split())}); remove prompt.system or prompt.shots, or set "
-                              "prompt.template=raw") from None
+            return self._template.render(
+                **(variables or {}),
+                **special_tokens,
+                messages=messages,
+                add_generation_prompt=True,
+                tools=None,
+                documents=None,
+            )
+        except Exception as e:  # the template is the model author's program
+            raise ConfigError(
+                f"prompt: the chat template of {self._folder} refuses this conversation "
+                f"({' '.join(str(e).split())}); remove prompt.system or prompt.shots, or set "
+                "prompt.template=raw"
+            ) from None
 
 
 def find_chat_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> ChatTemplate | None:
@@ -71,7 +94,7 @@ def find_chat_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> Cha
         elif isinstance(source, list):
             source = {entry["name"]: entry["template"] for entry in source}.get("default")
     except (UnicodeDecodeError, KeyError, TypeError):
-        source = False      # neither text nor absent
+        source = False  # neither text nor absent
     if source is not None and not isinstance(source, str):
         raise ConfigError(f"model.path: the chat template of {folder} is not UTF-8 text; mend or remove it")
     return ChatTemplate(source, folder) if source else None

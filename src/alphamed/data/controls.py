@@ -5,6 +5,7 @@ its key through all epochs (it can be learnt by heart, as a true one can; keys t
 again), and a set of questions with the same options (yes, no, maybe) keeps about its shares of answers, which a model may
 learn without any knowledge.
 """
+
 from __future__ import annotations
 
 from collections import Counter

@@ -15,6 +15,7 @@ A file of decisions is YAML that people edit:
 
 `build` and `eval` leave quarantined questions out and correct fixed ones, and record the file's version and hash.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -26,8 +27,8 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from alphamed.config_file import dump_tree, load_tree, validated
-from alphamed.config_sections import Positive, Section
+from alphamed.config.loading import dump_tree, load_tree, validated
+from alphamed.config.sections import Positive, Section
 from alphamed.data.text import fingerprint, normalised_option
 from alphamed.errors import ConfigError
 from alphamed.records import Question
@@ -83,6 +84,7 @@ class DecisionFile:
 class Applied:
     """The questions after decisions, and the ids they touched. `stale` are decisions on questions that read otherwise now;
     `open` ones wait for a person."""
+
     questions: tuple[Question, ...]
     fixed: tuple[str, ...] = ()
     quarantined: tuple[str, ...] = ()
@@ -92,7 +94,7 @@ class Applied:
 
 def read_decisions(path: Path, version: int | None = None) -> DecisionFile:
     """A file of decisions, of exactly this version where one is given. Raises ConfigError."""
-    if path.exists() and not path.is_file():        # it is read twice
+    if path.exists() and not path.is_file():  # it is read twice
         raise ConfigError(f"decisions {path}: is no regular file; give a YAML file")
     tree = load_tree(path, what="decisions")
     try:
@@ -100,8 +102,10 @@ def read_decisions(path: Path, version: int | None = None) -> DecisionFile:
     except ConfigError as error:
         raise ConfigError(f"decisions {path}: {error}") from None
     if version is not None and found.version != version:
-        raise ConfigError(f"decisions {path}: has version {found.version}, {version} is asked for; give the file of that "
-                          f"version or change decisions_version")
+        raise ConfigError(
+            f"decisions {path}: has version {found.version}, {version} is asked for; give the file of that "
+            f"version or change decisions_version"
+        )
     return DecisionFile(path, found.version, hashlib.sha256(path.read_bytes()).hexdigest(), found.decisions)
 
 
@@ -129,8 +133,9 @@ def apply_decisions(questions: Sequence[Question], decisions: Iterable[Decision]
     return Applied(tuple(kept), **{name: tuple(ids) for name, ids in touched.items()})
 
 
-def apply_files(questions: Sequence[Question], paths: Iterable[Path],
-                version: int | None = None) -> tuple[tuple[Question, ...], tuple[dict[str, Any], ...]]:
+def apply_files(
+    questions: Sequence[Question], paths: Iterable[Path], version: int | None = None
+) -> tuple[tuple[Question, ...], tuple[dict[str, Any], ...]]:
     """The questions after the decisions of all files, and per file its version, hash and what it changed: what a card or a
     result records. `absent` counts decisions on questions that are not there at all: those of another set, or of ids that
     changed."""
@@ -168,6 +173,8 @@ def _fixed(question: Question, decision: Decision) -> Question:
     wanted = normalised_option(decision.answer or "")
     letters = [letter for letter, text in question.options.items() if normalised_option(text) == wanted]
     if len(letters) != 1:
-        raise ConfigError(f"decisions: {question.id}: answer {decision.answer!r} is {len(letters)} of its options, not one; "
-                          f"give the text of one option")
+        raise ConfigError(
+            f"decisions: {question.id}: answer {decision.answer!r} is {len(letters)} of its options, not one; "
+            f"give the text of one option"
+        )
     return replace(question, answer=letters[0])

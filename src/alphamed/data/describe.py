@@ -1,4 +1,5 @@
 """What a set of questions holds, in numbers: counts, lengths and distributions."""
+
 from __future__ import annotations
 
 import statistics
@@ -14,14 +15,17 @@ from alphamed.records import Question
 
 def describe(questions: Sequence[Question]) -> dict[str, Any]:
     """Counts, lengths and distributions of a set, as plain values."""
-    return {"questions": len(questions), "content_sha256": content_sha256(questions),
-            "sources": _counts(q.source or "unknown" for q in questions),
-            **{one.axis: _counts(str(one.of(q) or "none") for q in questions) for one in ATTRIBUTES},
-            "options": _counts(str(len(q.options)) for q in questions),
-            "answers": _counts(q.answer for q in questions),
-            "with_context": sum(q.context is not None for q in questions),
-            "words": _lengths([length_words(q) for q in questions]),
-            "question_words": _lengths([word_count(q.question) for q in questions])}
+    return {
+        "questions": len(questions),
+        "content_sha256": content_sha256(questions),
+        "sources": _counts(q.source or "unknown" for q in questions),
+        **{one.axis: _counts(str(one.of(q) or "none") for q in questions) for one in ATTRIBUTES},
+        "options": _counts(str(len(q.options)) for q in questions),
+        "answers": _counts(q.answer for q in questions),
+        "with_context": sum(q.context is not None for q in questions),
+        "words": _lengths([length_words(q) for q in questions]),
+        "question_words": _lengths([word_count(q.question) for q in questions]),
+    }
 
 
 def length_words(question: Question) -> int:
@@ -37,5 +41,10 @@ def _lengths(values: Sequence[int]) -> dict[str, float]:
     if not values:
         return {"min": 0, "median": 0, "mean": 0, "p95": 0, "max": 0}
     ordered = sorted(values)
-    return {"min": ordered[0], "median": statistics.median(ordered), "mean": round(statistics.fmean(ordered), 1),
-            "p95": ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))], "max": ordered[-1]}
+    return {
+        "min": ordered[0],
+        "median": statistics.median(ordered),
+        "mean": round(statistics.fmean(ordered), 1),
+        "p95": ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))],
+        "max": ordered[-1],
+    }

@@ -6,6 +6,7 @@ and is the one in which every key of it can be read. A file that several forms f
 fits, is refused with what decides. A row may state its key in several fields (MedQA: text and letter): each field has a form
 of its own, they must agree, and a field that is certain decides one that is not.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -13,10 +14,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from alphamed.answers.folding import fold_signs
 from alphamed.data.mcq import NoKey, Row, short
 from alphamed.data.text import normalised_option
 from alphamed.errors import DataError
-from alphamed.folding import fold_signs
 
 KEY_FIELDS = ("answer", "answer_idx", "answer_index")
 """Where rows of the schema may state their key."""
@@ -24,14 +25,19 @@ KEY_FIELDS = ("answer", "answer_idx", "answer_index")
 
 class AnswerForm(StrEnum):
     """How a file names the right option."""
+
     LETTER = "letter"
-    INDEX = "index"          # from 0
-    INDEX1 = "index1"        # from 1
-    TEXT = "text"            # the option's text, but for case, punctuation and white space
+    INDEX = "index"  # from 0
+    INDEX1 = "index1"  # from 1
+    TEXT = "text"  # the option's text, but for case, punctuation and white space
 
 
-MEANING = {AnswerForm.LETTER: "letters", AnswerForm.INDEX: "numbers from 0", AnswerForm.INDEX1: "numbers from 1",
-           AnswerForm.TEXT: "texts of options"}
+MEANING = {
+    AnswerForm.LETTER: "letters",
+    AnswerForm.INDEX: "numbers from 0",
+    AnswerForm.INDEX1: "numbers from 1",
+    AnswerForm.TEXT: "texts of options",
+}
 
 
 def form_of(place: str) -> tuple[str, AnswerForm | None]:
@@ -44,6 +50,7 @@ def form_of(place: str) -> tuple[str, AnswerForm | None]:
 class Keys:
     """The keys that a row of a public set states: upstream field -> value as it stands there. `form` is given where the row
     itself says how its options are numbered. It stands for `answer` until the file's forms are known."""
+
     stated: Mapping[str, Any]
     form: AnswerForm | None = None
 
@@ -52,6 +59,7 @@ class Keys:
 class Keyed:
     """A row whose key is to be read. `texts` has the option texts as the file has them, letter -> text (None: no option),
     `bare` the same without labels; `lettered` says that the file itself calls its options by these letters."""
+
     row: Row
     texts: Mapping[str, str | None]
     bare: Mapping[str, str | None]
@@ -76,7 +84,7 @@ def read_keys(rows: Sequence[Keyed], declared: AnswerForm | None) -> tuple[list[
     can not be told."""
     fields = list(dict.fromkeys(name for one in rows for name in one.keys.stated))
     readings: dict[str, Readings] = {name: [_readings(one, name) for one in rows] for name in fields}
-    readings = {name: found for name, found in readings.items() if any(found)}     # else it is no field of keys
+    readings = {name: found for name, found in readings.items() if any(found)}  # else it is no field of keys
     stated = {one.keys.form for one in rows}
     if declared is None and len(stated) == 1:
         declared = stated.pop()
@@ -111,7 +119,7 @@ def _whole(value: Any) -> int | None:
     if isinstance(value, bool):
         return None
     if isinstance(value, str):
-        text = value.strip().removesuffix(".0")         # as pandas writes a column of whole numbers with gaps
+        text = value.strip().removesuffix(".0")  # as pandas writes a column of whole numbers with gaps
         return int(text) if text.isascii() and text.isdecimal() and len(text) < 4 else None
     if isinstance(value, float):
         return int(value) if value.is_integer() and abs(value) < 1000 else None
@@ -138,31 +146,38 @@ def _fitting(found: Readings) -> list[AnswerForm]:
     keys alike one stands for all."""
     readable = [one for one in found if one]
     forms = [form for form in AnswerForm if all(form in one for one in readable)]
-    return [form for i, form in enumerate(forms)
-            if not any(all(one[form] == one[other] for one in readable) for other in forms[:i])]
+    return [
+        form
+        for i, form in enumerate(forms)
+        if not any(all(one[form] == one[other] for one in readable) for other in forms[:i])
+    ]
 
 
-def _declared(rows: Sequence[Keyed], readings: Mapping[str, Readings], forms: Mapping[str, list[AnswerForm]],
-              declared: AnswerForm) -> dict[str, list[AnswerForm]]:
+def _declared(
+    rows: Sequence[Keyed], readings: Mapping[str, Readings], forms: Mapping[str, list[AnswerForm]], declared: AnswerForm
+) -> dict[str, list[AnswerForm]]:
     """The forms with what is declared in place of what is found, where a field can be read so. Raises DataError where no
     field can: keys that are all read, one option off, are worse than none."""
     found, taken = dict(forms), False
     for name, fitting in forms.items():
         reads = [one for one in readings[name] if one]
         some = any(declared in one for one in reads)
-        if (all(declared in one for one in reads) if fitting else some):
+        if all(declared in one for one in reads) if fitting else some:
             found[name], taken = [declared], True
     if not taken:
         name, fitting = next(iter(forms.items()))
         place = next(i for i, one in enumerate(readings[name]) if one and declared not in one)
         other = " or ".join(MEANING[form] for form in fitting) or "of another form"
-        raise DataError(f"{rows[place].row.where}: keys are declared as {declared} ({MEANING[declared]}), but {name} of the "
-                        f"file holds {other} (here: {_shown(rows[place], name)}); {declare(*fitting)}")
+        raise DataError(
+            f"{rows[place].row.where}: keys are declared as {declared} ({MEANING[declared]}), but {name} of the "
+            f"file holds {other} (here: {_shown(rows[place], name)}); {declare(*fitting)}"
+        )
     return found
 
 
-def _chosen(rows: Sequence[Keyed], readings: Mapping[str, Readings],
-            forms: Mapping[str, list[AnswerForm]]) -> dict[str, AnswerForm]:
+def _chosen(
+    rows: Sequence[Keyed], readings: Mapping[str, Readings], forms: Mapping[str, list[AnswerForm]]
+) -> dict[str, AnswerForm]:
     """The form of every field. Raises DataError where several or none fit."""
     for name, fitting in forms.items():
         if not fitting:
@@ -172,9 +187,18 @@ def _chosen(rows: Sequence[Keyed], readings: Mapping[str, Readings],
     for name, fitting in forms.items():
         if name in sure:
             continue
-        agreeing = [form for form in fitting if sure and all(
-            one[form] == readings[other][place][sure[other]] for place, one in enumerate(readings[name]) if one
-            for other in sure if sure[other] in readings[other][place])]
+        agreeing = [
+            form
+            for form in fitting
+            if sure
+            and all(
+                one[form] == readings[other][place][sure[other]]
+                for place, one in enumerate(readings[name])
+                if one
+                for other in sure
+                if sure[other] in readings[other][place]
+            )
+        ]
         if len(agreeing) != 1:
             raise DataError(_undecided(rows, name, fitting, readings[name]))
         chosen[name] = agreeing[0]
@@ -189,24 +213,30 @@ def _mixed(rows: Sequence[Keyed], name: str, found: Readings) -> str:
     odd = next(place for place in readable if most not in found[place])
     of_most = [place for place in readable if most in found[place]]
     usual = next((place for place in of_most if not set(found[place]) >= set(found[odd])), of_most[0])
-    return (f"{rows[odd].row.where}: {name} {_shown(rows[odd], name)} is of another form than {counts[most]:,} of "
-            f"{len(readable):,} keys of the file, {MEANING[most]} ({rows[usual].row.where}: {_shown(rows[usual], name)}); "
-            f"correct the file, or, to have keys of other forms as bad rows, {declare(most)}")
+    return (
+        f"{rows[odd].row.where}: {name} {_shown(rows[odd], name)} is of another form than {counts[most]:,} of "
+        f"{len(readable):,} keys of the file, {MEANING[most]} ({rows[usual].row.where}: {_shown(rows[usual], name)}); "
+        f"correct the file, or, to have keys of other forms as bad rows, {declare(most)}"
+    )
 
 
 def _undecided(rows: Sequence[Keyed], name: str, fitting: Sequence[AnswerForm], found: Readings) -> str:
     place = next(i for i, one in enumerate(found) if one and len({one[form] for form in fitting}) > 1)
-    return (f"{rows[place].row.file}: its keys ({name}) can be {' or '.join(MEANING[form] for form in fitting)}, and nothing "
-            f"in the file says which ({rows[place].row.where}: {_shown(rows[place], name)} is option "
-            f"{' or '.join(dict.fromkeys(found[place][form] for form in fitting))}); {declare(*fitting)}")
+    return (
+        f"{rows[place].row.file}: its keys ({name}) can be {' or '.join(MEANING[form] for form in fitting)}, and nothing "
+        f"in the file says which ({rows[place].row.where}: {_shown(rows[place], name)} is option "
+        f"{' or '.join(dict.fromkeys(found[place][form] for form in fitting))}); {declare(*fitting)}"
+    )
 
 
 def declare(*forms: AnswerForm) -> str:
     """How a user says which form the keys of a file have."""
     wanted = forms or tuple(AnswerForm)
-    return (f"declare their form: FILE:{' or FILE:'.join(wanted)} with --from, --benchmarks and --against, answer: "
-            f"{' or '.join(wanted)} of a source in a recipe (files for training: write the set with `alphamed data build` "
-            f"first)")
+    return (
+        f"declare their form: FILE:{' or FILE:'.join(wanted)} with --from, --benchmarks and --against, answer: "
+        f"{' or '.join(wanted)} of a source in a recipe (files for training: write the set with `alphamed data build` "
+        f"first)"
+    )
 
 
 def _shown(one: Keyed, name: str) -> str:
@@ -223,9 +253,11 @@ def _key(one: Keyed, place: int, readings: Mapping[str, Readings], chosen: Mappi
         if one.texts.get(letter := readings[name][place].get(form, "")) is not None:
             letters[name] = letter
         elif form != AnswerForm.TEXT or len(chosen) == 1 or not _several(one, name):
-            return NoKey(f"{name} {short(one.keys.stated[name])} is not among the options "
-                         f"{', '.join(letter for letter, text in one.texts.items() if text is not None)}"
-                         + (f" (keys are {MEANING[form]})" if form != AnswerForm.LETTER else ""))
+            return NoKey(
+                f"{name} {short(one.keys.stated[name])} is not among the options "
+                f"{', '.join(letter for letter, text in one.texts.items() if text is not None)}"
+                + (f" (keys are {MEANING[form]})" if form != AnswerForm.LETTER else "")
+            )
     if not letters:
         return _no_key(one)
     if len(set(letters.values())) > 1:
@@ -244,5 +276,7 @@ def _no_key(one: Keyed) -> NoKey:
     if not stated:
         return NoKey("no answer")
     name, value = stated[0]
-    return NoKey(f"{name} {short(value)} is not among the options "
-                 f"{', '.join(letter for letter, text in one.texts.items() if text is not None)}")
+    return NoKey(
+        f"{name} {short(value)} is not among the options "
+        f"{', '.join(letter for letter, text in one.texts.items() if text is not None)}"
+    )

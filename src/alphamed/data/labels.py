@@ -5,6 +5,7 @@ option of a question has one and they follow the options' order; then they are r
 letters stand at other places (an earlier shuffle left "C. Thymus" as option A), or only some options carry theirs, a prompt
 would name two letters for one text: such a row is refused. All other texts stay as they are.
 """
+
 from __future__ import annotations
 
 import re
@@ -12,31 +13,35 @@ import string
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from alphamed.folding import fold
+from alphamed.answers.folding import fold
 
 _NAME = r"[A-Za-z] | [ivxIVX]{2,4} | 0 | [1-9][0-9]?"
-_LABEL = re.compile(rf"""
+_LABEL = re.compile(
+    rf"""
     \s* (?: (?i:option|choice) \s+ )?
         (?: [(\[] \s* (?P<paired> {_NAME} ) \s* [)\]] [.:]? \s*                       # (A) text
           | (?P<paren> {_NAME} ) \s? [)] [.:]? \s*                                     # A) text
           | (?P<dot> [A-Za-z] | [ivxIVX]{{2,4}} ) (?: [.:\u3001] \s* | \s+ - \s+ )     # A. text, A: text, A - text
           | (?P<number> 0 | [1-9][0-9]? ) (?: [.:] \s+ | \u3001 \s* )                  # 1. text; 1.5 mg is none
-        ) (?=\S)""", re.VERBOSE)
+        ) (?=\S)""",
+    re.VERBOSE,
+)
 FEWEST = {"paren": (1, 1), "paired": (2, 2), "dot": (None, 3), "number": (None, 3)}
 """Style -> how many labels are no chance where not all options have one: (of which one stands at a wrong place, all at their
 own). No text begins with "b)" by chance, few with "(R)"; "C. albicans", "A: T" and "1. day" do: None, in any number."""
 ROMAN = ("i", "ii", "iii", "iv", "v", "vi", "vii", "viii", "ix", "x")
 _CIRCLED = {0x2460 + i: f"({i + 1})" for i in range(20)}
 _NUMBERS = re.compile(r"(?:[(]\d+[)][\s,\u3001]*)+")
-LONGEST = 40            # characters of a label as it stands
+LONGEST = 40  # characters of a label as it stands
 
 
 @dataclass(frozen=True, slots=True)
 class Label:
     """What a text begins with: the place that it names (from 0; the number 0 is -1), its style, and the text behind it."""
+
     name: str
     place: int
-    style: str                   # of FEWEST
+    style: str  # of FEWEST
     number: bool
     rest: str
 
@@ -47,14 +52,15 @@ def label_of(text: str) -> Label | None:
     match = _LABEL.match(plain)
     if match is None:
         return None
-    style, rest = match.lastgroup or "", plain[match.end():]
+    style, rest = match.lastgroup or "", plain[match.end() :]
     name = match[style]
     if name.isdecimal() and _NUMBERS.fullmatch(rest):
-        return None                             # (1)(2): statements that are picked together
+        return None  # (1)(2): statements that are picked together
     place = int(name) - 1 if name.isdecimal() else string.ascii_uppercase.index(name.upper()) if len(name) == 1 else -2
     if plain != text:
-        rest = next((text[at:] for at in range(1, min(len(text), LONGEST))
-                     if fold(text[at:].translate(_CIRCLED)) == rest), rest)
+        rest = next(
+            (text[at:] for at in range(1, min(len(text), LONGEST)) if fold(text[at:].translate(_CIRCLED)) == rest), rest
+        )
     return Label(name, place, style, name.isdecimal(), rest.strip())
 
 
@@ -70,7 +76,7 @@ def without_labels(options: Mapping[str, str]) -> tuple[dict[str, str], bool, st
         bare = {letter: label.rest for letter, label in labels.items()}
         if not _are_texts(bare):
             return dict(options), False, None
-        again, _, problem = without_labels(bare)            # "A) A. Spleen": labelled twice
+        again, _, problem = without_labels(bare)  # "A) A. Spleen": labelled twice
         return (again, True, None) if problem is None else (dict(options), False, problem)
     return dict(options), False, _problem(options, labels, places, in_order) if one_style else None
 
@@ -82,8 +88,11 @@ def _labels(options: Mapping[str, str]) -> dict[str, Label]:
     labels = {letter: label for letter, label in found.items() if label is not None}
     names = [label.name.lower() for label in labels.values()]
     if any(len(name) > 1 and not name.isdecimal() for name in names):
-        return ({letter: replace(label, place=ROMAN.index(label.name.lower())) for letter, label in labels.items()}
-                if set(names) <= set(ROMAN) else {letter: label for letter, label in labels.items() if label.place >= -1})
+        return (
+            {letter: replace(label, place=ROMAN.index(label.name.lower())) for letter, label in labels.items()}
+            if set(names) <= set(ROMAN)
+            else {letter: label for letter, label in labels.items() if label.place >= -1}
+        )
     if "0" in names:
         return {letter: replace(label, place=label.place + label.number) for letter, label in labels.items()}
     return labels
@@ -95,17 +104,20 @@ def _are_texts(bare: Mapping[str, str]) -> bool:
     return len(texts) == len(bare) and all(any(map(str.isalnum, text)) or len(text) < 4 for text in texts)
 
 
-def _problem(options: Mapping[str, str], labels: Mapping[str, Label], places: Mapping[str, int],
-             in_order: bool) -> str | None:
+def _problem(
+    options: Mapping[str, str], labels: Mapping[str, Label], places: Mapping[str, int], in_order: bool
+) -> str | None:
     """Why labels that are not one for each option in order make a question unusable; None where they may be chance."""
     distinct = {label.place for label in labels.values()}
     if len(distinct) < len(labels) or max(distinct) >= len(options):
-        return None                             # S. aureus, E. coli: not the letters of these options
+        return None  # S. aureus, E. coli: not the letters of these options
     wrong, own = FEWEST[next(iter(labels.values())).style]
     if not in_order and (len(labels) == len(options) or wrong is not None and len(labels) >= wrong):
         letter = next(letter for letter, label in labels.items() if label.place != places[letter])
-        return (f"option {letter} carries another label, {options[letter][:40]!r}: its options were put in another order "
-                f"with their labels; remove the labels where the file was made")
+        return (
+            f"option {letter} carries another label, {options[letter][:40]!r}: its options were put in another order "
+            f"with their labels; remove the labels where the file was made"
+        )
     if in_order and len(labels) < len(options) and len(labels) >= own:
         letters, letter = ", ".join(labels), next(letter for letter in options if letter not in labels)
         carry = f"option {letters} carries a label" if len(labels) == 1 else f"options {letters} carry labels"

@@ -4,6 +4,7 @@ A row is an object with `id`, `question`, `options` (letter -> text, letters A, 
 of the letters) and, where known, `context`, `source`, `level` (1 easy .. 6 hard) and `informativeness` (a bin, 1 .. 1000).
 Optional keys may be null. Other keys are allowed and ignored: public data sets carry licence, split, origin and the like.
 """
+
 from __future__ import annotations
 
 import re
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from alphamed.folding import fold_signs
+from alphamed.answers.folding import fold_signs
 from alphamed.records import Question
 
 LEVELS = range(1, 7)
@@ -21,7 +22,7 @@ BINS = range(1, 1001)
 MIN_OPTIONS = 2
 MAX_OPTIONS = len(string.ascii_uppercase)
 _OPTIONS_IN_TEXT = re.compile(r"(?s)(?:^|\W)\(?A[).:]\s.*\W\(?B[).:]\s")
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")     # JSON can spell them (\ud800), UTF-8 can not encode them
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell them (\ud800), UTF-8 can not encode them
 
 
 class QuestionError(ValueError):
@@ -38,6 +39,7 @@ class QuestionError(ValueError):
 @dataclass(frozen=True, slots=True)
 class RowProblem:
     """A bad row: its file, its line (its row in a Parquet file, from 1) and what is wrong with it."""
+
     file: str
     line: int
     problem: str
@@ -49,6 +51,7 @@ class RowProblem:
 @dataclass(frozen=True, slots=True)
 class Row:
     """A row as read: its place and its value, or, where it could not even be read, the `problem`."""
+
     file: str
     line: int
     value: object = None
@@ -62,6 +65,7 @@ class Row:
 @dataclass(frozen=True, slots=True)
 class NoKey:
     """Stands for the answer of a row whose key names none of its options, and says why."""
+
     problem: str
 
 
@@ -106,7 +110,7 @@ def check_questions(rows: Iterable[Row]) -> tuple[list[Question], list[RowProble
 def short(value: object, limit: int = 60) -> str:
     """`value` as it would be typed, on one line, cut to `limit` characters."""
     text = repr(value)
-    return text if len(text) <= limit else text[:limit - 3] + "..."
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 # ----------------------------------------------------------------------------------------------------------- the checks
@@ -146,8 +150,12 @@ def _text_problems(row: Mapping[str, Any], key: str, optional: bool = False) -> 
 
 def _options_problems(options: object, question: str) -> Iterator[str]:
     if options is None:
-        yield ("no options: they stand in the text of the question; take them out of it and give them as options (letter -> "
-               "text)" if _OPTIONS_IN_TEXT.search(question) else "no options")
+        yield (
+            "no options: they stand in the text of the question; take them out of it and give them as options (letter -> "
+            "text)"
+            if _OPTIONS_IN_TEXT.search(question)
+            else "no options"
+        )
     if isinstance(options, list) and len(options) > MAX_OPTIONS:
         yield f"{len(options)} options, at most {MAX_OPTIONS} can have a letter"
     if isinstance(options, list):
@@ -158,17 +166,17 @@ def _options_problems(options: object, question: str) -> Iterator[str]:
         return
     if len(options) < MIN_OPTIONS:
         yield f"{len(options)} option{'s' * (len(options) != 1)}, at least {MIN_OPTIONS} are needed"
-    if list(options) != list(string.ascii_uppercase[:len(options)]):
+    if list(options) != list(string.ascii_uppercase[: len(options)]):
         yield f"option letters are {_letters(options)}, not A, B, C ... in order"
     first_letter: dict[str, str] = {}
     for letter, text in options.items():
         if not isinstance(text, str):
             yield f"option {letter} is {_kind(text)}, not text"
-        if not fold_signs(text).strip():        # signs without width are nothing that can be chosen
+        if not fold_signs(text).strip():  # signs without width are nothing that can be chosen
             yield f"option {letter} is empty"
         if _LONE_SURROGATE.search(text):
             yield f"option {letter} holds half a surrogate pair, which is not valid Unicode"
-        same = " ".join(fold_signs(text).split())       # case counts: genotypes `Aa` and `aa` differ
+        same = " ".join(fold_signs(text).split())  # case counts: genotypes `Aa` and `aa` differ
         if same in first_letter:
             yield f"options {first_letter[same]} and {letter} are the same: {short(same)}"
         first_letter[same] = letter
@@ -182,5 +190,12 @@ def _letters(options: Mapping[object, object]) -> str:
 def _kind(value: object) -> str:
     if isinstance(value, bool):
         return "true or false"
-    return {"NoneType": "nothing", "str": "text", "int": "a number", "float": "a number", "list": "a list",
-            "dict": "an object", "bytes": "bytes"}.get(type(value).__name__, type(value).__name__)
+    return {
+        "NoneType": "nothing",
+        "str": "text",
+        "int": "a number",
+        "float": "a number",
+        "list": "a list",
+        "dict": "an object",
+        "bytes": "bytes",
+    }.get(type(value).__name__, type(value).__name__)

@@ -1,4 +1,5 @@
 """Writes questions as JSONL or Parquet, whole or not at all; a full disk is one clear error."""
+
 from __future__ import annotations
 
 import hashlib
@@ -11,7 +12,7 @@ from typing import Any
 
 from alphamed import jsonl
 from alphamed.errors import ConfigError, DataError
-from alphamed.observe.files import SURROGATES, replace_files
+from alphamed.files import SURROGATES, replace_files
 from alphamed.records import Question
 
 ROW_GROUP = 50_000
@@ -21,9 +22,16 @@ Writer = Callable[[Path], None]
 
 def question_row(question: Question) -> dict[str, Any]:
     """The question as a row of the schema; what it lacks is left out."""
-    row = {"id": question.id, "question": question.question, "options": dict(question.options), "answer": question.answer,
-           "context": question.context, "source": question.source, "level": question.level,
-           "informativeness": question.informativeness}
+    row = {
+        "id": question.id,
+        "question": question.question,
+        "options": dict(question.options),
+        "answer": question.answer,
+        "context": question.context,
+        "source": question.source,
+        "level": question.level,
+        "informativeness": question.informativeness,
+    }
     return {key: value for key, value in row.items() if value is not None}
 
 
@@ -57,8 +65,9 @@ def check_places(outputs: Mapping[str, Path | None], inputs: Mapping[str, Iterab
         if place in read:
             raise ConfigError(f"{name}: {path} is what {read[place][0]} reads; choose another file")
         if folder := next((place for place in place.parents if place in read and place.is_dir()), None):
-            raise ConfigError(f"{name}: {path} lies in {read[folder][1]}, which {read[folder][0]} reads; choose another "
-                              f"place")
+            raise ConfigError(
+                f"{name}: {path} lies in {read[folder][1]}, which {read[folder][0]} reads; choose another place"
+            )
         if place in taken:
             raise ConfigError(f"{name}: {path} is what {taken[place]} writes; choose another file")
         taken[place] = name
@@ -98,10 +107,11 @@ def content_sha256(questions: Iterable[Question]) -> str:
 def _disk_errors(name: str) -> Iterator[None]:
     try:
         yield
-    except OSError as error:            # pyarrow's are OSError too
+    except OSError as error:  # pyarrow's are OSError too
         reason = error.strerror or " ".join(str(error).split())
-        raise DataError(f"{name}: can not be written ({reason}); free space or choose another place. Nothing was "
-                        f"left half-written") from None
+        raise DataError(
+            f"{name}: can not be written ({reason}); free space or choose another place. Nothing was left half-written"
+        ) from None
 
 
 def _write_jsonl(path: Path, rows: Iterable[Extra]) -> None:
@@ -115,17 +125,23 @@ def _write_parquet(path: Path, rows: Sequence[Extra]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    letters = string.ascii_uppercase[:max((len(row["options"]) for row in rows), default=2)]
-    fields = {"id": pa.string(), "question": pa.string(),
-              "options": pa.struct([(letter, pa.string()) for letter in letters]), "answer": pa.string(),
-              "context": pa.string(), "source": pa.string(), "level": pa.int64()}
+    letters = string.ascii_uppercase[: max((len(row["options"]) for row in rows), default=2)]
+    fields = {
+        "id": pa.string(),
+        "question": pa.string(),
+        "options": pa.struct([(letter, pa.string()) for letter in letters]),
+        "answer": pa.string(),
+        "context": pa.string(),
+        "source": pa.string(),
+        "level": pa.int64(),
+    }
     if any("informativeness" in row for row in rows):
         fields["informativeness"] = pa.int64()
     types = {str: pa.string(), int: pa.int64(), float: pa.float64()}
     schema = pa.schema(list(fields.items()) + [pa.field(key, types[kind]) for key, kind in _extra_kinds(rows, fields)])
     with pq.ParquetWriter(path, schema) as writer:
         for first in range(0, len(rows), ROW_GROUP):
-            writer.write_table(pa.Table.from_pylist(list(rows[first:first + ROW_GROUP]), schema=schema))
+            writer.write_table(pa.Table.from_pylist(list(rows[first : first + ROW_GROUP]), schema=schema))
 
 
 def _extra_kinds(rows: Iterable[Extra], known: Mapping[str, Any]) -> list[tuple[str, type]]:

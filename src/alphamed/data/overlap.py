@@ -1,4 +1,5 @@
 """Refuses questions that are in training and evaluation alike."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -14,9 +15,11 @@ def refuse_overlap(training: Sequence[Question], evaluation: Sequence[Question])
     trained = {_content(question): question.id for question in training}
     both = [question for question in evaluation if _content(question) in trained]
     if both:
-        raise ConfigError(f"evaluation.files: {len(both)} of {len(evaluation)} questions are in data.train too (the first: "
-                          f"{both[0].id} is {trained[_content(both[0])]}); take them out of data.train with `alphamed data "
-                          f"decontaminate`, or set evaluation.allow_overlap=true")
+        raise ConfigError(
+            f"evaluation.files: {len(both)} of {len(evaluation)} questions are in data.train too (the first: "
+            f"{both[0].id} is {trained[_content(both[0])]}); take them out of data.train with `alphamed data "
+            f"decontaminate`, or set evaluation.allow_overlap=true"
+        )
 
 
 def _content(question: Question) -> tuple[str, str, tuple[str, ...]]:

@@ -4,13 +4,14 @@ The template is AlphaMed's (arXiv 2505.17952): question, lettered options, instr
 is the last user turn of a conversation in the model's own chat template, worked examples are earlier turns. With `raw`
 (base models without a chat template) all of it is one text that ends with "Answer:".
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from alphamed.config_choices import PromptTemplate
-from alphamed.config_sections import PromptConfig
+from alphamed.config.choices import PromptTemplate
+from alphamed.config.sections import PromptConfig
 from alphamed.data.chat_template import Message
 from alphamed.data.mcq import short
 from alphamed.data.tokenizer import CONTENT, Tokenizer
@@ -21,6 +22,7 @@ from alphamed.records import Question
 @dataclass(frozen=True, slots=True)
 class LongPrompt:
     """A question whose prompt takes more tokens than `prompt.max_tokens`."""
+
     question_id: str
     tokens: int
     limit: int
@@ -33,24 +35,32 @@ class PromptBuilder:
         self._tokenizer = tokenizer
         self._config = config
         if config.template == PromptTemplate.CHAT and not tokenizer.has_chat_template:
-            raise ConfigError(f"prompt.template: chat needs a chat template, which {tokenizer.folder} has not; "
-                              "set prompt.template=raw")
+            raise ConfigError(
+                f"prompt.template: chat needs a chat template, which {tokenizer.folder} has not; set prompt.template=raw"
+            )
         if config.template == PromptTemplate.RAW and config.template_variables:
-            raise ConfigError(f"prompt.template_variables: {config.template_variables!r} has no effect with "
-                              f"prompt.template=raw; remove it or set prompt.template=chat")
+            raise ConfigError(
+                f"prompt.template_variables: {config.template_variables!r} has no effect with "
+                f"prompt.template=raw; remove it or set prompt.template=chat"
+            )
         if config.template == PromptTemplate.CHAT:
             self._require_kept()
-        tokenizer.require_known(self._ids(self._assemble("Question")))      # those that the template itself writes
+        tokenizer.require_known(self._ids(self._assemble("Question")))  # those that the template itself writes
 
     def _require_kept(self) -> None:
         """Raises ConfigError where the chat template refuses a system prompt or an example, or leaves it out in silence."""
         text, shots = _squeezed(self._assemble(CONTENT["user", 0])), self._config.shots
-        for field, content in (("prompt.system", self._config.system or ""), ("the question", CONTENT["user", 0]),
-                               *((f"prompt.shots.{i}.question", shot.question) for i, shot in enumerate(shots)),
-                               *((f"prompt.shots.{i}.response", shot.response) for i, shot in enumerate(shots))):
+        for field, content in (
+            ("prompt.system", self._config.system or ""),
+            ("the question", CONTENT["user", 0]),
+            *((f"prompt.shots.{i}.question", shot.question) for i, shot in enumerate(shots)),
+            *((f"prompt.shots.{i}.response", shot.response) for i, shot in enumerate(shots)),
+        ):
             if _squeezed(content) not in text:
-                raise ConfigError(f"{field}: the chat template of {self._tokenizer.folder} leaves it out, or a part of it; "
-                                  f"{'' if field == 'the question' else 'remove it or '}set prompt.template=raw")
+                raise ConfigError(
+                    f"{field}: the chat template of {self._tokenizer.folder} leaves it out, or a part of it; "
+                    f"{'' if field == 'the question' else 'remove it or '}set prompt.template=raw"
+                )
 
     def text(self, question: Question) -> str:
         """The whole prompt as text, control tokens of the chat template included. Raises DataError (see `render`)."""
@@ -77,7 +87,7 @@ class PromptBuilder:
 
     def _ids(self, text: str) -> tuple[int, ...]:
         ids = self._tokenizer.encode(text)
-        if self._config.template == PromptTemplate.RAW:      # a chat template writes its own start token
+        if self._config.template == PromptTemplate.RAW:  # a chat template writes its own start token
             return (*self._tokenizer.bos_ids, *ids)
         return tuple(ids)
 
@@ -94,8 +104,10 @@ class PromptBuilder:
             return
         longest = max(found, key=lambda prompt: prompt.tokens)
         others = f" ({len(found)} prompts are too long)" if len(found) > 1 else ""
-        raise DataError(f"question {short(longest.question_id)}: its prompt takes {longest.tokens} tokens, "
-                        f"prompt.max_tokens is {longest.limit}{others}; raise it or leave such questions out")
+        raise DataError(
+            f"question {short(longest.question_id)}: its prompt takes {longest.tokens} tokens, "
+            f"prompt.max_tokens is {longest.limit}{others}; raise it or leave such questions out"
+        )
 
     def _assemble(self, block: str) -> str:
         """The prompt around the block of one question."""

@@ -3,6 +3,7 @@
 All readers of questions pass through `interpret`, so that a file means the same as a source, a benchmark and training data.
 What was found and done is recorded in a `Reading`: cards, results and provenance carry it.
 """
+
 from __future__ import annotations
 
 import re
@@ -25,14 +26,19 @@ SHOWN_REPEATS = 20
 class Reading:
     """How a file was read. `forms`: field -> form of its keys; `labels_removed` and `ids_made` count rows; `repeats` names
     the rows without ids that repeat an earlier one."""
+
     forms: Mapping[str, AnswerForm] = field(default_factory=dict)
     labels_removed: int = 0
     ids_made: int = 0
     repeats: tuple[str, ...] = ()
 
     def plain(self) -> dict[str, Any]:
-        return {"keys": {name: str(form) for name, form in self.forms.items()}, "labels_removed": self.labels_removed,
-                "ids_made": self.ids_made, "repeats": list(self.repeats[:SHOWN_REPEATS])}
+        return {
+            "keys": {name: str(form) for name, form in self.forms.items()},
+            "labels_removed": self.labels_removed,
+            "ids_made": self.ids_made,
+            "repeats": list(self.repeats[:SHOWN_REPEATS]),
+        }
 
     def notes(self) -> list[str]:
         """In words, what is not plainly the schema."""
@@ -44,8 +50,10 @@ class Reading:
         if self.ids_made:
             found.append(f"ids made from the content of {counted(self.ids_made, 'question')}, none had one")
         if self.repeats:
-            found.append(f"{counted(len(self.repeats), 'question')} of the same content as an earlier one (the first: "
-                         f"{self.repeats[0]}); drop_repeats=true of `alphamed data build` leaves them out")
+            found.append(
+                f"{counted(len(self.repeats), 'question')} of the same content as an earlier one (the first: "
+                f"{self.repeats[0]}); drop_repeats=true of `alphamed data build` leaves them out"
+            )
         return found
 
 
@@ -53,8 +61,9 @@ def interpret(rows: Iterable[Row], declared: AnswerForm | None = None) -> tuple[
     """The rows of one file as rows of the schema, and how they were read; what can not be a question has its problem.
     `declared` is the form of its keys where the user says it. Raises DataError where the form can not be told."""
     rows = list(rows)
-    values = {place: dict(row.value) for place, row in enumerate(rows)
-              if row.problem is None and isinstance(row.value, Mapping)}
+    values = {
+        place: dict(row.value) for place, row in enumerate(rows) if row.problem is None and isinstance(row.value, Mapping)
+    }
     keyed: dict[int, Keyed] = {}
     labelled = 0
     for place, value in values.items():
@@ -72,8 +81,10 @@ def interpret(rows: Iterable[Row], declared: AnswerForm | None = None) -> tuple[
     for (place, one), letter in zip(keyed.items(), letters, strict=True):
         values[place] |= _options(one, letter)
     made, repeats = _make_ids(rows, values)
-    found = [replace(row, value=values[place]) if place in values and row.problem is None else row
-             for place, row in enumerate(rows)]
+    found = [
+        replace(row, value=values[place]) if place in values and row.problem is None else row
+        for place, row in enumerate(rows)
+    ]
     return found, Reading(forms, labelled, made, repeats)
 
 
@@ -81,9 +92,9 @@ def _texts(options: Any) -> dict[str, str | None] | None:
     """Letter -> text of options whose keys can be read; None where the schema's check will say what is wrong with them."""
     if isinstance(options, list) and len(options) <= len(LETTERS):
         options = dict(zip(LETTERS, options))
-    elif isinstance(options, Mapping):          # Arrow fills letters that a row does not have with None
+    elif isinstance(options, Mapping):  # Arrow fills letters that a row does not have with None
         options = {letter: text for letter, text in options.items() if text is not None}
-        if list(options) != list(LETTERS[:len(options)]):
+        if list(options) != list(LETTERS[: len(options)]):
             return None
     else:
         return None
@@ -99,8 +110,10 @@ def _options(one: Keyed, letter: str | NoKey) -> dict[str, Any]:
     """`options` and `answer` of the schema: places of a list that hold no option are closed up."""
     kept = [old for old, text in one.texts.items() if text is not None]
     new = dict(zip(kept, LETTERS))
-    return {"options": {new[old]: one.bare[old] for old in kept},
-            "answer": new[letter] if isinstance(letter, str) else letter}
+    return {
+        "options": {new[old]: one.bare[old] for old in kept},
+        "answer": new[letter] if isinstance(letter, str) else letter,
+    }
 
 
 def _make_ids(rows: list[Row], values: Mapping[int, dict[str, Any]]) -> tuple[int, tuple[str, ...]]:
@@ -113,7 +126,7 @@ def _make_ids(rows: list[Row], values: Mapping[int, dict[str, Any]]) -> tuple[in
     repeats = []
     for place, value in values.items():
         row = rows[place]
-        value["id"] = f"row {row.line}"         # of a row that is no question: its problem is reported, not its id
+        value["id"] = f"row {row.line}"  # of a row that is no question: its problem is reported, not its id
         if row.problem is not None:
             continue
         try:

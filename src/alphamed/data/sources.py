@@ -1,4 +1,5 @@
 """Reads question files (any container of tables.py) and refuses or skips their bad rows."""
+
 from __future__ import annotations
 
 import json
@@ -7,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from alphamed.config_choices import BadRows
+from alphamed.config.choices import BadRows
 from alphamed.data.keys import KEY_FIELDS, AnswerForm
 from alphamed.data.mcq import Row, RowProblem, check_questions
 from alphamed.data.reading import Reading, interpret
@@ -24,13 +25,15 @@ REQUIRED_COLUMNS = ("question", "options")
 @dataclass(frozen=True, slots=True)
 class LoadedQuestions:
     """The questions of some files in file order, the bad rows that were left out of them, and how each file was read."""
+
     questions: tuple[Question, ...]
     skipped: tuple[RowProblem, ...] = ()
     readings: tuple[Reading, ...] = ()
 
 
-def load_questions(paths: Iterable[str | Path], bad_rows: BadRows = BadRows.REFUSE,
-                   answer: AnswerForm | None = None) -> LoadedQuestions:
+def load_questions(
+    paths: Iterable[str | Path], bad_rows: BadRows = BadRows.REFUSE, answer: AnswerForm | None = None
+) -> LoadedQuestions:
     """Read all files; ids must be unique across them. `answer` is the form of their keys where the user declares it.
 
     Raises DataError where a file can not be read, holds no question, or, with BadRows.REFUSE, has any bad row.
@@ -43,12 +46,17 @@ def load_questions(paths: Iterable[str | Path], bad_rows: BadRows = BadRows.REFU
     questions, problems = check_questions(row for found, _ in read for row in found)
     if problems and bad_rows == BadRows.REFUSE:
         others = f"; {counted(len(problems) - 1, 'more bad row')}" if len(problems) > 1 else ""
-        raise DataError(f"{problems[0]}{others}; mend the data, or leave bad rows out with data.bad_rows=skip "
-                        f"(--bad-rows skip on the command line)",
-                        problems)
+        raise DataError(
+            f"{problems[0]}{others}; mend the data, or leave bad rows out with data.bad_rows=skip "
+            f"(--bad-rows skip on the command line)",
+            problems,
+        )
     if not questions:
-        raise DataError(f"{', '.join(map(str, files))}: no usable question, all {len(problems)} rows are bad "
-                        f"(the first: {problems[0]}); mend the data", problems)
+        raise DataError(
+            f"{', '.join(map(str, files))}: no usable question, all {len(problems)} rows are bad "
+            f"(the first: {problems[0]}); mend the data",
+            problems,
+        )
     return LoadedQuestions(tuple(questions), tuple(problems), tuple(reading for _, reading in read))
 
 
@@ -63,8 +71,9 @@ def read_rows(file: Path) -> Iterator[Row]:
     if not set(KEY_FIELDS) & set(names):
         missing.append(KEY_FIELDS[0])
     if missing:
-        raise DataError(f"{file}: has no column {', '.join(missing)}; its columns are "
-                        f"{', '.join(names)}: rename or add what is missing")
+        raise DataError(
+            f"{file}: has no column {', '.join(missing)}; its columns are {', '.join(names)}: rename or add what is missing"
+        )
     for row in rows(file):
         yield row if row.problem else _from_table(row)
 
@@ -89,7 +98,7 @@ def _from_table(row: Row) -> Row:
         return replace(row, problem=f"options can not be used: {error}")
     for name in ("level", "informativeness"):
         number = value.get(name)
-        if isinstance(number, float):    # pandas stores a column of whole numbers with gaps as floats, the gaps as NaN
+        if isinstance(number, float):  # pandas stores a column of whole numbers with gaps as floats, the gaps as NaN
             value[name] = None if number != number else int(number) if number.is_integer() else number
     return replace(row, value=value)
 
@@ -102,7 +111,7 @@ def _options(options: Any) -> Any:
         return {letter: text for letter, text in options.items() if text is not None}
     if not isinstance(options, list):
         return options
-    if all(isinstance(item, tuple) for item in options):       # an Arrow map
+    if all(isinstance(item, tuple) for item in options):  # an Arrow map
         return unique_keys(options)
     if all(isinstance(item, dict) and {"letter", "text"} <= item.keys() for item in options):
         return unique_keys([(item["letter"], item["text"]) for item in options])

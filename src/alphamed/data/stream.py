@@ -3,6 +3,7 @@
 Order and letters are sorted hashes of (seed, epoch, id), so they need no generator state, do not depend on file order
 or Python version, and any position can be returned to exactly.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -18,7 +19,8 @@ from alphamed.records import Question
 # One match leaves the whole question in its order; a false alarm ("hepatitis B and C") costs only that.
 _OTHERS = r"above|previous|preceding|foregoing|following|these|those|them|other|options?|answers?|choices?|statements?"
 _LETTER = r"""(?: (?-i: \b[A-J]\b ) | ["'(][a-j]["')] )"""
-_REFERS = re.compile(rf"""
+_REFERS = re.compile(
+    rf"""
       \b(?:all|none|any|anyone|both|neither|either|no|two|three|only)\b [\w\s,]{{0,20}}? \b(?:{_OTHERS})\b
     | \b(?:options?|answers?|choices?)\b [\w\s]{{0,20}}? (?:\b(?:correct|true|false|right|wrong)\b|{_LETTER}|[1-9]\b)
     | ^\W* (?:all|any|none|both|neither|either|everything|nothing) \W*$
@@ -27,7 +29,9 @@ _REFERS = re.compile(rf"""
     | (?:\bonly\s+|\bsame\s+as\s+|\bsimilar\s+to\s+) {_LETTER} | {_LETTER} \s+ only\b
     | ^\W* (?:all\s+|both\s+)? [1-9] (?:\s*,\s*[1-9])* [\s,]* (?:and|or|&) \s* [1-9] \W* (?:(?:is|are|only)\b.*)? $
     | ^\W* (?:only\s+[1-9] | [1-9]\s+only) \W*$
-    """, re.IGNORECASE | re.VERBOSE)
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
 _STEM_REFERS = re.compile(r"\b(?i:options?|choices?|answers?)\s*\(?[A-J]\b")
 
 
@@ -55,7 +59,7 @@ class QuestionStream:
             raise ValueError(f"n: {n} questions can not be taken; ask for at least one")
         taken: list[Question] = []
         while len(taken) < n:
-            ids = self._order[self._position:self._position + n - len(taken)]
+            ids = self._order[self._position : self._position + n - len(taken)]
             taken += [self._lettered(self._questions[i]) for i in ids]
             self._position += len(ids)
             if self._position == len(self._order):
@@ -70,11 +74,15 @@ class QuestionStream:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue where `state()` was taken. Raises DataError where the questions or the seed are others."""
         if state["fingerprint"] != self._fingerprint:
-            raise DataError(f"data.train: these {len(self._questions)} questions are not the ones that the run was "
-                            "started with (other ids); restore the files or start a new run with another run.name")
+            raise DataError(
+                f"data.train: these {len(self._questions)} questions are not the ones that the run was "
+                "started with (other ids); restore the files or start a new run with another run.name"
+            )
         if state["seed"] != self._seed:
-            raise DataError(f"run.seed: {self._seed} is not the {state['seed']} that the run was started with; set it "
-                            "back or start a new run with another run.name")
+            raise DataError(
+                f"run.seed: {self._seed} is not the {state['seed']} that the run was started with; set it "
+                "back or start a new run with another run.name"
+            )
         self._epoch, self._position = state["epoch"], state["position"]
         self._begin_epoch()
         assert 0 <= self._position < len(self._order), f"position {self._position} of {len(self._order)} questions"
@@ -96,8 +104,9 @@ class QuestionStream:
             size = len(self._questions[i].options)
             if i not in self._fixed:
                 if not decks.get(size):
-                    decks[size] = sorted(range(size), key=lambda place: _digest(
-                        "places", self._seed, self._epoch, number, place))
+                    decks[size] = sorted(
+                        range(size), key=lambda place: _digest("places", self._seed, self._epoch, number, place)
+                    )
                 dealt[i] = decks[size].pop()
         return dealt
 
@@ -120,8 +129,11 @@ def shuffle_options(question: Question, seed: int, epoch: int, place: int | None
     if place is not None:
         order.remove(question.answer)
         order.insert(place, question.answer)
-    return replace(question, options={new: question.options[old] for new, old in zip(letters, order)},
-                   answer=letters[order.index(question.answer)])
+    return replace(
+        question,
+        options={new: question.options[old] for new, old in zip(letters, order)},
+        answer=letters[order.index(question.answer)],
+    )
 
 
 def refers_to_options(question: Question) -> bool:

@@ -7,6 +7,7 @@ sets. What a row means is not known here (sources.py, upstream.py).
 CSV and TSV hold texts alone. They are read by the csv module and never by pandas, to which the options "None", "NA" and
 "null" are missing values. An empty cell is a missing value, nothing else is.
 """
+
 from __future__ import annotations
 
 import ast
@@ -82,7 +83,7 @@ def columns(file: Path) -> list[str] | None:
     if kind_of(file) == ".parquet":
         return _parquet_names(file)
     if kind_of(file) in (".csv", ".tsv"):
-        next(rows(file))                        # says what is wrong with the file
+        next(rows(file))  # says what is wrong with the file
         with jsonl.opened(file) as stream:
             return [name for name in _header(file, next(_records(file, stream))) if name]
     return next((list(row.value) for row in rows(file) if isinstance(row.value, Mapping)), None)
@@ -111,11 +112,12 @@ def _json(file: Path) -> Iterator[Row]:
     try:
         tree = jsonl.parse(content) if content else []
     except ValueError as problem:
-        if _is_json(content.partition(b"\n")[0]):       # the first line is a value of its own
+        if _is_json(content.partition(b"\n")[0]):  # the first line is a value of its own
             yield from _json_lines(file)
             return
-        raise DataError(f"{file}: {problem}{_ends_early(content)}; give an array of rows, an object of rows, or a row a line"
-                        ) from None
+        raise DataError(
+            f"{file}: {problem}{_ends_early(content)}; give an array of rows, an object of rows, or a row a line"
+        ) from None
     if isinstance(tree, dict) and tree and all(isinstance(value, dict) for value in tree.values()):
         tree = [value if value.get("id") is not None else value | {"id": key} for key, value in tree.items()]
     for number, row in enumerate(tree if isinstance(tree, list) else [tree], start=1):
@@ -144,7 +146,7 @@ def _refuse_utf16(file: Path, content: bytes) -> None:
 # ------------------------------------------------------------------------------------------------------------ CSV, TSV
 def _delimited(file: Path) -> Iterator[Row]:
     """One row a record; the first names the columns. `line` is where a record begins."""
-    csv.field_size_limit(sys.maxsize >> 32)             # of a cell; the module's own limit is 128 KiB
+    csv.field_size_limit(sys.maxsize >> 32)  # of a cell; the module's own limit is 128 KiB
     with jsonl.opened(file) as stream:
         records = _records(file, stream)
         try:
@@ -155,8 +157,10 @@ def _delimited(file: Path) -> Iterator[Row]:
                     yield _record(file, begin, names, cells)
                 begin = records.line_num + 1
         except csv.Error as error:
-            raise DataError(f"{file}: line {records.line_num} cannot be read as a table ({error}); write its texts in "
-                            f"double quotes, and a double quote inside them twice") from None
+            raise DataError(
+                f"{file}: line {records.line_num} cannot be read as a table ({error}); write its texts in "
+                f"double quotes, and a double quote inside them twice"
+            ) from None
 
 
 def _records(file: Path, stream: BinaryIO) -> Any:
@@ -180,8 +184,11 @@ def _record(file: Path, line: int, names: Sequence[str], cells: Sequence[str]) -
         return Row(str(file), line, problem=f"{len(cells)} cells in a table of {len(names)} columns")
     for name, cell in zip(names, cells):
         if wrong := next((character for character in cell if "\udc80" <= character <= "\udcff"), None):
-            return Row(str(file), line, problem=f"wrong encoding: byte 0x{ord(wrong) - 0xdc00:02x} in {name or 'a cell'} is "
-                                                "not UTF-8")
+            return Row(
+                str(file),
+                line,
+                problem=f"wrong encoding: byte 0x{ord(wrong) - 0xDC00:02x} in {name or 'a cell'} is not UTF-8",
+            )
     try:
         return Row(str(file), line, from_cells(dict(zip(names, cells))))
     except ValueError as error:
@@ -197,7 +204,7 @@ def from_cells(cells: Mapping[str, str | None]) -> dict[str, Any]:
             row[name] = None
         elif name in NESTED and cell.strip()[0] in "[{" and cell.strip()[-1] in "]}":
             row[name] = _nested(name, cell.strip())
-        elif name in WHOLE or (name == "answer" and row.get("choices")):        # MMLU's answer is a number
+        elif name in WHOLE or (name == "answer" and row.get("choices")):  # MMLU's answer is a number
             row[name] = _whole(cell.strip())
     return row
 
@@ -214,7 +221,7 @@ def _nested(name: str, cell: str) -> Any:
             raise ValueError(f"{name} cannot be used: not JSON ({error.msg} at character {error.pos + 1})") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} cannot be used: {error}") from None
-    return cell if name == "context" and not isinstance(value, dict) else value      # a text that begins with a bracket
+    return cell if name == "context" and not isinstance(value, dict) else value  # a text that begins with a bracket
 
 
 def _whole(cell: str) -> int | str:
@@ -269,4 +276,9 @@ def _no_parquet(file: Path, error: Exception) -> DataError:
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".jsonl": _json_lines, ".json": _json, ".csv": _delimited, ".tsv": _delimited, ".parquet": _parquet}
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".csv": _delimited,
+    ".tsv": _delimited,
+    ".parquet": _parquet,
+}

@@ -3,13 +3,14 @@
 What it adds is a note, what it changes in a message's text a warning. What it leaves out of a configuration's own messages
 is refused (`prompts.PromptBuilder`).
 """
+
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from alphamed.config_sections import PromptConfig
+from alphamed.config.sections import PromptConfig
 from alphamed.data.chat_template import TEMPLATE_DATE, Message
 from alphamed.data.tokenizer import CONTENT, Tokenizer
 from alphamed.errors import ConfigError
@@ -33,6 +34,7 @@ MAX_SHOWN = 200
 @dataclass(frozen=True, slots=True)
 class Remarks:
     """`notes`: what is worth knowing; `warnings`: what is likely to be a mistake."""
+
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -50,8 +52,10 @@ def template_remarks(tokenizer: Tokenizer, prompt: PromptConfig) -> Remarks:
     if tokenizer.turn_end is None:
         what = _shown(tokenizer.after_content()) if tokenizer.after_content() else "nothing that could be found"
         ends = ", ".join(repr(tokenizer.decode([i], skip_special=False)) for i in tokenizer.stop_ids())
-        warnings.append(f"the chat template ends an assistant's turn with {what}, which is no control token: only {ends} "
-                        f"ends a response; name another token in rollout.stop if the model writes one")
+        warnings.append(
+            f"the chat template ends an assistant's turn with {what}, which is no control token: only {ends} "
+            f"ends a response; name another token in rollout.stop if the model writes one"
+        )
     before, opening = _added(tokenizer, prompt)
     if before:
         notes.append(f"the chat template writes a text of its own before the first message: {_shown(before)}")
@@ -61,8 +65,10 @@ def template_remarks(tokenizer: Tokenizer, prompt: PromptConfig) -> Remarks:
         if _same_without(tokenizer, prompt, name):
             notes.append(f"prompt.template_variables: {name}: {value!r} changes nothing in a prompt")
     if tokenizer.template_writes_date:
-        notes.append(f"the chat template asks for today's date; it is always given {TEMPLATE_DATE.isoformat()}, so that "
-                     f"prompts stay the same")
+        notes.append(
+            f"the chat template asks for today's date; it is always given {TEMPLATE_DATE.isoformat()}, so that "
+            f"prompts stay the same"
+        )
     return Remarks(tuple(notes), tuple(warnings))
 
 
@@ -90,11 +96,11 @@ def _added(tokenizer: Tokenizer, prompt: PromptConfig) -> tuple[str, str]:
         return "", ""
     between, after = text.partition(first)[2].partition(answer)[0], text.partition(last)[2]
     start = tokenizer.without_control(text.partition(prompt.system or first)[0])
-    wrap = tokenizer.without_control(text.partition(answer)[2].partition(last)[0])      # stands before any user's message
+    wrap = tokenizer.without_control(text.partition(answer)[2].partition(last)[0])  # stands before any user's message
     if not prompt.system:
-        start = start[:len(start) - _common(start[::-1], wrap[::-1])]
+        start = start[: len(start) - _common(start[::-1], wrap[::-1])]
     said = re.sub(r"^\s*(system|user|human)\b:?\s*", "", start)
-    opening = after[_common(after, between):]
+    opening = after[_common(after, between) :]
     return said.strip(), opening.strip()
 
 
@@ -102,8 +108,10 @@ def _render(tokenizer: Tokenizer, prompt: PromptConfig, contents: Sequence[str])
     """The conversation of the system prompt and these messages, of user and assistant in turns; empty where the template
     refuses it (which is reported where it matters)."""
     messages = [Message(role="system", content=prompt.system)] if prompt.system else []
-    messages += [Message(role="assistant" if i % 2 else "user", content=_plain(tokenizer, content))
-                 for i, content in enumerate(contents)]
+    messages += [
+        Message(role="assistant" if i % 2 else "user", content=_plain(tokenizer, content))
+        for i, content in enumerate(contents)
+    ]
     try:
         return tokenizer.chat_text(messages, prompt.template_variables)
     except ConfigError:
@@ -121,4 +129,4 @@ def _common(one: str, other: str) -> int:
 
 
 def _shown(text: str) -> str:
-    return repr(text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN - 3] + "...")
+    return repr(text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "...")

@@ -4,6 +4,7 @@ Also counts in words.
 Chinese, Japanese, Thai, Lao, Khmer and Burmese put no blanks between words: there a character (with the marks on it) stands
 for a word, so that stems are compared by characters and pairs of neighbours. A text may mix both kinds of script.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -12,23 +13,32 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 
-from alphamed.folding import fold
+from alphamed.answers.folding import fold
 from alphamed.records import Question
 
-_WORD = re.compile(r"[^\W_]+(?:\.\d+)?")        # "7.4" is one word; underscores of fill-in blanks are none
+_WORD = re.compile(r"[^\W_]+(?:\.\d+)?")  # "7.4" is one word; underscores of fill-in blanks are none
 
 
 def _of(kinds: str, *blocks: tuple[int, int]) -> str:
     """The characters of these blocks whose category begins with one of `kinds`, for a class of a regular expression."""
-    return "".join(chr(code) for first, end in blocks for code in range(first, end)
-                   if unicodedata.category(chr(code))[0] in kinds)
+    return "".join(
+        chr(code) for first, end in blocks for code in range(first, end) if unicodedata.category(chr(code))[0] in kinds
+    )
 
 
-_FAR = re.compile("[\u0e00-\u1fff\u2e80-\U0003fffd]")     # where such scripts are: quick to look for in other texts
+_FAR = re.compile("[\u0e00-\u1fff\u2e80-\U0003fffd]")  # where such scripts are: quick to look for in other texts
 
 
-_BLOCKS = ((0x0E00, 0x0F00), (0x1000, 0x10A0), (0x1780, 0x1800), (0x3005, 0x3008), (0x3040, 0x3100), (0x31F0, 0x3200),
-           (0xA9E0, 0xAA00), (0xAA60, 0xAA80))        # Thai and Lao, Burmese, Khmer, Japanese, Burmese
+_BLOCKS = (
+    (0x0E00, 0x0F00),
+    (0x1000, 0x10A0),
+    (0x1780, 0x1800),
+    (0x3005, 0x3008),
+    (0x3040, 0x3100),
+    (0x31F0, 0x3200),
+    (0xA9E0, 0xAA00),
+    (0xAA60, 0xAA80),
+)  # Thai and Lao, Burmese, Khmer, Japanese, Burmese
 _UNSPACED = _of("LN", *_BLOCKS) + "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003fffd"
 _MARKS = _of("M", *_BLOCKS)
 _CHARACTER = re.compile(f"[{_UNSPACED}][{_MARKS}]*")
@@ -39,16 +49,27 @@ STEM_LETTERS = 6
 """Words are compared by their first letters: hypertension and hypertensive agree, and no stemmer has to know medicine."""
 
 # What a rewording changes without changing what is asked. Negations and numbers are kept: they change the answer.
-STOP_WORDS = frozenset("""
+STOP_WORDS = frozenset(
+    """
 a an the of in on at to for from by with as and or is are was were be been being has have had do does did it its this that
 these those which what who whom whose when where how there he she his her him they their them most likely following patient
 would will can could may might should one all you your
-""".split())
+""".split()
+)
 # The same in Chinese and Japanese. They are looked for in the text: no blank says where a word ends.
-_STOP_PHRASES = re.compile("|".join(sorted("""
-下列 以下 关于 關於 有关 有關 哪一项 哪一項 哪项 哪項 哪一种 哪一種 哪种 哪種 哪一个 哪一個 哪个 哪個 哪些 哪 何者 何种 什么 什麼 患者 病人 一名 一位
+_STOP_PHRASES = re.compile(
+    "|".join(
+        sorted(
+            """
+下列 以下 关于 關於 有关 有關 哪一项 哪一項 哪项 哪項 哪一种 哪一種 哪种 哪種 哪一个 哪一個 哪个 哪個 哪些 哪
+何者 何种 什么 什麼 患者 病人 一名 一位
 最可能 可能 的 是 了 在 为 為 有 和 与 與 及 或 其 该 該 此 次のうち どれか どれ の は が を に で と
-""".split(), key=len, reverse=True)))
+""".split(),
+            key=len,
+            reverse=True,
+        )
+    )
+)
 
 
 def normalised(text: str) -> str:

@@ -6,6 +6,7 @@ importing it costs 10 s and torch, which the command line and the rollout coordi
 Control tokens (`<|im_end|>`, `</s>`, `<think>`) are single ids that steer the model. `encode` reads them wherever they
 are written, as a rendered chat template needs. Text from outside goes through `plain` first, so that it can not steer.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -27,11 +28,12 @@ _MEND = "give a folder with tokenizer.json or a SentencePiece tokenizer.model"
 
 class Backend(Protocol):
     """What the two libraries have in common."""
-    size: int                        # one more than the largest id
-    control: Mapping[str, int]       # texts that are read as one control id
-    exact: bool                      # only they are: no normalisation makes a control token of another text
-    special: Mapping[str, str]       # bos_token, eos_token ... -> their texts
-    bos_ids: tuple[int, ...]         # what stands in front of a plain text
+
+    size: int  # one more than the largest id
+    control: Mapping[str, int]  # texts that are read as one control id
+    exact: bool  # only they are: no normalisation makes a control token of another text
+    special: Mapping[str, str]  # bos_token, eos_token ... -> their texts
+    bos_ids: tuple[int, ...]  # what stands in front of a plain text
 
     def token_id(self, token: str) -> int | None: ...
     def encode(self, text: str) -> list[int]: ...
@@ -54,7 +56,7 @@ class Tokenizer:
         self.model_vocab = _model_vocab(folder)
         self._backend = backend
         self._template = find_chat_template(folder, settings)
-        unknown = backend.token_id(backend.special.get("unk_token", ""))     # may stand for any odd character
+        unknown = backend.token_id(backend.special.get("unk_token", ""))  # may stand for any odd character
         self._control_ids = frozenset(backend.control.values()) - {unknown}
         self._control_text = _any_of(backend.control)
         self._kept: frozenset[int] = frozenset()
@@ -81,8 +83,10 @@ class Tokenizer:
         for text in stop:
             ids = self.encode(text)
             if len(ids) != 1:
-                raise ConfigError(f"rollout.stop: {text!r} takes {len(ids)} tokens of the tokenizer of {self.folder}; a "
-                                  f"response ends at one token, so give a text that is a single token")
+                raise ConfigError(
+                    f"rollout.stop: {text!r} takes {len(ids)} tokens of the tokenizer of {self.folder}; a "
+                    f"response ends at one token, so give a text that is a single token"
+                )
             more += self._require_known(ids, "is in rollout.stop")
         return tuple(dict.fromkeys((*self.eos_ids, *more)))
 
@@ -93,9 +97,11 @@ class Tokenizer:
     def _require_known(self, ids: Sequence[int], what: str) -> Sequence[int]:
         if self.model_vocab is not None and ids and (largest := max(ids)) >= self.model_vocab:
             token = self.decode([largest], skip_special=False)
-            raise ConfigError(f"model.path: {self.folder}: token {token!r}, id {largest}, {what}, but config.json has a "
-                              f"vocab_size of {self.model_vocab}; resize the model's embeddings, or take the tokenizer and "
-                              f"chat template that belong to it")
+            raise ConfigError(
+                f"model.path: {self.folder}: token {token!r}, id {largest}, {what}, but config.json has a "
+                f"vocab_size of {self.model_vocab}; resize the model's embeddings, or take the tokenizer and "
+                f"chat template that belong to it"
+            )
         return ids
 
     def encode(self, text: str) -> list[int]:
@@ -120,12 +126,15 @@ class Tokenizer:
         Raises ConfigError where there is no chat template, it refuses the conversation or does not use a variable.
         """
         if self._template is None:
-            raise ConfigError(f"prompt.template: chat needs a chat template, which {self.folder} has not; "
-                              "set prompt.template=raw")
+            raise ConfigError(
+                f"prompt.template: chat needs a chat template, which {self.folder} has not; set prompt.template=raw"
+            )
         if unused := sorted(set(variables or ()) - self._template.variables):
             known = ", ".join(sorted(self._template.variables)) or "none"
-            raise ConfigError(f"prompt.template_variables: {unused[0]!r} is no variable of the chat template of "
-                              f"{self.folder}; it has: {known}")
+            raise ConfigError(
+                f"prompt.template_variables: {unused[0]!r} is no variable of the chat template of "
+                f"{self.folder}; it has: {known}"
+            )
         return self._template.render(messages, self._backend.special, variables)
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
@@ -138,8 +147,12 @@ class Tokenizer:
         if self._template is None:
             return ""
         try:
-            text = self.chat_text([Message(role=role, content=CONTENT[role, number])
-                                   for role, number in (("user", 0), ("assistant", 0), ("user", 1))])
+            text = self.chat_text(
+                [
+                    Message(role=role, content=CONTENT[role, number])
+                    for role, number in (("user", 0), ("assistant", 0), ("user", 1))
+                ]
+            )
         except ConfigError:
             return ""
         after = text.partition(CONTENT["assistant", 0])[2]
@@ -162,10 +175,12 @@ class Tokenizer:
         """
         text = self._control_text.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
         if self._backend.exact and not self._control_text.search(text):
-            return text     # the usual way; encoding every question once more would double the time of a start
+            return text  # the usual way; encoding every question once more would double the time of a start
         if found := self._control_ids.intersection(self.encode(text)):
-            raise ValueError(f"text is read as control token {self.decode([min(found)], skip_special=False)!r} by the "
-                             f"tokenizer of {self.folder}; reword it")
+            raise ValueError(
+                f"text is read as control token {self.decode([min(found)], skip_special=False)!r} by the "
+                f"tokenizer of {self.folder}; reword it"
+            )
         return text
 
 
@@ -187,7 +202,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if len(named) != 1:
         found = f"{len(named)} .model files and no tokenizer.model" if named else "no tokenizer"
         raise ConfigError(f"model.path: {folder} holds {found}; {_MEND}")
-    add_bos = settings.get("add_bos_token", True)       # Llama's default; a tokenizer.json says it itself
+    add_bos = settings.get("add_bos_token", True)  # Llama's default; a tokenizer.json says it itself
     backend = SentencePieceBackend(named[0], special, _added_tokens(folder, settings), add_bos)
     return Tokenizer(folder, backend, settings)
 
@@ -200,17 +215,23 @@ class FastBackend:
         from tokenizers import Tokenizer as Core
 
         try:
-            self._core = Core.from_buffer(file.read_bytes())     # takes no path that is not UTF-8
-        except Exception as e:      # the library raises bare Exception for a broken file
+            self._core = Core.from_buffer(file.read_bytes())  # takes no path that is not UTF-8
+        except Exception as e:  # the library raises bare Exception for a broken file
             raise ConfigError(f"model.path: {file} is not a valid tokenizer ({_one_line(e)}); fetch it again") from None
         self._core.no_truncation()
         self._core.no_padding()
         added = {token.content for token in self._core.get_added_tokens_decoder().values()}
-        self._core.add_special_tokens([text for text in special.values()       # named in the settings only
-                                       if text not in added and self._core.token_to_id(text) is not None])
+        self._core.add_special_tokens(
+            [
+                text
+                for text in special.values()  # named in the settings only
+                if text not in added and self._core.token_to_id(text) is not None
+            ]
+        )
         self.size = 1 + max(self._core.get_vocab(with_added_tokens=True).values(), default=-1)
-        control = {i: token for i, token in self._core.get_added_tokens_decoder().items()
-                   if token.special or _is_tag(token.content)}
+        control = {
+            i: token for i, token in self._core.get_added_tokens_decoder().items() if token.special or _is_tag(token.content)
+        }
         self.control = {token.content: i for i, token in control.items()}
         self._special = {i for i, token in control.items() if token.special}
         self.exact = self._core.normalizer is None or not any(token.normalized for token in control.values())
@@ -240,7 +261,8 @@ class SentencePieceBackend:
     Text between two control tokens is encoded by itself, so each such piece gets the model's dummy blank in front, as
     in transformers with `legacy`.
     """
-    exact = False       # the model's own normalisation comes before its user-defined pieces
+
+    exact = False  # the model's own normalisation comes before its user-defined pieces
 
     def __init__(self, file: Path, special: Mapping[str, str], added: Mapping[str, int], add_bos: bool):
         from sentencepiece import SentencePieceProcessor
@@ -252,14 +274,21 @@ class SentencePieceBackend:
             raise ConfigError(f"model.path: {file} is not a SentencePiece model ({_one_line(e)}); {_MEND}") from None
         core = self._core
         pieces = {core.id_to_piece(i): i for i in range(core.get_piece_size())}
-        self.control = {piece: i for piece, i in pieces.items() if core.is_control(i) or
-                        (_is_tag(piece) and not core.is_byte(i) and not core.is_unknown(i))}
+        self.control = {
+            piece: i
+            for piece, i in pieces.items()
+            if core.is_control(i) or (_is_tag(piece) and not core.is_byte(i) and not core.is_unknown(i))
+        }
         self.control |= {text: i for text, i in added.items() if text not in pieces}
         self.size = max([core.get_piece_size(), *(i + 1 for i in self.control.values())])
         self._text_of = {i: text for text, i in self.control.items()}
         self._control_text = _any_of(self.control)
-        own = {"bos_token": core.bos_id(), "eos_token": core.eos_id(), "unk_token": core.unk_id(),
-               "pad_token": core.pad_id()}
+        own = {
+            "bos_token": core.bos_id(),
+            "eos_token": core.eos_id(),
+            "unk_token": core.unk_id(),
+            "pad_token": core.pad_id(),
+        }
         self.special = {name: core.id_to_piece(i) for name, i in own.items() if i >= 0} | dict(special)
         self.bos_ids = (core.bos_id(),) if add_bos and core.bos_id() >= 0 else ()
 
@@ -269,7 +298,7 @@ class SentencePieceBackend:
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
         for i, part in enumerate(self._control_text.split(text)):
-            ids += [self.control[part]] if i % 2 else self._core.encode(part)       # odd parts are the control tokens
+            ids += [self.control[part]] if i % 2 else self._core.encode(part)  # odd parts are the control tokens
         return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool, kept: Collection[int] = ()) -> str:
@@ -295,15 +324,17 @@ def _eos_ids(folder: Path, backend: Backend) -> tuple[int, ...]:
             if i is None:
                 continue
             if type(i) is not int or not 0 <= i < backend.size:
-                raise ConfigError(f"model.path: eos_token_id {i!r} in {folder / name} is no id of its tokenizer "
-                                  f"(0..{backend.size - 1}); mend the file")
+                raise ConfigError(
+                    f"model.path: eos_token_id {i!r} in {folder / name} is no id of its tokenizer "
+                    f"(0..{backend.size - 1}); mend the file"
+                )
             ids.append(i)
     return tuple(dict.fromkeys(ids))
 
 
 def _model_vocab(folder: Path) -> int | None:
     size = _read_json(folder / "config.json").get("vocab_size")
-    return size if type(size) is int else None      # model.read_shape refuses what is no number
+    return size if type(size) is int else None  # model.read_shape refuses what is no number
 
 
 def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -319,8 +350,10 @@ def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, int]:
         listed = {entry["content"]: int(i) for i, entry in settings.get("added_tokens_decoder", {}).items()}
         return listed | {text: int(i) for text, i in _read_json(folder / "added_tokens.json").items()}
     except (TypeError, KeyError, ValueError, AttributeError):
-        raise ConfigError(f"model.path: the added tokens in {folder} are not a table of tokens and ids; fetch its "
-                          "added_tokens.json and tokenizer_config.json again") from None
+        raise ConfigError(
+            f"model.path: the added tokens in {folder} are not a table of tokens and ids; fetch its "
+            "added_tokens.json and tokenizer_config.json again"
+        ) from None
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:

@@ -3,6 +3,7 @@
 `datasets` reads a hub name at a pinned revision, or a local folder in the layout of the hub. A single file is read as every
 question file is (tables.py); one that has the schema's own columns is read as such.
 """
+
 from __future__ import annotations
 
 import re
@@ -23,7 +24,7 @@ from alphamed.data.tables import check_file, columns, from_cells, rows
 from alphamed.errors import DataError
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-CONNECT_S = 5.0     # for a connection to the hub; a slower one is no network to fetch a set over
+CONNECT_S = 5.0  # for a connection to the hub; a slower one is no network to fetch a set over
 SCHEMA_COLUMNS = COLUMNS[:4]
 """What tells a file of the schema from one of the hub's layouts. A file of the user's own needs no `id`."""
 
@@ -34,6 +35,7 @@ class QuestionSource:
 
     `revision` is a commit of the hub's repository; None where none could be confirmed, then the newest is read and the card
     says so. `expected` counts the questions that `adapt` keeps."""
+
     name: str
     hub: str
     revision: str | None
@@ -66,10 +68,12 @@ def read_upstream(source: QuestionSource, local: Path | None, revision: str | No
         try:
             value = source.adapt(row.value)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            if first:                           # the layout, not one odd row
-                raise DataError(f"{row.file}: rows are not in the layout of {source.name} ({_told(error)}); "
-                                f"{_shown(row.value)}: give the set as upstream publishes it, or in the schema "
-                                f"({', '.join(SCHEMA_COLUMNS)})") from None
+            if first:  # the layout, not one odd row
+                raise DataError(
+                    f"{row.file}: rows are not in the layout of {source.name} ({_told(error)}); "
+                    f"{_shown(row.value)}: give the set as upstream publishes it, or in the schema "
+                    f"({', '.join(SCHEMA_COLUMNS)})"
+                ) from None
             value, row = None, Row(row.file, row.line, problem=f"not in the layout of {source.name} ({_told(error)})")
             yield row
         first = False
@@ -103,7 +107,7 @@ def _has_schema(local: Path) -> bool:
         return False
     check_file(local)
     names = columns(local)
-    return names is None or set(SCHEMA_COLUMNS) <= set(names)       # None: the schema's reader says what is wrong
+    return names is None or set(SCHEMA_COLUMNS) <= set(names)  # None: the schema's reader says what is wrong
 
 
 def _load(source: QuestionSource, local: Path | None, revision: str | None) -> Iterable[Any]:
@@ -122,7 +126,7 @@ def _load(source: QuestionSource, local: Path | None, revision: str | None) -> I
             return _as_texts(found, source.hub, source, **at)
     except DataError:
         raise
-    except Exception as error:                  # the library's many errors all mean "not loaded"
+    except Exception as error:  # the library's many errors all mean "not loaded"
         raise DataError(_not_loaded(source, local, revision, error)) from None
 
 
@@ -135,9 +139,10 @@ def _as_texts(found: Any, path: str, source: QuestionSource, **settings: Any) ->
         return found
     texts = datasets.Features({name: datasets.Value("string") for name in found.column_names})
     try:
-        found = datasets.load_dataset(path, source.config, split=source.split, features=texts, keep_default_na=False,
-                                      **settings)
-    except (OSError, ValueError):               # no network, and a cache that another program has filled: as it reads them
+        found = datasets.load_dataset(
+            path, source.config, split=source.split, features=texts, keep_default_na=False, **settings
+        )
+    except (OSError, ValueError):  # no network, and a cache that another program has filled: as it reads them
         return found
     return [from_cells(row) for row in found]
 
@@ -149,8 +154,10 @@ def _require_commit(found: Any, source: QuestionSource, revision: str | None) ->
         return
     held = {Path(file["filename"]).parent.name for file in getattr(found, "cache_files", ())}
     if others := {commit for commit in held if COMMIT.fullmatch(commit)} - {revision}:
-        raise DataError(f"{source.name}: {source.hub} at revision {revision} can not be loaded from the hub, and the cache holds "
-                        f"revision {min(others)}; connect to the hub, or give a local copy ({source.name}=PATH)")
+        raise DataError(
+            f"{source.name}: {source.hub} at revision {revision} can not be loaded from the hub, and the cache holds "
+            f"revision {min(others)}; connect to the hub, or give a local copy ({source.name}=PATH)"
+        )
 
 
 @contextmanager
@@ -183,7 +190,7 @@ def _no_retries_without_network(hub: str) -> Iterator[None]:
     if Path(hub).exists() or _reachable(constants.ENDPOINT):
         yield
         return
-    places = (datasets.config, constants)       # both read their variable of the environment at import only
+    places = (datasets.config, constants)  # both read their variable of the environment at import only
     before = [place.HF_HUB_OFFLINE for place in places]
     for place in places:
         place.HF_HUB_OFFLINE = True
@@ -204,8 +211,9 @@ def _reachable(address: str) -> bool:
     if parts.scheme in getproxies() or "all" in getproxies():
         return True
     try:
-        socket.create_connection((parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)),
-                                 CONNECT_S).close()
+        socket.create_connection(
+            (parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)), CONNECT_S
+        ).close()
     except OSError:
         return False
     return True
@@ -213,12 +221,16 @@ def _reachable(address: str) -> bool:
 
 def _not_loaded(source: QuestionSource, local: Path | None, revision: str | None, error: Exception) -> str:
     cause = error
-    while cause.__cause__ is not None:          # "an error occurred while generating the dataset" hides what went wrong
+    while cause.__cause__ is not None:  # "an error occurred while generating the dataset" hides what went wrong
         cause = cause.__cause__
     told = f"{type(cause).__name__}: {short(' '.join(str(cause).split()), 160)}"
     if local is not None:
-        return (f"{local}: can not be read as {source.name}, split {source.split} ({told}); give a whole copy of the hub's "
-                f"folder, or name one file in it")
+        return (
+            f"{local}: can not be read as {source.name}, split {source.split} ({told}); give a whole copy of the hub's "
+            f"folder, or name one file in it"
+        )
     at = revision or source.revision
-    return (f"{source.name}: {source.hub}{f' at revision {at}' if at else ''} can not be loaded from the hub ({told}); "
-            f"check network, access and revision, or give a local copy ({source.name}=PATH)")
+    return (
+        f"{source.name}: {source.hub}{f' at revision {at}' if at else ''} can not be loaded from the hub ({told}); "
+        f"check network, access and revision, or give a local copy ({source.name}=PATH)"
+    )

@@ -3,6 +3,7 @@
 Evaluation and `alphamed data difficulty` share this. Groups come one by one as they are done, so that whoever writes them
 down loses to a kill only what the engines were at work on.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -14,17 +15,18 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from alphamed.cluster import guard, placement, variables
+from alphamed.answers.thinking import Thinking
+from alphamed.cluster import placement, variables
 from alphamed.cluster.environment import enter, run_environment
-from alphamed.cluster.launch import owned
 from alphamed.cluster.variables import Start
-from alphamed.config import Config
+from alphamed.config.schema import Config
 from alphamed.data.prompts import PromptBuilder
 from alphamed.data.tokenizer import Tokenizer
-from alphamed.model import ModelShape, check_context, resolve
+from alphamed.launch import guard
+from alphamed.launch.single_host import owned
+from alphamed.model.shape import ModelShape, check_context, resolve
 from alphamed.model_folder import check_model_folder
 from alphamed.records import GenerationTask, Question, ScoredGroup
-from alphamed.reward.thinking import Thinking
 from alphamed.rollout.spec import engine_specs
 
 if TYPE_CHECKING:
@@ -55,11 +57,16 @@ class Prompted:
     Raises ConfigError for a mistake in configuration or model, DataError for a prompt that is too long."""
 
     def __init__(self, config: Config, questions: Iterable[Question]):
-        variables.refuse(os.environ)                # before an earlier evaluation is replaced
+        variables.refuse(os.environ)  # before an earlier evaluation is replaced
         self.folder: Path = resolve(config.model.path, config.model.revision, config.model.cache)
-        self.checked = check_model_folder(self.folder, config, lambda shape: (
-            check_context(shape, config.max_model_tokens, config.longest_response),
-            engine_specs(config, self.folder, shape, eos_ids=())))
+        self.checked = check_model_folder(
+            self.folder,
+            config,
+            lambda shape: (
+                check_context(shape, config.max_model_tokens, config.longest_response),
+                engine_specs(config, self.folder, shape, eos_ids=()),
+            ),
+        )
         self.shape: ModelShape = self.checked.shape
         self.tokenizer: Tokenizer = self.checked.tokenizer
         self.prompts: PromptBuilder = self.checked.prompts
@@ -70,17 +77,27 @@ class Prompted:
 def engine_tree(config: Config, place: Path, samples: int, max_tokens: int) -> Config:
     """The configuration of engines that answer `samples` times a question in at most `max_tokens`, with lock and ledger in
     `place`/engines. What only training has is left as it is, unless it would be refused."""
-    from alphamed.config_file import build_config
+    from alphamed.config.loading import build_config
 
     tree = config.model_dump(mode="json")
     tree["run"] |= {"root": str(place), "name": ENGINES_FOLDER}
-    tree["rollout"] |= {"samples_per_question": max(2, samples), "max_response_tokens": max_tokens, "replay": None,
-                        "max_staleness": 0}
-    tree["reward"] |= {"name": "correct", "signature": "alphamed",         # outcomes follow from letters, not from rewards
-                       "overlong_buffer_tokens": 0}
+    tree["rollout"] |= {
+        "samples_per_question": max(2, samples),
+        "max_response_tokens": max_tokens,
+        "replay": None,
+        "max_staleness": 0,
+    }
+    tree["reward"] |= {
+        "name": "correct",
+        "signature": "alphamed",  # outcomes follow from letters, not from rewards
+        "overlong_buffer_tokens": 0,
+    }
     tree["evaluation"] |= {"before": False, "after": False, "every": 0, "max_response_tokens": None}
-    tree["parallel"] |= {"micro_batch_tokens": max(config.parallel.micro_batch_tokens,
-                                                   config.prompt.max_tokens + max_tokens + config.token_multiple)}
+    tree["parallel"] |= {
+        "micro_batch_tokens": max(
+            config.parallel.micro_batch_tokens, config.prompt.max_tokens + max_tokens + config.token_multiple
+        )
+    }
     return build_config(tree)
 
 
@@ -124,7 +141,7 @@ def stream(coordinator: Feed, tasks: Iterable[GenerationTask], window: int, dead
         out -= len(groups)
         yield from groups
         if groups:
-            last = time.monotonic()             # what the caller does with them is not the engines' time
+            last = time.monotonic()  # what the caller does with them is not the engines' time
 
 
 class Told:
@@ -142,5 +159,9 @@ class Told:
         self._last = now
         rate = self._done / max(now - self._began, 1e-9)
         left = (self._total - self._already - self._done) / rate
-        print(f"{self._what}: {self._already + self._done:,}/{self._total:,} questions, {rate:.2g} a second, "
-              f"{left / 60:.0f} min left", file=sys.stderr, flush=True)
+        print(
+            f"{self._what}: {self._already + self._done:,}/{self._total:,} questions, {rate:.2g} a second, "
+            f"{left / 60:.0f} min left",
+            file=sys.stderr,
+            flush=True,
+        )

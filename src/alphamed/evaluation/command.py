@@ -1,4 +1,5 @@
 """`alphamed eval`: its arguments, and the way from them to items.jsonl and results.json."""
+
 from __future__ import annotations
 
 import argparse
@@ -9,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alphamed.config import Config
-from alphamed.config_choices import BadRows, PromptTemplate
+from alphamed.config.choices import BadRows, PromptTemplate
+from alphamed.config.schema import Config
 from alphamed.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,11 +27,12 @@ UNUSED = "unused.jsonl"
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """One start of `alphamed eval`, its input read and checked."""
-    config: Config                  # of the engines
+
+    config: Config  # of the engines
     out: Path
     asked: tuple[Asked, ...]
     sets: Mapping[str, Mapping[str, Any]]
-    trained_on: tuple[Path, ...]    # as far as it is known
+    trained_on: tuple[Path, ...]  # as far as it is known
     samples: int
     temperature: float
     top_p: float
@@ -41,20 +43,42 @@ class Wanted:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--benchmarks", nargs="+", default=[], metavar="BENCHMARK",
+    add(
+        "--benchmarks",
+        nargs="+",
+        default=[],
+        metavar="BENCHMARK",
         help="NAME (`alphamed data sources` lists them), NAME=PATH of a local copy, or FILE (default: evaluation.files); "
-        "PATH:index1 declares how its keys are given (letter, index, index1, text)")
-    add("--bad-rows", choices=[str(one) for one in BadRows], help="what to do with rows that are no questions: refuse, or "
-        "skip and give their number with the result (default: data.bad_rows, refuse)")
+        "PATH:index1 declares how its keys are given (letter, index, index1, text)",
+    )
+    add(
+        "--bad-rows",
+        choices=[str(one) for one in BadRows],
+        help="what to do with rows that are no questions: refuse, or "
+        "skip and give their number with the result (default: data.bad_rows, refuse)",
+    )
     add("--out", type=Path, metavar="DIR", help="where the answers go, and are taken up again (default: RUN/eval/MODEL)")
-    add("--overwrite", action="store_true", help="write to --out though it holds other files, or another evaluation, which "
-        "is replaced")
-    add("--samples", type=int, default=NOT_GIVEN["samples"], metavar="N",
-        help="responses a question: majority vote, pass@k (default 1)")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="write to --out though it holds other files, or another evaluation, which is replaced",
+    )
+    add(
+        "--samples",
+        type=int,
+        default=NOT_GIVEN["samples"],
+        metavar="N",
+        help="responses a question: majority vote, pass@k (default 1)",
+    )
     add("--temperature", type=float, metavar="T", help="default: 0 (greedy), with several samples 1")
     add("--top-p", type=float, default=NOT_GIVEN["top_p"], metavar="P", help="default 1")
-    add("--variants", nargs="+", default=[], metavar="VARIANT", help="also ask changed forms of every question: shuffled, "
-        "none_of_the_others, one_removed, free")
+    add(
+        "--variants",
+        nargs="+",
+        default=[],
+        metavar="VARIANT",
+        help="also ask changed forms of every question: shuffled, none_of_the_others, one_removed, free",
+    )
     add("--against", type=Path, metavar="DIR", help="compare with the evaluation in DIR: McNemar's test, flipped questions")
     add("--regrade", type=Path, metavar="DIR", help="grade the answers in DIR again; generates nothing")
     add_model_arguments(parser)
@@ -88,8 +112,22 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _refuse_with_regrade(options: argparse.Namespace) -> None:
-    for name in ("model", "benchmarks", "config", "variants", "out", "bad_rows", "overwrite", "shots", "template", "max_tokens",
-                 "overrides", "samples", "temperature", "top_p"):
+    for name in (
+        "model",
+        "benchmarks",
+        "config",
+        "variants",
+        "out",
+        "bad_rows",
+        "overwrite",
+        "shots",
+        "template",
+        "max_tokens",
+        "overrides",
+        "samples",
+        "temperature",
+        "top_p",
+    ):
         if (given := getattr(options, name)) is not False and given not in (None, [], NOT_GIVEN.get(name)):
             shown = "key=value" if name == "overrides" else f"--{name.replace('_', '-')}"
             raise ConfigError(f"--regrade: grades what is there, {shown} has no part in it; leave it out")
@@ -100,40 +138,55 @@ def _wanted(options: argparse.Namespace) -> Wanted:
     from alphamed.evaluation import ask
     from alphamed.evaluation.answers import engine_tree
     from alphamed.evaluation.place import check_free
-    from alphamed.model import local_folder, read_shape
+    from alphamed.model.shape import local_folder, read_shape
     from alphamed.reward.rules import check_name
 
     (names, overrides), (variants, more) = _split(options.benchmarks), _split(options.variants)
     check_sampling(options)
     bad_rows = [f"data.bad_rows={options.bad_rows}"] if options.bad_rows else []
     config = config_of(options, [*overrides, *more, *options.overrides, *bad_rows])
-    check_name(config.reward.name)                  # a slip; answers are graded by their letters whatever it is
+    check_name(config.reward.name)  # a slip; answers are graded by their letters whatever it is
     if (folder := local_folder(config.model.path)) is not None:
-        read_shape(folder)                          # before a benchmark is fetched for a model that can not be asked
+        read_shape(folder)  # before a benchmark is fetched for a model that can not be asked
     if not names and not config.evaluation.files:
-        raise ConfigError("evaluation.files: [] leaves nothing to evaluate; name at least one file of questions there, or "
-                          "give --benchmarks")
+        raise ConfigError(
+            "evaluation.files: [] leaves nothing to evaluate; name at least one file of questions there, or "
+            "give --benchmarks"
+        )
     names = names or [str(file) for file in config.evaluation.files]
     asked, sets = ask.asked_sets(names, variants, config)
     trained_on = config.data.train if options.config else ask.trained_on(Path(config.model.path))
     limit = options.max_tokens or config.evaluation.max_response_tokens or config.rollout.max_response_tokens
     out = _out(options, config)
     check_free(out, options.overwrite)
-    return Wanted(engine_tree(config, out, options.samples, limit), out, tuple(asked), sets, tuple(trained_on),
-                  options.samples, temperature_of(options), options.top_p, limit, options.command, options.overwrite)
+    return Wanted(
+        engine_tree(config, out, options.samples, limit),
+        out,
+        tuple(asked),
+        sets,
+        tuple(trained_on),
+        options.samples,
+        temperature_of(options),
+        options.top_p,
+        limit,
+        options.command,
+        options.overwrite,
+    )
 
 
 def _split(given: Sequence[str]) -> tuple[list[str], list[str]]:
     """Names and overrides: `--benchmarks medqa=copy rollout.dtype=fp32` takes all that follows it."""
+
     def is_override(item: str) -> bool:
         section, dot, _ = item.partition("=")[0].partition(".")
         return "=" in item and bool(dot) and section in Config.model_fields
+
     return [item for item in given if not is_override(item)], [item for item in given if is_override(item)]
 
 
 def config_of(options: argparse.Namespace, overrides: Sequence[str]) -> Config:
     """The configuration that `add_model_arguments` and overrides describe. Raises ConfigError."""
-    from alphamed.config_file import build_config, load_tree, override
+    from alphamed.config.loading import build_config, load_tree, override
 
     if options.max_tokens is not None and options.max_tokens < 1:
         raise ConfigError(f"--max-tokens: {options.max_tokens} leaves no room for an answer; give 1 or more")
@@ -143,9 +196,12 @@ def config_of(options: argparse.Namespace, overrides: Sequence[str]) -> Config:
         raise ConfigError("--model: no model is given; name a folder, or a --config that does")
     else:
         tree = {"data": {"train": [UNUSED]}}
-    for section, key, value in (("model", "path", options.model), ("prompt", "template", options.template),
-                                ("prompt", "shots", _shots(options.shots) if options.shots else None),
-                                ("evaluation", "max_response_tokens", options.max_tokens)):
+    for section, key, value in (
+        ("model", "path", options.model),
+        ("prompt", "template", options.template),
+        ("prompt", "shots", _shots(options.shots) if options.shots else None),
+        ("evaluation", "max_response_tokens", options.max_tokens),
+    ):
         if value is not None:
             tree[section] = (tree.get(section) or {}) | {key: value}
     for item in overrides:
@@ -154,7 +210,7 @@ def config_of(options: argparse.Namespace, overrides: Sequence[str]) -> Config:
 
 
 def _shots(file: Path) -> list[dict[str, Any]]:
-    from alphamed.observe.files import read_json_lines
+    from alphamed.files import read_json_lines
 
     if not file.exists():
         raise ConfigError(f"--shots: {file}: no such file; give a JSONL file with question, options and response a line")
@@ -171,13 +227,16 @@ def check_sampling(options: argparse.Namespace) -> None:
     if options.temperature is not None and not 0 <= options.temperature <= 10:
         raise ConfigError(f"--temperature: {options.temperature} is not between 0 and 10; 0 is greedy")
     if options.samples > 1 and options.temperature == 0:
-        raise ConfigError(f"--temperature: 0 gives the same response {options.samples} times; raise it or leave --samples "
-                          f"out")
+        raise ConfigError(
+            f"--temperature: 0 gives the same response {options.samples} times; raise it or leave --samples out"
+        )
     if not 0 < options.top_p <= 1:
         raise ConfigError(f"--top-p: {options.top_p} is not above 0 and at most 1; leave it out for 1")
     if options.top_p < 1 and temperature_of(options) == 0:
-        raise ConfigError(f"--top-p: {options.top_p} has no effect at temperature 0, which takes the likeliest token; raise "
-                          f"--temperature or leave --top-p out")
+        raise ConfigError(
+            f"--top-p: {options.top_p} has no effect at temperature 0, which takes the likeliest token; raise "
+            f"--temperature or leave --top-p out"
+        )
 
 
 def temperature_of(options: argparse.Namespace) -> float:
@@ -226,8 +285,9 @@ def _answer(wanted: Wanted, model: Prompted, how: Mapping[str, Any]) -> int:
     settings.require_same(wanted.out, how)
     found = read_items(wanted.out)
     if found and settings.read(wanted.out) is None:
-        raise ConfigError(f"--out: {wanted.out} holds answers without their settings ({settings.SETTINGS}); choose another "
-                          f"folder")
+        raise ConfigError(
+            f"--out: {wanted.out} holds answers without their settings ({settings.SETTINGS}); choose another folder"
+        )
     kept = finished(wanted.asked, found, wanted.samples, grading)
     _require_same_sets(wanted, found, kept)
     settings.write(wanted.out, str(model.folder), how, grading.json(), wanted.sets, wanted.command)
@@ -253,16 +313,18 @@ def _require_same_sets(wanted: Wanted, found: Mapping[Key, Sequence[Item]], kept
     for name, about in wanted.sets.items():
         place = before.get(name, {}).get("place")
         if name in answered - shared and place != about["place"]:
-            raise ConfigError(f"--out: {wanted.out} holds {name} of {place}, which shares no question with {about['place']}; "
-                              f"choose another folder, or give the file another name")
+            raise ConfigError(
+                f"--out: {wanted.out} holds {name} of {place}, which shares no question with {about['place']}; "
+                f"choose another folder, or give the file another name"
+            )
 
 
 def _generate(wanted: Wanted, model: Any, todo: Sequence[Asked]) -> None:
     """Answer the questions and add each one's items to the file as it is done."""
     from alphamed.evaluation.answers import Told, answering
     from alphamed.evaluation.items import ITEMS, Grading, graded, row
+    from alphamed.files import append_json_lines
     from alphamed.hashing import stable_hash
-    from alphamed.observe.files import append_json_lines
     from alphamed.records import GenerationTask, Sampling
 
     if not todo:
@@ -280,25 +342,31 @@ def _generate(wanted: Wanted, model: Any, todo: Sequence[Asked]) -> None:
     with answering(config, model) as answer:
         for scored in answer(task(name, asked) for name, asked in by_id.items()):
             group, asked = scored.group, by_id[scored.group.group_id]
-            append_json_lines(wanted.out / ITEMS, [
-                row(graded(asked, j, one.text, one.finish_reason, len(one.response_token_ids), grading))
-                for j, one in enumerate(group.rollouts)])
+            append_json_lines(
+                wanted.out / ITEMS,
+                [
+                    row(graded(asked, j, one.text, one.finish_reason, len(one.response_token_ids), grading))
+                    for j, one in enumerate(group.rollouts)
+                ],
+            )
             told.one_more()
 
 
 def _log_look(wanted: Wanted, model: Path, todo: Sequence[Asked]) -> None:
     """Where the model is the export of a run, the run's log of looks gets a line a set."""
-    from alphamed.observe import looks
+    from alphamed.rundir import evaluation_log
 
     if model.name.startswith("hf") and (model.parent / "config.yaml").is_file():
         counts = Counter(asked.set for asked in todo)
-        looks.record(model.parent, None, "alphamed eval", [(name, looks.TEST, n) for name, n in counts.items()])
+        evaluation_log.record(
+            model.parent, None, "alphamed eval", [(name, evaluation_log.TEST, n) for name, n in counts.items()]
+        )
 
 
 def _write(out: Path, items: Mapping[Key, Sequence[Item]], dropped: set[Key]) -> None:
     """The items without those that are to be made again, whole lines only."""
     from alphamed.evaluation.items import ITEMS, row
-    from alphamed.observe.files import replace_json_lines
+    from alphamed.files import replace_json_lines
 
     kept = [row(item) for key, of_question in items.items() if key not in dropped for item in of_question]
     if kept or (out / ITEMS).exists():

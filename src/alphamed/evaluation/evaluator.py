@@ -1,4 +1,5 @@
 """Evaluation during training: the evaluation files answered with the engines' weights, alone or while the next step goes on."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -6,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from alphamed.config import Config
+from alphamed.config.schema import Config
 from alphamed.evaluation.runner import Evaluation, QuestionSet, asked_before, begin_evaluation, evaluate_within, within
 from alphamed.records import GenerationTask, Question, ScoredGroup
 
@@ -16,11 +17,13 @@ if TYPE_CHECKING:
 
 class Pace(Protocol):
     """What learns from the first evaluation how fast this machine is (`rollout.pace.Pace`)."""
+
     def evaluated(self, asked: int, wanted: int) -> None: ...
 
 
 class Console(Protocol):
     """Where progress is shown and remarks are printed (`run.Run`)."""
+
     def show_evaluation(self, progress: Progress) -> None: ...
     def note(self, text: str) -> None: ...
 
@@ -29,12 +32,21 @@ class Evaluator:
     """Has the evaluation sets answered and graded. With `evaluation.time_limit_s` the first evaluation decides how many of
     their questions fit into it, and all later ones ask the same."""
 
-    def __init__(self, config: Config, sets: Sequence[QuestionSet], render: Callable[[Question], Sequence[int]],
-                 coordinator: Coordinator, run_dir: Path, console: Console, pace: Pace | None = None):
+    def __init__(
+        self,
+        config: Config,
+        sets: Sequence[QuestionSet],
+        render: Callable[[Question], Sequence[int]],
+        coordinator: Coordinator,
+        run_dir: Path,
+        console: Console,
+        pace: Pace | None = None,
+    ):
         wanted = config.evaluation
-        asked = asked_before(run_dir) if wanted.time_limit_s else {}            # by an evaluation of an earlier start
-        self._sets = [within(questions, asked.get(questions.name, len(questions.questions)), config.run.seed)
-                      for questions in sets]
+        asked = asked_before(run_dir) if wanted.time_limit_s else {}  # by an evaluation of an earlier start
+        self._sets = [
+            within(questions, asked.get(questions.name, len(questions.questions)), config.run.seed) for questions in sets
+        ]
         self._sized = wanted.time_limit_s is None or bool(asked)
         self._time_limit_s, self._seed = wanted.time_limit_s, config.run.seed
         self._max_tokens = wanted.max_response_tokens or config.rollout.max_response_tokens
@@ -60,11 +72,18 @@ class Evaluator:
 
     def _evaluate_and_size(self, policy_version: int) -> Evaluation:
         """The first evaluation under a time limit, which shows how many questions all of them ask."""
-        found = evaluate_within(self._sets, lambda questions: self._ask([questions], policy_version, background=False)(),
-                                self._time_limit_s, self._seed, self._console.note)
+        found = evaluate_within(
+            self._sets,
+            lambda questions: self._ask([questions], policy_version, background=False)(),
+            self._time_limit_s,
+            self._seed,
+            self._console.note,
+        )
         if self._pace is not None:
-            self._pace.evaluated(sum(len(result.questions.questions) for result in found.results),
-                                 sum(len(questions.questions) for questions in self._sets))
+            self._pace.evaluated(
+                sum(len(result.questions.questions) for result in found.results),
+                sum(len(questions.questions) for questions in self._sets),
+            )
         self._sets, self._sized = [result.questions for result in found.results], True
         return found
 

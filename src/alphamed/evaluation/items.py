@@ -7,6 +7,7 @@
 
 The file grows while an evaluation runs. A question is finished when all of its samples are there.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,14 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from alphamed.config_choices import TruncatedReward
+from alphamed.answers.thinking import Thinking
+from alphamed.config.choices import TruncatedReward
 from alphamed.data.attributes import values_of
 from alphamed.errors import ConfigError
 from alphamed.evaluation.variants import VARIANTS, free_letter, vote_of
-from alphamed.observe.files import read_json_lines
+from alphamed.files import read_json_lines
 from alphamed.records import FinishReason, Outcome, Question
 from alphamed.reward.rules import correct, grade
-from alphamed.reward.thinking import Thinking
 
 ITEMS = "items.jsonl"
 Key = tuple[str, str]
@@ -31,6 +32,7 @@ Key = tuple[str, str]
 @dataclass(frozen=True, slots=True)
 class Asked:
     """A question as one set of an evaluation asks it. A set is a benchmark, or a variant of one."""
+
     benchmark: str
     variant: str | None
     question: Question
@@ -52,6 +54,7 @@ class Asked:
 @dataclass(frozen=True, slots=True)
 class Item:
     """One graded response. `tokens` counts the end-of-text token."""
+
     asked: Asked
     sample: int
     text: str
@@ -83,18 +86,24 @@ class Item:
 @dataclass(frozen=True, slots=True)
 class Grading:
     """What grading depends on besides response and question; `evaluation.json` holds it."""
+
     truncated: TruncatedReward = TruncatedReward.NOTHING
     thinking: Thinking = Thinking()
 
     def json(self) -> dict[str, Any]:
-        return {"truncated": str(self.truncated), "answer_after": self.thinking.end,
-                "prompt_opens_thinking": self.thinking.opened}
+        return {
+            "truncated": str(self.truncated),
+            "answer_after": self.thinking.end,
+            "prompt_opens_thinking": self.thinking.opened,
+        }
 
     @classmethod
     def of_json(cls, found: Mapping[str, Any]) -> Grading:
         """Evaluations of before there was thinking say nothing of it: all of a response counted."""
-        return cls(TruncatedReward(found["truncated"]),
-                   Thinking(found.get("answer_after", ""), found.get("prompt_opens_thinking", False)))
+        return cls(
+            TruncatedReward(found["truncated"]),
+            Thinking(found.get("answer_after", ""), found.get("prompt_opens_thinking", False)),
+        )
 
 
 def graded(asked: Asked, sample: int, text: str, finish_reason: FinishReason, tokens: int, grading: Grading) -> Item:
@@ -108,9 +117,10 @@ def graded(asked: Asked, sample: int, text: str, finish_reason: FinishReason, to
     return Item(asked, sample, text, finish_reason, tokens, letter, outcome)
 
 
-def _graded_free(question: Question, text: str, finish_reason: FinishReason,
-                 truncated: TruncatedReward) -> tuple[str | None, Outcome]:
-    from alphamed.reward.extraction import boxed_text
+def _graded_free(
+    question: Question, text: str, finish_reason: FinishReason, truncated: TruncatedReward
+) -> tuple[str | None, Outcome]:
+    from alphamed.answers.extraction import boxed_text
 
     letter = free_letter(text, question.options)
     if finish_reason != FinishReason.STOP and truncated == TruncatedReward.NOTHING:
@@ -129,11 +139,24 @@ def regraded(item: Item, grading: Grading, question: Question | None = None) -> 
 # ------------------------------------------------------------------------------------------------------------- the file
 def row(item: Item) -> dict[str, Any]:
     asked, question = item.asked, item.asked.question
-    return {"set": asked.set, "benchmark": asked.benchmark, "variant": asked.variant, "id": question.id,
-            "sample": item.sample, "question": question.question, "context": question.context,
-            "options": dict(question.options), "answer": question.answer, "source": question.source,
-            **values_of(question), "letter": item.letter, "outcome": str(item.outcome),
-            "finish_reason": str(item.finish_reason), "tokens": item.tokens, "text": item.text}
+    return {
+        "set": asked.set,
+        "benchmark": asked.benchmark,
+        "variant": asked.variant,
+        "id": question.id,
+        "sample": item.sample,
+        "question": question.question,
+        "context": question.context,
+        "options": dict(question.options),
+        "answer": question.answer,
+        "source": question.source,
+        **values_of(question),
+        "letter": item.letter,
+        "outcome": str(item.outcome),
+        "finish_reason": str(item.finish_reason),
+        "tokens": item.tokens,
+        "text": item.text,
+    }
 
 
 def read_items(folder: Path) -> dict[Key, list[Item]]:
@@ -144,8 +167,10 @@ def read_items(folder: Path) -> dict[Key, list[Item]]:
         try:
             item = _item(one)
         except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{folder / ITEMS}: line {number} is no item of `alphamed eval` ({type(error).__name__}: "
-                              f"{error}); remove it, its question is then asked again") from None
+            raise ConfigError(
+                f"{folder / ITEMS}: line {number} is no item of `alphamed eval` ({type(error).__name__}: "
+                f"{error}); remove it, its question is then asked again"
+            ) from None
         found.setdefault(item.asked.key, {})[item.sample] = item
     return {key: [samples[j] for j in sorted(samples)] for key, samples in found.items()}
 
@@ -154,16 +179,32 @@ def _item(one: Mapping[str, Any]) -> Item:
     variant = one["variant"]
     if variant is not None and variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is not known")
-    question = Question(one["id"], one["question"], dict(one["options"]), one["answer"], one["context"], one["source"],
-                        one["level"], one.get("informativeness"))         # older files have none
+    question = Question(
+        one["id"],
+        one["question"],
+        dict(one["options"]),
+        one["answer"],
+        one["context"],
+        one["source"],
+        one["level"],
+        one.get("informativeness"),
+    )  # older files have none
     if question.answer not in question.options:
         raise ValueError(f"its key {question.answer!r} is none of its options")
-    return Item(Asked(one["benchmark"], variant, question), int(one["sample"]), str(one["text"]),
-                FinishReason(one["finish_reason"]), int(one["tokens"]), one["letter"], Outcome(one["outcome"]))
+    return Item(
+        Asked(one["benchmark"], variant, question),
+        int(one["sample"]),
+        str(one["text"]),
+        FinishReason(one["finish_reason"]),
+        int(one["tokens"]),
+        one["letter"],
+        Outcome(one["outcome"]),
+    )
 
 
-def finished(wanted: Iterable[Asked], found: Mapping[Key, Sequence[Item]], samples: int,
-             grading: Grading) -> dict[Key, list[Item]]:
+def finished(
+    wanted: Iterable[Asked], found: Mapping[Key, Sequence[Item]], samples: int, grading: Grading
+) -> dict[Key, list[Item]]:
     """The items of wanted questions that need no new answer: all samples are there, and the model saw the same text.
     They are graded with the keys of `wanted`: a key that was put right since needs no new answer either."""
     kept = {}
@@ -176,4 +217,7 @@ def finished(wanted: Iterable[Asked], found: Mapping[Key, Sequence[Item]], sampl
 
 def _same_prompt(one: Question, other: Question) -> bool:
     return (one.question, one.context, list(one.options.items())) == (
-        other.question, other.context, list(other.options.items()))
+        other.question,
+        other.context,
+        list(other.options.items()),
+    )

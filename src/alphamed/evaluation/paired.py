@@ -4,6 +4,7 @@ McNemar's exact test asks only of the questions on which the two differ: were bo
 likely to go one way as the other (McNemar 1947; exact binomial form). It is far sharper than two intervals side by side,
 because what both get right or wrong does not blur it.
 """
+
 from __future__ import annotations
 
 import math
@@ -23,6 +24,7 @@ Sets = Mapping[str, Mapping[str, Sequence[Item]]]
 class Split:
     """A gain in accuracy as the sum of two parts: more answers that are boxed at all (format), and more right ones among
     those boxed."""
+
     gain: float
     from_boxed: float
     from_accuracy_among_boxed: float
@@ -31,7 +33,7 @@ class Split:
 def mcnemar(gained: int, lost: int) -> float:
     """Two-sided exact p: of gained + lost fair coins, at most min(gained, lost) on one side, times two, at most 1."""
     n, fewer = gained + lost, min(gained, lost)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(fewer + 1)) / 2 ** n)
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(fewer + 1)) / 2**n)
 
 
 def split_gain(boxed_before: float, accuracy_before: float, boxed_after: float, accuracy_after: float) -> Split:
@@ -44,8 +46,11 @@ def split_gain(boxed_before: float, accuracy_before: float, boxed_after: float, 
     among_after = accuracy_after / boxed_after if boxed_after else None
     first = among_before if among_before is not None else among_after or 0.0
     second = among_after if among_after is not None else first
-    return Split(accuracy_after - accuracy_before, (boxed_after - boxed_before) * (first + second) / 2,
-                 (second - first) * (boxed_before + boxed_after) / 2)
+    return Split(
+        accuracy_after - accuracy_before,
+        (boxed_after - boxed_before) * (first + second) / 2,
+        (second - first) * (boxed_before + boxed_after) / 2,
+    )
 
 
 def right(items: Sequence[Item]) -> bool:
@@ -64,29 +69,42 @@ def compare_sets(before: Mapping[str, Sequence[Item]], after: Mapping[str, Seque
     lost = [i for i in shared if was[i] and not now[i]]
     old, new = _rates([before[i] for i in shared]), _rates([after[i] for i in shared])
     split = split_gain(*old, *new)
-    return {"n": len(shared), "left_out": len(before.keys() | after.keys()) - len(shared),
-            "before": {"accuracy": old[1], "boxed": old[0]}, "after": {"accuracy": new[1], "boxed": new[0]},
-            "gain": split.gain, "gain_from_boxed": split.from_boxed,
-            "gain_from_accuracy_among_boxed": split.from_accuracy_among_boxed,
-            "both_right": sum(was[i] and now[i] for i in shared), "gained": len(gained), "lost": len(lost),
-            "both_wrong": sum(not was[i] and not now[i] for i in shared), "p_mcnemar": mcnemar(len(gained), len(lost)),
-            "flipped": [_flip(i, before[i], after[i], "gained" if now[i] else "lost") for i in (*gained, *lost)]}
+    return {
+        "n": len(shared),
+        "left_out": len(before.keys() | after.keys()) - len(shared),
+        "before": {"accuracy": old[1], "boxed": old[0]},
+        "after": {"accuracy": new[1], "boxed": new[0]},
+        "gain": split.gain,
+        "gain_from_boxed": split.from_boxed,
+        "gain_from_accuracy_among_boxed": split.from_accuracy_among_boxed,
+        "both_right": sum(was[i] and now[i] for i in shared),
+        "gained": len(gained),
+        "lost": len(lost),
+        "both_wrong": sum(not was[i] and not now[i] for i in shared),
+        "p_mcnemar": mcnemar(len(gained), len(lost)),
+        "flipped": [_flip(i, before[i], after[i], "gained" if now[i] else "lost") for i in (*gained, *lost)],
+    }
 
 
 def compare(before: Sets, after: Sets) -> dict[str, dict[str, Any]]:
     """Set -> comparison, for the sets that both evaluations hold with some question in common."""
-    return {name: compare_sets(before[name], other) for name, other in after.items()
-            if any(i in other and _alike(items[0], other[i][0]) for i, items in before.get(name, {}).items())}
+    return {
+        name: compare_sets(before[name], other)
+        for name, other in after.items()
+        if any(i in other and _alike(items[0], other[i][0]) for i, items in before.get(name, {}).items())
+    }
 
 
 def line(name: str, found: Mapping[str, Any]) -> str:
     """One line for the terminal."""
-    return (f"{name} (n = {found['n']:,}): {100 * found['before']['accuracy']:.1f}% -> "
-            f"{100 * found['after']['accuracy']:.1f}%, {100 * found['gain']:+.1f} points = "
-            f"{100 * found['gain_from_boxed']:+.1f} boxed more often "
-            f"{100 * found['gain_from_accuracy_among_boxed']:+.1f} right among boxed; {found['gained']} gained, "
-            f"{found['lost']} lost, McNemar p = {found['p_mcnemar']:.3g}"
-            + (f"; {found['left_out']} questions are not in both" if found["left_out"] else ""))
+    return (
+        f"{name} (n = {found['n']:,}): {100 * found['before']['accuracy']:.1f}% -> "
+        f"{100 * found['after']['accuracy']:.1f}%, {100 * found['gain']:+.1f} points = "
+        f"{100 * found['gain_from_boxed']:+.1f} boxed more often "
+        f"{100 * found['gain_from_accuracy_among_boxed']:+.1f} right among boxed; {found['gained']} gained, "
+        f"{found['lost']} lost, McNemar p = {found['p_mcnemar']:.3g}"
+        + (f"; {found['left_out']} questions are not in both" if found["left_out"] else "")
+    )
 
 
 def _alike(one: Item, other: Item) -> bool:
@@ -104,8 +122,14 @@ def _rates(answers: Sequence[Sequence[Item]]) -> tuple[float, float]:
 
 def _flip(i: str, before: Sequence[Item], after: Sequence[Item], way: str) -> dict[str, Any]:
     question = after[0].asked.question
-    return {"id": i, "way": way, "question": question.question, "answer": question.options[question.answer],
-            "before": [_said(item) for item in before], "after": [_said(item) for item in after]}
+    return {
+        "id": i,
+        "way": way,
+        "question": question.question,
+        "answer": question.options[question.answer],
+        "before": [_said(item) for item in before],
+        "after": [_said(item) for item in after],
+    }
 
 
 def _said(item: Item) -> dict[str, Any]:

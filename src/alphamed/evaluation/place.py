@@ -1,4 +1,5 @@
 """The output folder of an evaluation: made, and kept to one start at a time."""
+
 from __future__ import annotations
 
 import contextlib
@@ -20,8 +21,10 @@ def check_free(out: Path, overwrite: bool) -> None:
         return
     other = sorted(path.name for path in out.iterdir() if path.name not in LEFT_OVER and path.suffix != ".partial")
     if other:
-        raise ConfigError(f"--out: {out} holds other files ({', '.join(other[:3])}{', ...' * (len(other) > 3)}) and no "
-                          f"evaluation; choose another folder, or put it there all the same with --overwrite")
+        raise ConfigError(
+            f"--out: {out} holds other files ({', '.join(other[:3])}{', ...' * (len(other) > 3)}) and no "
+            f"evaluation; choose another folder, or put it there all the same with --overwrite"
+        )
 
 
 @contextlib.contextmanager

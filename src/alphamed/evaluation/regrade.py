@@ -1,4 +1,5 @@
 """From items.jsonl to results.json: grade the answers of a folder (again), add them up, compare them, say what was found."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -8,7 +9,7 @@ from typing import Any
 from alphamed.errors import ConfigError
 from alphamed.evaluation import paired, results, settings
 from alphamed.evaluation.items import ITEMS, Grading, Item, read_items, regraded, row
-from alphamed.observe.files import replace_json, replace_json_lines
+from alphamed.files import replace_json, replace_json_lines
 
 RESULTS, COMPARISON = "results.json", "comparison.json"
 
@@ -22,20 +23,27 @@ def remove(folder: Path) -> None:
 def require_evaluation(option: str, folder: Path) -> None:
     """Raises ConfigError where `folder` holds no evaluation."""
     if not (folder / ITEMS).is_file() or settings.read(folder) is None:
-        raise ConfigError(f"{option}: {folder} holds no evaluation ({ITEMS} and {settings.SETTINGS}); give the --out of "
-                          f"`alphamed eval`")
+        raise ConfigError(
+            f"{option}: {folder} holds no evaluation ({ITEMS} and {settings.SETTINGS}); give the --out of `alphamed eval`"
+        )
 
 
 def regrade(folder: Path) -> None:
     """Grade all answers in `folder` with today's grader and write items.jsonl anew. Says how many outcomes changed."""
     items, grading = read_items(folder), Grading.of_json(_settings(folder)["grading"])
     again = {key: [regraded(item, grading) for item in of_question] for key, of_question in items.items()}
-    changed = [item for key, of_question in items.items() for item, new in zip(of_question, again[key])
-               if (item.letter, item.outcome) != (new.letter, new.outcome)]
+    changed = [
+        item
+        for key, of_question in items.items()
+        for item, new in zip(of_question, again[key])
+        if (item.letter, item.outcome) != (new.letter, new.outcome)
+    ]
     replace_json_lines(folder / ITEMS, [row(item) for of_question in again.values() for item in of_question])
     total = sum(map(len, items.values()))
-    print(f"{folder}: {total:,} answers graded again, {len(changed):,} changed"
-          + (f" (the first: {changed[0].asked.set}/{changed[0].asked.question.id})" if changed else ""))
+    print(
+        f"{folder}: {total:,} answers graded again, {len(changed):,} changed"
+        + (f" (the first: {changed[0].asked.set}/{changed[0].asked.question.id})" if changed else "")
+    )
 
 
 def told(folder: Path, against: Path | None) -> int:
@@ -52,8 +60,10 @@ def told(folder: Path, against: Path | None) -> int:
             print(f"  against the questions as they are: {paired.line(one['benchmark'], one['change'])}")
     if found["mean"]:
         mean = found["mean"]
-        print(f"mean of {len(mean['benchmarks'])} benchmarks: {100 * mean['accuracy']:.1f}% "
-              f"[{100 * mean['questions']['ci_low']:.1f}%, {100 * mean['questions']['ci_high']:.1f}%]")
+        print(
+            f"mean of {len(mean['benchmarks'])} benchmarks: {100 * mean['accuracy']:.1f}% "
+            f"[{100 * mean['questions']['ci_low']:.1f}%, {100 * mean['questions']['ci_high']:.1f}%]"
+        )
     print(folder / RESULTS)
     if against:
         _tell_comparison(folder, against)
@@ -74,8 +84,14 @@ def write_results(folder: Path) -> dict[str, Any]:
         change = paired.compare_sets(plain, answered[name]) if plain and plain.keys() & answered[name].keys() else None
         found[name]["change"] = change and {key: value for key, value in change.items() if key != "flipped"}
     mean = results.mean_result({name: list(answered[name].values()) for name, one in found.items() if not one["variant"]})
-    told = {"format": settings.FORMAT, "model": about["model"], "asked": about["asked"], "grading": about["grading"],
-            "benchmarks": found, "mean": mean}
+    told = {
+        "format": settings.FORMAT,
+        "model": about["model"],
+        "asked": about["asked"],
+        "grading": about["grading"],
+        "benchmarks": found,
+        "mean": mean,
+    }
     replace_json(folder / RESULTS, told)
     return told
 
@@ -84,8 +100,10 @@ def _answered(folder: Path) -> dict[str, dict[str, Sequence[Item]]]:
     """Set -> question id -> its items, of the questions that were asked last and have all their samples."""
     items, about = read_items(folder), _settings(folder)
     samples = about["asked"]["sampling"]["samples"]
-    return {name: {i: items[name, i] for i in of_set["ids"] if len(items.get((name, i), ())) == samples}
-            for name, of_set in about["sets"].items()}
+    return {
+        name: {i: items[name, i] for i in of_set["ids"] if len(items.get((name, i), ())) == samples}
+        for name, of_set in about["sets"].items()
+    }
 
 
 def _told(of_set: Mapping[str, Any], answered: int) -> dict[str, Any]:
@@ -99,8 +117,9 @@ def _told(of_set: Mapping[str, Any], answered: int) -> dict[str, Any]:
 def _tell_comparison(folder: Path, against: Path) -> None:
     found = paired.compare(_answered(against), _answered(folder))
     if not found:
-        raise ConfigError(f"--against: {against} has no question in common with {folder}; give an evaluation of the same "
-                          f"benchmarks")
+        raise ConfigError(
+            f"--against: {against} has no question in common with {folder}; give an evaluation of the same benchmarks"
+        )
     replace_json(folder / COMPARISON, {"before": str(against), "after": str(folder), "benchmarks": found})
     print(f"compared with {against}:")
     for name, one in found.items():

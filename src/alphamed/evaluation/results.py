@@ -6,6 +6,7 @@ among boxed ones, response lengths, the same by source, level and informativenes
 majority vote, pass@k, and the accuracy of each run (run j: sample j of every question). Shares are fractions of 1, lengths
 tokens; None where there is nothing to divide by.
 """
+
 from __future__ import annotations
 
 import math
@@ -45,23 +46,30 @@ def mean_result(sets: Mapping[str, Answers], seed: int = 0) -> dict[str, Any] | 
     runs = [_run_accuracies(answers) for answers in sets.values()]
     low, high = bootstrap_mean_of_means(means, seed)
     several = any(len(of_set) > 1 for of_set in runs)
-    return {"benchmarks": list(sets), "accuracy": statistics.fmean(map(statistics.fmean, means)),
-            "questions": {"ci_low": low, "ci_high": high},
-            "runs": dict(zip(("ci_low", "ci_high"), bootstrap_mean_of_means(runs, seed))) if several else None}
+    return {
+        "benchmarks": list(sets),
+        "accuracy": statistics.fmean(map(statistics.fmean, means)),
+        "questions": {"ci_low": low, "ci_high": high},
+        "runs": dict(zip(("ci_low", "ci_high"), bootstrap_mean_of_means(runs, seed))) if several else None,
+    }
 
 
 def line(name: str, found: Mapping[str, Any]) -> str:
     """One line for the terminal."""
     left_out = len(found.get("bad_rows") or ())
     rows = f" ({counted(left_out, 'bad row')} left out)" if left_out else ""
-    told = (f"{name}: accuracy {_percent(found['accuracy'])} [{_percent(found['ci_low'])}, {_percent(found['ci_high'])}], "
-            f"n = {found['n']:,}{rows}, boxed {_percent(found['boxed'])}, right among boxed "
-            f"{_percent(found['accuracy_among_boxed'])}, unparseable {_percent(found['unparseable'])}, truncated "
-            f"{_percent(found['truncated'])}, {found['tokens']['mean']:.0f} tokens")
+    told = (
+        f"{name}: accuracy {_percent(found['accuracy'])} [{_percent(found['ci_low'])}, {_percent(found['ci_high'])}], "
+        f"n = {found['n']:,}{rows}, boxed {_percent(found['boxed'])}, right among boxed "
+        f"{_percent(found['accuracy_among_boxed'])}, unparseable {_percent(found['unparseable'])}, truncated "
+        f"{_percent(found['truncated'])}, {found['tokens']['mean']:.0f} tokens"
+    )
     if found["samples"] > 1:
         last = found["samples"]
-        told += (f"; {last} samples: majority {_percent(found['majority']['accuracy'])}, pass@{last} "
-                 f"{_percent(found['pass_at_k'][str(last)])}")
+        told += (
+            f"; {last} samples: majority {_percent(found['majority']['accuracy'])}, pass@{last} "
+            f"{_percent(found['pass_at_k'][str(last)])}"
+        )
     return told
 
 
@@ -80,10 +88,17 @@ def _shares(answers: Answers) -> dict[str, Any]:
     accuracy = right / len(items)
     low, high = wilson(accuracy, n)
     share = {kind: sum(item.outcome == kind for item in items) / len(items) for kind in Outcome}
-    return {"n": n, "accuracy": accuracy, "ci_low": low, "ci_high": high, "unparseable": share[Outcome.UNPARSEABLE],
-            "truncated": sum(item.cut for item in items) / len(items), "boxed": boxed / len(items),
-            "accuracy_among_boxed": right / boxed if boxed else None,
-            "chance": _chance(answers)}
+    return {
+        "n": n,
+        "accuracy": accuracy,
+        "ci_low": low,
+        "ci_high": high,
+        "unparseable": share[Outcome.UNPARSEABLE],
+        "truncated": sum(item.cut for item in items) / len(items),
+        "boxed": boxed / len(items),
+        "accuracy_among_boxed": right / boxed if boxed else None,
+        "chance": _chance(answers),
+    }
 
 
 def _chance(answers: Answers) -> float | None:
@@ -96,8 +111,12 @@ def _chance(answers: Answers) -> float | None:
 
 def _lengths(answers: Answers) -> dict[str, float]:
     tokens = sorted(item.tokens for of_question in answers for item in of_question)
-    return {"mean": statistics.fmean(tokens), "median": statistics.median(tokens),
-            "p90": tokens[math.ceil(0.9 * len(tokens)) - 1], "max": tokens[-1]}
+    return {
+        "mean": statistics.fmean(tokens),
+        "median": statistics.median(tokens),
+        "p90": tokens[math.ceil(0.9 * len(tokens)) - 1],
+        "max": tokens[-1],
+    }
 
 
 def _of_samples(answers: Answers, samples: int) -> dict[str, Any]:
@@ -106,9 +125,11 @@ def _of_samples(answers: Answers, samples: int) -> dict[str, Any]:
     right = [sum(item.right for item in items) for items in answers]
     runs = _run_accuracies(answers)
     run_low, run_high = bootstrap_mean(runs)
-    return {"majority": {"accuracy": voted, "ci_low": low, "ci_high": high},
-            "pass_at_k": {str(k): pass_at_k(right, samples, k) for k in shown_ks(samples)},
-            "runs": {"accuracy": runs, "mean": statistics.fmean(runs), "ci_low": run_low, "ci_high": run_high}}
+    return {
+        "majority": {"accuracy": voted, "ci_low": low, "ci_high": high},
+        "pass_at_k": {str(k): pass_at_k(right, samples, k) for k in shown_ks(samples)},
+        "runs": {"accuracy": runs, "mean": statistics.fmean(runs), "ci_low": run_low, "ci_high": run_high},
+    }
 
 
 def _run_accuracies(answers: Answers) -> list[float]:

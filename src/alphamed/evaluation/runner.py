@@ -1,4 +1,5 @@
 """Evaluate question files greedily, graded by whether the letter is right, write the results, read them again."""
+
 from __future__ import annotations
 
 import hashlib
@@ -8,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from alphamed.config_choices import BadRows
+from alphamed.config.choices import BadRows
 from alphamed.data.attributes import values_of
 from alphamed.errors import ConfigError
 from alphamed.evaluation.score import Score, Share, percent, score
-from alphamed.observe.files import read_json_lines, replace_json, replace_json_lines
+from alphamed.files import read_json_lines, replace_json, replace_json_lines
 from alphamed.records import GenerationTask, Question, Sampling, ScoredGroup
 
 Begin = Callable[[str, Sequence[GenerationTask]], Callable[[], Sequence[ScoredGroup]]]
@@ -31,6 +32,7 @@ ITEM_KEYS = {"set", "id", "question", "options", "answer", "letter", "outcome", 
 class QuestionSet:
     """The questions of one evaluation file, or a part chosen by seed; `available` counts those in the file that decisions
     leave. `decisions` are the files of decisions with their versions and what they changed."""
+
     name: str
     file: Path
     questions: tuple[Question, ...]
@@ -41,6 +43,7 @@ class QuestionSet:
 @dataclass(frozen=True, slots=True)
 class SetResult:
     """The graded answers to a question set, in the order of its questions."""
+
     questions: QuestionSet
     groups: tuple[ScoredGroup, ...]
     score: Score
@@ -49,6 +52,7 @@ class SetResult:
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """What one version of the weights answered to all sets."""
+
     policy_version: int
     results: tuple[SetResult, ...]
     seconds: float
@@ -57,8 +61,9 @@ class Evaluation:
     """Limit of a response."""
 
 
-def load_sets(files: Sequence[Path], limit: int | None, seed: int, bad_rows: BadRows,
-              decisions: Sequence[Path] = ()) -> tuple[QuestionSet, ...]:
+def load_sets(
+    files: Sequence[Path], limit: int | None, seed: int, bad_rows: BadRows, decisions: Sequence[Path] = ()
+) -> tuple[QuestionSet, ...]:
     """Load evaluation files; of each at most `limit` questions, chosen by seed and id. DataError as for training data,
     ConfigError for `decisions` that can not be applied.
 
@@ -78,8 +83,9 @@ def load_sets(files: Sequence[Path], limit: int | None, seed: int, bad_rows: Bad
     return tuple(sets)
 
 
-def choose(questions: Sequence[Question], limit: int | None, seed: int,
-           decisions: Sequence[Path]) -> tuple[tuple[Question, ...], int, tuple[Mapping[str, Any], ...]]:
+def choose(
+    questions: Sequence[Question], limit: int | None, seed: int, decisions: Sequence[Path]
+) -> tuple[tuple[Question, ...], int, tuple[Mapping[str, Any], ...]]:
     """The questions of a file that are asked, how many decisions leave, and what each file of decisions changed."""
     from alphamed.data.decisions import apply_files
     from alphamed.hashing import draw
@@ -89,17 +95,29 @@ def choose(questions: Sequence[Question], limit: int | None, seed: int,
     return tuple(question for question in left if question.id in ids), len(left), applied
 
 
-def begin_evaluation(sets: Sequence[QuestionSet], render: Callable[[Question], Sequence[int]], begin: Begin,
-                     max_tokens: int, policy_version: int) -> Callable[[], Evaluation]:
+def begin_evaluation(
+    sets: Sequence[QuestionSet],
+    render: Callable[[Question], Sequence[int]],
+    begin: Begin,
+    max_tokens: int,
+    policy_version: int,
+) -> Callable[[], Evaluation]:
     """Have every question answered once, greedily. `render` makes a question's prompt token ids: the training prompt.
 
     What is returned waits for the answers and scores them; ValueError when some are missing.
     """
     began = time.monotonic()
     sampling = Sampling(n=1, temperature=0.0, top_p=1.0, top_k=-1, max_tokens=max_tokens)
-    asked = [(questions, [GenerationTask(f"evaluation/{questions.name}/{q.id}", q, tuple(render(q)), sampling,
-                                         evaluation=True)
-                          for q in questions.questions]) for questions in sets]
+    asked = [
+        (
+            questions,
+            [
+                GenerationTask(f"evaluation/{questions.name}/{q.id}", q, tuple(render(q)), sampling, evaluation=True)
+                for q in questions.questions
+            ],
+        )
+        for questions in sets
+    ]
     under_way = [(questions, tasks, begin(questions.name, tasks)) for questions, tasks in asked]
 
     def finish() -> Evaluation:
@@ -120,8 +138,13 @@ def affordable(wanted: int, tried: int, seconds: float, limit_s: float) -> int:
     return min(wanted, max(fitting, LEAST_ASKED, tried))
 
 
-def evaluate_within(sets: Sequence[QuestionSet], evaluate: Callable[[QuestionSet], Evaluation], limit_s: float, seed: int,
-                    note: Callable[[str], None]) -> Evaluation:
+def evaluate_within(
+    sets: Sequence[QuestionSet],
+    evaluate: Callable[[QuestionSet], Evaluation],
+    limit_s: float,
+    seed: int,
+    note: Callable[[str], None],
+) -> Evaluation:
     """Evaluate as many questions as there is time for. The first TRIAL of each set show how long they take; each set has a part
     of `limit_s` by its size. `note` says what is left out. The results hold the questions that were asked."""
     results, seconds, total = [], 0.0, sum(len(one.questions) for one in sets)
@@ -132,8 +155,10 @@ def evaluate_within(sets: Sequence[QuestionSet], evaluate: Callable[[QuestionSet
         chosen = within(one, affordable(wanted, tried, first.seconds, limit_s * wanted / total), seed)
         left_out = wanted - len(chosen.questions)
         if left_out:
-            note(f"evaluation.time_limit_s: {tried} questions of {one.name} took {first.seconds:.0f} s; {len(chosen.questions)} of "
-                 f"{wanted} are asked in this run, {left_out} are left out")
+            note(
+                f"evaluation.time_limit_s: {tried} questions of {one.name} took {first.seconds:.0f} s; {len(chosen.questions)} of "
+                f"{wanted} are asked in this run, {left_out} are left out"
+            )
         known = {question.id for question in trial.questions}
         rest = replace(one, questions=tuple(question for question in chosen.questions if question.id not in known))
         parts = [first, *([evaluate(rest)] if rest.questions else [])]
@@ -148,34 +173,51 @@ def _result(questions: QuestionSet, tasks: Sequence[GenerationTask], answers: Se
     answered = {group.group.group_id: group for group in answers}
     missing = [task.group_id for task in tasks if task.group_id not in answered]
     if missing:
-        raise ValueError(f"evaluation of {questions.name}: {len(missing)} of {len(tasks)} questions came back "
-                         f"without an answer, the first is {missing[0]}")
+        raise ValueError(
+            f"evaluation of {questions.name}: {len(missing)} of {len(tasks)} questions came back "
+            f"without an answer, the first is {missing[0]}"
+        )
     groups = tuple(answered[task.group_id] for task in tasks)
     return SetResult(questions, groups, score(groups))
 
 
 def summary(evaluation: Evaluation) -> list[str]:
     """One line a set for the console."""
-    return [f"evaluation of {result.questions.name} (n = {result.score.n}): accuracy {result.score.accuracy}, "
-            f"boxed {result.score.boxed}, right among boxed {result.score.accuracy_among_boxed}, "
-            f"truncated {percent(result.score.truncated.value)}, {result.score.tokens_mean:.0f} tokens"
-            for result in evaluation.results]
+    return [
+        f"evaluation of {result.questions.name} (n = {result.score.n}): accuracy {result.score.accuracy}, "
+        f"boxed {result.score.boxed}, right among boxed {result.score.accuracy_among_boxed}, "
+        f"truncated {percent(result.score.truncated.value)}, {result.score.tokens_mean:.0f} tokens"
+        for result in evaluation.results
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
 def write_evaluation(folder: Path, name: str, step: int, evaluation: Evaluation) -> Path:
     """Write NAME.items.jsonl (one object an answer), then NAME.json (the scores), and return the latter's path: where
     it is, the evaluation is whole."""
-    replace_json_lines(folder / f"{name}.items.jsonl",
-                       [_item(result.questions.name, group) for result in evaluation.results
-                        for group in result.groups])
+    replace_json_lines(
+        folder / f"{name}.items.jsonl",
+        [_item(result.questions.name, group) for result in evaluation.results for group in result.groups],
+    )
     path = folder / f"{name}.json"
-    replace_json(path, {"step": step, "policy_version": evaluation.policy_version, "seconds": evaluation.seconds,
-                        "sets": {result.questions.name: {"file": str(result.questions.file),
-                                                         "available": result.questions.available,
-                                                         "decisions": list(result.questions.decisions),
-                                                         "asked": asked_hash(result.questions, evaluation.max_tokens)}
-                                 | score_json(result.score) for result in evaluation.results}})
+    replace_json(
+        path,
+        {
+            "step": step,
+            "policy_version": evaluation.policy_version,
+            "seconds": evaluation.seconds,
+            "sets": {
+                result.questions.name: {
+                    "file": str(result.questions.file),
+                    "available": result.questions.available,
+                    "decisions": list(result.questions.decisions),
+                    "asked": asked_hash(result.questions, evaluation.max_tokens),
+                }
+                | score_json(result.score)
+                for result in evaluation.results
+            },
+        },
+    )
     return path
 
 
@@ -185,10 +227,16 @@ def read_scores(path: Path) -> dict[str, Score]:
 
     try:
         sets = json.loads(path.read_text(encoding="utf-8"))["sets"]
-        return {name: Score(n=row["n"], tokens_mean=row["tokens_mean"], tokens_max=row["tokens_max"],
-                            chance=row["chance"],
-                            **{key: Share(row[key]["count"], row[key]["total"]) for key in SHARES})
-                for name, row in sets.items()}
+        return {
+            name: Score(
+                n=row["n"],
+                tokens_mean=row["tokens_mean"],
+                tokens_max=row["tokens_max"],
+                chance=row["chance"],
+                **{key: Share(row[key]["count"], row[key]["total"]) for key in SHARES},
+            )
+            for name, row in sets.items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"evaluation {path}: not readable ({type(error).__name__}: {error}); evaluate again") from None
 
@@ -214,24 +262,35 @@ def read_items(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
     found = {}
     for number, row in enumerate(read_json_lines(path), start=1):
         if missing := ITEM_KEYS - row.keys():
-            raise ConfigError(f"{path}: line {number} is no graded answer ({', '.join(sorted(missing))} missing); evaluate "
-                              f"again")
+            raise ConfigError(
+                f"{path}: line {number} is no graded answer ({', '.join(sorted(missing))} missing); evaluate again"
+            )
         found[row["set"], row["id"]] = row
     return found
 
 
 def _item(name: str, scored: ScoredGroup) -> dict[str, Any]:
     question, rollout = scored.group.question, scored.group.rollouts[0]
-    return {"set": name, "id": question.id, "question": question.question, "options": dict(question.options),
-            "answer": question.answer, **values_of(question), "letter": scored.letters[0],
-            "outcome": str(scored.outcomes[0]), "finish_reason": str(rollout.finish_reason),
-            "tokens": len(rollout.response_token_ids), "text": rollout.text}
+    return {
+        "set": name,
+        "id": question.id,
+        "question": question.question,
+        "options": dict(question.options),
+        "answer": question.answer,
+        **values_of(question),
+        "letter": scored.letters[0],
+        "outcome": str(scored.outcomes[0]),
+        "finish_reason": str(rollout.finish_reason),
+        "tokens": len(rollout.response_token_ids),
+        "text": rollout.text,
+    }
 
 
 def score_json(found: Score) -> dict[str, Any]:
     """A score as it is written: each share with its counts and interval."""
     return {"n": found.n, "tokens_mean": found.tokens_mean, "tokens_max": found.tokens_max, "chance": found.chance} | {
-        key: _share_json(getattr(found, key)) for key in SHARES}
+        key: _share_json(getattr(found, key)) for key in SHARES
+    }
 
 
 def _share_json(share: Share) -> Mapping[str, float]:
@@ -245,4 +304,3 @@ def asked_hash(questions: QuestionSet, max_tokens: int | None) -> str:
 
     told = [[q.id, q.question, q.context, dict(q.options), q.answer] for q in questions.questions]
     return hashlib.sha256(json.dumps([max_tokens, told]).encode()).hexdigest()
-

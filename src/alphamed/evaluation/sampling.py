@@ -1,4 +1,5 @@
 """What several samples of a question say together: majority vote, pass@k, runs and their bootstrap intervals. Pure."""
+
 from __future__ import annotations
 
 import math
@@ -24,7 +25,7 @@ def pass_at_k(right: Sequence[int], samples: int, k: int) -> float:
 
 def shown_ks(samples: int) -> list[int]:
     """The k that results list: powers of two up to the number of samples, and that number."""
-    return sorted({2 ** i for i in range(samples.bit_length()) if 2 ** i <= samples} | {samples})
+    return sorted({2**i for i in range(samples.bit_length()) if 2**i <= samples} | {samples})
 
 
 def vote(letters: Sequence[str | None], key: str) -> float:
@@ -45,8 +46,9 @@ def bootstrap_mean(values: Sequence[float], seed: int = 0, draws: int = BOOTSTRA
     return bootstrap_mean_of_means([values], seed, draws)
 
 
-def bootstrap_mean_of_means(groups: Sequence[Sequence[float]], seed: int = 0,
-                            draws: int = BOOTSTRAP_DRAWS) -> tuple[float, float]:
+def bootstrap_mean_of_means(
+    groups: Sequence[Sequence[float]], seed: int = 0, draws: int = BOOTSTRAP_DRAWS
+) -> tuple[float, float]:
     """95% percentile interval of the mean over groups of each group's mean; every group is resampled within itself.
     ValueError where a group is empty."""
     import numpy as np

@@ -3,6 +3,7 @@
 An answer is *boxed* when the response ended in time with a readable letter in its box, right or wrong. So
 accuracy = boxed rate x accuracy among boxed answers: the first factor is format, only the second can be knowledge.
 """
+
 from __future__ import annotations
 
 import math
@@ -22,7 +23,7 @@ def wilson(value: float, n: float) -> tuple[float, float]:
     yes or no."""
     if not n:
         return 0.0, 1.0
-    z2 = Z_95 ** 2
+    z2 = Z_95**2
     centre = (value + z2 / (2 * n)) / (1 + z2 / n)
     half = Z_95 / (1 + z2 / n) * math.sqrt(value * (1 - value) / n + z2 / (4 * n * n))
     # at 0 and 1 the bound is exact, rounding would leave 1e-18
@@ -33,6 +34,7 @@ def wilson(value: float, n: float) -> tuple[float, float]:
 class Share:
     """`count` of `total` cases with its 95% Wilson score interval (Wilson 1927; never leaves 0..1, holds at 0 and n).
     Without cases the value is NaN and the interval 0..1."""
+
     count: int
     total: int
 
@@ -53,6 +55,7 @@ class Share:
 class Score:
     """Result of one question set. `truncated`: cut by the token limit, which with `reward.truncated: grade` may be correct
     all the same. `chance` is the mean of 1 / options: what picking letters blindly gives."""
+
     n: int
     boxed: Share
     accuracy: Share
@@ -66,6 +69,7 @@ class Score:
 
 class Change(StrEnum):
     """A share after against before: apart only where the two 95% intervals do not touch (stricter than p < 0.05)."""
+
     ROSE = "rose"
     FELL = "fell"
     OPEN = "open"
@@ -81,9 +85,17 @@ def score(groups: Sequence[ScoredGroup]) -> Score:
     n, count = len(outcomes), {kind: outcomes.count(kind) for kind in Outcome}
     boxed = count[Outcome.CORRECT] + count[Outcome.WRONG]
     chance = sum(len(group.outcomes) / len(group.group.question.options) for group in groups) / n
-    return Score(n, Share(boxed, n), Share(count[Outcome.CORRECT], n), Share(count[Outcome.CORRECT], boxed),
-                 Share(cut, n), Share(count[Outcome.TIMEOUT] + count[Outcome.CRASH], n),
-                 sum(lengths) / n, max(lengths), chance)
+    return Score(
+        n,
+        Share(boxed, n),
+        Share(count[Outcome.CORRECT], n),
+        Share(count[Outcome.CORRECT], boxed),
+        Share(cut, n),
+        Share(count[Outcome.TIMEOUT] + count[Outcome.CRASH], n),
+        sum(lengths) / n,
+        max(lengths),
+        chance,
+    )
 
 
 def change(before: Share, after: Share) -> Change:
@@ -106,11 +118,14 @@ def verdict(before: Score, after: Score) -> list[str]:
     sentences = [_format(before.boxed, after.boxed)]
     accuracy = change(before.accuracy, after.accuracy)
     among = change(before.accuracy_among_boxed, after.accuracy_among_boxed)
-    sentences.append({
-        Change.ROSE: f"More questions are answered correctly: {_moved(before.accuracy, after.accuracy)}.",
-        Change.FELL: f"Fewer questions are answered correctly: {_moved(before.accuracy, after.accuracy)}.",
-        Change.OPEN: f"The share of correct answers did not move outside its interval: "
-                     f"{_moved(before.accuracy, after.accuracy)}."}[accuracy])
+    sentences.append(
+        {
+            Change.ROSE: f"More questions are answered correctly: {_moved(before.accuracy, after.accuracy)}.",
+            Change.FELL: f"Fewer questions are answered correctly: {_moved(before.accuracy, after.accuracy)}.",
+            Change.OPEN: f"The share of correct answers did not move outside its interval: "
+            f"{_moved(before.accuracy, after.accuracy)}.",
+        }[accuracy]
+    )
     sentences.append(_knowledge(before, after, accuracy, among))
     if change(before.truncated, after.truncated) == Change.ROSE:
         sentences.append(f"More responses run into the token limit: {_moved(before.truncated, after.truncated)}.")
@@ -119,29 +134,37 @@ def verdict(before: Score, after: Score) -> list[str]:
 
 def _format(before: Share, after: Share) -> str:
     moved, found = _moved(before, after), change(before, after)
-    return {Change.ROSE: f"The answer format was learnt: the share of boxed answers rose, {moved}.",
-            Change.FELL: f"The answer format was lost in part: the share of boxed answers fell, {moved}.",
-            Change.OPEN: f"The share of boxed answers did not move outside its interval: {moved}."}[found]
+    return {
+        Change.ROSE: f"The answer format was learnt: the share of boxed answers rose, {moved}.",
+        Change.FELL: f"The answer format was lost in part: the share of boxed answers fell, {moved}.",
+        Change.OPEN: f"The share of boxed answers did not move outside its interval: {moved}.",
+    }[found]
 
 
 def _knowledge(before: Score, after: Score, accuracy: Change, among: Change) -> str:
     old, new = before.accuracy_among_boxed, after.accuracy_among_boxed
     if not old.total or not new.total:
-        return (f"Accuracy among boxed answers can not be compared: {old.total} boxed answers before, "
-                f"{new.total} after.")
+        return f"Accuracy among boxed answers can not be compared: {old.total} boxed answers before, {new.total} after."
     moved = _moved(old, new)
     if among == Change.ROSE and accuracy != Change.ROSE and change(before.boxed, after.boxed) == Change.FELL:
-        return (f"No gain in knowledge is shown: among boxed answers more are right, {moved}, but fewer are boxed and no "
-                f"more are right of all; the questions that are still boxed may be the easy ones.")
+        return (
+            f"No gain in knowledge is shown: among boxed answers more are right, {moved}, but fewer are boxed and no "
+            f"more are right of all; the questions that are still boxed may be the easy ones."
+        )
     if among == Change.ROSE:
         return f"Knowledge: among boxed answers more are right than before, outside the intervals, {moved}."
     if among == Change.FELL:
         return f"Among boxed answers fewer are right than before: {moved}."
-    chance = (f" That is not shown to be better than picking letters blindly ({percent(after.chance)})."
-              if new.interval[0] <= after.chance else "")
+    chance = (
+        f" That is not shown to be better than picking letters blindly ({percent(after.chance)})."
+        if new.interval[0] <= after.chance
+        else ""
+    )
     if accuracy == Change.ROSE:
-        return (f"That is format, not knowledge: among boxed answers accuracy did not rise outside its interval, "
-                f"{moved}.{chance}")
+        return (
+            f"That is format, not knowledge: among boxed answers accuracy did not rise outside its interval, "
+            f"{moved}.{chance}"
+        )
     return f"No gain in knowledge is shown: among boxed answers accuracy stayed within its interval, {moved}.{chance}"
 
 

@@ -3,6 +3,7 @@
 A folder holds one such evaluation: answers that were made otherwise can not stand beside one another in a score, so a start
 with other settings is refused. More benchmarks and variants may be added to it at any time.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -11,11 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from alphamed.config import Config
-from alphamed.config_choices import TruncatedReward
+from alphamed.config.choices import TruncatedReward
+from alphamed.config.schema import Config
 from alphamed.errors import ConfigError
-from alphamed.observe.files import replace_json
-from alphamed.observe.provenance import model_entries
+from alphamed.files import replace_json
+from alphamed.rundir.provenance import model_entries
 
 SETTINGS, FORMAT = "evaluation.json", 1
 
@@ -24,11 +25,19 @@ def asked(config: Config, folder: Path, samples: int, temperature: float, top_p:
     """Everything that the answers depend on, but for the questions. The model is named by the hashes of its files."""
     files = {Path(entry["path"]).name: entry["sha256"] for entry in model_entries(folder)}
     content = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-    return {"model": {"sha256": content}, "prompt": config.prompt.model_dump(mode="json"),
-            "sampling": {"samples": samples, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens,
-                         "seed": config.run.seed if config.rollout.deterministic else None}
-            | ({"stop": list(config.rollout.stop)} if config.rollout.stop else {}),
-            "dtype": str(config.rollout.dtype)}
+    return {
+        "model": {"sha256": content},
+        "prompt": config.prompt.model_dump(mode="json"),
+        "sampling": {
+            "samples": samples,
+            "temperature": temperature,
+            "top_p": top_p,
+            "max_tokens": max_tokens,
+            "seed": config.run.seed if config.rollout.deterministic else None,
+        }
+        | ({"stop": list(config.rollout.stop)} if config.rollout.stop else {}),
+        "dtype": str(config.rollout.dtype),
+    }
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -42,8 +51,9 @@ def read(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path}: not the settings of an evaluation ({type(error).__name__}: {error}); give a folder of "
-                          f"`alphamed eval`") from None
+        raise ConfigError(
+            f"{path}: not the settings of an evaluation ({type(error).__name__}: {error}); give a folder of `alphamed eval`"
+        ) from None
     return found
 
 
@@ -65,21 +75,30 @@ def _require_grading(grading: Mapping[str, Any]) -> None:
         raise TypeError("grading.answer_after is text, grading.prompt_opens_thinking true or false")
 
 
-def write(folder: Path, model: str, asked_now: Mapping[str, Any], grading: Mapping[str, Any], sets: Mapping[str, Any],
-          command: str) -> None:
+def write(
+    folder: Path, model: str, asked_now: Mapping[str, Any], grading: Mapping[str, Any], sets: Mapping[str, Any], command: str
+) -> None:
     """`sets`: name -> where its questions are from and what is to be said about them. Sets of earlier starts stay."""
     before = read(folder)
-    replace_json(folder / SETTINGS, {
-        "format": FORMAT, "model": model, "asked": asked_now, "grading": grading,
-        "sets": (dict(before["sets"]) if before else {}) | dict(sets),
-        "commands": [*(before.get("commands", []) if before else []), command]})
+    replace_json(
+        folder / SETTINGS,
+        {
+            "format": FORMAT,
+            "model": model,
+            "asked": asked_now,
+            "grading": grading,
+            "sets": (dict(before["sets"]) if before else {}) | dict(sets),
+            "commands": [*(before.get("commands", []) if before else []), command],
+        },
+    )
 
 
 def require_same(folder: Path, asked_now: Mapping[str, Any]) -> None:
     """Raises ConfigError naming the first setting in which the folder's evaluation differs from this one."""
     if (told := difference(folder, asked_now)) is not None:
-        raise ConfigError(f"--out: {folder} holds an evaluation with {told}; choose another folder, or replace it with "
-                          f"--overwrite")
+        raise ConfigError(
+            f"--out: {folder} holds an evaluation with {told}; choose another folder, or replace it with --overwrite"
+        )
 
 
 def difference(folder: Path, asked_now: Mapping[str, Any]) -> str | None:

@@ -8,6 +8,7 @@
 A function returns None where the question has no such form: options that speak of other options ("both A and C") lose
 their sense when others move or go, and two options can not lose one.
 """
+
 from __future__ import annotations
 
 import re
@@ -15,11 +16,11 @@ import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from alphamed.answers.extraction import boxed_text
 from alphamed.data.stream import refers_to_options, shuffle_options
 from alphamed.data.text import normalised_option, words
 from alphamed.hashing import draw
 from alphamed.records import Question
-from alphamed.reward.extraction import boxed_text
 
 NONE = "None of the other options"
 """Not "of the above": it may stand first."""
@@ -30,6 +31,7 @@ _ASKS_OF_OPTIONS = re.compile(r"\bexcept\b|\b(?:in)?correct\b|\b(?:true|false|ri
 @dataclass(frozen=True, slots=True)
 class Variant:
     """`change` makes the question that is graded; with `hides_options` the prompt shows none of its options."""
+
     change: Callable[[Question, int], Question | None]
     hides_options: bool = False
 
@@ -62,8 +64,11 @@ def one_removed(question: Question, seed: int) -> Question | None:
         return None
     gone = min(wrong, key=lambda letter: draw(seed, "removed", question.id, letter))
     kept = [letter for letter in question.options if letter != gone]
-    return replace(question, options=dict(zip(string.ascii_uppercase, (question.options[letter] for letter in kept))),
-                   answer=string.ascii_uppercase[kept.index(question.answer)])
+    return replace(
+        question,
+        options=dict(zip(string.ascii_uppercase, (question.options[letter] for letter in kept))),
+        answer=string.ascii_uppercase[kept.index(question.answer)],
+    )
 
 
 def free(question: Question, seed: int) -> Question | None:
@@ -72,8 +77,11 @@ def free(question: Question, seed: int) -> Question | None:
 
 
 VARIANTS: dict[str, Variant] = {
-    "shuffled": Variant(shuffled), "none_of_the_others": Variant(none_of_the_others),
-    "one_removed": Variant(one_removed), "free": Variant(free, hides_options=True)}
+    "shuffled": Variant(shuffled),
+    "none_of_the_others": Variant(none_of_the_others),
+    "one_removed": Variant(one_removed),
+    "free": Variant(free, hides_options=True),
+}
 
 
 def free_letter(text: str, options: Mapping[str, str]) -> str | None:
@@ -90,10 +98,12 @@ def free_letter(text: str, options: Mapping[str, str]) -> str | None:
     for letter, option in options.items():
         if normalised_option(option) == normalised_option(content):
             return letter
-    found = {letter: tuple(words(option)) for letter, option in options.items()
-             if words(option) and _holds(tuple(words(content)), tuple(words(option)))}
-    longest = [letter for letter, option in found.items()
-               if all(_holds(option, other) for other in found.values())]
+    found = {
+        letter: tuple(words(option))
+        for letter, option in options.items()
+        if words(option) and _holds(tuple(words(content)), tuple(words(option)))
+    }
+    longest = [letter for letter, option in found.items() if all(_holds(option, other) for other in found.values())]
     return longest[0] if len(longest) == 1 else None
 
 
@@ -103,4 +113,4 @@ def vote_of(letter: str | None, text: str) -> str:
 
 
 def _holds(text: tuple[str, ...], part: tuple[str, ...]) -> bool:
-    return any(text[i:i + len(part)] == part for i in range(len(text) - len(part) + 1))
+    return any(text[i : i + len(part)] == part for i in range(len(text) - len(part) + 1))

@@ -2,13 +2,14 @@
 
 `cli.py` hands these over; the core imports nothing of the lab.
 """
+
 from __future__ import annotations
 
 from pathlib import Path
 
-from alphamed.config import Config
+from alphamed.config.schema import Config
 from alphamed.errors import ConfigError
-from alphamed.model import ModelShape
+from alphamed.model.shape import ModelShape
 from alphamed.preflight import Checked
 from alphamed.run import Forecast, Hooks
 
@@ -28,29 +29,30 @@ def check(config: Config) -> None:
 def refuse_unfit(config: Config, shape: ModelShape) -> None:
     """Raises ConfigError for what cannot fit into memory or its deadlines, with the GPUs that are here in place of those that
     the configuration names."""
-    from alphamed.planner.advice import mends
-    from alphamed.planner.plan import job_here, make_plan
+    from alphamed.lab.planner.advice import mends
+    from alphamed.lab.planner.plan import job_here, make_plan
 
     if config.cluster.start_unfit:
         return
     plan = make_plan(job_here(config, shape))
     if plan.problems:
         near = next((f"; {' '.join(one.overrides)} would fit" for one in mends(plan)), "")
-        raise ConfigError(f"{plan.problems[0]}{near}; see `alphamed plan`, or set cluster.start_unfit=true to start all the "
-                          f"same")
+        raise ConfigError(
+            f"{plan.problems[0]}{near}; see `alphamed plan`, or set cluster.start_unfit=true to start all the same"
+        )
 
 
 def forecast(config: Config, model: Path) -> Forecast:
     """What the plan predicts of each step, beside what is measured."""
-    from alphamed.planner.forecast import PlanForecast
+    from alphamed.lab.planner.forecast import PlanForecast
 
     return PlanForecast(config, model)
 
 
 def report(config: Config) -> list[str]:
     """Write report.html and report.json of a run, where it wants them; returns what it learnt, in lines for the console."""
-    from alphamed.observe.report import write_report
-    from alphamed.observe.summary import summary
+    from alphamed.lab.reports.report import write_report
+    from alphamed.lab.reports.summary import summary
 
     if config.logging.report:
         write_report(config.run_dir)
@@ -59,7 +61,7 @@ def report(config: Config) -> list[str]:
 
 def model_card(run_dir: Path, config: Config, folder: Path, step: int | None = None) -> None:
     """Write the card of a model that was exported from `run_dir` into its folder; `step`: of an earlier checkpoint."""
-    from alphamed.observe.model_card import write_card
+    from alphamed.lab.reports.model_card import write_card
 
     write_card(run_dir, config, folder, step)
 

@@ -3,6 +3,7 @@
 Megatron's own DotProductAttention refuses packed rows, and Transformer Engine's can not let several continuations read one
 prefix. Rotary positions are applied here and not by Megatron, because continuations of one prefix repeat its positions.
 """
+
 from __future__ import annotations
 
 import math
@@ -16,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from alphamed.megatron.context import heads_for_rows, rows_for_heads
 from alphamed.megatron.prefix_attention import prefix_attention
-from alphamed.model import ModelShape
+from alphamed.model.shape import ModelShape
 from alphamed.records import MicroBatch, Segment
 
 
@@ -24,6 +25,7 @@ from alphamed.records import MicroBatch, Segment
 class PackedRow(PackedSeqParams):
     """What the layers need to know of a packed row: its segments in token order, and cosine and sine of the rotary angles
     ([T / context ranks, 1, head_dim / 2]) of the tokens that this rank holds."""
+
     segments: tuple[Segment, ...] = ()
     cosine: Tensor | None = None
     sine: Tensor | None = None
@@ -32,8 +34,9 @@ class PackedRow(PackedSeqParams):
     def of(cls, micro: MicroBatch, part: slice, frequencies: Tensor, dtype: torch.dtype) -> PackedRow:
         """part: the tokens that this rank holds. frequencies: [head_dim / 2] radians per position."""
         angles = micro.positions[part, None, None].float() * frequencies
-        return cls(qkv_format="segments", segments=micro.segments, cosine=angles.cos().to(dtype),
-                   sine=angles.sin().to(dtype))
+        return cls(
+            qkv_format="segments", segments=micro.segments, cosine=angles.cos().to(dtype), sine=angles.sin().to(dtype)
+        )
 
 
 def packed_sequences(micro: MicroBatch) -> PackedSeqParams:
@@ -41,8 +44,9 @@ def packed_sequences(micro: MicroBatch) -> PackedSeqParams:
     lengths = [s.prefix for s in micro.segments]
     assert not any(s.continuations for s in micro.segments), "Transformer Engine's attention can not share prompts"
     ends = torch.tensor([0, *lengths], device=micro.tokens.device).cumsum(0).to(torch.int32)
-    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=max(lengths),
-                           max_seqlen_kv=max(lengths))
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths)
+    )
 
 
 class SegmentAttention(torch.nn.Module):
@@ -51,15 +55,24 @@ class SegmentAttention(torch.nn.Module):
 
     Context ranks hold a part of the row each and exchange it for the whole row of a part of the heads (context.py)."""
 
-    def __init__(self, config, layer_number, attn_mask_type, attention_type, cp_comm_type=None, softmax_scale=None,
-                 pg_collection=None) -> None:
+    def __init__(
+        self, config, layer_number, attn_mask_type, attention_type, cp_comm_type=None, softmax_scale=None, pg_collection=None
+    ) -> None:
         super().__init__()
         assert config.attention_dropout == 0, f"attention dropout of {config.attention_dropout} is not supported"
         self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
         self.scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, attn_mask_type=None,
-                attention_bias=None, packed_seq_params: PackedRow | None = None) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask=None,
+        attn_mask_type=None,
+        attention_bias=None,
+        packed_seq_params: PackedRow | None = None,
+    ) -> Tensor:
         """query [T', 1, heads, d], key and value [T', 1, kv_heads, d] -> [T', 1, heads * d], T' = T / context ranks."""
         row, group = packed_seq_params, self.context_group
         q, k = (rotate(x.squeeze(1), row.cosine, row.sine) for x in (query, key))
@@ -80,26 +93,29 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, segments: tuple[Segment, .
     its prefix's keys and values. q [T, heads, d], k and v [T, kv_heads, d] -> [T, heads, d]."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))                # [batch, heads, tokens, d]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale,
-                                              enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [batch, heads, tokens, d]
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        ).transpose(1, 2)
 
     out, start = [], 0
-    stems = [x[:segments[0].tokens] for x in (k, v)]
+    stems = [x[: segments[0].tokens] for x in (k, v)]
     for segment in segments:
         n, lengths = segment.prefix, list(segment.continuations)
-        qs, ks, vs = (x[start:start + segment.tokens] for x in (q, k, v))
+        qs, ks, vs = (x[start : start + segment.tokens] for x in (q, k, v))
         start += segment.tokens
-        if segment.behind_stem:         # keys and values of what comes before the segment, then its own
+        if segment.behind_stem:  # keys and values of what comes before the segment, then its own
             ks, vs = (torch.cat([stem, x]) for stem, x in zip(stems, (ks, vs)))
-        read = n + len(ks) - len(qs)    # what each continuation reads besides itself
+        read = n + len(ks) - len(qs)  # what each continuation reads besides itself
         if n:
             mask = torch.ones(n, read, dtype=torch.bool, device=q.device).tril(read - n) if read > n else None
             out.append(attend(qs[None, :n], ks[None, :read], vs[None, :read], mask)[0])
         if lengths:
             rows, longest = len(lengths), max(lengths)
             own = [pad_sequence(x.split(lengths), batch_first=True) for x in (qs[n:], ks[read:], vs[read:])]
-            keys, values = (torch.cat([x[:read].expand(rows, *x[:read].shape), y], 1) for x, y in ((ks, own[1]), (vs, own[2])))
+            keys, values = (
+                torch.cat([x[:read].expand(rows, *x[:read].shape), y], 1) for x, y in ((ks, own[1]), (vs, own[2]))
+            )
             mask = torch.ones(longest, read + longest, dtype=torch.bool, device=q.device).tril(read)
             mixed = attend(own[0], keys, values, mask)
             out += [mixed[i, :length] for i, length in enumerate(lengths)]
@@ -116,9 +132,9 @@ def rotary_frequencies(shape: ModelShape) -> Tensor:
     scaling = shape.rope_scaling
     if scaling is None:
         return inverse
-    turns = scaling.original_max_positions * inverse / (2 * math.pi)        # full turns within the original context
+    turns = scaling.original_max_positions * inverse / (2 * math.pi)  # full turns within the original context
     blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blend = blend.clamp(0, 1)                                               # 1: keep the frequency, 0: divide it
+    blend = blend.clamp(0, 1)  # 1: keep the frequency, 0: divide it
     return (1 - blend) * inverse / scaling.factor + blend * inverse
 
 

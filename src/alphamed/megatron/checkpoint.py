@@ -5,6 +5,7 @@ Tensors are stored by their place in the whole model, so a checkpoint loads unde
 layout. Every rank calls `save` and `load`; what goes wrong on one rank is raised on all of them. Folders and files are
 the business of checkpoint_folder.py.
 """
+
 from __future__ import annotations
 
 import random
@@ -28,12 +29,12 @@ from alphamed.megatron.checkpoint_folder import CheckpointError
 from alphamed.megatron.checkpoint_writer import InProcessSave
 from alphamed.megatron.policy import Policy, Progress
 from alphamed.megatron.runtime import Runtime
-from alphamed.model import ModelShape
+from alphamed.model.shape import ModelShape
 from alphamed.records import Layout
 
 T = TypeVar("T")
-ADAM_BYTES = 12                                              # of a parameter: FP32 copy and two FP32 moments
-READ_ERRORS = (CheckpointException, CheckpointingException, Exception)     # torch's is a BaseException
+ADAM_BYTES = 12  # of a parameter: FP32 copy and two FP32 moments
+READ_ERRORS = (CheckpointException, CheckpointingException, Exception)  # torch's is a BaseException
 
 
 # -------------------------------------------------------------------------------------------------------- save and load
@@ -47,15 +48,20 @@ def save(directory: Path, policy: Policy, state: dict[str, Any], keep: int = 2) 
     runtime, step = policy.runtime, state["step"]
     written = folders.partial_of(directory, step)
     needed = _stored_bytes(policy)
-    contents = {"state": state, "progress": asdict(policy.progress), "layout": _sizes(policy.layout),
-                "model": _identity(policy.shape), "settings": _settings(policy)}
+    contents = {
+        "state": state,
+        "progress": asdict(policy.progress),
+        "layout": _sizes(policy.layout),
+        "model": _identity(policy.shape),
+        "settings": _settings(policy),
+    }
     try:
         _on_rank0(runtime, "making room for a checkpoint", lambda: folders.begin(directory, step, needed))
         _write(written, policy)
         _on_rank0(runtime, "completing a checkpoint", lambda: folders.publish(written, step, contents, keep))
     except CheckpointError:
         if runtime.rank == 0:
-            folders.discard(written)                         # a full disk must not stay full
+            folders.discard(written)  # a full disk must not stay full
         raise
     return folders.folder_of(directory, step)
 
@@ -73,20 +79,18 @@ def load(folder: Path, policy: Policy) -> dict[str, Any]:
     loaded = _read(folder, runtime, _contents(policy, loading=True, random_state=same_layout))
     for name, chunk in _named(policy.model_chunks()):
         chunk.load_state_dict(loaded[name])
-    settings = [{k: v for k, v in group.items() if k not in ("params", "step")}
-                for group in policy.optimizer.param_groups]
+    settings = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in policy.optimizer.param_groups]
     policy.optimizer.load_state_dict(loaded["optimizer"])
     for group, values in zip(policy.optimizer.param_groups, settings, strict=True):
         group.update(values)
-    _allocate_adam(policy)                                   # a checkpoint from before the first update holds no step
+    _allocate_adam(policy)  # a checkpoint from before the first update holds no step
     policy.progress = Progress(**manifest["progress"])
     if same_layout:
         _set_random_state(loaded["random"], runtime)
     return manifest["state"]
 
 
-def load_weights(folder: Path, chunks: Sequence[torch.nn.Module], shape: ModelShape,
-                 runtime: Runtime) -> dict[str, Any]:
+def load_weights(folder: Path, chunks: Sequence[torch.nn.Module], shape: ModelShape, runtime: Runtime) -> dict[str, Any]:
     """Fill unwrapped model chunks with a checkpoint's weights, without any optimizer; returns the run's state. Raises
     CheckpointError on all ranks."""
     manifest = _agree(runtime, f"loading {folder}", lambda: _manifest(folder, shape))
@@ -101,12 +105,15 @@ def _manifest(folder: Path, shape: ModelShape, settings: dict[str, Any] | None =
     manifest = folders.read_manifest(folder)
     for field, value in _identity(shape).items():
         if manifest["model"].get(field) != value:
-            raise CheckpointError(f"checkpoint {folder}: is of a model with {field} {manifest['model'].get(field)!r}, "
-                                  f"model.path has {value!r}; give the run another name or the model it began with")
+            raise CheckpointError(
+                f"checkpoint {folder}: is of a model with {field} {manifest['model'].get(field)!r}, "
+                f"model.path has {value!r}; give the run another name or the model it began with"
+            )
     for field, value in (settings or {}).items():
         if manifest["settings"][field] != value:
-            raise CheckpointError(f"checkpoint {folder}: was made with {field}: {manifest['settings'][field]}, now it "
-                                  f"is {value}; set it back")
+            raise CheckpointError(
+                f"checkpoint {folder}: was made with {field}: {manifest['settings'][field]}, now it is {value}; set it back"
+            )
     return manifest
 
 
@@ -117,7 +124,7 @@ def _write(folder: Path, policy: Policy) -> None:
     contents = _contents(policy, loading=False, random_state=True)
     try:
         dist_checkpointing.save(contents, str(folder), InProcessSave())
-    except (CheckpointException, OSError) as e:              # Megatron raises it on all ranks, the cause on rank 0
+    except (CheckpointException, OSError) as e:  # Megatron raises it on all ranks, the cause on rank 0
         failure = e
     _agree(policy.runtime, "writing a checkpoint", lambda: _raise_write_error(folder, failure))
 
@@ -127,7 +134,7 @@ def _read(folder: Path, runtime: Runtime, wanted: dict[str, Any]) -> dict[str, A
     loaded, failure = {}, None
     try:
         loaded = dist_checkpointing.load(wanted, str(folder))
-    except READ_ERRORS as e:                                 # untrusted bytes: unpickling may raise anything
+    except READ_ERRORS as e:  # untrusted bytes: unpickling may raise anything
         failure = folders.broken(folder, _reason(e))
     _agree(runtime, f"loading {folder}", lambda: _raise(failure))
     return loaded
@@ -139,16 +146,25 @@ def _contents(policy: Policy, loading: bool, random_state: bool) -> dict[str, An
     weights = _weights(policy.model_chunks())
     contents = dict(weights)
     with _gathered_positions(policy):
-        contents["optimizer"] = policy.optimizer.sharded_state_dict(weights, is_loading=loading, metadata={
-            # The one format that loads under any layout. Gathered over gloo into host memory, one data rank writes.
-            "distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": True,
-            "chained_optim_avoid_prefix": True})
+        contents["optimizer"] = policy.optimizer.sharded_state_dict(
+            weights,
+            is_loading=loading,
+            metadata={
+                # The one format that loads under any layout. Gathered over gloo into host memory, one data rank writes.
+                "distrib_optim_sharding_type": "fully_reshardable",
+                "distrib_optim_fully_reshardable_mem_efficient": True,
+                "chained_optim_avoid_prefix": True,
+            },
+        )
     if random_state:
         layout = policy.layout
         contents["random"] = ShardedObject(
-            "random", None if loading else _random_state(policy.runtime),
+            "random",
+            None if loading else _random_state(policy.runtime),
             (layout.pipeline, layout.tensor, layout.data * layout.context),
-            (layout.pipeline_rank, layout.tensor_rank, layout.replica), replica_id=0)
+            (layout.pipeline_rank, layout.tensor_rank, layout.replica),
+            replica_id=0,
+        )
     return contents
 
 
@@ -177,7 +193,8 @@ def _gathered_positions(policy: Policy) -> Iterator[None]:
         padding = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
         buffer.param_index_map = {
             parameter: (start - sum(padding[:bucket]), end - sum(padding[:bucket]), bucket)
-            for parameter, (start, end, bucket) in buffer.param_index_map.items()}
+            for parameter, (start, end, bucket) in buffer.param_index_map.items()
+        }
     try:
         yield
     finally:
@@ -204,9 +221,13 @@ def _allocate_adam(policy: Policy) -> None:
 
 
 def _random_state(runtime: Runtime) -> dict[str, Any]:
-    return {"python": random.getstate(), "numpy": numpy.random.get_state(), "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state() if runtime.device.type == "cuda" else None,
-            "megatron": get_cuda_rng_tracker().get_states()}
+    return {
+        "python": random.getstate(),
+        "numpy": numpy.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if runtime.device.type == "cuda" else None,
+        "megatron": get_cuda_rng_tracker().get_states(),
+    }
 
 
 def _set_random_state(state: dict[str, Any], runtime: Runtime) -> None:
@@ -219,8 +240,13 @@ def _set_random_state(state: dict[str, Any], runtime: Runtime) -> None:
 
 
 def _sizes(layout: Layout) -> dict[str, int]:
-    return {"tensor": layout.tensor, "pipeline": layout.pipeline, "data": layout.data, "context": layout.context,
-            "virtual_pipeline": layout.virtual_pipeline or 1}
+    return {
+        "tensor": layout.tensor,
+        "pipeline": layout.pipeline,
+        "data": layout.data,
+        "context": layout.context,
+        "virtual_pipeline": layout.virtual_pipeline or 1,
+    }
 
 
 def _identity(shape: ModelShape) -> dict[str, Any]:
@@ -230,8 +256,10 @@ def _identity(shape: ModelShape) -> dict[str, Any]:
 
 def _settings(policy: Policy) -> dict[str, Any]:
     """What the stored optimizer state depends on."""
-    return {"model.dtype": str(policy.config.model.dtype),
-            "parallel.distributed_optimizer": policy.config.parallel.distributed_optimizer}
+    return {
+        "model.dtype": str(policy.config.model.dtype),
+        "parallel.distributed_optimizer": policy.config.parallel.distributed_optimizer,
+    }
 
 
 def _stored_bytes(policy: Policy) -> int:
@@ -276,8 +304,7 @@ def _raise(failure: Exception | None) -> None:
 def _raise_write_error(folder: Path, failure: BaseException | None) -> None:
     """The cause of a failed write. CheckpointException names it on rank 0 only and is empty on the others."""
     if failure is not None and not (isinstance(failure, CheckpointException) and not failure.failures):
-        raise CheckpointError(f"checkpoint {folder}: can not be written ({_reason(failure)}); make room and start "
-                              f"again")
+        raise CheckpointError(f"checkpoint {folder}: can not be written ({_reason(failure)}); make room and start again")
 
 
 def _reason(error: BaseException) -> str:

@@ -8,6 +8,7 @@
 A checkpoint's `manifest.json` holds the run's state, what the checkpoint was made from and the size of every file. Only
 one process (rank 0) writes here. No torch.
 """
+
 from __future__ import annotations
 
 import json
@@ -42,8 +43,11 @@ def complete(directory: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     if not directory.is_dir():
         return []
-    found = [(int(match[1]), path) for path in directory.iterdir()
-             if (match := _COMPLETE.fullmatch(path.name)) and (path / MANIFEST).is_file()]
+    found = [
+        (int(match[1]), path)
+        for path in directory.iterdir()
+        if (match := _COMPLETE.fullmatch(path.name)) and (path / MANIFEST).is_file()
+    ]
     return [path for _, path in sorted(found)]
 
 
@@ -73,8 +77,10 @@ def offer_best(directory: Path, step: int, accuracy: float, questions: int, aske
     better = before is None or before["asked"] != asked or accuracy > before["accuracy"]
     if not better or folder_of(directory, step) not in complete(directory):
         return False
-    _write(directory / f".{BEST}", json.dumps({"step": step, "accuracy": accuracy, "questions": questions,
-                                               "asked": asked}) + "\n")
+    _write(
+        directory / f".{BEST}",
+        json.dumps({"step": step, "accuracy": accuracy, "questions": questions, "asked": asked}) + "\n",
+    )
     (directory / f".{BEST}").replace(directory / BEST)
     return True
 
@@ -86,8 +92,10 @@ def _marked(directory: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"checkpoint {directory / BEST}: can not be read ({error}); remove it, the best one is then "
-                              f"chosen among those to come") from None
+        raise CheckpointError(
+            f"checkpoint {directory / BEST}: can not be read ({error}); remove it, the best one is then "
+            f"chosen among those to come"
+        ) from None
 
 
 def begin(directory: Path, step: int, needed_bytes: int) -> Path:
@@ -98,8 +106,10 @@ def begin(directory: Path, step: int, needed_bytes: int) -> Path:
         shutil.rmtree(leftover)
     free = shutil.disk_usage(directory).free
     if free < needed_bytes:
-        raise CheckpointError(f"checkpoint {folder_of(directory, step)}: needs {needed_bytes / 2**30:.2f} GiB, "
-                              f"{free / 2**30:.2f} GiB are free; make room or lower checkpoint.keep")
+        raise CheckpointError(
+            f"checkpoint {folder_of(directory, step)}: needs {needed_bytes / 2**30:.2f} GiB, "
+            f"{free / 2**30:.2f} GiB are free; make room or lower checkpoint.keep"
+        )
     partial = partial_of(directory, step)
     partial.mkdir()
     return partial
@@ -120,17 +130,17 @@ def publish(partial: Path, step: int, contents: Mapping[str, Any], keep: int) ->
         _flush(partial / name)
     _flush(partial)
     folder, kept = folder_of(directory, step), best(directory)
-    if kept and kept >= folder:                      # of a past that is gone: this step is done anew
+    if kept and kept >= folder:  # of a past that is gone: this step is done anew
         (directory / BEST).unlink()
-    _delete(folder)                                  # of an earlier attempt at the same step
+    _delete(folder)  # of an earlier attempt at the same step
     partial.rename(folder)
     _write(directory / f".{LATEST}", folder.name + "\n")
     (directory / f".{LATEST}").replace(directory / LATEST)
     _flush(directory)
     everything = complete(directory)
     here = everything.index(folder)
-    older = [other for other in everything[:max(0, here + 1 - keep)] if other != kept]
-    for other in older + everything[here + 1:]:
+    older = [other for other in everything[: max(0, here + 1 - keep)] if other != kept]
+    for other in older + everything[here + 1 :]:
         _delete(other)
     return folder
 
@@ -140,8 +150,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
-            raise CheckpointError(f"checkpoint {folder}: has format {manifest['format']}, this version reads {FORMAT}; "
-                                  f"continue it with the version that wrote it")
+            raise CheckpointError(
+                f"checkpoint {folder}: has format {manifest['format']}, this version reads {FORMAT}; "
+                f"continue it with the version that wrote it"
+            )
         for name, size in manifest["files"].items():
             found = (folder / name).stat().st_size if (folder / name).is_file() else None
             if found != size:

@@ -3,6 +3,7 @@
 Megatron forks its writers and starts a manager process that outlives the save. Rank 0 holds Ray's threads, which a fork
 does not survive in order, and a run must leave no process behind.
 """
+
 from __future__ import annotations
 
 import queue
@@ -20,9 +21,9 @@ class InProcessSave(TorchDistSaveShardedStrategy):
         super().__init__("torch_dist", 1, thread_count=1)
 
     def async_save(self, sharded_state_dict, checkpoint_dir):
-        filesystem_async._results_queue = queue.Queue()              # what would be the manager process's queue
+        filesystem_async._results_queue = queue.Queue()  # what would be the manager process's queue
         request = super().async_save(sharded_state_dict, checkpoint_dir)
-        if request.async_fn is None:                                 # nothing to write on this rank
+        if request.async_fn is None:  # nothing to write on this rank
             return request
         transforms, _ = request.async_fn.args
         return request._replace(async_fn=partial(_write_files, transforms))
@@ -34,8 +35,9 @@ def _write_files(transforms: list, rank: int, buckets: list, results: queue.Queu
     for number, bucket in enumerate(buckets):
         outcome, running = queue.Queue(), queue.Queue()
         running.put(number)
-        filesystem_async.FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, outcome, running,
-                                                                    use_fsync=True)
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+            transforms, number, bucket, outcome, running, use_fsync=True
+        )
         _, written[number] = outcome.get_nowait()
         if isinstance(written[number], Exception):
             results.put(written[number])

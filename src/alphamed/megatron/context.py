@@ -4,6 +4,7 @@ for a part of the heads (DeepSpeed-Ulysses, arXiv 2309.14509).
 One exchange before and one after attention. In between a rank sees the whole row, so segments, shared prompts and stems mean
 what they mean on a single rank, and every rank has the same work whatever the row is made of.
 """
+
 from __future__ import annotations
 
 import torch
@@ -28,14 +29,14 @@ def rows_for_heads(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup) ->
     size = group.size()
     if k.shape[1] < size:
         k, v = (x.repeat_interleave(size // k.shape[1], 1) for x in (k, v))
-    parts = [x.unflatten(1, (size, -1)) for x in (q, k, v)]                  # [T/C, C, heads/C, d]
-    sent = torch.cat(parts, 2).transpose(0, 1)                              # first by receiver
+    parts = [x.unflatten(1, (size, -1)) for x in (q, k, v)]  # [T/C, C, heads/C, d]
+    sent = torch.cat(parts, 2).transpose(0, 1)  # first by receiver
     return _exchange(sent, group).flatten(0, 1).split([x.shape[2] for x in parts], 1)
 
 
 def heads_for_rows(out: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The way back: [T, heads/C, d] of this rank's heads -> [T/C, heads, d] of its tokens."""
-    sent = out.unflatten(0, (group.size(), -1))                             # [C, T/C, heads/C, d], first by receiver
+    sent = out.unflatten(0, (group.size(), -1))  # [C, T/C, heads/C, d], first by receiver
     return _exchange(sent, group).transpose(0, 1).flatten(1, 2)
 
 
@@ -56,9 +57,9 @@ class _GatherTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx, own, counts, group):
         rank = group.rank()
-        ctx.rows = slice(sum(counts[:rank]), sum(counts[:rank + 1]))
+        ctx.rows = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
         padded = own.new_zeros(max(counts), *own.shape[1:])
-        padded[:len(own)] = own
+        padded[: len(own)] = own
         found = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(found, padded, group=group)
         return torch.cat([part[:count] for part, count in zip(found, counts, strict=True)])

@@ -1,4 +1,5 @@
 """Megatron's GPTModel over packed rows, whose last stage returns log-probs and entropy in place of logits or a loss."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -12,17 +13,18 @@ from torch import Tensor
 from alphamed.megatron.attention import PackedRow, packed_sequences, rotary_frequencies
 from alphamed.megatron.context import gather_tokens, own_part
 from alphamed.megatron.logprobs import VocabShard, label_logprobs
-from alphamed.model import ModelShape
+from alphamed.model.shape import ModelShape
 from alphamed.records import MicroBatch
 
 
 @dataclass(frozen=True, slots=True)
 class HeadOptions:
     """How log-probs are computed from the last hidden states."""
+
     temperature: float
     chunk_tokens: int
-    vocab: int                     # real tokens, without padding columns
-    fused_attention: bool          # Transformer Engine's attention: rows of whole sequences, no shared prompts
+    vocab: int  # real tokens, without padding columns
+    fused_attention: bool  # Transformer Engine's attention: rows of whole sequences, no shared prompts
 
 
 class PolicyModel(GPTModel):
@@ -40,8 +42,14 @@ class PolicyModel(GPTModel):
 
     def forward(self, micro: MicroBatch) -> Tensor | tuple[Tensor, Tensor]:
         part = self._part(micro)
-        output = super().forward(micro.tokens[None, part], None, None, labels=micro.labels[part], loss_mask=micro.mask[part],
-                                 packed_seq_params=self._packed(micro, part))
+        output = super().forward(
+            micro.tokens[None, part],
+            None,
+            None,
+            labels=micro.labels[part],
+            loss_mask=micro.mask[part],
+            packed_seq_params=self._packed(micro, part),
+        )
         return self._of_all_parts(*output, micro) if self.post_process and self.config.context_parallel_size > 1 else output
 
     def logits(self, micro: MicroBatch) -> Tensor:
@@ -73,20 +81,33 @@ class PolicyModel(GPTModel):
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
             # The gradient that label_logprobs returns is complete on every rank: take this rank's slice, sum nothing.
-            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False,
-                                                                 group=group)
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=group
+            )
         rows = loss_mask.nonzero()[:, 0]
-        weight = (self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights
-                  else self.output_layer.weight)
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
         shard = VocabShard.of(group, len(weight), self.head.vocab)
-        return label_logprobs(hidden_states[:, 0].index_select(0, rows), weight, labels.index_select(0, rows), shard,
-                              self.head.temperature, self.head.chunk_tokens)
+        return label_logprobs(
+            hidden_states[:, 0].index_select(0, rows),
+            weight,
+            labels.index_select(0, rows),
+            shard,
+            self.head.temperature,
+            self.head.chunk_tokens,
+        )
 
 
 def to_device(micro: MicroBatch, device: torch.device) -> MicroBatch:
     """The micro-batch with its tensors on `device` (itself where they are already)."""
     if micro.tokens.device == device:
         return micro
-    moved = {name: value.to(device, non_blocking=True) for name in MicroBatch.__slots__
-             if isinstance(value := getattr(micro, name), Tensor)}
+    moved = {
+        name: value.to(device, non_blocking=True)
+        for name in MicroBatch.__slots__
+        if isinstance(value := getattr(micro, name), Tensor)
+    }
     return replace(micro, **moved)

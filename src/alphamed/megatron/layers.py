@@ -4,6 +4,7 @@ On a CPU whatever is not a matrix product is bound by memory, and torch's compos
 activations many times. RMSNorm and SwiGLU are written here with few passes, forward and backward: at the 135M shape they
 take half the time.
 """
+
 from __future__ import annotations
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor
 from alphamed.megatron.attention import SegmentAttention
 
 
-def layers_spec(config: TransformerConfig, transformer_engine: bool, fused_attention: bool,
-                virtual_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
+def layers_spec(
+    config: TransformerConfig, transformer_engine: bool, fused_attention: bool, virtual_stage: int | None
+) -> ModuleSpec | TransformerBlockSubmodules:
     """What Megatron builds its decoder from. `fused_attention`: Transformer Engine's, which can not share prompts."""
     if transformer_engine:
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
@@ -30,7 +32,7 @@ def layers_spec(config: TransformerConfig, transformer_engine: bool, fused_atten
     attention.core_attention = SegmentAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    parts.mlp.submodules.activation_func = SwiGlu           # taken because of config.use_te_activation_func
+    parts.mlp.submodules.activation_func = SwiGlu  # taken because of config.use_te_activation_func
     count = get_num_layers_to_build(config, vp_stage=virtual_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
 
@@ -40,9 +42,10 @@ class RMSNorm(torch.nn.Module):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype,
-                                                    device=torch.cuda.current_device()))
-        self.weight.sequence_parallel = config.sequence_parallel        # Megatron then sums its gradient over tensor ranks
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
+        self.weight.sequence_parallel = config.sequence_parallel  # Megatron then sums its gradient over tensor ranks
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,7 +97,7 @@ class _SwiGlu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        gate_up, = ctx.saved_tensors
+        (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, -1)
         d_gate_up = torch.empty_like(gate_up)
         d_gate, d_up = d_gate_up.chunk(2, -1)

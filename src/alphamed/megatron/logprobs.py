@@ -4,6 +4,7 @@ The output projection is part of it, so that logits exist only at the asked-for 
 the softmax and then into the gradient in place. Columns that pad the vocabulary to a multiple of the tensor ranks are left
 out of the product: they have no probability, no entropy and no gradient.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -20,9 +21,10 @@ SOFTMAX_ROWS = {"cpu": 32, "cuda": 1024}
 @dataclass(frozen=True, slots=True)
 class VocabShard:
     """Which part of the vocabulary this rank holds."""
-    group: dist.ProcessGroup | None     # the tensor ranks; None for a single one
-    first: int                          # id of the first local column
-    valid: int                          # local columns that are real tokens, the rest is padding
+
+    group: dist.ProcessGroup | None  # the tensor ranks; None for a single one
+    first: int  # id of the first local column
+    valid: int  # local columns that are real tokens, the rest is padding
 
     @classmethod
     def of(cls, group: dist.ProcessGroup, columns: int, vocab: int) -> VocabShard:
@@ -33,8 +35,9 @@ class VocabShard:
         return cls(group if dist.get_world_size(group) > 1 else None, first, valid)
 
 
-def label_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabShard, temperature: float,
-                   chunk_tokens: int = 0) -> tuple[Tensor, Tensor]:
+def label_logprobs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabShard, temperature: float, chunk_tokens: int = 0
+) -> tuple[Tensor, Tensor]:
     """Log-probs of `labels` under softmax(hidden @ weight.T / temperature), and the entropy of that distribution.
 
     hidden [n, H], weight [V, H] (this rank's rows), labels [n] int64 -> log-probs [n] float32, entropy [n] float32. The
@@ -52,7 +55,7 @@ class _LabelLogprobs(torch.autograd.Function):
         local = labels - shard.first
         here = (local >= 0) & (local < shard.valid)
         local = local.clamp(0, shard.valid - 1)
-        stats = hidden.new_empty(4, len(hidden), dtype=torch.float32)       # maximum, log-sum-exp, mean logit, label's logit
+        stats = hidden.new_empty(4, len(hidden), dtype=torch.float32)  # maximum, log-sum-exp, mean logit, label's logit
         kept = None
         for rows in _chunks(len(hidden), chunk_tokens):
             kept = _logits(hidden[rows], weight, shard, temperature)
@@ -75,13 +78,13 @@ class _LabelLogprobs(torch.autograd.Function):
         d_hidden, weight_gradient = torch.empty_like(hidden), _WeightGradient(weight)
         for rows in _chunks(len(hidden), ctx.chunk_tokens):
             if ctx.whole:
-                d_logits = kept[0].mul_((-grad * (top - lse).exp())[:, None])       # -grad * softmax
+                d_logits = kept[0].mul_((-grad * (top - lse).exp())[:, None])  # -grad * softmax
             else:
                 d_logits = _logits(hidden[rows], weight, shard, ctx.temperature)
                 d_logits.sub_(lse[rows, None]).exp_().mul_(-grad[rows, None])
             d_logits.scatter_add_(1, local[rows, None], (grad[rows] * here[rows])[:, None])
             d_logits = d_logits.to(weight.dtype)
-            torch.mm(d_logits, weight[:shard.valid], out=d_hidden[rows])
+            torch.mm(d_logits, weight[: shard.valid], out=d_hidden[rows])
             weight_gradient.add(d_logits, hidden[rows])
         if shard.group is not None:
             dist.all_reduce(d_hidden, group=shard.group)
@@ -98,7 +101,7 @@ class _WeightGradient:
 
     def add(self, d_logits: Tensor, hidden: Tensor) -> None:
         """Add d_logits.T @ hidden to the rows of real tokens."""
-        rows = self.total[:d_logits.shape[1]]
+        rows = self.total[: d_logits.shape[1]]
         if rows.dtype == hidden.dtype:
             rows.addmm_(d_logits.t(), hidden)
         else:
@@ -119,7 +122,7 @@ def _chunks(n: int, size: int) -> list[slice]:
 
 
 def _logits(hidden: Tensor, weight: Tensor, shard: VocabShard, temperature: float) -> Tensor:
-    logits = torch.mm(hidden, weight[:shard.valid].t()).float()
+    logits = torch.mm(hidden, weight[: shard.valid].t()).float()
     return logits if temperature == 1 else logits.div_(temperature)
 
 

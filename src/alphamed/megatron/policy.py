@@ -1,4 +1,5 @@
 """The policy that is trained and the frozen reference: log-probs of a batch, and updates from it."""
+
 from __future__ import annotations
 
 import contextlib
@@ -14,14 +15,14 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
 
 from alphamed.batching import attach
-from alphamed.config import Config
-from alphamed.config_choices import ReferencePlace
+from alphamed.config.choices import ReferencePlace
+from alphamed.config.schema import Config
 from alphamed.megatron import provider
 from alphamed.megatron.gpt import PolicyModel
 from alphamed.megatron.runtime import Runtime, memory_metrics
 from alphamed.megatron.step import Sums, apply_gradients, forward_backward, forward_logprobs, learning_rate
 from alphamed.megatron.swapping import SwappedWeights
-from alphamed.model import ModelShape
+from alphamed.model.shape import ModelShape
 from alphamed.records import Batch, Layout, MicroBatch, Segment
 
 UpdateStats = dict[str, float]
@@ -34,15 +35,23 @@ class UpdateError(RuntimeError):
 @dataclass(slots=True)
 class Progress:
     """What of the training goes on beside weights and optimizer state; part of a checkpoint."""
-    steps: int = 0                     # calls of Policy.update: sets the learning rate
-    skipped_in_a_row: int = 0          # updates without a finite gradient, up to now
+
+    steps: int = 0  # calls of Policy.update: sets the learning rate
+    skipped_in_a_row: int = 0  # updates without a finite gradient, up to now
 
 
 class Policy:
     """A Megatron model with gradients and optimizer, spread over all trainer ranks. Every rank calls every method."""
 
-    def __init__(self, config: Config, shape: ModelShape, runtime: Runtime, chunks: list[PolicyModel],
-                 wrapped: list[DistributedDataParallel], optimizer: ChainedOptimizer) -> None:
+    def __init__(
+        self,
+        config: Config,
+        shape: ModelShape,
+        runtime: Runtime,
+        chunks: list[PolicyModel],
+        wrapped: list[DistributedDataParallel],
+        optimizer: ChainedOptimizer,
+    ) -> None:
         self.config, self.shape, self.runtime = config, shape, runtime
         self.optimizer, self.progress = optimizer, Progress()
         self._chunks, self._wrapped = chunks, wrapped
@@ -80,9 +89,11 @@ class Policy:
         finite gradient. Not part of `update`, so that the bad step is recorded and its batch kept before the run ends."""
         skipped, limit = self.progress.skipped_in_a_row, self.config.optimizer.max_skipped_steps
         if skipped > limit:
-            raise UpdateError(f"training step {self.progress.steps}: the gradient was not finite in {skipped} updates in a "
-                              f"row (optimizer.max_skipped_steps is {limit}); lower optimizer.lr or look at the step's "
-                              f"batch in dumps/")
+            raise UpdateError(
+                f"training step {self.progress.steps}: the gradient was not finite in {skipped} updates in a "
+                f"row (optimizer.max_skipped_steps is {limit}); lower optimizer.lr or look at the step's "
+                f"batch in dumps/"
+            )
 
     def _largest(self, value: float) -> float:
         """The largest of the ranks' values, on every rank."""
@@ -97,7 +108,7 @@ class Policy:
             chunk.head = replace(head, temperature=1.0)
         try:
             row = _plain_row(tokens, self.layout.token_multiple)
-            found, = forward_logprobs(self._wrapped, [row], self.layout, self.runtime.device)
+            (found,) = forward_logprobs(self._wrapped, [row], self.layout, self.runtime.device)
         finally:
             for chunk, head in zip(self._chunks, heads, strict=True):
                 chunk.head = head
@@ -179,10 +190,16 @@ def _plain_row(tokens: Sequence[int], multiple: int) -> MicroBatch:
     mask = torch.arange(length + padding) < length
     none = torch.zeros(length + padding)
     return MicroBatch(
-        tokens=torch.tensor([*tokens[:-1], *[0] * padding]), labels=torch.tensor([*tokens[1:], *[0] * padding]),
-        positions=torch.cat([torch.arange(length), torch.arange(padding)]), mask=mask, sequence=mask.long() - 1,
-        rollout_logprobs=none, advantages=none, samples=((0, 0),),
-        segments=(Segment(length), Segment(padding)) if padding else (Segment(length),))
+        tokens=torch.tensor([*tokens[:-1], *[0] * padding]),
+        labels=torch.tensor([*tokens[1:], *[0] * padding]),
+        positions=torch.cat([torch.arange(length), torch.arange(padding)]),
+        mask=mask,
+        sequence=mask.long() - 1,
+        rollout_logprobs=none,
+        advantages=none,
+        samples=((0, 0),),
+        segments=(Segment(length), Segment(padding)) if padding else (Segment(length),),
+    )
 
 
 def _statistics(sums: Sequence[Sums], norms: Sequence[float | None], lr: float, seconds: float) -> UpdateStats:

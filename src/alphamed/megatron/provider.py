@@ -2,6 +2,7 @@
 
 Megatron's own configuration objects are built here and nowhere else.
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -14,12 +15,12 @@ from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megat
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
-from alphamed.config import Config
-from alphamed.config_choices import Dtype, Recompute
+from alphamed.config.choices import Dtype, Recompute
+from alphamed.config.schema import Config
 from alphamed.megatron.gpt import HeadOptions, PolicyModel
 from alphamed.megatron.layers import layers_spec
 from alphamed.megatron.runtime import Runtime, pick_device
-from alphamed.model import ModelShape
+from alphamed.model.shape import ModelShape
 from alphamed.records import Layout
 
 RECOMPUTE = {
@@ -44,32 +45,54 @@ def transformer_config(config: Config, shape: ModelShape, layout: Layout) -> Tra
     dtype = torch.bfloat16 if config.model.dtype == Dtype.BF16 else torch.float32
     fused = transformer_engine_active(config)
     return TransformerConfig(
-        num_layers=shape.layers, hidden_size=shape.hidden, ffn_hidden_size=shape.ffn,
-        num_attention_heads=shape.heads, num_query_groups=shape.kv_heads, kv_channels=shape.head_dim,
-        normalization="RMSNorm", layernorm_epsilon=shape.norm_eps, qk_layernorm=shape.qk_norm,
-        gated_linear_unit=True, activation_func=F.silu, add_bias_linear=False, add_qkv_bias=shape.qkv_bias,
-        hidden_dropout=0.0, attention_dropout=0.0,
-        params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
-        tensor_model_parallel_size=layout.tensor, pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual_pipeline, sequence_parallel=layout.sequence_parallel,
+        num_layers=shape.layers,
+        hidden_size=shape.hidden,
+        ffn_hidden_size=shape.ffn,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.kv_heads,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_eps,
+        qk_layernorm=shape.qk_norm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        sequence_parallel=layout.sequence_parallel,
         context_parallel_size=layout.context,
         # Packed rows differ in length, so stages announce shapes to one another. Megatron couples this to a dispatcher of
         # mixture-of-experts tokens even in dense models.
-        variable_seq_lengths=layout.pipeline > 1, moe_token_dispatcher_type="alltoall",
+        variable_seq_lengths=layout.pipeline > 1,
+        moe_token_dispatcher_type="alltoall",
         # The interleaved schedule with batched point-to-point is silently wrong over gloo (loss off by 0.13).
-        overlap_p2p_comm=layout.virtual_pipeline is not None, batch_p2p_comm=layout.virtual_pipeline is None,
+        overlap_p2p_comm=layout.virtual_pipeline is not None,
+        batch_p2p_comm=layout.virtual_pipeline is None,
         # Megatron frees a stage's output while its overlapped send may be under way. On CUDA the allocator keeps the memory
         # until the stream is through; gloo's thread, held up on busy cores, sends whatever stands there then.
         deallocate_pipeline_outputs=layout.pipeline > 1 and not (layout.virtual_pipeline and pick_device(config) == "cpu"),
         # Megatron must divide by neither micro-batches nor data ranks: step.py divides, once.
         calculate_per_token_loss=True,
-        gradient_accumulation_fusion=_adds_weight_gradients(config), masked_softmax_fusion=False,
-        persist_layer_norm=False, apply_rope_fusion=False, bias_dropout_fusion=fused, bias_activation_fusion=fused,
-        use_te_activation_func=not fused,       # has nothing to do with TE: MLPs take the activation named in layers.py
+        gradient_accumulation_fusion=_adds_weight_gradients(config),
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+        bias_dropout_fusion=fused,
+        bias_activation_fusion=fused,
+        use_te_activation_func=not fused,  # has nothing to do with TE: MLPs take the activation named in layers.py
         # scales of the values at hand: delayed ones follow earlier batches, are 1 at the start, where gradients divided by a
         # million tokens would vanish, and would have to be kept with checkpoints
-        fp8="hybrid" if config.model.fp8 else None, fp8_recipe="tensorwise",
-        **RECOMPUTE[config.parallel.recompute])
+        fp8="hybrid" if config.model.fp8 else None,
+        fp8_recipe="tensorwise",
+        **RECOMPUTE[config.parallel.recompute],
+    )
 
 
 def build_model(config: Config, shape: ModelShape, runtime: Runtime) -> list[PolicyModel]:
@@ -86,11 +109,22 @@ def build_model(config: Config, shape: ModelShape, runtime: Runtime) -> list[Pol
         virtual = stage if layout.virtual_pipeline else None
         first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual)
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual)
-        chunks.append(PolicyModel(
-            megatron, layers_spec(megatron, fused, fused_attention, virtual), padded_vocab(shape.vocab, layout.tensor),
-            shape.max_positions, pre_process=first, post_process=last, parallel_output=True,
-            share_embeddings_and_output_weights=shape.tied, vp_stage=virtual, shape=shape, head=head,
-            position_embedding_type="rope" if fused_attention else "none").to(runtime.device))
+        chunks.append(
+            PolicyModel(
+                megatron,
+                layers_spec(megatron, fused, fused_attention, virtual),
+                padded_vocab(shape.vocab, layout.tensor),
+                shape.max_positions,
+                pre_process=first,
+                post_process=last,
+                parallel_output=True,
+                share_embeddings_and_output_weights=shape.tied,
+                vp_stage=virtual,
+                shape=shape,
+                head=head,
+                position_embedding_type="rope" if fused_attention else "none",
+            ).to(runtime.device)
+        )
     return chunks
 
 
@@ -103,11 +137,15 @@ def wrap_gradients(config: Config, chunks: list[PolicyModel]) -> list[Distribute
     """Chunks with FP32 gradient buffers that are summed over data ranks."""
     p = config.parallel
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, overlap_grad_reduce=p.overlap_grad_reduce,
-        use_distributed_optimizer=p.distributed_optimizer)
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=p.overlap_grad_reduce,
+        use_distributed_optimizer=p.distributed_optimizer,
+    )
     # Later chunks of a rank reduce their gradients in one bucket: they are never on the critical path.
-    wrapped = [DistributedDataParallel(chunks[0].config, settings, chunk, disable_bucketing=i > 0)
-               for i, chunk in enumerate(wrap_precision(chunks))]
+    wrapped = [
+        DistributedDataParallel(chunks[0].config, settings, chunk, disable_bucketing=i > 0)
+        for i, chunk in enumerate(wrap_precision(chunks))
+    ]
     megatron = chunks[0].config
     if p.overlap_grad_reduce:
         megatron.no_sync_func = [w.no_sync for w in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
@@ -120,14 +158,25 @@ def build_optimizer(config: Config, wrapped: list[DistributedDataParallel]) -> C
     now: after loading other weights call `reload_model_params`."""
     o = config.optimizer
     bf16 = config.model.dtype == Dtype.BF16
-    optimizer = get_megatron_optimizer(OptimizerConfig(
-        optimizer="adam", lr=o.lr, min_lr=o.min_lr, weight_decay=o.weight_decay, adam_beta1=o.betas[0],
-        adam_beta2=o.betas[1], adam_eps=o.eps, clip_grad=o.clip_grad, bf16=bf16,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        use_distributed_optimizer=config.parallel.distributed_optimizer), wrapped)
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=o.lr,
+            min_lr=o.min_lr,
+            weight_decay=o.weight_decay,
+            adam_beta1=o.betas[0],
+            adam_beta2=o.betas[1],
+            adam_eps=o.eps,
+            clip_grad=o.clip_grad,
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            use_distributed_optimizer=config.parallel.distributed_optimizer,
+        ),
+        wrapped,
+    )
     for group in optimizer.param_groups:
-        group["weight_decay"] = o.weight_decay * group["wd_mult"]       # which Megatron leaves to its scheduler
-        if "fused" in group:            # torch's AdamW: one pass over memory in place of ten
+        group["weight_decay"] = o.weight_decay * group["wd_mult"]  # which Megatron leaves to its scheduler
+        if "fused" in group:  # torch's AdamW: one pass over memory in place of ten
             group["fused"] = True
     return optimizer
 

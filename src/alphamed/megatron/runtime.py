@@ -1,4 +1,5 @@
 """Process groups, device, threads and seeds of a trainer rank; the only place of the trainer that picks a backend."""
+
 from __future__ import annotations
 
 import os
@@ -10,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from alphamed.cluster.hardware import trainer_threads
-from alphamed.config import Config
-from alphamed.config_choices import Device
+from alphamed.config.choices import Device
+from alphamed.config.schema import Config
 from alphamed.errors import ConfigError
 from alphamed.records import Layout
 
@@ -22,6 +23,7 @@ SHARED_DEVICES = "NCCL_MULTI_RANK_GPU_ENABLE"
 @dataclass(frozen=True, slots=True)
 class Runtime:
     """Where this rank stands. `cpu_group` is a gloo group over all ranks, for CPU tensors and small messages."""
+
     layout: Layout
     device: torch.device
     rank: int
@@ -32,17 +34,20 @@ class Runtime:
 def start(config: Config) -> Runtime:
     """Join the ranks that torchrun started (or stand alone without torchrun) and build Megatron's process groups.
 
-    Default process group: made here unless the caller has made it. Raises ConfigError when the number of ranks does not fit the layout or the device is not there.
+    Default process group: made here unless the caller has made it. Raises ConfigError when the number of ranks does
+    not fit the layout or the device is not there.
     """
     device = _device(config)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world != config.parallel.world:
         p = config.parallel
-        raise ConfigError(f"parallel: {p.axes()} needs {p.world} ranks, "
-                          f"{world} are present; change the layout or the number of ranks")
+        raise ConfigError(
+            f"parallel: {p.axes()} needs {p.world} ranks, {world} are present; change the layout or the number of ranks"
+        )
     torch.set_num_threads(trainer_threads(config, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), device.type == "cuda"))
     if device.type == "cpu":
         from megatron_patches.apply import apply
+
         apply()
     if not dist.is_initialized():
         _join(config, device, rank, world)
@@ -54,6 +59,7 @@ def start(config: Config) -> Runtime:
 def stop(runtime: Runtime) -> None:
     """Leave all process groups. Every rank calls it."""
     from megatron.core import parallel_state
+
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 
@@ -71,8 +77,10 @@ def pick_device(config: Config) -> str:
     if asked == Device.CUDA and not present:
         raise ConfigError("cluster.device: cuda, but torch finds no CUDA device; set it to auto or cpu")
     if asked == Device.CPU and present:
-        raise ConfigError("cluster.device: cpu, but this machine has CUDA, where Megatron-Core's CPU patches must not be "
-                          "applied; set it to auto or start with CUDA_VISIBLE_DEVICES=")
+        raise ConfigError(
+            "cluster.device: cpu, but this machine has CUDA, where Megatron-Core's CPU patches must not be "
+            "applied; set it to auto or start with CUDA_VISIBLE_DEVICES="
+        )
     return "cuda" if present else "cpu"
 
 
@@ -83,8 +91,10 @@ def _device(config: Config) -> torch.device:
     if os.environ.get(SHARED_DEVICES) == "1":
         local %= torch.cuda.device_count()
     if local >= torch.cuda.device_count():
-        raise ConfigError(f"cluster.gpus_per_node: local rank {local} has no GPU ({torch.cuda.device_count()} present); "
-                          f"start fewer ranks on this node")
+        raise ConfigError(
+            f"cluster.gpus_per_node: local rank {local} has no GPU ({torch.cuda.device_count()} present); "
+            f"start fewer ranks on this node"
+        )
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
 
@@ -99,17 +109,29 @@ def _join(config: Config, device: torch.device, rank: int, world: int) -> None:
 
 
 def _model_parallel(config: Config) -> Layout:
-    from megatron.core import parallel_state as groups
-    from megatron.core import tensor_parallel
+    from megatron.core import parallel_state as groups, tensor_parallel
 
     p = config.parallel
-    groups.initialize_model_parallel(p.tensor, p.pipeline, p.virtual_pipeline, context_parallel_size=p.context,
-                                     distributed_timeout_minutes=max(1, round(config.cluster.rank_timeout_s / 60)))
-    layout = Layout(p.tensor, p.pipeline, p.data, p.virtual_pipeline, p.sequence,
-                    tensor_rank=groups.get_tensor_model_parallel_rank(),
-                    pipeline_rank=groups.get_pipeline_model_parallel_rank(),
-                    data_rank=groups.get_data_parallel_rank(), context=p.context,
-                    context_rank=groups.get_context_parallel_rank(), part_multiple=config.part_multiple)
+    groups.initialize_model_parallel(
+        p.tensor,
+        p.pipeline,
+        p.virtual_pipeline,
+        context_parallel_size=p.context,
+        distributed_timeout_minutes=max(1, round(config.cluster.rank_timeout_s / 60)),
+    )
+    layout = Layout(
+        p.tensor,
+        p.pipeline,
+        p.data,
+        p.virtual_pipeline,
+        p.sequence,
+        tensor_rank=groups.get_tensor_model_parallel_rank(),
+        pipeline_rank=groups.get_pipeline_model_parallel_rank(),
+        data_rank=groups.get_data_parallel_rank(),
+        context=p.context,
+        context_rank=groups.get_context_parallel_rank(),
+        part_multiple=config.part_multiple,
+    )
     # Another stream of random numbers per pipeline stage, the same on data and context ranks, which must start from equal
     # weights.
     seed = config.run.seed + 100 * layout.pipeline_rank

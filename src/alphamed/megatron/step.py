@@ -3,6 +3,7 @@
 The loss of a mini-batch is its weighted sum over all tokens of all data ranks, divided here, once, by the global count
 known before the backward pass. So neither micro-batches, data ranks, stages nor packing change it.
 """
+
 from __future__ import annotations
 
 import math
@@ -20,8 +21,8 @@ from torch import Tensor
 
 from alphamed.algorithms.correction import importance_weights
 from alphamed.algorithms.loss import kl_penalty, normalizer, policy_loss, token_weights, weighted_sum
-from alphamed.config import Config
-from alphamed.config_choices import Correction, Schedule
+from alphamed.config.choices import Correction, Schedule
+from alphamed.config.schema import Config
 from alphamed.megatron.gpt import to_device
 from alphamed.records import Layout, MicroBatch, MiniBatch, Segment
 
@@ -29,15 +30,16 @@ from alphamed.records import Layout, MicroBatch, MiniBatch, Segment
 @dataclass(slots=True)
 class Sums:
     """Sums over response tokens (the last two: maxima), added up over micro-batches and data ranks."""
-    loss: float = 0.0                # divided by the normaliser already
+
+    loss: float = 0.0  # divided by the normaliser already
     tokens: float = 0.0
     kl: float = 0.0
     entropy: float = 0.0
     clipped: float = 0.0
     ratio: float = 0.0
-    drift: float = 0.0               # KL(old policy || policy)
-    logprob_diff: float = 0.0        # |trainer's old - rollout's|
-    corrected: float = 0.0           # tokens whose importance weight was cut or masked
+    drift: float = 0.0  # KL(old policy || policy)
+    logprob_diff: float = 0.0  # |trainer's old - rollout's|
+    corrected: float = 0.0  # tokens whose importance weight was cut or masked
     logprob_diff_max: float = 0.0
     ratio_max: float = 0.0
 
@@ -54,7 +56,9 @@ SUM_NAMES = tuple(f.name for f in fields(Sums))
 
 
 # ------------------------------------------------------------------------------------------------------------------- loss
-def micro_loss(micro: MicroBatch, logprobs: Tensor, entropy: Tensor, divisor: float, config: Config) -> tuple[Tensor, Tensor]:
+def micro_loss(
+    micro: MicroBatch, logprobs: Tensor, entropy: Tensor, divisor: float, config: Config
+) -> tuple[Tensor, Tensor]:
     """The micro-batch's share of the mini-batch's loss, and its Sums as [n] float64.
 
     logprobs, entropy: [n] float32 at the response tokens, in row order. divisor: the mini-batch's global normaliser.
@@ -67,7 +71,9 @@ def micro_loss(micro: MicroBatch, logprobs: Tensor, entropy: Tensor, divisor: fl
     correction, cut = None, logprobs.new_zeros(())
     if config.correction != Correction.NONE:
         correction, cut = importance_weights(old, rollout, sequence, config.correction, a.correction_floor, a.correction_cap)
-    terms = policy_loss(logprobs, old, micro.advantages[mask], weights, sequence, a.loss, a.clip_low, a.clip_high, correction)
+    terms = policy_loss(
+        logprobs, old, micro.advantages[mask], weights, sequence, a.loss, a.clip_low, a.clip_high, correction
+    )
     total, kl_sum = terms.loss_sum, logprobs.new_zeros(())
     if micro.reference_logprobs is not None:
         kl = kl_penalty(logprobs, micro.reference_logprobs[mask], a.kl_estimator)
@@ -76,33 +82,47 @@ def micro_loss(micro: MicroBatch, logprobs: Tensor, entropy: Tensor, divisor: fl
     loss = total / divisor
     difference = (old - rollout).abs()
     worst = difference.max() if len(difference) else difference.new_zeros(())
-    sums = (loss, terms.tokens, kl_sum, entropy.sum(), terms.clipped_tokens, terms.ratio_sum, terms.drift_sum,
-            difference.sum(), cut.sum(), worst, terms.ratio_max)
+    sums = (
+        loss,
+        terms.tokens,
+        kl_sum,
+        entropy.sum(),
+        terms.clipped_tokens,
+        terms.ratio_sum,
+        terms.drift_sum,
+        difference.sum(),
+        cut.sum(),
+        worst,
+        terms.ratio_max,
+    )
     return loss, torch.stack([x.detach().double() for x in sums])
 
 
 # ----------------------------------------------------------------------------------------------------------------- passes
 @torch.no_grad()
-def forward_logprobs(chunks: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch], layout: Layout,
-                     device: torch.device) -> list[Tensor | None]:
+def forward_logprobs(
+    chunks: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch], layout: Layout, device: torch.device
+) -> list[Tensor | None]:
     """[T] float32 CPU log-probs of every micro-batch, 0 outside the responses; None on all but the last stage."""
+
     def collect(micro, output, non_loss_data=True):
         full = torch.zeros(len(micro.tokens))
         full[micro.mask.cpu()] = output[0].cpu()
         return full
 
     found = _run(chunks, micro_batches, layout, device, collect, forward_only=True)
-    return found[:len(micro_batches)] if found else [None] * len(micro_batches)
+    return found[: len(micro_batches)] if found else [None] * len(micro_batches)
 
 
-def forward_backward(chunks: Sequence[torch.nn.Module], mini: MiniBatch, layout: Layout, device: torch.device,
-                     config: Config) -> Sums:
+def forward_backward(
+    chunks: Sequence[torch.nn.Module], mini: MiniBatch, layout: Layout, device: torch.device, config: Config
+) -> Sums:
     """Gradients of the mini-batch's loss, complete and reduced in the gradient buffers, and its Sums on every rank."""
     divisor = normalizer(config.algorithm.aggregation, mini.response_tokens, mini.sequences)
 
     def loss(micro, output):
         value, sums = micro_loss(micro, *output, divisor, config)
-        return value, torch.tensor(0, dtype=torch.int), sums         # Megatron's own token count is not used
+        return value, torch.tensor(0, dtype=torch.int), sums  # Megatron's own token count is not used
 
     for chunk in chunks:
         chunk.zero_grad_buffer()
@@ -120,10 +140,15 @@ def _run(chunks, micro_batches, layout: Layout, device: torch.device, finish, fo
 
     many = len(chunks) > 1
     return get_forward_backward_func()(
-        forward_step_func=forward_step, data_iterator=[iter(rows) for _ in chunks] if many else iter(rows),
-        model=list(chunks) if many else chunks[0], num_microbatches=len(rows),
-        seq_length=max(len(m.tokens) for m in rows), micro_batch_size=1, forward_only=forward_only,
-        collect_non_loss_data=forward_only)
+        forward_step_func=forward_step,
+        data_iterator=[iter(rows) for _ in chunks] if many else iter(rows),
+        model=list(chunks) if many else chunks[0],
+        num_microbatches=len(rows),
+        seq_length=max(len(m.tokens) for m in rows),
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
 
 
 def _idle(present: int, layout: Layout) -> list[MicroBatch]:
@@ -132,8 +157,17 @@ def _idle(present: int, layout: Layout) -> list[MicroBatch]:
     missing = -present % layout.pipeline if layout.virtual_pipeline else 0
     tokens = layout.token_multiple
     zero, none = torch.zeros(tokens, dtype=torch.int64), torch.zeros(tokens)
-    idle = MicroBatch(tokens=zero, labels=zero, positions=torch.arange(tokens), mask=zero.bool(), sequence=zero - 1,
-                      rollout_logprobs=none, advantages=none, segments=(Segment(tokens),), samples=())
+    idle = MicroBatch(
+        tokens=zero,
+        labels=zero,
+        positions=torch.arange(tokens),
+        mask=zero.bool(),
+        sequence=zero - 1,
+        rollout_logprobs=none,
+        advantages=none,
+        segments=(Segment(tokens),),
+        samples=(),
+    )
     return [idle] * missing
 
 
@@ -166,7 +200,7 @@ def apply_gradients(optimizer: ChainedOptimizer, lr: float) -> float | None:
             if parameters := part.get_parameters():
                 clip_grad_by_total_norm_fp32(parameters, max_norm=optimizer.config.clip_grad, total_norm=norm)
         optimizer.step_with_ready_grads()
-    optimizer.zero_grad()       # without the distributed optimizer the next backward pass would add to these gradients
+    optimizer.zero_grad()  # without the distributed optimizer the next backward pass would add to these gradients
     return norm if finite else None
 
 

@@ -3,6 +3,7 @@
 The host's copy is pinned where the device is a GPU, so that they travel at the speed of the bus. Weights that
 nobody trains never travel back: leaving the device frees its memory and copies nothing.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable

@@ -1,4 +1,5 @@
 """Batch arithmetic: questions, samples, tokens, micro-batches, and the share of time that pipeline stages wait."""
+
 from __future__ import annotations
 
 import math
@@ -14,6 +15,7 @@ budget at rows of 8 to 30 groups (`batch/padding_fraction` counts only what is p
 @dataclass(frozen=True, slots=True)
 class Micro:
     """A packed row: all its tokens, those that get log-probs, and the mean number of earlier tokens that one attends to."""
+
     tokens: float
     responses: float
     context: float
@@ -26,17 +28,18 @@ class Micro:
 @dataclass(frozen=True, slots=True)
 class Batch:
     """One step. Token counts are expected ones; `rows` is per data rank and update."""
+
     questions: int
     samples: int
     updates: int
-    prompt_tokens: float                # of a prompt, in the mean
+    prompt_tokens: float  # of a prompt, in the mean
     response_tokens: float
-    trained_tokens: float               # of the step, over all data ranks, shared prompts counted once
+    trained_tokens: float  # of the step, over all data ranks, shared prompts counted once
     generated_tokens: float
     rows: int
     micro: Micro
-    bubble: float                       # share of a stage's time in an update
-    shared_fraction: float              # of the tokens that sharing prompts saves
+    bubble: float  # share of a stage's time in an update
+    shared_fraction: float  # of the tokens that sharing prompts saves
 
 
 def batch_of(job: Job) -> Batch:
@@ -49,12 +52,23 @@ def batch_of(job: Job) -> Batch:
     trained = questions * together
     per_rank = trained / updates / p.data
     rows = max(1, math.ceil(per_rank / (p.micro_batch_tokens * PACKED_SHARE)))
-    if job.virtual > 1:                                     # the interleaved schedule takes a multiple of the stages
+    if job.virtual > 1:  # the interleaved schedule takes a multiple of the stages
         rows = -(-rows // p.pipeline) * p.pipeline
     micro = Micro(per_rank / rows, questions * samples * response / updates / p.data / rows, _context(job))
     bubble = (p.pipeline - 1) / job.virtual
-    return Batch(questions, job.samples, updates, prompt, response, trained, job.samples * response, rows, micro,
-                 bubble / (rows + bubble), 1 - together / separate)
+    return Batch(
+        questions,
+        job.samples,
+        updates,
+        prompt,
+        response,
+        trained,
+        job.samples * response,
+        rows,
+        micro,
+        bubble / (rows + bubble),
+        1 - together / separate,
+    )
 
 
 def fullest_row(job: Job) -> Micro:

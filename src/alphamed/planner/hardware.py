@@ -1,4 +1,5 @@
 """What a GPU offers: memory, arithmetic, bandwidths. Numbers of the makers' data sheets, dense, without sparsity."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -11,14 +12,15 @@ GIB = 1 << 30
 @dataclass(frozen=True, slots=True)
 class Gpu:
     """One device. Bandwidths in bytes per second; those of links in one direction."""
+
     name: str
-    memory_bytes: int               # as nvidia-smi reports it, which is a little less than the name says
-    flops: float                    # matrix products per second, BF16 (FP32 on a CPU)
-    fp8_flops: float | None         # None: no FP8
-    hbm: float                      # its own memory
-    nvlink: float                   # to the GPUs of its node
-    network: float                  # its share of the node's network cards
-    host: float                     # to and from the host's memory
+    memory_bytes: int  # as nvidia-smi reports it, which is a little less than the name says
+    flops: float  # matrix products per second, BF16 (FP32 on a CPU)
+    fp8_flops: float | None  # None: no FP8
+    hbm: float  # its own memory
+    nvlink: float  # to the GPUs of its node
+    network: float  # its share of the node's network cards
+    host: float  # to and from the host's memory
 
     @property
     def is_cpu(self) -> bool:
@@ -49,8 +51,16 @@ def gpu(name: str, field: str = "cluster.gpu") -> Gpu:
 
 def cpu(cores: int, memory_bytes: int, sharers: int) -> Gpu:
     """A machine as the device of one of `sharers` processes: the whole memory, a share of cores and bandwidth."""
-    return Gpu("cpu", memory_bytes, CORE_FLOPS * cores / sharers, None, CPU_MEMORY_BANDWIDTH / sharers,
-               CPU_MEMORY_BANDWIDTH / 2, 1e9, CPU_MEMORY_BANDWIDTH / 2)
+    return Gpu(
+        "cpu",
+        memory_bytes,
+        CORE_FLOPS * cores / sharers,
+        None,
+        CPU_MEMORY_BANDWIDTH / sharers,
+        CPU_MEMORY_BANDWIDTH / 2,
+        1e9,
+        CPU_MEMORY_BANDWIDTH / 2,
+    )
 
 
 def with_memory(memory_bytes: int) -> Gpu:

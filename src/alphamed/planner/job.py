@@ -1,13 +1,14 @@
 """What a plan is made for: configuration, model shape, machines, and the lengths that text is expected to have."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
 
-from alphamed.config import Config
-from alphamed.config_choices import Dtype, ReferencePlace, Transport
-from alphamed.config_sections import AlgorithmConfig, ParallelConfig, RolloutConfig
-from alphamed.model import ModelShape
+from alphamed.config.choices import Dtype, ReferencePlace, Transport
+from alphamed.config.schema import Config
+from alphamed.config.sections import AlgorithmConfig, ParallelConfig, RolloutConfig
+from alphamed.model.shape import ModelShape
 from alphamed.planner.hardware import Gpu
 
 BYTES = {Dtype.BF16: 2, Dtype.FP32: 4}
@@ -20,16 +21,17 @@ instruction-tuned model on medical questions takes 300 to 600 tokens of the usua
 class Job:
     """`colocated`: engines use the trainer's GPUs, in turn with it. `overlapped`: the next batch is generated while the
     trainer updates, whatever the configuration says."""
+
     config: Config
     shape: ModelShape
     gpu: Gpu
     gpus_per_node: int
-    nodes: int | None = None                # None: as few as needed
-    prompt_tokens: float | None = None      # expected means; None: EXPECTED_SHARE of the limits
+    nodes: int | None = None  # None: as few as needed
+    prompt_tokens: float | None = None  # expected means; None: EXPECTED_SHARE of the limits
     response_tokens: float | None = None
     colocated: bool = False
     overlapped: bool = False
-    evaluation_questions: tuple[int, ...] | None = None     # of each evaluation set; None: not known
+    evaluation_questions: tuple[int, ...] | None = None  # of each evaluation set; None: not known
 
     @property
     def parallel(self) -> ParallelConfig:

@@ -1,4 +1,5 @@
 """What is illegal or does not fit, each with the nearest legal setting. Whatever Megatron or vLLM would refuse at start."""
+
 from __future__ import annotations
 
 import os
@@ -7,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alphamed.cluster.hosts import deal
-from alphamed.config import Config
-from alphamed.config_choices import Device, Recompute, Transport
+from alphamed.config.choices import Device, Recompute, Transport
+from alphamed.config.schema import Config
 from alphamed.errors import ConfigError
-from alphamed.model import check_context, check_layout, context_sizes, divisors, tensor_sizes
+from alphamed.model.shape import check_context, check_layout, context_sizes, divisors, tensor_sizes
 from alphamed.planner.hardware import GIB
 from alphamed.planner.job import Job
 from alphamed.planner.memory import BLOCK_TOKENS, EngineCache, Use, free_for_engine
@@ -20,6 +21,7 @@ from alphamed.planner.memory import BLOCK_TOKENS, EngineCache, Use, free_for_eng
 class Problem:
     """One line: what is wrong, and what to set instead (`mend`: overrides for the command line, where one is known; those of
     this module are first thoughts, which search.py tries out)."""
+
     text: str
     mend: tuple[str, ...] = ()
 
@@ -34,11 +36,13 @@ def layout_problems(job: Job) -> list[Problem]:
 
 def _layout_problems(job: Job) -> Iterator[Problem]:
     p, r, s = job.parallel, job.rollout, job.shape
-    for field, value, allowed in (("parallel.tensor", p.tensor, tensor_sizes(s)),
-                                  ("rollout.tensor_parallel", r.tensor_parallel, tensor_sizes(s)),
-                                  ("parallel.context", p.context, context_sizes(s, p.tensor)),
-                                  ("parallel.pipeline", p.pipeline, divisors(s.layers))):
-        if value not in allowed:                            # check_layout looks at them in the same order
+    for field, value, allowed in (
+        ("parallel.tensor", p.tensor, tensor_sizes(s)),
+        ("rollout.tensor_parallel", r.tensor_parallel, tensor_sizes(s)),
+        ("parallel.context", p.context, context_sizes(s, p.tensor)),
+        ("parallel.pipeline", p.pipeline, divisors(s.layers)),
+    ):
+        if value not in allowed:  # check_layout looks at them in the same order
             yield Problem(_refusal(job), (f"{field}={nearest(value, allowed)}",))
             return
     if s.layers // p.pipeline % job.virtual:
@@ -57,9 +61,11 @@ def _layout_problems(job: Job) -> Iterator[Problem]:
     if job.config.model.fp8 and job.gpu.fp8_flops is None:
         yield Problem(f"model.fp8: {job.gpu.name} computes no FP8", ("model.fp8=false",))
     if p.recompute == Recompute.SELECTIVE and not p.share_prompts and p.context == 1 and not job.gpu.is_cpu:
-        yield Problem("parallel.recompute: selective computes attention again, but rows without shared prompts take "
-                      "Transformer Engine's fused attention, which keeps nothing that this would save",
-                      ("parallel.recompute=none",))
+        yield Problem(
+            "parallel.recompute: selective computes attention again, but rows without shared prompts take "
+            "Transformer Engine's fused attention, which keeps nothing that this would save",
+            ("parallel.recompute=none",),
+        )
 
 
 def _cpu_engine_problems(job: Job) -> Iterator[Problem]:
@@ -89,20 +95,27 @@ def _shorter(job: Job) -> tuple[str, ...]:
 def _node_problems(job: Job) -> Iterator[Problem]:
     p, r, per_node = job.parallel, job.rollout, job.gpus_per_node
     if p.tensor > per_node:
-        yield Problem(f"parallel.tensor: {p.tensor} reaches beyond a node of {per_node} GPUs",
-                      (f"parallel.tensor={nearest(per_node, [t for t in tensor_sizes(job.shape) if t <= per_node])}",))
+        yield Problem(
+            f"parallel.tensor: {p.tensor} reaches beyond a node of {per_node} GPUs",
+            (f"parallel.tensor={nearest(per_node, [t for t in tensor_sizes(job.shape) if t <= per_node])}",),
+        )
     if job.engines and per_node % r.tensor_parallel:
         allowed = [t for t in tensor_sizes(job.shape) if per_node % t == 0]
-        yield Problem(f"rollout.tensor_parallel: {r.tensor_parallel} does not divide the {per_node} GPUs of a node",
-                      (f"rollout.tensor_parallel={nearest(r.tensor_parallel, allowed)}",))
+        yield Problem(
+            f"rollout.tensor_parallel: {r.tensor_parallel} does not divide the {per_node} GPUs of a node",
+            (f"rollout.tensor_parallel={nearest(r.tensor_parallel, allowed)}",),
+        )
         return
     wanted = 0 if job.colocated else job.engines * r.tensor_parallel
     if job.shared and not job.colocated:
         if refusal := nccl_on_shared_gpus(job.config):
             yield Problem(refusal, ("sync.transport=auto",))
         if max(p.world, wanted) > per_node:
-            yield Problem(f"cluster.share_gpus: {p.world} trainer ranks and {wanted} engine workers share the GPUs of one node, "
-                          f"it has {per_node}", ("cluster.share_gpus=false",))
+            yield Problem(
+                f"cluster.share_gpus: {p.world} trainer ranks and {wanted} engine workers share the GPUs of one node, "
+                f"it has {per_node}",
+                ("cluster.share_gpus=false",),
+            )
         return
     if job.config.cluster.ranks_per_host and not job.gpu.is_cpu:
         yield from _dealt_problems(job)
@@ -110,26 +123,40 @@ def _node_problems(job: Job) -> Iterator[Problem]:
     if p.world + wanted <= per_node:
         return
     if job.engines and job.config.sync.transport == Transport.IPC:
-        yield Problem(f"sync.transport: ipc needs one machine, {p.world} trainer ranks and {job.engines} engines of "
-                      f"{r.tensor_parallel} GPUs need several of {per_node} GPUs", ("sync.transport=auto",))
+        yield Problem(
+            f"sync.transport: ipc needs one machine, {p.world} trainer ranks and {job.engines} engines of "
+            f"{r.tensor_parallel} GPUs need several of {per_node} GPUs",
+            ("sync.transport=auto",),
+        )
     if p.world > per_node and p.world % per_node:
         near = max(1, round(p.world / per_node)) * per_node // (p.tensor * p.context * p.pipeline)
-        yield Problem(f"parallel: {p.axes()} = {p.world} ranks do not fill nodes of {per_node} GPUs",
-                      (f"parallel.data={max(1, near)}",))
+        yield Problem(
+            f"parallel: {p.axes()} = {p.world} ranks do not fill nodes of {per_node} GPUs",
+            (f"parallel.data={max(1, near)}",),
+        )
         return
     trainer, engine = -(-p.world // per_node), -(-wanted // per_node)
     if job.nodes is not None and trainer + engine > job.nodes:
-        yield Problem(f"cluster.nodes: {p.world} trainer ranks and {job.engines} engines of {r.tensor_parallel} GPUs need "
-                      f"{trainer} + {engine} nodes of {per_node} GPUs, there are {job.nodes}", _shrunk(job))
+        yield Problem(
+            f"cluster.nodes: {p.world} trainer ranks and {job.engines} engines of {r.tensor_parallel} GPUs need "
+            f"{trainer} + {engine} nodes of {per_node} GPUs, there are {job.nodes}",
+            _shrunk(job),
+        )
 
 
 def nccl_on_shared_gpus(config: Config) -> str | None:
     """Why the weights of trainer ranks can not reach engines on their own GPUs; None where they can."""
-    if (not config.cluster.share_gpus or config.sync.transport != Transport.NCCL or config.rollout.replay
-            or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"):
+    if (
+        not config.cluster.share_gpus
+        or config.sync.transport != Transport.NCCL
+        or config.rollout.replay
+        or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
+    ):
         return None
-    return ("sync.transport: nccl refuses two members on one GPU, and cluster.share_gpus puts them there; set it to auto (or "
-            "export NCCL_MULTI_RANK_GPU_ENABLE=1, with NCCL 2.30 or newer)")
+    return (
+        "sync.transport: nccl refuses two members on one GPU, and cluster.share_gpus puts them there; set it to auto (or "
+        "export NCCL_MULTI_RANK_GPU_ENABLE=1, with NCCL 2.30 or newer)"
+    )
 
 
 def _dealt_problems(job: Job) -> Iterator[Problem]:
@@ -140,8 +167,10 @@ def _dealt_problems(job: Job) -> Iterator[Problem]:
         yield Problem(str(error))
         return
     if job.nodes is not None and len(shares) > job.nodes:
-        yield Problem(f"cluster.nodes: {job.parallel.world} trainer ranks, {job.config.cluster.ranks_per_host} on a host, and "
-                      f"{job.engines} engines need {len(shares)} nodes of {job.gpus_per_node} GPUs, there are {job.nodes}")
+        yield Problem(
+            f"cluster.nodes: {job.parallel.world} trainer ranks, {job.config.cluster.ranks_per_host} on a host, and "
+            f"{job.engines} engines need {len(shares)} nodes of {job.gpus_per_node} GPUs, there are {job.nodes}"
+        )
 
 
 def _shrunk(job: Job) -> tuple[str, ...]:
@@ -180,31 +209,55 @@ def memory_problems(job: Job, uses: list[Use], cache: EngineCache | None) -> lis
     for use in uses:
         if not use.fits:
             largest = max(use.causes, key=lambda cause: use.causes[cause])
-            found.append(Problem(f"{use.role} ({use.where}): needs {use.total / GIB:.1f} GiB, {use.limit / GIB:.1f} GiB can "
-                                 f"be used of {job.gpu.name}; the largest part is {largest}, "
-                                 f"{use.causes[largest] / GIB:.1f} GiB"))
-    if job.engines and not job.gpu.is_cpu and job.rollout.gpu_memory_utilization * job.gpu.memory_bytes > free_for_engine(job):
-        found.append(Problem(f"rollout.gpu_memory_utilization: {job.rollout.gpu_memory_utilization:g} of {job.gpu.name} is more "
-                             f"than the {free_for_engine(job) / GIB:.1f} GiB that a CUDA context and NCCL leave free when an "
-                             f"engine starts; lower it to at most {most_utilization(job):g}"))
+            found.append(
+                Problem(
+                    f"{use.role} ({use.where}): needs {use.total / GIB:.1f} GiB, {use.limit / GIB:.1f} GiB can "
+                    f"be used of {job.gpu.name}; the largest part is {largest}, "
+                    f"{use.causes[largest] / GIB:.1f} GiB"
+                )
+            )
+    if (
+        job.engines
+        and not job.gpu.is_cpu
+        and job.rollout.gpu_memory_utilization * job.gpu.memory_bytes > free_for_engine(job)
+    ):
+        found.append(
+            Problem(
+                f"rollout.gpu_memory_utilization: {job.rollout.gpu_memory_utilization:g} of {job.gpu.name} is more "
+                f"than the {free_for_engine(job) / GIB:.1f} GiB that a CUDA context and NCCL leave free when an "
+                f"engine starts; lower it to at most {most_utilization(job):g}"
+            )
+        )
     if job.shared and not job.colocated and len(uses) == 2 and not found:
         # an engine fills its share with its cache; where the cache's size is given vLLM still wants all of the share free
         trainer, engine = uses
         if trainer.total + engine.limit > trainer.limit:
-            found.append(Problem(f"cluster.share_gpus: the trainer needs {trainer.total / GIB:.1f} GiB of a GPU, "
-                                 f"rollout.gpu_memory_utilization keeps {engine.limit / GIB:.1f} GiB of it for an engine, "
-                                 f"{trainer.limit / GIB:.1f} GiB can be used of {job.gpu.name}"))
+            found.append(
+                Problem(
+                    f"cluster.share_gpus: the trainer needs {trainer.total / GIB:.1f} GiB of a GPU, "
+                    f"rollout.gpu_memory_utilization keeps {engine.limit / GIB:.1f} GiB of it for an engine, "
+                    f"{trainer.limit / GIB:.1f} GiB can be used of {job.gpu.name}"
+                )
+            )
     if job.gpu.is_cpu:
         ranks = {"trainer": job.parallel.world, "engine": job.engines * job.rollout.tensor_parallel}
         together = sum(use.total * ranks[use.role] for use in uses)
         if together > job.gpu.memory_bytes:
-            found.append(Problem(f"parallel: {ranks['trainer']} trainer ranks and {ranks['engine']} engine workers need "
-                                 f"{together / GIB:.1f} GiB together, this machine has "
-                                 f"{job.gpu.memory_bytes / GIB:.1f} GiB"))
+            found.append(
+                Problem(
+                    f"parallel: {ranks['trainer']} trainer ranks and {ranks['engine']} engine workers need "
+                    f"{together / GIB:.1f} GiB together, this machine has "
+                    f"{job.gpu.memory_bytes / GIB:.1f} GiB"
+                )
+            )
     if cache is not None and cache.full_sequences < 1 and all(use.fits for use in uses if use.role == "engine"):
-        found.append(Problem(f"rollout.kv_cache_bytes: the KV cache holds {cache.tokens} tokens, a prompt with the longest "
-                             f"response takes {job.config.max_model_tokens}; raise it to at least "
-                             f"{least_cache_bytes(job, cache)}"))
+        found.append(
+            Problem(
+                f"rollout.kv_cache_bytes: the KV cache holds {cache.tokens} tokens, a prompt with the longest "
+                f"response takes {job.config.max_model_tokens}; raise it to at least "
+                f"{least_cache_bytes(job, cache)}"
+            )
+        )
     return found
 
 

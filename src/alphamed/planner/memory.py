@@ -10,12 +10,13 @@ q = heads x head_dim and kv = kv_heads x head_dim, elements per token and layer:
 Full recompute keeps the layer's input alone and works on one layer at a time; selective recompute drops rotated q and k.
 Tests hold the sum to the allocator's own count on the CPU.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from alphamed.config_choices import Recompute, SyncMode
+from alphamed.config.choices import Recompute, SyncMode
 from alphamed.planner import parameters
 from alphamed.planner.batch import Micro, fullest_row, in_flight
 from alphamed.planner.hardware import GIB
@@ -40,10 +41,11 @@ BLOCK_TOKENS = 16
 @dataclass(frozen=True, slots=True)
 class Use:
     """Bytes by cause on one GPU."""
-    role: str                       # "trainer" | "engine"
+
+    role: str  # "trainer" | "engine"
     where: str
     causes: Mapping[str, int]
-    limit: int                      # that may be used
+    limit: int  # that may be used
 
     @property
     def total(self) -> int:
@@ -57,12 +59,13 @@ class Use:
 @dataclass(frozen=True, slots=True)
 class EngineCache:
     """What an engine's memory leaves for its KV cache, per GPU, and what that holds."""
+
     bytes: int
-    token_bytes: int                # per GPU
+    token_bytes: int  # per GPU
     tokens: int
-    full_sequences: int             # at the longest prompt and response
+    full_sequences: int  # at the longest prompt and response
     mean_sequences: int
-    wanted_sequences: int           # sampled at once, as the configuration says
+    wanted_sequences: int  # sampled at once, as the configuration says
 
 
 # -------------------------------------------------------------------------------------------------------------- trainer
@@ -85,13 +88,14 @@ def stage_use(job: Job, stage: int, row: Micro | None = None, rows: int | None =
         # gloo reduces and scatters through a copy of the gradients, when the activations are gone
         causes["reduction copy"] = max(0, causes["gradients"] - layers - head)
     if not job.gpu.is_cpu:
-        biggest = parameters.stage_size(job.shape, p.tensor, p.pipeline, job.virtual, stage).largest * p.tensor * job.trainer_bytes
+        biggest = (
+            parameters.stage_size(job.shape, p.tensor, p.pipeline, job.virtual, stage).largest * p.tensor * job.trainer_bytes
+        )
         causes["sync buckets"] = _sending_bytes(job, biggest)
         causes["NCCL and CUDA"] = CONTEXT_BYTES + COMMUNICATOR_BYTES * _communicators(job)
     share = 1.0 if job.gpu.is_cpu else 1 - ALLOCATOR_SHARE
     first, ranks = stage * p.tensor * p.replicas, p.tensor * p.replicas
-    return Use("trainer", f"stage {stage}, ranks {first} to {first + ranks - 1}", causes,
-               int(job.gpu.memory_bytes * share))
+    return Use("trainer", f"stage {stage}, ranks {first} to {first + ranks - 1}", causes, int(job.gpu.memory_bytes * share))
 
 
 def static_bytes(job: Job, stage: int) -> dict[str, int]:
@@ -102,9 +106,12 @@ def static_bytes(job: Job, stage: int) -> dict[str, int]:
     count = size.parameters
     owned = flat // p.replicas if p.distributed_optimizer else count
     # the distributed optimizer moves parameters into a flat buffer of the same layout as the gradients'
-    found = {"weights": (flat if p.distributed_optimizer else count) * width, "gradients": flat * 4,
-             "optimizer": owned * (8 if width == 4 else 12)}       # Adam's two moments, and FP32 copies of bf16 weights
-    if job.reference and (job.gpu.is_cpu or not job.swapped_reference):     # a CPU's host copy lies in the same memory
+    found = {
+        "weights": (flat if p.distributed_optimizer else count) * width,
+        "gradients": flat * 4,
+        "optimizer": owned * (8 if width == 4 else 12),
+    }  # Adam's two moments, and FP32 copies of bf16 weights
+    if job.reference and (job.gpu.is_cpu or not job.swapped_reference):  # a CPU's host copy lies in the same memory
         found["reference"] = count * width
     if job.config.model.fp8:
         # Transformer Engine keeps each layer matrix twice in FP8, as it is and transposed, the policy's and the reference's
@@ -120,14 +127,14 @@ def layer_bytes(job: Job, recompute: Recompute) -> tuple[float, float]:
     entry = s.hidden * width / along
     if recompute == Recompute.FULL:
         return entry, entry
-    linear_in = 1 if job.config.model.fp8 else width            # inputs of matrix products are kept in FP8
+    linear_in = 1 if job.config.model.fp8 else width  # inputs of matrix products are kept in FP8
     rotated = 0 if recompute == Recompute.SELECTIVE else _rotated_bytes(job)
     attention = (q + 2 * kv) * width + rotated + q * width + s.heads * 4
     if p.share_prompts and not job.gpu.is_cpu:
         attention += q * width + _copied_keys(job) * 2 * kv * width
     kept = 2 * entry + 2 * s.hidden * linear_in / along + 2 * 4
     kept += (attention + 2 * s.ffn * width + s.ffn * linear_in) / p.tensor
-    if s.qk_norm:                                               # q and k before their norms, and the norms' factors
+    if s.qk_norm:  # q and k before their norms, and the norms' factors
         kept += ((q + kv) * width + (s.heads + s.kv_heads) * 4) / p.tensor
     return kept, entry
 
@@ -165,7 +172,7 @@ def _passing_bytes(job: Job, stage: int, row: Micro, rows: int | None) -> tuple[
     backward = row.tokens * (3 * s.ffn / p.tensor + 3 * s.hidden / along + (s.hidden if p.sequence else 0)) * width + one
     if stage < p.pipeline - 1:
         return int(held + backward), 0
-    ends = row.tokens * 2 * s.hidden * width / along + row.responses * s.hidden * width     # final norm, rows with labels
+    ends = row.tokens * 2 * s.hidden * width / along + row.responses * s.hidden * width  # final norm, rows with labels
     head = _head_bytes(job, row)
     return int(held + ends + max(0.0, backward - head)), int(head)
 
@@ -211,22 +218,29 @@ def engine_use(job: Job) -> Use | None:
 
 def engine_cache(job: Job) -> EngineCache:
     """The KV cache of an engine, and how many sequences it holds."""
-    s, r = job.shape, job.rollout
+    r = job.rollout
     token = token_bytes(job)
-    free = r.kv_cache_bytes // r.tensor_parallel if r.kv_cache_bytes else \
-        _engine_limit(job) - sum(engine_causes(job).values())
-    if job.gpu.is_cpu and not r.kv_cache_bytes:             # as rollout/spec.py chooses
+    free = (
+        r.kv_cache_bytes // r.tensor_parallel if r.kv_cache_bytes else _engine_limit(job) - sum(engine_causes(job).values())
+    )
+    if job.gpu.is_cpu and not r.kv_cache_bytes:  # as rollout/spec.py chooses
         all_full = token * job.config.max_model_tokens * max(r.max_concurrent_requests, r.samples_per_question)
         free = min(all_full, int(job.gpu.memory_bytes * CPU_CACHE_SHARE) // (r.engines * r.tensor_parallel))
     tokens = max(0, free) // (token * BLOCK_TOKENS) * BLOCK_TOKENS
-    mean = job.mean_prompt / r.samples_per_question + job.mean_response      # siblings share their prompt's blocks
-    return EngineCache(tokens * token, token, tokens, tokens // job.config.max_model_tokens, int(tokens / mean),
-                       max(r.max_concurrent_requests, r.samples_per_question))
+    mean = job.mean_prompt / r.samples_per_question + job.mean_response  # siblings share their prompt's blocks
+    return EngineCache(
+        tokens * token,
+        token,
+        tokens,
+        tokens // job.config.max_model_tokens,
+        int(tokens / mean),
+        max(r.max_concurrent_requests, r.samples_per_question),
+    )
 
 
 def token_bytes(job: Job) -> int:
     """Keys and values of a token in an engine's cache, per GPU."""
-    heads = max(1, job.shape.kv_heads // job.rollout.tensor_parallel)   # fewer KV heads than ranks: each rank holds a copy
+    heads = max(1, job.shape.kv_heads // job.rollout.tensor_parallel)  # fewer KV heads than ranks: each rank holds a copy
     return 2 * job.shape.layers * heads * job.shape.head_dim * job.engine_bytes
 
 
@@ -241,7 +255,7 @@ def _engine_limit(job: Job) -> int:
 
 def engine_causes(job: Job) -> dict[str, int]:
     s, r, width = job.shape, job.rollout, job.engine_bytes
-    vocab = -(-s.vocab // 64) * 64                              # vLLM pads the vocabulary to a multiple of 64
+    vocab = -(-s.vocab // 64) * 64  # vLLM pads the vocabulary to a multiple of 64
     matrices = s.parameters - s.vocab * s.hidden * (1 if s.tied else 2)
     weights = (matrices + vocab * s.hidden * (1 if s.tied else 2)) * width // r.tensor_parallel
     if job.gpu.is_cpu:
@@ -251,9 +265,12 @@ def engine_causes(job: Job) -> dict[str, int]:
     working = ENGINE_BATCH_TOKENS * (3 * s.hidden + 3 * s.ffn // r.tensor_parallel) * width
     sampling = 2 * max(r.max_concurrent_requests, r.samples_per_question) * s.vocab * 4
     # a push comes while no request runs, in the room of the activations
-    return {"weights": weights, "activations": max(working + sampling, _receiving_bytes(job)),
-            "CUDA graphs": CUDA_GRAPH_BYTES,
-            "NCCL and CUDA": CONTEXT_BYTES + COMMUNICATOR_BYTES * (1 + (r.tensor_parallel > 1))}
+    return {
+        "weights": weights,
+        "activations": max(working + sampling, _receiving_bytes(job)),
+        "CUDA graphs": CUDA_GRAPH_BYTES,
+        "NCCL and CUDA": CONTEXT_BYTES + COMMUNICATOR_BYTES * (1 + (r.tensor_parallel > 1)),
+    }
 
 
 def _sending_bytes(job: Job, biggest: int) -> int:

@@ -1,12 +1,13 @@
 """Which parameters each rank of a layout holds, by Megatron's names and shapes (pure; from the families' tables)."""
+
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from alphamed.model import ModelShape
-from alphamed.weights.families import Entry, Kind, entries, shard_shape
+from alphamed.model.families import Entry, Kind, entries, shard_shape
+from alphamed.model.shape import ModelShape
 
 ALIGN_PARAMETER, ALIGN_BUCKET = 64, 128
 """Elements to which Megatron's distributed optimizer rounds the start of a parameter and the end of a bucket in its flat
@@ -16,11 +17,12 @@ buffer (core/distributed/param_and_grad_buffer.py)."""
 @dataclass(frozen=True, slots=True)
 class Held:
     """A parameter as one rank holds it. `names` has more than one where Transformer Engine calls it otherwise."""
+
     names: tuple[str, ...]
     hf: tuple[str, ...]
     shape: tuple[int, ...]
     kind: Kind
-    copy: bool                      # a second copy of a tied embedding
+    copy: bool  # a second copy of a tied embedding
 
     @property
     def elements(self) -> int:
@@ -44,7 +46,7 @@ def stage_parameters(shape: ModelShape, tensor: int, pipeline: int, virtual: int
     per_chunk = shape.layers // (pipeline * virtual)
     for entry in entries(shape):
         if entry.copy and pipeline == 1:
-            continue                                        # a tied model on one stage has one embedding
+            continue  # a tied model on one stage has one embedding
         stage, chunk = _place(entry, per_chunk, pipeline, virtual)
         stages[stage][chunk].append(Held(entry.megatron, entry.hf, shard_shape(entry, tensor), entry.kind, entry.copy))
     return tuple(tuple(tuple(chunk) for chunk in chunks) for chunks in stages)
@@ -72,6 +74,7 @@ def buffer_elements(chunks: Chunks, data: int, distributed_optimizer: bool) -> i
 @dataclass(frozen=True, slots=True)
 class StageSize:
     """Elements that a rank of one stage holds: all, in the layers' matrices, in its largest parameter."""
+
     parameters: int
     linear: int
     largest: int
@@ -85,8 +88,9 @@ def stage_size(shape: ModelShape, tensor: int, pipeline: int, virtual: int, stag
 
 
 @lru_cache(maxsize=4096)
-def stage_buffer(shape: ModelShape, tensor: int, pipeline: int, virtual: int, stage: int, data: int,
-                 distributed_optimizer: bool) -> int:
+def stage_buffer(
+    shape: ModelShape, tensor: int, pipeline: int, virtual: int, stage: int, data: int, distributed_optimizer: bool
+) -> int:
     """`buffer_elements` of one stage."""
     return buffer_elements(stage_parameters(shape, tensor, pipeline, virtual)[stage], data, distributed_optimizer)
 

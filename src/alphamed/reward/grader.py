@@ -10,6 +10,7 @@ What may happen to a call, and what it is taken for:
     (SIGKILL, SIGTERM, ...; the kernel
     too, when memory runs out)
 """
+
 from __future__ import annotations
 
 import json
@@ -28,7 +29,7 @@ from typing import Any, Self
 
 from alphamed.cluster.failure import signal_name
 from alphamed.cluster.variables import Start, kept
-from alphamed.config_sections import PromptConfig
+from alphamed.config.sections import PromptConfig
 from alphamed.data.prompts import asked_of_model
 from alphamed.errors import ConfigError, RunFailed
 from alphamed.records import Question
@@ -36,9 +37,16 @@ from alphamed.reward.signatures import SIGNATURES, Arguments, Call
 
 START_S = 120.0
 """A grader must have imported the user's module within this time."""
-_KILL_S = 10.0           # a killed process is gone within milliseconds; longer means a stuck kernel call
-_CRASH_SIGNALS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, signal.SIGTRAP,
-                  signal.SIGSYS}     # what a process brings upon itself
+_KILL_S = 10.0  # a killed process is gone within milliseconds; longer means a stuck kernel call
+_CRASH_SIGNALS = {
+    signal.SIGSEGV,
+    signal.SIGBUS,
+    signal.SIGFPE,
+    signal.SIGILL,
+    signal.SIGABRT,
+    signal.SIGTRAP,
+    signal.SIGSYS,
+}  # what a process brings upon itself
 
 
 class RewardTimeout(Exception):
@@ -60,15 +68,16 @@ class Grader:
         """Start the process and load the function, which is called as `signature` says. Raises ConfigError where it can not
         be used."""
         self._function = function
-        self._crash = tempfile.TemporaryFile()          # has no name: nothing is left behind
+        self._crash = tempfile.TemporaryFile()  # has no name: nothing is left behind
         self._socket, theirs = socket.socketpair()
         self._unread = b""
-        self._ended = False                             # by us
+        self._ended = False  # by us
         with theirs:
             fds = theirs.fileno(), self._crash.fileno()
             command = [sys.executable, "-P", "-m", "alphamed.reward.grader_child", *map(str, fds), str(os.getpid())]
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=fds, process_group=0,
-                                             env=kept(os.environ, Start.ONE_HOST))
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, pass_fds=fds, process_group=0, env=kept(os.environ, Start.ONE_HOST)
+            )
         request = {"function": function, "signature": signature, "search_path": list(search_path)}
         try:
             loaded = self._ask(request, START_S)
@@ -81,8 +90,14 @@ class Grader:
             raise
         if loaded["problem"]:
             self.kill()
-            place = (f"; give module:function, a function of ({', '.join(SIGNATURES[signature].meanings)}) in a module that "
-                     f"is in the current directory or on PYTHONPATH") if loaded["place"] else ""
+            place = (
+                (
+                    f"; give module:function, a function of ({', '.join(SIGNATURES[signature].meanings)}) in a module that "
+                    f"is in the current directory or on PYTHONPATH"
+                )
+                if loaded["place"]
+                else ""
+            )
             raise ConfigError(f"reward.name: {function!r} {loaded['problem']}{place}")
 
     @property
@@ -110,12 +125,13 @@ class Grader:
 
     def death(self) -> GraderDied:
         """The error for a grader that was killed from outside."""
-        return GraderDied(f"grader (pid {self.pid}) of reward function {self._function}",
-                          f"was killed by {signal_name(self.killed_by)}")
+        return GraderDied(
+            f"grader (pid {self.pid}) of reward function {self._function}", f"was killed by {signal_name(self.killed_by)}"
+        )
 
     def kill(self) -> None:
         """End the process and what it started, at once, and reap it. Does nothing where it is dead already."""
-        if self._process.returncode is None:            # not reaped, so the id is still its own
+        if self._process.returncode is None:  # not reaped, so the id is still its own
             self._ended = self._process.poll() is None
             if self._ended:
                 os.killpg(self.pid, signal.SIGKILL)
@@ -137,8 +153,7 @@ class Grader:
         except TimeoutError:
             stack = self._stack()
             self.kill()
-            raise RewardTimeout(f"reward function {self._function} gave no answer within {timeout_s:g} s"
-                                f"{stack}") from None
+            raise RewardTimeout(f"reward function {self._function} gave no answer within {timeout_s:g} s{stack}") from None
         except OSError:
             raise self._obituary() from None
         line, _, self._unread = self._unread.partition(b"\n")
@@ -148,7 +163,7 @@ class Grader:
         """Why the process hung up: RewardCrash, or GraderDied where it was killed."""
         try:
             status = self._process.wait(_KILL_S)
-        except subprocess.TimeoutExpired:               # closed the socket, yet lives
+        except subprocess.TimeoutExpired:  # closed the socket, yet lives
             self.kill()
             return RewardCrash(f"the process of reward function {self._function} closed its connection")
         if self.killed_by:
@@ -172,8 +187,15 @@ class GraderPool:
     those that replace a dead one, start when a call needs them. Close it, or let it go: its processes end with it.
     """
 
-    def __init__(self, function: str, workers: int, timeout_s: float, search_path: Sequence[str] | None = None,
-                 signature: str = "alphamed", prompt: PromptConfig = PromptConfig()):
+    def __init__(
+        self,
+        function: str,
+        workers: int,
+        timeout_s: float,
+        search_path: Sequence[str] | None = None,
+        signature: str = "alphamed",
+        prompt: PromptConfig = PromptConfig(),
+    ):
         self.function, self._timeout_s = function, timeout_s
         self._signature, self._prompt = signature, prompt
         self._search_path = [os.getcwd(), *(sys.path if search_path is None else search_path)]
@@ -182,7 +204,7 @@ class GraderPool:
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="grader-starter")
         self._lock = threading.Lock()
         self._graders: set[Grader] = set()
-        self._slots: queue.LifoQueue[Grader | None] = queue.LifoQueue()    # last in, first out: warm graders first
+        self._slots: queue.LifoQueue[Grader | None] = queue.LifoQueue()  # last in, first out: warm graders first
         for _ in range(workers - 1):
             self._slots.put(None)
         try:
@@ -231,11 +253,18 @@ class GraderPool:
 
     def _start(self) -> Grader:
         grader = self._starter.submit(Grader, self.function, self._signature, self._search_path).result()
-        with self._lock:                      # forget the dead, except those that `check_alive` has to tell of
+        with self._lock:  # forget the dead, except those that `check_alive` has to tell of
             self._graders = {old for old in self._graders if old.alive or old.killed_by} | {grader}
         return grader
 
 
 def _as_dict(question: Question) -> dict[str, Any]:
-    return {"id": question.id, "question": question.question, "options": dict(question.options),
-            "answer": question.answer, "context": question.context, "source": question.source, "level": question.level}
+    return {
+        "id": question.id,
+        "question": question.question,
+        "options": dict(question.options),
+        "answer": question.answer,
+        "context": question.context,
+        "source": question.source,
+        "level": question.level,
+    }

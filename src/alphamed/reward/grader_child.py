@@ -3,6 +3,7 @@
 Started by `reward.grader`, never by hand. It ends with its parent: the socket's end of file stops it between two calls,
 the kernel (PR_SET_PDEATHSIG) in the middle of one. What the user's code prints goes to the parent's output.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -20,7 +21,7 @@ from typing import Any
 from alphamed.reward.signatures import Binding, Refused, bind
 
 MAX_TRACEBACK_CHARS = 8000
-_HANG_SHARE = 0.9        # of the time limit: when the stack is written down, shortly before the parent kills
+_HANG_SHARE = 0.9  # of the time limit: when the stack is written down, shortly before the parent kills
 _PR_SET_PDEATHSIG = 1
 
 
@@ -28,7 +29,7 @@ def main(socket_fd: int, crash_fd: int, parent: int) -> None:
     """Serve until end of file. `crash_fd` takes the stack of a crash or a hang; `parent` is the parent's process id."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:                 # it died before the line above
+    if os.getppid() != parent:  # it died before the line above
         return
     faulthandler.enable(file=crash_fd)
     os.set_inheritable(socket_fd, False)
@@ -45,7 +46,7 @@ def _load(stream: Any, request: dict[str, Any]) -> Binding | None:
     module_name, _, function_name = request["function"].partition(":")
     try:
         module = importlib.import_module(module_name)
-    except BaseException as error:             # the user's module may raise anything, SystemExit included
+    except BaseException as error:  # the user's module may raise anything, SystemExit included
         _send(stream, {"problem": f"can not be imported ({_summary(error)})", "place": True})
         return None
     function = getattr(module, function_name, None)
@@ -74,7 +75,7 @@ def _call(binding: Binding, request: dict[str, Any], crash_fd: int) -> dict[str,
     faulthandler.dump_traceback_later(_HANG_SHARE * request["timeout_s"], file=crash_fd)
     try:
         return {"reward": binding.reward(request["arguments"])}
-    except BaseException:                      # user code; SystemExit and KeyboardInterrupt are its own too
+    except BaseException:  # user code; SystemExit and KeyboardInterrupt are its own too
         return {"traceback": traceback.format_exc()[-MAX_TRACEBACK_CHARS:]}
     finally:
         faulthandler.cancel_dump_traceback_later()

@@ -12,6 +12,7 @@ grader crashed or ran out of time are counted over the latest `questions_per_ste
 step's worth, and GradingFailed is raised as soon as their share exceeds `reward.max_failure_share`. Below that such a
 sample has reward 0 and advantage 0, and the advantages of its group are those of the other samples: it teaches nothing.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -25,15 +26,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from alphamed.answers.thinking import Thinking
 from alphamed.cluster.placement import beside_rank0
-from alphamed.config import Config
-from alphamed.config_sections import PromptConfig, RewardConfig
+from alphamed.config.schema import Config
+from alphamed.config.sections import PromptConfig, RewardConfig
 from alphamed.errors import RunFailed
 from alphamed.records import Outcome, Question, Rollout, RolloutGroup, ScoredGroup
 from alphamed.reward.grader import GraderPool
 from alphamed.reward.rules import Graded, Rule, correct, grade_rollout, resolve_rule
 from alphamed.reward.shaping import Overlong
-from alphamed.reward.thinking import Thinking
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -47,7 +48,7 @@ class GradingFailed(RunFailed):
 
     def __init__(self, culprit: str, message: str, user_error: bool = False):
         super().__init__(culprit, message, user_error)
-        self.message = message                     # RunFailed would fold the traceback into one line
+        self.message = message  # RunFailed would fold the traceback into one line
 
 
 def start(config: Config, thinking: Thinking = Thinking()) -> ActorHandle:
@@ -60,16 +61,32 @@ def start(config: Config, thinking: Thinking = Thinking()) -> ActorHandle:
 
     actor = ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=beside_rank0())(RewardProcess)
     step_samples = config.rollout.questions_per_step * config.rollout.samples_per_question
-    return actor.remote(config.reward, str(config.algorithm.advantage), step_samples, [os.getcwd(), *sys.path],
-                        Overlong.of(config), config.run.seed, config.prompt, thinking)
+    return actor.remote(
+        config.reward,
+        str(config.algorithm.advantage),
+        step_samples,
+        [os.getcwd(), *sys.path],
+        Overlong.of(config),
+        config.run.seed,
+        config.prompt,
+        thinking,
+    )
 
 
 class RewardProcess:
     """Grades in threads of its own, so that the event loop is always free for the next group."""
 
-    def __init__(self, reward: RewardConfig, advantage: str, step_samples: int, search_path: Sequence[str] = (),
-                 overlong: Overlong = Overlong(0, 0), seed: int = 0, prompt: PromptConfig = PromptConfig(),
-                 thinking: Thinking = Thinking()):
+    def __init__(
+        self,
+        reward: RewardConfig,
+        advantage: str,
+        step_samples: int,
+        search_path: Sequence[str] = (),
+        overlong: Overlong = Overlong(0, 0),
+        seed: int = 0,
+        prompt: PromptConfig = PromptConfig(),
+        thinking: Thinking = Thinking(),
+    ):
         self._reward, self._advantage, self._search_path, self._overlong = reward, advantage, search_path, overlong
         self._seed, self._prompt, self._thinking = seed, prompt, thinking
         self._recent: deque[Outcome] = deque(maxlen=step_samples)
@@ -95,8 +112,9 @@ class RewardProcess:
         await self.check()
         loop = asyncio.get_running_loop()
         rule = correct if evaluation else self._rule
-        jobs = [loop.run_in_executor(self._threads, self._grade_one, group.question, rollout, rule)
-                for rollout in group.rollouts]
+        jobs = [
+            loop.run_in_executor(self._threads, self._grade_one, group.question, rollout, rule) for rollout in group.rollouts
+        ]
         try:
             graded = await asyncio.gather(*jobs)
         except RunFailed as failure:
@@ -125,10 +143,16 @@ class RewardProcess:
     def _open(self) -> None:
         import torch
 
-        torch.set_num_threads(1)                   # its tensors hold one number per sample
-        self._rule = resolve_rule(self._reward.name, seed=self._seed, timeout_s=self._reward.timeout_s,
-                                  workers=self._reward.workers, search_path=self._search_path,
-                                  signature=str(self._reward.signature), prompt=self._prompt)
+        torch.set_num_threads(1)  # its tensors hold one number per sample
+        self._rule = resolve_rule(
+            self._reward.name,
+            seed=self._seed,
+            timeout_s=self._reward.timeout_s,
+            workers=self._reward.workers,
+            search_path=self._search_path,
+            signature=str(self._reward.signature),
+            prompt=self._prompt,
+        )
 
     @property
     def _pool(self) -> GraderPool | None:
@@ -149,20 +173,24 @@ class RewardProcess:
                 f"reward function {self._reward.name}",
                 f"failed for {timeouts + crashes} of the last {len(self._recent)} samples ({crashes} crashes, "
                 f"{timeouts} time-outs; reward.max_failure_share allows {self._reward.max_failure_share:.1%} of a "
-                f"step's {self._recent.maxlen}). The first failure:\n{self._first_problem}")
+                f"step's {self._recent.maxlen}). The first failure:\n{self._first_problem}",
+            )
 
 
 def shaped(graded: Sequence[Graded], rollouts: Sequence[Rollout], overlong: Overlong) -> list[Graded]:
     """The samples with the penalty on their lengths in the reward; a failed grading keeps its meaningless 0."""
-    return [one if one.outcome in FAILED else replace(one, reward=one.reward + overlong.penalty(len(r.response_token_ids)))
-            for one, r in zip(graded, rollouts, strict=True)]
+    return [
+        one if one.outcome in FAILED else replace(one, reward=one.reward + overlong.penalty(len(r.response_token_ids)))
+        for one, r in zip(graded, rollouts, strict=True)
+    ]
 
 
 def scored_group(group: RolloutGroup, graded: Sequence[Graded], advantage: str, grading_s: float = 0.0) -> ScoredGroup:
     """A group with what grading found and the advantages that follow."""
     outcomes, rewards = tuple(g.outcome for g in graded), tuple(g.reward for g in graded)
-    return ScoredGroup(group, outcomes, rewards, advantages(outcomes, rewards, advantage), tuple(g.letter for g in graded),
-                       grading_s)
+    return ScoredGroup(
+        group, outcomes, rewards, advantages(outcomes, rewards, advantage), tuple(g.letter for g in graded), grading_s
+    )
 
 
 def advantages(outcomes: Sequence[Outcome], rewards: Sequence[float], kind: str) -> tuple[float, ...]:

@@ -1,4 +1,5 @@
 """Rewards by name, and how a response is graded: the outcome follows from its letter, the reward from the rule."""
+
 from __future__ import annotations
 
 import contextlib
@@ -8,13 +9,13 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from alphamed.config_choices import TruncatedReward
-from alphamed.config_sections import PromptConfig, RewardConfig
+from alphamed.answers.extraction import extract_answer
+from alphamed.answers.thinking import SAMPLE, Thinking
+from alphamed.config.choices import TruncatedReward
+from alphamed.config.sections import PromptConfig, RewardConfig
 from alphamed.errors import ConfigError
 from alphamed.records import FinishReason, Outcome, Question, Rollout
-from alphamed.reward.extraction import extract_answer
 from alphamed.reward.grader import GraderPool, RewardCrash, RewardTimeout
-from alphamed.reward.thinking import SAMPLE, Thinking
 
 Reward = Callable[[Question, str, str | None], float]
 """A built-in reward: (question, text, letter) -> reward. `text` is the response, `letter` the answer that its last box
@@ -47,6 +48,7 @@ class CoinToss:
     The toss follows from the run's seed, the group and the number of the sample. The group's id holds step, place and
     question, so a resumed run and `replay` get the same rewards, and a question asked again gets new ones.
     """
+
     seed: int
 
     def reward(self, sample: str) -> float:
@@ -66,21 +68,41 @@ NAMES = (*RULES, RANDOM)
 class Graded:
     """One graded response. `letter` is what its last box states whatever the outcome, `problem` what went wrong in a
     user's reward function (a traceback) where the outcome is TIMEOUT or CRASH; the reward is a meaningless 0 then."""
+
     outcome: Outcome
     reward: float
     letter: str | None
     problem: str | None = None
 
 
-def grade_rollout(question: Question, rollout: Rollout, rule: Rule,
-                  truncated: TruncatedReward = TruncatedReward.NOTHING, thinking: Thinking = Thinking()) -> Graded:
+def grade_rollout(
+    question: Question,
+    rollout: Rollout,
+    rule: Rule,
+    truncated: TruncatedReward = TruncatedReward.NOTHING,
+    thinking: Thinking = Thinking(),
+) -> Graded:
     """Grade a sampled response, as `grade` does; this also knows which sample it is."""
-    return grade(question, rollout.text, rollout.finish_reason, rule, truncated, thinking,
-                 sample=f"{rollout.group_id}#{rollout.sample_index}")
+    return grade(
+        question,
+        rollout.text,
+        rollout.finish_reason,
+        rule,
+        truncated,
+        thinking,
+        sample=f"{rollout.group_id}#{rollout.sample_index}",
+    )
 
 
-def grade(question: Question, text: str, finish_reason: FinishReason, rule: Rule,
-          truncated: TruncatedReward = TruncatedReward.NOTHING, thinking: Thinking = Thinking(), sample: str = "") -> Graded:
+def grade(
+    question: Question,
+    text: str,
+    finish_reason: FinishReason,
+    rule: Rule,
+    truncated: TruncatedReward = TruncatedReward.NOTHING,
+    thinking: Thinking = Thinking(),
+    sample: str = "",
+) -> Graded:
     """Grade one response by what follows its thinking.
 
     A response that did not end by itself (token limit, abort) is TRUNCATED and earns 0 without asking the rule; with
@@ -112,9 +134,16 @@ def grade(question: Question, text: str, finish_reason: FinishReason, rule: Rule
 
 
 # ------------------------------------------------------------------------------------------------------------- by name
-def resolve_rule(name: str, *, seed: int = 0, timeout_s: float = 10.0, workers: int = 1,
-                 search_path: Sequence[str] | None = None, signature: str = "alphamed",
-                 prompt: PromptConfig = PromptConfig()) -> Rule:
+def resolve_rule(
+    name: str,
+    *,
+    seed: int = 0,
+    timeout_s: float = 10.0,
+    workers: int = 1,
+    search_path: Sequence[str] | None = None,
+    signature: str = "alphamed",
+    prompt: PromptConfig = PromptConfig(),
+) -> Rule:
     """The reward called `name`: a built-in, or a user's `module:function` as a pool of grader processes (close it when
     done; its processes end with it in any case). `seed` is the run's, for `random`; `signature` says with which arguments a
     user's function is called, and `prompt` what the model is asked with, for TRL's.
@@ -176,14 +205,19 @@ def try_rule(rule: Rule, question: Question = SAMPLE, thinking: Thinking = Think
     ConfigError, in one line, where the function fails for one of them."""
     wrong = next(letter for letter in question.options if letter != question.answer)
     found: dict[str, float] = {}
-    for kind, text in (("right", thinking.example(f"The answer is \\boxed{{{question.answer}}}")),
-                       ("wrong", thinking.example(f"The answer is \\boxed{{{wrong}}}")), ("empty", "")):
+    for kind, text in (
+        ("right", thinking.example(f"The answer is \\boxed{{{question.answer}}}")),
+        ("wrong", thinking.example(f"The answer is \\boxed{{{wrong}}}")),
+        ("empty", ""),
+    ):
         graded = grade(question, text, FinishReason.STOP, rule, thinking=thinking, sample=kind)
         if graded.problem is not None:
             assert isinstance(rule, GraderPool)
             answer = "an empty answer" if kind == "empty" else f"a {kind} answer"
-            raise ConfigError(f"reward.name: {rule.function!r} was tried on {answer} to question {question.id!r} and "
-                              f"failed: {_one_line(graded.problem)}; fix it before it grades a run")
+            raise ConfigError(
+                f"reward.name: {rule.function!r} was tried on {answer} to question {question.id!r} and "
+                f"failed: {_one_line(graded.problem)}; fix it before it grades a run"
+            )
         found |= {kind: graded.reward}
     return found
 

@@ -1,15 +1,17 @@
 """The soft overlong punishment: a penalty on responses that come near the token limit."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from alphamed.config import Config
+from alphamed.config.schema import Config
 
 
 @dataclass(frozen=True, slots=True)
 class Overlong:
     """DAPO's length-aware penalty (2503.14476, eq. 13) for responses of at most `max_tokens`, over a buffer of
     `buffer_tokens` below that; without a buffer there is none."""
+
     max_tokens: int
     buffer_tokens: int
 

@@ -6,6 +6,7 @@ from before the first step: 1 is 5 of 5 right, 6 is 0 of 5. Every observation fa
 the policy it was made of is gone; what is left in the end is a question nothing is known of. Pure, without random numbers:
 the same results give the same beliefs.
 """
+
 from __future__ import annotations
 
 from collections import Counter
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from alphamed.config_sections import DynamicSamplingConfig
+from alphamed.config.sections import DynamicSamplingConfig
 from alphamed.hashing import stable_hash
 from alphamed.records import Outcome, Question, ScoredGroup
 from alphamed.reward.shaping import Overlong
@@ -34,6 +35,7 @@ DIGITS = 6
 class Evidence:
     """Samples of a question, as they counted at `step`, and how often it was passed over since it was asked last. `rewards`:
     reward -> samples that earned it, of `graded` in all."""
+
     right: float = 0.0
     wrong: float = 0.0
     step: int = 0
@@ -46,8 +48,13 @@ class PassRates:
     """The beliefs of a run whose groups hold `samples` answers. `earns`: what a right and what a wrong answer earns; None
     where the reward does not follow from that, so that levels say nothing of it."""
 
-    def __init__(self, config: DynamicSamplingConfig, samples: int, earns: tuple[float, float] | None = (1.0, 0.0),
-                 overlong: Overlong = Overlong(0, 0)):
+    def __init__(
+        self,
+        config: DynamicSamplingConfig,
+        samples: int,
+        earns: tuple[float, float] | None = (1.0, 0.0),
+        overlong: Overlong = Overlong(0, 0),
+    ):
         self._half_life, self._annotation, self._samples = config.half_life_steps, config.annotation_weight, samples
         self._earns, self._overlong = earns, overlong
         self._max_passes = config.max_passes
@@ -95,7 +102,7 @@ class PassRates:
             wrong = sum(outcome not in (Outcome.CORRECT, *FAILED) for outcome in scored.outcomes)
             found.right, found.wrong, found.step = fade * found.right + right, fade * found.wrong + wrong, step
             rewards = Counter({reward: fade * count for reward, count in found.rewards.items()})
-            rewards.update(round(reward, DIGITS) + 0.0 for reward in earned(scored, self._overlong))       # + 0.0: -0.0 is 0
+            rewards.update(round(reward, DIGITS) + 0.0 for reward in earned(scored, self._overlong))  # + 0.0: -0.0 is 0
             found.rewards, found.graded = dict(rewards.most_common(MAX_REWARDS)), fade * found.graded + right + wrong
 
     def is_due(self, question_id: str) -> bool:
@@ -119,12 +126,16 @@ class PassRates:
 
     def state(self) -> dict[str, Any]:
         """JSON-ready: about 100 bytes for each question that was asked or passed over, some more where rewards are many."""
-        return {id: [one.right, one.wrong, one.step, one.passes, list(map(list, one.rewards.items())), one.graded]
-                for id, one in self._evidence.items()}
+        return {
+            id: [one.right, one.wrong, one.step, one.passes, list(map(list, one.rewards.items())), one.graded]
+            for id, one in self._evidence.items()
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self._evidence = {id: Evidence(*values[:4], *((dict(map(tuple, values[4])), values[5]) if len(values) > 4 else ()))
-                          for id, values in state.items()}
+        self._evidence = {
+            id: Evidence(*values[:4], *((dict(map(tuple, values[4])), values[5]) if len(values) > 4 else ()))
+            for id, values in state.items()
+        }
 
 
 def signal_chance(right: float, wrong: float, samples: int) -> float:

@@ -5,13 +5,14 @@ passed over. A group teaches where its rewards differ, whatever the reward is. A
 at least as likely to teach as that of a question nothing is known of, or if it was passed over `max_passes` times in a row
 (some sooner), so that none starves. Where a search does not find enough of these, the likeliest of the others are asked.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from alphamed.config_choices import LevelsFrom
-from alphamed.config_sections import DynamicSamplingConfig, LevelsConfig
+from alphamed.config.choices import LevelsFrom
+from alphamed.config.sections import DynamicSamplingConfig, LevelsConfig
 from alphamed.records import Question, ScoredGroup
 from alphamed.reward.shaping import Overlong
 from alphamed.rollout.belief import PassRates
@@ -22,9 +23,17 @@ class Chooser:
     """The questions of a run whose steps hold `per_step` groups of `samples` answers. With `choose` off they are the
     stream's, all of them, or what the curriculum of `levels` takes of it."""
 
-    def __init__(self, config: DynamicSamplingConfig, stream: Stream, samples: int, per_step: int,
-                 levels: LevelsConfig = LevelsConfig(), seed: int = 0, earns: tuple[float, float] | None = (1.0, 0.0),
-                 overlong: Overlong = Overlong(0, 0)):
+    def __init__(
+        self,
+        config: DynamicSamplingConfig,
+        stream: Stream,
+        samples: int,
+        per_step: int,
+        levels: LevelsConfig = LevelsConfig(),
+        seed: int = 0,
+        earns: tuple[float, float] | None = (1.0, 0.0),
+        overlong: Overlong = Overlong(0, 0),
+    ):
         self._config, self._stream = config, stream
         self._look_at = config.search * per_step
         self._rates = PassRates(config, samples, earns, overlong)
@@ -37,11 +46,11 @@ class Chooser:
         """The next n questions to ask in `step`, in the order of the stream."""
         if not self._config.choose:
             return self._next(n, step)
-        chosen: dict[int, Question] = {}                    # place in the walk -> question
-        others: dict[int, tuple[bool, float, Question]] = {}        # (met before in this walk, -chance, question)
+        chosen: dict[int, Question] = {}  # place in the walk -> question
+        others: dict[int, tuple[bool, float, Question]] = {}  # (met before in this walk, -chance, question)
         met: set[str] = set()
         for place in range(max(n, self._look_at)):
-            question, = self._next(1, step)
+            (question,) = self._next(1, step)
             chance = self._rates.chance(question, step)
             due = chance >= self._rates.of_unknown or self._rates.is_due(question.id)
             if due and question.id not in met:
@@ -51,7 +60,7 @@ class Chooser:
             met.add(question.id)
             if len(chosen) == n:
                 break
-        likeliest = sorted(others, key=lambda place: (*others[place][:2], place))[:n - len(chosen)]
+        likeliest = sorted(others, key=lambda place: (*others[place][:2], place))[: n - len(chosen)]
         chosen |= {place: others.pop(place)[2] for place in likeliest}
         self._note({question.id for question in chosen.values()}, met)
         return [chosen[place] for place in sorted(chosen)]

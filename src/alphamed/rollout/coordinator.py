@@ -3,6 +3,7 @@
 It is a process of its own so that its event loop does not compete with training for rank 0's interpreter. Rank 0 holds a
 `Coordinator`, the handle that starts it, submits work and collects results.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -14,7 +15,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from alphamed.cluster.placement import beside_rank0
-from alphamed.config import Config
+from alphamed.config.schema import Config
 from alphamed.errors import RunFailed
 from alphamed.records import GenerationTask, ScoredGroup
 from alphamed.rollout.failures import Overdue, Peer, ask, gather
@@ -35,48 +36,52 @@ ANSWER_DEADLINE_S = 60.0
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far a job is. `groups` is there when it is done, in the order of its tasks."""
+
     done: int
     total: int
-    generated: int                      # groups that left their engine, graded or not
+    generated: int  # groups that left their engine, graded or not
     response_tokens: int
-    generate_s: float                   # from the submission to the last group that left its engine
-    reward_s: float                     # from there to the last group graded: what grading adds to the step
+    generate_s: float  # from the submission to the last group that left its engine
+    reward_s: float  # from there to the last group graded: what grading adds to the step
     groups: tuple[ScoredGroup, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Arrivals:
     """What a feed has brought since it was asked last, in the order in which it came."""
+
     groups: tuple[ScoredGroup, ...]
-    response_tokens: int                # of groups that left their engine meanwhile, graded or not
+    response_tokens: int  # of groups that left their engine meanwhile, graded or not
 
 
 class Standing(IntEnum):
     """Which jobs go first."""
-    HELD = 0                            # in the background, until another job has begun
-    BACKGROUND = 1                      # after all others
+
+    HELD = 0  # in the background, until another job has begun
+    BACKGROUND = 1  # after all others
     FOREGROUND = 2
 
 
 @dataclass
 class Job:
     """The tasks of one step, or of one evaluation; or a feed, which gets more of them as it goes."""
+
     key: str
     tasks: dict[int, GenerationTask]
     version: int
     feed: bool = False
     standing: Standing = Standing.FOREGROUND
-    awaited: float | None = None        # since when somebody waits for its end
+    awaited: float | None = None  # since when somebody waits for its end
     began: float = field(default_factory=time.monotonic)
     generated_at: float = 0.0
     response_tokens: int = 0
-    places: dict[int, str] = field(default_factory=dict)        # task -> where it is now
+    places: dict[int, str] = field(default_factory=dict)  # task -> where it is now
     scored: dict[int, ScoredGroup] = field(default_factory=dict)
     failure: RunFailed | None = None
     over: asyncio.Event = field(default_factory=asyncio.Event)
     news: asyncio.Event = field(default_factory=asyncio.Event)  # something to collect, or the end
-    added: int = 0                                              # tasks so far, those handed out included
-    queued: int = 0                                             # of them, those that wait for an engine
+    added: int = 0  # tasks so far, those handed out included
+    queued: int = 0  # of them, those that wait for an engine
     work: set[asyncio.Task] = field(default_factory=set)
 
     def progress(self) -> Progress:
@@ -85,9 +90,14 @@ class Job:
         generated = len(self.tasks) - sum(not place.startswith(GRADER) for place in self.places.values())
         end_of_generation = self.generated_at if generated == len(self.tasks) else now
         return Progress(
-            done=len(self.scored), total=len(self.tasks), generated=generated, response_tokens=self.response_tokens,
-            generate_s=end_of_generation - self.began, reward_s=now - end_of_generation,
-            groups=tuple(self.scored[i] for i in range(len(self.tasks))) if finished else None)
+            done=len(self.scored),
+            total=len(self.tasks),
+            generated=generated,
+            response_tokens=self.response_tokens,
+            generate_s=end_of_generation - self.began,
+            reward_s=now - end_of_generation,
+            groups=tuple(self.scored[i] for i in range(len(self.tasks))) if finished else None,
+        )
 
     def add(self, tasks: Sequence[GenerationTask]) -> range:
         """Take tasks in; returns their numbers."""
@@ -114,9 +124,11 @@ class Job:
 
     def overdue(self, deadline_s: float) -> Overdue:
         missing = [f"{self.tasks[i].group_id} ({place})" for i, place in sorted(self.places.items())]
-        return Overdue(", ".join(sorted(set(self.places.values()))),
-                       f"{self.key}: {len(missing)} of {len(self.tasks)} groups were not done after {deadline_s:.0f} s: "
-                       f"{', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''}")
+        return Overdue(
+            ", ".join(sorted(set(self.places.values()))),
+            f"{self.key}: {len(missing)} of {len(self.tasks)} groups were not done after {deadline_s:.0f} s: "
+            f"{', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''}",
+        )
 
 
 class RolloutCoordinator:
@@ -139,8 +151,7 @@ class RolloutCoordinator:
     async def submit(self, key: str, tasks: Sequence[GenerationTask], version: int, background: bool = False) -> None:
         """Begin a job. `key` ("step 3") names it in `collect` and in errors."""
         assert key not in self._jobs, f"{key} was submitted before"
-        job = self._jobs[key] = Job(
-            key, {}, version, standing=Standing.HELD if background else Standing.FOREGROUND)
+        job = self._jobs[key] = Job(key, {}, version, standing=Standing.HELD if background else Standing.FOREGROUND)
         if not tasks:
             job.over.set()
         self._begin(job, tasks)
@@ -159,7 +170,7 @@ class RolloutCoordinator:
             for number in numbers:
                 self._spawn(job, self._serve(job, number))
             return
-        left = iter(numbers)                        # thousands that wait would all wake up whenever a place is free
+        left = iter(numbers)  # thousands that wait would all wake up whenever a place is free
         for _ in range(min(len(numbers), len(self._engines) * self._concurrent)):
             self._spawn(job, self._serve_each(job, left))
 
@@ -194,7 +205,7 @@ class RolloutCoordinator:
         await self._check_grader(job)
         if job.awaited is None:
             job.awaited = time.monotonic()
-        if job.standing < Standing.FOREGROUND:      # who waits for one set of an evaluation waits for all
+        if job.standing < Standing.FOREGROUND:  # who waits for one set of an evaluation waits for all
             self._promote(Standing.FOREGROUND)
         left = job.left_s(self._deadline_s)
         try:
@@ -233,8 +244,9 @@ class RolloutCoordinator:
         job.places[index] = str(self._grading)
         job.generated_at = time.monotonic()
         job.response_tokens += sum(len(rollout.response_token_ids) for rollout in group.rollouts)
-        job.scored[index] = await ask(self._grader.grade.remote(group, task.evaluation), self._grading,
-                                      f"grading {task.group_id}")
+        job.scored[index] = await ask(
+            self._grader.grade.remote(group, task.evaluation), self._grading, f"grading {task.group_id}"
+        )
         del job.places[index]
         job.news.set()
         if not job.places and not job.feed:
@@ -250,7 +262,7 @@ class RolloutCoordinator:
                 self._load[engine.index] += samples
                 job.queued -= 1
                 if not job.queued:
-                    self._freed.set()               # those in the background have waited for this
+                    self._freed.set()  # those in the background have waited for this
                 return engine
             self._freed.clear()
             await self._freed.wait()
@@ -258,8 +270,10 @@ class RolloutCoordinator:
     def _may_begin(self, job: Job) -> bool:
         """Whether a job in the background may take what is free: no task of another waits for it."""
         return job.standing == Standing.BACKGROUND and not any(
-            other.queued and not other.over.is_set() for other in self._jobs.values()
-            if other.standing == Standing.FOREGROUND)
+            other.queued and not other.over.is_set()
+            for other in self._jobs.values()
+            if other.standing == Standing.FOREGROUND
+        )
 
     def _spawn(self, job: Job, coroutine) -> None:
         """Run a part of a job; the first failure ends the job."""
@@ -270,8 +284,12 @@ class RolloutCoordinator:
     def _part_ended(self, job: Job, task: asyncio.Task) -> None:
         job.work.discard(task)
         if not task.cancelled() and (error := task.exception()):
-            self._end(job, error if isinstance(error, RunFailed) else RunFailed(
-                f"rollout coordinator (pid {os.getpid()})", f"{job.key}: {type(error).__name__}: {error}"))
+            self._end(
+                job,
+                error
+                if isinstance(error, RunFailed)
+                else RunFailed(f"rollout coordinator (pid {os.getpid()})", f"{job.key}: {type(error).__name__}: {error}"),
+            )
 
     def _end(self, job: Job, failure: RunFailed | None = None) -> None:
         if not job.over.is_set():
@@ -296,15 +314,18 @@ class Coordinator:
         reward function can not be loaded."""
         import ray
 
-        grader_pid, = gather([grader.ready.remote()], [Peer(GRADER)], "starting", START_DEADLINE_S)
-        actor = ray.remote(RolloutCoordinator).options(
-            num_cpus=0, max_restarts=0, max_concurrency=1_000, scheduling_strategy=beside_rank0()).remote(
-            pool.engines, grader, grader_pid, config.rollout.max_concurrent_requests, config.rollout.step_deadline_s)
-        pid, = gather([actor.start.remote()], [Peer("rollout coordinator")], "starting", START_DEADLINE_S)
+        (grader_pid,) = gather([grader.ready.remote()], [Peer(GRADER)], "starting", START_DEADLINE_S)
+        actor = (
+            ray.remote(RolloutCoordinator)
+            .options(num_cpus=0, max_restarts=0, max_concurrency=1_000, scheduling_strategy=beside_rank0())
+            .remote(pool.engines, grader, grader_pid, config.rollout.max_concurrent_requests, config.rollout.step_deadline_s)
+        )
+        (pid,) = gather([actor.start.remote()], [Peer("rollout coordinator")], "starting", START_DEADLINE_S)
         return cls(actor, Peer("rollout coordinator", pid), pool)
 
-    def run(self, key: str, tasks: Sequence[GenerationTask],
-            on_progress: Callable[[Progress], None] | None = None) -> Progress:
+    def run(
+        self, key: str, tasks: Sequence[GenerationTask], on_progress: Callable[[Progress], None] | None = None
+    ) -> Progress:
         """Have the engines answer `tasks` with the weights that they hold, and the answers graded. Blocks; `on_progress` is
         called about once a second. Raises RunFailed naming the engine, the reward process or the coordinator."""
         self.begin(key, tasks)

@@ -3,14 +3,15 @@
 A question of the stream is asked with the chance weight / largest weight, else passed over, so that order, epochs and
 letters stay the stream's. The draws follow from seed and place in the walk: the same results give the same questions.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import comb, prod
 from typing import Any, Protocol
 
-from alphamed.config_choices import LevelsFrom
-from alphamed.config_sections import LevelsConfig, LevelWeights
+from alphamed.config.choices import LevelsFrom
+from alphamed.config.sections import LevelsConfig, LevelWeights
 from alphamed.errors import ConfigError
 from alphamed.hashing import stable_hash
 from alphamed.records import Question
@@ -20,11 +21,12 @@ SAMPLES = LEVELS - 1
 """A level says how many of so many samples are right: 1 is all of them, 6 none."""
 LOOK_AT = 200
 """Questions looked at for each one asked, at most; then those that came nearest to being asked are."""
-DRAWS = 2 ** 62
+DRAWS = 2**62
 
 
 class Stream(Protocol):
     """Seeded, resumable questions (`data.stream.QuestionStream`)."""
+
     def take(self, n: int) -> list[Question]: ...
     def state(self) -> dict[str, Any]: ...
     def load_state(self, state: dict[str, Any]) -> None: ...
@@ -37,27 +39,27 @@ class Curriculum:
         assert config.schedule, "a curriculum without a schedule"
         self._config, self._stream, self._rates, self._seed = config, stream, rates, seed
         self._walked = 0
-        self._asked, self._levels, self._passed = 0, 0.0, 0          # since `metrics` was asked last
+        self._asked, self._levels, self._passed = 0, 0.0, 0  # since `metrics` was asked last
 
     def take(self, n: int, step: int) -> list[Question]:
         """The next n questions to ask in `step`, in the order of the stream."""
         weights = weights_at(self._config.schedule, step)
         top = max(weights)
-        asked: dict[int, Question] = {}                              # place in this walk -> question
-        passed: dict[int, tuple[float, Question]] = {}               # (how near it came, question)
+        asked: dict[int, Question] = {}  # place in this walk -> question
+        passed: dict[int, tuple[float, Question]] = {}  # (how near it came, question)
         place = 0
         while len(asked) < n:
-            question, = self._stream.take(1)
+            (question,) = self._stream.take(1)
             draw = (stable_hash("level", self._seed, self._walked) + 0.5) / DRAWS
             self._walked += 1
             share = self.weight(question, weights, step) / top
             if draw < share:
                 asked[place] = question
             elif share > 0:
-                passed[place] = draw ** (1 / share), question       # Efraimidis and Spirakis: draws by weight, none twice
+                passed[place] = draw ** (1 / share), question  # Efraimidis and Spirakis: draws by weight, none twice
             place += 1
             if place >= LOOK_AT * n:
-                for near in sorted(passed, key=lambda place: -passed[place][0])[:n - len(asked)]:
+                for near in sorted(passed, key=lambda place: -passed[place][0])[: n - len(asked)]:
                     asked[near] = passed.pop(near)[1]
         self._count(list(asked.values()), place, step)
         return [asked[place] for place in sorted(asked)]
@@ -75,8 +77,9 @@ class Curriculum:
     def _count(self, asked: Sequence[Question], walked: int, step: int) -> None:
         self._asked += len(asked)
         self._passed += walked - len(asked)
-        self._levels += sum(level * chance for question in asked
-                            for level, chance in enumerate(self._chances(question, step), start=1))
+        self._levels += sum(
+            level * chance for question in asked for level, chance in enumerate(self._chances(question, step), start=1)
+        )
 
     def metrics(self) -> dict[str, float]:
         """What was asked since the last call."""
@@ -114,8 +117,9 @@ def level_chances(right: float, wrong: float) -> tuple[float, ...]:
     def rising(x: float, n: int) -> float:
         return prod(x + i for i in range(n))
 
-    return tuple(comb(SAMPLES, k) * rising(a, k) * rising(b, SAMPLES - k) / rising(a + b, SAMPLES)
-                 for k in range(SAMPLES, -1, -1))
+    return tuple(
+        comb(SAMPLES, k) * rising(a, k) * rising(b, SAMPLES - k) / rising(a + b, SAMPLES) for k in range(SAMPLES, -1, -1)
+    )
 
 
 def check_levels(config: LevelsConfig, questions: Sequence[Question]) -> None:
@@ -124,10 +128,14 @@ def check_levels(config: LevelsConfig, questions: Sequence[Question]) -> None:
         return
     without = [question.id for question in questions if question.level is None]
     if without:
-        raise ConfigError(f"data.levels.by: annotated, but {len(without)} of {len(questions)} questions have no level (the "
-                          f"first: {without[0]}); annotate them (alphamed data difficulty) or set it to observed")
+        raise ConfigError(
+            f"data.levels.by: annotated, but {len(without)} of {len(questions)} questions have no level (the "
+            f"first: {without[0]}); annotate them (alphamed data difficulty) or set it to observed"
+        )
     present = sorted({question.level for question in questions if question.level is not None})
     for entry in config.schedule:
         if not any(entry.weights[level - 1] for level in present):
-            raise ConfigError(f"data.levels.schedule: step {entry.step} gives no weight to a level that data.train has "
-                              f"({', '.join(map(str, present))}); give one of them a weight")
+            raise ConfigError(
+                f"data.levels.schedule: step {entry.step} gives no weight to a level that data.train has "
+                f"({', '.join(map(str, present))}); give one of them a weight"
+            )

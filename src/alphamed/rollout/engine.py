@@ -2,6 +2,7 @@
 
 Runs in a process of its own; `pool.py` starts it. All that depends on vLLM's version stands in the last section.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -12,17 +13,17 @@ from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from alphamed.answers.thinking import begin_of, end_of_thinking
 from alphamed.cluster import processes
 from alphamed.cluster.hardware import this_machine
 from alphamed.cluster.processes import Process
 from alphamed.cluster.variables import LAUNCHER
 from alphamed.data.tokenizer import load_tokenizer
 from alphamed.errors import RunFailed
+from alphamed.model.weight_files import SMALL_BYTES, require_finite, weight_bytes
 from alphamed.records import FinishReason, GenerationTask, Rollout, RolloutGroup, Sampling
-from alphamed.reward.thinking import begin_of, end_of_thinking
 from alphamed.rollout.failures import EngineDied, StaleEngine
 from alphamed.rollout.spec import EngineSpec
-from alphamed.weights.folder import SMALL_BYTES, require_finite, weight_bytes
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -41,7 +42,7 @@ class RolloutEngine:
     def __init__(self, spec: EngineSpec):
         self._spec = spec
         self._version: int | None = None
-        self._pushed: int | None = None         # received but not yet committed
+        self._pushed: int | None = None  # received but not yet committed
         self._ids = itertools.count()
         self._running = 0
         self._processes: dict[str, Process] = {}
@@ -59,10 +60,10 @@ class RolloutEngine:
         self._drained.set()
         self._serving = asyncio.Event()
         if not self._spec.cuda and weight_bytes(Path(self._spec.folder)) > SMALL_BYTES:
-            require_finite(Path(self._spec.folder))         # vLLM packs weights on CPU; smaller folders were read before
+            require_finite(Path(self._spec.folder))  # vLLM packs weights on CPU; smaller folders were read before
         try:
             self._llm = _start_vllm(self._spec)
-        except RuntimeError as error:           # vLLM's own says no more than "see above"
+        except RuntimeError as error:  # vLLM's own says no more than "see above"
             raise RunFailed(self._culprit(), f"vLLM did not start: {_root_cause() or error}") from error
         self._processes = _engine_processes()
         self._watch = asyncio.create_task(self._watch_processes())
@@ -77,8 +78,11 @@ class RolloutEngine:
         if names:
             await self.stop()
             require_finite(Path(self._spec.folder))
-            raise RunFailed(self._culprit(), f"{names[0]} holds values that are not finite in {self._spec.dtype}; those of "
-                                             f"{self._spec.folder} are finite")
+            raise RunFailed(
+                self._culprit(),
+                f"{names[0]} holds values that are not finite in {self._spec.dtype}; those of "
+                f"{self._spec.folder} are finite",
+            )
 
     async def stop(self) -> None:
         """End vLLM's processes in good order."""
@@ -99,7 +103,7 @@ class RolloutEngine:
             begun = self._version
             output = await self._run(task.prompt_token_ids, params)
             if all(completion.finish_reason != FinishReason.ABORT for completion in output.outputs):
-                break                           # else a push came: the whole group begins anew, short answers not favoured
+                break  # else a push came: the whole group begins anew, short answers not favoured
         rollouts = tuple(self._rollout(task, index, begun, completion) for index, completion in enumerate(output.outputs))
         return RolloutGroup(task.group_id, task.question, task.prompt_token_ids, rollouts)
 
@@ -122,9 +126,16 @@ class RolloutEngine:
     def _rollout(self, task: GenerationTask, index: int, version: int, completion: Any) -> Rollout:
         ids = tuple(completion.token_ids)
         logprobs = tuple(place[token].logprob for token, place in zip(ids, completion.logprobs, strict=True))
-        return Rollout(group_id=task.group_id, question_id=task.question.id, sample_index=index, response_token_ids=ids,
-                       logprobs=logprobs, text=self._text(ids),
-                       finish_reason=FinishReason(completion.finish_reason), policy_version=version)
+        return Rollout(
+            group_id=task.group_id,
+            question_id=task.question.id,
+            sample_index=index,
+            response_token_ids=ids,
+            logprobs=logprobs,
+            text=self._text(ids),
+            finish_reason=FinishReason(completion.finish_reason),
+            policy_version=version,
+        )
 
     def _text(self, ids: Sequence[int]) -> str:
         """What is graded: up to the first end token. Decoding leaves out control tokens but no others that are named in
@@ -169,7 +180,7 @@ class RolloutEngine:
         """Acknowledge a received version, forget what was computed with older weights, serve again."""
         assert self._pushed == version, f"version {version} is committed, {self._pushed} was received"
         assert await self._while_alive(self._llm.reset_prefix_cache()), "the prefix cache is in use"
-        if self._spec.on_push != "wait":        # frozen requests compute their keys and values again, with the new weights
+        if self._spec.on_push != "wait":  # frozen requests compute their keys and values again, with the new weights
             await self._while_alive(self._llm.resume_generation())
         self._version, self._pushed = version, None
         self._serving.set()
@@ -194,9 +205,9 @@ class RolloutEngine:
         try:
             await asyncio.wait({task, self._death}, return_when=asyncio.FIRST_COMPLETED)
             if not self._death.done() and _says_dead(task.exception()):
-                await asyncio.wait({self._death}, timeout=10 * WATCH_PERIOD_S)      # which process, the watch will know
+                await asyncio.wait({self._death}, timeout=10 * WATCH_PERIOD_S)  # which process, the watch will know
         finally:
-            task.cancel()                       # nothing to a task that is done
+            task.cancel()  # nothing to a task that is done
         if self._death.done():
             raise EngineDied(self._culprit(), f"{self._death.result()} ended")
         if _says_dead(task.exception()):
@@ -242,18 +253,32 @@ def _engine_args(spec: EngineSpec) -> AsyncEngineArgs:
 
     # left to themselves vLLM's formats are Mistral's where the folder holds a consolidated.safetensors besides its weights
     arguments: dict[str, Any] = dict(
-        model=spec.folder, load_format="safetensors", config_format="hf", skip_tokenizer_init=True,
-        generation_config="vllm", dtype=spec.dtype, seed=spec.seed, tensor_parallel_size=spec.tensor_parallel,
-        distributed_executor_backend=_executor(spec), max_model_len=spec.max_model_tokens,
-        max_num_seqs=spec.max_sequences, kv_cache_memory_bytes=spec.kv_cache_bytes,
-        gpu_memory_utilization=spec.gpu_memory_utilization, enable_prefix_caching=not spec.deterministic,
-        logprobs_mode="processed_logprobs", worker_extension_cls=spec.worker_extension, disable_log_stats=True,
-        enable_log_requests=False)
+        model=spec.folder,
+        load_format="safetensors",
+        config_format="hf",
+        skip_tokenizer_init=True,
+        generation_config="vllm",
+        dtype=spec.dtype,
+        seed=spec.seed,
+        tensor_parallel_size=spec.tensor_parallel,
+        distributed_executor_backend=_executor(spec),
+        max_model_len=spec.max_model_tokens,
+        max_num_seqs=spec.max_sequences,
+        kv_cache_memory_bytes=spec.kv_cache_bytes,
+        gpu_memory_utilization=spec.gpu_memory_utilization,
+        enable_prefix_caching=not spec.deterministic,
+        logprobs_mode="processed_logprobs",
+        worker_extension_cls=spec.worker_extension,
+        disable_log_stats=True,
+        enable_log_requests=False,
+    )
     if spec.deterministic:
         # vLLM's CPU runner rewinds the generator of a seeded request whose prompt comes in chunks, and dies of it:
         # a step must hold all prompts that can be admitted together
-        arguments |= dict(enable_chunked_prefill=False,
-                          max_num_batched_tokens=max(spec.max_model_tokens, spec.max_prompt_tokens * spec.max_sequences))
+        arguments |= dict(
+            enable_chunked_prefill=False,
+            max_num_batched_tokens=max(spec.max_model_tokens, spec.max_prompt_tokens * spec.max_sequences),
+        )
     if not spec.cuda:
         # eager: compiling costs 4 minutes; blocks of 32 (default 128): siblings share more of their prompt
         arguments |= dict(enforce_eager=True, block_size=32)
@@ -277,17 +302,32 @@ def _sampling_params(sampling: Sampling, eos_ids: Sequence[int]) -> SamplingPara
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        n=sampling.n, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, seed=sampling.seed,
-        max_tokens=sampling.max_tokens, logprobs=0, stop_token_ids=list(eos_ids), ignore_eos=True, detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY)
+        n=sampling.n,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        seed=sampling.seed,
+        max_tokens=sampling.max_tokens,
+        logprobs=0,
+        stop_token_ids=list(eos_ids),
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
 
 
 def _scoring_params() -> SamplingParams:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    return SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False, ignore_eos=True,
-                          output_kind=RequestOutputKind.FINAL_ONLY)
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=1,
+        prompt_logprobs=0,
+        detokenize=False,
+        ignore_eos=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
 
 
 async def _final_output(llm: Any, prompt: Sequence[int], params: SamplingParams, request_id: str) -> RequestOutput:

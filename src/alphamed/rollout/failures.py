@@ -1,4 +1,5 @@
 """What can go wrong between rank 0 and the actors, each error naming the actor, its process and what happened."""
+
 from __future__ import annotations
 
 import time
@@ -34,6 +35,7 @@ class Overdue(RunFailed):
 @dataclass(frozen=True, slots=True)
 class Peer:
     """An actor as errors call it: `name` ("engine 0", "reward process") and the id of its process."""
+
     name: str
     pid: int | None = None
 

@@ -1,10 +1,11 @@
 """How many questions a slow or busy machine has time for in a step (run.min_steps). The rule is pure."""
+
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 
-from alphamed.config import Config
+from alphamed.config.schema import Config
 
 LEAST_QUESTIONS = 2
 """Of a step."""
@@ -23,8 +24,9 @@ class Pace:
     before the first step there was time for, then by the time that the step before took. `deadline`: after which no step
     begins; `note` says what is left out, and why."""
 
-    def __init__(self, config: Config, deadline: float, note: Callable[[str], None],
-                 clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self, config: Config, deadline: float, note: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+    ):
         assert config.sizes_steps and config.run.min_steps, "run.min_steps and run.time_limit_s are not set"
         self._wanted, self._steps = config.rollout.questions_per_step, min(config.run.min_steps, config.run.last_step)
         self._unit = config.algorithm.mini_batches * config.parallel.data
@@ -43,10 +45,13 @@ class Pace:
         now = self._clock()
         if self._began is not None:
             took = now - self._began
-            left, steps = max(0.0, self._deadline - now), max(1, self._steps - step + 1)     # past min_steps: one more
+            left, steps = max(0.0, self._deadline - now), max(1, self._steps - step + 1)  # past min_steps: one more
             fitting = step_questions(self._wanted, self._unit, took / self._size, left, steps)
-            self._resize(fitting, f"step {step - 1} took {took:.0f} s with {self._size} questions, {left:.0f} s are left for "
-                                  f"{steps} more step{'s' * (steps > 1)}")
+            self._resize(
+                fitting,
+                f"step {step - 1} took {took:.0f} s with {self._size} questions, {left:.0f} s are left for "
+                f"{steps} more step{'s' * (steps > 1)}",
+            )
         self._began = now
         return self._size
 

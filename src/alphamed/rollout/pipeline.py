@@ -1,4 +1,5 @@
 """What the training loop sees of rollouts: `next(step)` on every rank, from engines or from the record of another run."""
+
 from __future__ import annotations
 
 import contextlib
@@ -7,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from alphamed.cluster.failure import StopRequested
-from alphamed.config import Config
+from alphamed.config.schema import Config
 from alphamed.records import ScoredGroup, StepRollouts, TokenGroup
 from alphamed.reward.rules import earns_of
 from alphamed.reward.shaping import Overlong
@@ -28,11 +29,27 @@ class LiveRollouts:
     """Rollouts sampled now, or ahead of the policy by at most rollout.max_staleness steps. `coordinator` is there on rank 0
     and None elsewhere; `stream` is advanced on rank 0 only. `pace`, where there is one, sizes the steps."""
 
-    def __init__(self, config: Config, stream: Stream, prompts: Prompts, coordinator: Coordinator | None, control: Control,
-                 on_progress: Callable[[Progress], None] | None = None, pace: Pace | None = None):
+    def __init__(
+        self,
+        config: Config,
+        stream: Stream,
+        prompts: Prompts,
+        coordinator: Coordinator | None,
+        control: Control,
+        on_progress: Callable[[Progress], None] | None = None,
+        pace: Pace | None = None,
+    ):
         r = config.rollout
-        chooser = Chooser(config.dynamic_sampling, stream, r.samples_per_question, r.questions_per_step, config.data.levels,
-                          config.run.seed, earns_of(config.reward.name), Overlong.of(config))
+        chooser = Chooser(
+            config.dynamic_sampling,
+            stream,
+            r.samples_per_question,
+            r.questions_per_step,
+            config.data.levels,
+            config.run.seed,
+            earns_of(config.reward.name),
+            Overlong.of(config),
+        )
         kind = Ahead if r.max_staleness else OnDemand
         self._supply = kind(config, chooser, prompts, coordinator, on_progress, pace)
         self._control = control
@@ -75,11 +92,13 @@ class ReplayedRollouts:
         return StepRollouts(step, share_groups(recorded, self._control), tuple(recorded))
 
     def _read(self, step: int) -> Sequence[ScoredGroup]:
-        from alphamed.observe.rollout_files import read_rollouts, rollout_path
         from alphamed.reward.process import advantages
+        from alphamed.rundir.rollout_files import read_rollouts, rollout_path
 
-        return [replace(scored, advantages=advantages(scored.outcomes, scored.rewards, self._advantage))
-                for scored in read_rollouts(rollout_path(self._run_dir, step))]
+        return [
+            replace(scored, advantages=advantages(scored.outcomes, scored.rewards, self._advantage))
+            for scored in read_rollouts(rollout_path(self._run_dir, step))
+        ]
 
     def state(self) -> dict[str, Any]:
         return {}
@@ -101,8 +120,14 @@ def flatten(scored: Sequence[ScoredGroup]) -> list[Tensor]:
     import torch
 
     rollouts = [rollout for one in scored for rollout in one.group.rollouts]
-    groups = [(len(one.group.rollouts), len(one.group.prompt_token_ids),
-               min(rollout.policy_version for rollout in one.group.rollouts)) for one in scored]
+    groups = [
+        (
+            len(one.group.rollouts),
+            len(one.group.prompt_token_ids),
+            min(rollout.policy_version for rollout in one.group.rollouts),
+        )
+        for one in scored
+    ]
     return [
         torch.tensor(groups, dtype=torch.int64),
         torch.tensor([len(rollout.response_token_ids) for rollout in rollouts], dtype=torch.int64),
@@ -117,12 +142,24 @@ def unflatten(tensors: Sequence[Tensor]) -> tuple[TokenGroup, ...]:
     """The groups that `flatten` was given."""
     groups, lengths, prompts, responses, logprobs, advantages = tensors
     sizes = groups[:, 0].tolist()
-    per_group = zip(groups[:, 2].tolist(), prompts.split(groups[:, 1].tolist()), advantages.split(sizes),
-                    lengths.split(sizes), strict=True)
+    per_group = zip(
+        groups[:, 2].tolist(),
+        prompts.split(groups[:, 1].tolist()),
+        advantages.split(sizes),
+        lengths.split(sizes),
+        strict=True,
+    )
     tokens, values = iter(responses.split(lengths.tolist())), iter(logprobs.split(lengths.tolist()))
-    return tuple(TokenGroup(prompt=prompt, responses=tuple(next(tokens) for _ in own), rollout_logprobs=tuple(
-        next(values) for _ in own), advantages=advantage, policy_version=version)
-        for version, prompt, advantage, own in per_group)
+    return tuple(
+        TokenGroup(
+            prompt=prompt,
+            responses=tuple(next(tokens) for _ in own),
+            rollout_logprobs=tuple(next(values) for _ in own),
+            advantages=advantage,
+            policy_version=version,
+        )
+        for version, prompt, advantage, own in per_group
+    )
 
 
 def to_token_group(scored: ScoredGroup) -> TokenGroup:

@@ -1,4 +1,5 @@
 """The engines of a run, as rank 0 holds them: placed and started by Ray, called together, stopped."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -8,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from alphamed.cluster.hardware import this_machine
 from alphamed.cluster.placement import ENGINE_SLOT
-from alphamed.config import Config
+from alphamed.config.schema import Config
 from alphamed.errors import RunFailed
-from alphamed.model import ModelShape
+from alphamed.model.shape import ModelShape
 from alphamed.rollout.engine import RolloutEngine
 from alphamed.rollout.failures import Peer, gather
 from alphamed.rollout.spec import EngineSpec, engine_environment, engine_specs
@@ -25,6 +26,7 @@ STOP_DEADLINE_S = 20.0
 @dataclass(frozen=True)
 class Engine:
     """A started engine. `machine`: as `this_machine` says there. `processes`: ids by name, its actor's included."""
+
     index: int
     actor: ActorHandle
     tensor_parallel: int
@@ -61,14 +63,17 @@ class EnginePool:
 
         actors = [_place(spec) for spec in specs]
         try:
-            started = gather([actor.start.remote() for actor in actors], [Peer(spec.name) for spec in specs],
-                             "starting vLLM", deadline_s)
+            started = gather(
+                [actor.start.remote() for actor in actors], [Peer(spec.name) for spec in specs], "starting vLLM", deadline_s
+            )
         except RunFailed:
             for actor in actors:
                 ray.kill(actor)
             raise
-        engines = [Engine(spec.index, actor, spec.tensor_parallel, *answer)
-                   for spec, actor, answer in zip(specs, actors, started, strict=True)]
+        engines = [
+            Engine(spec.index, actor, spec.tensor_parallel, *answer)
+            for spec, actor, answer in zip(specs, actors, started, strict=True)
+        ]
         return cls(engines, ray.util.get_node_ip_address())
 
     @property
@@ -85,8 +90,7 @@ class EnginePool:
 
     def begin(self, method: str, arguments: Sequence[Mapping[str, Any]]) -> list[ObjectRef]:
         """Call a method of every engine, with its own arguments, without waiting."""
-        return [getattr(engine.actor, method).remote(**own)
-                for engine, own in zip(self.engines, arguments, strict=True)]
+        return [getattr(engine.actor, method).remote(**own) for engine, own in zip(self.engines, arguments, strict=True)]
 
     def end(self, calls: Sequence[ObjectRef], what: str, deadline_s: float) -> list[Any]:
         """The answers to `begin`, in the order of the engines. Raises RunFailed naming the engine that failed or is late."""
@@ -111,7 +115,11 @@ def _place(spec: EngineSpec) -> ActorHandle:
     import ray
 
     actor = ray.remote(RolloutEngine).options(
-        num_cpus=0, num_gpus=spec.tensor_parallel if spec.cuda else 0,
-        resources=None if spec.cuda else {ENGINE_SLOT: spec.tensor_parallel}, max_restarts=0, max_concurrency=10_000,
-        runtime_env={"env_vars": engine_environment(spec)})
+        num_cpus=0,
+        num_gpus=spec.tensor_parallel if spec.cuda else 0,
+        resources=None if spec.cuda else {ENGINE_SLOT: spec.tensor_parallel},
+        max_restarts=0,
+        max_concurrency=10_000,
+        runtime_env={"env_vars": engine_environment(spec)},
+    )
     return actor.remote(spec)

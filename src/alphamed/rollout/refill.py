@@ -1,4 +1,5 @@
 """Which groups of a step are trained on and which are replaced: pure bookkeeping over graded groups."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,9 +14,11 @@ EQUAL = 1e-9
 
 def earned(scored: ScoredGroup, overlong: Overlong) -> list[float]:
     """The rewards of the group's answers, the penalty on lengths left aside, without those that could not be graded."""
-    return [reward - overlong.penalty(len(rollout.response_token_ids))
-            for reward, outcome, rollout in zip(scored.rewards, scored.outcomes, scored.group.rollouts, strict=True)
-            if outcome not in (Outcome.TIMEOUT, Outcome.CRASH)]
+    return [
+        reward - overlong.penalty(len(rollout.response_token_ids))
+        for reward, outcome, rollout in zip(scored.rewards, scored.outcomes, scored.group.rollouts, strict=True)
+        if outcome not in (Outcome.TIMEOUT, Outcome.CRASH)
+    ]
 
 
 def teaches(scored: ScoredGroup, overlong: Overlong) -> bool:
@@ -28,15 +31,16 @@ def teaches(scored: ScoredGroup, overlong: Overlong) -> bool:
 @dataclass(slots=True)
 class Tally:
     """What became of the groups of one step."""
+
     asked: int = 0
     graded: int = 0
-    kept: int = 0                       # they teach, or are trained on because nothing is replaced
-    dropped: int = 0                    # they teach nothing
-    stale: int = 0                      # sampled with weights that are too old; found so when graded or later
-    stale_tokens: int = 0               # of the responses of these
+    kept: int = 0  # they teach, or are trained on because nothing is replaced
+    dropped: int = 0  # they teach nothing
+    stale: int = 0  # sampled with weights that are too old; found so when graded or later
+    stale_tokens: int = 0  # of the responses of these
     stale_responses: int = 0
-    bound_hit: bool = False             # the step went on with groups that teach nothing
-    rewards: float = 0.0                # sum over the graded groups of their mean rewards
+    bound_hit: bool = False  # the step went on with groups that teach nothing
+    rewards: float = 0.0  # sum over the graded groups of their mean rewards
 
     def count(self, scored: ScoredGroup, *, kept: bool = False, stale: bool = False) -> None:
         """Count a group that was graded now."""
@@ -56,15 +60,23 @@ class Tally:
     def stale_metrics(self, trained: Sequence[ScoredGroup]) -> Mapping[str, float]:
         """What was dropped as too old, beside the groups that the step trains on."""
         tokens = sum(len(rollout.response_token_ids) for scored in trained for rollout in scored.group.rollouts)
-        found = {"staleness/dropped": float(self.stale), "staleness/dropped_share": self.stale / (self.stale + len(trained)),
-                 "staleness/dropped_tokens_share": self.stale_tokens / max(1, self.stale_tokens + tokens)}
+        found = {
+            "staleness/dropped": float(self.stale),
+            "staleness/dropped_share": self.stale / (self.stale + len(trained)),
+            "staleness/dropped_tokens_share": self.stale_tokens / max(1, self.stale_tokens + tokens),
+        }
         if self.stale:
             found["staleness/dropped_tokens_mean"] = self.stale_tokens / self.stale_responses
         return found
 
     def metrics(self, passed_over: int) -> Mapping[str, float]:
-        found = {"sampling/asked": self.asked, "sampling/kept": self.kept, "sampling/dropped": self.dropped,
-                 "sampling/bound_hit": float(self.bound_hit), "sampling/passed_over": passed_over}
+        found = {
+            "sampling/asked": self.asked,
+            "sampling/kept": self.kept,
+            "sampling/dropped": self.dropped,
+            "sampling/bound_hit": float(self.bound_hit),
+            "sampling/passed_over": passed_over,
+        }
         if self.graded:
             found["sampling/reward_mean"] = self.rewards / self.graded
         if self.kept:
@@ -113,8 +125,11 @@ class Places:
             self.tally.count(scored, kept=not self._refills or teaches(scored, self._overlong))
 
     def _open(self) -> list[int]:
-        return [place for place, scored in enumerate(self._groups)
-                if scored is None or (self._refills and not teaches(scored, self._overlong))]
+        return [
+            place
+            for place, scored in enumerate(self._groups)
+            if scored is None or (self._refills and not teaches(scored, self._overlong))
+        ]
 
     @property
     def groups(self) -> tuple[ScoredGroup, ...]:

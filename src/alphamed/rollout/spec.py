@@ -1,4 +1,5 @@
 """What each engine is told: sizes, dtype, cores and environment, all derived from the configuration (pure)."""
+
 from __future__ import annotations
 
 import os
@@ -7,11 +8,11 @@ from pathlib import Path
 
 from alphamed.cluster.environment import SILENT
 from alphamed.cluster.hardware import cores, memory_bytes, wants_cuda
-from alphamed.config import Config
-from alphamed.config_choices import Dtype, OnPush
+from alphamed.config.choices import Dtype, OnPush
+from alphamed.config.schema import Config
 from alphamed.errors import ConfigError
 from alphamed.hashing import stable_hash
-from alphamed.model import ModelShape, check_context
+from alphamed.model.shape import ModelShape, check_context
 
 RECEIVER = "alphamed.weights.receiver.WeightReceiver"
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -23,25 +24,26 @@ MAX_CPU_CACHE_SHARE = 0.25
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
     """One engine. `cores` holds a list of core ids per tensor rank on CPU and is empty on CUDA."""
+
     index: int
     folder: str
-    dtype: str                          # "float32" | "bfloat16"
+    dtype: str  # "float32" | "bfloat16"
     tensor_parallel: int
     cuda: bool
     cores: tuple[tuple[int, ...], ...]
-    threads: int                        # of a tensor rank on CPU: fewer than its cores where CPU time is limited
-    max_model_tokens: int               # prompt and response together
+    threads: int  # of a tensor rank on CPU: fewer than its cores where CPU time is limited
+    max_model_tokens: int  # prompt and response together
     max_prompt_tokens: int
-    max_sequences: int                  # sampled at once
-    kv_cache_bytes: int | None          # per tensor rank; None: from gpu_memory_utilization
+    max_sequences: int  # sampled at once
+    kv_cache_bytes: int | None  # per tensor rank; None: from gpu_memory_utilization
     gpu_memory_utilization: float
     deterministic: bool
     seed: int
-    eos_ids: tuple[int, ...]            # each ends a response and belongs to it, but not to its text
-    asynchronous: bool = False          # pushes come while requests are under way
-    on_push: str = "wait"               # what becomes of those: "wait" | "keep" | "abort"
+    eos_ids: tuple[int, ...]  # each ends a response and belongs to it, but not to its text
+    asynchronous: bool = False  # pushes come while requests are under way
+    on_push: str = "wait"  # what becomes of those: "wait" | "keep" | "abort"
     worker_extension: str = RECEIVER
-    answer_after: str | None = None     # reward.answer_after: what ends the thinking stays in the text of a response
+    answer_after: str | None = None  # reward.answer_after: what ends the thinking stays in the text of a response
 
     @property
     def name(self) -> str:
@@ -53,24 +55,39 @@ def engine_specs(config: Config, folder: Path, shape: ModelShape, eos_ids: tuple
     r = config.rollout
     cuda = wants_cuda(config)
     if not cuda and shape.head_dim not in CPU_HEAD_SIZES:
-        raise ConfigError(f"model.path: heads of {shape.head_dim} are none that vLLM computes on CPU "
-                          f"({', '.join(map(str, CPU_HEAD_SIZES))}); choose another model or cluster.device=cuda")
+        raise ConfigError(
+            f"model.path: heads of {shape.head_dim} are none that vLLM computes on CPU "
+            f"({', '.join(map(str, CPU_HEAD_SIZES))}); choose another model or cluster.device=cuda"
+        )
     check_context(shape, config.max_model_tokens, config.longest_response)
     sequences = max(r.max_concurrent_requests, r.samples_per_question)
     cache_bytes = r.kv_cache_bytes
     if cache_bytes is None and not cuda:
         cache_bytes = _cpu_cache_bytes(config, shape, sequences)
     bound = () if cuda else engine_cores(config)
-    return tuple(EngineSpec(
-        index=index, folder=str(folder), dtype="float32" if r.dtype == Dtype.FP32 else "bfloat16",
-        tensor_parallel=r.tensor_parallel, cuda=cuda, cores=bound, threads=_threads(config, bound),
-        max_model_tokens=config.max_model_tokens, max_prompt_tokens=config.prompt.max_tokens, max_sequences=sequences,
-        kv_cache_bytes=cache_bytes // r.tensor_parallel if cache_bytes else None,
-        gpu_memory_utilization=r.gpu_memory_utilization, deterministic=r.deterministic,
-        seed=stable_hash(config.run.seed, "engine", index) % 2**31, eos_ids=tuple(eos_ids),
-        asynchronous=r.max_staleness > 0, on_push=str(r.on_push if r.max_staleness else OnPush.WAIT),
-        answer_after=config.reward.answer_after)
-        for index in range(r.engines))
+    return tuple(
+        EngineSpec(
+            index=index,
+            folder=str(folder),
+            dtype="float32" if r.dtype == Dtype.FP32 else "bfloat16",
+            tensor_parallel=r.tensor_parallel,
+            cuda=cuda,
+            cores=bound,
+            threads=_threads(config, bound),
+            max_model_tokens=config.max_model_tokens,
+            max_prompt_tokens=config.prompt.max_tokens,
+            max_sequences=sequences,
+            kv_cache_bytes=cache_bytes // r.tensor_parallel if cache_bytes else None,
+            gpu_memory_utilization=r.gpu_memory_utilization,
+            deterministic=r.deterministic,
+            seed=stable_hash(config.run.seed, "engine", index) % 2**31,
+            eos_ids=tuple(eos_ids),
+            asynchronous=r.max_staleness > 0,
+            on_push=str(r.on_push if r.max_staleness else OnPush.WAIT),
+            answer_after=config.reward.answer_after,
+        )
+        for index in range(r.engines)
+    )
 
 
 def engine_cores(config: Config) -> tuple[tuple[int, ...], ...]:
@@ -84,8 +101,10 @@ def engine_cores(config: Config) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(sorted(os.sched_getaffinity(0))[rank::ranks]) for rank in range(ranks))
     lists = given.split("|")
     if len(lists) != ranks:
-        raise ConfigError(f"cluster.engine_cores: {given!r} holds {len(lists)} lists, rollout.tensor_parallel is {ranks}; "
-                          f"give one list for each, separated by |")
+        raise ConfigError(
+            f"cluster.engine_cores: {given!r} holds {len(lists)} lists, rollout.tensor_parallel is {ranks}; "
+            f"give one list for each, separated by |"
+        )
     return tuple(_core_list(text, given) for text in lists)
 
 
@@ -105,8 +124,10 @@ def _core_list(text: str, given: str) -> tuple[int, ...]:
         found += range(int(first), int(last or first) + 1)
     absent = sorted(set(found) - os.sched_getaffinity(0))
     if absent:
-        raise ConfigError(f"cluster.engine_cores: {given!r} names core {absent[0]}, which this machine does not offer; "
-                          f"choose from {', '.join(map(str, sorted(os.sched_getaffinity(0))))}")
+        raise ConfigError(
+            f"cluster.engine_cores: {given!r} names core {absent[0]}, which this machine does not offer; "
+            f"choose from {', '.join(map(str, sorted(os.sched_getaffinity(0))))}"
+        )
     return tuple(found)
 
 
@@ -125,7 +146,7 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
         "TRANSFORMERS_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_HOST_IP": "127.0.0.1",                # an engine's processes share a node; other addresses may need a route
+        "VLLM_HOST_IP": "127.0.0.1",  # an engine's processes share a node; other addresses may need a route
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
     if not spec.cuda:
@@ -134,7 +155,8 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
             # vLLM starts a thread on each core it is given. Fewer threads move freely: fixed ones would meet those of every
             # other container with limited time on the same first cores
             "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, ids)) for ids in spec.cores)
-            if spec.threads == max(map(len, spec.cores)) else "nobind",
+            if spec.threads == max(map(len, spec.cores))
+            else "nobind",
             "GLOO_SOCKET_IFNAME": "lo",
             # Engines run eagerly, but vLLM decorates small functions of its sampler with torch.compile: each start would
             # compile them again for about 15 s, as the compiler's cache is in the run's own temporary folder.

@@ -2,6 +2,7 @@
 
 Both choose questions, drop and replace groups that teach nothing, and know what a checkpoint must keep to go on from there.
 """
+
 from __future__ import annotations
 
 import math
@@ -10,15 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from alphamed.config import Config
-from alphamed.config_choices import Stragglers
-from alphamed.observe.rollout_files import question_from_json, question_json
+from alphamed.config.choices import Stragglers
+from alphamed.config.schema import Config
 from alphamed.records import Question, ScoredGroup
 from alphamed.reward.shaping import Overlong
 from alphamed.rollout.choice import Chooser
 from alphamed.rollout.failures import Overdue
 from alphamed.rollout.refill import Places, Tally, must_wait, teaches
 from alphamed.rollout.tasks import Prompts, training_tasks
+from alphamed.rundir.rollout_files import question_from_json, question_json
 
 if TYPE_CHECKING:
     from alphamed.rollout.coordinator import Arrivals, Coordinator, Progress
@@ -38,8 +39,15 @@ class Gathered:
 class OnDemand:
     """Rounds of questions, each answered and graded before the next: the same questions give the same step."""
 
-    def __init__(self, config: Config, chooser: Chooser, prompts: Prompts, coordinator: Coordinator,
-                 on_progress: Callable[[Progress], None] | None, pace: Pace | None = None):
+    def __init__(
+        self,
+        config: Config,
+        chooser: Chooser,
+        prompts: Prompts,
+        coordinator: Coordinator,
+        on_progress: Callable[[Progress], None] | None,
+        pace: Pace | None = None,
+    ):
         self._config, self._chooser, self._prompts = config, chooser, prompts
         self._coordinator, self._on_progress, self._pace = coordinator, on_progress, pace
 
@@ -72,8 +80,11 @@ class OnDemand:
 
 def _metrics(rounds: Sequence[Progress]) -> dict[str, float]:
     seconds = sum(done.generate_s for done in rounds)
-    return {"time/generate_s": seconds, "time/reward_s": sum(done.reward_s for done in rounds),
-            "throughput/generated_tokens_per_s": sum(done.response_tokens for done in rounds) / max(seconds, 1e-9)}
+    return {
+        "time/generate_s": seconds,
+        "time/reward_s": sum(done.reward_s for done in rounds),
+        "throughput/generated_tokens_per_s": sum(done.response_tokens for done in rounds) / max(seconds, 1e-9),
+    }
 
 
 class Ahead:
@@ -86,19 +97,26 @@ class Ahead:
     is part of the state, and is asked first after a resume.
     """
 
-    def __init__(self, config: Config, chooser: Chooser, prompts: Prompts, coordinator: Coordinator,
-                 on_progress: Callable[[Progress], None] | None, pace: None = None):
+    def __init__(
+        self,
+        config: Config,
+        chooser: Chooser,
+        prompts: Prompts,
+        coordinator: Coordinator,
+        on_progress: Callable[[Progress], None] | None,
+        pace: None = None,
+    ):
         self._config, self._chooser, self._prompts = config, chooser, prompts
         self._coordinator, self._on_progress = coordinator, on_progress
         self._overlong = Overlong.of(config)
-        self._asked: dict[str, Question] = {}               # by group id, in the order asked: not graded yet
-        self._ready: dict[str, ScoredGroup] = {}            # graded, not trained on
-        self._spare: dict[str, ScoredGroup] = {}            # of this step, teach nothing
-        self._order: dict[str, tuple[int, int]] = {}        # of all of these: the step it was asked in, a running number
-        self._again: list[Question] = []                    # to be asked first, after a resume
+        self._asked: dict[str, Question] = {}  # by group id, in the order asked: not graded yet
+        self._ready: dict[str, ScoredGroup] = {}  # graded, not trained on
+        self._spare: dict[str, ScoredGroup] = {}  # of this step, teach nothing
+        self._order: dict[str, tuple[int, int]] = {}  # of all of these: the step it was asked in, a running number
+        self._again: list[Question] = []  # to be asked first, after a resume
         self._numbers = 0
-        self._share = 1.0                                   # of the groups that teach, of late
-        self._began = time.monotonic()                      # of the last step's gathering
+        self._share = 1.0  # of the groups that teach, of late
+        self._began = time.monotonic()  # of the last step's gathering
 
     # ------------------------------------------------------------------------------------------------------------- a step
     def gather(self, step: int) -> Gathered:
@@ -114,7 +132,7 @@ class Ahead:
             left_s = began + self._config.rollout.step_deadline_s - time.monotonic()
             try:
                 tokens += self._receive(step, tally, left_s, wait=True)
-            except Overdue as error:                        # or the reward process hangs, which no setting helps
+            except Overdue as error:  # or the reward process hangs, which no setting helps
                 late = time.monotonic() - began >= self._config.rollout.step_deadline_s
                 raise self._named(step, error) if late else error from None
             self._ask(step, tally)
@@ -122,8 +140,12 @@ class Ahead:
         elapsed, self._began = time.monotonic() - self._began, time.monotonic()
         if tally.graded:
             self._share += (tally.kept / tally.graded - self._share) / 2
-        return Gathered(groups, self._metrics(groups, tally, time.monotonic() - began, tokens / max(elapsed, 1e-9),
-                                              self._chooser.passed_over - passed_over))
+        return Gathered(
+            groups,
+            self._metrics(
+                groups, tally, time.monotonic() - began, tokens / max(elapsed, 1e-9), self._chooser.passed_over - passed_over
+            ),
+        )
 
     def _ask(self, step: int, tally: Tally) -> None:
         """Ask for as many groups as this step and those after it may still lack."""
@@ -183,21 +205,29 @@ class Ahead:
         if len(self._ready) < r.questions_per_step and not bound_hit:
             return False
         return r.stragglers == Stragglers.DROP or not must_wait(
-            step, r.max_staleness, r.questions_per_step, self._teaching_share(),
-            sorted(self._order[name][0] for name in self._ready), [self._order[name][0] for name in self._asked])
+            step,
+            r.max_staleness,
+            r.questions_per_step,
+            self._teaching_share(),
+            sorted(self._order[name][0] for name in self._ready),
+            [self._order[name][0] for name in self._asked],
+        )
 
     def _named(self, step: int, error: Overdue) -> Overdue:
         """The error of a step whose groups are overdue, with those that it waits for, the oldest first, and what helps."""
         awaited = [f"{name} (asked in step {self._order[name][0]})" for name in list(self._asked)[:MOST_NAMED]]
         more = f" and {len(self._asked) - MOST_NAMED} more" if len(self._asked) > MOST_NAMED else ""
-        return Overdue(error.culprit, f"{error.message}; step {step} waits for {', '.join(awaited)}{more}; raise "
-                       f"rollout.step_deadline_s or set rollout.stragglers=drop")
+        return Overdue(
+            error.culprit,
+            f"{error.message}; step {step} waits for {', '.join(awaited)}{more}; raise "
+            f"rollout.step_deadline_s or set rollout.stragglers=drop",
+        )
 
     def _take(self, tally: Tally) -> tuple[ScoredGroup, ...]:
         """The groups asked first, of those that teach; where the bound was hit others take the places left."""
         wanted = self._config.rollout.questions_per_step
         ready = sorted(self._ready, key=self._order.__getitem__)[:wanted]
-        spare = sorted(self._spare, key=self._order.__getitem__)[:wanted - len(ready)]
+        spare = sorted(self._spare, key=self._order.__getitem__)[: wanted - len(ready)]
         tally.bound_hit = bool(spare)
         groups = self._ready | self._spare
         taken = tuple(groups[name] for name in sorted(ready + spare, key=self._order.__getitem__))
@@ -214,12 +244,17 @@ class Ahead:
         done = min(len(self._ready), total)
         return Progress(done, total, done, 0, time.monotonic() - self._began, 0.0)
 
-    def _metrics(self, groups: Sequence[ScoredGroup], tally: Tally, waited_s: float, tokens_per_s: float,
-                 passed_over: int) -> dict[str, float]:
+    def _metrics(
+        self, groups: Sequence[ScoredGroup], tally: Tally, waited_s: float, tokens_per_s: float, passed_over: int
+    ) -> dict[str, float]:
         ages = [self._staleness(scored) for scored in groups]
-        found = {"time/generate_s": waited_s, "throughput/generated_tokens_per_s": tokens_per_s,
-                 "staleness/mean": sum(ages) / len(ages), "staleness/max": float(max(ages)),
-                 **tally.stale_metrics(groups)} | self._chooser.level_metrics()
+        found = {
+            "time/generate_s": waited_s,
+            "throughput/generated_tokens_per_s": tokens_per_s,
+            "staleness/mean": sum(ages) / len(ages),
+            "staleness/max": float(max(ages)),
+            **tally.stale_metrics(groups),
+        } | self._chooser.level_metrics()
         return found | tally.metrics(passed_over) if self._config.dynamic_sampling.active else found
 
     # -------------------------------------------------------------------------------------------------------------- resume

@@ -1,4 +1,5 @@
 """Flat buckets: slices packed into one tensor, cut out of it again, joined to whole tensors, and digested."""
+
 from __future__ import annotations
 
 import math
@@ -25,7 +26,7 @@ def pack(bucket: Bucket, parts: Iterable[Tensor], device: torch.device | str) ->
     flat, at = empty_flat(bucket, device), 0
     for piece, part in zip(bucket.slices, parts, strict=True):
         assert tuple(part.shape) == piece.shape, f"{piece.name}: planned as {piece.shape}, exported as {tuple(part.shape)}"
-        flat[at:at + piece.elements].view(piece.shape).copy_(part)
+        flat[at : at + piece.elements].view(piece.shape).copy_(part)
         at += piece.elements
     return flat
 
@@ -34,7 +35,7 @@ def unpack(bucket: Bucket, flat: Tensor) -> Iterator[tuple[Slice, Tensor]]:
     """Each slice of a packed bucket, a view."""
     at = 0
     for piece in bucket.slices:
-        yield piece, flat[at:at + piece.elements].view(piece.shape)
+        yield piece, flat[at : at + piece.elements].view(piece.shape)
         at += piece.elements
 
 
@@ -68,8 +69,8 @@ def digest(flat: Tensor) -> Tensor:
     a minute.
     """
     words = flat.view(torch.int32)
-    rows = words[:words.numel() // ROW_WORDS * ROW_WORDS].view(-1, ROW_WORDS)
-    rest = words[rows.numel():].to(torch.int64)
+    rows = words[: words.numel() // ROW_WORDS * ROW_WORDS].view(-1, ROW_WORDS)
+    rest = words[rows.numel() :].to(torch.int64)
     by_column = torch.zeros(ROW_WORDS, dtype=torch.int64, device=flat.device)
     by_row = [rest.new_zeros(0)]
     for block in rows.split(BLOCK_ROWS[flat.device.type]):
@@ -77,8 +78,11 @@ def digest(flat: Tensor) -> Tensor:
         by_column += block.sum(0, dtype=torch.int64)
     sums = torch.cat(by_row)
     # word j of row i has weight i x ROW_WORDS + j + 1
-    weighted = ((_count(sums) * ROW_WORDS * sums).sum() + ((_count(by_column) + 1) * by_column).sum()
-                + ((_count(rest) + rows.numel() + 1) * rest).sum())
+    weighted = (
+        (_count(sums) * ROW_WORDS * sums).sum()
+        + ((_count(by_column) + 1) * by_column).sum()
+        + ((_count(rest) + rows.numel() + 1) * rest).sum()
+    )
     return torch.stack([sums.sum() + rest.sum(), weighted])
 
 

@@ -4,12 +4,13 @@ Trainer ranks hold shards of Megatron parameters (`pieces`, `held`), an engine's
 The two cut alike where the sizes are alike, except for KV heads, which Megatron cuts further and vLLM repeats where there
 are fewer of them than ranks, and for the vocabulary, which the two pad differently. Pure; imports nothing heavy.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from alphamed.weights.families import Entry, Kind, cut_dimension, shard_shape
+from alphamed.model.families import Entry, Kind, cut_dimension, shard_shape
 
 VLLM_VOCABULARY_MULTIPLE = 64
 """vLLM 0.32 pads the vocabulary to a multiple of this before it divides it over its tensor ranks."""
@@ -18,6 +19,7 @@ VLLM_VOCABULARY_MULTIPLE = 64
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Rows (columns where the cut is along dimension 1) start..stop of source tensor `source`."""
+
     source: int
     start: int
     stop: int
@@ -25,14 +27,17 @@ class Piece:
 
 class Box(NamedTuple):
     """A rectangular part of a tensor: where it begins and how large it is, in every dimension."""
+
     start: tuple[int, ...]
     shape: tuple[int, ...]
 
     def meet(self, other: Box) -> Box | None:
         """What two boxes have in common, if anything."""
         start = tuple(map(max, self.start, other.start))
-        shape = tuple(min(a + n, b + m) - at
-                      for a, n, b, m, at in zip(self.start, self.shape, other.start, other.shape, start, strict=True))
+        shape = tuple(
+            min(a + n, b + m) - at
+            for a, n, b, m, at in zip(self.start, self.shape, other.start, other.shape, start, strict=True)
+        )
         return Box(start, shape) if min(shape) > 0 else None
 
 
@@ -44,7 +49,7 @@ def pieces(entry: Entry, tp_size: int, tp_rank: int) -> list[Piece]:
     if entry.kind == Kind.REPLICATED:
         return [Piece(0, 0, sizes[0])]
     if entry.kind == Kind.QKV:
-        rows = [size // entry.groups for size in sizes]          # of q (all its heads), k and v in one KV group
+        rows = [size // entry.groups for size in sizes]  # of q (all its heads), k and v in one KV group
         order = [Piece(i, g * rows[i], (g + 1) * rows[i]) for g in range(entry.groups) for i in range(3)]
     elif entry.kind == Kind.GATE_UP:
         rows = [size // tp_size for size in sizes]
@@ -69,8 +74,10 @@ def _window(order: list[Piece], start: int, stop: int) -> list[Piece]:
 def held(entry: Entry, tp_size: int, tp_rank: int) -> list[tuple[int, Box]]:
     """(source, box) of each piece of the shard of a trainer's `tp_rank`, in the order in which the shard concatenates
     them along `cut_dimension`."""
-    return [(piece.source, _along(cut_dimension(entry), piece.start, piece.stop, entry.shapes[piece.source]))
-            for piece in pieces(entry, tp_size, tp_rank)]
+    return [
+        (piece.source, _along(cut_dimension(entry), piece.start, piece.stop, entry.shapes[piece.source]))
+        for piece in pieces(entry, tp_size, tp_rank)
+    ]
 
 
 def needed(entry: Entry, source: int, tp_size: int, tp_rank: int) -> Box:
@@ -80,7 +87,7 @@ def needed(entry: Entry, source: int, tp_size: int, tp_rank: int) -> Box:
     size = whole[dimension]
     if entry.kind == Kind.REPLICATED:
         return _along(0, 0, size, whole)
-    if entry.kind == Kind.QKV and source > 0 and tp_size > entry.groups:        # a KV head on several ranks
+    if entry.kind == Kind.QKV and source > 0 and tp_size > entry.groups:  # a KV head on several ranks
         head, sharers = size // entry.groups, tp_size // entry.groups
         return _along(0, tp_rank // sharers * head, (tp_rank // sharers + 1) * head, whole)
     if entry.kind == Kind.VOCAB:
@@ -92,5 +99,7 @@ def needed(entry: Entry, source: int, tp_size: int, tp_rank: int) -> Box:
 
 def _along(dimension: int, start: int, stop: int, whole: tuple[int, ...]) -> Box:
     """start..stop of one dimension, all of the others."""
-    return Box(tuple(start if d == dimension else 0 for d in range(len(whole))),
-               tuple(stop - start if d == dimension else n for d, n in enumerate(whole)))
+    return Box(
+        tuple(start if d == dimension else 0 for d in range(len(whole))),
+        tuple(stop - start if d == dimension else n for d, n in enumerate(whole)),
+    )

@@ -5,6 +5,7 @@ time and gathers each to the stage's source, the rank with tensor rank 0. Nothin
 
 Chunks are unwrapped GPTModels, told apart by their parameters' names only: no Megatron import here.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,11 +17,11 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from alphamed.errors import ConfigError
-from alphamed.model import ModelShape
+from alphamed.model.families import Entry, Kind, cut_dimension, entries, shard_shape
+from alphamed.model.shape import ModelShape
+from alphamed.model.weight_files import WeightFiles, check_tensor, not_finite
 from alphamed.records import Layout
 from alphamed.weights.cuts import held
-from alphamed.weights.families import Entry, Kind, cut_dimension, entries, shard_shape
-from alphamed.weights.folder import WeightFiles, check_tensor, not_finite
 from alphamed.weights.plan import Slice
 from alphamed.weights.tensors import all_finite, to_hf, to_shard
 
@@ -68,9 +69,10 @@ def load_hf(folder: Path, chunks: Sequence[Module], shape: ModelShape, layout: L
     with WeightFiles(folder) as files:
         for entry, parameter in stage_entries(chunks, shape):
             expected = shard_shape(entry, layout.tensor)
-            assert tuple(parameter.shape) == expected, \
-                f"{entry.megatron[0]}: the model holds {tuple(parameter.shape)}, tensor rank {layout.tensor_rank} of " \
+            assert tuple(parameter.shape) == expected, (
+                f"{entry.megatron[0]}: the model holds {tuple(parameter.shape)}, tensor rank {layout.tensor_rank} of "
                 f"{layout.tensor} needs {expected}"
+            )
             for name, size in zip(entry.hf, entry.shapes, strict=True):
                 check_tensor(files, name, size)
             shard = to_shard(entry, [files.slice(name) for name in entry.hf], layout.tensor, layout.tensor_rank)
@@ -92,8 +94,10 @@ def _check_finite(files: WeightFiles, entry: Entry, shard: Tensor, parameter: Pa
 def _check_tied(files: WeightFiles, entry: Entry, shard: Tensor, layout: Layout) -> None:
     check_tensor(files, "lm_head.weight", entry.shapes[0])
     if not torch.equal(to_shard(entry, [files.slice("lm_head.weight")], layout.tensor, layout.tensor_rank), shard):
-        raise ConfigError(f"model.path: {files.folder}: lm_head.weight differs from model.embed_tokens.weight, but "
-                          f"config.json has tie_word_embeddings true; set it to false")
+        raise ConfigError(
+            f"model.path: {files.folder}: lm_head.weight differs from model.embed_tokens.weight, but "
+            f"config.json has tie_word_embeddings true; set it to false"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------------ out
@@ -102,8 +106,12 @@ def hf_manifest(chunks: Sequence[Module], shape: ModelShape) -> list[tuple[str, 
 
     The stages' manifests are disjoint and together hold every tensor of the model once.
     """
-    return [item for entry, _ in stage_entries(chunks, shape) if not entry.copy
-            for item in zip(entry.hf, entry.shapes, strict=True)]
+    return [
+        item
+        for entry, _ in stage_entries(chunks, shape)
+        if not entry.copy
+        for item in zip(entry.hf, entry.shapes, strict=True)
+    ]
 
 
 def hf_parts(chunks: Sequence[Module], shape: ModelShape, layout: Layout) -> Iterator[tuple[Slice, Tensor]]:
@@ -124,8 +132,9 @@ def parts_of(own: Iterable[tuple[Entry, Tensor]], layout: Layout) -> Iterator[tu
             at += length
 
 
-def hf_tensors(chunks: Sequence[Module], shape: ModelShape, layout: Layout,
-               tensor_group: dist.ProcessGroup | None) -> Iterator[tuple[str, Tensor | None]]:
+def hf_tensors(
+    chunks: Sequence[Module], shape: ModelShape, layout: Layout, tensor_group: dist.ProcessGroup | None
+) -> Iterator[tuple[str, Tensor | None]]:
     """Yield (Hugging Face name, tensor) for every tensor of this pipeline stage, in the order of the forward pass.
 
     Tensor ranks must iterate together: each parameter is gathered to tensor rank 0, which gets the tensor, in the
@@ -136,8 +145,9 @@ def hf_tensors(chunks: Sequence[Module], shape: ModelShape, layout: Layout,
     return gathered(stage_entries(chunks, shape), layout, tensor_group)
 
 
-def gathered(own: Iterable[tuple[Entry, Tensor]], layout: Layout,
-             tensor_group: dist.ProcessGroup | None) -> Iterator[tuple[str, Tensor | None]]:
+def gathered(
+    own: Iterable[tuple[Entry, Tensor]], layout: Layout, tensor_group: dist.ProcessGroup | None
+) -> Iterator[tuple[str, Tensor | None]]:
     """`hf_tensors` of these parameters."""
     for entry, parameter in own:
         if entry.copy:

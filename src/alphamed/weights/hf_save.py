@@ -4,6 +4,7 @@ The folder is written under a temporary name beside its target and renamed when 
 name is always complete. Everything that is not a weight (configuration, tokenizer, chat template, licence) is copied
 from the folder that the model came from.
 """
+
 from __future__ import annotations
 
 import json
@@ -20,24 +21,44 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Module
 
-from alphamed.model import ModelShape
+from alphamed.model.shape import ModelShape
+from alphamed.model.weight_files import INDEX, SINGLE, WeightFiles
 from alphamed.records import Layout
-from alphamed.weights.folder import INDEX, SINGLE, WeightFiles
 from alphamed.weights.hf_io import hf_manifest, hf_tensors
 
-COMPANIONS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-              "vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template*", "LICENSE*", "NOTICE*")
-MAX_FILE_BYTES = 2 << 30        # a stage's source holds one file's tensors in host memory while it is written
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "LICENSE*",
+    "NOTICE*",
+)
+MAX_FILE_BYTES = 2 << 30  # a stage's source holds one file's tensors in host memory while it is written
 
 
-def save_hf(folder: Path, source: Path, chunks: Sequence[Module], shape: ModelShape, layout: Layout,
-            tensor_group: dist.ProcessGroup | None, pipeline_group: dist.ProcessGroup | None,
-            dtype: torch.dtype | None = None, max_file_bytes: int = MAX_FILE_BYTES) -> None:
+def save_hf(
+    folder: Path,
+    source: Path,
+    chunks: Sequence[Module],
+    shape: ModelShape,
+    layout: Layout,
+    tensor_group: dist.ProcessGroup | None,
+    pipeline_group: dist.ProcessGroup | None,
+    dtype: torch.dtype | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
     """Write the model into `folder` (replaced if it exists), with the companions of the folder `source`.
 
     `dtype` None gives every tensor the type it has in `source`. All ranks call this; the first of those that
-    hold the same take part, the others return at once. The folder stands when rank 0 returns. Raises OSError on the stages' sources (tensor rank
-    0) if any stage could not write; then nothing is left behind and an older folder is untouched.
+    hold the same take part, the others return at once. The folder stands when rank 0 returns. Raises OSError on
+    the stages' sources (tensor rank 0) if any stage could not write; then nothing is left behind and an older folder is untouched.
     """
     if not layout.first_replica:
         return
@@ -53,7 +74,7 @@ def save_hf(folder: Path, source: Path, chunks: Sequence[Module], shape: ModelSh
         export.write(plan, tensors)
         export.attempt(export.finish)
         export.raise_failure()
-    except BaseException:                       # Ctrl-C, too
+    except BaseException:  # Ctrl-C, too
         export.remove_partial()
         raise
 
@@ -76,7 +97,7 @@ class _Export:
         if self.failure is None:
             try:
                 result = action(*arguments)
-            except (OSError, SafetensorError, ValueError) as e:      # told to all stages, raised by raise_failure
+            except (OSError, SafetensorError, ValueError) as e:  # told to all stages, raised by raise_failure
                 own = f"pipeline stage {self.layout.pipeline_rank}: {' '.join(str(e).split())}"
         self.failure = next(filter(None, self.exchange(self.failure or own)), None)
         return result
@@ -114,8 +135,9 @@ class _Export:
             tree["torch_dtype" if "torch_dtype" in tree else "dtype"] = str(dtype).removeprefix("torch.")
             path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
 
-    def plan(self, manifest: list[tuple[str, tuple[int, ...]]], dtype: torch.dtype | None,
-             max_file_bytes: int) -> list[list[tuple[str, torch.dtype]]]:
+    def plan(
+        self, manifest: list[tuple[str, tuple[int, ...]]], dtype: torch.dtype | None, max_file_bytes: int
+    ) -> list[list[tuple[str, torch.dtype]]]:
         """This stage's tensors, with the types they are written in, grouped into files of at most `max_file_bytes` (or
         of a single larger tensor)."""
         files, room = [], 0
@@ -134,7 +156,7 @@ class _Export:
         """Write this stage's files; take every tensor, also after a failure, for the tensor ranks gather them
         together."""
         counts = self.exchange(len(plan))
-        number, total = sum(counts[:self.layout.pipeline_rank]), sum(counts)
+        number, total = sum(counts[: self.layout.pipeline_rank]), sum(counts)
         for names in plan:
             number += 1
             file = SINGLE if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
@@ -157,7 +179,7 @@ class _Export:
         try:
             save_file(tensors, self.partial / file, metadata={"format": "pt"})
             _flush(self.partial / file)
-        except (OSError, SafetensorError) as e:              # kept until all stages have passed their collectives
+        except (OSError, SafetensorError) as e:  # kept until all stages have passed their collectives
             self.failure = f"pipeline stage {self.layout.pipeline_rank}: {file}: {' '.join(str(e).split())}"
             return
         self.weight_map |= dict.fromkeys(tensors, file)

@@ -2,6 +2,7 @@
 or NCCL) between several, apart from torch.distributed's global state, which belongs to the trainer on one end and to vLLM on
 the other.
 """
+
 from __future__ import annotations
 
 import ipaddress
@@ -42,7 +43,9 @@ class Channel(Protocol):
         to wait for before. Raises RuntimeError."""
 
 
-def open_channel(link: Link, member: int, store: dist.Store, address: str, device: torch.device, deadline_s: float) -> Channel:
+def open_channel(
+    link: Link, member: int, store: dist.Store, address: str, device: torch.device, deadline_s: float
+) -> Channel:
     """Join a link as its member 0, the source, or as a receiver, 1 or later. Returns when all have joined (NCCL: at once, it
     joins at first use). Tensors lie on `device` (gloo: in host memory).
 
@@ -82,6 +85,6 @@ def own_address(peer: str) -> str:
     """The address of this machine that `peer` sees."""
     if peer == "localhost" or ipaddress.ip_address(socket.gethostbyname(peer)).is_loopback:
         return "127.0.0.1"
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:     # connecting UDP sends nothing
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connecting UDP sends nothing
         probe.connect((peer, 9))
         return probe.getsockname()[0]

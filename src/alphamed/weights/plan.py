@@ -4,6 +4,7 @@ A link is a communicator of its own: a source rank of the trainer, which is memb
 Hugging Face tensors travel over it in flat buckets, in the order of the forward pass. All links are busy at the same time.
 Rank 0 hands the plan to the workers as text; both ends cut the same buckets out of it.
 """
+
 from __future__ import annotations
 
 import json
@@ -19,16 +20,18 @@ FLOOR_S, SLOWEST_BYTES_PER_S = 30.0, 50e6
 @dataclass(frozen=True, slots=True)
 class Wire:
     """How weights travel."""
-    mode: str                        # "gather" (whole tensors, gathered to one rank of each stage) | "direct" (shards)
-    transport: str                   # "nccl" | "gloo" | "ipc"
-    dtype: str                       # the engines': "float32" | "bfloat16"
-    bucket_bytes: int                # limit of a bucket
+
+    mode: str  # "gather" (whole tensors, gathered to one rank of each stage) | "direct" (shards)
+    transport: str  # "nccl" | "gloo" | "ipc"
+    dtype: str  # the engines': "float32" | "bfloat16"
+    bucket_bytes: int  # limit of a bucket
 
 
 class Slice(NamedTuple):
     """A rectangular part of a Hugging Face tensor."""
+
     name: str
-    whole: tuple[int, ...]           # shape of the tensor
+    whole: tuple[int, ...]  # shape of the tensor
     start: tuple[int, ...]
     shape: tuple[int, ...]
 
@@ -48,8 +51,9 @@ class Slice(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Bucket:
     """Consecutive slices of a link that travel as one flat tensor."""
+
     link: str
-    index: int                       # within the link
+    index: int  # within the link
     dtype: str
     slices: tuple[Slice, ...]
 
@@ -70,10 +74,11 @@ class Bucket:
 @dataclass(frozen=True, slots=True)
 class Link:
     """One communicator and what it carries."""
-    name: str                        # unique in a plan; names the link in messages and in the store
+
+    name: str  # unique in a plan; names the link in messages and in the store
     stage: int
-    source: int                      # rank of the trainer, member 0
-    receivers: tuple[int, ...]       # ranks in `SyncPlan.members`; the i-th is member 1 + i
+    source: int  # rank of the trainer, member 0
+    receivers: tuple[int, ...]  # ranks in `SyncPlan.members`; the i-th is member 1 + i
     transport: str
     dtype: str
     bucket_bytes: int
@@ -113,13 +118,16 @@ def _row_blocks(large: Slice, room: int) -> Iterable[Slice]:
     rows, row = large.shape[0], large.elements // large.shape[0]
     step = room // row
     assert step, f"{large.name}: a row of {row} elements does not fit into a bucket of {room}"
-    return (large._replace(start=(large.start[0] + at, *large.start[1:]), shape=(min(step, rows - at), *large.shape[1:]))
-            for at in range(0, rows, step))
+    return (
+        large._replace(start=(large.start[0] + at, *large.start[1:]), shape=(min(step, rows - at), *large.shape[1:]))
+        for at in range(0, rows, step)
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
     """A worker: its engine and its tensor rank there."""
+
     engine: int
     worker: int
 
@@ -136,7 +144,8 @@ def members(tensor_parallel: Sequence[int]) -> tuple[Member, ...]:
 class SyncPlan:
     """All links of a push. Everyone joins links, posts receives and sends in the order of this plan, each its own part of
     it: so nobody waits for a peer that waits for another."""
-    mode: str                        # as in Wire
+
+    mode: str  # as in Wire
     links: tuple[Link, ...]
     members: tuple[Member, ...]
 
@@ -166,29 +175,61 @@ class SyncPlan:
         largest = [max(bucket.bytes for bucket in link.buckets()) for link in self.links_to(member)]
         return sum(largest) + max(largest, default=0)
 
-    def corrupted(self, sent: Mapping[str, Sequence[Sequence[int]]],
-                  received: Sequence[Mapping[str, Sequence[Sequence[int]]]]) -> list[str]:
+    def corrupted(
+        self, sent: Mapping[str, Sequence[Sequence[int]]], received: Sequence[Mapping[str, Sequence[Sequence[int]]]]
+    ) -> list[str]:
         """What arrived otherwise than it was sent, by name. `sent`: the digests of each link's buckets; `received`: the same
         for each member, of the links that it belongs to."""
-        return [f"{bucket} at {member}" for number, (member, digests) in enumerate(zip(self.members, received, strict=True))
-                for link in self.links_to(number)
-                for bucket, before, after in zip(link.buckets(), sent[link.name], digests[link.name], strict=True)
-                if list(before) != list(after)]
+        return [
+            f"{bucket} at {member}"
+            for number, (member, digests) in enumerate(zip(self.members, received, strict=True))
+            for link in self.links_to(number)
+            for bucket, before, after in zip(link.buckets(), sent[link.name], digests[link.name], strict=True)
+            if list(before) != list(after)
+        ]
 
     def to_json(self) -> str:
-        return json.dumps({
-            "mode": self.mode, "members": [[member.engine, member.worker] for member in self.members],
-            "links": [[link.name, link.stage, link.source, link.receivers, link.transport, link.dtype, link.bucket_bytes,
-                       link.slices] for link in self.links]}, separators=(",", ":"))
+        return json.dumps(
+            {
+                "mode": self.mode,
+                "members": [[member.engine, member.worker] for member in self.members],
+                "links": [
+                    [
+                        link.name,
+                        link.stage,
+                        link.source,
+                        link.receivers,
+                        link.transport,
+                        link.dtype,
+                        link.bucket_bytes,
+                        link.slices,
+                    ]
+                    for link in self.links
+                ],
+            },
+            separators=(",", ":"),
+        )
 
     @classmethod
     def from_json(cls, text: str) -> SyncPlan:
         tree = json.loads(text)
-        return cls(tree["mode"], tuple(
-            Link(name, stage, source, tuple(receivers), transport, dtype, bucket_bytes,
-                 tuple(Slice(n, tuple(whole), tuple(start), tuple(shape)) for n, whole, start, shape in slices))
-            for name, stage, source, receivers, transport, dtype, bucket_bytes, slices in tree["links"]),
-            tuple(Member(*member) for member in tree["members"]))
+        return cls(
+            tree["mode"],
+            tuple(
+                Link(
+                    name,
+                    stage,
+                    source,
+                    tuple(receivers),
+                    transport,
+                    dtype,
+                    bucket_bytes,
+                    tuple(Slice(n, tuple(whole), tuple(start), tuple(shape)) for n, whole, start, shape in slices),
+                )
+                for name, stage, source, receivers, transport, dtype, bucket_bytes, slices in tree["links"]
+            ),
+            tuple(Member(*member) for member in tree["members"]),
+        )
 
 
 def in_turns(links: Iterable[Link]) -> tuple[Bucket, ...]:

@@ -4,6 +4,7 @@ vLLM keeps weights in the layout its kernels want (fused, cut over tensor ranks,
 model's own `load_weights`, inside vLLM's layer-wise reload, which repacks each layer when it is complete; shards are written
 where they belong (`writer.py`), and a layer is repacked when its last one has come.
 """
+
 from __future__ import annotations
 
 import time
@@ -27,10 +28,11 @@ from alphamed.weights.writer import ParameterWriter
 @dataclass
 class Membership:
     """This worker's place in the links of one epoch."""
+
     store: dist.TCPStore
     mode: str
     links: tuple[Link, ...]
-    channels: dict[str, links.Channel]          # by link
+    channels: dict[str, links.Channel]  # by link
 
 
 class WeightReceiver:
@@ -38,13 +40,15 @@ class WeightReceiver:
 
     def alphamed_join(self, address: str, port: int, first_member: int, deadline_s: float) -> None:
         """Read the plan from the store and join the links of member `first_member` + tensor rank."""
-        self._alphamed = None                   # an older epoch's links close here
+        self._alphamed = None  # an older epoch's links close here
         store = links.reach_store(address, port, deadline_s)
         plan = SyncPlan.from_json(store.get("plan").decode())
         member = first_member + self.rank
         own = plan.links_to(member)
-        channels = {link.name: links.open_channel(link, 1 + link.receivers.index(member), store, address, self.device,
-                                                  deadline_s) for link in own}
+        channels = {
+            link.name: links.open_channel(link, 1 + link.receivers.index(member), store, address, self.device, deadline_s)
+            for link in own
+        }
         self._alphamed = Membership(store, plan.mode, own, channels)
 
     def alphamed_receive(self, version: int, deadline_s: float) -> dict[str, list[list[int]]]:
@@ -60,19 +64,21 @@ class WeightReceiver:
             found[bucket.link].append(digest(flat))
             try:
                 failure or loader.load(bucket, flat)
-            except Exception as error:          # noqa: BLE001 - re-raised below, when the link is empty
+            except Exception as error:  # noqa: BLE001 - re-raised below, when the link is empty
                 failure = RuntimeError(f"loading {bucket} of version {version}: {type(error).__name__}: {error}")
         if failure:
             raise failure
         loader.finish()
         return {name: [pair.tolist() for pair in digests] for name, digests in found.items()}
 
-
     def alphamed_not_finite(self) -> list[str]:
         """vLLM's names of this worker's parameters that hold values that are not finite. On CPU most have been packed and
         hold none any more."""
-        return [name for name, parameter in self.model_runner.model.named_parameters()
-                if parameter.is_floating_point() and not all_finite(parameter)]
+        return [
+            name
+            for name, parameter in self.model_runner.model.named_parameters()
+            if parameter.is_floating_point() and not all_finite(parameter)
+        ]
 
 
 class WholeLoader:
@@ -180,5 +186,5 @@ def refresh_tied_head(model: torch.nn.Module) -> None:
     if not current_platform.is_cpu():
         return
     for module in model.modules():
-        if isinstance(module, ParallelLMHead) and module.weight.numel():     # an untied one keeps no unpacked weight
+        if isinstance(module, ParallelLMHead) and module.weight.numel():  # an untied one keeps no unpacked weight
             module.quant_method.process_weights_after_loading(module)

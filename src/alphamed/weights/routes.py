@@ -5,8 +5,9 @@ whole tensors to all workers: one link per stage. direct: every tensor rank send
 same tensor rank of all engines and carries what the one holds and the other needs, so nothing is gathered and nothing
 arrives that is not needed. What every trainer rank holds (norms) comes from one of them.
 
-Imports nothing heavy. Sizes are those of model.py; the ranks' order is that of records.Layout.
+Imports nothing heavy. Sizes are those of model/shape.py; the ranks' order is that of records.Layout.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -15,13 +16,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from alphamed.config import Config
-from alphamed.config_choices import Dtype
-from alphamed.config_sections import ParallelConfig
+from alphamed.config.choices import Dtype
+from alphamed.config.schema import Config
+from alphamed.config.sections import ParallelConfig
 from alphamed.errors import ConfigError
-from alphamed.model import ModelShape
+from alphamed.model.families import Entry, Kind, entries, shard_shape
+from alphamed.model.shape import ModelShape
 from alphamed.weights.cuts import held, needed
-from alphamed.weights.families import Entry, Kind, entries, shard_shape
 from alphamed.weights.plan import ELEMENT_BYTES, Link, Slice, SyncPlan, Wire, members
 
 WIRE_DTYPE = {Dtype.FP32: "float32", Dtype.BF16: "bfloat16"}
@@ -30,13 +31,15 @@ WIRE_DTYPE = {Dtype.FP32: "float32", Dtype.BF16: "bfloat16"}
 @dataclass(frozen=True, slots=True)
 class Gather:
     """A parameter whose shards are brought together on the first of `ranks` before it is sent."""
+
     parameter: str
     ranks: tuple[int, ...]
-    elements: int                    # that the first rank receives
+    elements: int  # that the first rank receives
 
 
 class _Route(NamedTuple):
     """A box of source tensor `source` of an entry, from a tensor rank of the trainer to one of every engine."""
+
     tensor_rank: int
     worker: int
     source: int
@@ -71,8 +74,11 @@ def holders(shape: ModelShape, parallel: ParallelConfig) -> dict[int, list[Slice
     found: dict[int, list[Slice]] = {}
     for stage, own in enumerate(_stages(shape, parallel)):
         for tensor_rank in range(parallel.tensor):
-            slices = [Slice(entry.hf[source], entry.shapes[source], *box) for entry in own
-                      for source, box in held(entry, parallel.tensor, tensor_rank)]
+            slices = [
+                Slice(entry.hf[source], entry.shapes[source], *box)
+                for entry in own
+                for source, box in held(entry, parallel.tensor, tensor_rank)
+            ]
             for data_rank, context_rank in itertools.product(range(parallel.data), range(parallel.context)):
                 found[trainer_rank(parallel, stage, data_rank, tensor_rank, context_rank)] = slices
     return found
@@ -97,22 +103,32 @@ def check_sync(config: Config, shape: ModelShape) -> None:
     widest = max(size[-1] for entry in _entries(shape) for size in entry.shapes if len(size) > 1)
     row_bytes = widest * ELEMENT_BYTES[WIRE_DTYPE[config.rollout.dtype]]
     if config.sync.bucket_bytes < row_bytes:
-        raise ConfigError(f"sync.bucket_bytes: {config.sync.bucket_bytes} can not hold one row of the model's widest tensor "
-                          f"({row_bytes} bytes); raise it to at least that")
+        raise ConfigError(
+            f"sync.bucket_bytes: {config.sync.bucket_bytes} can not hold one row of the model's widest tensor "
+            f"({row_bytes} bytes); raise it to at least that"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------------ links
 def _gathering(shape: ModelShape, parallel: ParallelConfig, engines: tuple[int, ...], wire: Wire) -> tuple[Link, ...]:
     everyone = tuple(range(sum(engines)))
     return tuple(
-        Link(f"stage {stage}", stage, trainer_rank(parallel, stage, 0, 0), everyone, wire.transport, wire.dtype,
-             wire.bucket_bytes, tuple(Slice.all_of(name, size) for entry in own
-                                      for name, size in zip(entry.hf, entry.shapes, strict=True)))
-        for stage, own in enumerate(_stages(shape, parallel)))
+        Link(
+            f"stage {stage}",
+            stage,
+            trainer_rank(parallel, stage, 0, 0),
+            everyone,
+            wire.transport,
+            wire.dtype,
+            wire.bucket_bytes,
+            tuple(Slice.all_of(name, size) for entry in own for name, size in zip(entry.hf, entry.shapes, strict=True)),
+        )
+        for stage, own in enumerate(_stages(shape, parallel))
+    )
 
 
 def _direct(shape: ModelShape, parallel: ParallelConfig, engines: tuple[int, ...], wire: Wire) -> tuple[Link, ...]:
-    alike: dict[tuple[int, int], list[int]] = {}        # workers that are cut alike, by tensor-parallel size and rank
+    alike: dict[tuple[int, int], list[int]] = {}  # workers that are cut alike, by tensor-parallel size and rank
     for number, member in enumerate(members(engines)):
         alike.setdefault((engines[member.engine], member.worker), []).append(number)
     links = []
@@ -122,10 +138,21 @@ def _direct(shape: ModelShape, parallel: ParallelConfig, engines: tuple[int, ...
             for size in dict.fromkeys(engines):
                 for route in _routes(entry.kind, entry.shapes, entry.groups, parallel.tensor, size):
                     carried.setdefault((route.tensor_rank, size, route.worker), []).append(
-                        Slice(entry.hf[route.source], entry.shapes[route.source], route.start, route.shape))
-        links += [Link(f"stage {stage} from tensor rank {rank} to worker {worker} of {size}", stage,
-                       trainer_rank(parallel, stage, 0, rank), tuple(alike[size, worker]), wire.transport, wire.dtype,
-                       wire.bucket_bytes, tuple(slices)) for (rank, size, worker), slices in sorted(carried.items())]
+                        Slice(entry.hf[route.source], entry.shapes[route.source], route.start, route.shape)
+                    )
+        links += [
+            Link(
+                f"stage {stage} from tensor rank {rank} to worker {worker} of {size}",
+                stage,
+                trainer_rank(parallel, stage, 0, rank),
+                tuple(alike[size, worker]),
+                wire.transport,
+                wire.dtype,
+                wire.bucket_bytes,
+                tuple(slices),
+            )
+            for (rank, size, worker), slices in sorted(carried.items())
+        ]
     return tuple(links)
 
 

@@ -1,4 +1,5 @@
 """One trainer rank's part in a transfer: take the slices of its buckets from the source, pack, digest and broadcast them."""
+
 from __future__ import annotations
 
 import time
@@ -24,11 +25,20 @@ Digests = dict[str, list[list[int]]]
 class Sender:
     """Joins the links that begin at this rank; `send` fills them. Closed by dropping it."""
 
-    def __init__(self, plan: SyncPlan, source: WeightSource, store: dist.TCPStore, address: str, device: torch.device,
-                 join_deadline_s: float):
+    def __init__(
+        self,
+        plan: SyncPlan,
+        source: WeightSource,
+        store: dist.TCPStore,
+        address: str,
+        device: torch.device,
+        join_deadline_s: float,
+    ):
         self._plan, self._source, self._device = plan, source, device
-        self.channels = {link.name: links.open_channel(link, 0, store, address, device, join_deadline_s)
-                         for link in plan.links_from(source.rank)}
+        self.channels = {
+            link.name: links.open_channel(link, 0, store, address, device, join_deadline_s)
+            for link in plan.links_from(source.rank)
+        }
 
     def send(self) -> tuple[Digests, Exception | None]:
         """Send the buckets of all own links, in turns. Returns their digests, and the error that stopped the sending, if
@@ -36,7 +46,7 @@ class Sender:
         part = _Gathered(self._source.tensors()) if self._plan.mode == "gather" else held_parts(self._source.parts())
         try:
             return self._broadcast(part), None
-        except RuntimeError as error:           # a lost or late peer
+        except RuntimeError as error:  # a lost or late peer
             return {}, error
         finally:
             if isinstance(part, _Gathered):
@@ -47,7 +57,7 @@ class Sender:
         other ranks: it may itself wait for those."""
         if not isinstance(failure, Late):
             return []
-        link, = (link for link in self._plan.links if link.name == failure.link)
+        (link,) = (link for link in self._plan.links if link.name == failure.link)
         numbers = [link.receivers[member - 1] for member in failure.members]
         if any(other.source != self._source.rank for number in numbers for other in self._plan.links_to(number)):
             return []
@@ -69,7 +79,7 @@ class Sender:
             flat = pack(bucket, map(part, bucket.slices), self._device)
             under_way.append((self.channels[bucket.link].broadcast(flat, left()), flat))
             found[bucket.link].append(digest(flat))
-            if len(under_way) > len(self.channels):      # one travels on every link while the next is packed
+            if len(under_way) > len(self.channels):  # one travels on every link while the next is packed
                 finish_oldest()
         while under_way:
             finish_oldest()
@@ -93,8 +103,9 @@ class _Gathered:
         if piece.name != self._name:
             self._name, self._tensor = next(self._tensors)
             assert self._name == piece.name, f"the export gave {self._name} where the plan has {piece.name}"
-        assert tuple(self._tensor.shape) == piece.whole, \
+        assert tuple(self._tensor.shape) == piece.whole, (
             f"{piece.name}: planned as {piece.whole}, exported as {tuple(self._tensor.shape)}"
+        )
         return self._tensor[box_of(piece)]
 
     def drain(self) -> None:
@@ -111,7 +122,12 @@ def held_parts(parts: Iterator[tuple[Slice, Tensor]]) -> Callable[[Slice], Tenso
     def part(wanted: Slice) -> Tensor:
         for piece, tensor in by_name.get(wanted.name, ()):
             if Box(piece.start, piece.shape).meet(Box(wanted.start, wanted.shape)) == (wanted.start, wanted.shape):
-                return tensor[tuple(slice(start - own, start - own + size)
-                                    for start, own, size in zip(wanted.start, piece.start, wanted.shape, strict=True))]
+                return tensor[
+                    tuple(
+                        slice(start - own, start - own + size)
+                        for start, own, size in zip(wanted.start, piece.start, wanted.shape, strict=True)
+                    )
+                ]
         raise AssertionError(f"this rank does not hold {wanted}")
+
     return part

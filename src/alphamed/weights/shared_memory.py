@@ -3,8 +3,10 @@
 A Unix socket joins the source with each receiver. It carries the memory's file descriptor, then the number of every bucket
 that has been written and, back, of every one that has been taken. The memory has no name (memfd), so nothing stays behind
 however a run ends, and a container's limit on /dev/shm does not count; the end of a peer closes its socket, which is noticed at
-once (unless it has forked a child that lives on). With CUDA the memory is registered with the driver, so that GPUs copy at the speed of their bus.
+once (unless it has forked a child that lives on). With CUDA the memory is registered with the driver, so
+that GPUs copy at the speed of their bus.
 """
+
 from __future__ import annotations
 
 import logging
@@ -31,7 +33,7 @@ SLOTS = 2
 PAGE = mmap.PAGESIZE
 BACKLOG = 64
 """Others that may stand before our own: a full queue would turn those away."""
-NUMBER, CREDENTIALS = struct.Struct("<Q"), struct.Struct("3i")      # the latter: pid, uid, gid
+NUMBER, CREDENTIALS = struct.Struct("<Q"), struct.Struct("3i")  # the latter: pid, uid, gid
 
 
 class Late(RuntimeError):
@@ -56,15 +58,17 @@ class Memory:
         """Where the bucket of this number lies, in shape and dtype of `like`."""
         at, size = number % SLOTS * self._slot_bytes, like.numel() * like.element_size()
         assert size <= self._slot_bytes, f"a bucket of {size} bytes in slots of {self._slot_bytes}"
-        return self._bytes[at:at + size].view(like.dtype).view(like.shape)
+        return self._bytes[at : at + size].view(like.dtype).view(like.shape)
 
 
 class SharedMemorySource:
     """Member 0's end. Waits until all receivers have joined; `slot_bytes`: of the largest bucket."""
 
-    def __init__(self, store: dist.Store, name: str, receivers: int, slot_bytes: int, device: torch.device, deadline_s: float):
+    def __init__(
+        self, store: dist.Store, name: str, receivers: int, slot_bytes: int, device: torch.device, deadline_s: float
+    ):
         self._name = name
-        self._written = 0                       # buckets so far
+        self._written = 0  # buckets so far
         slot_bytes = -(-slot_bytes // PAGE) * PAGE
         with _errors(f"link {name}: {SLOTS * slot_bytes} bytes of shared memory"):
             descriptor = os.memfd_create(f"alphamed {name}")
@@ -74,19 +78,20 @@ class SharedMemorySource:
             self._memory = Memory(descriptor, slot_bytes, device)
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
                 address = f"alphamed-{secrets.token_hex(16)}"
-                listener.bind("\0" + address)                       # abstract: no file
+                listener.bind("\0" + address)  # abstract: no file
                 listener.listen(BACKLOG + receivers)
                 store.set("address", address)
                 self._receivers = self._accept(listener, receivers, descriptor, slot_bytes, time.monotonic() + deadline_s)
         finally:
             os.close(descriptor)
-        self._taken = [0] * receivers           # buckets so far
+        self._taken = [0] * receivers  # buckets so far
 
-    def _accept(self, listener: socket.socket, receivers: int, descriptor: int, slot_bytes: int,
-                end: float) -> tuple[socket.socket, ...]:
+    def _accept(
+        self, listener: socket.socket, receivers: int, descriptor: int, slot_bytes: int, end: float
+    ) -> tuple[socket.socket, ...]:
         """The sockets of members 1, 2, ... Others of this machine can find the address too: only our own user is let in."""
         found: dict[int, socket.socket] = {}
-        unnamed: list[socket.socket] = []       # have connected, have not said who they are
+        unnamed: list[socket.socket] = []  # have connected, have not said who they are
         while missing := [member for member in range(1, 1 + receivers) if member not in found]:
             ready = wait([listener, *unnamed], _left(end))
             if not ready:
@@ -115,7 +120,7 @@ class SharedMemorySource:
         """Write a bucket where the one `SLOTS` before lay, when that has been taken by all. `flat` may be reused at once."""
         number, end = self._written, time.monotonic() + timeout.total_seconds()
         self.await_taken(number - SLOTS + 1, end)
-        self._memory.slot(number, flat).copy_(flat)                 # from a GPU: waits until it is there
+        self._memory.slot(number, flat).copy_(flat)  # from a GPU: waits until it is there
         for member, peer in enumerate(self._receivers, 1):
             with _errors(f"link {self._name}: member {member} is gone"):
                 peer.settimeout(_left(end))
@@ -194,7 +199,7 @@ class Arrival:
 
 
 def _left(end: float) -> float:
-    return max(0.001, end - time.monotonic())       # 0 would mean: do not wait, and raise another error
+    return max(0.001, end - time.monotonic())  # 0 would mean: do not wait, and raise another error
 
 
 def _receive(peer: socket.socket, end: float) -> int:
@@ -227,7 +232,9 @@ def _register(memory: Memory, pages: Tensor) -> None:
     """Let CUDA copy from and to these pages directly."""
     runtime = torch.cuda.cudart()
     status = runtime.cudaHostRegister(pages.data_ptr(), pages.numel(), 0)
-    if int(status):                             # and CUDA would report it again, at some later kernel
-        raise RuntimeError(f"{pages.numel() >> 20} MiB of shared memory could not be registered with CUDA ({status}); set "
-                           f"sync.transport to gloo")
+    if int(status):  # and CUDA would report it again, at some later kernel
+        raise RuntimeError(
+            f"{pages.numel() >> 20} MiB of shared memory could not be registered with CUDA ({status}); set "
+            f"sync.transport to gloo"
+        )
     weakref.finalize(memory, lambda kept: runtime.cudaHostUnregister(kept.data_ptr()), pages)

@@ -1,4 +1,5 @@
 """Where a push takes its tensors from: the small protocol that WeightSync knows, and the Megatron policy behind it."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -6,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from alphamed.model import ModelShape
+from alphamed.model.shape import ModelShape
 from alphamed.weights.hf_io import hf_parts, hf_tensors
 from alphamed.weights.plan import Slice, SyncPlan, Wire
 from alphamed.weights.routes import make_plan, trainer_rank
@@ -17,9 +18,10 @@ if TYPE_CHECKING:
 
 class WeightSource(Protocol):
     """One rank's view of the trainer's weights."""
-    rank: int                   # in the trainer
-    exports: bool               # whether this rank takes part in `tensors` (the first of those that hold the same)
-    scores: bool                # whether it hands over the probe's log-probs (one rank of the last stage)
+
+    rank: int  # in the trainer
+    exports: bool  # whether this rank takes part in `tensors` (the first of those that hold the same)
+    scores: bool  # whether it hands over the probe's log-probs (one rank of the last stage)
 
     def plan(self, engines: Sequence[int], wire: Wire) -> SyncPlan:
         """The push to engines of these tensor-parallel sizes; the same on every rank."""
@@ -41,8 +43,9 @@ class PolicySource:
     def __init__(self, policy: Policy, shape: ModelShape):
         layout = policy.layout
         self._policy, self._shape, self._parallel = policy, shape, policy.config.parallel
-        self.rank = trainer_rank(self._parallel, layout.pipeline_rank, layout.data_rank, layout.tensor_rank,
-                                 layout.context_rank)
+        self.rank = trainer_rank(
+            self._parallel, layout.pipeline_rank, layout.data_rank, layout.tensor_rank, layout.context_rank
+        )
         self.exports = layout.first_replica
         self.scores = self.exports and layout.tensor_rank == 0 and layout.pipeline_rank == layout.pipeline - 1
 

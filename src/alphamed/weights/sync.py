@@ -3,6 +3,7 @@
 Every rank calls `push`, and it ends on all of them alike. Rank 0 alone talks to the engines; it also hosts the TCP store
 over which links are joined, workers learn the plan and other senders hand it their digests.
 """
+
 from __future__ import annotations
 
 import json
@@ -15,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from alphamed.cluster.hardware import wants_cuda
-from alphamed.config import Config
-from alphamed.config_choices import Dtype, Transport
+from alphamed.config.choices import Dtype, Transport
+from alphamed.config.schema import Config
 from alphamed.errors import ConfigError, RunFailed
 from alphamed.weights import links
 from alphamed.weights.plan import SyncPlan, Wire
@@ -37,11 +38,12 @@ GRACE_S = 10.0
 @dataclass(frozen=True, slots=True)
 class Order:
     """What rank 0 tells all ranks before a push."""
+
     version: int
-    epoch: int                          # changes when an engine comes or goes: the links are built anew
-    address: str                        # of the store
+    epoch: int  # changes when an engine comes or goes: the links are built anew
+    address: str  # of the store
     port: int
-    engines: tuple[int, ...]            # tensor-parallel size of each
+    engines: tuple[int, ...]  # tensor-parallel size of each
     transport: str
 
 
@@ -50,11 +52,12 @@ def choose_transport(config: Config, one_machine: bool) -> str:
     ConfigError."""
     asked = config.sync.transport
     if asked == Transport.IPC and not one_machine:
-        raise ConfigError("sync.transport: ipc needs trainer and engines on one machine (and in one network namespace); set "
-                          "it to auto")
+        raise ConfigError(
+            "sync.transport: ipc needs trainer and engines on one machine (and in one network namespace); set it to auto"
+        )
     if asked != Transport.AUTO:
         return asked.value
-    if wants_cuda(config) and not config.cluster.share_gpus:    # NCCL wants a GPU for each member
+    if wants_cuda(config) and not config.cluster.share_gpus:  # NCCL wants a GPU for each member
         return "nccl"
     return "ipc" if one_machine else "gloo"
 
@@ -63,16 +66,23 @@ class WeightSync:
     """`source`: this rank's weights. `pool`: the engines on rank 0, None elsewhere. `version`: that of the last push before
     a resume."""
 
-    def __init__(self, config: Config, source: WeightSource, pool: EnginePool | None, control: Control,
-                 probe: Probe | None = None, version: int = 0):
+    def __init__(
+        self,
+        config: Config,
+        source: WeightSource,
+        pool: EnginePool | None,
+        control: Control,
+        probe: Probe | None = None,
+        version: int = 0,
+    ):
         self._config, self._source, self._pool, self._control = config, source, pool, control
         self._probe = probe.cut(config.max_model_tokens - 1) if probe and config.sync.probe else None
         self._version = version
         self._epoch: int | None = None
-        self._store: dist.TCPStore | None = None        # on rank 0 and on senders
+        self._store: dist.TCPStore | None = None  # on rank 0 and on senders
         self._plan: SyncPlan | None = None
-        self._sender: Sender | None = None              # on ranks with links of their own
-        self.seconds = 0.0                              # of the last push, without the probe
+        self._sender: Sender | None = None  # on ranks with links of their own
+        self.seconds = 0.0  # of the last push, without the probe
 
     @property
     def version(self) -> int:
@@ -99,14 +109,20 @@ class WeightSync:
     def _announce(self) -> Order:
         pool = self._pool
         assert pool is not None, "rank 0 needs the engine pool"
-        if self._config.rollout.max_staleness:         # here, where the other ranks wait outside of any transfer
+        if self._config.rollout.max_staleness:  # here, where the other ranks wait outside of any transfer
             pool.call("pause", [{} for _ in pool.engines], "pausing for new weights", self._config.rollout.step_deadline_s)
         if pool.epoch != self._epoch:
             self._sender = None
             self._store, self._port = links.host_store(pool.address, JOIN_DEADLINE_S)
         one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE") and pool.on_this_machine
-        return Order(self._version + 1, pool.epoch, pool.address, self._port, pool.tensor_parallel,
-                     choose_transport(self._config, one_machine))
+        return Order(
+            self._version + 1,
+            pool.epoch,
+            pool.address,
+            self._port,
+            pool.tensor_parallel,
+            choose_transport(self._config, one_machine),
+        )
 
     # --------------------------------------------------------------------------------------------------------- connecting
     def _connect(self, order: Order) -> None:
@@ -117,11 +133,20 @@ class WeightSync:
         calls = []
         if self._pool:
             self._store.set("plan", self._plan.to_json())
-            calls = self._pool.begin("join", [dict(
-                address=order.address, port=order.port, first_member=sum(order.engines[:engine]),
-                deadline_s=JOIN_DEADLINE_S) for engine in range(len(order.engines))])
+            calls = self._pool.begin(
+                "join",
+                [
+                    dict(
+                        address=order.address,
+                        port=order.port,
+                        first_member=sum(order.engines[:engine]),
+                        deadline_s=JOIN_DEADLINE_S,
+                    )
+                    for engine in range(len(order.engines))
+                ],
+            )
         failure = self._open_sender(order) if self._source.rank in self._plan.sources else None
-        if self._pool:                          # where an engine knows why the links do not come, that is raised
+        if self._pool:  # where an engine knows why the links do not come, that is raised
             self._pool.end(calls, "joining the weight links", COMMIT_DEADLINE_S if failure else JOIN_DEADLINE_S)
         if failure:
             raise failure
@@ -143,23 +168,29 @@ class WeightSync:
         calls, failure, sent = [], None, {}
         if self._pool:
             # later than the senders' own deadline, which know who is late
-            calls = self._pool.begin("receive", [dict(version=order.version, deadline_s=self._plan.deadline_s + GRACE_S)
-                                                 for _ in order.engines])
+            calls = self._pool.begin(
+                "receive", [dict(version=order.version, deadline_s=self._plan.deadline_s + GRACE_S) for _ in order.engines]
+            )
         if self._sender:
             sent, failure = self._sender.send()
             if not self._pool:
                 self._store.set(f"digests/{order.version}/{self._source.rank}", json.dumps(None if failure else sent))
             if late := self._sender.late(failure):
-                raise RunFailed(", ".join(map(str, late)), f"the push of version {order.version} was not done in time: {failure}")
+                raise RunFailed(
+                    ", ".join(map(str, late)), f"the push of version {order.version} was not done in time: {failure}"
+                )
         elif self._source.exports:
             take_part(self._source, self._plan.mode)
         if self._pool:
             # a broken link is a consequence: where an engine knows the cause, that is raised
-            received = self._pool.end(calls, f"receiving weights of version {order.version}",
-                                      COMMIT_DEADLINE_S if failure else self._plan.deadline_s + 2 * GRACE_S)
+            received = self._pool.end(
+                calls,
+                f"receiving weights of version {order.version}",
+                COMMIT_DEADLINE_S if failure else self._plan.deadline_s + 2 * GRACE_S,
+            )
             if not failure:
                 self._confirm(order, sent, received)
-        if failure:                             # no RunFailed: control waits a moment for the cause
+        if failure:  # no RunFailed: control waits a moment for the cause
             raise RuntimeError(f"a weight link of trainer rank {self._source.rank} broke: {failure}")
 
     def _confirm(self, order: Order, sent: Digests, received: list[list[Digests]]) -> None:
@@ -173,8 +204,12 @@ class WeightSync:
         damaged = self._plan.corrupted(sent, [digests for engine in received for digests in engine])
         if damaged:
             raise RunFailed(damaged[0].rpartition(" at ")[2], f"received other weights than were sent: {'; '.join(damaged)}")
-        self._pool.call("commit", [dict(version=order.version) for _ in order.engines],
-                        f"switching to version {order.version}", COMMIT_DEADLINE_S)
+        self._pool.call(
+            "commit",
+            [dict(version=order.version) for _ in order.engines],
+            f"switching to version {order.version}",
+            COMMIT_DEADLINE_S,
+        )
         self._pool.version = order.version
 
     # ------------------------------------------------------------------------------------------------------------ probing
@@ -187,8 +222,12 @@ class WeightSync:
         if not self._pool:
             return
         policy = json.loads(self._store.get("probe"))
-        scores = self._pool.call("score", [dict(tokens=self._probe.tokens, version=self._version)
-                                           for _ in self._pool.engines], "the log-prob probe", COMMIT_DEADLINE_S)
+        scores = self._pool.call(
+            "score",
+            [dict(tokens=self._probe.tokens, version=self._version) for _ in self._pool.engines],
+            "the log-prob probe",
+            COMMIT_DEADLINE_S,
+        )
         exact = self._config.model.dtype == self._config.rollout.dtype == Dtype.FP32
         for engine, score in zip(self._pool.engines, scores, strict=True):
             if problem := Difference.between(policy, score).problem(exact, self._config.model.fp8):

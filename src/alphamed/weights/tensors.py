@@ -4,6 +4,7 @@ Both directions follow one description: a shard is the concatenation, along one 
 tensors (`cuts.pieces`). Loading reads those slices, exporting writes them back, so the two can not disagree. Pure; torch
 only.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -12,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alphamed.model.families import Entry, Kind, cut_dimension, shard_shape
 from alphamed.weights.cuts import pieces
-from alphamed.weights.families import Entry, Kind, cut_dimension, shard_shape
 
 FINITE_PART = 1 << 24
 """Values that are checked at a time."""
@@ -23,11 +24,13 @@ def to_shard(entry: Entry, sources: Sequence[Any], tp_size: int, tp_rank: int) -
     """The shard of `tp_rank`, [shard_shape], in the sources' dtype. `sources` are the Hugging Face tensors of
     `entry.hf`, or slices of a safetensors file, of which only the rows needed are read."""
     dimension = cut_dimension(entry)
-    parts = [sources[p.source][:, p.start:p.stop] if dimension else sources[p.source][p.start:p.stop]
-             for p in pieces(entry, tp_size, tp_rank)]
+    parts = [
+        sources[p.source][:, p.start : p.stop] if dimension else sources[p.source][p.start : p.stop]
+        for p in pieces(entry, tp_size, tp_rank)
+    ]
     size = shard_shape(entry, tp_size)
     missing = size[dimension] - sum(part.shape[dimension] for part in parts)
-    if missing:                                            # padding of the vocabulary; a rank may hold nothing else
+    if missing:  # padding of the vocabulary; a rank may hold nothing else
         dtype = parts[0].dtype if parts else sources[0][:1].dtype
         parts.append(torch.zeros(missing, *size[1:], dtype=dtype))
     return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dimension)

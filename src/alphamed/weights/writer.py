@@ -4,6 +4,7 @@ vLLM fuses q, k, v and gate, up, in this order along the rows (the model's `pack
 values live only in the packed form of its kernel (CPU), it is filled anew and packed when its layer is complete. Needs torch
 alone: what depends on vLLM is handed in.
 """
+
 from __future__ import annotations
 
 import math
@@ -19,11 +20,12 @@ from alphamed.weights.plan import Slice
 class _Place(NamedTuple):
     """Where a tensor's part goes: to row `row` of a module's parameter `leaf`. `start`: where the part begins in the
     tensor."""
+
     module: str
-    leaf: str                       # "weight" | "bias"
+    leaf: str  # "weight" | "bias"
     row: int
     start: tuple[int, ...]
-    shape: tuple[int, ...]          # of the parameter, without padding
+    shape: tuple[int, ...]  # of the parameter, without padding
 
 
 class ParameterWriter:
@@ -42,7 +44,7 @@ class ParameterWriter:
         place = self._places[piece.name]
         module = self._model.get_submodule(place.module)
         parameter = getattr(module, place.leaf)
-        if parameter.numel() == 0:              # packed: the kernel holds the values
+        if parameter.numel() == 0:  # packed: the kernel holds the values
             parameter = Parameter(parameter.new_empty(place.shape), requires_grad=False)
             setattr(module, place.leaf, parameter)
         start = [at - own for at, own in zip(piece.start, place.start, strict=True)]
@@ -74,7 +76,7 @@ def _places(slices: Iterable[Slice], packed: dict[str, list[str]]) -> dict[str, 
         whole, parts = fused.get(own, (own, [own]))
         prefix = f"{parent}." if parent else ""
         shares = [_extent(bounds[f"{prefix}{part}.{leaf}"]) for part in parts]
-        row = sum(share[0] for share in shares[:parts.index(own)])
+        row = sum(share[0] for share in shares[: parts.index(own)])
         found[name] = _Place(prefix + whole, leaf, row, low, (sum(share[0] for share in shares), *shares[0][1:]))
     return found
 

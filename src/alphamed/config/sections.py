@@ -1,0 +1,400 @@
+"""The sections of a run's configuration: every knob with its type, limits, default and meaning.
+
+Defaults live on the fields and nowhere else. Checks across sections, and what follows from several of them, are in `config`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from alphamed.config.choices import (
+    Advantage,
+    Aggregation,
+    AnswerKeys,
+    BadRows,
+    Correction,
+    Device,
+    Dtype,
+    KlEstimator,
+    LevelsFrom,
+    Loss,
+    OldLogprobs,
+    OnPush,
+    PromptTemplate,
+    Recompute,
+    ReferencePlace,
+    RewardSignature,
+    Schedule,
+    Stragglers,
+    SyncMode,
+    Transport,
+    TruncatedReward,
+    WandbMode,
+)
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+"""What torch takes, with room for the stages' own (megatron/runtime.py); seeds of vLLM are hashes of it."""
+MAX_GPUS = 100_000
+"""That a run can be given. Plans list every GPU; more is a slip of the keyboard."""
+Count = Annotated[int, Field(gt=0, le=MAX_GPUS)]
+"""Of processes, GPUs or nodes."""
+MAX_LOGITS_BYTES = 1 << 30
+"""Of FP32 logits on one tensor rank, above which log-probs are computed in chunks of their own accord. Below, logits and
+their BF16 gradient are within 2% of an 80 GB GPU. Above, computing them twice costs a third of the output layer's time,
+which has 7% of a step's arithmetic at 8B and 1.5% at 70B, and saves gigabytes: 11 GB at 16,384 tokens of Llama 3's
+vocabulary on one rank."""
+AUTO_CHUNK_TOKENS = 2048
+"""A chunk's weight gradient is added to the FP32 buffer, 12 bytes of traffic for each element of the output layer. On an
+H100 that takes as long as the product itself at 1,000 tokens, half as long at 2,048."""
+DottedName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
+"""A file's name with room for endings: file systems take 255 bytes."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=False, allow_inf_nan=False
+    )
+
+
+class RunConfig(Section):
+    name: DottedName = "run"
+    """Name of the run; its directory is `root/name`."""
+    root: Path = Path("runs")
+    seed: Seed = 1234
+    steps: Positive = 100
+    """Length of the whole run; learning-rate schedules end here."""
+    stop_after: NonNegative | None = None
+    """End after this step although `steps` says more: a run in parts, with the schedule of the whole. 0: evaluate the
+    unchanged model and end, a control."""
+    time_limit_s: PositiveFloat | None = None
+    """No step begins later than this many seconds after the run (or its resume) started."""
+    min_steps: Positive | None = None
+    """Where `time_limit_s` leaves no time for so many steps on this machine, steps ask fewer questions (at least 2); None, or
+    without a time limit: they ask rollout.questions_per_step, however long they take."""
+
+    @property
+    def last_step(self) -> int:
+        return self.steps if self.stop_after is None else min(self.steps, self.stop_after)
+
+
+class ModelConfig(Section):
+    path: str
+    """A local Hugging Face folder or a hub name."""
+    revision: str | None = None
+    """Hub revision (a commit) when `path` is a hub name."""
+    cache: Path = Path(".cache/models")  # where fetched models are kept
+    dtype: Dtype = Dtype.BF16
+    """Parameter and activation type of the trainer. Optimizer state and gradients are FP32 in either case."""
+    fp8: bool = False
+    """FP8 matrix products (Transformer Engine, Hopper or newer)."""
+
+
+class LevelWeights(Section):
+    """How often questions of the levels 1 to 6 are asked from this step on, one relative to the other."""
+
+    step: Positive
+    weights: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=6, max_length=6)]
+
+
+class LevelsConfig(Section):
+    """A curriculum. Without a schedule every question is asked once an epoch."""
+
+    schedule: tuple[LevelWeights, ...] = ()
+    """One entry: fixed weights. Several: they move evenly from one entry to the next."""
+    by: LevelsFrom = LevelsFrom.ANNOTATED
+    """`annotated`: the level in the data. `observed`: the levels that the run's own answers make likely, the annotated one
+    counting as dynamic_sampling.annotation_weight of them."""
+
+
+class DataConfig(Section):
+    train: tuple[Path, ...] = Field(min_length=1)
+    """Files of questions (docs/formats.md)."""
+    bad_rows: BadRows = BadRows.REFUSE
+    levels: LevelsConfig = LevelsConfig()
+    answer_keys: AnswerKeys = AnswerKeys.GIVEN
+    """`shuffled`: every training question gets a key that says nothing about the truth, the same one in every epoch (a
+    control; evaluation keys are never touched)."""
+    shuffle_options: bool = True
+    """Give the options new letters every epoch, so that a letter can not be learnt in place of an answer."""
+
+
+class Shot(Section):
+    """A worked example put before every question."""
+
+    question: str
+    options: dict[str, str]
+    response: str
+
+
+class PromptConfig(Section):
+    template: PromptTemplate = PromptTemplate.CHAT
+    system: str | None = None
+    instruction: str = "Please reason step by step, and put the final answer in \\boxed{}"
+    shots: tuple[Shot, ...] = ()
+    max_tokens: Positive = 1024
+    """Longer prompts are refused when the data is loaded."""
+    template_variables: dict[str, bool | int | float | str] = {}
+    """Variables of the model's chat template, as `{enable_thinking: false}`. Names that it does not use are refused."""
+
+
+class RolloutConfig(Section):
+    questions_per_step: Positive = 256
+    samples_per_question: Annotated[int, Field(ge=2)] = 8
+    temperature: Annotated[float, Field(ge=0.01, allow_inf_nan=False)] = 1.0  # what vLLM makes of less
+    top_p: Share = 1.0
+    top_k: int = -1
+    max_response_tokens: Positive = 2048
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that end a response besides the model's own end tokens and its chat template's end of a turn. Each must be one
+    token of the tokenizer: the response ends where the model emits that token. It is trained on and is not graded."""
+    engines: Count = 1
+    tensor_parallel: Count = 1
+    dtype: Dtype = Dtype.BF16
+    kv_cache_bytes: Positive | None = None
+    """Size of an engine's KV cache; None lets vLLM take `gpu_memory_utilization` of its GPU."""
+    gpu_memory_utilization: Share = 0.85
+    max_concurrent_requests: Positive = 256
+    """Requests an engine works on at once; the coordinator holds the rest."""
+    deterministic: bool = False
+    """Seed every sample with hash(run, question, sample, step), switch prefix cache and chunked prefill off."""
+    replay: Path | None = None
+    """A run directory whose recorded rollouts are trained on in place of engines."""
+    max_staleness: NonNegative = 0
+    """Pushes by which the weights that sampled a response may be older than those it trains. 0: generation and training take
+    turns. Above: engines work this many steps ahead while the policy trains."""
+    on_push: OnPush = OnPush.KEEP
+    """What becomes of requests that a push finds under way (max_staleness > 0): they end first (`wait`), go on with the new
+    weights (`keep`), or begin anew (`abort`)."""
+    stragglers: Stragglers = Stragglers.WAIT
+    """What becomes of groups that take longer than max_staleness steps, those with the longest answers: a step that would make
+    them too old waits for them and trains on them (`wait`), or they are dropped and counted (`drop`)."""
+    start_deadline_s: PositiveFloat = 600.0
+    step_deadline_s: PositiveFloat = 1800.0
+    """A step's generation must finish within this time; what is missing is named."""
+
+
+class DynamicSamplingConfig(Section):
+    """Groups whose rewards do not differ (all right, all wrong) teach nothing: replace them, ask fewer of them."""
+
+    refills: NonNegative = 0
+    """Rounds in which the groups of a step that teach nothing are replaced by others; 9 is DAPO's limit. Ahead of the policy
+    (rollout.max_staleness > 0) as many groups as that many whole rounds. Places still empty then keep what was dropped."""
+    choose: bool = False
+    """Pass over questions that are unlikely to teach, by their level and by what this run has seen of them."""
+    half_life_steps: PositiveFloat = 30.0
+    """Steps after which an observation counts half, for the policy has changed."""
+    annotation_weight: NonNegativeFloat = 5.0
+    """Samples that a question's level counts as when the run begins. Levels come from five samples of another model."""
+    max_passes: Positive = 10
+    """Times in a row that a question can be passed over at most; then it is asked whatever is believed of it."""
+    search: Positive = 10
+    """Questions looked at for one round of questions, at most, as a multiple of rollout.questions_per_step."""
+
+    @property
+    def active(self) -> bool:
+        return self.refills > 0 or self.choose
+
+
+class RewardConfig(Section):
+    name: str = "correct"
+    """A built-in reward (`correct`, `correct_and_format`; as controls `format_only`, `random`) or `module:function`."""
+    signature: RewardSignature = RewardSignature.ALPHAMED
+    """Whose arguments a user's function takes, by name: this project's, or those of a reward function of verl or TRL
+    (docs/rewards.md)."""
+    answer_after: str | None = "auto"
+    """The answer is what follows the last occurrence of this text, for models that think before they answer. `auto`:
+    `</think>` where the tokenizer or the chat template knows it, else off. Empty or null: the whole response."""
+    truncated: TruncatedReward = TruncatedReward.NOTHING
+    """What a response that hit the token limit may earn."""
+    overlong_buffer_tokens: NonNegative = 0
+    """Tokens below rollout.max_response_tokens over which a penalty falls from 0 to -1 (DAPO's soft overlong punishment); 0:
+    none."""
+    timeout_s: PositiveFloat = 10.0
+    workers: Positive = 2
+    """Processes that run a user's reward function."""
+    max_failure_share: Fraction = 0.02
+    """Crashes and time-outs above this share of a step's samples stop the run."""
+
+
+class AlgorithmConfig(Section):
+    advantage: Advantage = Advantage.GRPO
+    loss: Loss = Loss.CLIP
+    clip_low: PositiveFloat = 0.2
+    clip_high: PositiveFloat = 0.28
+    kl_coefficient: NonNegativeFloat = 0.0
+    """0 builds no reference model."""
+    kl_estimator: KlEstimator = KlEstimator.K3
+    aggregation: Aggregation = Aggregation.TOKEN_MEAN
+    constant_tokens: Positive | None = None
+    """What `aggregation: constant` divides each response's sum by; None: rollout.max_response_tokens."""
+    correction: Correction = Correction.AUTO
+    """Importance correction for sampling from other log-probs than the trainer's. `auto`: `tis` where rollout.max_staleness
+    is above 0, else `none`."""
+    correction_cap: PositiveFloat = 2.0
+    """Largest ratio: `tis` cuts larger ones to it, `mis` masks their tokens, `mis_sequence` their responses."""
+    correction_floor: NonNegativeFloat = 0.5
+    """Smallest ratio that `mis` and `mis_sequence` do not mask."""
+    mini_batches: Positive = 1
+    """Optimizer steps per batch of rollouts."""
+    old_logprobs: OldLogprobs = OldLogprobs.AUTO
+    """`auto` recomputes them only where a batch gets more than one update; with one they equal the current ones."""
+
+
+class ParallelConfig(Section):
+    """Layout of the trainer."""
+
+    tensor: Count = 1
+    pipeline: Count = 1
+    virtual_pipeline: Annotated[int, Field(ge=2)] | None = None
+    """Model chunks per pipeline stage (interleaved schedule)."""
+    data: Count = 1
+    sequence: bool = False
+    """Sequence parallelism: activations between tensor-parallel regions are split over the tensor ranks."""
+    distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    recompute: Recompute = Recompute.NONE
+    micro_batch_tokens: Positive = 8192
+    """Token budget of a packed micro-batch."""
+    share_prompts: bool = True
+    """The samples of a question share one copy of their prompt (where the attention implementation can)."""
+    logprob_chunk_tokens: NonNegative | None = None
+    """Compute log-probs in chunks of this many tokens, never holding all logits; 0: all at once. None: in chunks where the
+    logits of a full micro-batch would take more than a gibibyte (`logprob_chunk`)."""
+    reference: ReferencePlace = ReferencePlace.RESIDENT
+    """Where the reference's weights lie: on the device all the time, or in host memory and on the device only during its
+    forward passes (`swapped`)."""
+    context: Count = 1
+    """Ranks that share a packed row: each holds a part of its tokens, and in attention a part of the heads."""
+
+    @property
+    def world(self) -> int:
+        return self.tensor * self.context * self.data * self.pipeline
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same parameters, over which gradients are summed and the optimizer's state is spread."""
+        return self.data * self.context
+
+    def axes(self) -> str:
+        """The layout in words, for messages."""
+        context = f" x context {self.context}" if self.context > 1 else ""
+        return f"tensor {self.tensor}{context} x data {self.data} x pipeline {self.pipeline}"
+
+    def logprob_chunk(self, vocab: int) -> int:
+        """Tokens whose logits exist at a time, for a vocabulary of `vocab` tokens; 0: all of a micro-batch."""
+        if self.logprob_chunk_tokens is not None:
+            return self.logprob_chunk_tokens
+        tokens = -(-self.micro_batch_tokens // self.context)
+        logits = tokens * -(-vocab // self.tensor) * 4
+        return AUTO_CHUNK_TOKENS if logits > MAX_LOGITS_BYTES and tokens > AUTO_CHUNK_TOKENS else 0
+
+
+class OptimizerConfig(Section):
+    lr: PositiveFloat = 1e-6
+    min_lr: NonNegativeFloat = 0.0
+    schedule: Schedule = Schedule.CONSTANT
+    warmup_steps: NonNegative = 0
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.01
+    clip_grad: PositiveFloat = 1.0
+    max_skipped_steps: NonNegative = 3
+    """Consecutive updates that may be skipped for a non-finite gradient before the run stops."""
+
+
+class SyncConfig(Section):
+    mode: SyncMode = SyncMode.GATHER
+    """`gather` brings each tensor together on one rank of its stage and sends it whole; `direct` sends every rank's own
+    shard to the engine ranks that need it."""
+    transport: Transport = Transport.AUTO
+    """`nccl` between GPUs; `ipc` through shared host memory where trainer and engines are on one machine; `gloo` over the
+    network through host memory; `auto`: nccl where engines have GPUs of their own, else ipc where it can be, else gloo."""
+    bucket_bytes: Positive = 256 << 20
+    probe: bool = True
+    """After the first push compare the engines' log-probs of a fixed text with the policy's."""
+    max_logprob_diff: PositiveFloat | None = None
+    """Limit on policy/logprob_diff_mean that stops the run; None: 0.15 where either side is bf16, 0.3 where the
+    policy computes in FP8, 1e-3 in FP32, 1 where samples may be stale: the policy's own movement is in the difference then."""
+
+
+class CheckpointConfig(Section):
+    every: NonNegative = 10
+    """Steps between checkpoints; 0: only at the end."""
+    keep: Positive = 2
+
+
+class EvaluationConfig(Section):
+    files: tuple[Path, ...] = ()
+    development: Path | None = None
+    """A further file, by whose accuracy the best checkpoint is chosen and kept beside the newest ones; never a test set."""
+    questions: Positive | None = None
+    """At most this many questions of each file, by seed."""
+    decisions: tuple[Path, ...] = ()
+    """Decisions on suspect questions: quarantined ones are left out, fixed keys used (`alphamed data suspects`)."""
+    allow_overlap: bool = False
+    """Evaluate on questions that data.train holds too; refused otherwise."""
+    before: bool = False
+    after: bool = False
+    every: NonNegative = 0
+    background: bool | None = None
+    """Those of `every` go on beside the next step, on what its own questions leave of the engines, and end before the next
+    push. None: where engines have GPUs of their own; on shared ones, and on shared cores, it takes longer. Never with
+    rollout.deterministic, for what an engine works on at once shows in the last bits."""
+    max_response_tokens: Positive | None = None
+    """None: rollout.max_response_tokens."""
+    time_limit_s: PositiveFloat | None = None
+    """Of an evaluation of all sets that nothing goes on beside: where the first questions show that it would take longer, fewer
+    are asked, the same ones in all evaluations of the run."""
+
+    @property
+    def all_files(self) -> tuple[Path, ...]:
+        """The files that are asked in training, the development set last."""
+        return (*self.files, self.development) if self.development else self.files
+
+
+class LoggingConfig(Section):
+    wandb: WandbMode = WandbMode.OFFLINE
+    wandb_project: str = "alphamed"
+    rollout_files: bool = True
+    report: bool = True
+    export_hf: bool = True
+    """Write the trained model as a Hugging Face folder when the run ends."""
+
+
+class ClusterConfig(Section):
+    device: Device = Device.AUTO
+    gpus_per_node: Count = 8
+    ranks_per_host: Count | None = None
+    """Trainer ranks on a host of several; None: as many as it has GPUs. With GPUs left over, engines take those. Hosts without
+    GPUs need it: nothing else says how much a CPU can hold."""
+    gpu: str = "h100-80g"
+    """What `alphamed plan` reckons with: a100-80g, h100-80g, h200-141g, b200-180g."""
+    nodes: Count | None = None
+    """How many the run may take, for `alphamed plan`; None: as many as it needs."""
+    start_unfit: bool = False
+    """Start although the plan says that memory does not suffice."""
+    share_gpus: bool = False
+    """Engines compute on the GPUs of the trainer's ranks, and both keep their memory all the time: for small models on few
+    GPUs. An engine takes `rollout.gpu_memory_utilization` of a GPU. No effect on CPU, where all share the cores."""
+    trainer_threads: Positive | None = None
+    """CPU threads of a trainer rank; None: usable cores / local ranks, on CUDA at most 8."""
+    engine_cores: str | None = None
+    """CPU backend: cores an engine binds its threads to (`0-1`; one list per tensor rank, `0|1`); None: all cores,
+    and no more threads than a control group's limit on CPU time allows."""
+    rank_timeout_s: PositiveFloat = 600.0
+    """Deadline of a collective between trainer ranks."""
+    heartbeat_timeout_s: PositiveFloat = 30.0
+    """A rank or host whose heartbeat has been missing for this long is declared dead."""
+    join_deadline_s: PositiveFloat = 180.0
+    """Until all hosts of a job have started, and again until all have joined Ray."""
+    stop_grace_s: PositiveFloat = 100.0
+    """Time that a run of several hosts has, after Slurm's warning, to end or abandon its step and to write a checkpoint."""

@@ -1,0 +1,168 @@
+"""Files that are either the old one or the whole new one, never half of it, and JSON that every reader accepts."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from alphamed import jsonl
+from alphamed.errors import ConfigError
+
+SURROGATES = "backslashreplace"
+"""How texts are encoded: \\udcff in place of a byte ff in the name of a file, an error nowhere."""
+
+
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary neighbour of `path`, then put it in place of `path` in one move.
+
+    A process killed at any moment leaves the old file (or none) and at most a `*.partial` neighbour behind.
+    """
+    replace_files({path: write})
+
+
+def replace_files(writers: Mapping[Path, Callable[[Path], None]]) -> None:
+    """Like `replace_file` for several: none is moved to its place before all are whole, so that a full disk leaves no set
+    without its card. Only a kill between two moves can leave new and old files side by side."""
+    partials = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in writers}
+    try:
+        for path, write in writers.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _naming(path):
+                write(partials[path])
+                with partials[path].open("rb") as file:
+                    os.fsync(file.fileno())
+        for path, partial in partials.items():
+            os.replace(partial, path)
+    finally:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """A full disk shows while writing, when the system no longer says to which file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A temporary neighbour to fill in place of `path`, which may be an empty folder. It gets that name when the block ends
+    well; an error or Ctrl-C removes it, a kill at any moment leaves at most a `*.partial` neighbour."""
+    target = path.resolve()
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        with _naming(path):
+            partial.mkdir(parents=True)
+            yield partial
+            os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def copy_folder(folder: Path, out: Path) -> None:
+    """Copy a model's folder for `--out`, whole or not at all. Raises ConfigError."""
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"--out: {out} is not empty; name a new folder")
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(f"--out: {out} is in the model's own folder; name a new folder elsewhere")
+
+    def copy(source: str, destination: str) -> None:
+        try:
+            shutil.copy2(source, destination)
+        except OSError as error:  # copytree itself would go on and end with a list of such
+            raise ConfigError(
+                f"--out: {source} cannot be copied to {out} ({error.strerror}); make room or choose another "
+                f"place. Nothing was left half-written"
+            ) from None
+
+    with whole_folder(out) as partial:
+        shutil.copytree(folder, partial, dirs_exist_ok=True, copy_function=copy)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """The text as UTF-8. What stands for the bytes of a file name that is not UTF-8 is written as JSON and YAML read it."""
+    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8", errors=SURROGATES))
+
+
+def replace_json(path: Path, value: Any) -> None:
+    replace_file(path, lambda partial: partial.write_bytes(jsonl.encode(finite(value), indent=2) + b"\n") and None)
+
+
+def append_json(path: Path, row: Mapping[str, Any]) -> None:
+    """Add one line to a JSONL file, on the disk when this returns. A kill can leave a last line without its end, which
+    `read_json_lines` leaves out and the next `append_json` first cuts off."""
+    append_json_lines(path, [row])
+
+
+def append_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add lines as `append_json` does, in one write. A kill, or a full disk, can leave the first of them."""
+    lines = _json_lines(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _naming(path), path.open("a+b") as file:
+        if _ends_amid_line(file):
+            file.truncate(_last_line_end(path))
+        file.write(lines)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_json_lines(path: Path, by_hand: bool = False) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file; [] where there is none. ConfigError names a line that is no JSON object.
+
+    `by_hand`: a person wrote it. Its last line counts without a line end too, and empty ones do not."""
+    if not path.exists():
+        return []
+    rows = []
+    try:
+        for number, line in enumerate(jsonl.byte_lines(path), start=1):
+            if not by_hand and not line.endswith(b"\n") or by_hand and jsonl.is_blank(line):
+                continue  # half a line that a kill has left, or an empty one of a person
+            rows.append(jsonl.parse(line))
+            if not isinstance(rows[-1], dict):
+                raise ValueError("no JSON object")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); fix the file or its permissions") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: line {number} is {error}; remove it") from None
+    return rows
+
+
+def replace_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    lines = _json_lines(rows)
+    replace_file(path, lambda partial: partial.write_bytes(lines) and None)
+
+
+def _json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    return b"".join(jsonl.line(finite(row)) for row in rows)
+
+
+def finite(value: Any) -> Any:
+    """The same value with NaN and infinities as None, which is what JSON can say."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value
+
+
+def _ends_amid_line(file) -> bool:
+    if file.seek(0, os.SEEK_END) == 0:
+        return False
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) != b"\n"
+
+
+def _last_line_end(path: Path) -> int:
+    return path.read_bytes().rfind(b"\n") + 1

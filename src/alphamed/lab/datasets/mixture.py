@@ -1,0 +1,214 @@
+"""Which questions of a pool make a training set: filters, balance, quotas, order and letters. Pure and seeded.
+
+Every choice sorts by a hash of (seed, what for, id): it does not depend on the order of files, and a smaller quota takes a
+part of what a larger one takes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from alphamed.data.attributes import ATTRIBUTES
+from alphamed.data.describe import length_words
+from alphamed.data.mcq import LEVELS
+from alphamed.data.stream import refers_to_options, shuffle_options
+from alphamed.data.text import normalised, normalised_option, option_set
+from alphamed.errors import DataError
+from alphamed.hashing import draw
+from alphamed.lab.datasets.recipe import BalanceRecipe, FilterRecipe, QuotaRecipe, Short
+from alphamed.records import Question
+
+ANNOTATE = "annotate them (alphamed data difficulty) and name the result as levels of the source"
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A question in the pool, the name of the source it came from (`sources[].name`) and its licence."""
+
+    question: Question
+    origin: str
+    licence: str
+
+
+# ------------------------------------------------------------------------------------------------------------- filters
+def filtered(items: Iterable[Item], wanted: FilterRecipe) -> tuple[list[Item], Counter[str]]:
+    """The items that pass, and per reason the number that does not (the first reason counts)."""
+    patterns = [re.compile(text, re.IGNORECASE) for text in wanted.exclude]
+    pool, kept, dropped = list(items), [], Counter()
+    _require_annotated(pool, wanted)
+    for item in pool:
+        reason = _reason(item.question, wanted, patterns)
+        if reason is None:
+            kept.append(item)
+        else:
+            dropped[reason] += 1
+    return kept, dropped
+
+
+def _reason(question: Question, wanted: FilterRecipe, patterns: Sequence[re.Pattern[str]]) -> str | None:
+    if wanted.sources and not any(_is_of(question.source, name) for name in wanted.sources):
+        return "source"
+    for attribute in ATTRIBUTES:
+        values = getattr(wanted, attribute.axis)
+        if values and attribute.of(question) not in values:
+            return attribute.field
+    if not wanted.min_options <= len(question.options) <= wanted.max_options:
+        return "options"
+    if wanted.min_words or wanted.max_words:
+        length = length_words(question)
+        if length < wanted.min_words or (wanted.max_words is not None and length > wanted.max_words):
+            return "length"
+    if any(pattern.search(question.question) for pattern in patterns):
+        return "excluded text"
+    return None
+
+
+def _require_annotated(pool: Sequence[Item], wanted: FilterRecipe) -> None:
+    """Raises DataError where a filter asks for an attribute that no question has: that is a set without annotations, not
+    one without such questions."""
+    for attribute in ATTRIBUTES:
+        values = getattr(wanted, attribute.axis)
+        if values and pool and all(attribute.of(item.question) is None for item in pool):
+            raise DataError(
+                f"filter.{attribute.axis}: {list(values)} is asked for, but no question carries "
+                f"{attribute.field}; {ANNOTATE}"
+            )
+
+
+def _is_of(source: str | None, name: str) -> bool:
+    return source is not None and (source == name or source.startswith(name + "/"))
+
+
+# ----------------------------------------------------------------------------------------------------------- conflicts
+def conflicting(items: Iterable[Item]) -> list[list[Item]]:
+    """Groups of items that ask the same (stem, context and options, but for case, punctuation and letters) and have
+    different keys."""
+    groups: dict[tuple, list[Item]] = defaultdict(list)
+    for item in items:
+        q = item.question
+        groups[normalised(q.question), normalised(q.context or ""), option_set(q.options)].append(item)
+    return [
+        group
+        for group in groups.values()
+        if len({normalised_option(item.question.options[item.question.answer]) for item in group}) > 1
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------- balance
+def balanced(items: Sequence[Item], wanted: BalanceRecipe, seed: int) -> tuple[list[Item], int]:
+    """The items with the commonest answers of one source cut down to `max_share`, and the number left out."""
+    by_answer: dict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        if item.origin == wanted.source:
+            by_answer[normalised_option(item.question.options[item.question.answer])].append(item)
+    cap = largest_cap([len(group) for group in by_answer.values()], wanted.max_share)
+    if cap == 0 and by_answer:
+        raise DataError(
+            f"balance: {wanted.source} has {len(by_answer)} different answers, none of which can make up at "
+            f"most {wanted.max_share:g} of it; raise max_share"
+        )
+    left_out = {
+        item.question.id
+        for group in by_answer.values()
+        for item in sorted(group, key=lambda item: draw(seed, "balance", item.question.id))[cap:]
+    }
+    return [item for item in items if item.question.id not in left_out], len(left_out)
+
+
+def largest_cap(counts: Sequence[int], max_share: float) -> int:
+    """The largest cap c such that with every count cut to c the largest is at most `max_share` of the sum; 0 where none is
+    possible. The share of the largest falls as the cap does, so the first cap from above that fits is it."""
+    low, high = 0, max(counts, default=0)
+    while low < high:
+        middle = (low + high + 1) // 2
+        total = sum(min(count, middle) for count in counts)
+        if middle <= max_share * total * (1 + 1e-12):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def commonest_answer(items: Iterable[Item], source: str) -> tuple[str, float] | None:
+    """The answer that most questions of a source have, and its share of them; None where there are none."""
+    counts = Counter(
+        normalised_option(item.question.options[item.question.answer]) for item in items if item.origin == source
+    )
+    if not counts:
+        return None
+    text, most = counts.most_common(1)[0]
+    return text, most / counts.total()
+
+
+# -------------------------------------------------------------------------------------------------------------- quotas
+def mixed(items: Sequence[Item], quotas: Sequence[QuotaRecipe], seed: int, short: Short) -> tuple[list[Item], list[str]]:
+    """The items that fill the quotas, in the order given, and what is short of them in words. Without quotas all items.
+    DataError where a quota can not be filled and `short` refuses that."""
+    if not quotas:
+        return list(items), []
+    taken: dict[str, Item] = {}
+    missing = []
+    for quota in quotas:
+        pool = [item for item in items if item.origin == quota.source and item.question.id not in taken]
+        for what, part, count in _parts(pool, quota):
+            chosen = sorted(part, key=lambda item: draw(seed, "quota", item.question.id))[:count]
+            taken |= {item.question.id: item for item in chosen}
+            if len(chosen) < count:
+                missing.append(f"{what}: {len(chosen)} of {count}")
+    if missing and short == Short.REFUSE:
+        by_level = any(quota.per_level or quota.levels for quota in quotas)
+        none = (
+            f"; no question has a level, {ANNOTATE}"
+            if by_level and items and not any(item.question.level for item in items)
+            else ""
+        )
+        raise DataError(
+            f"quotas: not enough questions ({', '.join(missing)}){none}; lower the quotas, or take what there "
+            f"is with short=take"
+        )
+    return [item for item in items if item.question.id in taken], missing
+
+
+def _parts(pool: Sequence[Item], quota: QuotaRecipe) -> list[tuple[str, list[Item], int]]:
+    """What a quota draws: (in words, the items to draw from, how many)."""
+    if quota.per_level is None:
+        assert quota.count is not None
+        part = [item for item in pool if not quota.levels or item.question.level in quota.levels]
+        return [(quota.source, part, quota.count)]
+    return [
+        (f"{quota.source} level {level}", [item for item in pool if item.question.level == level], quota.per_level)
+        for level in quota.levels or LEVELS
+    ]
+
+
+def drawn(items: Sequence[Item], size: int | None, seed: int) -> list[Item]:
+    """At most `size` of the items, in their order."""
+    if size is None or len(items) <= size:
+        return list(items)
+    chosen = {item.question.id for item in sorted(items, key=lambda item: draw(seed, "size", item.question.id))[:size]}
+    return [item for item in items if item.question.id in chosen]
+
+
+# --------------------------------------------------------------------------------------------------- order and letters
+def shuffled(items: Iterable[Item], seed: int) -> list[Item]:
+    return sorted(items, key=lambda item: draw(seed, "order", item.question.id))
+
+
+def relettered(items: Sequence[Item], seed: int) -> tuple[list[Item], int]:
+    """The items with their options in a new order, and how many have none. Among n neighbours with n options the answer has
+    every letter once; questions whose options refer to others ("both A and C") are left as they are."""
+    decks: dict[int, list[int]] = {}
+    found, as_they_were = [], 0
+    for number, item in enumerate(items):
+        if refers_to_options(item.question):
+            found.append(item)
+            as_they_were += 1
+            continue
+        size = len(item.question.options)
+        if not decks.get(size):
+            decks[size] = sorted(range(size), key=lambda place: draw(seed, "place", number, place))
+        found.append(Item(shuffle_options(item.question, seed, 0, decks[size].pop()), item.origin, item.licence))
+    return found, as_they_were

@@ -1,0 +1,39 @@
+"""What the plan says of a step that has just been measured, with the lengths that its text really had."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from alphamed.config.schema import Config
+from alphamed.lab.planner.plan import job_here
+from alphamed.lab.planner.time import step_time
+from alphamed.model.shape import read_shape
+from alphamed.planner.memory import trainer_use
+from alphamed.records import TokenGroup
+
+
+class PlanForecast:
+    """Predictions beside a run's measurements. `model`: the folder that the run started from."""
+
+    def __init__(self, config: Config, model: Path) -> None:
+        self._job = job_here(config, read_shape(model))
+
+    def metrics(self, groups: Sequence[TokenGroup]) -> dict[str, float]:
+        """The metrics `plan/...` of a step of these groups."""
+        responses = [len(response) for group in groups for response in group.responses]
+        job = replace(
+            self._job,
+            prompt_tokens=sum(len(group.prompt) for group in groups) / len(groups),
+            response_tokens=sum(responses) / len(responses),
+        )
+        time = step_time(job)
+        return {
+            "plan/step_s": time.total,
+            "plan/generate_s": time.waited,
+            "plan/logprobs_s": time.logprobs,
+            "plan/update_s": time.update,
+            "plan/sync_s": time.sync,
+            "plan/memory_bytes": float(trainer_use(job).total),
+        }

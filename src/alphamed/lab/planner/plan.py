@@ -1,0 +1,247 @@
+"""A plan: topology, memory, batch, time, problems and advice for a job, put together; and its JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from alphamed.config.choices import Device
+from alphamed.config.schema import Config
+from alphamed.lab.planner.deadline import deadline_problems
+from alphamed.lab.planner.evaluations import Evaluations, count_questions, evaluations
+from alphamed.lab.planner.search import mended
+from alphamed.lab.planner.shapes import find_shape
+from alphamed.lab.planner.time import StepTime, step_time
+from alphamed.lab.planner.topology import Topology, place
+from alphamed.model.shape import ModelShape
+from alphamed.planner import hardware, parameters
+from alphamed.planner.batch import Batch, batch_of
+from alphamed.planner.job import Job
+from alphamed.planner.legality import Problem, layout_problems, memory_problems
+from alphamed.planner.memory import EngineCache, Use, engine_cache, engine_use, trainer_use
+
+STORAGE_BYTES_PER_S = 5e9
+"""A shared file system that all ranks write to, where the user gives no speed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """`grace_s`: between a warning and the kill, so that the step under way ends and is saved. `at_risk_s`: work that is
+    lost at worst without it."""
+
+    bytes: int
+    save_s: float
+    grace_s: float
+    at_risk_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Assessment:
+    """Everything computed of a legal layout."""
+
+    topology: Topology
+    batch: Batch
+    trainer: Use
+    engine: Use | None
+    cache: EngineCache | None
+    time: StepTime
+    evaluations: Evaluations | None
+
+    @property
+    def uses(self) -> list[Use]:
+        return [self.trainer] + ([self.engine] if self.engine else [])
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    job: Job
+    source: str  # where the model's shape was found
+    problems: tuple[Problem, ...]
+    found: Assessment | None  # None where the layout is illegal
+    checkpoint: Checkpoint | None
+
+    @property
+    def fits(self) -> bool:
+        return not self.problems
+
+
+def job_of(
+    config: Config,
+    gpu: str | None = None,
+    nodes: int | None = None,
+    prompt_tokens: float | None = None,
+    response_tokens: float | None = None,
+) -> tuple[Job, str]:
+    """The job of a configuration, and where the model's shape was found. Raises ConfigError.
+
+    On `cluster.device: cpu` the device is this machine: its memory, and each process's share of its cores.
+    """
+    shape, source = find_shape(config)
+    if config.cluster.device == Device.CPU and gpu is None:
+        device, per_node = _this_machine(config)
+    else:
+        device = hardware.gpu(config.cluster.gpu) if gpu is None else hardware.gpu(gpu, "--gpu")
+        per_node = config.cluster.gpus_per_node
+    nodes = config.cluster.nodes if nodes is None else nodes
+    return Job(
+        config, shape, device, per_node, nodes, prompt_tokens, response_tokens, evaluation_questions=count_questions(config)
+    ), source
+
+
+def job_here(config: Config, shape: ModelShape) -> Job:
+    """The job on the machine that is about to run it: its GPUs as their driver reports them, or its CPU."""
+    from alphamed.cluster.hardware import gpu_memory_bytes, wants_cuda
+
+    if not wants_cuda(config):
+        device, per_node = _this_machine(config)
+        return Job(config, shape, device, per_node, evaluation_questions=count_questions(config))
+    memory = gpu_memory_bytes()
+    device = hardware.with_memory(memory) if memory else hardware.gpu(config.cluster.gpu)
+    return Job(config, shape, device, config.cluster.gpus_per_node, evaluation_questions=count_questions(config))
+
+
+def _this_machine(config: Config) -> tuple[hardware.Gpu, int]:
+    from alphamed.cluster.hardware import cores, memory_bytes
+
+    engines = 0 if config.rollout.replay else config.rollout.engines * config.rollout.tensor_parallel
+    processes = config.parallel.world + engines
+    return hardware.cpu(cores(), memory_bytes()[0], processes), processes
+
+
+def make_plan(job: Job, source: str = "", storage: float = STORAGE_BYTES_PER_S) -> Plan:
+    """Plan a job; `storage` in bytes per second."""
+    problems = layout_problems(job)
+    if problems:
+        return Plan(job, source, tuple(mended(problems, job)), None, None)
+    found = assess(job)
+    problems = memory_problems(job, found.uses, found.cache) + deadline_problems(job)
+    problems = [replace(problem, mend=()) for problem in problems]  # advice.py looks for one for all of them
+    return Plan(job, source, tuple(problems), found, _checkpoint(job, found.time, storage))
+
+
+def assess(job: Job) -> Assessment:
+    """Topology, memory and time of a legal layout."""
+    time = step_time(job)
+    return Assessment(
+        place(job),
+        batch_of(job),
+        trainer_use(job),
+        engine_use(job),
+        engine_cache(job) if job.engines else None,
+        time,
+        evaluations(job, time),
+    )
+
+
+def _checkpoint(job: Job, time: StepTime, storage: float) -> Checkpoint:
+    """Weights in the trainer's type, FP32 masters of bf16 weights, two moments; a tied embedding once."""
+    size = job.shape.parameters * (job.trainer_bytes + (8 if job.trainer_bytes == 4 else 12))
+    save = size / storage
+    last = job.config.run.last_step
+    return Checkpoint(size, save, time.total + save, min(job.config.checkpoint.every or last, last) * time.total)
+
+
+# ----------------------------------------------------------------------------------------------------------------- JSON
+def to_json(plan: Plan, advice: list[Any]) -> dict[str, Any]:
+    """The plan as JSON values; bytes and seconds are numbers without units in the keys' names (`_bytes`, `_s`)."""
+    job, s = plan.job, plan.job.shape
+    tree: dict[str, Any] = {
+        "fits": plan.fits,
+        "problems": [{"text": problem.text, "mend": list(problem.mend)} for problem in plan.problems],
+        "model": {
+            "path": job.config.model.path,
+            "source": plan.source,
+            "family": s.family,
+            "parameters": s.parameters,
+            "layers": s.layers,
+            "hidden": s.hidden,
+            "vocab": s.vocab,
+        },
+        "cluster": {"gpu": job.gpu.name, "gpus_per_node": job.gpus_per_node, "gpus": job.gpus},
+    }
+    if plan.found is None or plan.checkpoint is None:
+        return tree
+    found, time = plan.found, plan.found.time
+    tree["cluster"]["nodes"] = found.topology.nodes
+    tree |= {
+        "topology": {
+            "seats": [_sparse(asdict(seat)) for seat in found.topology.seats],
+            "groups": [asdict(group) for group in found.topology.groups],
+            "leaving_bytes": found.topology.leaving,
+        },
+        "trainer": {
+            "memory_bytes": dict(found.trainer.causes),
+            "total_bytes": found.trainer.total,
+            "limit_bytes": found.trainer.limit,
+            "where": found.trainer.where,
+            "parameters_by_stage": _by_stage(job),
+        },
+        "batch": asdict(found.batch),
+        "step": {
+            "seconds": time.parts() | {"total": time.total},
+            "tokens_per_s_per_gpu": tokens_rate(plan),
+            "mfu": mfu(plan),
+        },
+        "run": {"steps": job.config.run.last_step, "hours": hours(plan), "gpu_hours": hours(plan) * job.gpus},
+        "checkpoint": asdict(plan.checkpoint),
+        "bottleneck": bottleneck(plan),
+        "advice": [{"overrides": list(one.overrides), "seconds": one.seconds, "saved": one.saved} for one in advice],
+    }
+    if found.evaluations:
+        tree["evaluations"] = asdict(found.evaluations) | {"total": found.evaluations.total}
+    if found.engine and found.cache:
+        tree["engine"] = {
+            "memory_bytes": dict(found.engine.causes),
+            "total_bytes": found.engine.total,
+            "limit_bytes": found.engine.limit,
+            "cache": asdict(found.cache),
+        }
+    return tree
+
+
+def _sparse(tree: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in tree.items() if value not in (None, ())}
+
+
+def _by_stage(job: Job) -> list[int]:
+    p = job.parallel
+    return [parameters.count(stage) for stage in parameters.stage_parameters(job.shape, p.tensor, p.pipeline, job.virtual)]
+
+
+# -------------------------------------------------------------------------------------------------------- derived values
+def mfu(plan: Plan) -> float:
+    """Model FLOPs of the update, recomputation not counted, over the trainer's BF16 peak in that time."""
+    job, time = plan.job, _found(plan).time
+    return time.model_flops / (time.update * job.parallel.world * job.gpu.flops)
+
+
+def tokens_rate(plan: Plan) -> float:
+    """Prompt and response tokens of all samples, per second of a step and GPU."""
+    batch = _found(plan).batch
+    return batch.samples * (batch.prompt_tokens + batch.response_tokens) / _found(plan).time.total / plan.job.gpus
+
+
+def hours(plan: Plan) -> float:
+    """Of the run to its last step: steps, checkpoints, the last of them at the end, and evaluations."""
+    assert plan.checkpoint is not None
+    found, last, every = _found(plan), plan.job.config.run.last_step, plan.job.config.checkpoint.every
+    saves = -(-last // (every or max(1, last)))
+    evaluating = found.evaluations.total if found.evaluations else 0.0
+    return (last * found.time.total + saves * plan.checkpoint.save_s + evaluating) / 3600
+
+
+def steps_text(plan: Plan) -> str:
+    """How many steps `hours` counts: all, or those until run.stop_after."""
+    run = plan.job.config.run
+    return f"{run.steps} steps" if run.last_step == run.steps else f"{run.last_step} of {run.steps} steps"
+
+
+def bottleneck(plan: Plan) -> str:
+    """The part of a step that takes longest."""
+    parts = _found(plan).time.parts()
+    return max(parts, key=lambda part: parts[part])
+
+
+def _found(plan: Plan) -> Assessment:
+    assert plan.found is not None, "an illegal layout has neither memory nor time"
+    return plan.found

@@ -1,0 +1,231 @@
+"""Whole evaluations set against each other: answers read from their files, paired by question, tests adjusted. Pure but for
+the reading.
+
+Both kinds of files are understood: the evaluations of a run (`step_N.items.jsonl`) and those of `alphamed eval`
+(`items.jsonl`), where a question may have several samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alphamed.data.attributes import ATTRIBUTES
+from alphamed.errors import ConfigError
+from alphamed.evaluation.paired import Split, mcnemar, split_gain
+from alphamed.evaluation.score import Z_95, wilson
+from alphamed.evaluation.variants import VARIANTS, vote_of
+from alphamed.files import read_json_lines
+from alphamed.records import Outcome
+
+BOXED = (Outcome.CORRECT, Outcome.WRONG)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model said to one question of a set, over all samples. `identity` is equal where the same was asked: text,
+    options in their order, key."""
+
+    id: str
+    identity: tuple[Any, ...]
+    key: str
+    options: int  # that were shown; 0: none
+    attributes: Mapping[str, int | None]  # field -> value
+    outcomes: tuple[Outcome, ...]
+    letters: tuple[str | None, ...]
+    votes: tuple[str | None, ...]  # what each boxed answer counts as, see `variants.vote_of`
+    tokens: int  # of all samples
+    text: str  # of the first sample
+    question: str
+
+    @property
+    def right(self) -> bool:
+        """Whether the question counts as answered right: no other answer is as common among the samples as the key."""
+        others = Counter(vote for vote, outcome in zip(self.votes, self.outcomes) if outcome is Outcome.WRONG)
+        return self.outcomes.count(Outcome.CORRECT) > max(others.values(), default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class AnsweredSet:
+    """A set of questions and what one model said to each. Shares are over all samples, intervals count the questions."""
+
+    name: str
+    answers: Mapping[str, Answer]
+    outcomes: Counter[Outcome]
+
+    @property
+    def n(self) -> int:
+        return len(self.answers)
+
+    @property
+    def samples(self) -> int:
+        return self.outcomes.total()
+
+    @property
+    def accuracy(self) -> float:
+        return self.outcomes[Outcome.CORRECT] / self.samples
+
+    @property
+    def boxed(self) -> float:
+        return sum(self.outcomes[kind] for kind in BOXED) / self.samples
+
+    @property
+    def among_boxed(self) -> float:
+        """NaN where nothing is boxed."""
+        return self.accuracy / self.boxed if self.boxed else math.nan
+
+    @property
+    def tokens_mean(self) -> float:
+        return sum(answer.tokens for answer in self.answers.values()) / self.samples
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of picking letters blindly; NaN where no options were shown."""
+        if not all(answer.options for answer in self.answers.values()):
+            return math.nan
+        return sum(1 / answer.options for answer in self.answers.values()) / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson(self.accuracy, self.n)
+
+    @property
+    def boxed_interval(self) -> tuple[float, float]:
+        return wilson(self.boxed, self.n)
+
+    @property
+    def among_interval(self) -> tuple[float, float]:
+        """For as many questions as have a boxed answer; 0..1 without one."""
+        boxed = sum(any(outcome in BOXED for outcome in answer.outcomes) for answer in self.answers.values())
+        return wilson(self.among_boxed, boxed) if boxed else (0.0, 1.0)
+
+    @property
+    def letters(self) -> tuple[Counter[str], Counter[str]]:
+        """Letters of boxed answers, and the keys of the same questions. An answer without options may have none."""
+        pairs = [
+            (letter, answer.key)
+            for answer in self.answers.values()
+            for letter, outcome in zip(answer.letters, answer.outcomes)
+            if outcome in BOXED and letter
+        ]
+        return Counter(letter for letter, _ in pairs), Counter(key for _, key in pairs)
+
+    def parts(self, attribute: str) -> dict[int | None, AnsweredSet]:
+        """Value of an attribute -> the questions that have it, in order, those without one last."""
+        groups: dict[int | None, list[Answer]] = {}
+        for answer in self.answers.values():
+            groups.setdefault(answer.attributes[attribute], []).append(answer)
+        return {value: answered(self.name, groups[value]) for value in sorted(groups, key=lambda x: (x is None, x))}
+
+
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """The same questions answered by two models. `gained` are right in the second only, `lost` in the first only;
+    `left_out` counts those that one of them was not asked, or was asked otherwise."""
+
+    n: int
+    left_out: int
+    gained: tuple[str, ...]
+    lost: tuple[str, ...]
+    split: Split  # of the accuracies over these n questions
+
+    @property
+    def difference(self) -> float:
+        """Share of questions right in the second less that in the first."""
+        return (len(self.gained) - len(self.lost)) / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% interval of `difference`: Wald's with half a question more in each cell (Agresti and Min 2005), which holds
+        for few flips."""
+        gained, lost, n = len(self.gained) + 0.5, len(self.lost) + 0.5, self.n + 2
+        centre = (gained - lost) / n
+        half = Z_95 * math.sqrt((gained + lost) / n - centre**2) / math.sqrt(n)
+        return max(-1.0, centre - half), min(1.0, centre + half)
+
+    @property
+    def p(self) -> float:
+        return mcnemar(len(self.gained), len(self.lost))
+
+
+def answered(name: str, answers: Sequence[Answer]) -> AnsweredSet:
+    return AnsweredSet(
+        name, {one.id: one for one in answers}, Counter(outcome for one in answers for outcome in one.outcomes)
+    )
+
+
+def pair(first: AnsweredSet, second: AnsweredSet) -> Paired | None:
+    """Pair two answered sets by question; None where no question is the same in both."""
+    shared = [i for i, one in first.answers.items() if i in second.answers and one.identity == second.answers[i].identity]
+    if not shared:
+        return None
+    old, new = (answered(one.name, [one.answers[i] for i in shared]) for one in (first, second))
+    was, now = ({i: one.answers[i].right for i in shared} for one in (old, new))
+    return Paired(
+        len(shared),
+        len(first.answers.keys() | second.answers.keys()) - len(shared),
+        tuple(i for i in shared if now[i] and not was[i]),
+        tuple(i for i in shared if was[i] and not now[i]),
+        split_gain(old.boxed, old.accuracy, new.boxed, new.accuracy),
+    )
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """The p values of several tests adjusted for their number (Holm 1979), in the order given."""
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    adjusted, highest = [0.0] * len(values), 0.0
+    for place, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(values) - place) * values[i]))
+        adjusted[i] = highest
+    return adjusted
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+def read_answered(path: Path) -> dict[str, AnsweredSet]:
+    """Set name -> answers from an items file, in the order of the file; {} where there is none. ConfigError names a line
+    that is no item."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for number, row in enumerate(read_json_lines(path), start=1):
+        try:
+            found.setdefault(row["set"], {}).setdefault(row["id"], []).append(
+                {
+                    "outcome": Outcome(row["outcome"]),
+                    "letter": row["letter"],
+                    "tokens": int(row["tokens"]),
+                    "text": row["text"],
+                    "question": row["question"],
+                    "options": dict(row["options"]),
+                    "answer": row["answer"],
+                    "context": row.get("context"),
+                    "attributes": {one.field: row.get(one.field) for one in ATTRIBUTES},
+                    "hidden": bool(row.get("variant")) and VARIANTS[row["variant"]].hides_options,
+                }
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{path}: line {number} is no graded answer ({type(error).__name__}: {error}); evaluate again"
+            ) from None
+    return {name: answered(name, [_answer(i, rows) for i, rows in questions.items()]) for name, questions in found.items()}
+
+
+def _answer(i: str, rows: Sequence[Mapping[str, Any]]) -> Answer:
+    first = rows[0]
+    identity = (first["question"], first["context"], tuple(first["options"].items()), first["answer"])
+    votes = tuple(vote_of(row["letter"], row["text"]) if row["outcome"] in BOXED else None for row in rows)
+    return Answer(
+        i,
+        identity,
+        first["answer"],
+        0 if first["hidden"] else len(first["options"]),
+        first["attributes"],
+        tuple(row["outcome"] for row in rows),
+        tuple(row["letter"] for row in rows),
+        votes,
+        sum(row["tokens"] for row in rows),
+        first["text"],
+        first["question"],
+    )

@@ -1,0 +1,117 @@
+"""Which model texts a report quotes: answers that got better or worse, and rollouts of the first and the last step.
+
+Quoted answers are chosen by a hash of the question id, never by what they say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alphamed.records import Outcome, ScoredGroup
+from alphamed.rundir.rollout_files import read_rollouts, recorded_steps, rollout_path
+
+_BOX = re.compile(r"(\\boxed\s*\{[^{}]*\})")
+Items = Mapping[tuple[str, str], dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The answers to one evaluation question before and after."""
+
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """How the answers of a question set changed: counts over all questions, and some of those that moved."""
+
+    stayed_right: int
+    got_better: int
+    got_worse: int
+    stayed_wrong: int
+    better: tuple[Pair, ...]
+    worse: tuple[Pair, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Responses to one question of a training step: each of `samples` has text, outcome, reward, advantage, tokens,
+    letter."""
+
+    step: int
+    question: str
+    options: Mapping[str, str]
+    answer: str
+    samples: tuple[dict[str, Any], ...]
+
+
+def changes(before: Items, after: Items, name: str, limit: int = 4) -> Changes | None:
+    """Compare the items of one set that both evaluations hold; None without any. "Not right" is any other outcome."""
+    pairs = [Pair(item, after[key]) for key, item in before.items() if key in after and key[0] == name]
+    if not pairs:
+        return None
+
+    def right(item: dict[str, Any]) -> bool:
+        return item["outcome"] == Outcome.CORRECT
+
+    pairs.sort(key=lambda pair: hashlib.sha256(pair.before["id"].encode()).hexdigest())
+    better = [pair for pair in pairs if right(pair.after) and not right(pair.before)]
+    worse = [pair for pair in pairs if right(pair.before) and not right(pair.after)]
+    stayed = sum(right(pair.before) and right(pair.after) for pair in pairs)
+    return Changes(
+        stayed,
+        len(better),
+        len(worse),
+        len(pairs) - stayed - len(better) - len(worse),
+        tuple(better[:limit]),
+        tuple(worse[:limit]),
+    )
+
+
+def rollout_examples(run_dir: Path, questions: int = 2, samples: int = 4) -> list[Example]:
+    """Responses to the first questions of the first and the last recorded step; [] where none are recorded."""
+    steps = recorded_steps(run_dir)
+    chosen = sorted({steps[0], steps[-1]}) if steps else []
+    return [
+        _example(step, group, samples)
+        for step in chosen
+        for group in _telling(read_rollouts(rollout_path(run_dir, step)), questions)
+    ]
+
+
+def marked(text: str) -> list[tuple[str, bool]]:
+    """The text in pieces, True for those that are a closed `\\boxed{...}`. Joined they are the text again."""
+    return [(piece, k % 2 == 1) for k, piece in enumerate(_BOX.split(text)) if piece]
+
+
+def _telling(groups: Sequence[ScoredGroup], count: int) -> list[ScoredGroup]:
+    """Questions whose responses differ in reward come first: they are what the step learnt from."""
+    return sorted(groups, key=lambda group: not group.has_signal)[:count]
+
+
+def _example(step: int, scored: ScoredGroup, count: int) -> Example:
+    question = scored.group.question
+    rows = zip(scored.group.rollouts, scored.outcomes, scored.rewards, scored.advantages, scored.letters)
+    return Example(
+        step,
+        question.question,
+        question.options,
+        question.answer,
+        tuple(
+            {
+                "text": rollout.text,
+                "outcome": str(outcome),
+                "reward": reward,
+                "advantage": advantage,
+                "letter": letter,
+                "tokens": len(rollout.response_token_ids),
+            }
+            for rollout, outcome, reward, advantage, letter in list(rows)[:count]
+        ),
+    )

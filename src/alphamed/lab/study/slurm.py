@@ -1,0 +1,89 @@
+"""A study as Slurm jobs: one batch script a run, and one that submits them all and then collects what they found."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import alphamed
+from alphamed.cluster.hardware import wants_cuda
+from alphamed.cluster.hosts import plan_nodes
+from alphamed.config.schema import Config
+from alphamed.errors import ConfigError
+from alphamed.lab.study.grid import PlannedRun
+from alphamed.lab.study.spec import Study
+
+MAX_NODES = 1024
+
+
+def scripts(study: Study, study_file: Path, runs: Sequence[PlannedRun], configs: Mapping[str, Path]) -> dict[Path, str]:
+    """Path -> text of every script; `configs` holds each run's configuration file. Raises ConfigError.
+
+    Paths count from where the jobs are submitted: the repository, as for examples/slurm/train.sbatch.
+    """
+    folder = study.folder / "slurm"
+    body = _launcher()
+    found = {folder / f"{run.name}.sbatch": _script(study, run, body, configs[run.name]) for run in runs}
+    return found | {folder / "submit.sh": _submit(study, study_file, list(found))}
+
+
+def nodes_of(config: Config, gpus_per_node: int) -> int:
+    """The fewest nodes on which the run's ranks and engines have room. Raises ConfigError where none suffice."""
+    if not wants_cuda(config):
+        return 1
+    for count in range(1, MAX_NODES):
+        try:
+            plan_nodes(config, [f"node{i}" for i in range(count)], gpus_per_node)
+            return count
+        except ConfigError as error:
+            if "present are" not in str(error):  # too few nodes is the only thing that more of them mend
+                raise
+    raise ConfigError(f"parallel: more than {MAX_NODES} nodes of {gpus_per_node} GPUs would be needed; lower it")
+
+
+def _script(study: Study, run: PlannedRun, body: Path, config: Path) -> str:
+    gpus = study.slurm.gpus_per_node or run.config.cluster.gpus_per_node
+    minutes = max(1, round(study.deadline_s / 60))
+    cuda = wants_cuda(run.config)
+    lines = [
+        f"--job-name={run.name}",
+        f"--nodes={nodes_of(run.config, gpus)}",
+        "--ntasks-per-node=1",
+        *([f"--gpus-per-node={gpus}"] if cuda else []),
+        "--exclusive",
+        f"--time={minutes}",
+        f"--output={study.folder / 'logs' / f'{run.name}.log'}",
+        "--open-mode=append",
+        *study.slurm.options,
+    ]
+    head = "".join(f"#SBATCH {line}\n" for line in lines)
+    return f"#!/usr/bin/env bash\n{head}exec bash {shlex.quote(str(body))} {shlex.quote(str(config))}\n"
+
+
+def _submit(study: Study, study_file: Path, batch: Sequence[Path]) -> str:
+    """Bash that submits every script, then a job that collects once all have ended, however they ended."""
+    log = study.folder / "logs" / "collect.log"
+    collect = shlex.join(["alphamed", "study", str(study_file), "--collect"])
+    return "\n".join(
+        [
+            "#!/usr/bin/env bash",
+            "# Run this where the repository is: paths count from there.",
+            "set -euo pipefail",
+            f"mkdir -p {shlex.quote(str(log.parent))}",
+            "jobs=",
+            f"for script in {shlex.join(map(str, batch))}; do",
+            '    jobs=$jobs:$(sbatch --parsable "$script" | cut -d ";" -f 1)',
+            "done",
+            f"sbatch --dependency=afterany$jobs --job-name={study.name}-collect --output={shlex.quote(str(log))} "
+            f"--wrap={shlex.quote(f'PATH=.venv/bin:$PATH {collect}')}",
+            "",
+        ]
+    )
+
+
+def _launcher() -> Path:
+    body = Path(alphamed.__file__).resolve().parents[2] / "examples" / "slurm" / "train.sbatch"
+    if not body.is_file():
+        raise ConfigError(f"--slurm: {body} is not there; it needs a checkout of the repository, not an installed package")
+    return body.relative_to(Path.cwd()) if body.is_relative_to(Path.cwd()) else body

@@ -1,0 +1,255 @@
+"""What a study file says: settings shared by all runs, grids of axes, data, controls; frozen and validated like a run's.
+
+Paths in it count from where the command is given, as in every configuration, but `base` from the study file. `{study}` in a
+setting stands for the study's folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from alphamed.config.sections import DottedName, NonNegative, Positive, PositiveFloat, Section, Seed
+from alphamed.data.attributes import ATTRIBUTES
+from alphamed.errors import ConfigError
+from alphamed.lab.datasets.catalogue import PRESETS
+from alphamed.lab.datasets.recipe import Level, SourceRecipe
+
+DATA_AXES = ("sources", "sizes", *(one.axis for one in ATTRIBUTES))
+"""What training sets differ in, in the order of a run's name."""
+All = Literal["all"]
+
+
+class Control(StrEnum):
+    """What a claimed gain is held against."""
+
+    RANDOM_REWARD = "random_reward"
+    FORMAT_REWARD = "format_reward"
+    SHUFFLED_KEYS = "shuffled_keys"
+    UNCHANGED = "unchanged"
+
+
+MEDFACTS = "medfacts"
+"""The source of the shipped questions."""
+CONTROLS: dict[Control, dict[str, Any]] = {
+    Control.RANDOM_REWARD: {"reward.name": "random", "reward.signature": "alphamed", "reward.overlong_buffer_tokens": 0},
+    Control.FORMAT_REWARD: {"reward.name": "format_only", "reward.signature": "alphamed"},
+    Control.SHUFFLED_KEYS: {"data.answer_keys": "shuffled"},
+    # the model as it is, asked with the same prompt and graded by the same grader
+    Control.UNCHANGED: {
+        "run.stop_after": 0,
+        "evaluation.before": True,
+        "evaluation.after": False,
+        "evaluation.every": 0,
+        "evaluation.development": None,
+        "logging.export_hf": False,
+    },
+}
+"""Each preset's settings, over those of the run that it is a control of."""
+
+
+class Axes(Section):
+    """The values that are crossed. `sources` names sets of `data`, several joined by +; `sizes`, `levels` and
+    `informativeness` choose among their questions; `seeds` are those of the run and of the draws of its questions;
+    `settings` holds any other key."""
+
+    sources: tuple[str, ...] = ()
+    sizes: tuple[Positive | All, ...] = ()
+    levels: tuple[Annotated[tuple[Level, ...], Field(min_length=1)] | All, ...] = ()
+    informativeness: tuple[Annotated[tuple[Positive, ...], Field(min_length=1)] | All, ...] = ()
+    seeds: tuple[Seed, ...] = ()
+    settings: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = {}
+
+
+class Grid(Section):
+    """Every combination of its axes is a run. Of the same run in several grids there is one."""
+
+    name: DottedName
+    axes: Axes = Axes()
+    settings: dict[str, Any] = {}
+    """For the runs of this grid, over those of the study."""
+    controls: tuple[Control, ...] = ()
+    """Runs beside the grid's, at the first value of every axis but with all seeds."""
+
+
+class MedFacts(Section):
+    """The shipped questions, written to {study}/data/medfacts; their source is called `medfacts`."""
+
+    seed: NonNegative = 0
+    levels: Annotated[tuple[Level, ...], Field(min_length=1)] | None = None
+    categories: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    facts: Positive | None = None
+    copies: Positive | None = None
+
+
+class StudyData(Section):
+    sources: tuple[SourceRecipe, ...] = ()
+    """Sets that the axis `sources` can name, beside the public ones and presets of `alphamed data sources`."""
+    medfacts: MedFacts | None = None
+    per_level: bool = False
+    """Draw as many questions of each level (of `levels`, or 1 to 6) in place of a set's own mixture."""
+    recipe: dict[str, Any] = {}
+    """Further settings of `alphamed data build`: filter, balance, against, overlap, decisions, ..."""
+
+    def problems(self) -> Iterator[str]:
+        """Told by the study, whose lines begin with the field."""
+        for key in ("sources", "quotas", "size", "seed"):
+            if key in self.recipe:
+                yield f"data.recipe: {key} is what the axes decide; remove it"
+        if not isinstance(self.filter, Mapping):
+            yield f"data.recipe.filter: {self.filter!r} is not valid; it is a section with settings of its own"
+        names = [source.name for source in self.sources]
+        for name in names:
+            if names.count(name) > 1:
+                yield f"data.sources: {name} stands twice; give each set a name of its own"
+            if name == MEDFACTS and self.medfacts is not None:
+                yield (
+                    f"data.sources: {name} is the name of the shipped questions (data.medfacts); give yours another one, "
+                    f"or remove data.medfacts"
+                )
+            if name in PRESETS:
+                yield f"data.sources: {name} is the name of a preset; give yours another one"
+
+    @property
+    def filter(self) -> Any:
+        return self.recipe.get("filter", {})
+
+
+class SlurmSettings(Section):
+    gpus_per_node: Positive | None = None
+    """None: cluster.gpus_per_node of the run."""
+    options: tuple[str, ...] = ()
+    """Further #SBATCH lines: --partition=gpu, --account=..."""
+
+    def problems(self) -> Iterator[str]:
+        for option in self.options:  # what follows a line break would be a command of the script
+            if not option.isprintable():
+                yield (
+                    f"slurm.options: {option!r} holds a line break or another control character; give every option as an "
+                    f"entry of its own"
+                )
+
+
+class Study(Section):
+    name: DottedName
+    root: Path = Path("studies")
+    base: Path
+    """The configuration that all runs share."""
+    settings: dict[str, Any] = {}
+    """Dotted settings over it."""
+    data: StudyData | None = None
+    """None: data.train of the configuration."""
+    grids: tuple[Grid, ...] = Field(min_length=1)
+    deadline_s: PositiveFloat = 86_400.0
+    """A run that takes longer is stopped, and counts as failed; it can be continued."""
+    slurm: SlurmSettings = SlurmSettings()
+
+    @property
+    def folder(self) -> Path:
+        return self.root / self.name
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for problem in self._problems():
+            raise ValueError(problem)
+        return self
+
+    def _problems(self) -> Iterator[str]:
+        if not str(self.root).isprintable():  # it stands in batch scripts
+            yield f"root: {str(self.root)!r} holds a line break or another control character; choose another"
+        yield from self.slurm.problems()
+        if self.data is not None:
+            yield from self.data.problems()
+        names = [grid.name for grid in self.grids]
+        filtered = self.data.filter if self.data else {}
+        for grid in self.grids:
+            if names.count(grid.name) > 1:
+                yield f"grids: {grid.name} stands twice; give each a name of its own"
+            for axis in DATA_AXES:
+                if getattr(grid.axes, axis) and self.data is None:
+                    yield f"grids.{grid.name}.axes.{axis}: needs data, which builds the sets; add it or remove the axis"
+            for axis in ("seeds", *DATA_AXES):
+                if axis in grid.axes.model_fields_set and not getattr(grid.axes, axis):
+                    yield f"grids.{grid.name}.axes.{axis}: [] leaves no value to run; give at least one, or remove the axis"
+            if self.data is not None and not grid.axes.sources:
+                yield f"grids.{grid.name}.axes.sources: missing; name the sets that its runs are trained on"
+            for axis in (one.axis for one in ATTRIBUTES):
+                if getattr(grid.axes, axis) and filtered.get(axis):
+                    yield (
+                        f"data.recipe.filter.{axis}: {filtered[axis]!r} and grids.{grid.name}.axes.{axis} both choose "
+                        f"questions; keep one of the two"
+                    )
+            yield from self._own(f"grids.{grid.name}.settings", {key: [value] for key, value in grid.settings.items()})
+            yield from self._own(f"grids.{grid.name}.axes.settings", grid.axes.settings)
+            for key in grid.axes.settings:
+                for other in grid.axes.settings:
+                    if other.startswith(f"{key}."):
+                        yield f"grids.{grid.name}.axes.settings: {key} holds {other}, another axis; keep one of the two"
+        yield from self._own("settings", {key: [value] for key, value in self.settings.items()})
+        yield from _spelt_otherwise(self.grids)
+
+    def _own(self, where: str, settings: Mapping[str, Iterable[Any]]) -> Iterator[str]:
+        """What is wrong with settings (key -> its values) that the study gives itself, written dotted or as a section."""
+        own = _OWN | ({"data.train": "is what data builds; use the axis sources, or remove data"} if self.data else {})
+        for key, values in settings.items():
+            for name, mend in own.items():
+                if (
+                    key == name
+                    or key.startswith(f"{name}.")
+                    or name.startswith(f"{key}.")
+                    and any(_holds(value, name[len(key) + 1 :]) for value in values)
+                ):
+                    yield f"{where}: {name} {mend}"
+
+
+_OWN = {
+    "run.name": "is given by the study; remove it",
+    "run.root": "is given by the study; use root",
+    "run.seed": "is the axis seeds; use that",
+}
+
+
+def _holds(value: Any, dotted: str) -> bool:
+    for name in dotted.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            return False
+        value = value[name]
+    return True
+
+
+def _spelt_otherwise(grids: Iterable[Grid]) -> Iterator[str]:
+    """Values of the data's axes that name the same things in another order, or one thing twice: each would be a run."""
+    spelt: dict[tuple[str, Any], tuple[str, Any]] = {}
+    for grid in grids:
+        for axis in DATA_AXES:
+            where, values = f"grids.{grid.name}.axes.{axis}", getattr(grid.axes, axis)
+            for value in values:
+                said = json.dumps(value)
+                parts = value.split("+") if axis == "sources" else value if isinstance(value, tuple) else (value,)
+                if len(set(parts)) < len(parts):
+                    yield f"{where}: {said} names one thing twice; name it once"
+                grid_name, other = spelt.setdefault((axis, frozenset(parts)), (grid.name, value))
+                if value != other:
+                    mend = "give each value once" if grid_name == grid.name else f"write it as grids.{grid_name} does"
+                    yield f"{where}: {said} is {json.dumps(other)} in another order; {mend}"
+
+
+def load_study(path: Path) -> Study:
+    """Read and check a study file. Raises ConfigError."""
+    from alphamed.config.loading import load_tree, validated
+
+    tree = load_tree(path)
+    try:
+        json.dumps(tree)
+    except TypeError as error:  # !!binary, !!set: no settings of a run
+        raise ConfigError(
+            f"config {path}: holds a value that is neither text, number, list nor mapping ({error}); write it "
+            f"as one of these"
+        ) from None
+    study = validated(Study, tree)
+    return study.model_copy(update={"base": path.parent / study.base})
