@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/endurance.py [--steps 40] [--victims engine rank reward] [key=value ...]
 
 Starts `examples/quickstart.sh`, waits until a third (or what follows from the number of victims) of the steps is done, sends
-SIGKILL to one process of the run, checks that the run ends within a minute, names the culprit and leaves no process, and
+SIGKILL to one process of the run, checks that the run ends within a minute, names the failed component and leaves no process, and
 starts the same command again. At last the steps are counted and the closing words of the run printed. Exit code 1 where
 something was not as it should be.
 """
@@ -66,7 +66,7 @@ class Start:
 
     def kill(self, name: str) -> list[str]:
         """Kill one process of the run; returns what was not as it should be."""
-        pattern, culprit = VICTIMS[name]
+        pattern, component = VICTIMS[name]
         own = self.own()
         victim = next(process for process in own.values() if re.search(pattern, process.command))
         began = time.monotonic()
@@ -81,7 +81,7 @@ class Start:
         left = [process.command[:60] for process in own.values() if processes.is_alive(process)]
         return (
             [f"{name}: exit code {self.process.returncode}"] * (self.process.returncode != 1)
-            + [f"{name}: the culprit is not named"] * (not re.search(culprit, last))
+            + [f"{name}: the failed component is not named"] * (not re.search(component, last))
             + [f"{name}: left {left}"] * bool(left)
         )
 

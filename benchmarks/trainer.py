@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--precision", nargs="+", choices=["bf16", "fp8"], default=["bf16", "fp8"])
     parser.add_argument("--recompute", nargs="+", choices=["none", "selective", "full"], default=["none", "full"])
-    parser.add_argument("--gpu", default="h100-80g", help="what the plan reckons with")
+    parser.add_argument("--gpu", default="h100-80g", help="what the plan assumes")
     parser.add_argument("--questions", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=300)
     parser.add_argument("--response", type=int, default=600, help="longest; the shortest is half of it")

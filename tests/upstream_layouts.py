@@ -88,7 +88,7 @@ PUBMEDQA: Rows = (
     },
     {
         "pubid": 102,
-        "question": "Does standing help?",
+        "question": "Does priority help?",
         "context": {"contexts": ["We let 10 people stand."], "labels": ["METHODS"], "meshes": []},
         "long_answer": "Unclear.",
         "final_decision": "maybe",

@@ -8,7 +8,7 @@ Invariants of `pack` (tests hold it to each of them):
   - no micro-batch exceeds the token budget, all data ranks get the same number of micro-batches (an idle one is a dummy
     that trains nothing), and rows hold a multiple of `layout.token_multiple` tokens;
   - with virtual pipeline stages the number of micro-batches is a multiple of the stages, as the interleaved schedule wants;
-  - the cost of rows and of ranks is even: a stage waits for the dearest row, the optimizer for the dearest rank;
+  - the cost of rows and of ranks is even: a stage waits for the most expensive row, the optimizer for the most expensive rank;
   - `response_tokens` and `sequences` count the whole mini-batch over all data ranks.
 """
 
@@ -56,7 +56,7 @@ def pack(
     """Cut `groups` into `mini_batches` mini-batches of packed micro-batches for this data rank.
 
     token_budget: most tokens of a packed row; a single prompt with its response must fit.
-    Raises ValueError when there are fewer groups than mini-batches or a response can not fit.
+    Raises ValueError when there are fewer groups than mini-batches or a response cannot fit.
     """
     if len(groups) < mini_batches:
         raise ValueError(
@@ -130,7 +130,7 @@ def _units(group: TokenGroup, index: int, stem: int, budget: int, share_prompts:
     longest, prefix = max(lengths), prompt - 1 - stem
     if prefix + longest > budget:
         raise ValueError(
-            f"parallel.micro_batch_tokens: {budget + stem} can not hold a prompt of {prompt} and a response of "
+            f"parallel.micro_batch_tokens: {budget + stem} cannot hold a prompt of {prompt} and a response of "
             f"{longest} tokens; raise it"
         )
     if not share_prompts:
@@ -149,7 +149,7 @@ def _assign(units: list[Unit], budget: int, ranks: int, multiple: int) -> list[l
     """plan[rank][row] = units. As few rows as found, the same number on every rank and a multiple of `multiple`, costs of
     rows and of ranks balanced.
 
-    Dearest first into the cheapest row. Where that row has no room, longest first into the shortest: if that one has none
+    Most expensive first into the cheapest row. Where that row has no room, longest first into the shortest: if that one has none
     then all rows are more than half full, so twice the least possible number of rows always suffices and a few attempts find
     a number that does.
     """
@@ -177,7 +177,7 @@ def _fill(units: list[Unit], weight: Callable[[Unit], float], rows: int, budget:
 
 
 def _spread(rows: list[list[Unit]], per_rank: int, ranks: int) -> list[list[list[Unit]]]:
-    """Dearest row first to the rank with the least cost that still has room; empty rows become dummies."""
+    """Most expensive row first to the rank with the least cost that still has room; empty rows become dummies."""
     costs = [sum(u.cost for u in row) for row in rows]
     heap = [(0.0, r) for r in range(ranks)]
     plan: list[list[list[Unit]]] = [[] for _ in range(ranks)]
@@ -221,7 +221,7 @@ def _materialise(row: list[Unit], groups: Sequence[TokenGroup], multiple: int) -
             logprobs.append(group.rollout_logprobs[j])
             advantages.append(group.advantages[j].expand(n))
             samples.append((unit.group, j))
-        segments.append(Segment(unit.prefix, unit.continuations, behind_stem=stem > 0))
+        segments.append(Segment(unit.prefix, unit.continuations, attends_shared_prefix=stem > 0))
     length = sum(s.tokens for s in segments)
     padding = max(multiple, -(-length // multiple) * multiple) - length
     if padding:

@@ -1,8 +1,8 @@
 """The command line: one verb per job. Each verb imports what it needs; the rest of the program knows nothing of
 arguments.
 
-Exit codes: 0 done, 1 the run failed (the last line on stderr names the culprit), 2 a mistake in configuration, data,
-model or arguments, or a place that can not be read or written (one line, no traceback), 128 + N stopped by signal N.
+Exit codes: 0 done, 1 the run failed (the last line on stderr names the failed component), 2 a mistake in configuration, data,
+model or arguments, or a place that cannot be read or written (one line, no traceback), 128 + N stopped by signal N.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ def _cuda() -> Finding:
         return Finding("CUDA", State.ACTIVE, found, need)
     if gpus_present():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
-        found = f"{gpus_present()} GPUs here, which torch ({built}) can not use"
+        found = f"{gpus_present()} GPUs here, which torch ({built}) cannot use"
         return Finding("CUDA", State.WRONG, found, need, optional=True)
     return Finding("CUDA", State.ABSENT, "no GPU; runs use CPU", need, optional=True)
 

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 
 class ConfigError(ValueError):
-    """A mistake in a configuration: one line naming field, value and mend."""
+    """A mistake in a configuration: one line naming field, value and fix."""
 
 
 class DataError(ValueError):
-    """A mistake in data: one line naming the place, the problem and the mend. `problems` lists every bad row."""
+    """A mistake in data: one line naming the place, the problem and the fix. `problems` lists every bad row."""
 
     def __init__(self, message: str, problems: Sequence[object] = ()):
         super().__init__(message)
@@ -21,12 +21,12 @@ class DataError(ValueError):
 
 
 class RunFailed(RuntimeError):
-    """The run can not go on. `culprit` is who is to blame ("rank 1 (pid 123)", "engine 0", "reward process"), `message`
+    """The run cannot go on. `component` is who is to blame ("rank 1 (pid 123)", "engine 0", "reward process"), `message`
     one line that says what happened. `user_error` marks a mistake in the input (exit code 2)."""
 
-    def __init__(self, culprit: str, message: str, user_error: bool = False):
-        super().__init__(culprit, message, user_error)
-        self.culprit, self.message, self.user_error = culprit, " ".join(message.split()), user_error
+    def __init__(self, component: str, message: str, user_error: bool = False):
+        super().__init__(component, message, user_error)
+        self.component, self.message, self.user_error = component, " ".join(message.split()), user_error
 
     def __str__(self) -> str:
-        return f"{self.culprit}: {self.message}" if self.culprit else self.message
+        return f"{self.component}: {self.message}" if self.component else self.message

@@ -1,7 +1,7 @@
 """Everything that can be checked before a process is started: configuration, hardware, model folder, data, prompts,
 reward.
 
-`validate` raises the first mistake as ConfigError or DataError, one line naming field or place, value and mend. It
+`validate` raises the first mistake as ConfigError or DataError, one line naming field or place, value and fix. It
 imports neither torch nor transformers and takes seconds.
 """
 
@@ -114,7 +114,7 @@ def _asked(config: Config, files: Sequence[Sequence[Question]]) -> int:
         for file, questions in zip(wanted.all_files, files, strict=True):
             chosen, left, _ = choose(questions, wanted.questions, config.run.seed, wanted.decisions)
             if not left:
-                raise ConfigError(f"they leave none of the {len(questions)} questions of {file}; mend them")
+                raise ConfigError(f"they leave none of the {len(questions)} questions of {file}; fix them")
             counts.append(len(chosen))
     except ConfigError as error:
         raise ConfigError(f"evaluation.decisions: {error}") from None
@@ -143,7 +143,7 @@ def _check_place(folder: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=".alphamed-", dir=present) as probe:
             Path(probe, folder.relative_to(present)).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"run.root: {folder} can not be made or written ({error.strerror}); choose another") from None
+        raise ConfigError(f"run.root: {folder} cannot be made or written ({error.strerror}); choose another") from None
 
 
 def _check_replay(config: Config, run_dir: Path) -> None:

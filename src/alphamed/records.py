@@ -193,7 +193,7 @@ class Segment:
 
     prefix: int
     continuations: tuple[int, ...] = ()
-    behind_stem: bool = False
+    attends_shared_prefix: bool = False
 
     @property
     def tokens(self) -> int:

@@ -61,7 +61,7 @@ def reader_is_gone() -> bool:
 
 
 def place_problem(error: OSError) -> str | None:
-    """One line for a file or folder that can not be read or written, and for a full disk; None for any other trouble."""
+    """One line for a file or folder that cannot be read or written, and for a full disk; None for any other trouble."""
     place = f"{error.filename}: " if error.filename is not None else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{place}{error.strerror}; make room and start again"

@@ -95,13 +95,13 @@ def first_update(folder: Path, data: oracle.Data) -> dict:
     return found
 
 
-def swapped_reference(folder: Path, data: oracle.Data) -> dict:
+def offloaded_reference(folder: Path, data: oracle.Data) -> dict:
     """Log-probs of a reference that is swapped in, twice, and of one that stays; what the swapped one holds between."""
     from alphamed.megatron.policy import Reference
     from alphamed.weights.hf_io import load_hf
 
-    case, found = worker.Case("swapped", "llama", "", {"tensor": 2, "sequence": True}, budget=64), {}
-    for place in ("resident", "swapped"):
+    case, found = worker.Case("offloaded", "llama", "", {"tensor": 2, "sequence": True}, budget=64), {}
+    for place in ("resident", "offloaded"):
         with worker.policy_of(case, folder, {"parallel": {"reference": place}}) as policy:
             batch = worker.packed(case, policy, data.groups)
             reference = Reference.build(policy.config, policy.shape, policy.runtime)

@@ -40,7 +40,7 @@ TRACES = {
 }
 SMOOTH = {"algorithm": dict(zip(("clip_low", "clip_high"), oracle.SMOOTH_CLIP)), "optimizer": {"lr": oracle.SMOOTH_LR}}
 TP2, PP2, DP2 = {"tensor": 2}, {"pipeline": 2}, {"data": 2}
-BEHAVIOURS = {1: ("logits", "size_135m", "first_update", "bf16"), 2: ("non_finite", "swapped_reference")}
+BEHAVIOURS = {1: ("logits", "size_135m", "first_update", "bf16"), 2: ("non_finite", "offloaded_reference")}
 SP, UNSHARED = {"sequence": True}, {"share_prompts": False}
 FULL, SELECTIVE, CHUNKED = {"recompute": "full"}, {"recompute": "selective"}, {"logprob_chunk_tokens": 7}
 CP2 = {"context": 2}
@@ -273,7 +273,7 @@ def test_first_update_has_ratio_1_and_no_kl_to_itself(world1):
     assert recomputed["policy/kl"] == pytest.approx(0.0, abs=1e-6)
     for stats in found.values():
         assert stats["policy/clip_fraction"] == 0.0
-        assert stats["policy/drift"] == pytest.approx(0.0, abs=1e-6)
+        assert stats["policy/approx_kl"] == pytest.approx(0.0, abs=1e-6)
     assert without["policy/loss"] == pytest.approx(recomputed["policy/loss"], abs=1e-6)
 
 
@@ -288,10 +288,10 @@ def test_bf16_follows_fp32(world1, traces):
     assert torch.corrcoef(torch.stack([moved, expected]))[0, 1] > 0.9  # updates below a weight's rounding are kept in FP32
 
 
-def test_a_swapped_reference_is_the_resident_one(world2):
-    for rank in behaviour(world2, "swapped_reference"):
-        assert rank["swapped held"] == 0 < rank["resident held"], "outside its forward passes a swapped reference is empty"
-        for now in (*rank["swapped"], rank["resident"][1]):
+def test_a_offloaded_reference_is_the_resident_one(world2):
+    for rank in behaviour(world2, "offloaded_reference"):
+        assert rank["swapped held"] == 0 < rank["resident held"], "outside its forward passes a offloaded reference is empty"
+        for now in (*rank["offloaded"], rank["resident"][1]):
             assert now.keys() == rank["resident"][0].keys() and len(now) > 5
             assert all(torch.equal(logprobs, rank["resident"][0][sample]) for sample, logprobs in now.items())
 

@@ -132,7 +132,7 @@ MEMORY = {
     "bf16": case(model(num_hidden_layers=6), dtype="bf16"),
     "bf16 logits": case(model(vocab_size=16001, num_hidden_layers=2), dtype="bf16"),
     "Qwen3 with a reference": case(model("qwen3", head_dim=64), kl=0.01),
-    "Qwen3 with a swapped reference": case(model("qwen3", head_dim=64), {"reference": "swapped"}, kl=0.01),
+    "Qwen3 with a offloaded reference": case(model("qwen3", head_dim=64), {"reference": "offloaded"}, kl=0.01),
     "Qwen2, nothing shared": case(model("qwen2"), {"share_prompts": False, "distributed_optimizer": False}),
     "tied": case(model(vocab_size=8009, tie_word_embeddings=True)),
 }
@@ -147,7 +147,7 @@ def measured(tmp_path_factory) -> dict:
 
 
 def expected(given: dict, found: dict) -> tuple[int, int]:
-    """(peak, static) bytes that the plan reckons with for what a rank was given."""
+    """(peak, static) bytes that the plan assumes for what a rank was given."""
     job = Job(build_config(given["config"]), shape_of(given["model"], "case"), cpu(1, 1 << 40, 1), 1)
     use = stage_use(job, found["stage"], Micro(found["tokens"], found["responses"], 0.0), found["rows"])
     return use.total, sum(static_bytes(job, found["stage"]).values())

@@ -394,7 +394,7 @@ def test_weights_without_optimizer(world1):
 def test_a_full_disk_is_one_error_on_all_ranks(world2):
     first, second = json.loads(Path(world2.path("full", "error")).read_text())
     assert first == second and first.startswith("CheckpointError: checkpoint ") and "\n" not in first
-    assert "can not be written (rank " in first and "File too large" in first and "make room" in first
+    assert "cannot be written (rank " in first and "File too large" in first and "make room" in first
     directory = Path(world2.path("full", "checkpoints"))
     assert (directory / "latest").read_text() == "step_000001\n"
     assert sorted(path.name for path in directory.iterdir()) == ["latest", "step_000001"]

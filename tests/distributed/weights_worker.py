@@ -210,7 +210,7 @@ class Rank:
         self.write(file, everyone)
 
     def limit_file_bytes(self, limit: int | None) -> None:
-        """Stand in for a full disk: files can not grow past `limit` bytes."""
+        """Stand in for a full disk: files cannot grow past `limit` bytes."""
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit if limit is not None else hard, hard))

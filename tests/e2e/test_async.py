@@ -71,7 +71,7 @@ def test_a_run_one_step_ahead(tmp_path):
         ages = [step - rollout.policy_version for scored in groups for rollout in scored.group.rollouts]
         assert len(groups) == 8 and set(ages) <= {0, 1}  # the weights of step n are version n
         assert row["staleness/mean"] == pytest.approx(sum(ages) / len(ages)) and row["policy_version"] == step - max(ages)
-        assert row["sampling/bound_hit"] or all(
+        assert row["sampling/refill_limit_reached"] or all(
             0 < sum(outcome == "correct" for outcome in scored.outcomes) < 8 for scored in groups
         )
         assert row["policy/corrected_fraction"] <= 0.5

@@ -1,4 +1,4 @@
-"""SIGKILL of any process of a run: it ends by itself, names the culprit, leaves nothing, and can be continued.
+"""SIGKILL of any process of a run: it ends by itself, names the failed component, leaves nothing, and can be continued.
 
 One run directory serves all victims: every start after the first continues from the checkpoint of the one before.
 """

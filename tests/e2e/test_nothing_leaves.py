@@ -50,7 +50,7 @@ def in_namespace(report: Path | str, command: list[str], **options) -> str:
 
 def is_of_this_host(attempt: str) -> bool:
     """Whether a name server is asked for this host's own name, or for the name of one of its own addresses: torch's TCPStore
-    does that for every peer (c10d/socket.cpp, formatSockAddr), and can not be told not to."""
+    does that for every peer (c10d/socket.cpp, formatSockAddr), and cannot be told not to."""
     own = [f"{'.'.join(reversed(address.split('.')))}.in-addr.arpa" for address in ("127.0.0.1", sealed.OWN)]
     return attempt.partition(" asking for ")[2] in [*own, socket.gethostname(), socket.getfqdn()]
 

@@ -1,4 +1,4 @@
-"""The reward process as a Ray actor: scores, failures that name their culprit, and nothing left behind."""
+"""The reward process as a Ray actor: scores, failures that name their component, and nothing left behind."""
 
 import asyncio
 import os

@@ -15,7 +15,7 @@ LIMIT_S = 8 * 60 + 90
 
 
 def test_a_recipe_is_simulated_within_its_time_and_leaves_nothing():
-    """Tensor, context and data ranks, a swapped reference, direct pushes."""
+    """Tensor, context and data ranks, a offloaded reference, direct pushes."""
     command = [
         sys.executable,
         "-m",
@@ -25,7 +25,7 @@ def test_a_recipe_is_simulated_within_its_time_and_leaves_nothing():
         "examples/recipes/llama31_8b_2nodes.yaml",
         "--simulate",
         "sync.mode=direct",
-        "parallel.reference=swapped",
+        "parallel.reference=offloaded",
         "parallel.context=2",
         "parallel.data=2",
     ]

@@ -113,7 +113,7 @@ def test_a_bucket_damaged_on_its_way_is_caught_by_its_digest(ray_session, twins,
     hook(twins.engines[1], "damage", bucket_index=2, tensor_rank=0)
     with pytest.raises(RunFailed) as caught:
         sync_of(config(), twins, ModelSource(old), tmp_path).push()
-    assert caught.value.culprit == "engine 1 worker 0"
+    assert caught.value.component == "engine 1 worker 0"
     assert caught.value.message.startswith("received other weights than were sent: bucket 2 of stage 0 (model.embed_tokens.")
     assert caught.value.message.endswith("at engine 1 worker 0")
     assert twins.version == version

@@ -1,4 +1,4 @@
-"""What a user can get wrong: every mistake is one line on stderr that names place, value and mend, and exit code 2.
+"""What a user can get wrong: every mistake is one line on stderr that names place, value and fix, and exit code 2.
 
 One table. Each row starts from a good run, breaks one thing and states words that the line must hold. All rows go
 through `alphamed.cli.main` in this process; one of each kind also as a user starts it, through `alphamed train` and a
@@ -168,7 +168,7 @@ def recorded(run: Run, changes: dict) -> None:
 
 CONFIGS = [
     Mistake("no such config", lambda run: None, ("absent.yaml", "no such file"), ("--config", "absent.yaml")),
-    Mistake("config is a folder", lambda run: None, ("can not be read",), ("--config", "{folder}")),
+    Mistake("config is a folder", lambda run: None, ("cannot be read",), ("--config", "{folder}")),
     override("rollout", "section.key=value"),
     override("rollout.egnines=2", "rollout.egnines", "unknown key", "did you mean 'engines'"),
     override("optimzer.lr=1", "optimzer", "did you mean 'optimizer'"),
@@ -204,7 +204,7 @@ CONFIGS = [
     ),
     setting("parallel.data", 4, "questions_per_step"),
     setting("parallel.context", 3, "3", "4 attention heads", "choose one of [1, 2, 4]"),
-    setting("parallel.reference", "away", "away", "resident", "swapped"),
+    setting("parallel.reference", "away", "away", "resident", "offloaded"),
     setting("parallel.logprob_chunk_tokens", -1, "-1"),
     setting("parallel.micro_batch_tokens", 100, "100", "raise it"),
     Mistake(
@@ -334,12 +334,12 @@ DATA = [
 ]
 MODELS = [
     model("no config.json", lambda folder: (folder / "config.json").unlink(), "config.json"),
-    model("a broken config.json", lambda folder: (folder / "config.json").write_text("{"), "config.json", "can not be read"),
+    model("a broken config.json", lambda folder: (folder / "config.json").write_text("{"), "config.json", "cannot be read"),
     model("another family", lambda folder: edit_config(folder, model_type="gpt2"), "model_type", "gpt2", "llama"),
     model("no layers", lambda folder: edit_config(folder, num_hidden_layers=None), "num_hidden_layers", "missing"),
     model("another size in config.json", lambda folder: edit_config(folder, intermediate_size=256), "[128, 64]"),
     model(
-        "heads that vLLM can not compute on CPU",
+        "heads that vLLM cannot compute on CPU",
         lambda folder: edit_config(folder, head_dim=48),
         "heads of 48",
         "cluster.device",

@@ -70,7 +70,11 @@ def test_what_all_prompts_begin_with_stands_once_in_a_row():
     stem = list(range(100, 140))
     batch = pack([group([*stem, 1, 2], [[4, 5], [6]]), group([*stem, 3], [[7]])], Layout(), token_budget=64)
     (row,) = rows(batch)
-    assert row.segments == (Segment(40), Segment(1, (2, 1), behind_stem=True), Segment(0, (1,), behind_stem=True))
+    assert row.segments == (
+        Segment(40),
+        Segment(1, (2, 1), attends_shared_prefix=True),
+        Segment(0, (1,), attends_shared_prefix=True),
+    )
     assert row.tokens.tolist() == [*stem, 1, 2, 4, 2, 3]
     assert row.labels.tolist() == [0] * 40 + [0, 4, 5, 6, 7]
     assert row.positions.tolist() == [*range(40), 40, 41, 42, 41, 40]
@@ -84,7 +88,7 @@ def test_a_stem_heads_every_row_within_the_budget():
     (one, two), (other, last) = (rows(pack(groups, Layout(data=2, data_rank=r), token_budget=80)) for r in range(2))
     for row in (one, two, other, last):
         assert len(row.tokens) <= 80 and row.tokens[:50].tolist() == list(range(50))
-        assert row.segments[0] == Segment(50) and all(s.behind_stem for s in row.segments[1:])
+        assert row.segments[0] == Segment(50) and all(s.attends_shared_prefix for s in row.segments[1:])
     assert sum(len(row.samples) for row in (one, two, other, last)) == 18
 
 
@@ -92,7 +96,7 @@ def test_a_short_or_lone_beginning_is_no_stem():
     short = pack([group([1] * 31 + [2, 3], [[4]]), group([1] * 31 + [5, 6], [[4]])], Layout(), token_budget=99)
     lone = pack([group([1] * 60, [[4], [5]])], Layout(), token_budget=99)
     apart = pack([group([1] * 60, [[4]]), group([1] * 60, [[4]])], Layout(), token_budget=99, share_prompts=False)
-    assert not any(s.behind_stem for batch in (short, lone, apart) for row in rows(batch) for s in row.segments)
+    assert not any(s.attends_shared_prefix for batch in (short, lone, apart) for row in rows(batch) for s in row.segments)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -172,7 +176,7 @@ def test_rows_are_balanced_by_cost_and_not_by_tokens():
 
 
 def test_what_can_not_be_packed_says_so():
-    with pytest.raises(ValueError, match="micro_batch_tokens: 8 can not hold"):
+    with pytest.raises(ValueError, match="micro_batch_tokens: 8 cannot hold"):
         pack([group([1, 2, 3], [[4] * 20])], Layout(), token_budget=8)
     with pytest.raises(ValueError, match="mini_batches: 2"):
         pack([group([1, 2, 3], [[4]])], Layout(), token_budget=8, mini_batches=2)

@@ -10,7 +10,7 @@ from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGr
 from alphamed.reward.rules import earns_of
 from alphamed.reward.shaping import Overlong
 from alphamed.rollout.belief import PassRates, signal_chance
-from alphamed.rollout.choice import Chooser
+from alphamed.rollout.choice import QuestionSampler
 
 RIGHT, WRONG, CRASH = Outcome.CORRECT, Outcome.WRONG, Outcome.CRASH
 
@@ -103,41 +103,41 @@ def test_answers_that_could_not_be_graded_say_nothing():
 
 # ----------------------------------------------------------------------------------------------------------------- choice
 def test_without_choosing_the_questions_are_the_streams():
-    chooser = Chooser(DynamicSamplingConfig(), Stream([question("a", 6), question("b", 1), question("c", 3)]), 8, 4)
-    assert [q.id for q in chooser.take(4, 1)] == ["a", "b", "c", "a"]
-    assert chooser.state() == {"stream": {"at": 4}}
+    sampler = QuestionSampler(DynamicSamplingConfig(), Stream([question("a", 6), question("b", 1), question("c", 3)]), 8, 4)
+    assert [q.id for q in sampler.take(4, 1)] == ["a", "b", "c", "a"]
+    assert sampler.state() == {"stream": {"at": 4}}
 
 
 def test_unlikely_questions_are_passed_over_and_the_streams_order_is_kept():
     levels = {"a": None, "b": 6, "c": None, "d": 1, "e": 5}
-    chooser = Chooser(DynamicSamplingConfig(choose=True), Stream([question(*item) for item in levels.items()]), 8, 3)
-    assert [q.id for q in chooser.take(3, 0)] == ["a", "c", "e"]
-    assert chooser.passed_over == 2
-    chooser.observe([graded("a", *[WRONG] * 8)], 1)
-    assert [q.id for q in chooser.take(2, 1)] == ["c", "e"]
+    sampler = QuestionSampler(DynamicSamplingConfig(choose=True), Stream([question(*item) for item in levels.items()]), 8, 3)
+    assert [q.id for q in sampler.take(3, 0)] == ["a", "c", "e"]
+    assert sampler.skipped == 2
+    sampler.observe([graded("a", *[WRONG] * 8)], 1)
+    assert [q.id for q in sampler.take(2, 1)] == ["c", "e"]
 
 
 def test_where_too_few_are_likely_the_likeliest_of_the_rest_are_asked():
     stream = Stream([question("b"), question("a", 6), question("c", 3), question("d", 6)])
-    chooser = Chooser(DynamicSamplingConfig(choose=True, search=2), stream, 8, 2)
-    chooser.observe([graded("b", *[WRONG] * 16)], 0)
-    assert [q.id for q in chooser.take(2, 0)] == ["a", "c"]  # looks at 4: c is good, a the best of the rest
+    sampler = QuestionSampler(DynamicSamplingConfig(choose=True, search=2), stream, 8, 2)
+    sampler.observe([graded("b", *[WRONG] * 16)], 0)
+    assert [q.id for q in sampler.take(2, 0)] == ["a", "c"]  # looks at 4: c is good, a the best of the rest
 
 
 def test_no_question_starves():
     """Passed over 4 times in a row, or 2 or 3, a question is asked whatever is believed of it; not all at the same time."""
     names = [f"hopeless{i}" for i in range(20)]
-    chooser = Chooser(
+    sampler = QuestionSampler(
         DynamicSamplingConfig(choose=True, max_passes=4, half_life_steps=1e9, search=200),
         Stream([question("good", 3), *(question(name, 6) for name in names)]),
         8,
         1,
     )
     passes, found = dict.fromkeys(names, 0), []
-    stream = chooser._stream
+    stream = sampler._stream
     for step in range(400):
         before = stream.at
-        (asked,) = chooser.take(1, step)
+        (asked,) = sampler.take(1, step)
         for place in range(before, stream.at):
             name = stream.questions[place % 21].id
             if name != "good" and name != asked.id:
@@ -145,31 +145,31 @@ def test_no_question_starves():
         if asked.id != "good":
             found.append(passes[asked.id])
             passes[asked.id] = 0
-            chooser.observe([graded(asked.id, *[WRONG] * 8)], step)
+            sampler.observe([graded(asked.id, *[WRONG] * 8)], step)
     assert set(found) == {2, 3, 4} and max(passes.values()) <= 4
 
 
 def test_a_question_is_not_asked_twice_in_a_step_while_there_are_others():
     stream = Stream([question("a", 3), question("b", 6), question("c", 6)])
-    chooser = Chooser(DynamicSamplingConfig(choose=True), stream, 8, 4)
-    assert [q.id for q in chooser.take(3, 0)] == ["a", "b", "c"]
-    assert sorted(q.id for q in chooser.take(4, 0)) == ["a", "a", "b", "c"]
+    sampler = QuestionSampler(DynamicSamplingConfig(choose=True), stream, 8, 4)
+    assert [q.id for q in sampler.take(3, 0)] == ["a", "b", "c"]
+    assert sorted(q.id for q in sampler.take(4, 0)) == ["a", "a", "b", "c"]
 
 
 def test_the_state_is_json_and_restores_every_belief_exactly():
     def fresh():
-        return Chooser(
+        return QuestionSampler(
             DynamicSamplingConfig(choose=True, half_life_steps=3, max_passes=2),
             Stream([question(f"q{i}", 1 + i % 6) for i in range(17)]),
             8,
             3,
         )
 
-    def go_on(chooser, steps):
+    def go_on(sampler, steps):
         asked = []
         for step in steps:
-            asked.append([q.id for q in chooser.take(3, step)])
-            chooser.observe(
+            asked.append([q.id for q in sampler.take(3, step)])
+            sampler.observe(
                 [graded(name, *[RIGHT] * (int(name[1:]) % 9), *[WRONG] * (8 - int(name[1:]) % 9)) for name in asked[-1]],
                 step,
             )

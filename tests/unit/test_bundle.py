@@ -192,7 +192,7 @@ def test_a_full_disk_leaves_the_old_bundle(run_dir):
         "sys.exit(main(['bundle', 'runs/r', '--out', 'b.tar.gz']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 2 and "can not be written" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert done.returncode == 2 and "cannot be written" in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert Path("b.tar.gz").read_bytes() == old and list(Path().glob(".*partial")) == []
 
 
@@ -259,7 +259,7 @@ def test_a_small_archive_that_unpacks_to_much_is_refused(tmp_path, monkeypatch):
 
 def test_a_name_that_no_folder_can_hold_is_refused(tmp_path):
     for name in ("a\nb", "a\x1b[2Jb"):
-        with pytest.raises(ConfigError, match="has a name that can not be written"):
+        with pytest.raises(ConfigError, match="has a name that cannot be written"):
             read_archive(forged(tmp_path / "b.tar.gz", (name, b"x"), listed={name: b"x"}))
 
 
@@ -294,7 +294,7 @@ def test_other_files_are_refused(tmp_path, capfd):
     (tmp_path / "x.tar.gz").write_bytes(b"not an archive at all")
     refused(capfd, ["reproduce", str(tmp_path / "x.tar.gz")], "damaged or not a .tar.gz")
     write_archive(tmp_path / "y.tar.gz", {"run": 3}, {})
-    refused(capfd, ["reproduce", str(tmp_path / "y.tar.gz")], "its manifest can not be used")
+    refused(capfd, ["reproduce", str(tmp_path / "y.tar.gz")], "its manifest cannot be used")
     with tarfile.open(tmp_path / "z.tar.gz", "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("config.yaml"))
     refused(capfd, ["reproduce", str(tmp_path / "z.tar.gz")], "does not begin with manifest.json")
@@ -389,7 +389,7 @@ TAMPERED = [
 
 @pytest.mark.parametrize("tamper, words", TAMPERED, ids=[words for _, words in TAMPERED])
 def test_a_manifest_that_speaks_of_other_files_than_the_bundle_is_refused(run_dir, capfd, tamper, words):
-    """Written anew with true hashes of all members: by an attacker, or by mistake. Nothing is said to be in order that is
+    """Written again with true hashes of all members: by an attacker, or by mistake. Nothing is said to be in order that is
     not, and nothing is unpacked."""
     found = read_archive(bundle())
     told, files = {key: value for key, value in found.manifest.items() if key != "format"}, dict(found.files)

@@ -122,7 +122,7 @@ def test_damage_is_one_line(tmp_path, damage, message):
 def test_damage_of_the_only_checkpoint(tmp_path):
     folder = write(tmp_path, 10)
     lose(folder)
-    with pytest.raises(CheckpointError, match="delete that folder, the run then starts anew"):
+    with pytest.raises(CheckpointError, match="delete that folder, the run then starts again"):
         read_manifest(folder)
 
 

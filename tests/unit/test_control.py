@@ -52,7 +52,7 @@ try:
     with control:
         SCENE
 except RunFailed as e:
-    say(culprit=e.culprit, message=e.message, user=e.user_error)
+    say(component=e.component, message=e.message, user=e.user_error)
     sys.exit(1)
 """
 
@@ -125,13 +125,13 @@ say(value=value, own=own, again=again)
     assert failure.recorded(ranks.folder) is None
 
 
-def test_a_failure_of_rank_0_reaches_all_with_its_culprit(play):
+def test_a_failure_of_rank_0_reaches_all_with_its_component(play):
     ranks = play("""
 def work():
     raise RunFailed("engine 1", "died of\\n  signal 9")
 control.from_rank0("rollouts of step 1", work)
 """)
-    assert [ranks.said(rank)["culprit"] for rank in range(3)] == ["engine 1"] * 3
+    assert [ranks.said(rank)["component"] for rank in range(3)] == ["engine 1"] * 3
     assert [ranks.said(rank)["message"] for rank in range(3)] == ["died of signal 9"] * 3
     assert str(failure.recorded(ranks.folder)) == "engine 1: died of signal 9"
 
@@ -149,7 +149,7 @@ control.everywhere("loading", work)
 """,
         abort_s=5.0,
     )
-    assert ranks.said(0)["culprit"] == ranks.said(2)["culprit"] == ranks.name(2)
+    assert ranks.said(0)["component"] == ranks.said(2)["component"] == ranks.name(2)
     assert "KeyError" in ranks.said(0)["message"]
     assert ranks.wait(1) == 1
     words = (ranks.folder / "errors_1").read_text()
@@ -178,7 +178,7 @@ control.from_rank0("rollouts of step 1", stay)
 """)
     ranks.until(0, "started")
     os.kill(ranks.processes[victim].pid, signal.SIGKILL)
-    assert ranks.said(2)["culprit"] == ranks.name(victim)
+    assert ranks.said(2)["component"] == ranks.name(victim)
     assert "ended without a word" in ranks.said(2)["message"]
 
 
@@ -189,7 +189,7 @@ def work():
         os.kill(os.getpid(), signal.SIGKILL)
 control.everywhere("saving", work)
 """)
-    assert ranks.said(0)["culprit"] == ranks.said(2)["culprit"] == ranks.name(1)
+    assert ranks.said(0)["component"] == ranks.said(2)["component"] == ranks.name(1)
 
 
 @pytest.mark.parametrize("victim", [0, 2])
@@ -204,7 +204,7 @@ control.from_rank0("rollouts of step 1", stay)
     )
     ranks.until(victim, f"started_{victim}")
     os.kill(ranks.processes[victim].pid, signal.SIGSTOP)
-    assert ranks.said(1)["culprit"] == ranks.name(victim)
+    assert ranks.said(1)["component"] == ranks.name(victim)
     assert "not been heard of" in ranks.said(1)["message"]
 
 
@@ -215,9 +215,9 @@ if rank == 1:
     raise ZeroDivisionError("in the update")
 control.from_rank0("the next step", stay)
 """)
-    assert ranks.said(2)["culprit"] == ranks.name(1)
+    assert ranks.said(2)["component"] == ranks.name(1)
     assert ranks.said(2)["message"] == "ZeroDivisionError: in the update"
-    assert failure.recorded(ranks.folder).culprit == ranks.name(1)
+    assert failure.recorded(ranks.folder).component == ranks.name(1)
 
 
 def test_a_broken_connection_is_blamed_on_who_broke_it(play):
@@ -228,8 +228,8 @@ if rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
 raise ConnectionError("closed by peer")
 """)
-    assert ranks.said(0)["culprit"] == ranks.name(1)
-    assert failure.recorded(ranks.folder).culprit == ranks.name(1)
+    assert ranks.said(0)["component"] == ranks.name(1)
+    assert failure.recorded(ranks.folder).component == ranks.name(1)
 
 
 def test_work_past_its_deadline_and_ranks_out_of_step_are_named(play):
@@ -242,7 +242,7 @@ else:
 """,
         world=2,
     )
-    assert late.said(0)["culprit"] == late.name(1)
+    assert late.said(0)["component"] == late.name(1)
     assert late.said(0)["message"] == "saving: not done within 0 s"
 
 
@@ -265,7 +265,7 @@ if rank == 1:
 """,
         world=2,
     )
-    assert ranks.said(1)["culprit"] == ranks.name(0)
+    assert ranks.said(1)["component"] == ranks.name(0)
     assert "has ended its part" in ranks.said(1)["message"]
 
 

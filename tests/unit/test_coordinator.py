@@ -330,7 +330,8 @@ def test_past_the_deadline_the_engines_and_groups_that_are_missing_are_named():
         with pytest.raises(Overdue) as caught:
             await coordinator.collect("step 1", 10.0)
         assert (
-            caught.value.culprit == "engine 0 (pid 100), engine 1 (pid 101), reward process (pid 99), waiting for an engine"
+            caught.value.component
+            == "engine 0 (pid 100), engine 1 (pid 101), reward process (pid 99), waiting for an engine"
         )
         assert caught.value.message == (
             "step 1: 4 of 4 groups were not done after 0 s: a (engine 0 (pid 100)), b (reward process (pid 99)), "

@@ -10,7 +10,7 @@ from alphamed.config.sections import DynamicSamplingConfig, LevelsConfig
 from alphamed.data.stream import QuestionStream
 from alphamed.errors import ConfigError
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
-from alphamed.rollout.choice import Chooser
+from alphamed.rollout.choice import QuestionSampler
 from alphamed.rollout.curriculum import check_levels, level_chances, weights_at
 
 QUESTIONS = [Question(f"q{i}", f"Question {i}?", {"A": "x", "B": "y"}, "A", level=1 + i % 6) for i in range(60)]
@@ -22,8 +22,8 @@ def levels(**tree) -> LevelsConfig:
     return LevelsConfig.model_validate(tree)
 
 
-def chooser(config: LevelsConfig, questions=QUESTIONS, seed=3, **dynamic) -> Chooser:
-    return Chooser(DynamicSamplingConfig(**dynamic), QuestionStream(questions, seed), 4, 8, config, seed)
+def sampler(config: LevelsConfig, questions=QUESTIONS, seed=3, **dynamic) -> QuestionSampler:
+    return QuestionSampler(DynamicSamplingConfig(**dynamic), QuestionStream(questions, seed), 4, 8, config, seed)
 
 
 def graded(question, right, samples=4):
@@ -55,21 +55,21 @@ def test_weights_before_the_first_entry_are_its_own():
 
 def test_shares_of_annotated_levels_follow_the_weights():
     """4,000 questions by weights 4:2:1:1:0:0: 2,000, 1,000, 500, 500; the largest standard deviation is 31.6."""
-    choose = chooser(levels(schedule=[{"step": 1, "weights": [4, 2, 1, 1, 0, 0]}]))
+    choose = sampler(levels(schedule=[{"step": 1, "weights": [4, 2, 1, 1, 0, 0]}]))
     found = Counter(q.level for _ in range(500) for q in choose.take(8, 1))
     assert set(found) == {1, 2, 3, 4}
     assert all(abs(found[level] - n) < 5 * 31.6 for level, n in ((1, 2000), (2, 1000), (3, 500), (4, 500))), found
 
 
 def test_equal_weights_are_the_stream_itself():
-    choose = chooser(levels(schedule=[{"step": 1, "weights": [2] * 6}]))
+    choose = sampler(levels(schedule=[{"step": 1, "weights": [2] * 6}]))
     assert [choose.take(8, step) for step in range(1, 30)] == [
         stream for plain in [QuestionStream(QUESTIONS, 3)] for stream in (plain.take(8) for _ in range(29))
     ]
 
 
 def test_an_epoch_asks_no_question_twice():
-    choose = chooser(levels(schedule=[{"step": 1, "weights": [1, 1, 0.5, 0.5, 0, 0]}]))
+    choose = sampler(levels(schedule=[{"step": 1, "weights": [1, 1, 0.5, 0.5, 0, 0]}]))
     asked = []
     while True:
         asked.append(choose.take(1, 1)[0].id)
@@ -85,7 +85,7 @@ def test_a_rare_level_is_found_all_the_same():
         Question("hard", "?", {"A": "x", "B": "y"}, "A", level=6),
         Question("easy", "?", {"A": "x", "B": "y"}, "A", level=1),
     ]
-    choose = chooser(levels(schedule=[{"step": 1, "weights": [1e-9, 0, 0, 0, 0, 1]}]), rare)
+    choose = sampler(levels(schedule=[{"step": 1, "weights": [1e-9, 0, 0, 0, 0, 1]}]), rare)
     found = Counter(q.id for _ in range(5) for q in choose.take(4, 1))
     assert set(found) <= {"hard", "easy"} and found["hard"] == 20 - found["easy"] >= 15
 
@@ -113,7 +113,7 @@ def test_chances_by_hand():
 def test_observed_levels_follow_the_runs_own_answers():
     """Odd questions turn out easy, even ones hard; with weight on hard ones alone these are asked four times as often at
     least. (After 0 of 8, level 6 has a chance of .78, after 8 of 8 one of .0002.)"""
-    choose = chooser(levels(schedule=[{"step": 1, "weights": [0, 0, 0, 0, 0, 1]}], by="observed"), BARE)
+    choose = sampler(levels(schedule=[{"step": 1, "weights": [0, 0, 0, 0, 0, 1]}], by="observed"), BARE)
     for _ in range(2):
         choose.observe([graded(q, 4 * (int(q.id[1:]) % 2)) for q in BARE], 1)
     found = Counter(int(q.id[1:]) % 2 for _ in range(50) for q in choose.take(8, 2))
@@ -123,7 +123,7 @@ def test_observed_levels_follow_the_runs_own_answers():
 
 def test_observations_are_forgotten():
     """Long after, nothing is known any more: easy and hard ones are asked alike."""
-    choose = chooser(levels(schedule=[{"step": 1, "weights": [0, 0, 0, 0, 0, 1]}], by="observed"), BARE, half_life_steps=2)
+    choose = sampler(levels(schedule=[{"step": 1, "weights": [0, 0, 0, 0, 0, 1]}], by="observed"), BARE, half_life_steps=2)
     choose.observe([graded(q, 4 * (int(q.id[1:]) % 2)) for q in BARE], 1)
     found = Counter(int(q.id[1:]) % 2 for _ in range(50) for q in choose.take(8, 200))
     assert 150 < found[0] < 250
@@ -145,23 +145,23 @@ def test_a_resume_asks_the_same_questions(tree, dynamic):
     def hash_free(name, number):
         return sum(map(ord, name)) * (number + 3) // 7
 
-    whole, states, found = chooser(levels(**tree), **dynamic), [], []
+    whole, states, found = sampler(levels(**tree), **dynamic), [], []
     for number in range(1, 15):
         found.append(step(whole, number))
         states.append(json.loads(json.dumps(whole.state())))
     for killed_after in (1, 4, 9):
-        resumed = chooser(levels(**tree), **dynamic)
+        resumed = sampler(levels(**tree), **dynamic)
         resumed.load_state(states[killed_after - 1])
         assert [step(resumed, number) for number in range(killed_after + 1, 15)] == found[killed_after:]
 
 
 def test_metrics_tell_the_levels_asked():
-    choose = chooser(levels(schedule=[{"step": 1, "weights": [0, 1, 0, 0, 0, 0]}]))
+    choose = sampler(levels(schedule=[{"step": 1, "weights": [0, 1, 0, 0, 0, 0]}]))
     choose.take(8, 1)
     found = choose.level_metrics()
-    assert found["sampling/level_mean"] == 2 and found["sampling/level_passed_over"] > 8
+    assert found["sampling/level_mean"] == 2 and found["sampling/level_skipped"] > 8
     assert choose.level_metrics() == {}
-    assert Chooser(DynamicSamplingConfig(), QuestionStream(QUESTIONS, 3), 4, 8).level_metrics() == {}
+    assert QuestionSampler(DynamicSamplingConfig(), QuestionStream(QUESTIONS, 3), 4, 8).level_metrics() == {}
 
 
 # -------------------------------------------------------------------------------------------------------------- bad input

@@ -1,4 +1,4 @@
-"""Run directories that somebody has damaged, and places that can not be written: one line and exit code 2, no traceback."""
+"""Run directories that somebody has damaged, and places that cannot be written: one line and exit code 2, no traceback."""
 
 import json
 from collections.abc import Callable
@@ -88,7 +88,7 @@ DAMAGE = [
     (put("evaluations/step_000000.json", "{"), REPORT, "step_000000.json: not readable"),
     (put("rollouts/step_000001.parquet", "PAR1"), REPORT, "step_000001.parquet: not readable"),
     (put("config.yaml", "a: [\n"), REPORT, "config.yaml: not valid YAML"),
-    (put("config.yaml", b"\xff\xff"), REPORT, "config.yaml: can not be read"),
+    (put("config.yaml", b"\xff\xff"), REPORT, "config.yaml: cannot be read"),
     (put("config.yaml", "data: {train: [a]}\n"), REPORT, "config runs/r/config.yaml: model: missing"),
     *(
         (

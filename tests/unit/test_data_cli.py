@@ -269,7 +269,7 @@ BAD_INPUT = {
     "cut JSON": (lambda: raw(GOOD + GOOD[:40]), "in.jsonl:2: not JSON"),
     "empty file": (lambda: raw(b""), "in.jsonl: is empty"),
     "no file": (lambda: "none.jsonl", "none.jsonl: no such file"),
-    "a folder": (lambda: Path("in.jsonl").mkdir() or "in.jsonl", "in.jsonl: can not be read as in"),
+    "a folder": (lambda: Path("in.jsonl").mkdir() or "in.jsonl", "in.jsonl: cannot be read as in"),
 }
 
 
@@ -291,7 +291,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(capsys, verb, name):
     if verb == "build":
         assert words in captured.err
     else:
-        assert words.partition("; mend")[0].partition(": can not")[0] in captured.err
+        assert words.partition("; fix")[0].partition(": cannot")[0] in captured.err
     assert files() == before
 
 
@@ -314,7 +314,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(capsys, verb, name):
         (["build", "--out", "s.jsonl", "--from", "a.jsonl", "--against", "nosuch"], "benchmark 'nosuch' is neither known"),
         (["build", "--out", "s.jsonl", "--from", "a.jsonl", "--decisions", "none.yaml"], "none.yaml: no such file"),
         (["build", "--out", "s.jsonl", "sources=[{name: mine}]"], "'mine' is not known and has neither path nor hub"),
-        (["build", "--out", "a.jsonl/s.jsonl", "--from", "a.jsonl"], "can not be written"),
+        (["build", "--out", "a.jsonl/s.jsonl", "--from", "a.jsonl"], "cannot be written"),
         (
             ["decontaminate", "--train", "a.jsonl", "--against", "a.jsonl", "--out", "s.jsonl", "--report", "r.json"],
             "all 3 questions of a.jsonl are in the benchmarks",
@@ -360,7 +360,7 @@ def test_mistakes_are_one_line(capsys, arguments, words):
 def test_a_full_disk_leaves_the_old_files_as_they_were(out):
     """A limit on file sizes stands for the full disk: writes beyond it fail as they do there, with OSError."""
     random = Random(0)
-    write("a.jsonl", [row(i, question=random.randbytes(500).hex()) for i in range(200)])  # Parquet can not shrink it
+    write("a.jsonl", [row(i, question=random.randbytes(500).hex()) for i in range(200)])  # Parquet cannot shrink it
     write("small.jsonl", [row(1)])
     assert main(["data", "build", "--out", out, "--from", "small.jsonl"]) == 0
     before = {name: Path(name).read_bytes() for name in files()}
@@ -375,7 +375,7 @@ def test_a_full_disk_leaves_the_old_files_as_they_were(out):
         timeout=600,
     )
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert "can not be written (" in done.stderr and "File too large" in done.stderr
+    assert "cannot be written (" in done.stderr and "File too large" in done.stderr
     assert {name: Path(name).read_bytes() for name in files()} == before
 
 

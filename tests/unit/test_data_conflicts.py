@@ -155,7 +155,7 @@ def test_benchmarks_with_bad_rows_need_a_word(capsys):
     one_based(cops=(1, 4, 9))
     write("a.jsonl", [row(1)])
     arguments = ["build", "--out", "s.jsonl", "--from", "a.jsonl", "--against", "medmcqa=m.jsonl"]
-    assert "m.jsonl:3: cop 9 is not among the options A, B, C, D (keys are numbers from 1); mend" in refused(
+    assert "m.jsonl:3: cop 9 is not among the options A, B, C, D (keys are numbers from 1); fix" in refused(
         capsys, *arguments
     )
     assert main(["data", *arguments, "bad_rows=skip"]) == 0

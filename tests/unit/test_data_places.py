@@ -155,7 +155,7 @@ def test_bad_rows_are_counted_in_words(capsys):
     assert "a: 1 of 1 from a.jsonl, 1 bad row left out" in told and "\n\n" not in told
     write("a.jsonl", [row(0), {"id": "x"}, {"id": "y"}])
     assert main(["data", "build", "--from", "a.jsonl", "--out", "t.jsonl"]) == 2
-    assert "; 1 more bad row; mend the data" in capsys.readouterr().err
+    assert "; 1 more bad row; fix the data" in capsys.readouterr().err
 
 
 def test_an_inspection_replaces_no_file_of_the_users(tmp_path, monkeypatch, capsys):

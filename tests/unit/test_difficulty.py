@@ -55,7 +55,7 @@ def test_levels_never_rise_with_more_right_answers():
 
 @pytest.mark.parametrize("right, samples", [(2, 1), (-1, 5), (0, 0)])
 def test_impossible_counts_are_refused(right, samples):
-    with pytest.raises(ValueError, match="samples can not be right"):
+    with pytest.raises(ValueError, match="samples cannot be right"):
         level_of(right, samples)
 
 

@@ -61,7 +61,7 @@ def test_a_folder_that_can_not_be_made_is_one_line(tmp_path, model, monkeypatch,
     assert evaluate(model, tmp_path / "file" / "out", "--benchmarks", questions(tmp_path)) == 2
     told = capsys.readouterr().err
     assert (
-        told.startswith(f"error: --out: {tmp_path / 'file' / 'out'} can not be made or written (") and told.count("\n") == 1
+        told.startswith(f"error: --out: {tmp_path / 'file' / 'out'} cannot be made or written (") and told.count("\n") == 1
     )
 
 

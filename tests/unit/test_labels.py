@@ -234,7 +234,7 @@ def test_options_that_stand_in_the_question_alone_are_refused_with_what_to_do(tm
             r"options \(letter -> text\)",
         ):
             load_benchmark(name)
-    with pytest.raises(DataError, match=r"x.jsonl:1: no options; mend"):
+    with pytest.raises(DataError, match=r"x.jsonl:1: no options; fix"):
         load_questions([write(tmp_path / "x.jsonl", [harness(question="What comes next (A or B)?")])])
 
 

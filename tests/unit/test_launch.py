@@ -230,7 +230,7 @@ def test_a_full_disk_does_not_end_the_guard(tmp_path, monkeypatch):
 
 
 def test_a_run_of_somebody_else_beside_ours_keeps_nobody_out(tmp_path):
-    """Its lock can not be opened (a folder stands for the missing permission, which a root user has)."""
+    """Its lock cannot be opened (a folder stands for the missing permission, which a root user has)."""
     (tmp_path / "theirs" / ledger.LOCK_FILE).mkdir(parents=True)
     (tmp_path / "theirs" / f"processes-{socket.gethostname()}.json").write_text("{}")
     assert ledger.clean_up_dead_runs(tmp_path) == {}

@@ -12,7 +12,7 @@ GOOD = {
     "options": {"A": "Vitamin A", "B": "Vitamin C"},
     "answer": "B",
 }
-HALF_PAIR = "\ud800"  # JSON can spell it, UTF-8 can not encode it
+HALF_PAIR = "\ud800"  # JSON can spell it, UTF-8 cannot encode it
 
 
 def without(key: str) -> dict:

@@ -74,8 +74,8 @@ def test_a_host_that_does_not_come_is_named():
         lambda: Meeting.join(NAMES, 0, meeting_port, "token", 2, 30),
         lambda: Meeting.join(NAMES, 1, meeting_port, "token", 2, 30),
     )
-    assert isinstance(second, RunFailed) and second.culprit == "host localhost"
-    assert isinstance(first, RunFailed) and first.culprit == "host 127.0.0.3"
+    assert isinstance(second, RunFailed) and second.component == "host localhost"
+    assert isinstance(first, RunFailed) and first.component == "host 127.0.0.3"
     assert "did not join the control links within 2 s (missing: host 127.0.0.3)" in first.message
 
 
@@ -85,7 +85,7 @@ def test_another_token_is_refused():
         lambda: Meeting.join(NAMES[:2], 0, meeting_port, "token", 3, 30),
         lambda: Meeting.join(NAMES[:2], 1, meeting_port, "another", 3, 30),
     )
-    assert isinstance(first, RunFailed) and first.culprit == "host 127.0.0.2"
+    assert isinstance(first, RunFailed) and first.component == "host 127.0.0.2"
     assert isinstance(second, RunFailed) and "refuses 127.0.0.2: it has another token" in str(second)
 
 
@@ -122,7 +122,7 @@ def test_a_silent_host_is_lost_and_named():
         meeting._links.close()
 
     failure, _ = together(first, second)
-    assert failure.culprit == "host 127.0.0.2" and "has not been heard of" in failure.message and lost == [failure]
+    assert failure.component == "host 127.0.0.2" and "has not been heard of" in failure.message and lost == [failure]
 
 
 # ----------------------------------------------------------------------------------------------------------- what they run
@@ -250,7 +250,7 @@ def test_hosts_that_never_join_ray_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(nodes=lambda: nodes_of_ray))
     with pytest.raises(RunFailed) as late:
         placement.wait_for_hosts(Job(PLACES, 1, 2), 0.1)
-    assert late.value.culprit == "host b" and "(missing: b, c); see logs/ray_b.log" in late.value.message
+    assert late.value.component == "host b" and "(missing: b, c); see logs/ray_b.log" in late.value.message
     placement.wait_for_hosts(Job(PLACES[:1], 1, 2), 0.1)
 
 

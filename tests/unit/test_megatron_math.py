@@ -41,9 +41,18 @@ SEGMENTS = {
     "unequal continuations": (Segment(6, (1, 9, 3)),),
     "several segments": (Segment(3), Segment(4, (2, 5)), Segment(1, (3,)), Segment(2)),
     "no prefix": (Segment(0, (3, 2)),),
-    "a stem": (Segment(5), Segment(3, (2, 4), behind_stem=True), Segment(2, (3, 3), behind_stem=True), Segment(2)),
-    "a stem and nothing more of the prompt": (Segment(4), Segment(0, (2, 3), behind_stem=True)),
-    "a stem and plain sequences": (Segment(4), Segment(3, behind_stem=True), Segment(6, behind_stem=True)),
+    "a stem": (
+        Segment(5),
+        Segment(3, (2, 4), attends_shared_prefix=True),
+        Segment(2, (3, 3), attends_shared_prefix=True),
+        Segment(2),
+    ),
+    "a stem and nothing more of the prompt": (Segment(4), Segment(0, (2, 3), attends_shared_prefix=True)),
+    "a stem and plain sequences": (
+        Segment(4),
+        Segment(3, attends_shared_prefix=True),
+        Segment(6, attends_shared_prefix=True),
+    ),
 }
 
 
@@ -52,7 +61,7 @@ def plain_attention(q, k, v, segments, scale):
     visible, start = torch.zeros(len(q), len(q), dtype=torch.bool), 0
     for segment in segments:
         n = start + segment.prefix
-        if segment.behind_stem:
+        if segment.attends_shared_prefix:
             visible[start : start + segment.tokens, : segments[0].tokens] = True
         visible[start:n, start:n] = torch.ones(segment.prefix, segment.prefix).tril().bool()
         at = n
@@ -77,7 +86,11 @@ def test_attention_of_a_packed_row(function, heads, kv_heads, segments):
 
 def test_attention_over_several_blocks_of_the_kernel():
     """Longer than the 32 to 256 queries and 512 keys that the kernel takes at a time, with large scores."""
-    segments = (Segment(550), Segment(600, (70, 33), behind_stem=True), Segment(10, (5,), behind_stem=True))
+    segments = (
+        Segment(550),
+        Segment(600, (70, 33), attends_shared_prefix=True),
+        Segment(10, (5,), attends_shared_prefix=True),
+    )
     q, k, v = random(1268, 2, 16), random(1268, 1, 16, seed=1), random(1268, 1, 16, seed=2)
     agree(prefix_attention(q * 4, k, v, segments, 0.25), plain_attention(q * 4, k, v, segments, 0.25), (q, k, v), 1e-5)
 
@@ -278,14 +291,14 @@ def test_virtual_stages_neither_batch_their_messages_nor_free_what_they_send(vir
 # ------------------------------------------------------------------------------------------------- weights that are swapped
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_swapped_weights_hold_their_values_inside_the_block_only(dtype):
-    from alphamed.megatron.swapping import SwappedWeights
+    from alphamed.megatron.offload import OffloadedWeights
 
     model = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 7)).to(dtype)
     model[2].weight = model[0].weight  # a tied output layer
     model.requires_grad_(False)
     ids = torch.arange(7)
     expected, size = model(ids), sum(p.nbytes for p in model.parameters())
-    swapped = SwappedWeights([model])
+    swapped = OffloadedWeights([model])
     for _ in range(2):
         assert [p.numel() for p in model.parameters()] == [0, 0, 0, 0]
         with swapped:

@@ -212,4 +212,6 @@ def test_a_dumped_batch_reads_back_without_our_classes(tmp_path):
     assert read["rollouts"] == "rollouts/step_000007.parquet"
     kept = read["batch"]["mini_batches"][0]["micro_batches"][0]
     assert torch.equal(kept["rollout_logprobs"], torch.tensor([0.0, -0.25])) and kept["old_logprobs"] is None
-    assert kept["segments"] == [{"prefix": 1, "continuations": [1], "behind_stem": False}] and kept["samples"] == [[0, 0]]
+    assert kept["segments"] == [{"prefix": 1, "continuations": [1], "attends_shared_prefix": False}] and kept["samples"] == [
+        [0, 0]
+    ]

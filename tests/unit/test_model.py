@@ -1,4 +1,4 @@
-"""Model shapes from config.json in both spellings, refusals that name field, value and mend, layout checks, model
+"""Model shapes from config.json in both spellings, refusals that name field, value and fix, layout checks, model
 names."""
 
 import json
@@ -199,7 +199,7 @@ def test_refusals(tmp_path, change, field, problem):
 
 @pytest.mark.parametrize(
     "text, problem",
-    ((None, "holds no config.json"), ("{", "can not be read"), ("[]", "no JSON object"), ("\x00\x01", "can not be read")),
+    ((None, "holds no config.json"), ("{", "cannot be read"), ("[]", "no JSON object"), ("\x00\x01", "cannot be read")),
 )
 def test_broken_config_file(tmp_path, text, problem):
     if text is not None:

@@ -146,7 +146,7 @@ def test_a_template_that_writes_a_token_the_model_has_not(folder, capsys):
 
 
 def test_a_question_that_needs_a_token_the_model_has_not(folder, capsys):
-    """Its text is a token of its own that is no control token; who does not read the questions can not know."""
+    """Its text is a token of its own that is no control token; who does not read the questions cannot know."""
     tree = json.loads((folder / "tokenizer.json").read_text())
     tree["added_tokens"].append(
         {
@@ -236,7 +236,7 @@ def test_raw_prompts_do_not_look_at_the_template(folder):
 
 
 def test_an_evaluation_records_variables_and_stop_tokens(folder):
-    """In evaluation.json, as parts of what was asked: answers of other settings can not stand beside these."""
+    """In evaluation.json, as parts of what was asked: answers of other settings cannot stand beside these."""
     (folder / "chat_template.jinja").write_text(OPENED.replace("<|go|>", "{{ '' if enable_thinking else 'no ' }}"))
     plain = settings.asked(build_config(config(folder)), folder, 1, 0.0, 1.0, 16)
     chosen = build_config(config(folder, prompt={"template_variables": {"enable_thinking": True}}, rollout={"stop": ["Z"]}))

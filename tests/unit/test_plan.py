@@ -14,9 +14,9 @@ from alphamed.config.schema import Config
 from alphamed.errors import ConfigError
 from alphamed.lab.planner import advice, published
 from alphamed.lab.planner.calibration import GPU
-from alphamed.lab.planner.mending import layouts
 from alphamed.lab.planner.plan import job_of, make_plan, to_json
 from alphamed.lab.planner.shapes import find_shape, published as shapes
+from alphamed.lab.planner.suggest import layouts
 from alphamed.lab.planner.time import decay_scale, step_time
 from alphamed.lab.planner.topology import axis_groups, context_bytes, coordinates, place
 from alphamed.planner.batch import batch_of, in_flight
@@ -140,14 +140,14 @@ def test_activations_of_a_layer_by_hand():
     assert layer_bytes(one, "full") == (2048, 2048)
 
 
-def test_a_swapped_reference_by_hand():
+def test_a_offloaded_reference_by_hand():
     """8B over 4 tensor ranks, bf16, one row of 16,384 tokens: 4.0 GB that an update's activations make room for."""
     resident, swapped = (
         job(
             parallel={"tensor": 4, "sequence": True, "micro_batch_tokens": 16384, "reference": place},
             algorithm={"kl_coefficient": 0.1},
         )
-        for place in ("resident", "swapped")
+        for place in ("resident", "offloaded")
     )
     held = 2 * ((8_030_261_248 - 65 * 4096) // 4 + 65 * 4096)
     before, after = (stage_use(one, 0).causes for one in (resident, swapped))
@@ -155,7 +155,7 @@ def test_a_swapped_reference_by_hand():
     assert {**before, "reference": 0} == after
     # full recompute keeps 32 inputs of 16,384 x 2,048 bytes: the reference and its output layer need more than an update
     small = job(
-        parallel={"tensor": 4, "sequence": True, "micro_batch_tokens": 4096, "recompute": "full", "reference": "swapped"},
+        parallel={"tensor": 4, "sequence": True, "micro_batch_tokens": 4096, "recompute": "full", "reference": "offloaded"},
         algorithm={"kl_coefficient": 0.1},
     )
     causes = stage_use(small, 0).causes
@@ -384,7 +384,7 @@ def test_the_first_examples_fit_as_well(name):
 
 # ---------------------------------------------------------------------------------------------------- problems and advice
 @pytest.mark.parametrize(
-    ("sections", "field", "mend"),
+    ("sections", "field", "fix"),
     [
         ({"parallel": {"tensor": 3, "micro_batch_tokens": 4096}}, "parallel.tensor: 3", "parallel.tensor=4"),
         ({"rollout": {"tensor_parallel": 3}}, "rollout.tensor_parallel: 3", "rollout.tensor_parallel=4"),
@@ -418,7 +418,7 @@ def test_the_first_examples_fit_as_well(name):
         ),
     ],
 )
-def test_illegal_settings_come_with_the_nearest_that_fit(sections, field, mend):
+def test_illegal_settings_come_with_the_nearest_that_fit(sections, field, fix):
     """On GPUs of 180 GB, of which 8 billion parameters in training take 145."""
     wide = sections | {
         "cluster": {"device": "cuda", "gpu": "b200-180g"} | sections.get("cluster", {}),
@@ -426,8 +426,8 @@ def test_illegal_settings_come_with_the_nearest_that_fit(sections, field, mend):
     }
     plan = make_plan(job(**wide))
     assert not plan.fits and plan.found is None
-    assert plan.problems[0].text.startswith(field) and plan.problems[0].mend == (mend,)
-    assert make_plan(job_of(changed_config(config_of(**wide), [mend]))[0]).fits
+    assert plan.problems[0].text.startswith(field) and plan.problems[0].fix == (fix,)
+    assert make_plan(job_of(changed_config(config_of(**wide), [fix]))[0]).fits
 
 
 BROKEN = [
@@ -461,19 +461,19 @@ def test_every_printed_mend_changes_something_and_leads_to_a_legal_plan(name, ov
     config = load_config(ROOT / "examples" / "recipes" / f"{name}.yaml", overrides)
     plan = make_plan(*job_of(config))
     assert not plan.fits
-    mends = [problem.mend for problem in plan.problems if problem.mend]
-    changes = advice.mends(plan)
-    assert len(mends) == 1 if plan.found is None else changes
-    for mend in (*mends, *(change.overrides for change in changes)):
-        mended = changed_config(config, mend)
-        assert mended != config
-        assert make_plan(*job_of(mended)).found is not None, mend
+    fixes = [problem.fix for problem in plan.problems if problem.fix]
+    changes = advice.fixes(plan)
+    assert len(fixes) == 1 if plan.found is None else changes
+    for fix in (*fixes, *(change.overrides for change in changes)):
+        fixed = changed_config(config, fix)
+        assert fixed != config
+        assert make_plan(*job_of(fixed)).found is not None, fix
     for change in changes:
         assert make_plan(*job_of(changed_config(config, change.overrides))).fits, change
 
 
 @pytest.mark.parametrize(
-    ("name", "overrides", "mend"),
+    ("name", "overrides", "fix"),
     [
         ("qwen25_7b_1node", ["parallel.pipeline=7"], ("parallel.pipeline=1",)),
         ("qwen25_7b_1node", ["evaluation.max_response_tokens=100000"], ("evaluation.max_response_tokens=31744",)),
@@ -482,9 +482,9 @@ def test_every_printed_mend_changes_something_and_leads_to_a_legal_plan(name, ov
         ("llama31_8b_1node", ["parallel.data=3"], ("parallel.data=1",)),
     ],
 )
-def test_the_mend_is_the_nearest(name, overrides, mend):
+def test_the_mend_is_the_nearest(name, overrides, fix):
     plan = make_plan(*job_of(load_config(ROOT / "examples" / "recipes" / f"{name}.yaml", overrides)))
-    assert plan.problems[0].mend == mend
+    assert plan.problems[0].fix == fix
 
 
 @pytest.mark.parametrize(
@@ -493,7 +493,7 @@ def test_the_mend_is_the_nearest(name, overrides, mend):
 def test_where_no_mend_is_found_that_is_said(name, nodes):
     """70 billion parameters take 18 bytes each while they are trained: 1,270 GB and more, a node has 640."""
     plan = make_plan(*job_of(load_config(ROOT / "examples" / "recipes" / f"{name}.yaml"), nodes=nodes))
-    assert plan.problems[0].mend == ()
+    assert plan.problems[0].fix == ()
     assert plan.problems[0].text.endswith(f"no settings that fit were found within {nodes} node{'s' if nodes > 1 else ''}")
 
 
@@ -530,8 +530,8 @@ def test_a_row_that_is_too_long_for_tensor_ranks_is_shared_by_context_ranks():
     assert not plan.fits and plan.found
     shared = changed_config(one.config, ["parallel.context=8", "parallel.data=1", "rollout.step_deadline_s=100000"])
     assert make_plan(job_of(shared)[0]).fits
-    assert all(make_plan(job_of(changed_config(one.config, change.overrides))[0]).fits for change in advice.mends(plan))
-    assert advice.mends(plan)
+    assert all(make_plan(job_of(changed_config(one.config, change.overrides))[0]).fits for change in advice.fixes(plan))
+    assert advice.fixes(plan)
 
 
 def test_what_is_too_large_comes_with_changes_that_make_it_fit():
@@ -542,11 +542,11 @@ def test_what_is_too_large_comes_with_changes_that_make_it_fit():
     )
     plan = make_plan(one)
     assert not plan.fits and "activations" in plan.problems[0].text
-    found = advice.mends(plan)
+    found = advice.fixes(plan)
     assert found
     for change in found:
-        mended = make_plan(replace(one, config=changed_config(one.config, change.overrides)))
-        assert mended.fits and mended.found.time.total == change.seconds
+        fixed = make_plan(replace(one, config=changed_config(one.config, change.overrides)))
+        assert fixed.fits and fixed.found.time.total == change.seconds
 
 
 def test_advice_holds_when_it_is_followed():
@@ -602,7 +602,7 @@ def test_trainer_and_engine_on_one_gpu_must_fit_together():
     plan = make_plan(job(QWEN_3B, **SHARED, rollout={"gpu_memory_utilization": 0.5}))
     assert not plan.fits and plan.problems[0].text.startswith("cluster.share_gpus: the trainer needs ")
     assert "rollout.gpu_memory_utilization keeps 39.8 GiB of it for an engine" in plan.problems[0].text
-    assert advice.mends(make_plan(job(QWEN_3B, **SHARED | {"parallel": SMALL}, rollout={"gpu_memory_utilization": 0.5})))[
+    assert advice.fixes(make_plan(job(QWEN_3B, **SHARED | {"parallel": SMALL}, rollout={"gpu_memory_utilization": 0.5})))[
         0
     ].overrides == ("rollout.gpu_memory_utilization=0.2",)
     fitting = make_plan(job(QWEN_3B, **SHARED | {"parallel": SMALL}, rollout={"gpu_memory_utilization": 0.15}))
@@ -638,14 +638,14 @@ def test_weights_over_gloo_take_longer():
 
 
 @pytest.mark.parametrize(
-    "nodes, engines, mend",
+    "nodes, engines, fix",
     [
         (16, 8, ("parallel.data=1",)),  # 64 ranks on 8 nodes, 8 engines on the other 8
         (12, 8, ("parallel.data=1", "rollout.engines=4")),
         (20, 8, ("rollout.engines=4",)),
     ],
 )
-def test_a_run_that_is_too_large_for_its_nodes_shrinks_no_more_than_it_must(nodes, engines, mend):
+def test_a_run_that_is_too_large_for_its_nodes_shrinks_no_more_than_it_must(nodes, engines, fix):
     large = job(
         LLAMA_70B,
         parallel={"tensor": 8, "pipeline": 4, "context": 2, "data": 2},
@@ -655,7 +655,7 @@ def test_a_run_that_is_too_large_for_its_nodes_shrinks_no_more_than_it_must(node
     (problem,) = [
         one for one in make_plan(large).problems if one.text.startswith("cluster.nodes: 128 trainer ranks and 8 engines")
     ]
-    assert problem.mend == mend
+    assert problem.fix == fix
 
 
 def test_shared_memory_does_not_reach_to_another_machine():
@@ -671,7 +671,7 @@ def test_mends_are_not_told_twice():
     large = load_config(
         ROOT / "examples" / "recipes" / "llama31_8b_1node_shared.yaml", ["parallel.tensor=2", "parallel.data=4"]
     )
-    told = [frozenset(one.overrides) for one in advice.mends(make_plan(*job_of(large)))]
+    told = [frozenset(one.overrides) for one in advice.fixes(make_plan(*job_of(large)))]
     assert len(told) == len(set(told)) > 0
 
 

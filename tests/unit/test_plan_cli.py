@@ -47,7 +47,7 @@ def test_an_illegal_layout_exits_with_1_and_names_the_nearest(tmp_path, capsys):
     )
     assert "try parallel.tensor=4" in capsys.readouterr().out
     assert "This layout is illegal." in written.read_text()
-    assert json.loads((tmp_path / "p.json").read_text())["problems"][0]["mend"] == ["parallel.tensor=4"]
+    assert json.loads((tmp_path / "p.json").read_text())["problems"][0]["fix"] == ["parallel.tensor=4"]
 
 
 @pytest.mark.parametrize(
@@ -101,9 +101,9 @@ def test_the_launcher_refuses_what_can_not_fit_unless_told_to_go_on(tmp_path, mo
     monkeypatch.setattr("alphamed.lab.planner.plan._this_machine", lambda config: (gpu, 8))  # a machine with H100s
     refuse_unfit(load_config(file), shape)
     large = ["parallel.tensor=1", "parallel.sequence=false"]
-    with pytest.raises(ConfigError, match=r"trainer .* GiB.*start_unfit=true"):
+    with pytest.raises(ConfigError, match=r"trainer .* GiB.*skip_memory_check=true"):
         refuse_unfit(load_config(file, large), shape)
-    refuse_unfit(load_config(file, [*large, "cluster.start_unfit=true"]), shape)
+    refuse_unfit(load_config(file, [*large, "cluster.skip_memory_check=true"]), shape)
     with pytest.raises(
         ConfigError, match=r"rollout.step_deadline_s: generating a step .* rollout.step_deadline_s=600 would fit"
     ):

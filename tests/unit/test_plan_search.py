@@ -33,9 +33,7 @@ def job(model: str, **sections) -> Job:
 def proposals(one: Job):
     """(overrides, plan with them) of all that the plan prints."""
     plan = make_plan(one)
-    printed = [problem.mend for problem in plan.problems if problem.mend] + [
-        change.overrides for change in advice.mends(plan)
-    ]
+    printed = [problem.fix for problem in plan.problems if problem.fix] + [change.overrides for change in advice.fixes(plan)]
     return [(overrides, make_plan(job_of(changed_config(one.config, overrides))[0])) for overrides in printed]
 
 
@@ -90,7 +88,7 @@ def test_an_engine_of_more_tensor_ranks_than_cores_is_no_plan_for_this_machine(m
     one = job(QWEN_3B, cluster={"device": "cpu"}, rollout={"tensor_parallel": 4}, parallel={"recompute": "full"})
     one = replace(one, gpu=cpu(2, 500 << 30, 5))
     assert make_plan(one).problems[0].text.startswith("rollout.tensor_parallel: 4 needs as many cores, 2 present")
-    assert make_plan(one).problems[0].mend[0] == "rollout.tensor_parallel=2"
+    assert make_plan(one).problems[0].fix[0] == "rollout.tensor_parallel=2"
     cores = job(QWEN_3B, cluster={"device": "cpu", "engine_cores": "0-5"})
     assert "cluster.engine_cores: '0-5' names core 2" in make_plan(cores).problems[0].text
 

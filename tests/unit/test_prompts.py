@@ -1,4 +1,4 @@
-"""From a question to the token ids of its prompt: the exact text, the templates, and what a question can not do."""
+"""From a question to the token ids of its prompt: the exact text, the templates, and what a question cannot do."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Groups that teach nothing are replaced: which, how often, what is counted; and the simulation of a run."""
+"""Groups that carries no signal are replaced: which, how often, what is counted; and the simulation of a run."""
 
 import random
 
@@ -7,8 +7,8 @@ import pytest
 from alphamed.config.sections import DynamicSamplingConfig
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
 from alphamed.reward.shaping import Overlong
-from alphamed.rollout.choice import Chooser
-from alphamed.rollout.refill import Places, Tally, teaches
+from alphamed.rollout.choice import QuestionSampler
+from alphamed.rollout.refill import BatchSlots, GroupCounts, has_reward_variance
 
 NO_PENALTY = Overlong(100, 0)
 RIGHT, WRONG = Outcome.CORRECT, Outcome.WRONG
@@ -43,35 +43,39 @@ def names(groups):
 
 # ------------------------------------------------------------------------------------------------------------ which teach
 def test_all_right_and_all_wrong_teach_nothing():
-    assert teaches(mixed("q"), NO_PENALTY)
-    assert not teaches(wrong("q"), NO_PENALTY) and not teaches(graded("q", [RIGHT, RIGHT]), NO_PENALTY)
+    assert has_reward_variance(mixed("q"), NO_PENALTY)
+    assert not has_reward_variance(wrong("q"), NO_PENALTY) and not has_reward_variance(
+        graded("q", [RIGHT, RIGHT]), NO_PENALTY
+    )
 
 
 def test_partial_rewards_count_and_failed_gradings_do_not():
-    assert teaches(graded("q", [WRONG, Outcome.UNPARSEABLE], rewards=[0.1, 0.0]), NO_PENALTY)
-    assert not teaches(graded("q", [RIGHT, Outcome.CRASH, Outcome.TIMEOUT], rewards=[1.0, 0.0, 0.0]), NO_PENALTY)
-    assert not teaches(graded("q", [Outcome.CRASH, Outcome.CRASH]), NO_PENALTY)
+    assert has_reward_variance(graded("q", [WRONG, Outcome.UNPARSEABLE], rewards=[0.1, 0.0]), NO_PENALTY)
+    assert not has_reward_variance(graded("q", [RIGHT, Outcome.CRASH, Outcome.TIMEOUT], rewards=[1.0, 0.0, 0.0]), NO_PENALTY)
+    assert not has_reward_variance(graded("q", [Outcome.CRASH, Outcome.CRASH]), NO_PENALTY)
 
 
 def test_lengths_alone_teach_nothing():
     """Limit 10, buffer 3: 8, 9 and 10 tokens cost 1/3, 2/3 and 1."""
-    assert not teaches(graded("q", [RIGHT] * 3, rewards=[1 - 1 / 3, 1 - 2 / 3, 0.0], lengths=[8, 9, 10]), Overlong(10, 3))
-    assert teaches(graded("q", [RIGHT, WRONG], rewards=[0.0, 0.0], lengths=[10, 7]), Overlong(10, 3))
+    assert not has_reward_variance(
+        graded("q", [RIGHT] * 3, rewards=[1 - 1 / 3, 1 - 2 / 3, 0.0], lengths=[8, 9, 10]), Overlong(10, 3)
+    )
+    assert has_reward_variance(graded("q", [RIGHT, WRONG], rewards=[0.0, 0.0], lengths=[10, 7]), Overlong(10, 3))
 
 
 # ----------------------------------------------------------------------------------------------------------------- places
 def test_without_refills_every_group_stays():
-    places, asked = Places(2, 0, NO_PENALTY), []
+    places, asked = BatchSlots(2, 0, NO_PENALTY), []
     for missing in places.rounds():
         asked.append(missing)
         places.fill([wrong("a"), mixed("b")])
     assert asked == [2] and names(places.groups) == ["a", "b"]
-    assert places.tally.metrics(0) == {
+    assert places.counts.metrics(0) == {
         "sampling/asked": 2,
         "sampling/kept": 2,
         "sampling/dropped": 0,
-        "sampling/bound_hit": 0.0,
-        "sampling/passed_over": 0,
+        "sampling/refill_limit_reached": 0.0,
+        "sampling/skipped": 0,
         "sampling/reward_mean": 0.25,
         "sampling/groups_per_kept": 1.0,
     }
@@ -79,37 +83,37 @@ def test_without_refills_every_group_stays():
 
 def test_groups_that_teach_nothing_are_replaced_in_their_places():
     rounds = iter([[wrong("a"), mixed("b"), wrong("c")], [mixed("d"), wrong("e")], [mixed("f")]])
-    places, asked = Places(3, 9, NO_PENALTY), []
+    places, asked = BatchSlots(3, 9, NO_PENALTY), []
     for missing in places.rounds():
         asked.append(missing)
         places.fill(next(rounds))
     assert asked == [3, 2, 1] and names(places.groups) == ["d", "b", "f"]
-    assert places.tally.metrics(4) == {
+    assert places.counts.metrics(4) == {
         "sampling/asked": 6,
         "sampling/kept": 3,
         "sampling/dropped": 3,
-        "sampling/bound_hit": 0.0,
-        "sampling/passed_over": 4,
+        "sampling/refill_limit_reached": 0.0,
+        "sampling/skipped": 4,
         "sampling/reward_mean": 1.5 / 6,
         "sampling/groups_per_kept": 2.0,
     }
 
 
 def test_past_the_bound_what_was_dropped_last_fills_the_step():
-    places, rounds = Places(2, 1, NO_PENALTY), iter([[wrong("a"), mixed("b")], [wrong("c")]])
+    places, rounds = BatchSlots(2, 1, NO_PENALTY), iter([[wrong("a"), mixed("b")], [wrong("c")]])
     for _ in places.rounds():
         places.fill(next(rounds))
     assert names(places.groups) == ["c", "b"]
-    assert places.tally.bound_hit and (places.tally.kept, places.tally.dropped) == (1, 2)
+    assert places.counts.refill_limit_reached and (places.counts.kept, places.counts.dropped) == (1, 2)
 
 
 def test_stale_groups_count_as_generated_and_not_as_kept():
-    tally = Tally()
-    tally.count(mixed("a"), kept=True)
-    tally.count(mixed("b"), kept=True, stale=True)
-    tally.count(wrong("c"))
-    assert (tally.graded, tally.kept, tally.dropped, tally.stale) == (3, 1, 1, 1)
-    assert tally.metrics(0)["sampling/groups_per_kept"] == 3.0
+    counts = GroupCounts()
+    counts.count(mixed("a"), kept=True)
+    counts.count(mixed("b"), kept=True, stale=True)
+    counts.count(wrong("c"))
+    assert (counts.graded, counts.kept, counts.dropped, counts.stale) == (3, 1, 1, 1)
+    assert counts.metrics(0)["sampling/groups_per_kept"] == 3.0
 
 
 # ------------------------------------------------------------------------------------------------------------- simulation
@@ -139,22 +143,22 @@ def generated_per_kept(choose, annotated, steps=STEPS, seed=5):
         other = min(1.0, max(0.0, rates[f"q{i}"] + rng.uniform(-0.1, 0.1)))
         level = 6 - sum(rng.random() < other for _ in range(5)) if annotated else None
         questions.append(Question(f"q{i}", "?", {"A": "x", "B": "y"}, "A", level=level))
-    chooser = Chooser(DynamicSamplingConfig(choose=choose), Stream(questions, seed), SAMPLES, PER_STEP)
+    sampler = QuestionSampler(DynamicSamplingConfig(choose=choose), Stream(questions, seed), SAMPLES, PER_STEP)
     graded_groups = kept = hits = 0
     asked_of = dict.fromkeys(rates, 0)
     for step in range(1, steps + 1):
-        places = Places(PER_STEP, 9, NO_PENALTY)
+        places = BatchSlots(PER_STEP, 9, NO_PENALTY)
         for missing in places.rounds():
             groups = [
                 graded(q.id, [RIGHT if rng.random() < rates[q.id] else WRONG for _ in range(SAMPLES)])
-                for q in chooser.take(missing, step)
+                for q in sampler.take(missing, step)
             ]
             places.fill(groups)
-            chooser.observe(groups, step)
+            sampler.observe(groups, step)
             for scored in groups:
                 asked_of[scored.group.question.id] += 1
-        graded_groups, kept = graded_groups + places.tally.graded, kept + places.tally.kept
-        hits += places.tally.bound_hit
+        graded_groups, kept = graded_groups + places.counts.graded, kept + places.counts.kept
+        hits += places.counts.refill_limit_reached
     return graded_groups / kept, hits, asked_of
 
 

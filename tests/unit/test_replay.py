@@ -121,7 +121,7 @@ def test_thinking_is_told_from_the_responses_where_the_model_is_elsewhere(tmp_pa
     ]
 
 
-# ---------------------------------------------------------------------------------------- what a replay can not change
+# ---------------------------------------------------------------------------------------- what a replay cannot change
 @pytest.mark.parametrize(
     "setting, message",
     [

@@ -158,7 +158,7 @@ def test_failures_above_the_share_stop_the_run_with_the_first_traceback(user_rew
         return raised.value
 
     error = asyncio.run(run())
-    assert error.culprit == "reward function user_rewards:raises_for_b"
+    assert error.component == "reward function user_rewards:raises_for_b"
     assert (
         "failed for 3 of the last 6 samples (3 crashes, 0 time-outs; reward.max_failure_share allows 25.0% of a "
         "step's 8)" in str(error)
@@ -201,7 +201,7 @@ def test_a_hanging_grader_is_killed_with_its_children_and_replaced(user_rewards,
             until(lambda: gone(int((tmp_path / "child").read_text())), "the end of the child")
             with pytest.raises(RewardTimeout):  # a new grader, not a dead one, was asked
                 pool(QUESTION, str(tmp_path / "child"), None, "")
-            pool.check_alive()  # what the pool killed itself is no murder
+            pool.check_alive()  # what the pool killed itself is no kill from outside
             return
     pytest.fail("the function never started its child")
 

@@ -155,7 +155,7 @@ def test_live_rollouts_ask_the_next_questions_of_the_stream(control):
     assert coordinator.ran[2] == coordinator.ran[1]
 
 
-def test_a_failure_while_generating_fails_the_run_with_its_culprit(control):
+def test_a_failure_while_generating_fails_the_run_with_its_component(control):
     rollouts = LiveRollouts(config(), Stream(), Prompts(), FakeCoordinator(fail=True), control)
     with pytest.raises(RunFailed, match=r"engine 1 \(pid 7\): its process X ended"):
         rollouts.next(1)

@@ -1,4 +1,4 @@
-"""Rewards by name: what each pays, the outcome of each kind of response, names that can not be used."""
+"""Rewards by name: what each pays, the outcome of each kind of response, names that cannot be used."""
 
 import hashlib
 import re
@@ -184,9 +184,9 @@ def test_the_users_module_is_not_imported_here(user_rewards):
         ("module:", "not of the form module:function"),
         (":function", "not of the form module:function"),
         ("some/file.py:f", "not of the form module:function"),
-        ("no_such_module:f", "can not be imported (ModuleNotFoundError: No module named 'no_such_module')"),
-        ("broken_rewards:f", "can not be imported (SyntaxError"),
-        ("exiting_rewards:f", "can not be imported (the process of reward function exiting_rewards:f exited with code 7)"),
+        ("no_such_module:f", "cannot be imported (ModuleNotFoundError: No module named 'no_such_module')"),
+        ("broken_rewards:f", "cannot be imported (SyntaxError"),
+        ("exiting_rewards:f", "cannot be imported (the process of reward function exiting_rewards:f exited with code 7)"),
         ("user_rewards:hlaf", "does not exist (functions in user_rewards: half, echo"),
         ("user_rewards:NOT_A_FUNCTION", "is not a function but int"),
         ("user_rewards:of_nothing", "takes (), but it takes none of the arguments"),

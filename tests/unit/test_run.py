@@ -375,14 +375,14 @@ def test_changed_training_data_is_refused(tmp_path):
 def test_a_place_that_can_not_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     config = config_of(tmp_path, run={"root": str(tmp_path / "file"), "name": "r", "steps": 4})
-    with pytest.raises(ConfigError, match="run.root: .*file/r can not be written \\(Not a directory\\); choose another"):
+    with pytest.raises(ConfigError, match="run.root: .*file/r cannot be written \\(Not a directory\\); choose another"):
         Run.open(config, Alone())
 
 
 def test_a_config_of_another_version_is_told(tmp_path):
     config = config_of(tmp_path)
     replace_text(config.run_dir / "config.yaml", "model: {path: m}\ndata: {train: [a]}\nflux: 1\n")
-    with pytest.raises(ConfigError, match="flux: unknown key.*can not be continued by this version"):
+    with pytest.raises(ConfigError, match="flux: unknown key.*cannot be continued by this version"):
         Run.open(config, Alone())
 
 

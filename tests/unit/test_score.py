@@ -162,7 +162,7 @@ def test_losses_are_said_too():
 
 def test_without_boxed_answers_before_nothing_is_compared():
     text = " ".join(verdict(numbers(0, 0), numbers(190, 120)))
-    assert "can not be compared: 0 boxed answers before, 190 after" in text and "Knowledge:" not in text
+    assert "cannot be compared: 0 boxed answers before, 190 after" in text and "Knowledge:" not in text
 
 
 # -------------------------------------------------------------------------------------------------------------- running

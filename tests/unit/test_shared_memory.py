@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from alphamed.weights import shared_memory
 from alphamed.weights.links import host_store
-from alphamed.weights.shared_memory import SLOTS, Late, SharedMemoryReceiver, SharedMemorySource
+from alphamed.weights.shared_memory import SLOTS, PeerTimeout, SharedMemoryReceiver, SharedMemorySource
 
 CPU = torch.device("cpu")
 DEADLINE_S = 900.0
@@ -87,7 +87,7 @@ def test_a_member_that_does_not_join_is_named():
     with ThreadPoolExecutor(1) as threads:
         source = threads.submit(SharedMemorySource, store, "l", 2, 4096, CPU, 0.5)
         SharedMemoryReceiver(store, "l", 2, CPU, DEADLINE_S)
-        with pytest.raises(Late, match="link l: member 1 did not join in time") as caught:
+        with pytest.raises(PeerTimeout, match="link l: member 1 did not join in time") as caught:
             source.result(DEADLINE_S)
     assert caught.value.members == (1,)
 

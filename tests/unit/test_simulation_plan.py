@@ -50,14 +50,14 @@ def test_what_makes_a_layout_is_kept(tmp_path):
         "parallel.virtual_pipeline=5",
         "sync.mode=direct",
         "rollout.max_staleness=3",
-        "parallel.reference=swapped",
+        "parallel.reference=offloaded",
         "parallel.recompute=selective",
         "algorithm.mini_batches=4",
         "parallel.micro_batch_tokens=32768",
     )
     small = simulate.small_config(full.config, full.shape, tmp_path)
     assert small.parallel.virtual_pipeline == 2 and small.parallel.recompute == Recompute.SELECTIVE
-    assert small.sync.mode == SyncMode.DIRECT and small.parallel.reference == "swapped"
+    assert small.sync.mode == SyncMode.DIRECT and small.parallel.reference == "offloaded"
     assert small.rollout.max_staleness == 1 and small.algorithm.mini_batches == 2
     assert small.parallel.logprob_chunk_tokens == 64  # 32,768 x 128,256 / 8 x 4 bytes are 2.1 GB
     assert small.data.train[0].is_relative_to(tmp_path) and small.run_dir.is_relative_to(tmp_path)

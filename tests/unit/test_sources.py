@@ -63,7 +63,7 @@ def test_every_bad_row_is_listed_with_its_line(tmp_path):
         assert problem.startswith(expected)  # the recursion message goes on, differently between Python versions
     assert found[-1] == duplicate
     assert str(error.value) == (
-        f"{file}:3: {BAD_LINES[0][1]}; 8 more bad rows; mend the data, or leave bad rows out "
+        f"{file}:3: {BAD_LINES[0][1]}; 8 more bad rows; fix the data, or leave bad rows out "
         "with data.bad_rows=skip (--bad-rows skip on the command line)"
     )
     assert pickle.loads(pickle.dumps(error.value)).problems == error.value.problems
@@ -74,7 +74,7 @@ def test_one_bad_row_is_refused_without_talk_of_others(tmp_path):
     with pytest.raises(DataError) as error:
         load_questions([file])
     assert str(error.value) == (
-        f"{file}:2: answer 'E' is not among the options A, B; mend the data, or leave bad rows "
+        f"{file}:2: answer 'E' is not among the options A, B; fix the data, or leave bad rows "
         "out with data.bad_rows=skip (--bad-rows skip on the command line)"
     )
 
@@ -88,7 +88,7 @@ def test_skipping_keeps_the_good_rows_and_counts_the_bad(tmp_path):
 
 def test_duplicate_ids_are_found_across_files(tmp_path):
     a, b = write(tmp_path / "a.jsonl", row(1), row(2)), write(tmp_path / "b.jsonl", row(3), row(2))
-    with pytest.raises(DataError, match=f"^{b}:2: duplicate id 'q2', first at {a}:2; mend"):
+    with pytest.raises(DataError, match=f"^{b}:2: duplicate id 'q2', first at {a}:2; fix"):
         load_questions([a, b])
 
 
@@ -178,10 +178,10 @@ def test_bad_parquet_rows_are_named_by_number(tmp_path):
     loaded = load_questions([file], BadRows.SKIP)
     assert [q.id for q in loaded.questions] == ["q0"]
     assert [(p.line, p.problem) for p in loaded.skipped] == [
-        (2, "options can not be used: key 'A' stands twice"),
+        (2, "options cannot be used: key 'A' stands twice"),
         (3, "wrong encoding: question is not UTF-8"),
         (4, "no answer"),
-        (5, "options can not be used: Expecting value: line 1 column 1 (char 0)"),
+        (5, "options cannot be used: Expecting value: line 1 column 1 (char 0)"),
         (6, "options A and B are the same: 'x'"),
     ]
 

@@ -57,7 +57,7 @@ def test_a_stream_continues_exactly_from_every_position():
         assert (state["epoch"], state["position"]) == divmod(position, 7)
 
 
-def test_another_data_set_or_seed_is_refused_with_a_mend():
+def test_another_data_set_or_seed_is_refused_with_a_fix():
     state = QuestionStream(QUESTIONS, seed=3).state()
     with pytest.raises(DataError, match="^data.train: these 6 questions are not the ones .*; restore the files or"):
         QuestionStream(QUESTIONS[:6], seed=3).load_state(state)

@@ -210,11 +210,11 @@ def test_long_names_are_cut_and_stay_apart():
         ),
         (
             {"data": OWN, "grids": [{"name": "g", "axes": {"sources": ["own+more"], "sizes": [11]}}]},
-            ["11 can not be dealt evenly to 2 sources; choose a multiple of 2"],
+            ["11 cannot be dealt evenly to 2 sources; choose a multiple of 2"],
         ),
         (
             {"data": OWN | {"per_level": True}, "grids": [{"name": "g", "axes": {"sources": ["own"], "sizes": [10]}}]},
-            ["10 can not be dealt evenly to 1 source x 6 levels; choose a multiple of 6"],
+            ["10 cannot be dealt evenly to 1 source x 6 levels; choose a multiple of 6"],
         ),
         (
             {
@@ -384,7 +384,7 @@ def test_a_set_is_made_anew_where_a_file_of_its_recipe_has_changed(write):
 
 
 def test_a_set_that_can_not_be_made_names_its_run_and_leaves_no_other(write, capfd):
-    """60 questions, ten of each level: a set of 12 of level 2 can not be drawn, that of ten can, and is made first."""
+    """60 questions, ten of each level: a set of 12 of level 2 cannot be drawn, that of ten can, and is made first."""
     path = write(
         data={"sources": [OWN["sources"][0]], "medfacts": {"facts": 1}},
         grids=[{"name": "g", "axes": {"sources": ["own"], "sizes": [10, 12], "levels": [[2]], "seeds": [1]}}],
@@ -407,7 +407,7 @@ def test_a_set_that_can_not_be_made_names_its_run_and_leaves_no_other(write, cap
     )
     assert main(["study", str(path)]) == 2
     assert sorted(Path("studies/s/data").iterdir()) == sorted(build.files_of(first.set.file))
-    # and so does one that is made anew, because its card is damaged: a run may have been trained on it
+    # and so does one that is made again, because its card is damaged: a run may have been trained on it
     before = first.set.file.read_bytes()
     build.card_path(first.set.file).write_text("{")
     assert main(["study", str(path)]) == 2 and first.set.file.read_bytes() == before

@@ -8,11 +8,11 @@ import pytest
 from alphamed.config.loading import build_config
 from alphamed.errors import RunFailed
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
-from alphamed.rollout.choice import Chooser
+from alphamed.rollout.choice import QuestionSampler
 from alphamed.rollout.coordinator import Arrivals, Progress
 from alphamed.rollout.failures import Overdue
 from alphamed.rollout.refill import must_wait
-from alphamed.rollout.supply import Ahead, OnDemand
+from alphamed.rollout.supply import AsyncRollouts, SyncRollouts
 
 RIGHT, WRONG = Outcome.CORRECT, Outcome.WRONG
 
@@ -75,7 +75,7 @@ def answered(task, version, teaches=True):
 
 class FakeCoordinator:
     """Answers in the order asked, one group a delivery, all but the questions that the test holds back. `useless` questions
-    get groups that teach nothing."""
+    get groups that carries no signal."""
 
     def __init__(self, useless=()):
         self.version, self.waiting, self.held, self.useless, self.asked = 1, [], set(), set(useless), []
@@ -102,10 +102,10 @@ class FakeCoordinator:
 
 
 def supply(config, coordinator):
-    kind = Ahead if config.rollout.max_staleness else OnDemand
+    kind = AsyncRollouts if config.rollout.max_staleness else SyncRollouts
     r = config.rollout
-    chooser = Chooser(config.dynamic_sampling, Stream(), r.samples_per_question, r.questions_per_step)
-    return kind(config, chooser, Prompts(), coordinator, None)
+    sampler = QuestionSampler(config.dynamic_sampling, Stream(), r.samples_per_question, r.questions_per_step)
+    return kind(config, sampler, Prompts(), coordinator, None)
 
 
 def ids(gathered):
@@ -134,8 +134,8 @@ def test_rounds_replace_what_teaches_nothing():
         "sampling/asked": 6,
         "sampling/kept": 3,
         "sampling/dropped": 3,
-        "sampling/bound_hit": 0.0,
-        "sampling/passed_over": 0,
+        "sampling/refill_limit_reached": 0.0,
+        "sampling/skipped": 0,
         "sampling/reward_mean": 1.5 / 6,
         "sampling/groups_per_kept": 2.0,
     }
@@ -145,7 +145,7 @@ def test_rounds_end_at_the_bound():
     coordinator = FakeCoordinator(useless=[f"q{i}" for i in range(50) if i != 1])
     found = supply(config(refills=2), coordinator).gather(1)
     assert len(coordinator.asked) == 3 and ids(found) == ["q5", "q1", "q6"]
-    assert found.metrics["sampling/bound_hit"] == 1.0 and found.metrics["sampling/groups_per_kept"] == 7.0
+    assert found.metrics["sampling/refill_limit_reached"] == 1.0 and found.metrics["sampling/groups_per_kept"] == 7.0
 
 
 def test_a_failure_of_a_round_is_passed_on():
@@ -178,8 +178,8 @@ def test_a_step_asks_as_many_questions_as_the_pace_says():
             return {1: 3, 2: 1}[step]
 
     coordinator, chosen = FakeCoordinator(), config()
-    chooser = Chooser(chosen.dynamic_sampling, Stream(), 2, 3)
-    rounds = OnDemand(chosen, chooser, Prompts(), coordinator, None, Pace())
+    sampler = QuestionSampler(chosen.dynamic_sampling, Stream(), 2, 3)
+    rounds = SyncRollouts(chosen, sampler, Prompts(), coordinator, None, Pace())
     assert [ids(rounds.gather(step)) for step in (1, 2)] == [["q0", "q1", "q2"], ["q3"]]
     assert rounds.gather(2).metrics["sampling/questions"] == 1.0
 
@@ -263,14 +263,14 @@ def test_stragglers_of_a_step_are_not_left_to_a_later_one_that_has_no_room_for_t
 
 
 def test_overdue_stragglers_are_named_with_what_helps():
-    class Late(FakeCoordinator):
+    class PeerTimeout(FakeCoordinator):
         def deliver(self, key, left_s, wait):
             try:
                 return super().deliver(key, left_s + 1e-9, wait)
             except AssertionError:
                 raise Overdue("engine 0", "rollouts: 1 of 7 groups were not done after 0 s") from None
 
-    coordinator = Late()
+    coordinator = PeerTimeout()
     coordinator.held = {"q1"}
     ahead = supply(config(1, rollout={"step_deadline_s": 1e-9}), coordinator)
     ahead.gather(1)
@@ -371,14 +371,14 @@ def test_ahead_of_the_policy_groups_that_teach_nothing_are_replaced_as_they_come
     assert [names for _, names in coordinator.asked] == [[f"q{i}" for i in range(6)], ["q6"], ["q7"], ["q8"]]
     coordinator.version = 2
     ahead.gather(2)
-    # of late 3 in 4 (the mean of 1 and 1/2) taught: for 6 groups 8 are needed, 3 are under way
+    # recently 3 in 4 (the mean of 1 and 1/2) taught: for 6 groups 8 are needed, 3 are under way
     assert coordinator.asked[4][1] == ["q9", "q10", "q11", "q12", "q13"]
 
 
 def test_ahead_of_the_policy_the_bound_ends_the_replacing():
     coordinator = FakeCoordinator(useless=[f"q{i}" for i in range(60) if i != 4])
     found = supply(config(1, refills=1), coordinator).gather(1)
-    assert found.metrics["sampling/bound_hit"] == 1.0 and len(found.groups) == 3
+    assert found.metrics["sampling/refill_limit_reached"] == 1.0 and len(found.groups) == 3
     assert ids(found)[:2] == ["q0", "q1"]  # dropped ones take the places left
     assert found.metrics["sampling/dropped"] == 3
 

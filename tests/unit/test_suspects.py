@@ -136,7 +136,7 @@ def decided(verdict, answer=None, of=None):
         (decided("quarantine"), None, "quarantined"),
         (decided("fix", "glucagon"), "B", "fixed"),
         (decided("quarantine", of=question("a", stem="Revised?")), "A", "stale"),
-        (decided("fix", "Insulin", of=question("a", "B")), "A", "fixed"),  # mended already
+        (decided("fix", "Insulin", of=question("a", "B")), "A", "fixed"),  # fixed already
         (Decision(id="a", fingerprint="0" * 16), "A", "open"),
     ],
 )

@@ -359,5 +359,5 @@ def test_direct_refuses_sizes_that_do_not_divide_one_another():
 
 def test_a_bucket_must_hold_a_row():
     check_sync(config(bucket_bytes=384), SMALL[0])  # the widest: down_proj, 96 columns in FP32
-    with pytest.raises(ConfigError, match=r"sync.bucket_bytes: 383 can not hold one row .* \(384 bytes\)"):
+    with pytest.raises(ConfigError, match=r"sync.bucket_bytes: 383 cannot hold one row .* \(384 bytes\)"):
         check_sync(config(bucket_bytes=383), SMALL[0])

@@ -235,7 +235,7 @@ def test_the_authors_file_of_pubmedqa_is_read():
             "final_decision": "yes",
             "LONG_ANSWER": "It does.",
         },
-        "102": {"QUESTION": "Does standing help?", "CONTEXTS": ["We let 10 people stand."], "final_decision": "maybe"},
+        "102": {"QUESTION": "Does priority help?", "CONTEXTS": ["We let 10 people stand."], "final_decision": "maybe"},
     }
     Path("ori_pqal.json").write_text(json.dumps(tree, indent=4))
     Path("hub.json").write_text(json.dumps(list(PUBMEDQA)))
@@ -331,7 +331,7 @@ def test_bad_rows_of_a_table_are_named_and_the_others_count():
     assert [str(problem) for problem in loaded.skipped] == [
         "x.csv:4: 3 cells in a table of 4 columns",
         "x.csv:5: wrong encoding: byte 0xe9 in question is not UTF-8",
-        "x.csv:6: options can not be used: Expecting value: line 1 column 1 (char 0)",
-        "x.csv:7: options can not be used: Expecting ',' delimiter: line 1 column 10 (char 9)",
+        "x.csv:6: options cannot be used: Expecting value: line 1 column 1 (char 0)",
+        "x.csv:7: options cannot be used: Expecting ',' delimiter: line 1 column 10 (char 9)",
         "x.csv:8: options cannot be used: not JSON (Expecting ',' delimiter at character 5)",
     ]

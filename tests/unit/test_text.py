@@ -11,7 +11,7 @@ from alphamed.data.text import content_length, content_words, normalised, normal
 from alphamed.lab.datasets.decontaminate import Rule, find_hits
 from alphamed.lab.datasets.matching import similar_pairs
 from alphamed.lab.datasets.suspects import suspects
-from alphamed.lab.reports.habits import Habit, habits, repetition
+from alphamed.lab.reports.response_patterns import ResponsePattern, repetition, response_patterns
 from alphamed.records import Outcome, Question
 from alphamed.rundir.metrics import is_bare_box
 
@@ -205,5 +205,8 @@ def test_length_filters_count_characters_and_say_so(settings, kept, tmp_path, mo
 
 def test_a_chinese_response_that_reasons_is_no_bare_box():
     assert not is_bare_box("患者血淀粉酶升高，故为胰腺炎。\\boxed{A}") and is_bare_box("答案是\\boxed{A}")
-    assert habits("答案是\\boxed{A}。" + "因为血淀粉酶升高，伴恶心呕吐", Outcome.CORRECT) == {Habit.BARE, Habit.AFTERWARDS}
+    assert response_patterns("答案是\\boxed{A}。" + "因为血淀粉酶升高，伴恶心呕吐", Outcome.CORRECT) == {
+        ResponsePattern.BARE,
+        ResponsePattern.AFTERWARDS,
+    }
     assert repetition("甲乙丙丁" * 5) == repetition("a b c d " * 5) > 0

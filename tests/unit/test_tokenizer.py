@@ -240,8 +240,8 @@ def break_json(folder, name, text):
             "names no end-of-text token; add eos_token_id to generation_config.json",
         ),
         (lambda d: bpe_folder(d, "{% for %}"), "is broken in line 1 ("),
-        (lambda d: bpe_folder(d, None, chat_template=7), "is not UTF-8 text; mend or remove it"),
-        (lambda d: bpe_folder(d, None, chat_template=["x"]), "is not UTF-8 text; mend or remove it"),
+        (lambda d: bpe_folder(d, None, chat_template=7), "is not UTF-8 text; fix or remove it"),
+        (lambda d: bpe_folder(d, None, chat_template=["x"]), "is not UTF-8 text; fix or remove it"),
         (lambda d: break_json(sentencepiece_folder(d), "added_tokens.json", '{"<x>": "y"}'), "the added tokens in"),
     ],
 )

@@ -70,16 +70,16 @@ def test_a_run_that_is_asked_to_stop_writes_a_checkpoint_and_is_not_finished(mon
 
 
 @pytest.mark.parametrize(
-    "found, culprit, words",
+    "found, component, words",
     [
         (0.2, "rollout engines", "the limit is 0.15"),
         (float("inf"), "rollout engines", "inf"),
         (float("nan"), "policy", "not finite"),  # which is no news of the engines
     ],
 )
-def test_log_probs_that_differ_stop_the_run(found, culprit, words):
+def test_log_probs_that_differ_stop_the_run(found, component, words):
     session = SimpleNamespace(config=CONFIG, run=SimpleNamespace(dir=Path("runs/r")))
     with pytest.raises(RunFailed, match=words) as stopped:
         Session.require_agreement(session, 3, {"policy/logprob_diff_mean": found})
-    assert stopped.value.culprit == culprit
+    assert stopped.value.component == component
     Session.require_agreement(session, 3, {"policy/logprob_diff_mean": 0.15})

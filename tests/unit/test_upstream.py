@@ -194,7 +194,7 @@ def test_more_letters_than_expected_and_bad_rows_are_told(tmp_path):
     ]
     name = f"medqa={hub_folder(tmp_path / 'copy', None, 'test', rows)}"
     with pytest.raises(
-        DataError, match="'Z' is not among the options A, B, C, D; mend the data, or leave bad rows out with --bad-rows skip"
+        DataError, match="'Z' is not among the options A, B, C, D; fix the data, or leave bad rows out with --bad-rows skip"
     ):
         load_benchmark(name)
     loaded = load_benchmark(name, BadRows.SKIP)
@@ -236,14 +236,14 @@ def cut(folder):
     [
         (
             lambda d: cut(hub_folder(d / "c", None, "test", layouts.MEDQA)),
-            ["can not be read as medqa", "Parquet magic bytes not found"],
+            ["cannot be read as medqa", "Parquet magic bytes not found"],
         ),
         (
             lambda d: hub_folder(d / "w", None, "test", layouts.MMLU),
             ["not in the layout of medqa (no 'options')", "question, subject, choices, answer"],
         ),
-        (lambda d: hub_folder(d / "s", None, "train", layouts.MEDQA), ["can not be read as medqa, split test"]),
-        (lambda d: (d / "empty").mkdir() or d / "empty", ["can not be read as medqa"]),
+        (lambda d: hub_folder(d / "s", None, "train", layouts.MEDQA), ["cannot be read as medqa, split test"]),
+        (lambda d: (d / "empty").mkdir() or d / "empty", ["cannot be read as medqa"]),
     ],
     ids=["truncated", "other layout", "no such split", "empty folder"],
 )
@@ -262,7 +262,7 @@ def test_a_hub_that_does_not_answer_is_one_line(monkeypatch):
         load_benchmark("medxpertqa")
     assert str(error.value).startswith(
         "medxpertqa: TsinghuaC3I/MedXpertQA at revision "
-        "7e7c465a68eb2b866926bfa59c8c9d17a8daba65 can not be "
+        "7e7c465a68eb2b866926bfa59c8c9d17a8daba65 cannot be "
         "loaded from the hub (ConnectionError: 'no route')"
     )
 

@@ -26,7 +26,7 @@ from alphamed.weights.probe import Probe
 from alphamed.weights.receiver import WeightReceiver
 from alphamed.weights.routes import make_plan
 from alphamed.weights.sender import Sender
-from alphamed.weights.shared_memory import Late, SharedMemoryReceiver
+from alphamed.weights.shared_memory import PeerTimeout, SharedMemoryReceiver
 from alphamed.weights.sync import WeightSync, choose_transport
 
 DEADLINE_S = 900
@@ -178,7 +178,7 @@ class Control:
 def no_vllm(monkeypatch):
     monkeypatch.setattr(receiver, "begin_reload", lambda worker: None)
     monkeypatch.setattr(receiver, "end_reload", lambda worker: None)
-    monkeypatch.setattr(receiver, "settle", lambda worker: None)
+    monkeypatch.setattr(receiver, "finalize_load", lambda worker: None)
 
 
 def weights(prefix, sizes=(3, 4, 20, 2, 9), seed=0):
@@ -260,7 +260,7 @@ def test_damage_on_a_second_stages_link_is_named(monkeypatch):
     pool.workers[1][0].alphamed_receive = receive
     monkeypatch.setattr(receiver, "arrived", damage)
     first, *others = run_ranks(*syncs)
-    assert isinstance(first, RunFailed) and first.culprit == "engine 1 worker 0"
+    assert isinstance(first, RunFailed) and first.component == "engine 1 worker 0"
     assert first.message == "received other weights than were sent: bucket 1 of stage 1 (b0 .. b1) at engine 1 worker 0"
     assert others == [first, first] and pool.committed == [] and pool.version == 0
 
@@ -376,7 +376,7 @@ def test_a_worker_that_takes_nothing_is_named_and_not_one_that_waits_for_it(monk
     with pytest.raises(RunFailed) as caught:
         sync.push()
     stuck.set()
-    assert caught.value.culprit == "engine 0 worker 0"
+    assert caught.value.component == "engine 0 worker 0"
     assert "version 2 was not done in time: link stage 0: member 1 did not take bucket" in caught.value.message
 
 
@@ -452,5 +452,5 @@ def test_a_late_worker_is_named_where_it_can_not_be_waiting_for_another_rank(sta
     source = Source(*(weights(f"{stage}w") for stage in range(stages)))
     sender = Sender.__new__(Sender)  # without links: what is asked needs none
     sender._source, sender._plan = source, source.plan((1, 1), Wire("gather", "ipc", "float32", 64))
-    assert [str(worker) for worker in sender.late(Late("stage 0", [2], "take bucket 3"))] == named
+    assert [str(worker) for worker in sender.late(PeerTimeout("stage 0", [2], "take bucket 3"))] == named
     assert sender.late(RuntimeError("link stage 0: member 2 is gone")) == [] == sender.late(None)

@@ -36,7 +36,7 @@ def group_advantages(
         )
     finite = torch.isfinite(rewards)
     if not bool(finite.all()):
-        raise ValueError(f"rewards: {rewards[~finite][0].item()} is not finite; mend the reward function")
+        raise ValueError(f"rewards: {rewards[~finite][0].item()} is not finite; fix the reward function")
     if len(rewards) == 0:
         return rewards.float()
     group, size = _group_indices(group_ids, rewards.device)

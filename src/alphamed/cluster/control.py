@@ -3,7 +3,7 @@
 Lines of the loop that can fail, or that wait for rank 0 (generation takes minutes), must end on all ranks alike. They
 go through here and not through a collective: rank 0 sends `Ok(value)` or the failure over `links`, and while a rank
 waits the links watch over the others. Whatever goes wrong first, anywhere, is what every rank raises:
-`RunFailed(culprit, message)`.
+`RunFailed(component, message)`.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Control:
                 self._links.settle(SETTLE_S)
             first = self._links.fail(failure.of_exception(error, self.name))
             self._close()
-            if first.culprit != self.name and isinstance(error, Exception):
+            if first.component != self.name and isinstance(error, Exception):
                 raise first from error  # ours was but the echo of somebody else's
             return
         if error is not None:
@@ -192,7 +192,7 @@ class Control:
             dist.broadcast(flat, src=0, group=self._group)
         if self.rank == 0:
             return tensors
-        # a copy for each: views of bytes at odd offsets can not become int64
+        # a copy for each: views of bytes at odd offsets cannot become int64
         return (
             [
                 part.clone().view(dtype).reshape(shape)
@@ -207,9 +207,9 @@ class Control:
         now = time.monotonic()
         return {self.name: 0.0} | {str(peer): now - peer.heard_s for _, peer in sorted(self._links.peers.items())}
 
-    def failed(self, culprit: str, message: str) -> RunFailed:
+    def failed(self, component: str, message: str) -> RunFailed:
         """Make a failure known to all ranks, unless there is one already; returns the one to raise."""
-        first = self._links.fail(RunFailed(culprit, message))
+        first = self._links.fail(RunFailed(component, message))
         self._delivered.set()
         return first
 

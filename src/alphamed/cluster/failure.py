@@ -1,4 +1,4 @@
-"""How a run fails: one error that names its culprit, the record of the first one, and the choice of the one to print.
+"""How a run fails: one error that names the failed component, the record of the first one, and the choice of the one to print.
 
 A dying run fails in many places at once (a killed rank breaks its peers' connections). Every rank that learns of a
 failure tries to record it; the first record stays. What torchrun saw of its workers outranks it where a worker died of
@@ -33,8 +33,8 @@ class StopRequested(Exception):
     """The run was asked to write a checkpoint and end, while it waited for something that it can do without."""
 
 
-def of_exception(error: BaseException, culprit: str) -> RunFailed:
-    """The failure that an exception on `culprit` stands for. A ValueError of the configuration or the data is the
+def of_exception(error: BaseException, component: str) -> RunFailed:
+    """The failure that an exception on `component` stands for. A ValueError of the configuration or the data is the
     user's."""
     from alphamed.errors import ConfigError, DataError
 
@@ -42,7 +42,7 @@ def of_exception(error: BaseException, culprit: str) -> RunFailed:
         return error
     if isinstance(error, ConfigError | DataError) or getattr(error, "user_error", False):
         return RunFailed("", str(error), user_error=True)
-    return RunFailed(culprit, f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+    return RunFailed(component, f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
 
 
 def record(run_dir: Path, failure: RunFailed) -> None:
@@ -50,7 +50,7 @@ def record(run_dir: Path, failure: RunFailed) -> None:
     path = run_dir / FAILURE_FILE
     draft = path.with_name(f".{FAILURE_FILE}.{os.getpid()}")
     draft.write_text(
-        json.dumps({"culprit": failure.culprit, "message": failure.message, "user_error": failure.user_error}),
+        json.dumps({"component": failure.component, "message": failure.message, "user_error": failure.user_error}),
         encoding="utf-8",
     )
     try:
@@ -64,7 +64,7 @@ def record(run_dir: Path, failure: RunFailed) -> None:
 def recorded(run_dir: Path) -> RunFailed | None:
     """The failure that was recorded first, if any."""
     tree = _read(run_dir / FAILURE_FILE)
-    return RunFailed(tree["culprit"], tree["message"], tree["user_error"]) if tree else None
+    return RunFailed(tree["component"], tree["message"], tree["user_error"]) if tree else None
 
 
 def forget(run_dir: Path) -> None:

@@ -62,12 +62,12 @@ class CleanUp:
 
 
 class Lock:
-    """Only one start of a run at a time. The kernel lets go of it when the holder dies, however it dies. `what` and `mend`
+    """Only one start of a run at a time. The kernel lets go of it when the holder dies, however it dies. `what` and `fix`
     say in errors which setting names the folder, and what else to give."""
 
-    def __init__(self, run_dir: Path, what: str = "run", mend: str = "give another run.name"):
+    def __init__(self, run_dir: Path, what: str = "run", fix: str = "give another run.name"):
         self._path = run_dir / LOCK_FILE
-        self._what, self._mend = what, mend
+        self._what, self._fix = what, fix
         self._file = None
 
     def take(self, wait_s: float = 0.0) -> None:
@@ -80,8 +80,7 @@ class Lock:
                 holder = handle.read().strip() or "an unknown process"
                 handle.close()
                 raise ConfigError(
-                    f"{self._what} {self._path.parent}: already running ({holder}); wait for its end, end it, "
-                    f"or {self._mend}"
+                    f"{self._what} {self._path.parent}: already running ({holder}); wait for its end, end it, or {self._fix}"
                 )
             time.sleep(POLL_S)
         handle.truncate(0)

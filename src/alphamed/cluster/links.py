@@ -1,6 +1,6 @@
 """Small messages and signs of life between ranks, or between hosts: a star of TCP connections with number 0 at its centre.
 
-A connection beside the process groups, because those can not tell who is to blame: a collective that fails says that
+A connection beside the process groups, because those cannot tell who is to blame: a collective that fails says that
 some peer closed a socket, one that hangs says nothing. Here the end of a process shows at once as the end of its
 connection, and one that is stuck (stopped, swapping, in a deadlock that holds the interpreter lock) as silence. One
 daemon thread per rank sends a beat every few seconds, receives, and watches.
@@ -106,7 +106,7 @@ class Links:
                 return self.failure
         self._on_failure(failure)
         for peer in self.peers.values():
-            peer.try_send(("failure", failure.culprit, failure.message, failure.user_error), SEND_S)
+            peer.try_send(("failure", failure.component, failure.message, failure.user_error), SEND_S)
         with self._news:
             self.failure = failure
             self._news.notify_all()
@@ -172,8 +172,8 @@ class Links:
                 with self._news:
                     self._inbox[key] = value
                     self._news.notify_all()
-            case ("failure", culprit, text, user_error):
-                self.fail(RunFailed(culprit, text, user_error))
+            case ("failure", component, text, user_error):
+                self.fail(RunFailed(component, text, user_error))
             case ("bye",):
                 self._leave(peer)
 
@@ -245,4 +245,4 @@ def join(address: tuple[str, int], key: bytes, rank: int, timeout_s: float = JOI
             raise TimeoutError(f"no answer within {timeout_s:.0f} s")
         return Peer(0, connection.recv(), connection)
     except (OSError, EOFError) as error:
-        raise RunFailed("rank 0", f"can not be reached at {address[0]}:{address[1]} ({error})") from None
+        raise RunFailed("rank 0", f"cannot be reached at {address[0]}:{address[1]} ({error})") from None

@@ -99,7 +99,7 @@ def _environment(pid: int) -> list[bytes]:
 # --------------------------------------------------------------------------------------------------------------- ending
 def send(process: Process, number: signal.Signals) -> bool:
     """Signal this very process. False when it is gone. The pidfd is opened before the start time is compared, so that
-    the pid can not pass to another process in between."""
+    the pid cannot pass to another process in between."""
     try:
         handle = os.pidfd_open(process.pid)
     except ProcessLookupError:
@@ -117,7 +117,7 @@ def send(process: Process, number: signal.Signals) -> bool:
 
 def end(processes: Iterable[Process], grace_s: float = 5.0, deadline_s: float = 10.0) -> list[Process]:
     """SIGTERM, then after `grace_s` SIGKILL. Returns what is still there `deadline_s` after the SIGKILL (a process in
-    uninterruptible sleep can not be ended). A zombie counts as gone; whose child it was may reap it.
+    uninterruptible sleep cannot be ended). A zombie counts as gone; whose child it was may reap it.
 
     Python's resource trackers come last: they ignore SIGTERM, end by themselves when the last process is gone that they
     serve, and unlink what it has left."""

@@ -113,7 +113,7 @@ class Recompute(StrEnum):
 
 class ReferencePlace(StrEnum):
     RESIDENT = "resident"
-    SWAPPED = "swapped"
+    OFFLOADED = "offloaded"
 
 
 class Schedule(StrEnum):

@@ -21,7 +21,7 @@ MAX_NODES = 1_000_000
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read one YAML file, apply `section.key=value` overrides (values are YAML), validate.
 
-    Raises ConfigError with one line naming field, value and mend.
+    Raises ConfigError with one line naming field, value and fix.
     """
     return build_config(load_tree(path, overrides))
 
@@ -36,11 +36,11 @@ def load_tree(path: str | Path, overrides: list[str] | tuple[str, ...] = (), wha
     except FileNotFoundError:
         raise ConfigError(f"{what} {path}: no such file; give the path of a YAML file") from None
     except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{what} {path}: can not be read ({e}); give a UTF-8 YAML file") from None
+        raise ConfigError(f"{what} {path}: cannot be read ({e}); give a UTF-8 YAML file") from None
     try:
         tree = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as e:
-        raise ConfigError(f"{what} {path}: not valid YAML ({_one_line(e)}); mend the syntax") from None
+        raise ConfigError(f"{what} {path}: not valid YAML ({_one_line(e)}); fix the syntax") from None
     except RecursionError:
         raise ConfigError(f"{what} {path}: is nested too deep; see examples/") from None
     if not isinstance(tree, dict):
@@ -187,8 +187,8 @@ def _explain(error: ValidationError, root: type[BaseModel], tree: Any) -> str:
     if kind == "extra_forbidden":
         known = _known_keys(root, place[:-1])
         near = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.5)
-        mend = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-        return f"{where}: unknown key; {mend}"
+        fix = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        return f"{where}: unknown key; {fix}"
     if kind == "missing":
         return f"{where}: missing; give a value"
     if not where:  # a check across fields names its own field

@@ -2,7 +2,7 @@
 overrides into it.
 
 Checks across fields report what is wrong and never rewrite a value; what follows from other values is a property. A user's
-mistake raises `ConfigError`, one line naming field, value and mend.
+mistake raises `ConfigError`, one line naming field, value and fix.
 """
 
 from __future__ import annotations
@@ -145,9 +145,9 @@ class Config(Section):
                 f"parallel.virtual_pipeline: {p.virtual_pipeline} needs parallel.pipeline > 1; "
                 f"remove it or raise parallel.pipeline"
             )
-        if p.reference == ReferencePlace.SWAPPED and self.model.fp8:
+        if p.reference == ReferencePlace.OFFLOADED and self.model.fp8:
             yield (
-                "parallel.reference: swapped leaves Transformer Engine's FP8 copies of the weights on the device; set it "
+                "parallel.reference: offloaded leaves Transformer Engine's FP8 copies of the weights on the device; set it "
                 "to resident or model.fp8 to false"
             )
         yield from self._rollout_problems()
@@ -159,7 +159,7 @@ class Config(Section):
         room = self.prompt.max_tokens + r.max_response_tokens + self.token_multiple - 1
         if p.micro_batch_tokens < room:
             yield (
-                f"parallel.micro_batch_tokens: {p.micro_batch_tokens} can not hold one prompt and response "
+                f"parallel.micro_batch_tokens: {p.micro_batch_tokens} cannot hold one prompt and response "
                 f"({self.prompt.max_tokens} + {r.max_response_tokens} tokens); raise it to at least {room}"
             )
         if self.model.fp8 and self.cluster.device == Device.CPU:
@@ -202,7 +202,7 @@ class Config(Section):
         if r.max_staleness and r.deterministic:
             yield (
                 f"rollout.max_staleness: {r.max_staleness} makes samples depend on when weights arrive, "
-                f"rollout.deterministic can not be true; set one of them to 0 or false"
+                f"rollout.deterministic cannot be true; set one of them to 0 or false"
             )
         if self.sizes_steps and (r.max_staleness or r.deterministic):
             setting = "rollout.max_staleness" if r.max_staleness else "rollout.deterministic"
@@ -254,7 +254,7 @@ class Config(Section):
             )
         if e.development in e.files:
             yield (
-                f"evaluation.development: {e.development} is one of evaluation.files; who chooses by a set can not be "
+                f"evaluation.development: {e.development} is one of evaluation.files; who chooses by a set cannot be "
                 f"measured with it"
             )
         if self.rollout.replay and (self.evaluation.before or self.evaluation.after or self.evaluation.every):

@@ -48,7 +48,7 @@ MAX_GPUS = 100_000
 Count = Annotated[int, Field(gt=0, le=MAX_GPUS)]
 """Of processes, GPUs or nodes."""
 MAX_LOGITS_BYTES = 1 << 30
-"""Of FP32 logits on one tensor rank, above which log-probs are computed in chunks of their own accord. Below, logits and
+"""Of FP32 logits on one tensor rank, above which log-probs are computed in chunks automatically. Below, logits and
 their BF16 gradient are within 2% of an 80 GB GPU. Above, computing them twice costs a third of the output layer's time,
 which has 7% of a step's arithmetic at 8B and 1.5% at 70B, and saves gigabytes: 11 GB at 16,384 tokens of Llama 3's
 vocabulary on one rank."""
@@ -124,7 +124,7 @@ class DataConfig(Section):
     """`shuffled`: every training question gets a key that says nothing about the truth, the same one in every epoch (a
     control; evaluation keys are never touched)."""
     shuffle_options: bool = True
-    """Give the options new letters every epoch, so that a letter can not be learnt in place of an answer."""
+    """Give the options new letters every epoch, so that a letter cannot be learnt in place of an answer."""
 
 
 class Shot(Section):
@@ -173,7 +173,7 @@ class RolloutConfig(Section):
     turns. Above: engines work this many steps ahead while the policy trains."""
     on_push: OnPush = OnPush.KEEP
     """What becomes of requests that a push finds under way (max_staleness > 0): they end first (`wait`), go on with the new
-    weights (`keep`), or begin anew (`abort`)."""
+    weights (`keep`), or begin again (`abort`)."""
     stragglers: Stragglers = Stragglers.WAIT
     """What becomes of groups that take longer than max_staleness steps, those with the longest answers: a step that would make
     them too old waits for them and trains on them (`wait`), or they are dropped and counted (`drop`)."""
@@ -183,10 +183,10 @@ class RolloutConfig(Section):
 
 
 class DynamicSamplingConfig(Section):
-    """Groups whose rewards do not differ (all right, all wrong) teach nothing: replace them, ask fewer of them."""
+    """Groups whose rewards do not differ (all right, all wrong) carries no signal: replace them, ask fewer of them."""
 
     refills: NonNegative = 0
-    """Rounds in which the groups of a step that teach nothing are replaced by others; 9 is DAPO's limit. Ahead of the policy
+    """Rounds in which the groups of a step that carries no signal are replaced by others; 9 is DAPO's limit. Ahead of the policy
     (rollout.max_staleness > 0) as many groups as that many whole rounds. Places still empty then keep what was dropped."""
     choose: bool = False
     """Pass over questions that are unlikely to teach, by their level and by what this run has seen of them."""
@@ -195,7 +195,7 @@ class DynamicSamplingConfig(Section):
     annotation_weight: NonNegativeFloat = 5.0
     """Samples that a question's level counts as when the run begins. Levels come from five samples of another model."""
     max_passes: Positive = 10
-    """Times in a row that a question can be passed over at most; then it is asked whatever is believed of it."""
+    """Times in a row that a question can be skipped at most; then it is asked whatever is believed of it."""
     search: Positive = 10
     """Questions looked at for one round of questions, at most, as a multiple of rollout.questions_per_step."""
 
@@ -271,7 +271,7 @@ class ParallelConfig(Section):
     logits of a full micro-batch would take more than a gibibyte (`logprob_chunk`)."""
     reference: ReferencePlace = ReferencePlace.RESIDENT
     """Where the reference's weights lie: on the device all the time, or in host memory and on the device only during its
-    forward passes (`swapped`)."""
+    forward passes (`offloaded`)."""
     context: Count = 1
     """Ranks that share a packed row: each holds a part of its tokens, and in attention a part of the heads."""
 
@@ -377,10 +377,10 @@ class ClusterConfig(Section):
     """Trainer ranks on a host of several; None: as many as it has GPUs. With GPUs left over, engines take those. Hosts without
     GPUs need it: nothing else says how much a CPU can hold."""
     gpu: str = "h100-80g"
-    """What `alphamed plan` reckons with: a100-80g, h100-80g, h200-141g, b200-180g."""
+    """What `alphamed plan` assumes: a100-80g, h100-80g, h200-141g, b200-180g."""
     nodes: Count | None = None
     """How many the run may take, for `alphamed plan`; None: as many as it needs."""
-    start_unfit: bool = False
+    skip_memory_check: bool = False
     """Start although the plan says that memory does not suffice."""
     share_gpus: bool = False
     """Engines compute on the GPUs of the trainer's ranks, and both keep their memory all the time: for small models on few

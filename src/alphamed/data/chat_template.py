@@ -55,7 +55,7 @@ class ChatTemplate:
             tree = environment.parse(source)
         except TemplateSyntaxError as e:
             raise ConfigError(
-                f"model.path: the chat template of {folder} is broken in line {e.lineno} ({e.message}); mend or remove it"
+                f"model.path: the chat template of {folder} is broken in line {e.lineno} ({e.message}); fix or remove it"
             ) from None
         self._folder = folder
         self.variables = frozenset(meta.find_undeclared_variables(tree) - GIVEN)
@@ -96,7 +96,7 @@ def find_chat_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> Cha
     except (UnicodeDecodeError, KeyError, TypeError):
         source = False  # neither text nor absent
     if source is not None and not isinstance(source, str):
-        raise ConfigError(f"model.path: the chat template of {folder} is not UTF-8 text; mend or remove it")
+        raise ConfigError(f"model.path: the chat template of {folder} is not UTF-8 text; fix or remove it")
     return ChatTemplate(source, folder) if source else None
 
 

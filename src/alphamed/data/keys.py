@@ -81,7 +81,7 @@ def keys_of(value: Mapping[str, Any]) -> Keys:
 
 def read_keys(rows: Sequence[Keyed], declared: AnswerForm | None) -> tuple[list[str | NoKey], dict[str, AnswerForm]]:
     """The letter of every row, or why it has none, and the form of every field that is read. Raises DataError where the form
-    can not be told."""
+    cannot be told."""
     fields = list(dict.fromkeys(name for one in rows for name in one.keys.stated))
     readings: dict[str, Readings] = {name: [_readings(one, name) for one in rows] for name in fields}
     readings = {name: found for name, found in readings.items() if any(found)}  # else it is no field of keys

@@ -65,7 +65,7 @@ def label_of(text: str) -> Label | None:
 
 
 def without_labels(options: Mapping[str, str]) -> tuple[dict[str, str], bool, str | None]:
-    """(options without the labels they carry, whether they carried any, why the question can not be used or None)."""
+    """(options without the labels they carry, whether they carried any, why the question cannot be used or None)."""
     labels = _labels(options)
     if not labels:
         return dict(options), False, None

@@ -22,7 +22,7 @@ BINS = range(1, 1001)
 MIN_OPTIONS = 2
 MAX_OPTIONS = len(string.ascii_uppercase)
 _OPTIONS_IN_TEXT = re.compile(r"(?s)(?:^|\W)\(?A[).:]\s.*\W\(?B[).:]\s")
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell them (\ud800), UTF-8 can not encode them
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell them (\ud800), UTF-8 cannot encode them
 
 
 class QuestionError(ValueError):

@@ -45,7 +45,7 @@ def question_writer(out: Path, questions: Sequence[Question], extras: Sequence[E
 
 
 def check_suffix(out: Path) -> None:
-    """Raises ConfigError where questions can not be written under this name."""
+    """Raises ConfigError where questions cannot be written under this name."""
     if out.suffix not in (".jsonl", ".parquet"):
         raise ConfigError(f"--out: {str(out)!r} ends neither in .jsonl nor in .parquet; choose one of the two")
 
@@ -110,7 +110,7 @@ def _disk_errors(name: str) -> Iterator[None]:
     except OSError as error:  # pyarrow's are OSError too
         reason = error.strerror or " ".join(str(error).split())
         raise DataError(
-            f"{name}: can not be written ({reason}); free space or choose another place. Nothing was left half-written"
+            f"{name}: cannot be written ({reason}); free space or choose another place. Nothing was left half-written"
         ) from None
 
 

@@ -29,7 +29,7 @@ class LongPrompt:
 
 
 class PromptBuilder:
-    """Renders questions for one tokenizer. Raises ConfigError at once where it can not render this configuration."""
+    """Renders questions for one tokenizer. Raises ConfigError at once where it cannot render this configuration."""
 
     def __init__(self, tokenizer: Tokenizer, config: PromptConfig):
         self._tokenizer = tokenizer
@@ -74,7 +74,7 @@ class PromptBuilder:
     def render(self, question: Question) -> tuple[int, ...]:
         """Token ids of the prompt.
 
-        Text of the question can not become control tokens: where it spells one it is broken up (`Tokenizer.plain`);
+        Text of the question cannot become control tokens: where it spells one it is broken up (`Tokenizer.plain`);
         DataError in the odd case that this fails. Instruction and worked examples are the user's own and stay as
         they are. DataError, too, where the prompt holds an id that the model has not.
         """

@@ -58,8 +58,8 @@ class Reading:
 
 
 def interpret(rows: Iterable[Row], declared: AnswerForm | None = None) -> tuple[list[Row], Reading]:
-    """The rows of one file as rows of the schema, and how they were read; what can not be a question has its problem.
-    `declared` is the form of its keys where the user says it. Raises DataError where the form can not be told."""
+    """The rows of one file as rows of the schema, and how they were read; what cannot be a question has its problem.
+    `declared` is the form of its keys where the user says it. Raises DataError where the form cannot be told."""
     rows = list(rows)
     values = {
         place: dict(row.value) for place, row in enumerate(rows) if row.problem is None and isinstance(row.value, Mapping)
@@ -102,7 +102,7 @@ def _texts(options: Any) -> dict[str, str | None] | None:
 
 
 def _unread(value: Mapping[str, Any]) -> Any:
-    """What stands for the key of a row whose options can not be used: they are the problem."""
+    """What stands for the key of a row whose options cannot be used: they are the problem."""
     return "?" if keys_of(value).stated else None
 
 

@@ -36,7 +36,7 @@ def load_questions(
 ) -> LoadedQuestions:
     """Read all files; ids must be unique across them. `answer` is the form of their keys where the user declares it.
 
-    Raises DataError where a file can not be read, holds no question, or, with BadRows.REFUSE, has any bad row.
+    Raises DataError where a file cannot be read, holds no question, or, with BadRows.REFUSE, has any bad row.
     """
     files = [Path(path) for path in paths]
     _refuse_repeats(files)
@@ -47,21 +47,21 @@ def load_questions(
     if problems and bad_rows == BadRows.REFUSE:
         others = f"; {counted(len(problems) - 1, 'more bad row')}" if len(problems) > 1 else ""
         raise DataError(
-            f"{problems[0]}{others}; mend the data, or leave bad rows out with data.bad_rows=skip "
+            f"{problems[0]}{others}; fix the data, or leave bad rows out with data.bad_rows=skip "
             f"(--bad-rows skip on the command line)",
             problems,
         )
     if not questions:
         raise DataError(
             f"{', '.join(map(str, files))}: no usable question, all {len(problems)} rows are bad "
-            f"(the first: {problems[0]}); mend the data",
+            f"(the first: {problems[0]}); fix the data",
             problems,
         )
     return LoadedQuestions(tuple(questions), tuple(problems), tuple(reading for _, reading in read))
 
 
 def read_rows(file: Path) -> Iterator[Row]:
-    """The rows of one file in the schema's form, unchecked. Raises DataError where it can not be read."""
+    """The rows of one file in the schema's form, unchecked. Raises DataError where it cannot be read."""
     check_file(file)
     if kind_of(file) in (".jsonl", ".json"):
         yield from rows(file)
@@ -90,12 +90,12 @@ def _refuse_repeats(files: Sequence[Path]) -> None:
 
 # ----------------------------------------------------------------------------------------------------- tables of columns
 def _from_table(row: Row) -> Row:
-    """What a table can not say, or says in more than one way, as JSON would say it."""
+    """What a table cannot say, or says in more than one way, as JSON would say it."""
     value: dict[str, Any] = dict(row.value)
     try:
         value["options"] = _options(value["options"])
     except ValueError as error:
-        return replace(row, problem=f"options can not be used: {error}")
+        return replace(row, problem=f"options cannot be used: {error}")
     for name in ("level", "informativeness"):
         number = value.get(name)
         if isinstance(number, float):  # pandas stores a column of whole numbers with gaps as floats, the gaps as NaN

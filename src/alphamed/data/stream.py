@@ -56,7 +56,7 @@ class QuestionStream:
     def take(self, n: int) -> list[Question]:
         """The next n questions."""
         if n < 1:
-            raise ValueError(f"n: {n} questions can not be taken; ask for at least one")
+            raise ValueError(f"n: {n} questions cannot be taken; ask for at least one")
         taken: list[Question] = []
         while len(taken) < n:
             ids = self._order[self._position : self._position + n - len(taken)]
@@ -95,7 +95,7 @@ class QuestionStream:
         """Question id -> where its answer goes this epoch, for the questions that may be relettered.
 
         Among n neighbours with n options the answer is at every place once. So a step holds every letter about equally
-        often, and always boxing the same one can not pay: with letters drawn at random the few questions of a small step
+        often, and always boxing the same one cannot pay: with letters drawn at random the few questions of a small step
         often favour one, and a run that follows such accidents ends by boxing a single letter.
         """
         dealt: dict[str, int] = {}

@@ -170,7 +170,7 @@ def _records(file: Path, stream: BinaryIO) -> Any:
 
 
 def _header(file: Path, names: Sequence[str]) -> list[str]:
-    """The names of the columns. One without a name (pandas writes its row numbers so) is passed over."""
+    """The names of the columns. One without a name (pandas writes its row numbers so) is skipped."""
     if names and names[0].startswith(("\udcff\udcfe", "\udcfe\udcff")):
         _refuse_utf16(file, _UTF16[0])
     names = [name.strip() for name in names]

@@ -4,7 +4,7 @@ The tokenizers and sentencepiece libraries are used directly: transformers would
 importing it costs 10 s and torch, which the command line and the rollout coordinator do without.
 
 Control tokens (`<|im_end|>`, `</s>`, `<think>`) are single ids that steer the model. `encode` reads them wherever they
-are written, as a rendered chat template needs. Text from outside goes through `plain` first, so that it can not steer.
+are written, as a rendered chat template needs. Text from outside goes through `plain` first, so that it cannot steer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token"
 CONTENT = {("user", 0): "1701411", ("assistant", 0): "1701412", ("user", 1): "1701413"}
 """(role, number) -> texts that a chat template is rendered with to see what it writes around them. Digits: no template that
 changes case or quotes signs changes them."""
-_MEND = "give a folder with tokenizer.json or a SentencePiece tokenizer.model"
+_FIX = "give a folder with tokenizer.json or a SentencePiece tokenizer.model"
 
 
 class Backend(Protocol):
@@ -192,7 +192,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ConfigError(f"model.path: {folder} is not a folder; {_MEND}")
+        raise ConfigError(f"model.path: {folder} is not a folder; {_FIX}")
     settings = _read_json(folder / "tokenizer_config.json")
     special = _special_tokens(_read_json(folder / "special_tokens_map.json")) | _special_tokens(settings)
     if (folder / "tokenizer.json").is_file():
@@ -201,7 +201,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     named = [path for path in models if path.name == "tokenizer.model"] or models
     if len(named) != 1:
         found = f"{len(named)} .model files and no tokenizer.model" if named else "no tokenizer"
-        raise ConfigError(f"model.path: {folder} holds {found}; {_MEND}")
+        raise ConfigError(f"model.path: {folder} holds {found}; {_FIX}")
     add_bos = settings.get("add_bos_token", True)  # Llama's default; a tokenizer.json says it itself
     backend = SentencePieceBackend(named[0], special, _added_tokens(folder, settings), add_bos)
     return Tokenizer(folder, backend, settings)
@@ -271,7 +271,7 @@ class SentencePieceBackend:
             self._core = SentencePieceProcessor()
             self._core.load_from_serialized_proto(file.read_bytes())
         except (RuntimeError, OSError) as e:
-            raise ConfigError(f"model.path: {file} is not a SentencePiece model ({_one_line(e)}); {_MEND}") from None
+            raise ConfigError(f"model.path: {file} is not a SentencePiece model ({_one_line(e)}); {_FIX}") from None
         core = self._core
         pieces = {core.id_to_piece(i): i for i in range(core.get_piece_size())}
         self.control = {
@@ -326,7 +326,7 @@ def _eos_ids(folder: Path, backend: Backend) -> tuple[int, ...]:
             if type(i) is not int or not 0 <= i < backend.size:
                 raise ConfigError(
                     f"model.path: eos_token_id {i!r} in {folder / name} is no id of its tokenizer "
-                    f"(0..{backend.size - 1}); mend the file"
+                    f"(0..{backend.size - 1}); fix the file"
                 )
             ids.append(i)
     return tuple(dict.fromkeys(ids))

@@ -56,7 +56,7 @@ class QuestionSource:
 
 def read_upstream(source: QuestionSource, local: Path | None, revision: str | None = None) -> Iterator[Row]:
     """Rows of the schema, from the hub or from a local copy: a folder in the hub's layout, or one file in the hub's or in
-    the schema's layout. DataError where the whole set can not be read; a row that can not is a Row with a problem."""
+    the schema's layout. DataError where the whole set cannot be read; a row that cannot is a Row with a problem."""
     if local is not None and _has_schema(local):
         yield from read_rows(local)
         return
@@ -148,14 +148,14 @@ def _as_texts(found: Any, path: str, source: QuestionSource, **settings: Any) ->
 
 
 def _require_commit(found: Any, source: QuestionSource, revision: str | None) -> None:
-    """Where the hub can not be asked, `datasets` takes the newest copy of its cache, whatever its revision (load.py,
+    """Where the hub cannot be asked, `datasets` takes the newest copy of its cache, whatever its revision (load.py,
     CachedDatasetModuleFactory). Copies lie in folders named by their commit."""
     if revision is None or not COMMIT.fullmatch(revision) or Path(source.hub).exists():
         return
     held = {Path(file["filename"]).parent.name for file in getattr(found, "cache_files", ())}
     if others := {commit for commit in held if COMMIT.fullmatch(commit)} - {revision}:
         raise DataError(
-            f"{source.name}: {source.hub} at revision {revision} can not be loaded from the hub, and the cache holds "
+            f"{source.name}: {source.hub} at revision {revision} cannot be loaded from the hub, and the cache holds "
             f"revision {min(others)}; connect to the hub, or give a local copy ({source.name}=PATH)"
         )
 
@@ -226,11 +226,11 @@ def _not_loaded(source: QuestionSource, local: Path | None, revision: str | None
     told = f"{type(cause).__name__}: {short(' '.join(str(cause).split()), 160)}"
     if local is not None:
         return (
-            f"{local}: can not be read as {source.name}, split {source.split} ({told}); give a whole copy of the hub's "
+            f"{local}: cannot be read as {source.name}, split {source.split} ({told}); give a whole copy of the hub's "
             f"folder, or name one file in it"
         )
     at = revision or source.revision
     return (
-        f"{source.name}: {source.hub}{f' at revision {at}' if at else ''} can not be loaded from the hub ({told}); "
+        f"{source.name}: {source.hub}{f' at revision {at}' if at else ''} cannot be loaded from the hub ({told}); "
         f"check network, access and revision, or give a local copy ({source.name}=PATH)"
     )

@@ -75,9 +75,7 @@ def _chosen(loaded: LoadedBenchmark, config: Config) -> tuple[list[Question], li
     wanted = config.evaluation
     questions, applied = apply_files(loaded.questions, wanted.decisions)
     if not questions:
-        raise DataError(
-            f"{loaded.name}: evaluation.decisions leave none of its {len(loaded.questions)} questions; mend them"
-        )
+        raise DataError(f"{loaded.name}: evaluation.decisions leave none of its {len(loaded.questions)} questions; fix them")
     ids = {q.id for q in sorted(questions, key=lambda q: draw(config.run.seed, q.id))[: wanted.questions]}
     return [q for q in questions if q.id in ids], list(applied)
 
@@ -90,7 +88,7 @@ def _changed(name: str, variant: str | None, questions: Sequence[Question], seed
 
 
 def refuse_trained_on(asked: Sequence[Asked], trained_on: Sequence[Path]) -> None:
-    """Raise ConfigError where the model was trained on questions of a benchmark. Absent files are passed over."""
+    """Raise ConfigError where the model was trained on questions of a benchmark. Absent files are skipped."""
     files = [file for file in trained_on if file.is_file()]
     if files:
         trained = load_questions(files, BadRows.SKIP).questions

@@ -229,7 +229,7 @@ def _refuse_bad_rows(problems: Sequence[RowProblem], bad_rows: BadRows) -> None:
     if problems and bad_rows == BadRows.REFUSE:
         more = f"; {counted(len(problems) - 1, 'more bad row')}" if len(problems) > 1 else ""
         raise DataError(
-            f"{problems[0]}{more}; mend the data, or leave bad rows out with --bad-rows skip (in a recipe "
+            f"{problems[0]}{more}; fix the data, or leave bad rows out with --bad-rows skip (in a recipe "
             f"bad_rows: skip); their number is given with the result"
         )
 

@@ -147,7 +147,7 @@ def _wanted(options: argparse.Namespace) -> Wanted:
     config = config_of(options, [*overrides, *more, *options.overrides, *bad_rows])
     check_name(config.reward.name)  # a slip; answers are graded by their letters whatever it is
     if (folder := local_folder(config.model.path)) is not None:
-        read_shape(folder)  # before a benchmark is fetched for a model that can not be asked
+        read_shape(folder)  # before a benchmark is fetched for a model that cannot be asked
     if not names and not config.evaluation.files:
         raise ConfigError(
             "evaluation.files: [] leaves nothing to evaluate; name at least one file of questions there, or "
@@ -221,7 +221,7 @@ def _shots(file: Path) -> list[dict[str, Any]]:
 
 
 def check_sampling(options: argparse.Namespace) -> None:
-    """Raises ConfigError for a number of samples, a temperature or a top-p that can not be."""
+    """Raises ConfigError for a number of samples, a temperature or a top-p that cannot be."""
     if options.samples < 1:
         raise ConfigError(f"--samples: {options.samples} is no number of samples; give 1 or more")
     if options.temperature is not None and not 0 <= options.temperature <= 10:

@@ -31,13 +31,13 @@ def check_free(out: Path, overwrite: bool) -> None:
 def held(out: Path, option: str = "--out", wait_s: float = 0.0) -> Iterator[None]:
     """Keep other starts out of a folder, which is made where it is not there. Whatever is read from it in order to be
     changed is read while it is held: another start could change it in between. Raises ConfigError where another start is at
-    work there (for longer than `wait_s`), or the folder can not be made."""
+    work there (for longer than `wait_s`), or the folder cannot be made."""
     lock = Lock(out, f"{option}:", "choose another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock.take(wait_s)
     except OSError as error:
-        raise ConfigError(f"{option}: {out} can not be made or written ({error.strerror}); choose another folder") from None
+        raise ConfigError(f"{option}: {out} cannot be made or written ({error.strerror}); choose another folder") from None
     try:
         yield
     finally:

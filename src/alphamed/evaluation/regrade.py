@@ -29,7 +29,7 @@ def require_evaluation(option: str, folder: Path) -> None:
 
 
 def regrade(folder: Path) -> None:
-    """Grade all answers in `folder` with today's grader and write items.jsonl anew. Says how many outcomes changed."""
+    """Grade all answers in `folder` with today's grader and write items.jsonl again. Says how many outcomes changed."""
     items, grading = read_items(folder), Grading.of_json(_settings(folder)["grading"])
     again = {key: [regraded(item, grading) for item in of_question] for key, of_question in items.items()}
     changed = [

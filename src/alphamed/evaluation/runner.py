@@ -65,7 +65,7 @@ def load_sets(
     files: Sequence[Path], limit: int | None, seed: int, bad_rows: BadRows, decisions: Sequence[Path] = ()
 ) -> tuple[QuestionSet, ...]:
     """Load evaluation files; of each at most `limit` questions, chosen by seed and id. DataError as for training data,
-    ConfigError for `decisions` that can not be applied.
+    ConfigError for `decisions` that cannot be applied.
 
     Whether a question is chosen does not depend on its place in the file, and the choice for a lower limit is part of
     that for a higher one.
@@ -242,7 +242,7 @@ def read_scores(path: Path) -> dict[str, Score]:
 
 
 def read_asked(path: Path) -> dict[str, str | None]:
-    """Set name -> what was asked and how, as a hash, from a readable step_N.json: scores with different ones can not be
+    """Set name -> what was asked and how, as a hash, from a readable step_N.json: scores with different ones cannot be
     compared. None where it was not written down."""
     import json
 
@@ -299,7 +299,7 @@ def _share_json(share: Share) -> Mapping[str, float]:
 
 
 def asked_hash(questions: QuestionSet, max_tokens: int | None) -> str:
-    """What is asked, and in how many tokens: scores with different ones can not be compared."""
+    """What is asked, and in how many tokens: scores with different ones cannot be compared."""
     import json
 
     told = [[q.id, q.question, q.context, dict(q.options), q.answer] for q in questions.questions]

@@ -144,7 +144,7 @@ def _format(before: Share, after: Share) -> str:
 def _knowledge(before: Score, after: Score, accuracy: Change, among: Change) -> str:
     old, new = before.accuracy_among_boxed, after.accuracy_among_boxed
     if not old.total or not new.total:
-        return f"Accuracy among boxed answers can not be compared: {old.total} boxed answers before, {new.total} after."
+        return f"Accuracy among boxed answers cannot be compared: {old.total} boxed answers before, {new.total} after."
     moved = _moved(old, new)
     if among == Change.ROSE and accuracy != Change.ROSE and change(before.boxed, after.boxed) == Change.FELL:
         return (

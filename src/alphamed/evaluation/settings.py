@@ -1,6 +1,6 @@
 """What an evaluation was asked: model, prompt, sampling. Written as evaluation.json before the first answer.
 
-A folder holds one such evaluation: answers that were made otherwise can not stand beside one another in a score, so a start
+A folder holds one such evaluation: answers that were made otherwise cannot stand beside one another in a score, so a start
 with other settings is refused. More benchmarks and variants may be added to it at any time.
 """
 
@@ -41,7 +41,7 @@ def asked(config: Config, folder: Path, samples: int, temperature: float, top_p:
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The settings of an evaluation's folder, None where it has none. ConfigError where they can not be read."""
+    """The settings of an evaluation's folder, None where it has none. ConfigError where they cannot be read."""
     path = folder / SETTINGS
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -6,7 +6,7 @@
     free                no options are shown; the boxed text is compared with the options' texts
 
 A function returns None where the question has no such form: options that speak of other options ("both A and C") lose
-their sense when others move or go, and two options can not lose one.
+their sense when others move or go, and two options cannot lose one.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def one_removed(question: Question, seed: int) -> Question | None:
 
 
 def free(question: Question, seed: int) -> Question | None:
-    """The question as it is: only its prompt differs. None where it can not be answered without its options."""
+    """The question as it is: only its prompt differs. None where it cannot be answered without its options."""
     return None if refers_to_options(question) or _ASKS_OF_OPTIONS.search(question.question) else question
 
 

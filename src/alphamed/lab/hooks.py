@@ -29,16 +29,16 @@ def check(config: Config) -> None:
 def refuse_unfit(config: Config, shape: ModelShape) -> None:
     """Raises ConfigError for what cannot fit into memory or its deadlines, with the GPUs that are here in place of those that
     the configuration names."""
-    from alphamed.lab.planner.advice import mends
+    from alphamed.lab.planner.advice import fixes
     from alphamed.lab.planner.plan import job_here, make_plan
 
-    if config.cluster.start_unfit:
+    if config.cluster.skip_memory_check:
         return
     plan = make_plan(job_here(config, shape))
     if plan.problems:
-        near = next((f"; {' '.join(one.overrides)} would fit" for one in mends(plan)), "")
+        near = next((f"; {' '.join(one.overrides)} would fit" for one in fixes(plan)), "")
         raise ConfigError(
-            f"{plan.problems[0]}{near}; see `alphamed plan`, or set cluster.start_unfit=true to start all the same"
+            f"{plan.problems[0]}{near}; see `alphamed plan`, or set cluster.skip_memory_check=true to start all the same"
         )
 
 

@@ -132,8 +132,8 @@ def run(load: Callable[[], Config], names: Sequence[str], rank: int, port: int, 
 
 
 def _say(found: RunFailed, names: Sequence[str], rank: int, meeting: Meeting | None) -> int:
-    lost = found.culprit.startswith("host ") and not found.user_error
-    if rank and meeting and found.culprit != host_name(names[0]):
+    lost = found.component.startswith("host ") and not found.user_error
+    if rank and meeting and found.component != host_name(names[0]):
         return 0  # the first host says it
     print(f"error: {found}" if found.user_error else f"run failed: {found}", file=sys.stderr)
     return 2 if found.user_error else EXIT_HOST_LOST if lost else 1
@@ -362,7 +362,7 @@ class _Player:
         meeting.share("the end", lambda: None)
         with contextlib.suppress(RunFailed):
             meeting.gather("its end", ended.status, ENDED_DEADLINE_S)
-        if meeting.failure and not (ended.stopped_by and not meeting.failure.culprit):
+        if meeting.failure and not (ended.stopped_by and not meeting.failure.component):
             failure.record_end(run_dir, f"failed: {meeting.failure}")
             return _say(meeting.failure, meeting.names, 0, meeting)
         return single_host.report(run_dir, ended)

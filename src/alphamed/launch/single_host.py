@@ -91,11 +91,11 @@ def single_node_environment(config: Config, temporary: Path) -> dict[str, str]:
 def owned(run_dir: Path) -> Iterator[Ledger]:
     """Make the run directory, keep other starts out of it, clean up after dead ones.
 
-    Raises ConfigError where the run is being run, or its directory can not be made."""
+    Raises ConfigError where the run is being run, or its directory cannot be made."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"run.root: {run_dir} can not be made ({error.strerror}); choose another") from None
+        raise ConfigError(f"run.root: {run_dir} cannot be made ({error.strerror}); choose another") from None
     lock = Lock(run_dir)
     lock.take()
     try:
@@ -143,14 +143,14 @@ def report(run_dir: Path, ended: Ended) -> int:
     if verdict.user_error:
         print(f"error: {verdict}", file=sys.stderr)
         return 2
-    show_last_words(run_dir, verdict)
+    show_log_tail(run_dir, verdict)
     print(f"run failed: {verdict}", file=sys.stderr)
     return 1
 
 
-def show_last_words(run_dir: Path, verdict: RunFailed, lines: int = 25) -> None:
-    """The end of the culprit's log: its traceback, most likely."""
-    rank = verdict.culprit.split()[1] if verdict.culprit.startswith("rank ") else "0"
+def show_log_tail(run_dir: Path, verdict: RunFailed, lines: int = 25) -> None:
+    """The end of the failed component's log: its traceback, most likely."""
+    rank = verdict.component.split()[1] if verdict.component.startswith("rank ") else "0"
     path = run_dir / "logs" / f"rank_{rank}.log"
     if path.is_file():
         this_start = path.read_text(encoding="utf-8", errors="replace").rpartition(START_MARK)[2]

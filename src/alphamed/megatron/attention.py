@@ -1,6 +1,6 @@
 """Core attention over packed rows with shared prompts, rotary positions included, put into Megatron's layers by ModuleSpec.
 
-Megatron's own DotProductAttention refuses packed rows, and Transformer Engine's can not let several continuations read one
+Megatron's own DotProductAttention refuses packed rows, and Transformer Engine's cannot let several continuations read one
 prefix. Rotary positions are applied here and not by Megatron, because continuations of one prefix repeat its positions.
 """
 
@@ -42,7 +42,7 @@ class PackedRow(PackedSeqParams):
 def packed_sequences(micro: MicroBatch) -> PackedSeqParams:
     """The same for Transformer Engine's fused attention. Prompts must not be shared: every segment is one sequence."""
     lengths = [s.prefix for s in micro.segments]
-    assert not any(s.continuations for s in micro.segments), "Transformer Engine's attention can not share prompts"
+    assert not any(s.continuations for s in micro.segments), "Transformer Engine's attention cannot share prompts"
     ends = torch.tensor([0, *lengths], device=micro.tokens.device).cumsum(0).to(torch.int32)
     return PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths)
@@ -104,7 +104,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, segments: tuple[Segment, .
         n, lengths = segment.prefix, list(segment.continuations)
         qs, ks, vs = (x[start : start + segment.tokens] for x in (q, k, v))
         start += segment.tokens
-        if segment.behind_stem:  # keys and values of what comes before the segment, then its own
+        if segment.attends_shared_prefix:  # keys and values of what comes before the segment, then its own
             ks, vs = (torch.cat([stem, x]) for stem, x in zip(stems, (ks, vs)))
         read = n + len(ks) - len(qs)  # what each continuation reads besides itself
         if n:

@@ -304,7 +304,7 @@ def _raise(failure: Exception | None) -> None:
 def _raise_write_error(folder: Path, failure: BaseException | None) -> None:
     """The cause of a failed write. CheckpointException names it on rank 0 only and is empty on the others."""
     if failure is not None and not (isinstance(failure, CheckpointException) and not failure.failures):
-        raise CheckpointError(f"checkpoint {folder}: can not be written ({_reason(failure)}); make room and start again")
+        raise CheckpointError(f"checkpoint {folder}: cannot be written ({_reason(failure)}); make room and start again")
 
 
 def _reason(error: BaseException) -> str:

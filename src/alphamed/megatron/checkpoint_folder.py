@@ -27,7 +27,7 @@ _COMPLETE = re.compile(r"step_(\d{6,})")
 
 
 class CheckpointError(ConfigError):
-    """A checkpoint can not be written or read: one line naming the folder, the problem and the mend."""
+    """A checkpoint cannot be written or read: one line naming the folder, the problem and the fix."""
 
 
 def folder_of(directory: Path, step: int) -> Path:
@@ -93,7 +93,7 @@ def _marked(directory: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"checkpoint {directory / BEST}: can not be read ({error}); remove it, the best one is then "
+            f"checkpoint {directory / BEST}: cannot be read ({error}); remove it, the best one is then "
             f"chosen among those to come"
         ) from None
 
@@ -116,7 +116,7 @@ def begin(directory: Path, step: int, needed_bytes: int) -> Path:
 
 
 def discard(partial: Path) -> None:
-    """Delete what was written of a checkpoint that can not be completed."""
+    """Delete what was written of a checkpoint that cannot be completed."""
     shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -130,7 +130,7 @@ def publish(partial: Path, step: int, contents: Mapping[str, Any], keep: int) ->
         _flush(partial / name)
     _flush(partial)
     folder, kept = folder_of(directory, step), best(directory)
-    if kept and kept >= folder:  # of a past that is gone: this step is done anew
+    if kept and kept >= folder:  # of a past that is gone: this step is done again
         (directory / BEST).unlink()
     _delete(folder)  # of an earlier attempt at the same step
     partial.rename(folder)
@@ -166,9 +166,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def broken(folder: Path, problem: str) -> CheckpointError:
-    """The error of a checkpoint that can not be read, with what to do."""
+    """The error of a checkpoint that cannot be read, with what to do."""
     others = [path.name for path in complete(folder.parent) if path != folder]
-    then = f"the run then continues from {others[-1]}" if others else "the run then starts anew"
+    then = f"the run then continues from {others[-1]}" if others else "the run then starts again"
     return CheckpointError(f"checkpoint {folder}: is damaged ({problem}); delete that folder, {then}")
 
 

@@ -20,7 +20,7 @@ from alphamed.megatron.attention import SegmentAttention
 def layers_spec(
     config: TransformerConfig, transformer_engine: bool, fused_attention: bool, virtual_stage: int | None
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """What Megatron builds its decoder from. `fused_attention`: Transformer Engine's, which can not share prompts."""
+    """What Megatron builds its decoder from. `fused_attention`: Transformer Engine's, which cannot share prompts."""
     if transformer_engine:
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
         if not fused_attention:

@@ -19,9 +19,9 @@ from alphamed.config.choices import ReferencePlace
 from alphamed.config.schema import Config
 from alphamed.megatron import provider
 from alphamed.megatron.gpt import PolicyModel
+from alphamed.megatron.offload import OffloadedWeights
 from alphamed.megatron.runtime import Runtime, memory_metrics
 from alphamed.megatron.step import Sums, apply_gradients, forward_backward, forward_logprobs, learning_rate
-from alphamed.megatron.swapping import SwappedWeights
 from alphamed.model.shape import ModelShape
 from alphamed.records import Batch, Layout, MicroBatch, Segment
 
@@ -29,7 +29,7 @@ UpdateStats = dict[str, float]
 
 
 class UpdateError(RuntimeError):
-    """Training can not go on: gradients stay non-finite."""
+    """Training cannot go on: gradients stay non-finite."""
 
 
 @dataclass(slots=True)
@@ -146,7 +146,7 @@ class Reference:
 
     def __init__(self, config: Config, shape: ModelShape, runtime: Runtime) -> None:
         self.runtime = runtime
-        self._swaps = config.parallel.reference == ReferencePlace.SWAPPED
+        self._swaps = config.parallel.reference == ReferencePlace.OFFLOADED
         self._weights: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         self._chunks = provider.build_model(config, shape, runtime)
         for chunk in self._chunks:
@@ -164,7 +164,7 @@ class Reference:
     def weights_changed(self) -> None:
         """The weights are those to keep: where they are swapped they leave the device now, for good but for `logprobs`."""
         if self._swaps:
-            self._weights = SwappedWeights(self._chunks)
+            self._weights = OffloadedWeights(self._chunks)
 
     def logprobs(self, batch: Batch) -> Batch:
         """The batch with `reference_logprobs` as Policy.logprobs gives old ones."""
@@ -218,7 +218,7 @@ def _statistics(sums: Sequence[Sums], norms: Sequence[float | None], lr: float, 
         "policy/corrected_fraction": token_mean("corrected"),
         "policy/ratio_mean": token_mean("ratio"),
         "policy/ratio_max": max(s.ratio_max for s in sums),
-        "policy/drift": token_mean("drift"),
+        "policy/approx_kl": token_mean("drift"),
         "policy/grad_norm": sum(taken) / len(taken) if taken else math.nan,
         "policy/lr": lr,
         "policy/skipped_updates": float(len(norms) - len(taken)),

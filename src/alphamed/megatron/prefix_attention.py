@@ -66,7 +66,7 @@ class _Part(NamedTuple):
 
 
 def _parts(segments: tuple[Segment, ...]) -> Iterator[_Part]:
-    behind = sum(s.tokens for s in segments if s.behind_stem)  # they follow the stem, without a gap
+    behind = sum(s.tokens for s in segments if s.attends_shared_prefix)  # they follow the stem, without a gap
     stem = _Block(0, (segments[0].tokens,))
     start = 0
     for i, segment in enumerate(segments):
@@ -74,13 +74,15 @@ def _parts(segments: tuple[Segment, ...]) -> Iterator[_Part]:
             yield _Part(_Block(start, (behind,)), stem, causal=False)
         prefix = _Block(start, (segment.prefix,))
         if segment.prefix:
-            yield _Part(prefix, prefix, causal=True, merge=segment.behind_stem)
+            yield _Part(prefix, prefix, causal=True, merge=segment.attends_shared_prefix)
         if segment.continuations:
             first = start + segment.prefix
             if segment.prefix:  # one row of all continuations, likewise
-                yield _Part(_Block(first, (sum(segment.continuations),)), prefix, causal=False, merge=segment.behind_stem)
+                yield _Part(
+                    _Block(first, (sum(segment.continuations),)), prefix, causal=False, merge=segment.attends_shared_prefix
+                )
             own = _Block(first, segment.continuations)
-            yield _Part(own, own, causal=True, merge=segment.prefix > 0 or segment.behind_stem)
+            yield _Part(own, own, causal=True, merge=segment.prefix > 0 or segment.attends_shared_prefix)
         start += segment.tokens
 
 

@@ -54,7 +54,7 @@ def from_hub(name: str, revision: str | None, cache: Path) -> Path:
         at = f" at revision {revision!r}" if revision else ""
         problem = f"{type(e).__name__}: {_last_line(str(e))}"
         raise ConfigError(
-            f"model.path: {name!r}{at} can not be fetched from the hub ({problem}); check the name and "
+            f"model.path: {name!r}{at} cannot be fetched from the hub ({problem}); check the name and "
             f"the network, or give a local folder"
         ) from None
 

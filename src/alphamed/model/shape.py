@@ -4,7 +4,7 @@ Three families are known: Llama 3.x (SmolLM2 included), Qwen2.5 and Qwen3, dense
 of transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) and 5 (`rope_parameters`, `dtype`). Whatever the trainer
 would compute wrongly is refused here, before anything starts.
 
-Light: json only. Every error is a ConfigError (a ValueError) of one line naming field, value and mend.
+Light: json only. Every error is a ConfigError (a ValueError) of one line naming field, value and fix.
 """
 
 from __future__ import annotations
@@ -94,12 +94,10 @@ def _shape_of(source: _ConfigFile) -> ModelShape:
     hidden, heads = source.count("hidden_size"), source.count("num_attention_heads")
     kv_heads = source.count("num_key_value_heads", default=heads)
     if heads % kv_heads:
-        raise source.error(
-            "num_key_value_heads", kv_heads, f"does not divide num_attention_heads ({heads})", "mend the file"
-        )
+        raise source.error("num_key_value_heads", kv_heads, f"does not divide num_attention_heads ({heads})", "fix the file")
     head_dim = source.count("head_dim", default=QWEN3_HEAD_DIM if family == "qwen3" else hidden // heads)
     if head_dim % 2:
-        raise source.error("head_dim", head_dim, "is odd, which rotary embeddings can not use", "mend the file")
+        raise source.error("head_dim", head_dim, "is odd, which rotary embeddings cannot use", "fix the file")
     theta, scaling = _rope(source)
     eos = source.get("eos_token_id")
     return ModelShape(
@@ -125,7 +123,7 @@ def _shape_of(source: _ConfigFile) -> ModelShape:
 
 
 class _ConfigFile:
-    """config.json with typed access; a wrong value names file, field, value and mend."""
+    """config.json with typed access; a wrong value names file, field, value and fix."""
 
     def __init__(self, path: Path, tree: dict[str, Any]) -> None:
         self.path, self.tree = path, tree
@@ -140,14 +138,14 @@ class _ConfigFile:
             raise ConfigError(f"model.path: {str(folder)!r}: {what}; give a Hugging Face model folder") from None
         except (OSError, ValueError) as e:
             raise ConfigError(
-                f"model.path: {path} can not be read ({' '.join(str(e).split())}); fetch the model again"
+                f"model.path: {path} cannot be read ({' '.join(str(e).split())}); fetch the model again"
             ) from None
         if not isinstance(tree, dict):
             raise ConfigError(f"model.path: {path} holds no JSON object; fetch the model again")
         return cls(path, tree)
 
-    def error(self, field: str, value: Any, problem: str, mend: str) -> ConfigError:
-        return ConfigError(f"model.path: {self.path}: {field}: {value!r} {problem}; {mend}")
+    def error(self, field: str, value: Any, problem: str, fix: str) -> ConfigError:
+        return ConfigError(f"model.path: {self.path}: {field}: {value!r} {problem}; {fix}")
 
     def get(self, field: str, default: Any = None) -> Any:
         value = self.tree.get(field)
@@ -158,7 +156,7 @@ class _ConfigFile:
         if value is None:
             raise ConfigError(f"model.path: {self.path}: {field}: missing; fetch the model again")
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.error(field, value, "is not a positive whole number", "mend the file or fetch the model again")
+            raise self.error(field, value, "is not a positive whole number", "fix the file or fetch the model again")
         return value
 
     def number(self, field: str, default: float) -> float:
@@ -166,13 +164,13 @@ class _ConfigFile:
 
     def positive(self, field: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise self.error(field, value, "is not a positive number", "mend the file or fetch the model again")
+            raise self.error(field, value, "is not a positive number", "fix the file or fetch the model again")
         return float(value)
 
     def flag(self, field: str) -> bool:
         value = self.get(field, False)
         if not isinstance(value, bool):
-            raise self.error(field, value, "is neither true nor false", "mend the file or fetch the model again")
+            raise self.error(field, value, "is neither true nor false", "fix the file or fetch the model again")
         return value
 
 
@@ -189,11 +187,11 @@ def _family(source: _ConfigFile) -> str:
 
 
 def _refuse_unsupported(source: _ConfigFile, family: str) -> None:
-    def refuse(field: str, problem: str, mend: str) -> None:
-        raise source.error(field, source.get(field), problem, mend)
+    def refuse(field: str, problem: str, fix: str) -> None:
+        raise source.error(field, source.get(field), problem, fix)
 
     if source.get("quantization_config"):
-        refuse("quantization_config", "means quantised weights, which can not be trained", "choose the unquantised model")
+        refuse("quantization_config", "means quantised weights, which cannot be trained", "choose the unquantised model")
     if source.get("hidden_act", "silu") not in ("silu", "swish"):
         refuse("hidden_act", "is not supported (only silu)", "choose another model")
     if family != "qwen2" and source.flag("attention_bias"):
@@ -257,7 +255,7 @@ def _rope(source: _ConfigFile) -> tuple[float, RopeScaling | None]:
 
 # --------------------------------------------------------------------------------------------------------------- layout
 def check_layout(shape: ModelShape, parallel: ParallelConfig, rollout: RolloutConfig) -> None:
-    """Refuse a trainer or engine layout that can not hold this model. Raises ConfigError.
+    """Refuse a trainer or engine layout that cannot hold this model. Raises ConfigError.
 
     Trainer (megatron-core 0.16.1): TP divides heads and FFN; KV heads divide TP or TP divides them (in the first case
     the fused QKV matrix is cut inside a KV group and gathered again in the forward pass); PP x VPP divides the layers.
@@ -283,7 +281,7 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig, rollout: RolloutCo
         )
     if parallel.context not in context_sizes(shape, parallel.tensor):
         raise ConfigError(
-            f"parallel.context: {parallel.context} ranks for each of {parallel.tensor} tensor ranks can not "
+            f"parallel.context: {parallel.context} ranks for each of {parallel.tensor} tensor ranks cannot "
             f"share {shape.heads} attention heads and {shape.kv_heads} KV heads; choose one of "
             f"{context_sizes(shape, parallel.tensor)}"
         )

@@ -76,7 +76,7 @@ class WeightFiles:
         return self._owner[name].get_slice(name)
 
     def dtype(self, name: str) -> str:
-        """Stored type in torch's spelling ("bfloat16"). Raises ConfigError where it can not be trained."""
+        """Stored type in torch's spelling ("bfloat16"). Raises ConfigError where it cannot be trained."""
         stored = self.slice(name).get_dtype()
         if stored not in DTYPES:
             raise _broken(
@@ -154,7 +154,7 @@ def weight_bytes(folder: Path) -> int:
 
 def check_weights(folder: Path, shape: ModelShape) -> None:
     """Refuse a folder whose tensors are not exactly those of `shape`: missing, left over, of another size or of a type
-    that can not be trained. Reads headers only. Raises ConfigError naming folder and tensor."""
+    that cannot be trained. Reads headers only. Raises ConfigError naming folder and tensor."""
     expected = hf_shapes(shape)
     with WeightFiles(folder, framework="numpy") as files:
         for name, size in expected.items():
@@ -165,7 +165,7 @@ def check_weights(folder: Path, shape: ModelShape) -> None:
             raise _broken(
                 folder,
                 f"tensor {name!r} has no place in the {shape.family} model of config.json",
-                "mend config.json or choose another model",
+                "fix config.json or choose another model",
             )
 
 
@@ -176,7 +176,7 @@ def check_tensor(files: WeightFiles, name: str, size: tuple[int, ...]) -> None:
         raise _broken(
             files.folder,
             f"tensor {name!r} has the shape {list(found)}, config.json means {list(size)}",
-            "mend config.json or fetch the model again",
+            "fix config.json or fetch the model again",
         )
     files.dtype(name)
 
@@ -207,5 +207,5 @@ def not_finite(folder: Path, tensor: str) -> ConfigError:
     return _broken(folder, f"{tensor} holds values that are not finite", "repair the model or fetch it again")
 
 
-def _broken(path: Path, problem: str, mend: str = "fetch the model again") -> ConfigError:
-    return ConfigError(f"model.path: {path}: {problem}; {mend}")
+def _broken(path: Path, problem: str, fix: str = "fetch the model again") -> ConfigError:
+    return ConfigError(f"model.path: {path}: {problem}; {fix}")

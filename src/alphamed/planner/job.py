@@ -101,8 +101,8 @@ class Job:
         return self.algorithm.kl_coefficient > 0
 
     @property
-    def swapped_reference(self) -> bool:
-        return self.reference and self.parallel.reference == ReferencePlace.SWAPPED
+    def offloaded_reference(self) -> bool:
+        return self.reference and self.parallel.reference == ReferencePlace.OFFLOADED
 
     @property
     def logprob_passes(self) -> int:

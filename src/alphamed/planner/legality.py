@@ -19,18 +19,18 @@ from alphamed.planner.memory import BLOCK_TOKENS, EngineCache, Use, free_for_eng
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One line: what is wrong, and what to set instead (`mend`: overrides for the command line, where one is known; those of
+    """One line: what is wrong, and what to set instead (`fix`: overrides for the command line, where one is known; those of
     this module are first thoughts, which search.py tries out)."""
 
     text: str
-    mend: tuple[str, ...] = ()
+    fix: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return self.text + (f"; try {' '.join(self.mend)}" if self.mend else "")
+        return self.text + (f"; try {' '.join(self.fix)}" if self.fix else "")
 
 
 def layout_problems(job: Job) -> list[Problem]:
-    """Problems of the layout itself. Where there are any, memory and time can not be computed."""
+    """Problems of the layout itself. Where there are any, memory and time cannot be computed."""
     return list(_layout_problems(job))
 
 
@@ -78,8 +78,8 @@ def _cpu_engine_problems(job: Job) -> Iterator[Problem]:
     except ConfigError as error:
         fewer = [size for size in tensor_sizes(job.shape) if size <= cores()]
         near = nearest(job.rollout.tensor_parallel, fewer)
-        mend = (f"rollout.tensor_parallel={near}",) if near != job.rollout.tensor_parallel else ()
-        yield Problem(str(error).removesuffix("; lower it"), mend)
+        fix = (f"rollout.tensor_parallel={near}",) if near != job.rollout.tensor_parallel else ()
+        yield Problem(str(error).removesuffix("; lower it"), fix)
 
 
 def _shorter(job: Job) -> tuple[str, ...]:
@@ -145,7 +145,7 @@ def _node_problems(job: Job) -> Iterator[Problem]:
 
 
 def nccl_on_shared_gpus(config: Config) -> str | None:
-    """Why the weights of trainer ranks can not reach engines on their own GPUs; None where they can."""
+    """Why the weights of trainer ranks cannot reach engines on their own GPUs; None where they can."""
     if (
         not config.cluster.share_gpus
         or config.sync.transport != Transport.NCCL
@@ -204,7 +204,7 @@ def engines_within(job: Job, world: int, tensor: int) -> int:
 
 
 def memory_problems(job: Job, uses: list[Use], cache: EngineCache | None) -> list[Problem]:
-    """What does not fit, without a mend (advice.py looks for one)."""
+    """What does not fit, without a fix (advice.py looks for one)."""
     found = []
     for use in uses:
         if not use.fits:

@@ -82,7 +82,7 @@ def stage_use(job: Job, stage: int, row: Micro | None = None, rows: int | None =
     row = (row or fullest_row(job)).over(p.context)
     layers, head = _passing_bytes(job, stage, row, rows)
     causes |= {"activations": layers, "logits": head}
-    if job.swapped_reference:
+    if job.offloaded_reference:
         causes["reference"] = causes.get("reference", 0) + _swapped_bytes(job, stage, row, layers + head)
     if job.gpu.is_cpu and p.distributed_optimizer:
         # gloo reduces and scatters through a copy of the gradients, when the activations are gone
@@ -111,7 +111,7 @@ def static_bytes(job: Job, stage: int) -> dict[str, int]:
         "gradients": flat * 4,
         "optimizer": owned * (8 if width == 4 else 12),
     }  # Adam's two moments, and FP32 copies of bf16 weights
-    if job.reference and (job.gpu.is_cpu or not job.swapped_reference):  # a CPU's host copy lies in the same memory
+    if job.reference and (job.gpu.is_cpu or not job.offloaded_reference):  # a CPU's host copy lies in the same memory
         found["reference"] = count * width
     if job.config.model.fp8:
         # Transformer Engine keeps each layer matrix twice in FP8, as it is and transposed, the policy's and the reference's

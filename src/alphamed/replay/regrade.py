@@ -65,7 +65,7 @@ def main(run_dir: Path, step: int, overrides: Sequence[str] = ()) -> int:
 def regrade(run_dir: Path, step: int, overrides: Sequence[str] = ()) -> Regraded:
     """Grade the recorded responses of a step by the reward of the run's configuration as it is now, with `overrides`.
 
-    Raises ConfigError for a folder that is no run, a step that is not recorded, or a reward that can not be used.
+    Raises ConfigError for a folder that is no run, a step that is not recorded, or a reward that cannot be used.
     """
     config = changed_config(config_of_run(run_dir), tuple(overrides))
     _require_graded_by(overrides)

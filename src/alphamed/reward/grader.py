@@ -65,7 +65,7 @@ class Grader:
     """One process with the user's function loaded. Not safe for threads: one call at a time."""
 
     def __init__(self, function: str, signature: str, search_path: Sequence[str]):
-        """Start the process and load the function, which is called as `signature` says. Raises ConfigError where it can not
+        """Start the process and load the function, which is called as `signature` says. Raises ConfigError where it cannot
         be used."""
         self._function = function
         self._crash = tempfile.TemporaryFile()  # has no name: nothing is left behind
@@ -82,9 +82,9 @@ class Grader:
         try:
             loaded = self._ask(request, START_S)
         except RewardTimeout:
-            loaded = {"problem": f"can not be imported (it took longer than {START_S:.0f} s)", "place": True}
+            loaded = {"problem": f"cannot be imported (it took longer than {START_S:.0f} s)", "place": True}
         except RewardCrash as error:
-            loaded = {"problem": f"can not be imported ({str(error).splitlines()[0]})", "place": True}
+            loaded = {"problem": f"cannot be imported ({str(error).splitlines()[0]})", "place": True}
         except BaseException:
             self.kill()
             raise
@@ -120,8 +120,8 @@ class Grader:
     def killed_by(self) -> int | None:
         """The signal with which somebody else killed the process, if that happened."""
         status = self._process.poll()
-        murdered = status is not None and status < 0 and -status not in _CRASH_SIGNALS and not self._ended
-        return -status if murdered else None
+        killed = status is not None and status < 0 and -status not in _CRASH_SIGNALS and not self._ended
+        return -status if killed else None
 
     def death(self) -> GraderDied:
         """The error for a grader that was killed from outside."""
@@ -183,7 +183,7 @@ class Grader:
 class GraderPool:
     """Up to `workers` graders of one function; itself callable as a reward, from any number of threads.
 
-    The first grader starts at once, so that a function that can not be used is a ConfigError here; the others, and
+    The first grader starts at once, so that a function that cannot be used is a ConfigError here; the others, and
     those that replace a dead one, start when a call needs them. Close it, or let it go: its processes end with it.
     """
 

@@ -47,7 +47,7 @@ def _load(stream: Any, request: dict[str, Any]) -> Binding | None:
     try:
         module = importlib.import_module(module_name)
     except BaseException as error:  # the user's module may raise anything, SystemExit included
-        _send(stream, {"problem": f"can not be imported ({_summary(error)})", "place": True})
+        _send(stream, {"problem": f"cannot be imported ({_summary(error)})", "place": True})
         return None
     function = getattr(module, function_name, None)
     problem, binding, place = None, None, True

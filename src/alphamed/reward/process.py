@@ -7,10 +7,10 @@ Protocol, for the coordinator:
     scored = await process.grade.remote(group)     # any number at a time; raises GradingFailed or GraderDied
     await process.check.remote()                   # now and then: raises what has stopped grading, were it while idle
 
-Both errors are RunFailed (culprit and message) and stay: after the first one every call raises it again. Samples whose
+Both errors are RunFailed (component and message) and stay: after the first one every call raises it again. Samples whose
 grader crashed or ran out of time are counted over the latest `questions_per_step x samples_per_question` samples, a
 step's worth, and GradingFailed is raised as soon as their share exceeds `reward.max_failure_share`. Below that such a
-sample has reward 0 and advantage 0, and the advantages of its group are those of the other samples: it teaches nothing.
+sample has reward 0 and advantage 0, and the advantages of its group are those of the other samples: it carries no signal.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ _log = logging.getLogger(__name__)
 class GradingFailed(RunFailed):
     """The reward function failed too often. The message ends with the first traceback, on lines of its own."""
 
-    def __init__(self, culprit: str, message: str, user_error: bool = False):
-        super().__init__(culprit, message, user_error)
+    def __init__(self, component: str, message: str, user_error: bool = False):
+        super().__init__(component, message, user_error)
         self.message = message  # RunFailed would fold the traceback into one line
 
 

@@ -42,7 +42,7 @@ def format_only(question: Question, text: str, letter: str | None) -> float:
 
 @dataclass(frozen=True, slots=True)
 class CoinToss:
-    """The reward `random`: 1 or 0 with equal chance whatever the response says, a control that teaches nothing. (Random
+    """The reward `random`: 1 or 0 with equal chance whatever the response says, a control that carries no signal. (Random
     rewards are known to lift some base models: "Spurious Rewards", 2506.10947, which uses the same chance.)
 
     The toss follows from the run's seed, the group and the number of the sample. The group's id holds step, place and
@@ -149,7 +149,7 @@ def resolve_rule(
     user's function is called, and `prompt` what the model is asked with, for TRL's.
 
     A user's module is looked for in the current directory, on `search_path` (None: this process's) and on PYTHONPATH,
-    and is only ever imported in a grader. Raises ConfigError for a name that is not known or can not be used.
+    and is only ever imported in a grader. Raises ConfigError for a name that is not known or cannot be used.
     """
     check_name(name)
     if name in RULES:
@@ -165,8 +165,8 @@ def check_name(name: str) -> None:
         return
     if ":" not in name:
         near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.5)
-        mend = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(NAMES)}; or give module:function"
-        raise ConfigError(f"reward.name: {name!r} is not a reward; {mend}")
+        fix = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(NAMES)}; or give module:function"
+        raise ConfigError(f"reward.name: {name!r} is not a reward; {fix}")
     if not _FUNCTION.fullmatch(name):
         raise ConfigError(f"reward.name: {name!r} is not of the form module:function; write it like my.rewards:strict")
 

@@ -33,7 +33,7 @@ DIGITS = 6
 
 @dataclass(slots=True)
 class Evidence:
-    """Samples of a question, as they counted at `step`, and how often it was passed over since it was asked last. `rewards`:
+    """Samples of a question, as they counted at `step`, and how often it was skipped since it was asked last. `rewards`:
     reward -> samples that earned it, of `graded` in all."""
 
     right: float = 0.0
@@ -106,8 +106,8 @@ class PassRates:
             found.rewards, found.graded = dict(rewards.most_common(MAX_REWARDS)), fade * found.graded + right + wrong
 
     def is_due(self, question_id: str) -> bool:
-        """Whether the question was passed over too often to be passed over again: `max_passes` times, or some less (down to
-        half), drawn for each question and each time, so that those passed over together are not all due together."""
+        """Whether the question was skipped too often to be skipped again: `max_passes` times, or some less (down to
+        half), drawn for each question and each time, so that those skipped together are not all due together."""
         found = self._evidence.get(question_id)
         if not found:
             return False
@@ -125,7 +125,7 @@ class PassRates:
         return 0.5 ** (steps / self._half_life)
 
     def state(self) -> dict[str, Any]:
-        """JSON-ready: about 100 bytes for each question that was asked or passed over, some more where rewards are many."""
+        """JSON-ready: about 100 bytes for each question that was asked or skipped, some more where rewards are many."""
         return {
             id: [one.right, one.wrong, one.step, one.passes, list(map(list, one.rewards.items())), one.graded]
             for id, one in self._evidence.items()

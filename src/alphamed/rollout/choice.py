@@ -1,8 +1,8 @@
 """Which questions are asked next: those of the stream in its order, without those that are unlikely to teach.
 
 The stream gives the order, and with it the epochs, the letters of options and any curriculum; here questions are only
-passed over. A group teaches where its rewards differ, whatever the reward is. A question is asked at once if its group is
-at least as likely to teach as that of a question nothing is known of, or if it was passed over `max_passes` times in a row
+skipped. A group teaches where its rewards differ, whatever the reward is. A question is asked at once if its group is
+at least as likely to teach as that of a question nothing is known of, or if it was skipped `max_passes` times in a row
 (some sooner), so that none starves. Where a search does not find enough of these, the likeliest of the others are asked.
 """
 
@@ -19,7 +19,7 @@ from alphamed.rollout.belief import PassRates
 from alphamed.rollout.curriculum import Curriculum, Stream
 
 
-class Chooser:
+class QuestionSampler:
     """The questions of a run whose steps hold `per_step` groups of `samples` answers. With `choose` off they are the
     stream's, all of them, or what the curriculum of `levels` takes of it."""
 
@@ -39,8 +39,8 @@ class Chooser:
         self._rates = PassRates(config, samples, earns, overlong)
         self._curriculum = Curriculum(levels, stream, self._rates, seed) if levels.schedule else None
         self._observes = config.choose or (self._curriculum is not None and levels.by == LevelsFrom.OBSERVED)
-        self.passed_over = 0
-        """Questions passed over so far."""
+        self.skipped = 0
+        """Questions skipped so far."""
 
     def take(self, n: int, step: int) -> list[Question]:
         """The next n questions to ask in `step`, in the order of the stream."""
@@ -77,7 +77,7 @@ class Chooser:
             self._rates.note_asked(question_id)
         for question_id in met - asked:
             self._rates.note_pass(question_id)
-        self.passed_over += len(met - asked)
+        self.skipped += len(met - asked)
 
     def observe(self, groups: Sequence[ScoredGroup], step: int) -> None:
         """Learn from all groups graded in `step`, those that are dropped included."""

@@ -54,7 +54,7 @@ class Arrivals:
     response_tokens: int  # of groups that left their engine meanwhile, graded or not
 
 
-class Standing(IntEnum):
+class Priority(IntEnum):
     """Which jobs go first."""
 
     HELD = 0  # in the background, until another job has begun
@@ -70,7 +70,7 @@ class Job:
     tasks: dict[int, GenerationTask]
     version: int
     feed: bool = False
-    standing: Standing = Standing.FOREGROUND
+    priority: Priority = Priority.FOREGROUND
     awaited: float | None = None  # since when somebody waits for its end
     began: float = field(default_factory=time.monotonic)
     generated_at: float = 0.0
@@ -108,7 +108,7 @@ class Job:
         self.places |= dict.fromkeys(numbers, QUEUED)
         return numbers
 
-    def hand_out(self) -> Arrivals:
+    def drain(self) -> Arrivals:
         """What is finished; it is forgotten here."""
         scored, tokens = self.scored, self.response_tokens
         self.scored, self.response_tokens = {}, 0
@@ -151,7 +151,7 @@ class RolloutCoordinator:
     async def submit(self, key: str, tasks: Sequence[GenerationTask], version: int, background: bool = False) -> None:
         """Begin a job. `key` ("step 3") names it in `collect` and in errors."""
         assert key not in self._jobs, f"{key} was submitted before"
-        job = self._jobs[key] = Job(key, {}, version, standing=Standing.HELD if background else Standing.FOREGROUND)
+        job = self._jobs[key] = Job(key, {}, version, priority=Priority.HELD if background else Priority.FOREGROUND)
         if not tasks:
             job.over.set()
         self._begin(job, tasks)
@@ -165,8 +165,8 @@ class RolloutCoordinator:
 
     def _begin(self, job: Job, tasks: Sequence[GenerationTask]) -> None:
         numbers = job.add(tasks)
-        if job.standing == Standing.FOREGROUND:
-            self._promote(Standing.BACKGROUND)
+        if job.priority == Priority.FOREGROUND:
+            self._promote(Priority.BACKGROUND)
             for number in numbers:
                 self._spawn(job, self._serve(job, number))
             return
@@ -178,10 +178,10 @@ class RolloutCoordinator:
         for number in numbers:
             await self._serve(job, number)
 
-    def _promote(self, standing: Standing) -> None:
+    def _promote(self, priority: Priority) -> None:
         """Jobs that stand lower rise to this."""
         for job in self._jobs.values():
-            job.standing = max(job.standing, standing)
+            job.priority = max(job.priority, priority)
         self._freed.set()
 
     async def deliver(self, key: str, timeout_s: float, left_s: float) -> Arrivals:
@@ -196,7 +196,7 @@ class RolloutCoordinator:
                 self._end(job, job.overdue(self._deadline_s))
         if job.failure:
             raise job.failure
-        return job.hand_out()
+        return job.drain()
 
     async def collect(self, key: str, timeout_s: float) -> Progress:
         """Wait at most `timeout_s` for the job's end and say how far it is. Raises RunFailed where an engine or the reward
@@ -205,8 +205,8 @@ class RolloutCoordinator:
         await self._check_grader(job)
         if job.awaited is None:
             job.awaited = time.monotonic()
-        if job.standing < Standing.FOREGROUND:  # who waits for one set of an evaluation waits for all
-            self._promote(Standing.FOREGROUND)
+        if job.priority < Priority.FOREGROUND:  # who waits for one set of an evaluation waits for all
+            self._promote(Priority.FOREGROUND)
         left = job.left_s(self._deadline_s)
         try:
             await asyncio.wait_for(job.over.wait(), min(timeout_s, left))
@@ -256,7 +256,7 @@ class RolloutCoordinator:
         """The least loaded engine, as soon as it can take `samples` more."""
         while True:
             engine = min(self._engines, key=lambda engine: self._load[engine.index])
-            load, first = self._load[engine.index], job.standing == Standing.FOREGROUND
+            load, first = self._load[engine.index], job.priority == Priority.FOREGROUND
             most = self._concurrent if first else self._concurrent // 2
             if (first or self._may_begin(job)) and (not load or load + samples <= most):
                 self._load[engine.index] += samples
@@ -269,10 +269,10 @@ class RolloutCoordinator:
 
     def _may_begin(self, job: Job) -> bool:
         """Whether a job in the background may take what is free: no task of another waits for it."""
-        return job.standing == Standing.BACKGROUND and not any(
+        return job.priority == Priority.BACKGROUND and not any(
             other.queued and not other.over.is_set()
             for other in self._jobs.values()
-            if other.standing == Standing.FOREGROUND
+            if other.priority == Priority.FOREGROUND
         )
 
     def _spawn(self, job: Job, coroutine) -> None:
@@ -311,7 +311,7 @@ class Coordinator:
     @classmethod
     def start(cls, config: Config, pool: EnginePool, grader: ActorHandle) -> Coordinator:
         """Start the actor. `grader`: the reward process (`reward.process.start`). Raises RunFailed, the user's where the
-        reward function can not be loaded."""
+        reward function cannot be loaded."""
         import ray
 
         (grader_pid,) = gather([grader.ready.remote()], [Peer(GRADER)], "starting", START_DEADLINE_S)

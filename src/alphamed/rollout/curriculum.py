@@ -1,6 +1,6 @@
 """Which levels are asked how often: weights that move over the steps, of annotated levels or of those a run has observed.
 
-A question of the stream is asked with the chance weight / largest weight, else passed over, so that order, epochs and
+A question of the stream is asked with the chance weight / largest weight, else skipped, so that order, epochs and
 letters stay the stream's. The draws follow from seed and place in the walk: the same results give the same questions.
 """
 
@@ -85,7 +85,7 @@ class Curriculum:
         """What was asked since the last call."""
         if not self._asked:
             return {}
-        found = {"sampling/level_mean": self._levels / self._asked, "sampling/level_passed_over": float(self._passed)}
+        found = {"sampling/level_mean": self._levels / self._asked, "sampling/level_skipped": float(self._passed)}
         self._asked, self._levels, self._passed = 0, 0.0, 0
         return found
 

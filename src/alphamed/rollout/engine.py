@@ -64,7 +64,7 @@ class RolloutEngine:
         try:
             self._llm = _start_vllm(self._spec)
         except RuntimeError as error:  # vLLM's own says no more than "see above"
-            raise RunFailed(self._culprit(), f"vLLM did not start: {_root_cause() or error}") from error
+            raise RunFailed(self._component(), f"vLLM did not start: {_root_cause() or error}") from error
         self._processes = _engine_processes()
         self._watch = asyncio.create_task(self._watch_processes())
         await self._require_finite()
@@ -79,13 +79,13 @@ class RolloutEngine:
             await self.stop()
             require_finite(Path(self._spec.folder))
             raise RunFailed(
-                self._culprit(),
+                self._component(),
                 f"{names[0]} holds values that are not finite in {self._spec.dtype}; those of "
                 f"{self._spec.folder} are finite",
             )
 
     async def stop(self) -> None:
-        """End vLLM's processes in good order."""
+        """End vLLM's processes cleanly."""
         self._watch.cancel()
         self._version = None
         self._llm.shutdown()
@@ -103,7 +103,7 @@ class RolloutEngine:
             begun = self._version
             output = await self._run(task.prompt_token_ids, params)
             if all(completion.finish_reason != FinishReason.ABORT for completion in output.outputs):
-                break  # else a push came: the whole group begins anew, short answers not favoured
+                break  # else a push came: the whole group begins again, short answers not favoured
         rollouts = tuple(self._rollout(task, index, begun, completion) for index, completion in enumerate(output.outputs))
         return RolloutGroup(task.group_id, task.question, task.prompt_token_ids, rollouts)
 
@@ -145,11 +145,11 @@ class RolloutEngine:
 
     def _require(self, version: int) -> None:
         if self._death.done():
-            raise EngineDied(self._culprit(), f"{self._death.result()} ended")
+            raise EngineDied(self._component(), f"{self._death.result()} ended")
         newer = self._spec.asynchronous and self._version is not None and self._version > version
         if self._version != version and not newer:
             held = "no complete weights" if self._version is None else f"version {self._version}"
-            raise StaleEngine(self._culprit(), f"was asked to answer with policy version {version} but holds {held}")
+            raise StaleEngine(self._component(), f"was asked to answer with policy version {version} but holds {held}")
 
     # --------------------------------------------------------------------------------------------------------- weights
     async def join(self, **rendezvous: Any) -> None:
@@ -209,12 +209,12 @@ class RolloutEngine:
         finally:
             task.cancel()  # nothing to a task that is done
         if self._death.done():
-            raise EngineDied(self._culprit(), f"{self._death.result()} ended")
+            raise EngineDied(self._component(), f"{self._death.result()} ended")
         if _says_dead(task.exception()):
-            raise EngineDied(self._culprit(), f"vLLM stopped after an error: {_root_cause() or task.exception()}")
+            raise EngineDied(self._component(), f"vLLM stopped after an error: {_root_cause() or task.exception()}")
         return task.result()
 
-    def _culprit(self) -> str:
+    def _component(self) -> str:
         return f"{self._spec.name} (pid {os.getpid()})"
 
 

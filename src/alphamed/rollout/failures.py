@@ -29,7 +29,7 @@ class StaleEngine(RunFailed):
 
 
 class Overdue(RunFailed):
-    """Something did not end before its deadline. The culprit lists what is still awaited."""
+    """Something did not end before its deadline. The component lists what is still awaited."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ def explain(error: Exception, peer: Peer, what: str) -> RunFailed:
     found = of_exception(error, str(peer))
     if found is error or found.user_error:
         return found
-    return RunFailed(found.culprit, f"{what} failed: {found.message}")
+    return RunFailed(found.component, f"{what} failed: {found.message}")
 
 
 async def ask(reference: Awaitable[T], peer: Peer, what: str) -> T:

@@ -12,9 +12,9 @@ from alphamed.config.schema import Config
 from alphamed.records import ScoredGroup, StepRollouts, TokenGroup
 from alphamed.reward.rules import earns_of
 from alphamed.reward.shaping import Overlong
-from alphamed.rollout.choice import Chooser
+from alphamed.rollout.choice import QuestionSampler
 from alphamed.rollout.curriculum import Stream
-from alphamed.rollout.supply import Ahead, Gathered, OnDemand
+from alphamed.rollout.supply import AsyncRollouts, Gathered, SyncRollouts
 from alphamed.rollout.tasks import Prompts
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class LiveRollouts:
         pace: Pace | None = None,
     ):
         r = config.rollout
-        chooser = Chooser(
+        sampler = QuestionSampler(
             config.dynamic_sampling,
             stream,
             r.samples_per_question,
@@ -50,8 +50,8 @@ class LiveRollouts:
             earns_of(config.reward.name),
             Overlong.of(config),
         )
-        kind = Ahead if r.max_staleness else OnDemand
-        self._supply = kind(config, chooser, prompts, coordinator, on_progress, pace)
+        kind = AsyncRollouts if r.max_staleness else SyncRollouts
+        self._supply = kind(config, sampler, prompts, coordinator, on_progress, pace)
         self._control = control
 
     def next(self, step: int) -> StepRollouts | None:

@@ -100,7 +100,7 @@ class EnginePool:
         return self.end(self.begin(method, arguments), what, deadline_s)
 
     def stop(self) -> None:
-        """End the engines in good order; what does not go is killed."""
+        """End the engines cleanly; what does not go is killed."""
         import ray
 
         calls = [engine.actor.stop.remote() for engine in self.engines]

@@ -21,7 +21,7 @@ def earned(scored: ScoredGroup, overlong: Overlong) -> list[float]:
     ]
 
 
-def teaches(scored: ScoredGroup, overlong: Overlong) -> bool:
+def has_reward_variance(scored: ScoredGroup, overlong: Overlong) -> bool:
     """Whether the rewards of the group differ, the penalty on lengths left aside: a group that is all right or all wrong
     says nothing about answers, however long these are."""
     rewards = earned(scored, overlong)
@@ -29,17 +29,17 @@ def teaches(scored: ScoredGroup, overlong: Overlong) -> bool:
 
 
 @dataclass(slots=True)
-class Tally:
+class GroupCounts:
     """What became of the groups of one step."""
 
     asked: int = 0
     graded: int = 0
     kept: int = 0  # they teach, or are trained on because nothing is replaced
-    dropped: int = 0  # they teach nothing
+    dropped: int = 0  # they carries no signal
     stale: int = 0  # sampled with weights that are too old; found so when graded or later
     stale_tokens: int = 0  # of the responses of these
     stale_responses: int = 0
-    bound_hit: bool = False  # the step went on with groups that teach nothing
+    refill_limit_reached: bool = False  # the step went on with groups that carries no signal
     rewards: float = 0.0  # sum over the graded groups of their mean rewards
 
     def count(self, scored: ScoredGroup, *, kept: bool = False, stale: bool = False) -> None:
@@ -69,13 +69,13 @@ class Tally:
             found["staleness/dropped_tokens_mean"] = self.stale_tokens / self.stale_responses
         return found
 
-    def metrics(self, passed_over: int) -> Mapping[str, float]:
+    def metrics(self, skipped: int) -> Mapping[str, float]:
         found = {
             "sampling/asked": self.asked,
             "sampling/kept": self.kept,
             "sampling/dropped": self.dropped,
-            "sampling/bound_hit": float(self.bound_hit),
-            "sampling/passed_over": passed_over,
+            "sampling/refill_limit_reached": float(self.refill_limit_reached),
+            "sampling/skipped": skipped,
         }
         if self.graded:
             found["sampling/reward_mean"] = self.rewards / self.graded
@@ -100,35 +100,35 @@ def must_wait(step: int, limit: int, wanted: int, share: float, ready: Sequence[
     return False
 
 
-class Places:
+class BatchSlots:
     """The places of a step. Each holds the group that was put there last; those without one that teaches are open, and are
-    filled again for at most `refills` rounds. So groups that teach nothing and stay at the end are spread over the step."""
+    filled again for at most `refills` rounds. So groups that carries no signal and stay at the end are spread over the step."""
 
     def __init__(self, wanted: int, refills: int, overlong: Overlong):
         self._groups: list[ScoredGroup | None] = [None] * wanted
         self._refills, self._overlong = refills, overlong
         self._rounds = 0
-        self.tally = Tally()
+        self.counts = GroupCounts()
 
     def rounds(self) -> Iterator[int]:
         """How many groups to ask for in each round; `fill` must have taken those of one before the next."""
         while self._open() and self._rounds <= self._refills:
-            self.tally.asked += len(self._open())
+            self.counts.asked += len(self._open())
             yield len(self._open())
-        self.tally.bound_hit = bool(self._open())
+        self.counts.refill_limit_reached = bool(self._open())
 
     def fill(self, groups: Sequence[ScoredGroup]) -> None:
         """Put the groups of a round into the open places, in order."""
         self._rounds += 1
         for place, scored in zip(self._open(), groups, strict=True):
             self._groups[place] = scored
-            self.tally.count(scored, kept=not self._refills or teaches(scored, self._overlong))
+            self.counts.count(scored, kept=not self._refills or has_reward_variance(scored, self._overlong))
 
     def _open(self) -> list[int]:
         return [
             place
             for place, scored in enumerate(self._groups)
-            if scored is None or (self._refills and not teaches(scored, self._overlong))
+            if scored is None or (self._refills and not has_reward_variance(scored, self._overlong))
         ]
 
     @property

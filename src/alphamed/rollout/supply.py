@@ -1,6 +1,6 @@
-"""Where rank 0 takes a step's groups from: `OnDemand` asks and waits, `Ahead` has them made while the policy trains.
+"""Where rank 0 takes a step's groups from: `SyncRollouts` asks and waits, `AsyncRollouts` has them made while the policy trains.
 
-Both choose questions, drop and replace groups that teach nothing, and know what a checkpoint must keep to go on from there.
+Both choose questions, drop and replace groups that carries no signal, and know what a checkpoint must keep to go on from there.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from alphamed.config.choices import Stragglers
 from alphamed.config.schema import Config
 from alphamed.records import Question, ScoredGroup
 from alphamed.reward.shaping import Overlong
-from alphamed.rollout.choice import Chooser
+from alphamed.rollout.choice import QuestionSampler
 from alphamed.rollout.failures import Overdue
-from alphamed.rollout.refill import Places, Tally, must_wait, teaches
+from alphamed.rollout.refill import BatchSlots, GroupCounts, has_reward_variance, must_wait
 from alphamed.rollout.tasks import Prompts, training_tasks
 from alphamed.rundir.rollout_files import question_from_json, question_json
 
@@ -36,46 +36,46 @@ class Gathered:
     metrics: Mapping[str, float]
 
 
-class OnDemand:
+class SyncRollouts:
     """Rounds of questions, each answered and graded before the next: the same questions give the same step."""
 
     def __init__(
         self,
         config: Config,
-        chooser: Chooser,
+        sampler: QuestionSampler,
         prompts: Prompts,
         coordinator: Coordinator,
         on_progress: Callable[[Progress], None] | None,
         pace: Pace | None = None,
     ):
-        self._config, self._chooser, self._prompts = config, chooser, prompts
+        self._config, self._sampler, self._prompts = config, sampler, prompts
         self._coordinator, self._on_progress, self._pace = coordinator, on_progress, pace
 
     def gather(self, step: int) -> Gathered:
         """The groups of a step. Raises RunFailed naming what kept them from coming."""
         c = self._config
         wanted = self._pace.questions(step) if self._pace else c.rollout.questions_per_step
-        places = Places(wanted, c.dynamic_sampling.refills, Overlong.of(c))
-        passed_over, rounds = self._chooser.passed_over, []
+        places = BatchSlots(wanted, c.dynamic_sampling.refills, Overlong.of(c))
+        skipped, rounds = self._sampler.skipped, []
         for missing in places.rounds():
-            first = places.tally.asked - missing
-            tasks = training_tasks(c, step, self._chooser.take(missing, step), self._prompts, first)
+            first = places.counts.asked - missing
+            tasks = training_tasks(c, step, self._sampler.take(missing, step), self._prompts, first)
             key = f"step {step}" if not rounds else f"step {step}, refill {len(rounds)}"
             rounds.append(self._coordinator.run(key, tasks, self._on_progress))
             places.fill(rounds[-1].groups)
-            self._chooser.observe(rounds[-1].groups, step)
-        metrics = _metrics(rounds) | self._chooser.level_metrics()
+            self._sampler.observe(rounds[-1].groups, step)
+        metrics = _metrics(rounds) | self._sampler.level_metrics()
         if c.dynamic_sampling.active:
-            metrics |= places.tally.metrics(self._chooser.passed_over - passed_over)
+            metrics |= places.counts.metrics(self._sampler.skipped - skipped)
         if self._pace:
             metrics["sampling/questions"] = float(wanted)
         return Gathered(places.groups, metrics)
 
     def state(self) -> dict[str, Any]:
-        return self._chooser.state()
+        return self._sampler.state()
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self._chooser.load_state(state)
+        self._sampler.load_state(state)
 
 
 def _metrics(rounds: Sequence[Progress]) -> dict[str, float]:
@@ -87,7 +87,7 @@ def _metrics(rounds: Sequence[Progress]) -> dict[str, float]:
     }
 
 
-class Ahead:
+class AsyncRollouts:
     """Groups made up to `max_staleness` steps before they are trained on.
 
     When a step begins, groups for it and the `max_staleness` steps after it are ready or asked for, counted by how many of
@@ -100,54 +100,54 @@ class Ahead:
     def __init__(
         self,
         config: Config,
-        chooser: Chooser,
+        sampler: QuestionSampler,
         prompts: Prompts,
         coordinator: Coordinator,
         on_progress: Callable[[Progress], None] | None,
         pace: None = None,
     ):
-        self._config, self._chooser, self._prompts = config, chooser, prompts
+        self._config, self._sampler, self._prompts = config, sampler, prompts
         self._coordinator, self._on_progress = coordinator, on_progress
         self._overlong = Overlong.of(config)
         self._asked: dict[str, Question] = {}  # by group id, in the order asked: not graded yet
         self._ready: dict[str, ScoredGroup] = {}  # graded, not trained on
-        self._spare: dict[str, ScoredGroup] = {}  # of this step, teach nothing
+        self._spare: dict[str, ScoredGroup] = {}  # of this step, carries no signal
         self._order: dict[str, tuple[int, int]] = {}  # of all of these: the step it was asked in, a running number
         self._again: list[Question] = []  # to be asked first, after a resume
         self._numbers = 0
-        self._share = 1.0  # of the groups that teach, of late
+        self._share = 1.0  # of the groups that teach, recently
         self._began = time.monotonic()  # of the last step's gathering
 
     # ------------------------------------------------------------------------------------------------------------- a step
     def gather(self, step: int) -> Gathered:
         """The groups of a step; the engines go on with those of the next. Raises RunFailed naming what kept them from
         coming."""
-        began, passed_over = time.monotonic(), self._chooser.passed_over
-        tally, tokens = Tally(), 0
-        self._drop_stale(tally)
+        began, skipped = time.monotonic(), self._sampler.skipped
+        counts, tokens = GroupCounts(), 0
+        self._drop_stale(counts)
         if self._asked:
-            tokens += self._receive(step, tally, left_s=self._config.rollout.step_deadline_s, wait=False)
-        self._ask(step, tally)
-        while not self._enough(step, tally):
+            tokens += self._receive(step, counts, left_s=self._config.rollout.step_deadline_s, wait=False)
+        self._ask(step, counts)
+        while not self._enough(step, counts):
             left_s = began + self._config.rollout.step_deadline_s - time.monotonic()
             try:
-                tokens += self._receive(step, tally, left_s, wait=True)
+                tokens += self._receive(step, counts, left_s, wait=True)
             except Overdue as error:  # or the reward process hangs, which no setting helps
                 late = time.monotonic() - began >= self._config.rollout.step_deadline_s
                 raise self._named(step, error) if late else error from None
-            self._ask(step, tally)
-        groups = self._take(tally)
+            self._ask(step, counts)
+        groups = self._take(counts)
         elapsed, self._began = time.monotonic() - self._began, time.monotonic()
-        if tally.graded:
-            self._share += (tally.kept / tally.graded - self._share) / 2
+        if counts.graded:
+            self._share += (counts.kept / counts.graded - self._share) / 2
         return Gathered(
             groups,
             self._metrics(
-                groups, tally, time.monotonic() - began, tokens / max(elapsed, 1e-9), self._chooser.passed_over - passed_over
+                groups, counts, time.monotonic() - began, tokens / max(elapsed, 1e-9), self._sampler.skipped - skipped
             ),
         )
 
-    def _ask(self, step: int, tally: Tally) -> None:
+    def _ask(self, step: int, counts: GroupCounts) -> None:
         """Ask for as many groups as this step and those after it may still lack."""
         c = self._config
         steps = 1 + min(c.rollout.max_staleness, c.run.last_step - step)
@@ -157,25 +157,25 @@ class Ahead:
             return
         questions, self._again = self._again[:lacking], self._again[lacking:]
         if len(questions) < lacking:
-            questions += self._chooser.take(lacking - len(questions), step)
-        tasks = training_tasks(c, step, questions, self._prompts, tally.asked)
-        tally.asked += len(tasks)
+            questions += self._sampler.take(lacking - len(questions), step)
+        tasks = training_tasks(c, step, questions, self._prompts, counts.asked)
+        counts.asked += len(tasks)
         for task in tasks:
             self._asked[task.group_id] = task.question
             self._order[task.group_id] = step, self._numbers
             self._numbers += 1
         self._coordinator.feed(FEED, tasks)
 
-    def _receive(self, step: int, tally: Tally, left_s: float, wait: bool) -> int:
+    def _receive(self, step: int, counts: GroupCounts, left_s: float, wait: bool) -> int:
         """Sort what has come; returns the tokens that were generated."""
         arrivals: Arrivals = self._coordinator.deliver(FEED, max(left_s, 0.0), wait)
-        self._chooser.observe(arrivals.groups, step)
+        self._sampler.observe(arrivals.groups, step)
         for scored in arrivals.groups:
             name = scored.group.group_id
             del self._asked[name]
-            kept = not self._config.dynamic_sampling.refills or teaches(scored, self._overlong)
+            kept = not self._config.dynamic_sampling.refills or has_reward_variance(scored, self._overlong)
             stale = self._staleness(scored) > self._config.rollout.max_staleness
-            tally.count(scored, kept=kept, stale=stale)
+            counts.count(scored, kept=kept, stale=stale)
             if stale:
                 del self._order[name]
             else:
@@ -184,11 +184,11 @@ class Ahead:
             self._on_progress(self._progress())
         return arrivals.response_tokens
 
-    def _drop_stale(self, tally: Tally) -> None:
+    def _drop_stale(self, counts: GroupCounts) -> None:
         """Forget ready groups that a push has made too old."""
         limit = self._config.rollout.max_staleness
         for name in [name for name, scored in self._ready.items() if self._staleness(scored) > limit]:
-            tally.drop_stale(self._ready.pop(name))
+            counts.drop_stale(self._ready.pop(name))
             del self._order[name]
 
     def _staleness(self, scored: ScoredGroup) -> int:
@@ -198,11 +198,11 @@ class Ahead:
         """Of the groups under way, how many are expected to teach."""
         return max(self._share, 1 / (1 + self._config.dynamic_sampling.refills))
 
-    def _enough(self, step: int, tally: Tally) -> bool:
+    def _enough(self, step: int, counts: GroupCounts) -> bool:
         r = self._config.rollout
         bound = self._config.dynamic_sampling.refills * r.questions_per_step
-        bound_hit = 0 < bound <= tally.dropped and len(self._ready) + len(self._spare) >= r.questions_per_step
-        if len(self._ready) < r.questions_per_step and not bound_hit:
+        refill_limit_reached = 0 < bound <= counts.dropped and len(self._ready) + len(self._spare) >= r.questions_per_step
+        if len(self._ready) < r.questions_per_step and not refill_limit_reached:
             return False
         return r.stragglers == Stragglers.DROP or not must_wait(
             step,
@@ -218,17 +218,17 @@ class Ahead:
         awaited = [f"{name} (asked in step {self._order[name][0]})" for name in list(self._asked)[:MOST_NAMED]]
         more = f" and {len(self._asked) - MOST_NAMED} more" if len(self._asked) > MOST_NAMED else ""
         return Overdue(
-            error.culprit,
+            error.component,
             f"{error.message}; step {step} waits for {', '.join(awaited)}{more}; raise "
             f"rollout.step_deadline_s or set rollout.stragglers=drop",
         )
 
-    def _take(self, tally: Tally) -> tuple[ScoredGroup, ...]:
+    def _take(self, counts: GroupCounts) -> tuple[ScoredGroup, ...]:
         """The groups asked first, of those that teach; where the bound was hit others take the places left."""
         wanted = self._config.rollout.questions_per_step
         ready = sorted(self._ready, key=self._order.__getitem__)[:wanted]
         spare = sorted(self._spare, key=self._order.__getitem__)[: wanted - len(ready)]
-        tally.bound_hit = bool(spare)
+        counts.refill_limit_reached = bool(spare)
         groups = self._ready | self._spare
         taken = tuple(groups[name] for name in sorted(ready + spare, key=self._order.__getitem__))
         for name in [*ready, *self._spare]:
@@ -245,7 +245,7 @@ class Ahead:
         return Progress(done, total, done, 0, time.monotonic() - self._began, 0.0)
 
     def _metrics(
-        self, groups: Sequence[ScoredGroup], tally: Tally, waited_s: float, tokens_per_s: float, passed_over: int
+        self, groups: Sequence[ScoredGroup], counts: GroupCounts, waited_s: float, tokens_per_s: float, skipped: int
     ) -> dict[str, float]:
         ages = [self._staleness(scored) for scored in groups]
         found = {
@@ -253,18 +253,18 @@ class Ahead:
             "throughput/generated_tokens_per_s": tokens_per_s,
             "staleness/mean": sum(ages) / len(ages),
             "staleness/max": float(max(ages)),
-            **tally.stale_metrics(groups),
-        } | self._chooser.level_metrics()
-        return found | tally.metrics(passed_over) if self._config.dynamic_sampling.active else found
+            **counts.stale_metrics(groups),
+        } | self._sampler.level_metrics()
+        return found | counts.metrics(skipped) if self._config.dynamic_sampling.active else found
 
     # -------------------------------------------------------------------------------------------------------------- resume
     def state(self) -> dict[str, Any]:
-        """Beside the chooser's: the questions under way as they were asked, some 500 bytes each."""
+        """Beside the sampler's: the questions under way as they were asked, some 500 bytes each."""
         waiting = self._asked | {name: scored.group.question for name, scored in self._ready.items()}
         questions = [waiting[name] for name in sorted(waiting, key=self._order.__getitem__)] + self._again
-        return self._chooser.state() | {"under_way": [question_json(one) for one in questions], "share": self._share}
+        return self._sampler.state() | {"under_way": [question_json(one) for one in questions], "share": self._share}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self._chooser.load_state(state)
+        self._sampler.load_state(state)
         self._again = [question_from_json(text) for text in state.get("under_way", ())]
         self._share = state.get("share", 1.0)

@@ -47,7 +47,7 @@ CHANGEABLE = (
     "reward.workers",
     "reward.max_failure_share",
 )
-"""Fields and sections that a resume may set anew: where and how long it runs, not what it computes."""
+"""Fields and sections that a resume may set again: where and how long it runs, not what it computes."""
 MODEL_PLACE = ("model.path", "model.revision", "model.cache")
 """Where the model is; what it is, the hashes in provenance.json say."""
 PLACES = ("model.path", "model.cache", "data.train", "rollout.replay")
@@ -77,7 +77,7 @@ class RunDirectory:
         try:
             replace_text(config.run_dir / "config.yaml", dump_config(config))
         except OSError as error:
-            raise ConfigError(f"run.root: {config.run_dir} can not be written ({error.strerror}); choose another") from None
+            raise ConfigError(f"run.root: {config.run_dir} cannot be written ({error.strerror}); choose another") from None
         return cls(config.run_dir, changed)
 
     def set_finished(self, step: int | None) -> None:
@@ -145,7 +145,7 @@ def check_resume(config: Config) -> dict[str, tuple[Any, Any]]:
         old = load_config(written)
     except ConfigError as error:
         raise ConfigError(
-            f"{error}; {config.run_dir} can not be continued by this version, choose another run.name"
+            f"{error}; {config.run_dir} cannot be continued by this version, choose another run.name"
         ) from None
     before, after = config_leaves(old), config_leaves(config)
     changed = {name: (before.get(name), after.get(name)) for name in after | before if before.get(name) != after.get(name)}

@@ -1,4 +1,4 @@
-"""looks.jsonl of a run: a line each time a set of evaluation questions was asked, in training or of the exported model.
+"""evaluations.jsonl of a run: a line each time a set of evaluation questions was asked, in training or of the exported model.
 
 Choosing by a test set is training on it. The log is never cut back: what a resume does again was looked at twice.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from alphamed.errors import ConfigError
 from alphamed.files import append_json_lines, read_json_lines
 
-LOOKS = "looks.jsonl"
+LOOKS = "evaluations.jsonl"
 DEVELOPMENT, TEST = "development", "test"
 
 

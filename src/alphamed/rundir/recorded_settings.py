@@ -28,7 +28,7 @@ SAMPLED_BY = (
     "data.levels",
     "data.shuffle_options",
 )
-"""Settings and sections that recorded rewards and rollouts come from: a replay can not change what is recorded. Temperature
+"""Settings and sections that recorded rewards and rollouts come from: a replay cannot change what is recorded. Temperature
 and staleness also say what distribution the log-probs are of, and whether they need correction."""
 LIMITS = ("prompt.max_tokens",)
 """Of those, what only refuses."""

@@ -37,7 +37,7 @@ class Answers:
 
 
 class RolloutFileError(ConfigError):
-    """A rollout file that is absent or can not be read: one line naming file, what is wrong and mend."""
+    """A rollout file that is absent or cannot be read: one line naming file, what is wrong and fix."""
 
 
 def rollout_path(run_dir: Path, step: int) -> Path:

@@ -115,7 +115,7 @@ class ShardLoader:
 
     def finish(self) -> None:
         self._writer.check_complete()
-        settle(self._worker)
+        finalize_load(self._worker)
 
 
 def arrivals(membership: Membership, device: torch.device, deadline_s: float) -> Iterator[tuple[Bucket, Tensor]]:
@@ -160,7 +160,7 @@ def end_reload(worker: Any) -> None:
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
     finalize_layerwise_reload(worker.model_runner.model, worker.model_config)
-    settle(worker)
+    finalize_load(worker)
 
 
 def repack(module: torch.nn.Module) -> None:
@@ -170,7 +170,7 @@ def repack(module: torch.nn.Module) -> None:
         quant_method.process_weights_after_loading(module)
 
 
-def settle(worker: Any) -> None:
+def finalize_load(worker: Any) -> None:
     """What is left to do when all layers are loaded."""
     refresh_tied_head(worker.model_runner.model)
     if worker.device.type != "cpu":
@@ -178,7 +178,7 @@ def settle(worker: Any) -> None:
 
 
 def refresh_tied_head(model: torch.nn.Module) -> None:
-    """Pack a tied output layer anew. On CPU vLLM multiplies by a packed copy of the weight; the layer-wise reload repacks a
+    """Pack a tied output layer again. On CPU vLLM multiplies by a packed copy of the weight; the layer-wise reload repacks a
     layer when its own tensors arrive, and for a tied output layer none do: it would stay at the old weights."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.platforms import current_platform

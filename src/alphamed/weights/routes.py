@@ -99,12 +99,12 @@ def gathers(shape: ModelShape, parallel: ParallelConfig, mode: str) -> tuple[Gat
 
 
 def check_sync(config: Config, shape: ModelShape) -> None:
-    """Refuse buckets that can not hold one row of the model's largest tensors. Raises ConfigError."""
+    """Refuse buckets that cannot hold one row of the model's largest tensors. Raises ConfigError."""
     widest = max(size[-1] for entry in _entries(shape) for size in entry.shapes if len(size) > 1)
     row_bytes = widest * ELEMENT_BYTES[WIRE_DTYPE[config.rollout.dtype]]
     if config.sync.bucket_bytes < row_bytes:
         raise ConfigError(
-            f"sync.bucket_bytes: {config.sync.bucket_bytes} can not hold one row of the model's widest tensor "
+            f"sync.bucket_bytes: {config.sync.bucket_bytes} cannot hold one row of the model's widest tensor "
             f"({row_bytes} bytes); raise it to at least that"
         )
 

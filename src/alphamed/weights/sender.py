@@ -15,7 +15,7 @@ from alphamed.weights import links
 from alphamed.weights.buckets import box_of, digest, pack
 from alphamed.weights.cuts import Box
 from alphamed.weights.plan import Member, Slice, SyncPlan, in_turns
-from alphamed.weights.shared_memory import Late
+from alphamed.weights.shared_memory import PeerTimeout
 from alphamed.weights.source import WeightSource
 
 Digests = dict[str, list[list[int]]]
@@ -55,7 +55,7 @@ class Sender:
     def late(self, failure: Exception | None) -> list[Member]:
         """The workers that a failed `send` waited for in vain, where the transport knows them. None where one also takes from
         other ranks: it may itself wait for those."""
-        if not isinstance(failure, Late):
+        if not isinstance(failure, PeerTimeout):
             return []
         (link,) = (link for link in self._plan.links if link.name == failure.link)
         numbers = [link.receivers[member - 1] for member in failure.members]

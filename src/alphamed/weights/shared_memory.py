@@ -36,7 +36,7 @@ BACKLOG = 64
 NUMBER, CREDENTIALS = struct.Struct("<Q"), struct.Struct("3i")  # the latter: pid, uid, gid
 
 
-class Late(RuntimeError):
+class PeerTimeout(RuntimeError):
     """Members of a link that did not do their part in time."""
 
     def __init__(self, link: str, members: Sequence[int], what: str):
@@ -95,7 +95,7 @@ class SharedMemorySource:
         while missing := [member for member in range(1, 1 + receivers) if member not in found]:
             ready = wait([listener, *unnamed], _left(end))
             if not ready:
-                raise Late(self._name, missing, "join")
+                raise PeerTimeout(self._name, missing, "join")
             for peer in ready:
                 if peer is listener:
                     with _errors(f"link {self._name}: member {_listed(missing)} could not join"):
@@ -133,7 +133,7 @@ class SharedMemorySource:
         while behind := [index for index, taken in enumerate(self._taken) if taken < count]:
             ready = wait([self._receivers[index] for index in behind], _left(end))
             if not ready:
-                raise Late(self._name, [1 + index for index in behind], f"take bucket {count - 1}")
+                raise PeerTimeout(self._name, [1 + index for index in behind], f"take bucket {count - 1}")
             for index in behind:
                 if self._receivers[index] in ready:
                     with _errors(f"link {self._name}: member {1 + index} did not take bucket {self._taken[index]}"):
@@ -178,7 +178,7 @@ class SharedMemoryReceiver:
         return Arrival(self, flat)
 
     def take(self, flat: Tensor, end: float) -> None:
-        """Copy the next bucket into `flat`: what loads it may keep it, while its slot is written anew."""
+        """Copy the next bucket into `flat`: what loads it may keep it, while its slot is written again."""
         with _errors(f"link {self._name}: bucket {self._taken} did not come"):
             number = _receive(self._source, end)
             assert number == self._taken, f"bucket {number} came, {self._taken} is due"

@@ -40,7 +40,7 @@ class Order:
     """What rank 0 tells all ranks before a push."""
 
     version: int
-    epoch: int  # changes when an engine comes or goes: the links are built anew
+    epoch: int  # changes when an engine comes or goes: the links are built again
     address: str  # of the store
     port: int
     engines: tuple[int, ...]  # tensor-parallel size of each

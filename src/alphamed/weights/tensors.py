@@ -1,7 +1,7 @@
 """Cutting Hugging Face tensors into tensor-parallel shards of Megatron parameters, and joining them again.
 
 Both directions follow one description: a shard is the concatenation, along one dimension, of slices of the source
-tensors (`cuts.pieces`). Loading reads those slices, exporting writes them back, so the two can not disagree. Pure; torch
+tensors (`cuts.pieces`). Loading reads those slices, exporting writes them back, so the two cannot disagree. Pure; torch
 only.
 """
 

@@ -1,7 +1,7 @@
 """Writes slices of Hugging Face tensors into an engine's parameters, where a tensor rank of vLLM keeps them.
 
 vLLM fuses q, k, v and gate, up, in this order along the rows (the model's `packed_modules_mapping`). Where a parameter's
-values live only in the packed form of its kernel (CPU), it is filled anew and packed when its layer is complete. Needs torch
+values live only in the packed form of its kernel (CPU), it is filled again and packed when its layer is complete. Needs torch
 alone: what depends on vLLM is handed in.
 """
 

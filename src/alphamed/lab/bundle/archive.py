@@ -158,7 +158,7 @@ def _member_problem(member: tarfile.TarInfo, listed: Mapping[str, Any], found: M
     if place.is_absolute() or ".." in place.parts or "\\" in member.name or str(place) != member.name:
         return "would be written elsewhere than below the bundle's folder"
     if not member.name.isprintable():
-        return "has a name that can not be written"
+        return "has a name that cannot be written"
     if member.name not in listed:
         return "is not in the manifest"
     if member.name in found:

@@ -23,7 +23,7 @@ from alphamed.rundir.metrics import read_rows
 CONFIG, DATA = "config.yaml", "data"
 EVALUATIONS = ("evaluations", "eval")
 """Of the training itself, and what `alphamed eval` wrote into the run."""
-PLAIN = ("provenance.json", "metrics.jsonl", "looks.jsonl", "study.json")
+PLAIN = ("provenance.json", "metrics.jsonl", "evaluations.jsonl", "study.json")
 KEPT = (
     "set",
     "benchmark",

@@ -178,7 +178,7 @@ def _check_manifest(found: Findings, told: Manifest, recorded: Config, archive: 
 
 
 def _model_record(archive: Archive) -> set[tuple[str, str]] | None:
-    """(name, SHA-256) of the model's files as the run itself recorded them; None where that can not be read."""
+    """(name, SHA-256) of the model's files as the run itself recorded them; None where that cannot be read."""
     try:
         return {(Path(entry["path"]).name, entry["sha256"]) for entry in json.loads(archive.files[PROVENANCE])["model"]}
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -239,7 +239,7 @@ def _recorded(bundle: Path, archive: Archive) -> Config:
         return build_config(_tree(archive))
     except (KeyError, ConfigError) as error:
         raise ConfigError(
-            f"bundle {bundle}: its configuration can not be used by this version "
+            f"bundle {bundle}: its configuration cannot be used by this version "
             f"({' '.join(str(error).split())}); use the version that made it"
         ) from None
 
@@ -255,7 +255,7 @@ def _manifest(bundle: Path, archive: Archive) -> Manifest:
     try:
         return validated(Manifest, dict(archive.manifest))
     except ConfigError as error:
-        raise ConfigError(f"bundle {bundle}: its manifest can not be used ({error})") from None
+        raise ConfigError(f"bundle {bundle}: its manifest cannot be used ({error})") from None
 
 
 def _tree(archive: Archive) -> dict[str, Any]:
@@ -300,7 +300,7 @@ def unpack(told: Manifest, archive: Archive, found: Findings, out: Path, overrid
         os.rename(draft, out)
     except OSError as error:
         raise DataError(
-            f"--out: {out} can not be written ({error.strerror or error}); free space or choose another place. "
+            f"--out: {out} cannot be written ({error.strerror or error}); free space or choose another place. "
             f"Nothing was left half-written"
         ) from None
     finally:

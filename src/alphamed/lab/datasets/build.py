@@ -41,7 +41,7 @@ def check(recipe: BuildRecipe, out: Path, config: Path | None = None, overwrite:
     DataError."""
     check_places(
         {"--out": out, "the card": card_path(out), "the card for people": beside(out, ".card.md")},
-        _placesread(recipe) | {"--config": [config]},
+        _places_read(recipe) | {"--config": [config]},
         overwrite,
     )
     check_suffix(out)
@@ -142,19 +142,19 @@ def _card(built: Built, recipe: BuildRecipe, out: Path, command: str) -> dict[st
         "steps": built.steps,
         "decisions": built.decisions,
         "benchmarks": built.benchmarks,
-        "files": filesread(recipe),
+        "files": files_read(recipe),
         "recipe": recipe.model_dump(mode="json"),
     }
 
 
-def filesread(recipe: BuildRecipe) -> dict[str, str]:
+def files_read(recipe: BuildRecipe) -> dict[str, str]:
     """Every local file that a recipe reads -> its SHA-256; of a folder all files in it. OSError where one is gone."""
-    places = [place for part in _placesread(recipe).values() for place in part if place is not None]
+    places = [place for part in _places_read(recipe).values() for place in part if place is not None]
     files = [file for place in places for file in (sorted(place.rglob("*")) if place.is_dir() else [place])]
     return {str(file): file_sha256(file) for file in files if not file.is_dir()}
 
 
-def _placesread(recipe: BuildRecipe) -> dict[str, list[Path | None]]:
+def _places_read(recipe: BuildRecipe) -> dict[str, list[Path | None]]:
     """Part of the recipe -> the local files and folders it reads."""
     from alphamed.evaluation.benchmarks import local_copy
 

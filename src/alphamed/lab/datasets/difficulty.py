@@ -48,7 +48,7 @@ def level_of(right: int, samples: int) -> int:
     """Level of a question with `right` of `samples` answers right: 1 for all, 6 for none. Between them the level whose pass
     rate (2: 0.8, 3: 0.6, 4: 0.4, 5: 0.2) is nearest, the harder of two as near: with five samples one level each."""
     if not 0 <= right <= samples or samples < 1:
-        raise ValueError(f"{right} of {samples} samples can not be right")
+        raise ValueError(f"{right} of {samples} samples cannot be right")
     if right in (0, samples):
         return LEVELS[0] if right else LEVELS[-1]
     fifths = -(-(10 * right - samples) // (2 * samples))  # ceil(5 p - 1/2), in whole numbers
@@ -115,7 +115,7 @@ def work_folder(out: Path) -> Path:
 
 
 def read_work(work: Path, questions: Sequence[Question], samples: int) -> dict[str, Annotated]:
-    """Question id -> its annotation, from the shards of any number there are. Lines of other questions are passed over."""
+    """Question id -> its annotation, from the shards of any number there are. Lines of other questions are skipped."""
     contents = {question.id: content_of(question) for question in questions}
     found = {}
     for file in sorted(work.glob("shard-*.jsonl")):

@@ -77,7 +77,7 @@ def table() -> Mapping[str, Category]:
 
 
 def parse(text: str) -> Mapping[str, Category]:
-    """The categories of a table by name. ValueError names the category, the row and the mend."""
+    """The categories of a table by name. ValueError names the category, the row and the fix."""
     tree = yaml.safe_load(text)
     general = {Form(form): _wordings(entry) for form, entry in tree["general"].items()}
     return {name: _category(name, entry, general) for name, entry in tree["categories"].items()}

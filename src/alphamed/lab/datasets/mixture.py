@@ -146,7 +146,7 @@ def commonest_answer(items: Iterable[Item], source: str) -> tuple[str, float] | 
 # -------------------------------------------------------------------------------------------------------------- quotas
 def mixed(items: Sequence[Item], quotas: Sequence[QuotaRecipe], seed: int, short: Short) -> tuple[list[Item], list[str]]:
     """The items that fill the quotas, in the order given, and what is short of them in words. Without quotas all items.
-    DataError where a quota can not be filled and `short` refuses that."""
+    DataError where a quota cannot be filled and `short` refuses that."""
     if not quotas:
         return list(items), []
     taken: dict[str, Item] = {}

@@ -88,7 +88,7 @@ def read(built: Built, wanted: SourceRecipe, bad_rows: BadRows) -> None:
         raise DataError(_refusal(problems), problems)
     if not questions:
         bad = f", all {len(problems)} rows are bad (the first: {problems[0]})" if problems else ""
-        raise DataError(f"{wanted.name}: no usable question{bad}; mend the data")
+        raise DataError(f"{wanted.name}: no usable question{bad}; fix the data")
     if annotations is not None:
         built.steps += _counted(annotations, questions, wanted)
         questions = [replace(q, **annotations.get(q.id, {})) for q in questions]
@@ -111,7 +111,7 @@ def read(built: Built, wanted: SourceRecipe, bad_rows: BadRows) -> None:
 
 def _refusal(problems: Sequence[RowProblem]) -> str:
     more = f"; {counted(len(problems) - 1, 'more bad row')}" if len(problems) > 1 else ""
-    return f"{problems[0]}{more}; mend the data, or leave bad rows out with bad_rows=skip"
+    return f"{problems[0]}{more}; fix the data, or leave bad rows out with bad_rows=skip"
 
 
 def _note(source: QuestionSource, count: int) -> str:

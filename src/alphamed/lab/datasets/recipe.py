@@ -84,7 +84,7 @@ class FilterRecipe(Section):
             try:
                 re.compile(text)
             except (re.error, OverflowError, RecursionError) as error:
-                raise ValueError(f"filter.exclude: {text!r} is no regular expression ({error}); mend it") from None
+                raise ValueError(f"filter.exclude: {text!r} is no regular expression ({error}); fix it") from None
         if self.max_words is not None and self.min_words > self.max_words:
             raise ValueError(f"filter.min_words: {self.min_words} is above filter.max_words ({self.max_words}); lower it")
         return self

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from alphamed.config.choices import Recompute
 from alphamed.config.sections import AUTO_CHUNK_TOKENS
-from alphamed.lab.planner.mending import Overrides, applied, axes, consistent
 from alphamed.lab.planner.plan import Plan
 from alphamed.lab.planner.search import fits, nearest_changes, nodes_of
+from alphamed.lab.planner.suggest import Overrides, applied, axes, consistent
 from alphamed.lab.planner.time import step_time
 from alphamed.model.shape import tensor_sizes
 from alphamed.planner.job import Job
@@ -50,7 +50,7 @@ def faster(plan: Plan, most: int = 2) -> list[Advice]:
     return chosen[:most]
 
 
-def mends(plan: Plan) -> list[Advice]:
+def fixes(plan: Plan) -> list[Advice]:
     """The nearest settings under which a run that does not fit does (search.py), within the nodes that it may take, or up to
     four times as many as it takes; at most two."""
     if plan.found is None or plan.fits:
@@ -96,7 +96,7 @@ def neighbours(job: Job, gpus: int) -> Iterator[Overrides]:
     if p.tensor > 1 and not p.sequence:
         yield ("parallel.sequence=true",)
     if job.reference:
-        yield (f"parallel.reference={'resident' if job.swapped_reference else 'swapped'}",)
+        yield (f"parallel.reference={'resident' if job.offloaded_reference else 'swapped'}",)
 
 
 def _layouts(job: Job) -> Iterator[Overrides]:

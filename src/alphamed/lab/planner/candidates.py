@@ -10,7 +10,7 @@ from typing import Any
 
 from alphamed.config.choices import Recompute, ReferencePlace
 from alphamed.config.sections import AUTO_CHUNK_TOKENS
-from alphamed.lab.planner.mending import Overrides, axes, layouts
+from alphamed.lab.planner.suggest import Overrides, axes, layouts
 from alphamed.model.shape import divisors
 from alphamed.planner.job import Job
 from alphamed.planner.legality import nearest
@@ -100,7 +100,7 @@ def _switches(job: Job, cut: Mapping[str, int]) -> list[dict[str, Any]]:
     if not p.distributed_optimizer:
         found["parallel.distributed_optimizer"] = True
     if job.reference and p.reference == ReferencePlace.RESIDENT and not job.config.model.fp8 and not job.gpu.is_cpu:
-        found["parallel.reference"] = ReferencePlace.SWAPPED
+        found["parallel.reference"] = ReferencePlace.OFFLOADED
     if p.virtual_pipeline and cut["pipeline"] > 1 and "parallel.virtual_pipeline" not in _followers(job, cut):
         found["parallel.virtual_pipeline"] = None
     if cut["tensor"] > 1 and p.tensor > 1 and not p.sequence:

@@ -1,4 +1,4 @@
-"""`alphamed plan`: prints the plan, writes it as JSON and as a page; exit code 1 where the run can not be."""
+"""`alphamed plan`: prints the plan, writes it as JSON and as a page; exit code 1 where the run cannot be."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from alphamed.config.loading import load_config
 from alphamed.data.output import check_places
 from alphamed.errors import ConfigError
-from alphamed.lab.planner import advice, words
+from alphamed.lab.planner import advice, text_report
 from alphamed.lab.planner.options import check_options
 from alphamed.lab.planner.plan import STORAGE_BYTES_PER_S, Plan, job_of, make_plan, to_json
 
@@ -23,8 +23,8 @@ def main(options: Namespace) -> int:
     check_options(options, config)
     job, source = job_of(config, options.gpu, options.nodes, options.prompt_tokens, options.response_tokens)
     plan = make_plan(job, source, options.storage * 1e9 if options.storage else STORAGE_BYTES_PER_S)
-    found = advice.faster(plan) if plan.fits else advice.mends(plan)
-    print(words.text(plan, found))
+    found = advice.faster(plan) if plan.fits else advice.fixes(plan)
+    print(text_report.text(plan, found))
     if options.json:
         _write(options.json, json.dumps(to_json(plan, found), indent=1) + "\n")
     if options.html:
@@ -47,7 +47,7 @@ def _write(path: Path, text: str) -> None:
     try:
         replace_text(path, text)
     except OSError as error:
-        raise ConfigError(f"{path}: can not be written ({error.strerror}); choose another place") from None
+        raise ConfigError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
 
 
 def _build(plan: Plan) -> int:

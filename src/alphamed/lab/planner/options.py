@@ -12,7 +12,7 @@ from alphamed.errors import ConfigError
 
 
 def check_options(options: Namespace, config: Config) -> None:
-    """Refuse numbers without a meaning and files that can not be written. Raises ConfigError."""
+    """Refuse numbers without a meaning and files that cannot be written. Raises ConfigError."""
     for name in ("nodes", "prompt_tokens", "response_tokens", "storage"):
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):
@@ -46,5 +46,5 @@ def _check_file(option: str, path: Path) -> None:
         )
     if not os.access(path.parent, os.W_OK):
         raise ConfigError(
-            f"{option}: {str(path)!r} can not be written, {str(path.parent)!r} is read-only; choose another place"
+            f"{option}: {str(path)!r} cannot be written, {str(path.parent)!r} is read-only; choose another place"
         )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alphamed.config.loading import dump_config
-from alphamed.lab.planner import pictures, words
+from alphamed.lab.planner import pictures, text_report
 from alphamed.lab.planner.advice import Advice
 from alphamed.lab.planner.plan import Plan, bottleneck, hours, mfu, steps_text, tokens_rate
 from alphamed.lab.reports import plots
@@ -24,23 +24,23 @@ def page(plan: Plan, advice: Sequence[Advice]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"size": words.size}
+    environment.filters |= {"size": text_report.size}
     found = plan.found
     return environment.get_template("plan.html.j2").render(
         plan=plan,
         job=plan.job,
         shape=plan.job.shape,
         found=found,
-        verdict=words.verdict(plan, advice),
+        verdict=text_report.verdict(plan, advice),
         tiles=_tiles(plan),
-        advice=[line.split(maxsplit=1)[1] for line in words.advice_lines(plan, advice)],
+        advice=[line.split(maxsplit=1)[1] for line in text_report.advice_lines(plan, advice)],
         pictures=found
         and {
             "cluster": pictures.cluster(plan.job, found.topology),
             "memory": pictures.memory(found.uses),
             "step": pictures.step(found.time),
         },
-        bottleneck=found and words.PART_NAMES[bottleneck(plan)],
+        bottleneck=found and text_report.PART_NAMES[bottleneck(plan)],
         config_text=dump_config(plan.job.config),
         style=plots.PAGE_STYLE.read_text(encoding="utf-8"),
         chart_style=plots.STYLE + pictures.STYLE,

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from html import escape
 
+from alphamed.lab.planner.text_report import PART_NAMES
 from alphamed.lab.planner.time import StepTime
 from alphamed.lab.planner.topology import Seat, Topology
-from alphamed.lab.planner.words import PART_NAMES
 from alphamed.planner.hardware import GIB
 from alphamed.planner.job import Job
 from alphamed.planner.memory import Use

@@ -9,7 +9,7 @@ from alphamed.config.choices import Device
 from alphamed.config.schema import Config
 from alphamed.lab.planner.deadline import deadline_problems
 from alphamed.lab.planner.evaluations import Evaluations, count_questions, evaluations
-from alphamed.lab.planner.search import mended
+from alphamed.lab.planner.search import fixed
 from alphamed.lab.planner.shapes import find_shape
 from alphamed.lab.planner.time import StepTime, step_time
 from alphamed.lab.planner.topology import Topology, place
@@ -112,10 +112,10 @@ def make_plan(job: Job, source: str = "", storage: float = STORAGE_BYTES_PER_S) 
     """Plan a job; `storage` in bytes per second."""
     problems = layout_problems(job)
     if problems:
-        return Plan(job, source, tuple(mended(problems, job)), None, None)
+        return Plan(job, source, tuple(fixed(problems, job)), None, None)
     found = assess(job)
     problems = memory_problems(job, found.uses, found.cache) + deadline_problems(job)
-    problems = [replace(problem, mend=()) for problem in problems]  # advice.py looks for one for all of them
+    problems = [replace(problem, fix=()) for problem in problems]  # advice.py looks for one for all of them
     return Plan(job, source, tuple(problems), found, _checkpoint(job, found.time, storage))
 
 
@@ -147,7 +147,7 @@ def to_json(plan: Plan, advice: list[Any]) -> dict[str, Any]:
     job, s = plan.job, plan.job.shape
     tree: dict[str, Any] = {
         "fits": plan.fits,
-        "problems": [{"text": problem.text, "mend": list(problem.mend)} for problem in plan.problems],
+        "problems": [{"text": problem.text, "fix": list(problem.fix)} for problem in plan.problems],
         "model": {
             "path": job.config.model.path,
             "source": plan.source,

@@ -20,7 +20,7 @@ from alphamed.config.choices import SyncMode
 from alphamed.config.sections import RolloutConfig
 from alphamed.lab.planner.candidates import Part, Settings, measured, overrides_of, trainer_parts, with_settings
 from alphamed.lab.planner.deadline import deadline_problems
-from alphamed.lab.planner.mending import Overrides, applied, axes
+from alphamed.lab.planner.suggest import Overrides, applied, axes
 from alphamed.lab.planner.time import step_time
 from alphamed.model.shape import tensor_sizes
 from alphamed.planner.job import Job
@@ -35,7 +35,7 @@ ELSEWHERE = (
     "sync.transport",
     "rollout.step_deadline_s",
 )
-"""Settings that are not searched: what a problem names as its mend is the only one that helps."""
+"""Settings that are not searched: what a problem names as its fix is the only one that helps."""
 ENGINE_COUNTS = 32
 """Numbers of engines that are tried, at most, beside powers of two."""
 CONCURRENT = RolloutConfig.model_fields["max_concurrent_requests"].default
@@ -70,14 +70,14 @@ def fits(job: Job) -> bool:
     return not problems(job)
 
 
-def mended(found: list[Problem], job: Job) -> list[Problem]:
-    """The problems of an illegal layout, the first with one mend for all of them, after which the plan is without a problem; or
+def fixed(found: list[Problem], job: Job) -> list[Problem]:
+    """The problems of an illegal layout, the first with one fix for all of them, after which the plan is without a problem; or
     with the word that none was found."""
-    first, *others = (replace(problem, mend=()) for problem in found)
+    first, *others = (replace(problem, fix=()) for problem in found)
     nodes = nodes_of(job)
-    own = (_completed(job, problem.mend, (1, 1.0), nodes) for problem in found if problem.mend)  # is one of them enough?
+    own = (_completed(job, problem.fix, (1, 1.0), nodes) for problem in found if problem.fix)  # is one of them enough?
     if change := next(filter(None, own), None) or next(iter(nearest_changes(job, nodes, most=1)), None):
-        return [replace(first, mend=change.overrides), *others]
+        return [replace(first, fix=change.overrides), *others]
     within = (
         "on this machine"
         if job.gpu.is_cpu
@@ -137,8 +137,8 @@ def _completed(job: Job, overrides: Overrides, cost: tuple[int, float], nodes: i
         left = problems(changed)
         if not left:
             return Change(overrides, replace(changed, nodes=job.nodes), cost) if overrides else None
-        asked = tuple(override for problem in left for override in problem.mend if override.partition("=")[0] in ELSEWHERE)
-        if not asked or not all(problem.mend for problem in left):
+        asked = tuple(override for problem in left for override in problem.fix if override.partition("=")[0] in ELSEWHERE)
+        if not asked or not all(problem.fix for problem in left):
             return None
         overrides = (
             tuple(one for one in overrides if not one.startswith(tuple(key.partition("=")[0] for key in asked))) + asked

@@ -179,9 +179,9 @@ def _optimizer_seconds(job: Job, batch: Batch, e: Efficiency) -> float:
 
 
 def _swap_seconds(job: Job, e: Efficiency) -> float:
-    """A swapped reference's weights from pinned host memory to the device, once a step; nothing travels back."""
+    """A offloaded reference's weights from pinned host memory to the device, once a step; nothing travels back."""
     p = job.parallel
-    if not job.swapped_reference:
+    if not job.offloaded_reference:
         return 0.0
     largest = max(
         parameters.stage_size(job.shape, p.tensor, p.pipeline, job.virtual, stage).parameters for stage in range(p.pipeline)

@@ -29,7 +29,7 @@ CURVES = (
     (
         "reward/mean",
         "Reward",
-        "Mean reward of a step's responses. Runs with different rewards can not be compared here.",
+        "Mean reward of a step's responses. Runs with different rewards cannot be compared here.",
         "",
         None,
     ),
@@ -78,7 +78,7 @@ PARTS_COLUMNS = (
 
 
 def main(paths: Sequence[Path], out: Path, as_json: bool) -> int:
-    """Write the page and its numbers; print where, or the numbers. ConfigError for what can not be compared.
+    """Write the page and its numbers; print where, or the numbers. ConfigError for what cannot be compared.
 
     FILE.csv has a line a run and evaluation set, FILE.parts.csv one a run, set and level or bin of its questions."""
     if out.suffix != ".html":

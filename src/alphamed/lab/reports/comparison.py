@@ -14,7 +14,7 @@ from typing import Any
 from alphamed.data.attributes import ATTRIBUTES
 from alphamed.evaluation.score import percent, points
 from alphamed.files import finite
-from alphamed.lab.reports.apart import SIGNIFICANT, apart, told as told_apart
+from alphamed.lab.reports.divergence import SIGNIFICANT, apart, told as told_apart
 from alphamed.lab.reports.evaluations import AnsweredSet, Paired, holm, pair
 from alphamed.lab.reports.runs import ComparedRun
 from alphamed.lab.reports.watch import collapse, collapse_words

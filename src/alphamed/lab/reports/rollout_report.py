@@ -1,4 +1,4 @@
-"""The part of a run's report that comes from its recorded responses: levels, sources, letters, habits, question histories.
+"""The part of a run's report that comes from its recorded responses: levels, sources, letters, response patterns, question histories.
 
 A run without rollout files (logging.rollout_files: false) has none of it; one sentence says so.
 """
@@ -17,8 +17,8 @@ from alphamed.evaluation.score import percent
 from alphamed.lab.reports.figures import SMOOTH, SMOOTH_FROM, Figure
 from alphamed.lab.reports.history import History, history
 from alphamed.lab.reports.plots import Series, Value, line_chart
-from alphamed.lab.reports.tally import Part, Quote, StepTally, Tally, together
-from alphamed.lab.reports.watch import HABITS, SPOKEN, collapse, ends, warnings, words
+from alphamed.lab.reports.rollout_stats import Part, Quote, RolloutStats, StepStats, together
+from alphamed.lab.reports.watch import PATTERNS, SPOKEN, collapse, ends, warnings, words
 from alphamed.rundir.rollout_files import read_answers, recorded_steps, rollout_path
 
 ABSENT = (
@@ -78,9 +78,9 @@ class RolloutReport:
     questions_csv: str
 
 
-def tally_run(run_dir: Path) -> Tally:
+def run_stats(run_dir: Path) -> RolloutStats:
     """All recorded responses of a run, counted; one file is in memory at a time. RolloutFileError for a damaged file."""
-    found = Tally()
+    found = RolloutStats()
     for step in recorded_steps(run_dir):
         found.add(step, read_answers(rollout_path(run_dir, step)))
     return found
@@ -88,7 +88,7 @@ def tally_run(run_dir: Path) -> Tally:
 
 def rollout_report(run_dir: Path) -> RolloutReport | None:
     """What the report says of recorded responses; None where none are."""
-    found = tally_run(run_dir)
+    found = run_stats(run_dir)
     if not found.steps:
         return None
     past = history(found.questions.values())
@@ -105,7 +105,7 @@ def rollout_report(run_dir: Path) -> RolloutReport | None:
 
 
 # -------------------------------------------------------------------------------------------------------------- figures
-def rollout_figures(steps: Sequence[StepTally], past: History) -> list[Figure]:
+def rollout_figures(steps: Sequence[StepStats], past: History) -> list[Figure]:
     """Curves over the recorded steps; those that would show one thing only are left out."""
     x, smooth = [one.step for one in steps], SMOOTH if len(steps) >= SMOOTH_FROM else 1
     found = []
@@ -145,11 +145,11 @@ def rollout_figures(steps: Sequence[StepTally], past: History) -> list[Figure]:
             "Share of each letter among the boxed answers. The keys are spread " + _spread(together(steps)) + ".",
             _letter_curves(steps, letters),
         )
-    shares = [Series(str(habit), [one.habits[habit].share for one in steps]) for habit in SPOKEN]
+    shares = [Series(str(pattern), [one.response_patterns[pattern].share for one in steps]) for pattern in SPOKEN]
     if any(value for one in shares for value in one.values):
         add(
-            "habits",
-            "Habits",
+            "response_patterns",
+            "Response patterns",
             "Share of responses that reason after their answer, have several boxes, repeat themselves.",
             shares,
             top=None,
@@ -204,10 +204,10 @@ def _colour(place: int) -> int:
     return place if place < 4 else 5 if place == 4 else 4
 
 
-def _letter_curves(steps: Sequence[StepTally], letters: Sequence[str]) -> list[Series]:
+def _letter_curves(steps: Sequence[StepStats], letters: Sequence[str]) -> list[Series]:
     shown = letters if len(letters) <= MOST_CURVES else letters[: MOST_CURVES - 1]
 
-    def share(one: StepTally, chosen: Sequence[str]) -> Value:
+    def share(one: StepStats, chosen: Sequence[str]) -> Value:
         return sum(one.answers[letter] for letter in chosen) / one.answers.total() if one.answers else None
 
     series = [Series(letter, [share(one, [letter]) for one in steps], colour=_colour(k)) for k, letter in enumerate(shown)]
@@ -215,11 +215,11 @@ def _letter_curves(steps: Sequence[StepTally], letters: Sequence[str]) -> list[S
     return [*series, Series(f"{rest[0]}-{rest[-1]}", [share(one, rest) for one in steps], colour=4)] if rest else series
 
 
-def _spread(whole: StepTally) -> str:
+def _spread(whole: StepStats) -> str:
     return ", ".join(f"{letter} {percent(whole.keys[letter] / whole.keys.total())}" for letter in sorted(whole.keys))
 
 
-def _history_curves(steps: Sequence[StepTally], past: History) -> list[Series]:
+def _history_curves(steps: Sequence[StepStats], past: History) -> list[Series]:
     asked, solved, asked_so_far, solved_so_far = past.first_asked, past.first_solved, 0, 0
     rows = []
     for one in steps:
@@ -229,7 +229,7 @@ def _history_curves(steps: Sequence[StepTally], past: History) -> list[Series]:
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
-def _tables(found: Tally) -> list[Table]:
+def _tables(found: RolloutStats) -> list[Table]:
     edge, whole = ends(found.steps), together(found.steps)
     title = f"first {edge.steps} → last {edge.steps} steps" if edge.first else "all recorded steps"
     tables = []
@@ -278,16 +278,16 @@ def _mean(total: float, part: Part, form: str) -> str:
     return form.format(total / part.responses) if part.responses else "-"
 
 
-def _letter_row(letter: str, whole: StepTally, first: StepTally | None, last: StepTally) -> Row:
-    def share(step: StepTally) -> str:
+def _letter_row(letter: str, whole: StepStats, first: StepStats | None, last: StepStats) -> Row:
+    def share(step: StepStats) -> str:
         return percent(step.answers[letter] / step.answers.total()) if step.answers else "-"
 
     keys = percent(whole.keys[letter] / whole.keys.total()) if whole.keys else "-"
     return Row(letter, (keys, *([share(first), share(last)] if first else [share(whole)])))
 
 
-def _watched(found: Tally) -> list[Watched]:
-    """Each habit with its share at both ends and examples; the collapsed letter where there is one."""
+def _watched(found: RolloutStats) -> list[Watched]:
+    """Each pattern with its share at both ends and examples; the collapsed letter where there is one."""
     edge = ends(found.steps)
     shown = []
     if (one := collapse(edge.last.answers, edge.last.keys)) is not None:
@@ -298,13 +298,13 @@ def _watched(found: Tally) -> list[Watched]:
                 tuple(found.quotes.get(one.letter, ())),
             )
         )
-    for habit, (title, what) in HABITS.items():
-        if quotes := found.quotes.get(habit):
-            before = f"{percent(edge.first.habits[habit].share or 0.0)} at first, " if edge.first else ""
+    for pattern, (title, what) in PATTERNS.items():
+        if quotes := found.quotes.get(pattern):
+            before = f"{percent(edge.first.response_patterns[pattern].share or 0.0)} at first, " if edge.first else ""
             shown.append(
                 Watched(
                     title,
-                    f"{before}{percent(edge.last.habits[habit].share or 0.0)} at last {what}. From step {quotes[0].step}:",
+                    f"{before}{percent(edge.last.response_patterns[pattern].share or 0.0)} at last {what}. From step {quotes[0].step}:",
                     tuple(quotes),
                 )
             )
@@ -312,7 +312,7 @@ def _watched(found: Tally) -> list[Watched]:
 
 
 # -------------------------------------------------------------------------------------------------------------- numbers
-def numbers(found: Tally, past: History) -> dict[str, Any]:
+def numbers(found: RolloutStats, past: History) -> dict[str, Any]:
     """The counts as plain values, for report.json."""
     return {
         "recorded_steps": [
@@ -322,7 +322,7 @@ def numbers(found: Tally, past: History) -> dict[str, Any]:
                 "chance": one.chance / one.whole.responses,
                 "answers": dict(sorted(one.answers.items())),
                 "keys": dict(sorted(one.keys.items())),
-                "habits": {str(habit): count.share for habit, count in one.habits.items()},
+                "response_patterns": {str(pattern): count.share for pattern, count in one.response_patterns.items()},
                 **{
                     kind: {name: _part_json(part) for name, part in sorted(parts.items())}
                     for kind, parts in one.parts.items()
@@ -367,7 +367,7 @@ def _counted(values) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def questions_csv(found: Tally) -> str:
+def questions_csv(found: RolloutStats) -> str:
     """One line a question, in the order of first visits."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")

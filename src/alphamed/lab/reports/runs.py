@@ -1,5 +1,5 @@
 """What a comparison knows of each run, read from its directory: training set, evaluations before and after, whether it is a
-control, and, where it can not be compared, why.
+control, and, where it cannot be compared, why.
 
 The configuration is read without validation, so that runs of other versions of this program can be compared too.
 """
@@ -19,7 +19,7 @@ from alphamed.evaluation import settings
 from alphamed.evaluation.runner import read_asked
 from alphamed.lab.reports.evaluations import AnsweredSet, read_answered
 from alphamed.lab.reports.history import history
-from alphamed.lab.reports.rollout_report import numbers, tally_run
+from alphamed.lab.reports.rollout_report import numbers, run_stats
 from alphamed.rundir import provenance
 from alphamed.rundir.metrics import read_rows
 
@@ -237,7 +237,7 @@ def _with_lent(run: ComparedRun, runs: Sequence[ComparedRun]) -> ComparedRun:
 
 # ----------------------------------------------------------------------------------------------------------- the training
 def _responses(path: Path, steps: int) -> tuple[Mapping[str, Any] | None, list[str]]:
-    """What report.json says of the recorded responses, and its warnings; counted anew where it is absent or old."""
+    """What report.json says of the recorded responses, and its warnings; counted again where it is absent or old."""
     from alphamed.lab.reports.watch import warnings
 
     try:
@@ -247,7 +247,7 @@ def _responses(path: Path, steps: int) -> tuple[Mapping[str, Any] | None, list[s
             return responses, warned
     except (OSError, ValueError, KeyError, TypeError):  # absent or of another version
         pass
-    tally = tally_run(path)
+    tally = run_stats(path)
     return (numbers(tally, history(tally.questions.values())) if tally.steps else None), warnings(tally.steps)
 
 

@@ -31,7 +31,7 @@ def summary(run_dir: Path) -> list[str]:
     found = list(evaluations(run_dir).values())
     for name in found[-1] if found else ():
         lines += _set_lines(name, [scores[name] for scores in found if name in scores])
-    lines += ["", f"Where it lies: {run_dir}"]
+    lines += ["", f"Output files: {run_dir}"]
     return lines + [f"  {place:<14} {text}" for place, text in PLACES.items() if (run_dir / place).exists()]
 
 

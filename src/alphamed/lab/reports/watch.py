@@ -1,5 +1,5 @@
 """What the counts of a run's responses warn of, in sentences: one letter for all questions, format without knowledge, and
-habits that are no reasoning. Pure.
+patterns that are no reasoning. Pure.
 
 Rewards of multiple-choice questions can be earned without medicine. None of these sentences is a proof; each is a reason to
 read the examples beside it.
@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from alphamed.evaluation.score import percent
-from alphamed.lab.reports.habits import Habit
-from alphamed.lab.reports.tally import Count, StepTally, together
+from alphamed.lab.reports.response_patterns import ResponsePattern
+from alphamed.lab.reports.rollout_stats import Count, StepStats, together
 
 EDGE_STEPS = 5
 """Recorded steps at either end that are compared; a run with fewer than twice as many is judged by its end alone."""
@@ -23,16 +23,19 @@ AHEAD = 0.25
 """One letter for all questions: at least COLLAPSED of the answers, and AHEAD more than among the keys (whose letters may be
 skewed: 55% of PubMedQA's answers are "yes")."""
 COMMON = 0.25
-"""Share of responses from which on a habit is worth a sentence."""
+"""Share of responses from which on a pattern is worth a sentence."""
 
-HABITS: Mapping[Habit, tuple[str, str]] = {
-    Habit.BARE: ("Answers without reasoning", "of boxed responses have fewer than 5 words before the box"),
-    Habit.AFTERWARDS: ("Reasoning after the answer", "of responses reason after their first box rather than before it"),
-    Habit.SEVERAL: ("Several boxes", "of responses have more than one box; the last one counts"),
-    Habit.REPEATS: ("Repetition", "of responses repeat themselves (at least 40% of their last word 4-grams)"),
+PATTERNS: Mapping[ResponsePattern, tuple[str, str]] = {
+    ResponsePattern.BARE: ("Answers without reasoning", "of boxed responses have fewer than 5 words before the box"),
+    ResponsePattern.AFTERWARDS: (
+        "Reasoning after the answer",
+        "of responses reason after their first box rather than before it",
+    ),
+    ResponsePattern.SEVERAL: ("Several boxes", "of responses have more than one box; the last one counts"),
+    ResponsePattern.REPEATS: ("Repetition", "of responses repeat themselves (at least 40% of their last word 4-grams)"),
 }
 """Title, what it is a share of."""
-SPOKEN = (Habit.AFTERWARDS, Habit.SEVERAL, Habit.REPEATS)
+SPOKEN = (ResponsePattern.AFTERWARDS, ResponsePattern.SEVERAL, ResponsePattern.REPEATS)
 """Bare boxes have their sentence from the metrics, which a run without rollout files has too."""
 
 
@@ -49,12 +52,12 @@ class Collapse:
 class Ends:
     """The first and the last recorded steps put together; `first` is None where the run is too short to have two ends."""
 
-    first: StepTally | None
-    last: StepTally
+    first: StepStats | None
+    last: StepStats
     steps: int  # in each of them
 
 
-def ends(steps: Sequence[StepTally]) -> Ends:
+def ends(steps: Sequence[StepStats]) -> Ends:
     edge = min(EDGE_STEPS, len(steps))
     return Ends(together(steps[:edge]) if len(steps) >= 2 * EDGE_STEPS else None, together(steps[len(steps) - edge :]), edge)
 
@@ -75,7 +78,7 @@ def collapse_words(found: Collapse, where: str) -> str:
     )
 
 
-def warnings(steps: Sequence[StepTally]) -> list[str]:
+def warnings(steps: Sequence[StepStats]) -> list[str]:
     """What the recorded steps, in order, warn of; [] where nothing does."""
     if not steps:
         return []
@@ -84,7 +87,9 @@ def warnings(steps: Sequence[StepTally]) -> list[str]:
     found = []
     if (one := collapse(edge.last.answers, edge.last.keys)) is not None:
         found.append(collapse_words(one, where))
-    found += [sentence for sentence in (_boxes_alone(edge), *(_habit(edge, habit, where) for habit in SPOKEN)) if sentence]
+    found += [
+        sentence for sentence in (_boxes_alone(edge), *(_pattern(edge, pattern, where) for pattern in SPOKEN)) if sentence
+    ]
     return found
 
 
@@ -105,11 +110,11 @@ def _boxes_alone(edge: Ends) -> str | None:
     )
 
 
-def _habit(edge: Ends, habit: Habit, where: str) -> str | None:
-    new, old = edge.last.habits[habit], edge.first.habits[habit] if edge.first else Count()
+def _pattern(edge: Ends, pattern: ResponsePattern, where: str) -> str | None:
+    new, old = edge.last.response_patterns[pattern], edge.first.response_patterns[pattern] if edge.first else Count()
     if new.share is None or new.share < COMMON or (old.share is not None and new.share <= old.share):
         return None
-    title, what = HABITS[habit]
+    title, what = PATTERNS[pattern]
     before = f"; in the first {edge.steps} it was {percent(old.share)}" if old.share is not None else ""
     return f"{title}: {where} {percent(new.share)} {what}{before}."
 

@@ -15,7 +15,7 @@ from alphamed.lab.study.spec import MEDFACTS, MedFacts, Study
 
 
 def check_sources(study: Study, runs: Iterable[PlannedRun]) -> None:
-    """Refuse what can not be built, as far as it shows without reading data. Raises ConfigError."""
+    """Refuse what cannot be built, as far as it shows without reading data. Raises ConfigError."""
     if study.data is not None and study.data.medfacts is not None:
         try:
             medfacts.check(study.data.medfacts.levels, study.data.medfacts.categories)
@@ -60,7 +60,7 @@ def _check_further(one: Set, facts: Path | None) -> None:
 
 def make_sets(study: Study, runs: Iterable[PlannedRun], command: str) -> list[Path]:
     """Write the sets that are not there yet; returns their files. Raises ConfigError and DataError naming the first run of a
-    set that can not be made; files that were not there before are gone then."""
+    set that cannot be made; files that were not there before are gone then."""
     wanted = _first_of_each_set(runs)
     facts = medfacts_folder(study.folder)
     ours = [*medfacts.files_of(facts).values(), *(path for run in wanted for path in build.files_of(run.set.file))]

@@ -208,7 +208,7 @@ def _quotas(names: list[str], size: int, levels: tuple[int, ...], per_level: boo
     parts = len(names) * (len(wanted) if per_level else 1)
     if size % parts:
         many = f"{len(names)} source{'s' * (len(names) > 1)}" + (f" x {len(wanted)} levels" if per_level else "")
-        raise ConfigError(f"sizes: {size} can not be dealt evenly to {many}; choose a multiple of {parts}")
+        raise ConfigError(f"sizes: {size} cannot be dealt evenly to {many}; choose a multiple of {parts}")
     amount = {"per_level" if per_level else "count": size // parts, "levels": list(wanted)}
     return [{"source": name} | amount for name in names]
 

@@ -37,7 +37,7 @@ def nodes_of(config: Config, gpus_per_node: int) -> int:
             plan_nodes(config, [f"node{i}" for i in range(count)], gpus_per_node)
             return count
         except ConfigError as error:
-            if "present are" not in str(error):  # too few nodes is the only thing that more of them mend
+            if "present are" not in str(error):  # too few nodes is the only thing that more of them fix
                 raise
     raise ConfigError(f"parallel: more than {MAX_NODES} nodes of {gpus_per_node} GPUs would be needed; lower it")
 

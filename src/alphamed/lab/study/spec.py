@@ -197,14 +197,14 @@ class Study(Section):
         """What is wrong with settings (key -> its values) that the study gives itself, written dotted or as a section."""
         own = _OWN | ({"data.train": "is what data builds; use the axis sources, or remove data"} if self.data else {})
         for key, values in settings.items():
-            for name, mend in own.items():
+            for name, fix in own.items():
                 if (
                     key == name
                     or key.startswith(f"{name}.")
                     or name.startswith(f"{key}.")
                     and any(_holds(value, name[len(key) + 1 :]) for value in values)
                 ):
-                    yield f"{where}: {name} {mend}"
+                    yield f"{where}: {name} {fix}"
 
 
 _OWN = {
@@ -235,8 +235,8 @@ def _spelt_otherwise(grids: Iterable[Grid]) -> Iterator[str]:
                     yield f"{where}: {said} names one thing twice; name it once"
                 grid_name, other = spelt.setdefault((axis, frozenset(parts)), (grid.name, value))
                 if value != other:
-                    mend = "give each value once" if grid_name == grid.name else f"write it as grids.{grid_name} does"
-                    yield f"{where}: {said} is {json.dumps(other)} in another order; {mend}"
+                    fix = "give each value once" if grid_name == grid.name else f"write it as grids.{grid_name} does"
+                    yield f"{where}: {said} is {json.dumps(other)} in another order; {fix}"
 
 
 def load_study(path: Path) -> Study:

@@ -45,7 +45,7 @@ def state_of(run: PlannedRun) -> State:
 
 
 def found_state(run: PlannedRun) -> State:
-    """Like `state_of`, of a run that has been tried: a directory that can not be used is a broken run with that as its
+    """Like `state_of`, of a run that has been tried: a directory that cannot be used is a broken run with that as its
     reason, so that the other runs go on."""
     try:
         return state_of(run)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 
 
-class SwappedWeights:
+class OffloadedWeights:
     """The parameters of some modules. Inside a `with` block they hold their values, outside they are empty ([0]).
 
     Parameters that are one and the same tensor under several names stay so. Buffers stay where they are.

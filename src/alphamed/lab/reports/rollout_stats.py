@@ -1,4 +1,4 @@
-"""Recorded responses counted in one pass: per step, level, source, letter and habit, and each question's history. Pure.
+"""Recorded responses counted in one pass: per step, level, source, letter and pattern, and each question's history. Pure.
 
 The responses to one question resemble each other, so intervals here count questions more than responses: see `Count`.
 """
@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 
 from alphamed.data.attributes import ATTRIBUTES, values_of
 from alphamed.evaluation.score import wilson
-from alphamed.lab.reports.habits import Habit, habits
 from alphamed.lab.reports.history import Past
+from alphamed.lab.reports.response_patterns import ResponsePattern, response_patterns
 from alphamed.records import Outcome, Question
 from alphamed.rundir.rollout_files import Answers
 
 QUOTED = 2
-"""Examples kept of each habit and letter, from the last step that has any, chosen by a hash."""
+"""Examples kept of each pattern and letter, from the last step that has any, chosen by a hash."""
 
 PARTS = (*(one.axis for one in ATTRIBUTES), "sources")
 """What responses are counted by, beside all of them together."""
@@ -104,7 +104,7 @@ class Part:
 
 
 @dataclass(slots=True)
-class StepTally:
+class StepStats:
     """The counts of one step, or of several put together. `parts` has them by the kinds of PARTS. `answers` are the letters
     of boxed responses, `keys` the right letters of the same responses, so that the two can be compared; `chance` is the sum
     over all responses of 1 / options."""
@@ -114,18 +114,20 @@ class StepTally:
     parts: dict[str, dict[str, Part]] = field(default_factory=lambda: {kind: {} for kind in PARTS})
     answers: Counter[str] = field(default_factory=Counter)
     keys: Counter[str] = field(default_factory=Counter)
-    habits: dict[Habit, Count] = field(default_factory=lambda: {habit: Count() for habit in Habit})
+    response_patterns: dict[ResponsePattern, Count] = field(
+        default_factory=lambda: {pattern: Count() for pattern in ResponsePattern}
+    )
     chance: float = 0.0
 
-    def merge(self, other: StepTally) -> None:
+    def merge(self, other: StepStats) -> None:
         self.whole.merge(other.whole)
         for kind, theirs in other.parts.items():
             for name, part in theirs.items():
                 self.parts[kind].setdefault(name, Part()).merge(part)
         self.answers.update(other.answers)
         self.keys.update(other.keys)
-        for habit, count in other.habits.items():
-            self.habits[habit].merge(count)
+        for pattern, count in other.response_patterns.items():
+            self.response_patterns[pattern].merge(count)
         self.chance += other.chance
 
 
@@ -142,17 +144,17 @@ class Quote:
     letter: str | None
 
 
-class Tally:
-    """All recorded steps of a run. `quotes` maps a habit's name or a letter (of wrong answers) to examples."""
+class RolloutStats:
+    """All recorded steps of a run. `quotes` maps a pattern's name or a letter (of wrong answers) to examples."""
 
     def __init__(self) -> None:
-        self.steps: list[StepTally] = []
+        self.steps: list[StepStats] = []
         self.questions: dict[str, Past] = {}
         self.quotes: dict[str, list[Quote]] = {}
 
     def add(self, step: int, groups: Iterable[Answers]) -> None:
         """Count a step's groups; steps come in order."""
-        found, candidates = StepTally(step), _Candidates(step)
+        found, candidates = StepStats(step), _Candidates(step)
         for group in groups:
             question, shown = group.question, Counter()
             found.whole.add(group)
@@ -160,19 +162,21 @@ class Tally:
                 found.parts[kind].setdefault(name, Part()).add(group)
             found.chance += len(group.outcomes) / len(question.options)
             for j, (text, outcome) in enumerate(zip(group.texts, group.outcomes)):
-                for habit in habits(text, outcome):
-                    shown[habit] += 1
-                    candidates.offer(habit, group, j)
+                for pattern in response_patterns(text, outcome):
+                    shown[pattern] += 1
+                    candidates.offer(pattern, group, j)
             boxed = group.outcomes.count(Outcome.CORRECT) + group.outcomes.count(Outcome.WRONG)
-            for habit in Habit:  # bare boxes are a share of boxed responses, as in METRICS
-                found.habits[habit].add(shown[habit], boxed if habit is Habit.BARE else len(group.outcomes))
+            for pattern in ResponsePattern:  # bare boxes are a share of boxed responses, as in METRICS
+                found.response_patterns[pattern].add(
+                    shown[pattern], boxed if pattern is ResponsePattern.BARE else len(group.outcomes)
+                )
             self._letters(found, group, candidates)
             past = self.questions.setdefault(question.id, Past(question.source, values_of(question)))
             past.visits.append((step, group.outcomes.count(Outcome.CORRECT), len(group.outcomes)))
         self.steps.append(found)
         self.quotes |= candidates.chosen()
 
-    def _letters(self, found: StepTally, group: Answers, candidates: _Candidates) -> None:
+    def _letters(self, found: StepStats, group: Answers, candidates: _Candidates) -> None:
         for j, (letter, outcome) in enumerate(zip(group.letters, group.outcomes)):
             if letter is not None and outcome in (Outcome.CORRECT, Outcome.WRONG):
                 found.answers[letter] += 1
@@ -187,9 +191,9 @@ def parts_of(question: Question) -> dict[str, str]:
     return values | {"sources": question.source or "no source"}
 
 
-def together(steps: Sequence[StepTally]) -> StepTally:
+def together(steps: Sequence[StepStats]) -> StepStats:
     """Several steps as one; its number is that of the last, 0 without any."""
-    total = StepTally(steps[-1].step if steps else 0)
+    total = StepStats(steps[-1].step if steps else 0)
     for one in steps:
         total.merge(one)
     return total

@@ -7,9 +7,9 @@ from test_compare import answers, item, make_run
 from test_report import C, Page, W
 
 from alphamed.files import replace_json, replace_json_lines, replace_text
-from alphamed.lab.reports.apart import apart, moved_apart, told
 from alphamed.lab.reports.compare_page import main
 from alphamed.lab.reports.comparison import comparison
+from alphamed.lab.reports.divergence import apart, moved_apart, told
 from alphamed.lab.reports.evaluations import pair
 from alphamed.lab.reports.runs import read_runs
 

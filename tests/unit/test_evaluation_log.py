@@ -48,7 +48,7 @@ def test_a_run_that_went_back_forgets_the_best_of_the_past_that_is_gone(tmp_path
     save(tmp_path, 10, keep=3)
     save(tmp_path, 20, keep=3)
     folders.offer_best(tmp_path, 20, 0.9, 20, "dev")
-    save(tmp_path, 20, keep=3)  # the step is done anew, with other weights
+    save(tmp_path, 20, keep=3)  # the step is done again, with other weights
     assert folders.best(tmp_path) is None and folders.offer_best(tmp_path, 20, 0.1, 20, "dev")
 
 
@@ -64,7 +64,7 @@ def test_another_development_set_is_another_measure(tmp_path):
 def test_a_damaged_mark_is_named(tmp_path, text):
     save(tmp_path, 10)
     (tmp_path / "best.json").write_text(text)
-    with pytest.raises(folders.CheckpointError, match="best.json: can not be read"):
+    with pytest.raises(folders.CheckpointError, match="best.json: cannot be read"):
         folders.best(tmp_path)
 
 
@@ -97,7 +97,7 @@ def test_training_keeps_the_checkpoint_of_the_development_set(tmp_path):
         run.finish_evaluation()
     run.close()
     assert names(run.checkpoints) == ["step_000002", "step_000004"] and folders.best(run.checkpoints).name == "step_000002"
-    rows = read_json_lines(config.run_dir / "looks.jsonl")
+    rows = read_json_lines(config.run_dir / "evaluations.jsonl")
     assert [(row["step"], row["set"], row["role"], row["questions"]) for row in rows[:3]] == [
         (1, "test", "test", 10),
         (1, "dev", "development", 10),

@@ -1,7 +1,7 @@
-"""Habits of responses that reward can teach in place of medicine: told from the text of one response. Pure, linear time.
+"""Patterns of responses that reward can teach in place of medicine: told from the text of one response. Pure, linear time.
 
 bare       a boxed answer with fewer than 5 words before it: no reasoning
-afterwards reasoning that follows the answer: it can not have led to it
+afterwards reasoning that follows the answer: it cannot have led to it
 several    more than one box side by side: hedging
 repeats    the same words over and over
 """
@@ -27,26 +27,26 @@ REPEATED = 0.4
 """Share of repeated word 4-grams from which on a response counts as repeating itself: a judgement, not a measurement."""
 
 
-class Habit(StrEnum):
+class ResponsePattern(StrEnum):
     BARE = "bare"
     AFTERWARDS = "afterwards"
     SEVERAL = "several"
     REPEATS = "repeats"
 
 
-def habits(text: str, outcome: Outcome) -> frozenset[Habit]:
-    """The habits that a response shows. Only responses that ended in time with a readable box (`metrics` calls them boxed)
+def response_patterns(text: str, outcome: Outcome) -> frozenset[ResponsePattern]:
+    """The patterns that a response shows. Only responses that ended in time with a readable box (`metrics` calls them boxed)
     can be bare."""
     found = set()
     boxes = side_by_side(closed_boxes(text))
     if outcome in (Outcome.CORRECT, Outcome.WRONG) and is_bare_box(text):
-        found.add(Habit.BARE)
+        found.add(ResponsePattern.BARE)
     if boxes and _goes_on(text, *boxes[0]):
-        found.add(Habit.AFTERWARDS)
+        found.add(ResponsePattern.AFTERWARDS)
     if len(boxes) > 1:
-        found.add(Habit.SEVERAL)
+        found.add(ResponsePattern.SEVERAL)
     if repetition(text) >= REPEATED:
-        found.add(Habit.REPEATS)
+        found.add(ResponsePattern.REPEATS)
     return frozenset(found)
 
 

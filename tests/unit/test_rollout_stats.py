@@ -4,9 +4,9 @@ from collections import Counter
 
 import pytest
 
-from alphamed.lab.reports.habits import Habit
 from alphamed.lab.reports.history import Past, history
-from alphamed.lab.reports.tally import Count, Tally, together
+from alphamed.lab.reports.response_patterns import ResponsePattern
+from alphamed.lab.reports.rollout_stats import Count, RolloutStats, together
 from alphamed.lab.reports.watch import collapse, ends, warnings
 from alphamed.records import Outcome, Question
 from alphamed.rundir.rollout_files import Answers
@@ -66,7 +66,7 @@ def test_merging_counts_is_adding_their_groups():
 
 
 def test_a_step_is_counted_by_level_source_letter_and_habit():
-    tally = Tally()
+    tally = RolloutStats()
     tally.add(3, [group("a", "AABB", level=1, source="medqa"), group("b", ["A", None], "B", level=6)])
     step = tally.steps[0]
     assert (step.step, step.whole.responses, step.whole.correct.hits, step.whole.boxed.hits) == (3, 6, 2, 5)
@@ -74,13 +74,16 @@ def test_a_step_is_counted_by_level_source_letter_and_habit():
     assert step.answers == Counter(A=3, B=2) and step.keys == Counter(A=4, B=1)
     assert {name: part.correct.share for name, part in step.parts["levels"].items()} == {"level 1": 0.5, "level 6": 0.0}
     assert {name: part.responses for name, part in step.parts["sources"].items()} == {"medqa": 4, "no source": 2}
-    assert step.habits[Habit.BARE].cases == 5 and step.habits[Habit.SEVERAL].cases == 6
+    assert (
+        step.response_patterns[ResponsePattern.BARE].cases == 5
+        and step.response_patterns[ResponsePattern.SEVERAL].cases == 6
+    )
     assert {quote.letter for quote in tally.quotes["B"]} == {"B"} and len(tally.quotes["B"]) == 2
     assert together([step, step]).whole.responses == 12
 
 
 def test_examples_are_those_of_the_last_step_that_has_any():
-    tally = Tally()
+    tally = RolloutStats()
     for step, text in ((1, "The answer is \\boxed{{{0}}}"), (2, "So \\boxed{{{0}}}"), (3, LONG + "\\boxed{{{0}}}")):
         tally.add(step, [group("a", "AAAA", text=text)])
     assert [quote.step for quote in tally.quotes["bare"]] == [2, 2]
@@ -119,7 +122,7 @@ def test_one_letter_is_a_collapse_only_far_beyond_the_keys(answers, keys, letter
 
 def run(steps):
     """A tally of steps, each a list of letters for four questions with the keys A, B, C and D."""
-    tally = Tally()
+    tally = RolloutStats()
     for number, letters in enumerate(steps, start=1):
         tally.add(number, [group(key, letters, key) for key in "ABCD"])
     return tally.steps
@@ -148,7 +151,7 @@ def test_a_short_run_is_judged_by_its_end():
 
 
 def test_a_habit_that_spread_is_told():
-    tally = Tally()
+    tally = RolloutStats()
     for step in range(1, 11):
         text = LONG + "\\boxed{{{0}}}" + (" or \\boxed{{{0}}}" if step > 5 else "")
         tally.add(step, [group(key, "ABCD", key, text=text) for key in "ABCD"])

@@ -1,12 +1,12 @@
-"""Habits of single responses: what counts as a box, as reasoning after the answer, as repetition."""
+"""Patterns of single responses: what counts as a box, as reasoning after the answer, as repetition."""
 
 import pytest
 
 from alphamed.answers.extraction import closed_boxes
-from alphamed.lab.reports.habits import Habit, habits, repetition, side_by_side
+from alphamed.lab.reports.response_patterns import ResponsePattern, repetition, response_patterns, side_by_side
 from alphamed.records import Outcome
 
-B, A, S, R = Habit.BARE, Habit.AFTERWARDS, Habit.SEVERAL, Habit.REPEATS
+B, A, S, R = ResponsePattern.BARE, ResponsePattern.AFTERWARDS, ResponsePattern.SEVERAL, ResponsePattern.REPEATS
 TEN = "one two three four five six seven eight nine ten"
 
 
@@ -48,7 +48,7 @@ def test_a_box_in_a_box_is_one():
     ],
 )
 def test_habits_are_told_from_the_text(text, outcome, found):
-    assert habits(text, outcome) == found
+    assert response_patterns(text, outcome) == found
 
 
 def test_repetition_counts_four_grams_that_occurred_before():
