@@ -79,7 +79,6 @@ def examine() -> list[Finding]:
                 ("wandb", "logging to Weights & Biases"),
                 ("safetensors", "weights"),
                 ("psutil", "checkpoints"),
-                ("matplotlib", "the report's curves"),
             )
         ),
     )
