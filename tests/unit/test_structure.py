@@ -111,6 +111,27 @@ def test_the_linter_finds_nothing():
         [sys.executable, "-m", "ruff", "check", "--no-cache", "."], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert run.returncode == 0, run.stdout + run.stderr
+    form = subprocess.run(
+        [sys.executable, "-m", "ruff", "format", "--check", "--no-cache", "."],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert form.returncode == 0, form.stdout + form.stderr
+
+
+def test_files_and_functions_stay_short():
+    """A file over 400 lines, or a function over 60, asks to be split."""
+    long = []
+    for path in sources():
+        text = path.read_text()
+        if (lines := text.count("\n")) > 400:
+            long.append(f"{path.name}: {lines} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= 60:
+                long.append(f"{path.name}:{node.lineno} {node.name}: {node.end_lineno - node.lineno + 1} lines")
+    assert long == []
 
 
 @pytest.mark.parametrize("module", LIGHT)
