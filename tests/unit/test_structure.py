@@ -14,11 +14,7 @@ SOURCE = ROOT / "src" / "alphamed"
 
 # package -> the only places that may import it (folders end with a slash)
 FENCES = {
-    "megatron": (
-        "src/alphamed/megatron/",
-        "src/alphamed/lab/planner/meta_build.py",
-        "megatron_patches/",
-    ),
+    "megatron": ("src/alphamed/megatron/", "src/alphamed/lab/planner/meta_build.py", "megatron_patches/"),
     "vllm": ("src/alphamed/rollout/engine.py", "src/alphamed/weights/receiver.py"),
     "ray": ("src/alphamed/cluster/", "src/alphamed/rollout/", "src/alphamed/reward/process.py"),
     "transformer_engine": (),  # Megatron-Core imports it
