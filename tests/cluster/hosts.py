@@ -54,6 +54,7 @@ class Hosts:
 
     def __init__(self, count: int, folder: Path = FOLDER):
         self.folder = folder
+        self.small = folder / "small"  # a file system of 2 MB that all hosts share
         self.names = [f"node{number + 1}" for number in range(count)]
         self._first: dict[str, int] = {}  # name -> id of its first process
         kept = {name: value for name, value in os.environ.items() if name != "TMPDIR"}  # a host has a /tmp of its own
@@ -61,8 +62,10 @@ class Hosts:
 
     # ------------------------------------------------------------------------------------------------------ up and down
     def up(self) -> None:
-        for part in ("state", "spool", "munge", "ssh"):
+        for part in ("state", "spool", "munge", "ssh", "small"):
             (self.folder / part).mkdir(parents=True)
+        # before the hosts, which are made with what is mounted now and need not see later mounts
+        self._run("mount", "-t", "tmpfs", "-o", "size=2m", "none", str(self.small))
         self._configure()
         self._run(
             "munged",
@@ -141,6 +144,7 @@ class Hosts:
                 self.wait_until(lambda: not Path(f"/proc/{pid}").exists(), f"{pid_file} is gone", DOWN_DEADLINE_S)
         with contextlib.suppress(subprocess.CalledProcessError):
             self._run("ip", "link", "delete", BRIDGE)
+        self._run("umount", str(self.small), check=False)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def kill(self, name: str) -> None:

@@ -136,6 +136,8 @@ def test_by_hand_with_torchrun_and_ray(hosts):
             words = [process.communicate(timeout=DEADLINE_S)[0] for process in processes]
             assert [process.returncode for process in processes] == [0, 0], words
             assert sorted(metrics(here.run_dir("hand"))) == [1, 2]
+            assert "rank 0: 10.97.0.11 on eth0" in words[0] and "RAY_ADDRESS=10.97.0.11:6379" in words[0]
+            assert "IFNAME" not in words[0], "what the run itself has chosen is not what the user has set"
         finally:
             for name in ("node1", "node3"):
                 hosts.on(name, *shell(here, "ray", "stop"), timeout=60)

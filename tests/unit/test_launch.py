@@ -22,6 +22,7 @@ from alphamed.config.loading import build_config, load_config
 from alphamed.config.schema import Config
 from alphamed.errors import ConfigError
 from alphamed.launch import guard, single_host
+from alphamed.launch.supervisor import Ended
 
 ROOT = Path(__file__).parents[2]
 
@@ -374,6 +375,12 @@ def test_a_command_with_grace_may_end_by_itself(tmp_path, signals, words):
         if words.startswith("0"):
             (tmp_path / "go").touch()
         assert run.communicate(timeout=LIMIT_S)[0].strip() == words
+
+
+@pytest.mark.parametrize("number, by", [(signal.SIGUSR1, "Slurm's warning"), (signal.SIGTERM, "SIGTERM")])
+def test_what_stopped_a_run_is_said(number, by, tmp_path, capsys):
+    assert single_host.report(tmp_path, Ended(0, number, ledger.CleanUp())) == 128 + number
+    assert capsys.readouterr().err == f"run stopped by {by}; the same command continues it from its last checkpoint\n"
 
 
 def test_a_killed_supervisor_is_cleaned_up_after_by_the_guard(supervised, tmp_path):

@@ -21,6 +21,7 @@ from alphamed.launch import nodes, remote
 from alphamed.launch.meeting import Meeting
 from alphamed.launch.nodes import part_of
 
+ROOT = Path(__file__).parents[2]
 NAMES = ["localhost", "127.0.0.2", "127.0.0.3"]
 """Hosts that are all this one: the second's and third's names are addresses."""
 
@@ -132,6 +133,7 @@ def started(monkeypatch):
     found = []
     monkeypatch.setattr(nodes, "gpus_present", lambda: 8)
     monkeypatch.setattr(nodes.single_host, "train", lambda config, grace: found.append("train") or 0)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "token")
     return found
 
@@ -139,6 +141,7 @@ def started(monkeypatch):
 def test_a_run_on_one_host_is_checked_before_it_starts(started):
     assert nodes.run(lambda: config(cluster={"device": "cuda"}), ["a"], 0, 0, lambda config: started.append("validate")) == 0
     assert started == ["validate", "train"]
+    assert "RAY_AUTH_TOKEN" not in os.environ, "would be reported as a variable that is ignored"
 
 
 def test_hosts_beyond_the_one_that_is_shared_stay_out(started, capsys, tmp_path):
@@ -214,6 +217,34 @@ def test_a_dry_run_shows_what_every_host_would_run():
     assert shown.startswith("# sbatch -N 3 examples/slurm/train.sbatch run.yaml run.steps=2\n#!/usr/bin/env bash")
     assert "# a: rank 0, torchrun's store on port 29500" in shown and "# c: room for 1 engine worker" in shown
     assert shown.count("alphamed.launch.agent") == 2 and shown.count("join_ray a 6379") == 1
+
+
+def test_a_launcher_that_ssh_has_started_checks_the_run(tmp_path, monkeypatch, capfd):
+    """ssh is a shell on this machine: it runs its last argument, with the same standard input."""
+    (tmp_path / "ssh").write_text('exec bash -c "${@: -1}"\n')
+    (tmp_path / "run.yaml").write_text(
+        "model: {path: m}\ndata: {train: [absent.jsonl]}\ncluster: {device: cpu}\nrun: {root: runs}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    monkeypatch.setenv(remote.SSH_VARIABLE, f"bash {tmp_path}/ssh")
+    assert remote.start(["localhost"], Path("run.yaml"), []) == 2
+    said = capfd.readouterr().err
+    assert said.startswith("error: ") and len(said.splitlines()) == 1 and not (tmp_path / "runs").exists(), said
+
+
+def test_ssh_passes_on_what_such_a_run_honours():
+    given = {
+        "VLLM_ATTENTION_BACKEND": "x",
+        "HF_HOME": "/h",
+        "ALPHAMED_PYTHON": "p",
+        "TMPDIR": "/t",
+        "RAY_ADDRESS": "a:1",
+        "WANDB_MODE": "online",
+        "HOME": "/home/me",
+        "SSH_AUTH_SOCK": "/s",
+    }
+    assert sorted(remote.passed_on(given)) == ["ALPHAMED_PYTHON", "HF_HOME", "TMPDIR", "VLLM_ATTENTION_BACKEND"]
 
 
 # -------------------------------------------------------------------------------------------------------------- addresses

@@ -54,7 +54,7 @@ def test_a_live_run(run_dir):
         "reward   0.250, correct 25%, boxed 50%",
         "now      step 4, generating, 2 of 8 questions",
         "host     node1 (10.0.0.1): 2 ranks",
-        "host     node2 (10.0.0.2): 1 engine workers",
+        "host     node2 (10.0.0.2): 1 engine worker",
         "heard    rank 0 (pid 77 on node1): 4 s ago",
         "heard    engine 0: 1 min ago (late)",
         "heard    reward process: 5 s ago",
@@ -82,6 +82,13 @@ def test_a_dead_run_says_why(run_dir, end, words):
     lines = list(status(run_dir, 2000.0))
     assert lines[0].endswith(": not running") and any(line.startswith(words) for line in lines), lines
     assert "heard    engine 0: 1 min ago (late), at the end" in lines
+
+
+def test_a_failure_ends_a_run_whose_last_sign_of_life_came_a_moment_ago(run_dir):
+    """Rank 0's host has died, and another host has written so."""
+    assert is_running(run_dir, PULSE, 1004.0)
+    failure.record(run_dir, failure.RunFailed("host node1", "was lost"))
+    assert not is_running(run_dir, PULSE, 1004.0)
 
 
 def test_the_lock_tells_where_no_pulse_does(run_dir):

@@ -90,6 +90,19 @@ def test_what_torchrun_gives_its_ranks_is_not_spoken_of():
     assert [one.name for one in examine(own | {"OMP_NUM_THREADS": "4"}, Start.TORCHRUN)] == ["OMP_NUM_THREADS"]
 
 
+def test_torch_does_not_warn_of_addresses_without_names_unless_it_is_asked_to():
+    for start in Start:
+        assert run_environment(config(), Path("t"), start, {})["TORCH_CPP_LOG_LEVEL"] == "ERROR"
+        assert run_environment(config(), Path("t"), start, {"TORCH_CPP_LOG_LEVEL": "INFO"})["TORCH_CPP_LOG_LEVEL"] == "INFO"
+
+
+def test_the_token_of_a_job_is_not_spoken_of():
+    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "hunter2"}
+    assert examine(own, Start.NODES) == [] and kept(own, Start.NODES) == own
+    assert [one.treatment for one in examine(own, Start.ONE_HOST)] == [Treatment.IGNORED] * 2
+    assert [one.name for one in examine(own | {"RAY_AUTH_MODE": "disabled"}, Start.NODES)] == ["RAY_AUTH_MODE"]
+
+
 @pytest.mark.parametrize(
     "name, value, shown",
     [

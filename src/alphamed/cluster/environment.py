@@ -41,6 +41,8 @@ def run_environment(config: Config, temporary: Path, start: Start, base: Mapping
         "TOKENIZERS_PARALLELISM": "false",  # its threads fight the engine's for the cores
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron overlaps communication only in this order
         "SPT_NOENV": "1",  # process titles must not overwrite the tag
+        # c10d warns of every connection from an address without a name, on a host without DNS of its own ones, too
+        "TORCH_CPP_LOG_LEVEL": env.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
         # tokens keep other users of the machine away from the run's Ray; where a start honours a given one, it is that
         "RAY_AUTH_MODE": env.get("RAY_AUTH_MODE", "token"),
         "RAY_AUTH_TOKEN": env.get("RAY_AUTH_TOKEN", secrets.token_hex(32)),

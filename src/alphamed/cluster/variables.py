@@ -142,18 +142,24 @@ def rule_of(name: str) -> Rule | None:
 
 
 def examine(environment: Mapping[str, str], start: Start) -> list[Variable]:
-    """The variables of the table that are set, by name; without those that torchrun itself has given the ranks."""
+    """The variables of the table that are set, by name; without those that the start itself has set."""
     found = []
     for name in sorted(environment):
         rule = rule_of(name)
-        given_by_torchrun = rule is LAUNCHER or (name, environment[name]) == ("OMP_NUM_THREADS", "1")
-        if rule is None or start.by_torchrun and given_by_torchrun:
+        if rule is None or _set_by_start(name, environment[name], rule, start):
             continue
         if rule.refused and environment[name] in ("", "0"):  # unset, to Python
             continue
         given = Treatment.HONOURED if start in rule.honoured else Treatment.IGNORED
         found.append(Variable(name, printable(name, environment[name]), Treatment.REFUSED if rule.refused else given, rule))
     return found
+
+
+def _set_by_start(name: str, value: str, rule: Rule, start: Start) -> bool:
+    """What torchrun gives its ranks, and the token that a job of several hosts needs, which its launchers have drawn."""
+    if start.by_torchrun:
+        return rule is LAUNCHER or (name, value) == ("OMP_NUM_THREADS", "1")
+    return start == Start.NODES and (name == "RAY_AUTH_TOKEN" or (name, value) == ("RAY_AUTH_MODE", "token"))
 
 
 def kept(environment: Mapping[str, str], start: Start) -> dict[str, str]:
@@ -198,10 +204,11 @@ def write(run_dir: Path, found: list[Variable]) -> None:
     )
 
 
-def settle(run_dir: Path, start: Start, quiet: bool = False) -> None:
-    """What a start does with its environment before anything reads it: refuse, note and (unless `quiet`) print."""
-    refuse(os.environ)
-    found = examine(os.environ, start)
+def settle(run_dir: Path, start: Start, quiet: bool = False, given: Mapping[str, str] = os.environ) -> None:
+    """What a start does with its environment before anything reads it: refuse, note and (unless `quiet`) print. `given`: the
+    caller's environment, where the start has added to it since."""
+    refuse(given)
+    found = examine(given, start)
     write(run_dir, found)
     if not quiet:
         for line in lines(found):

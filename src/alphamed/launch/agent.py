@@ -15,12 +15,14 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from alphamed.cluster import narrow_store
 from alphamed.cluster.failure import WORKERS_FILE, DeadWorker, write_workers
 from alphamed.cluster.job import HOST_VARIABLE
 
 
 def main(arguments: list[str]) -> int:
     run_dir = Path(arguments[0])
+    narrow_store.apply()
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed"):  # each has a level of its own
             logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -122,6 +122,8 @@ def run(load: Callable[[], Config], names: Sequence[str], rank: int, port: int, 
                 print(f"host {names[rank]} is not needed", file=sys.stderr)
                 return 0
             if len(job.places) == 1:
+                for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):  # the launchers' own; a run on one host draws another
+                    os.environ.pop(name, None)
                 return single_host.train(config, _Grace(config, meeting))
             return _Player(config, meeting, job, place).play()
     except (ValueError, RunFailed) as error:
@@ -302,8 +304,6 @@ class _Player:
         environment = without_torchrun(run_environment(self.config, temporary, Start.NODES))
         environment |= addresses.interface_settings(addresses.Own(place.address, place.interface))
         return environment | {
-            # c10d warns of every connection from a host whose address has no name
-            "TORCH_CPP_LOG_LEVEL": environment.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
             TAG: run_id(self.own),
             VARIABLE: self.job.to_json(),
             HOST_VARIABLE: place.name,

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from alphamed.cluster.failure import HOSTS_FOLDER
 from alphamed.cluster.hardware import wants_cuda
 from alphamed.cluster.hosts import NodePlan, plan_nodes
 from alphamed.cluster.job import Job, Place
+from alphamed.cluster.variables import Start, rule_of
 from alphamed.config.choices import Device
 from alphamed.config.loading import load_config
 from alphamed.config.schema import Config
@@ -35,8 +36,8 @@ from alphamed.launch import nodes
 
 SSH_VARIABLE = "ALPHAMED_SSH"
 """How ssh is called, where `ssh` alone does not do (`ssh -F file -p 2222`)."""
-PASSED_ON = ("PYTHONPATH", "HF_", "WANDB_", "NCCL_", "GLOO_", "CUDA_VISIBLE_DEVICES", "TMPDIR", "ALPHAMED_")
-"""Variables, or prefixes of them, that the launchers get from here."""
+PASSED_ON = ("TMPDIR", "ALPHAMED_")
+"""Names, or beginnings of them, of variables that the launchers get from here beside those that a run honours."""
 SSH_FAILED = 255
 END_DEADLINE_S = 60.0
 BATCH_SCRIPT = Path(__file__).resolve().parents[3] / "examples" / "slurm" / "train.sbatch"
@@ -117,8 +118,7 @@ def _on_cuda(config: Config) -> bool:
 def start(names: Sequence[str], file: Path, overrides: Sequence[str]) -> int:
     """Run on these hosts to the end; returns the exit code. However this process ends, the launchers end too."""
     port = random.SystemRandom().randrange(FIRST_PORT, LAST_PORT)
-    passed = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
-    passed |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    passed = passed_on(os.environ) | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     stopped: list[int] = []
     before = {
         number: signal.signal(number, lambda got, _: stopped.append(got))
@@ -134,6 +134,16 @@ def start(names: Sequence[str], file: Path, overrides: Sequence[str]) -> int:
         _end(launchers)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
+    """What the launchers get of this process's environment: what a run over several hosts honours, as under Slurm, which hands
+    over everything."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(PASSED_ON) or (rule := rule_of(name)) is not None and Start.NODES in rule.honoured
+    }
 
 
 def _launch(name: str, order: Order) -> subprocess.Popen:
@@ -156,7 +166,8 @@ os.environ.update(order["environment"])
 os.chdir(order["folder"])
 sys.path[:0] = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
 from alphamed.launch.remote import serve
-sys.exit(serve(order))
+from alphamed.lab.hooks import check
+sys.exit(serve(order, check))
 """
 
 
@@ -197,8 +208,8 @@ def _end(launchers: Sequence[subprocess.Popen]) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- on the far side
-def serve(order: dict) -> int:
-    """The launcher of one host. Its input ends with the process that started it."""
+def serve(order: dict, validate: Callable[[Config], object]) -> int:
+    """The launcher of one host. Its input ends with the process that started it. `validate`: as for `nodes.run`."""
 
     def watch() -> None:
         while os.read(0, 4096):
@@ -208,6 +219,6 @@ def serve(order: dict) -> int:
     threading.Thread(target=watch, name="lifeline", daemon=True).start()
     file, *overrides = order["arguments"]
     try:
-        return nodes.run(lambda: load_config(Path(file), overrides), order["names"], order["rank"], order["port"])
+        return nodes.run(lambda: load_config(Path(file), overrides), order["names"], order["rank"], order["port"], validate)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -129,11 +130,10 @@ def report(run_dir: Path, ended: Ended) -> int:
     if ended.clean_up.stuck:
         print(f"warning: {ended.clean_up}", file=sys.stderr)
     if ended.stopped_by:
-        failure.record_end(run_dir, f"stopped by {ended.stopped_by.name}")
-        print(
-            f"run stopped by {ended.stopped_by.name}; the same command continues it from its last checkpoint",
-            file=sys.stderr,
-        )
+        # sent by the launcher itself, once the batch script has passed the warning on
+        by = "Slurm's warning" if ended.stopped_by == signal.SIGUSR1 else ended.stopped_by.name
+        failure.record_end(run_dir, f"stopped by {by}")
+        print(f"run stopped by {by}; the same command continues it from its last checkpoint", file=sys.stderr)
         return 128 + ended.stopped_by
     if ended.status == 0:
         failure.record_end(run_dir, "ended")

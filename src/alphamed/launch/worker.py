@@ -54,12 +54,13 @@ def run_worker(config: Config, train: Callable[[Config], None], validate: Callab
 
 def _prepare(config: Config, rank: int, stack: contextlib.ExitStack, validate: Callable[[Config], object]) -> None:
     """What `alphamed train` would have done before the ranks were started."""
+    given = dict(os.environ)
     _find_network()
     start = start_of(config, os.environ)
     if rank == 0:
         validate(config)
         temporary = stack.enter_context(owned(config.run_dir)).make_temporary_folder()
-        variables.settle(config.run_dir, start)
+        variables.settle(config.run_dir, start, given=given)
     else:
         temporary = Path(tempfile.gettempdir())  # only rank 0 starts what leaves sockets there
     enter(run_environment(config, temporary, start))

@@ -60,10 +60,13 @@ def status(run_dir: Path, now: float) -> Iterator[str]:
 
 
 def is_running(run_dir: Path, pulse: Mapping[str, Any] | None, now: float) -> bool:
-    """Whether somebody holds the run's lock, or has given a sign of life lately: a file system may keep locks to one host."""
+    """Whether somebody holds the run's lock, or has given a sign of life lately: a file system may keep locks to one host. A sign
+    that came before a failure counts no more: rank 0's host may be dead, and another one have written why."""
     if (run_dir / ENDED_FILE).exists():
         return False
-    return _is_locked(run_dir / LOCK_FILE) or (pulse is not None and now - pulse["time"] < FRESH_S)
+    return _is_locked(run_dir / LOCK_FILE) or (
+        pulse is not None and now - pulse["time"] < FRESH_S and recorded(run_dir) is None
+    )
 
 
 def why_ended(run_dir: Path, pulse: Mapping[str, Any] | None, now: float) -> str:
@@ -116,9 +119,11 @@ def _hosts(run_dir: Path) -> Iterator[str]:
     if (tree := _read(run_dir / JOB_FILE)) is None:
         return
     for place in Job.from_json(json.dumps(tree)).places:
-        parts = [f"{place.ranks} ranks"] * bool(place.ranks) + [f"{place.engine_slots} engine workers"] * bool(
-            place.engine_slots
-        )
+        parts = [
+            f"{count} {what}{'s' * (count > 1)}"
+            for count, what in ((place.ranks, "rank"), (place.engine_slots, "engine worker"))
+            if count
+        ]
         yield f"host     {place.name} ({place.address}): {', '.join(parts)}"
 
 

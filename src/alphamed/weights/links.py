@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from alphamed.cluster import narrow_store
 from alphamed.weights.plan import Link
 from alphamed.weights.shared_memory import SharedMemoryReceiver, SharedMemorySource
 
 
 def host_store(address: str, deadline_s: float) -> tuple[dist.TCPStore, int]:
-    """A store at `address` on a free port, and the port. Lives as long as the object."""
-    store = dist.TCPStore(address, 0, None, is_master=True, timeout=timedelta(seconds=deadline_s), wait_for_workers=False)
+    """A store at `address` alone on a free port, and the port. Lives as long as the object."""
+    store = narrow_store.store(address, 0, None, True, timedelta(seconds=deadline_s), wait_for_workers=False)
     return store, store.port
 
 
