@@ -45,7 +45,7 @@ def command(image: str, work: Path, words: Sequence[str], options: Sequence[str]
         "--shm-size",
         "2g",
         "--volume",
-        f"{work}:/work",
+        f"{work}:/workspace",
         *(["--volume", f"{CERTIFICATES}:{CERTIFICATES}:ro"] if Path(CERTIFICATES).exists() else []),
         *options,
         image,

@@ -245,5 +245,5 @@ def test_the_job_asks_for_what_its_recipe_needs():
     assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2] and pod["restartPolicy"] == "Never"
     assert pod["securityContext"]["runAsNonRoot"] and train["securityContext"]["readOnlyRootFilesystem"]
     writable = {mount["mountPath"] for mount in train["volumeMounts"]}
-    assert writable == {"/work", "/tmp", "/dev/shm"}
+    assert writable == {"/workspace", "/tmp", "/dev/shm"}
     assert {mount["name"] for mount in train["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}

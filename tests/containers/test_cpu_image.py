@@ -62,7 +62,7 @@ def test_without_a_command_it_helps(in_image):
 def test_nothing_but_the_work_folder_can_be_written(in_image):
     probe = (
         "id -u; for file in /x /alphamed/x /opt/alphamed/x; do touch $file 2>/dev/null && echo $file; done; "
-        "touch /work/x && echo work"
+        "touch /workspace/x && echo work"
     )
     assert in_image("sh", "-c", probe).stdout.split() == ["1000", "work"]
     # and any other user, of whom /etc/passwd knows nothing
