@@ -1,7 +1,8 @@
 """Several hosts on one machine with a real Slurm, for tests: each host has its own network, processes, /tmp and /dev/shm.
 
 A host is a set of Linux namespaces whose first process runs slurmd and sshd. Its own name resolves to 127.0.1.1, as on Debian,
-the others' to addresses on a bridge; nothing else is reachable. File systems are shared, /tmp and /dev/shm are not. All state
+the others' to addresses on a bridge; nothing else is reachable. File systems are shared, /tmp (but for a checkout in it) and
+/dev/shm are not. All state
 (Slurm's configuration, munge's socket and key, ssh keys) is in one folder; nothing of the machine's own is touched.
 
 Needs root and `tests/system_packages.sh slurm`. By hand:  python tests/cluster/hosts.py up [HOSTS] | down
@@ -22,6 +23,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path("/var/tmp/alphamed-hosts")
 LOCK = Path("/var/tmp/alphamed-hosts.lock")
 BRIDGE, SUBNET = "amhosts", "10.97.0"
@@ -29,7 +31,9 @@ PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "sshd", "ip", "nsenter")
 UP_DEADLINE_S, DOWN_DEADLINE_S = 30.0, 20.0
 HOST = """
 set -e
+mkdir -p "$1/checkout"; mount --bind "$4" "$1/checkout"
 mount -t tmpfs none /tmp; chmod 1777 /tmp
+[ -e "$4" ] || { mkdir -p "$4"; mount --bind "$1/checkout" "$4"; }      # a checkout in /tmp is seen there all the same
 mount -t tmpfs none /dev/shm; chmod 1777 /dev/shm
 mount --bind "$1/hosts" /etc/hosts
 hostname "$2"
@@ -120,6 +124,7 @@ class Hosts:
             str(own),
             name,
             str(self.folder / "ssh"),
+            str(ROOT),
         ]
         log = open(own / "host.log", "ab")
         outer = subprocess.Popen(
