@@ -96,7 +96,7 @@ def first_update(folder: Path, data: oracle.Data) -> dict:
 
 
 def offloaded_reference(folder: Path, data: oracle.Data) -> dict:
-    """Log-probs of a reference that is swapped in, twice, and of one that stays; what the swapped one holds between."""
+    """Log-probs of an offloaded reference, twice, and of one that stays; what the offloaded one holds between."""
     from alphamed.megatron.policy import Reference
     from alphamed.weights.hf_io import load_hf
 

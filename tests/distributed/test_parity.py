@@ -288,9 +288,11 @@ def test_bf16_follows_fp32(world1, traces):
     assert torch.corrcoef(torch.stack([moved, expected]))[0, 1] > 0.9  # updates below a weight's rounding are kept in FP32
 
 
-def test_a_offloaded_reference_is_the_resident_one(world2):
+def test_an_offloaded_reference_is_the_resident_one(world2):
     for rank in behaviour(world2, "offloaded_reference"):
-        assert rank["swapped held"] == 0 < rank["resident held"], "outside its forward passes a offloaded reference is empty"
+        assert rank["offloaded held"] == 0 < rank["resident held"], (
+            "outside its forward passes an offloaded reference is empty"
+        )
         for now in (*rank["offloaded"], rank["resident"][1]):
             assert now.keys() == rank["resident"][0].keys() and len(now) > 5
             assert all(torch.equal(logprobs, rank["resident"][0][sample]) for sample, logprobs in now.items())

@@ -142,7 +142,7 @@ class Policy:
 
 class Reference:
     """The frozen starting point: the same layout as the policy's, no gradients, no optimizer. With `parallel.reference:
-    swapped` its weights are on the device only while `logprobs` runs."""
+    offloaded` its weights are on the device only while `logprobs` runs."""
 
     def __init__(self, config: Config, shape: ModelShape, runtime: Runtime) -> None:
         self.runtime = runtime
@@ -162,7 +162,7 @@ class Reference:
         return self._chunks
 
     def weights_changed(self) -> None:
-        """The weights are those to keep: where they are swapped they leave the device now, for good but for `logprobs`."""
+        """The weights are those to keep: where they are offloaded they leave the device now, for good but for `logprobs`."""
         if self._swaps:
             self._weights = OffloadedWeights(self._chunks)
 

@@ -83,7 +83,7 @@ def stage_use(job: Job, stage: int, row: Micro | None = None, rows: int | None =
     layers, head = _passing_bytes(job, stage, row, rows)
     causes |= {"activations": layers, "logits": head}
     if job.offloaded_reference:
-        causes["reference"] = causes.get("reference", 0) + _swapped_bytes(job, stage, row, layers + head)
+        causes["reference"] = causes.get("reference", 0) + _offloaded_bytes(job, stage, row, layers + head)
     if job.gpu.is_cpu and p.distributed_optimizer:
         # gloo reduces and scatters through a copy of the gradients, when the activations are gone
         causes["reduction copy"] = max(0, causes["gradients"] - layers - head)
@@ -177,8 +177,8 @@ def _passing_bytes(job: Job, stage: int, row: Micro, rows: int | None) -> tuple[
     return int(held + ends + max(0.0, backward - head)), int(head)
 
 
-def _swapped_bytes(job: Job, stage: int, row: Micro, update: int) -> int:
-    """A reference that is swapped in for its forward pass, when the policy keeps no activations: what it needs beyond
+def _offloaded_bytes(job: Job, stage: int, row: Micro, update: int) -> int:
+    """An offloaded reference during its forward pass, when the policy keeps no activations: what it needs beyond
     `update`, the bytes that an update needs at that place."""
     s, p, width = job.shape, job.parallel, job.trainer_bytes
     weights = parameters.stage_size(s, p.tensor, p.pipeline, job.virtual, stage).parameters * width

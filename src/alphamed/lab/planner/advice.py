@@ -96,7 +96,7 @@ def neighbours(job: Job, gpus: int) -> Iterator[Overrides]:
     if p.tensor > 1 and not p.sequence:
         yield ("parallel.sequence=true",)
     if job.reference:
-        yield (f"parallel.reference={'resident' if job.offloaded_reference else 'swapped'}",)
+        yield (f"parallel.reference={'resident' if job.offloaded_reference else 'offloaded'}",)
 
 
 def _layouts(job: Job) -> Iterator[Overrides]:
