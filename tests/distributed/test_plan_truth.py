@@ -132,7 +132,7 @@ MEMORY = {
     "bf16": case(model(num_hidden_layers=6), dtype="bf16"),
     "bf16 logits": case(model(vocab_size=16001, num_hidden_layers=2), dtype="bf16"),
     "Qwen3 with a reference": case(model("qwen3", head_dim=64), kl=0.01),
-    "Qwen3 with a offloaded reference": case(model("qwen3", head_dim=64), {"reference": "offloaded"}, kl=0.01),
+    "Qwen3 with an offloaded reference": case(model("qwen3", head_dim=64), {"reference": "offloaded"}, kl=0.01),
     "Qwen2, nothing shared": case(model("qwen2"), {"share_prompts": False, "distributed_optimizer": False}),
     "tied": case(model(vocab_size=8009, tie_word_embeddings=True)),
 }

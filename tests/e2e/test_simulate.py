@@ -15,7 +15,7 @@ LIMIT_S = 8 * 60 + 90
 
 
 def test_a_recipe_is_simulated_within_its_time_and_leaves_nothing():
-    """Tensor, context and data ranks, a offloaded reference, direct pushes."""
+    """Tensor, context and data ranks, an offloaded reference, direct pushes."""
     command = [
         sys.executable,
         "-m",
