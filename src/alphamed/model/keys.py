@@ -48,6 +48,8 @@ READ = frozenset(
 HARMLESS = frozenset(
     {
         "_name_or_path",
+        "_model_name_or_path",
+        "unk_token_id",
         "transformers_version",
         "use_cache",
         "pad_token_id",
