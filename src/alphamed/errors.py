@@ -21,7 +21,7 @@ class DataError(ValueError):
 
 
 class RunFailed(RuntimeError):
-    """The run cannot go on. `component` is who is to blame ("rank 1 (pid 123)", "engine 0", "reward process"), `message`
+    """The run cannot go on. `component` is what failed ("rank 1 (pid 123)", "engine 0", "reward process"), `message`
     one line that says what happened. `user_error` marks a mistake in the input (exit code 2)."""
 
     def __init__(self, component: str, message: str, user_error: bool = False):

@@ -16,7 +16,7 @@ def main(config: Config, hooks: Hooks = Hooks()) -> None:
     """Train from where the run directory stands to its last step, then export, evaluate and report. `hooks`: what training could
     do without, by default nothing.
 
-    Raises RunFailed on every rank, naming who is to blame.
+    Raises RunFailed on every rank, naming the failed component.
     """
     with open_session(config, hooks) as session:
         run, policy, rollouts, sync = session.run, session.policy, session.rollouts, session.sync

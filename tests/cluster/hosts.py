@@ -2,8 +2,8 @@
 
 A host is a set of Linux namespaces whose first process runs slurmd and sshd. Its own name resolves to 127.0.1.1, as on Debian,
 the others' to addresses on a bridge; nothing else is reachable. File systems are shared, /tmp (but for a checkout in it) and
-/dev/shm are not. All state
-(Slurm's configuration, munge's socket and key, ssh keys) is in one folder; nothing of the machine's own is touched.
+/dev/shm are not. All state (Slurm's configuration, munge's socket and key, ssh keys) is in one folder; nothing of the
+machine's own is touched.
 
 Needs root and `tests/system_packages.sh slurm`. By hand:  python tests/cluster/hosts.py up [HOSTS] | down
 """

@@ -1,6 +1,6 @@
 """Small messages and signs of life between ranks, or between hosts: a star of TCP connections with number 0 at its centre.
 
-A connection beside the process groups, because those cannot tell who is to blame: a collective that fails says that
+A connection beside the process groups, because those cannot tell what failed: a collective that fails says that
 some peer closed a socket, one that hangs says nothing. Here the end of a process shows at once as the end of its
 connection, and one that is stuck (stopped, swapping, in a deadlock that holds the interpreter lock) as silence. One
 daemon thread per rank sends a beat every few seconds, receives, and watches.

@@ -183,10 +183,10 @@ class RolloutConfig(Section):
 
 
 class DynamicSamplingConfig(Section):
-    """Groups whose rewards do not differ (all right, all wrong) carries no signal: replace them, ask fewer of them."""
+    """Groups whose rewards do not differ (all right, all wrong) carry no signal: replace them, ask fewer of them."""
 
     refills: NonNegative = 0
-    """Rounds in which the groups of a step that carries no signal are replaced by others; 9 is DAPO's limit. Ahead of the policy
+    """Rounds in which the groups of a step that carry no signal are replaced by others; 9 is DAPO's limit. Ahead of the policy
     (rollout.max_staleness > 0) as many groups as that many whole rounds. Places still empty then keep what was dropped."""
     choose: bool = False
     """Pass over questions that are unlikely to teach, by their level and by what this run has seen of them."""

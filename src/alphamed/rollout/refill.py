@@ -35,11 +35,11 @@ class GroupCounts:
     asked: int = 0
     graded: int = 0
     kept: int = 0  # they teach, or are trained on because nothing is replaced
-    dropped: int = 0  # they carries no signal
+    dropped: int = 0  # they carry no signal
     stale: int = 0  # sampled with weights that are too old; found so when graded or later
     stale_tokens: int = 0  # of the responses of these
     stale_responses: int = 0
-    refill_limit_reached: bool = False  # the step went on with groups that carries no signal
+    refill_limit_reached: bool = False  # the step went on with groups that carry no signal
     rewards: float = 0.0  # sum over the graded groups of their mean rewards
 
     def count(self, scored: ScoredGroup, *, kept: bool = False, stale: bool = False) -> None:
@@ -102,7 +102,7 @@ def must_wait(step: int, limit: int, wanted: int, share: float, ready: Sequence[
 
 class BatchSlots:
     """The places of a step. Each holds the group that was put there last; those without one that teaches are open, and are
-    filled again for at most `refills` rounds. So groups that carries no signal and stay at the end are spread over the step."""
+    filled again for at most `refills` rounds. So groups that carry no signal and stay at the end are spread over the step."""
 
     def __init__(self, wanted: int, refills: int, overlong: Overlong):
         self._groups: list[ScoredGroup | None] = [None] * wanted

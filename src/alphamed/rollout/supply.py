@@ -1,6 +1,6 @@
 """Where rank 0 takes a step's groups from: `SyncRollouts` asks and waits, `AsyncRollouts` has them made while the policy trains.
 
-Both choose questions, drop and replace groups that carries no signal, and know what a checkpoint must keep to go on from there.
+Both choose questions, drop and replace groups that carry no signal, and know what a checkpoint must keep to go on from there.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class AsyncRollouts:
         self._overlong = Overlong.of(config)
         self._asked: dict[str, Question] = {}  # by group id, in the order asked: not graded yet
         self._ready: dict[str, ScoredGroup] = {}  # graded, not trained on
-        self._spare: dict[str, ScoredGroup] = {}  # of this step, carries no signal
+        self._spare: dict[str, ScoredGroup] = {}  # of this step, without a signal
         self._order: dict[str, tuple[int, int]] = {}  # of all of these: the step it was asked in, a running number
         self._again: list[Question] = []  # to be asked first, after a resume
         self._numbers = 0
