@@ -42,11 +42,16 @@ class Question:
 class FinishReason(StrEnum):
     STOP = "stop"  # the model ended its answer
     LENGTH = "length"  # the token limit cut it
-    ABORT = "abort"  # the engine was told to stop
+    ABORT = "abort"  # the engine was asked to stop
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the response was cut, however it is graded then."""
+        return self != FinishReason.STOP
 
 
 class Outcome(StrEnum):
-    """What grading found. A grader's own failure is TIMEOUT or CRASH, never WRONG."""
+    """The result of grading a response. A grader's own failure is TIMEOUT or CRASH, never WRONG."""
 
     CORRECT = "correct"
     WRONG = "wrong"
@@ -54,6 +59,16 @@ class Outcome(StrEnum):
     TRUNCATED = "truncated"
     TIMEOUT = "timeout"
     CRASH = "crash"
+
+    @property
+    def boxed(self) -> bool:
+        """Whether the response ended in time with a readable answer, right or wrong."""
+        return self in (Outcome.CORRECT, Outcome.WRONG)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the grader failed, so that the response has no reward."""
+        return self in (Outcome.TIMEOUT, Outcome.CRASH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +123,8 @@ class RolloutGroup:
 @dataclass(frozen=True, slots=True)
 class ScoredGroup:
     """A graded group: `outcomes`, `rewards`, `advantages` and `letters` (the extracted answer, None where unparseable)
-    run parallel to `group.rollouts`."""
+    run parallel to `group.rollouts`. Rewards are what the reward function returned; a penalty on lengths is part of the
+    advantages alone."""
 
     group: RolloutGroup
     outcomes: tuple[Outcome, ...]

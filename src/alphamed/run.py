@@ -27,7 +27,8 @@ from alphamed.cluster.failure import StopRequested, stop_requested
 from alphamed.cluster.hardware import wants_cuda
 from alphamed.config.choices import WandbMode
 from alphamed.config.schema import Config
-from alphamed.records import Batch, StepRollouts, TokenGroup
+from alphamed.records import Batch, ScoredGroup, StepRollouts, TokenGroup
+from alphamed.reward.shaping import Overlong
 from alphamed.rundir import evaluation_log, metrics as names, provenance
 from alphamed.rundir.directory import RunDirectory
 from alphamed.rundir.dumps import SpikeWatch, dump_batch
@@ -256,6 +257,7 @@ class Run:
             "memory/rss_bytes": psutil.Process().memory_info().rss,
         }
         found |= names.reduce_groups(rollouts.scored) if rollouts.scored else {}
+        found |= length_penalty(rollouts.scored, Overlong.of(self.config))
         found |= dict(rollouts.metrics) | stats
         found |= self._forecast.metrics(rollouts.groups) if self._forecast and rollouts.groups else {}
         found = names.rates(found, tokens) | found
@@ -368,6 +370,14 @@ class Run:
         sinks, self._sinks = self._sinks, []
         for sink in reversed(sinks):
             sink.close()
+
+
+def length_penalty(groups: Sequence[ScoredGroup], overlong: Overlong) -> dict[str, float]:
+    """The metric of a penalty on lengths, which advantages hold and rewards do not; nothing where there is none."""
+    lengths = [len(rollout.response_token_ids) for scored in groups for rollout in scored.group.rollouts]
+    if not overlong.buffer_tokens or not lengths:
+        return {}
+    return {"reward/length_penalty": sum(map(overlong.penalty, lengths)) / len(lengths)}
 
 
 def _wandb_id(record: Mapping[str, Any]) -> str:

@@ -94,6 +94,20 @@ def test_overrides_say_what_another_reward_gives(tmp_path, capsys):
         regrade(tmp_path, 3, ["reward.name=corect"])
 
 
+def test_a_penalty_on_lengths_shows_in_advantages_alone(tmp_path):
+    """A buffer as long as the limit, 2,048: 1,024 tokens cost a half, 2 tokens 1/1024."""
+    group = run_of(tmp_path)
+    long = replace(group.group.rollouts[0], response_token_ids=(1,) * 1024, logprobs=(-0.5,) * 1024)
+    group = replace(group, group=replace(group.group, rollouts=(long, *group.group.rollouts[1:])))
+    write_rollouts(rollout_path(tmp_path, 3), 3, [group])
+    found = regrade(tmp_path, 3, ["reward.overlong_buffer_tokens=2048"])  # the first response is compared as 1 - 1/2
+    assert found.now[0].rewards == group.rewards
+    assert {difference.field for difference in found.differences} == {"advantage"}
+    half, little = 0.5, 2 / 2048
+    mean = (half - 3 * little) / 4
+    assert found.now[0].advantages == pytest.approx((half - mean, *[-little - mean] * 3))
+
+
 def test_a_function_of_another_trainer_is_refused_here_too(tmp_path, monkeypatch):
     run_of(tmp_path)
     (tmp_path / "ported.py").write_text("def score(solution_str, ground_truth): return float(ground_truth in solution_str)")
@@ -131,7 +145,6 @@ def test_thinking_is_told_from_the_responses_where_the_model_is_elsewhere(tmp_pa
             ".*set it back .*--only reward reward.name=format_only`",
         ),
         ("reward.truncated=grade", "reward.truncated: 'grade', .* given with 'nothing'"),
-        ("reward.overlong_buffer_tokens=9", "reward.overlong_buffer_tokens: 9, .* given with 0"),
         ("reward.answer_after=null", "reward.answer_after: None, .* given with 'auto'"),
         ("data.answer_keys=shuffled", "data.answer_keys: 'shuffled', .* given with 'given'"),
         ("rollout.temperature=0.5", "rollout.temperature: 0.5, but the rollouts in .* were sampled with 1.0.*set it back"),
@@ -153,6 +166,7 @@ def test_a_replay_refuses_what_would_have_no_effect(tmp_path, setting, message):
     "setting",
     [
         "algorithm.advantage=rloo",
+        "reward.overlong_buffer_tokens=9",
         "algorithm.loss=gspo",
         "algorithm.kl_coefficient=0.1",
         "parallel.tensor=2",

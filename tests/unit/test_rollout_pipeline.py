@@ -7,7 +7,7 @@ import torch
 
 from alphamed.cluster.control import Control
 from alphamed.cluster.failure import StopRequested
-from alphamed.config.loading import build_config
+from alphamed.config.loading import build_config, changed_config
 from alphamed.errors import RunFailed
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, Sampling, ScoredGroup
 from alphamed.rollout.coordinator import Progress
@@ -208,3 +208,13 @@ def test_a_replay_computes_the_advantages_of_its_own_configuration(tmp_path, con
     found = ReplayedRollouts(config(kind, replay=tmp_path / "old"), control).next(1)
     assert found.scored[0].advantages == pytest.approx(advantages, abs=1e-5)
     assert found.groups[0].advantages.tolist() == pytest.approx(advantages, abs=1e-5)
+
+
+def test_a_replay_applies_the_length_penalty_of_its_own_configuration(tmp_path, control):
+    """Limit 8, buffer 4: responses of 4, 6 and 8 tokens get 0, -1/2 and -1; recorded without a buffer."""
+    recorded = replace(scored("q", ["a" * 4, "b" * 6, "c" * 8]), rewards=(1.0, 1.0, 0.0))
+    write_rollouts(rollout_path(tmp_path / "old", 1), 1, [recorded])
+    replayed = changed_config(config("dr_grpo", replay=tmp_path / "old"), ["reward.overlong_buffer_tokens=4"])
+    (group,) = ReplayedRollouts(replayed, control).next(1).scored
+    assert group.rewards == (1.0, 1.0, 0.0)
+    assert group.advantages == pytest.approx((1 - 1 / 6, 0.5 - 1 / 6, -1 - 1 / 6))

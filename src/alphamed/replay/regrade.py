@@ -90,7 +90,7 @@ def _require_graded_by(overrides: Sequence[str]) -> None:
 
 
 def _grade(groups: tuple[ScoredGroup, ...], config: Config) -> tuple[ScoredGroup, ...]:
-    from alphamed.reward.process import scored_group, shaped
+    from alphamed.reward.process import scored_group
     from alphamed.reward.rules import grade_rollout, opened_rule, try_rule
     from alphamed.reward.shaping import Overlong
 
@@ -98,12 +98,11 @@ def _grade(groups: tuple[ScoredGroup, ...], config: Config) -> tuple[ScoredGroup
     with opened_rule(config.reward, config.prompt, config.run.seed) as rule:
         try_rule(rule, groups[0].group.question, thinking)
         for scored in groups:
-            found = [
+            graded = [
                 grade_rollout(scored.group.question, rollout, rule, config.reward.truncated, thinking)
                 for rollout in scored.group.rollouts
             ]
-            found = shaped(found, scored.group.rollouts, Overlong.of(config))
-            regraded.append(scored_group(scored.group, found, str(config.algorithm.advantage)))
+            regraded.append(scored_group(scored.group, graded, str(config.algorithm.advantage), Overlong.of(config)))
     return tuple(regraded)
 
 

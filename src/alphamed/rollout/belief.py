@@ -18,17 +18,13 @@ from typing import Any
 from alphamed.config.sections import DynamicSamplingConfig
 from alphamed.hashing import stable_hash
 from alphamed.records import Outcome, Question, ScoredGroup
-from alphamed.reward.shaping import Overlong
-from alphamed.rollout.refill import earned
+from alphamed.rollout.refill import graded_rewards
 
 JEFFREYS = 0.5
 LEVELS = 6
-FAILED = (Outcome.TIMEOUT, Outcome.CRASH)
 MAX_REWARDS = 8
 """Different rewards of a question that are kept, the commonest ones. With more the chance that all of a group are the same
 is next to nothing."""
-DIGITS = 6
-"""To which rewards are compared: taking the length penalty off again leaves rounding errors."""
 
 
 @dataclass(slots=True)
@@ -48,16 +44,9 @@ class PassRates:
     """The beliefs of a run whose groups hold `samples` answers. `earns`: what a right and what a wrong answer earns; None
     where the reward does not follow from that, so that levels say nothing of it."""
 
-    def __init__(
-        self,
-        config: DynamicSamplingConfig,
-        samples: int,
-        earns: tuple[float, float] | None = (1.0, 0.0),
-        overlong: Overlong = Overlong(0, 0),
-    ):
+    def __init__(self, config: DynamicSamplingConfig, samples: int, earns: tuple[float, float] | None = (1.0, 0.0)):
         self._half_life, self._annotation, self._samples = config.half_life_steps, config.annotation_weight, samples
-        self._earns, self._overlong = earns, overlong
-        self._max_passes = config.max_passes
+        self._earns, self._max_passes = earns, config.max_passes
         self._evidence: dict[str, Evidence] = {}
         self.of_unknown = signal_chance(0.0, 0.0, samples)
         """Chance that a group teaches whose question nothing is known of."""
@@ -99,10 +88,10 @@ class PassRates:
             found = self._evidence.setdefault(scored.group.question.id, Evidence())
             fade = self._fade(step - found.step)
             right = sum(outcome == Outcome.CORRECT for outcome in scored.outcomes)
-            wrong = sum(outcome not in (Outcome.CORRECT, *FAILED) for outcome in scored.outcomes)
+            wrong = sum(outcome != Outcome.CORRECT and not outcome.failed for outcome in scored.outcomes)
             found.right, found.wrong, found.step = fade * found.right + right, fade * found.wrong + wrong, step
             rewards = Counter({reward: fade * count for reward, count in found.rewards.items()})
-            rewards.update(round(reward, DIGITS) + 0.0 for reward in earned(scored, self._overlong))  # + 0.0: -0.0 is 0
+            rewards.update(graded_rewards(scored))
             found.rewards, found.graded = dict(rewards.most_common(MAX_REWARDS)), fade * found.graded + right + wrong
 
     def is_due(self, question_id: str) -> bool:

@@ -14,7 +14,6 @@ from typing import Any
 from alphamed.config.choices import LevelsFrom
 from alphamed.config.sections import DynamicSamplingConfig, LevelsConfig
 from alphamed.records import Question, ScoredGroup
-from alphamed.reward.shaping import Overlong
 from alphamed.rollout.belief import PassRates
 from alphamed.rollout.curriculum import Curriculum, Stream
 
@@ -32,11 +31,10 @@ class QuestionSampler:
         levels: LevelsConfig = LevelsConfig(),
         seed: int = 0,
         earns: tuple[float, float] | None = (1.0, 0.0),
-        overlong: Overlong = Overlong(0, 0),
     ):
         self._config, self._stream = config, stream
         self._look_at = config.search * per_step
-        self._rates = PassRates(config, samples, earns, overlong)
+        self._rates = PassRates(config, samples, earns)
         self._curriculum = Curriculum(levels, stream, self._rates, seed) if levels.schedule else None
         self._observes = config.choose or (self._curriculum is not None and levels.by == LevelsFrom.OBSERVED)
         self.skipped = 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from alphamed.cluster.failure import StopRequested
@@ -48,7 +47,6 @@ class LiveRollouts:
             config.data.levels,
             config.run.seed,
             earns_of(config.reward.name),
-            Overlong.of(config),
         )
         kind = AsyncRollouts if r.max_staleness else SyncRollouts
         self._supply = kind(config, sampler, prompts, coordinator, on_progress, pace)
@@ -84,7 +82,7 @@ class ReplayedRollouts:
     def __init__(self, config: Config, control: Control):
         assert config.rollout.replay is not None, "rollout.replay names no run to replay"
         self._run_dir, self._control = config.rollout.replay, control
-        self._advantage = str(config.algorithm.advantage)
+        self._advantage, self._overlong = str(config.algorithm.advantage), Overlong.of(config)
 
     def next(self, step: int) -> StepRollouts:
         """The rollouts recorded for this step. Raises RunFailed (a user's error) where there are none."""
@@ -92,13 +90,11 @@ class ReplayedRollouts:
         return StepRollouts(step, share_groups(recorded, self._control), tuple(recorded))
 
     def _read(self, step: int) -> Sequence[ScoredGroup]:
-        from alphamed.reward.process import advantages
+        from alphamed.reward.process import with_advantages
         from alphamed.rundir.rollout_files import read_rollouts, rollout_path
 
-        return [
-            replace(scored, advantages=advantages(scored.outcomes, scored.rewards, self._advantage))
-            for scored in read_rollouts(rollout_path(self._run_dir, step))
-        ]
+        groups = read_rollouts(rollout_path(self._run_dir, step))
+        return [with_advantages(scored, self._advantage, self._overlong) for scored in groups]
 
     def state(self) -> dict[str, Any]:
         return {}

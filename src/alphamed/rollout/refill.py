@@ -5,27 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from alphamed.records import Outcome, ScoredGroup
-from alphamed.reward.shaping import Overlong
-
-EQUAL = 1e-9
-"""Rewards that differ by less are the same: taking the length penalty off again leaves rounding errors."""
+from alphamed.records import ScoredGroup
 
 
-def earned(scored: ScoredGroup, overlong: Overlong) -> list[float]:
-    """The rewards of the group's answers, the penalty on lengths left aside, without those that could not be graded."""
-    return [
-        reward - overlong.penalty(len(rollout.response_token_ids))
-        for reward, outcome, rollout in zip(scored.rewards, scored.outcomes, scored.group.rollouts, strict=True)
-        if outcome not in (Outcome.TIMEOUT, Outcome.CRASH)
-    ]
+def graded_rewards(scored: ScoredGroup) -> list[float]:
+    """The rewards of the group's responses, without those that could not be graded."""
+    return [reward for reward, outcome in zip(scored.rewards, scored.outcomes, strict=True) if not outcome.failed]
 
 
-def has_reward_variance(scored: ScoredGroup, overlong: Overlong) -> bool:
-    """Whether the rewards of the group differ, the penalty on lengths left aside: a group that is all right or all wrong
-    says nothing about answers, however long these are."""
-    rewards = earned(scored, overlong)
-    return bool(rewards) and max(rewards) - min(rewards) > EQUAL
+def has_reward_variance(scored: ScoredGroup) -> bool:
+    """Whether the rewards of the group differ. A group that is all right or all wrong carries no signal about answers, however
+    long these are."""
+    return len(set(graded_rewards(scored))) > 1
 
 
 @dataclass(slots=True)
@@ -104,10 +95,9 @@ class BatchSlots:
     """The places of a step. Each holds the group that was put there last; those without one that teaches are open, and are
     filled again for at most `refills` rounds. So groups that carry no signal and stay at the end are spread over the step."""
 
-    def __init__(self, wanted: int, refills: int, overlong: Overlong):
+    def __init__(self, wanted: int, refills: int):
         self._groups: list[ScoredGroup | None] = [None] * wanted
-        self._refills, self._overlong = refills, overlong
-        self._rounds = 0
+        self._refills, self._rounds = refills, 0
         self.counts = GroupCounts()
 
     def rounds(self) -> Iterator[int]:
@@ -122,13 +112,13 @@ class BatchSlots:
         self._rounds += 1
         for place, scored in zip(self._open(), groups, strict=True):
             self._groups[place] = scored
-            self.counts.count(scored, kept=not self._refills or has_reward_variance(scored, self._overlong))
+            self.counts.count(scored, kept=not self._refills or has_reward_variance(scored))
 
     def _open(self) -> list[int]:
         return [
             place
             for place, scored in enumerate(self._groups)
-            if scored is None or (self._refills and not has_reward_variance(scored, self._overlong))
+            if scored is None or (self._refills and not has_reward_variance(scored))
         ]
 
     @property

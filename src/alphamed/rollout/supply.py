@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from alphamed.config.choices import Stragglers
 from alphamed.config.schema import Config
 from alphamed.records import Question, ScoredGroup
-from alphamed.reward.shaping import Overlong
 from alphamed.rollout.choice import QuestionSampler
 from alphamed.rollout.failures import Overdue
 from alphamed.rollout.refill import BatchSlots, GroupCounts, has_reward_variance, must_wait
@@ -55,7 +54,7 @@ class SyncRollouts:
         """The groups of a step. Raises RunFailed naming what kept them from coming."""
         c = self._config
         wanted = self._pace.questions(step) if self._pace else c.rollout.questions_per_step
-        places = BatchSlots(wanted, c.dynamic_sampling.refills, Overlong.of(c))
+        places = BatchSlots(wanted, c.dynamic_sampling.refills)
         skipped, rounds = self._sampler.skipped, []
         for missing in places.rounds():
             first = places.counts.asked - missing
@@ -108,7 +107,6 @@ class AsyncRollouts:
     ):
         self._config, self._sampler, self._prompts = config, sampler, prompts
         self._coordinator, self._on_progress = coordinator, on_progress
-        self._overlong = Overlong.of(config)
         self._asked: dict[str, Question] = {}  # by group id, in the order asked: not graded yet
         self._ready: dict[str, ScoredGroup] = {}  # graded, not trained on
         self._spare: dict[str, ScoredGroup] = {}  # of this step, without a signal
@@ -173,7 +171,7 @@ class AsyncRollouts:
         for scored in arrivals.groups:
             name = scored.group.group_id
             del self._asked[name]
-            kept = not self._config.dynamic_sampling.refills or has_reward_variance(scored, self._overlong)
+            kept = not self._config.dynamic_sampling.refills or has_reward_variance(scored)
             stale = self._staleness(scored) > self._config.rollout.max_staleness
             counts.count(scored, kept=kept, stale=stale)
             if stale:

@@ -33,7 +33,8 @@ METRICS: Mapping[str, Metric] = _table(
     ("step", "", "number of the step, from 1"),
     ("policy_version", "", "weights that generated the step's rollouts (the oldest, where they differ)"),
     # ------------------------------------------------------------------------------------------- what grading found
-    ("reward/mean", "", "mean reward of the step's responses"),
+    ("reward/mean", "", "mean reward of the step's responses, without the penalty on lengths"),
+    ("reward/length_penalty", "", "mean penalty on lengths (reward.overlong_buffer_tokens), which only advantages hold"),
     ("reward/correct", "share", "responses whose boxed letter is the answer"),
     ("reward/boxed", "share", "responses that ended in time with a readable boxed letter, right or wrong"),
     ("reward/unparseable", "share", "responses that ended in time without a readable boxed letter"),

@@ -1,7 +1,8 @@
 """A step's graded groups as one Parquet file, and back: what replay trains on and what the report quotes.
 
 One row per response, in the order of the groups. Values come back bit for bit: ids as int32, log-probs as float32 (what
-engines compute in; a Python float that is none is rounded to it), rewards and advantages as float64.
+engines compute in; a Python float that is none is rounded to it), rewards and advantages as float64. A penalty on lengths is
+part of the advantages, not of the rewards.
 """
 
 from __future__ import annotations
