@@ -15,11 +15,11 @@ from test_study_plan import BASE
 from alphamed.cli import main
 from alphamed.data.attributes import ATTRIBUTES
 from alphamed.data.sources import load_questions
-from alphamed.evaluation.items import Asked, Grading, graded, read_items, row
+from alphamed.evaluation.items import Asked, Grading, graded, read_items, write_items
 from alphamed.evaluation.results import set_result
 from alphamed.evaluation.runner import Evaluation, QuestionSet, SetResult, write_evaluation
 from alphamed.evaluation.score import score
-from alphamed.files import replace_json_lines, replace_text
+from alphamed.files import read_json_lines, replace_json_lines, replace_text
 from alphamed.lab.reports.compare_page import main as compare
 from alphamed.lab.reports.comparison import comparison
 from alphamed.lab.reports.evaluations import read_answered
@@ -218,13 +218,14 @@ def test_answers_of_a_run_and_of_eval_carry_the_bin():
     write_evaluation(Path("evaluations"), "step_000000", 0, Evaluation(0, (SetResult(sets, (group,), score([group])),), 1.0))
     of_run = read_answered(Path("evaluations/step_000000.items.jsonl"))["e"].answers["q"]
     one = graded(Asked("e", None, group.group.question), 0, "\\boxed{A}", FinishReason.STOP, 3, Grading())
-    replace_json_lines(Path("out/items.jsonl"), [row(one)])
+    write_items(Path("out/items.jsonl"), [one])
     of_eval = read_answered(Path("out/items.jsonl"))["e"].answers["q"]
     assert of_run.attributes == of_eval.attributes == {"level": 2, "informativeness": 3}
-    assert read_items(Path("out"))["e", "q"] == [one]
-    old = {key: value for key, value in row(one).items() if key != "informativeness"}  # of an older version
-    replace_json_lines(Path("out/items.jsonl"), [old])
-    assert read_items(Path("out"))["e", "q"][0].asked.question.informativeness is None
+    assert read_items(Path("out/items.jsonl"))["e", "q"] == [one]
+    (row,) = read_json_lines(Path("out/items.jsonl"))
+    del row["informativeness"]  # as an older version wrote it
+    replace_json_lines(Path("out/items.jsonl"), [row])
+    assert read_items(Path("out/items.jsonl"))["e", "q"][0].asked.question.informativeness is None
 
 
 def test_results_are_told_by_informativeness():

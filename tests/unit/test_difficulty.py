@@ -250,7 +250,7 @@ def test_outcomes_of_the_grader_that_are_no_answer_are_no_right_ones():
     one = Annotated(
         "q",
         "",
-        tuple(map(str, (Outcome.CORRECT, Outcome.TRUNCATED, Outcome.UNPARSEABLE, Outcome.WRONG))),
+        (Outcome.CORRECT, Outcome.TRUNCATED, Outcome.UNPARSEABLE, Outcome.WRONG),
         ("A", "A", None, "B"),
         (4, 16, 3, 5),
         9,

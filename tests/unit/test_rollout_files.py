@@ -183,5 +183,6 @@ def test_answers_are_the_same_groups_without_tokens(tmp_path):
         assert found.texts == tuple(rollout.text for rollout in group.group.rollouts)
         assert (found.outcomes, found.letters, found.rewards) == (group.outcomes, group.letters, group.rewards)
         assert found.tokens == tuple(len(rollout.response_token_ids) for rollout in group.group.rollouts)
+        assert found.truncated == tuple(rollout.finish_reason != "stop" for rollout in group.group.rollouts)
     with pytest.raises(RolloutFileError, match="no such file"):
         read_answers(tmp_path / "absent.parquet")

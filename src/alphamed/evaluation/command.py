@@ -16,7 +16,7 @@ from alphamed.errors import ConfigError
 
 if TYPE_CHECKING:
     from alphamed.evaluation.answers import Prompted
-    from alphamed.evaluation.items import Asked, Item, Key
+    from alphamed.evaluation.items import Asked, GradedAnswer, Key
 
 NOT_GIVEN = {"samples": 1, "top_p": 1.0}
 """Defaults of options that have one."""
@@ -276,26 +276,26 @@ def _answer(wanted: Wanted, model: Prompted, how: Mapping[str, Any]) -> int:
     """Ask what has no answer yet; returns the exit code."""
     from alphamed.errors import RunFailed
     from alphamed.evaluation import settings
-    from alphamed.evaluation.items import Grading, finished, read_items, regraded
+    from alphamed.evaluation.items import ITEMS, Grading, finished, read_items, regraded
     from alphamed.evaluation.regrade import remove
 
     grading = Grading(wanted.config.reward.truncated, model.thinking)
     if wanted.overwrite and settings.difference(wanted.out, how) is not None:
         remove(wanted.out)
     settings.require_same(wanted.out, how)
-    found = read_items(wanted.out)
-    if found and settings.read(wanted.out) is None:
+    answered = read_items(wanted.out / ITEMS)
+    if answered and settings.read(wanted.out) is None:
         raise ConfigError(
             f"--out: {wanted.out} holds answers without their settings ({settings.SETTINGS}); choose another folder"
         )
-    kept = finished(wanted.asked, found, wanted.samples, grading)
-    _require_same_sets(wanted, found, kept)
+    complete = finished(wanted.asked, answered, wanted.samples, grading)
+    _require_same_sets(wanted, answered, complete)
     settings.write(wanted.out, str(model.folder), how, grading.json(), wanted.sets, wanted.command)
-    todo = [asked for asked in wanted.asked if asked.key not in kept]
-    if kept:
-        print(f"{wanted.out}: {len(kept):,} of {len(wanted.asked):,} questions are answered already", file=sys.stderr)
-    others = {key: [regraded(item, grading) for item in items] for key, items in found.items()}
-    _write(wanted.out, others | kept, dropped={asked.key for asked in todo})
+    todo = [asked for asked in wanted.asked if asked.key not in complete]
+    if complete:
+        print(f"{wanted.out}: {len(complete):,} of {len(wanted.asked):,} questions are answered already", file=sys.stderr)
+    others = {key: [regraded(answer, grading) for answer in answers] for key, answers in answered.items()}
+    _write(wanted.out, others | complete, dropped={asked.key for asked in todo})
     try:
         _generate(wanted, model, todo)
     except RunFailed as error:
@@ -304,15 +304,17 @@ def _answer(wanted: Wanted, model: Prompted, how: Mapping[str, Any]) -> int:
     return 0
 
 
-def _require_same_sets(wanted: Wanted, found: Mapping[Key, Sequence[Item]], kept: Mapping[Key, Sequence[Item]]) -> None:
+def _require_same_sets(
+    wanted: Wanted, answered: Mapping[Key, Sequence[GradedAnswer]], complete: Mapping[Key, Sequence[GradedAnswer]]
+) -> None:
     """Raises ConfigError where a file of the same name would take the place of answered questions that it does not hold."""
     from alphamed.evaluation import settings
 
     before = (settings.read(wanted.out) or {"sets": {}})["sets"]
-    answered, shared = {name for name, _ in found}, {name for name, _ in kept}
+    sets_answered, sets_shared = {name for name, _ in answered}, {name for name, _ in complete}
     for name, about in wanted.sets.items():
         place = before.get(name, {}).get("place")
-        if name in answered - shared and place != about["place"]:
+        if name in sets_answered - sets_shared and place != about["place"]:
             raise ConfigError(
                 f"--out: {wanted.out} holds {name} of {place}, which shares no question with {about['place']}; "
                 f"choose another folder, or give the file another name"
@@ -320,10 +322,9 @@ def _require_same_sets(wanted: Wanted, found: Mapping[Key, Sequence[Item]], kept
 
 
 def _generate(wanted: Wanted, model: Any, todo: Sequence[Asked]) -> None:
-    """Answer the questions and add each one's items to the file as it is done."""
-    from alphamed.evaluation.answers import Told, answering
-    from alphamed.evaluation.items import ITEMS, Grading, graded, row
-    from alphamed.files import append_json_lines
+    """Answer the questions and add the graded answers to each one to the file as soon as they are there."""
+    from alphamed.evaluation.answers import ProgressReporter, answering
+    from alphamed.evaluation.items import ITEMS, Grading, append_items, graded
     from alphamed.hashing import stable_hash
     from alphamed.records import GenerationTask, Sampling
 
@@ -331,29 +332,29 @@ def _generate(wanted: Wanted, model: Any, todo: Sequence[Asked]) -> None:
         return
     by_id = {f"evaluation/{asked.set}/{asked.question.id}": asked for asked in todo}
     config, grading = wanted.config, Grading(wanted.config.reward.truncated, model.thinking)
-    told = Told("evaluation", len(wanted.asked), len(wanted.asked) - len(todo))
+    progress = ProgressReporter("evaluation", len(wanted.asked), len(wanted.asked) - len(todo))
 
     def task(name: str, asked: Asked) -> GenerationTask:
         seed = stable_hash(config.run.seed, name) % 2**31 if config.rollout.deterministic and wanted.temperature else None
         sampling = Sampling(wanted.samples, wanted.temperature, wanted.top_p, -1, wanted.max_tokens, seed)
         return GenerationTask(name, asked.shown, tuple(model.prompts.render(asked.shown)), sampling)
 
-    _log_look(wanted, model.folder, todo)
+    _log_evaluation(wanted, model.folder, todo)
     with answering(config, model) as answer:
         for scored in answer(task(name, asked) for name, asked in by_id.items()):
             group, asked = scored.group, by_id[scored.group.group_id]
-            append_json_lines(
+            append_items(
                 wanted.out / ITEMS,
                 [
-                    row(graded(asked, j, one.text, one.finish_reason, len(one.response_token_ids), grading))
-                    for j, one in enumerate(group.rollouts)
+                    graded(asked, j, rollout.text, rollout.finish_reason, len(rollout.response_token_ids), grading)
+                    for j, rollout in enumerate(group.rollouts)
                 ],
             )
-            told.one_more()
+            progress.advance()
 
 
-def _log_look(wanted: Wanted, model: Path, todo: Sequence[Asked]) -> None:
-    """Where the model is the export of a run, the run's log of looks gets a line a set."""
+def _log_evaluation(wanted: Wanted, model: Path, todo: Sequence[Asked]) -> None:
+    """Where the model is the export of a run, the run's evaluation log gets a line a set."""
     from alphamed.rundir import evaluation_log
 
     if model.name.startswith("hf") and (model.parent / "config.yaml").is_file():
@@ -363,11 +364,10 @@ def _log_look(wanted: Wanted, model: Path, todo: Sequence[Asked]) -> None:
         )
 
 
-def _write(out: Path, items: Mapping[Key, Sequence[Item]], dropped: set[Key]) -> None:
-    """The items without those that are to be made again, whole lines only."""
-    from alphamed.evaluation.items import ITEMS, row
-    from alphamed.files import replace_json_lines
+def _write(out: Path, answers: Mapping[Key, Sequence[GradedAnswer]], dropped: set[Key]) -> None:
+    """The answers without those that are to be generated again, whole lines only."""
+    from alphamed.evaluation.items import ITEMS, write_items
 
-    kept = [row(item) for key, of_question in items.items() if key not in dropped for item in of_question]
-    if kept or (out / ITEMS).exists():
-        replace_json_lines(out / ITEMS, kept)
+    remaining = [answer for key, of_question in answers.items() if key not in dropped for answer in of_question]
+    if remaining or (out / ITEMS).exists():
+        write_items(out / ITEMS, remaining)

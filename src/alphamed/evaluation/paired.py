@@ -8,15 +8,14 @@ because what both get right or wrong does not blur it.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alphamed.evaluation.items import Item
+from alphamed.evaluation.items import GradedAnswer, stats_of
 from alphamed.evaluation.sampling import vote
 
-Sets = Mapping[str, Mapping[str, Sequence[Item]]]
+Sets = Mapping[str, Mapping[str, Sequence[GradedAnswer]]]
 """Set -> question id -> its items in the order of samples."""
 
 
@@ -53,12 +52,14 @@ def split_gain(boxed_before: float, accuracy_before: float, boxed_after: float, 
     )
 
 
-def right(items: Sequence[Item]) -> bool:
+def right(items: Sequence[GradedAnswer]) -> bool:
     """Whether a question counts as solved: the only sample is right, or the majority vote is, with no other as strong."""
     return vote([item.vote for item in items], items[0].asked.question.answer) == 1.0
 
 
-def compare_sets(before: Mapping[str, Sequence[Item]], after: Mapping[str, Sequence[Item]]) -> dict[str, Any]:
+def compare_sets(
+    before: Mapping[str, Sequence[GradedAnswer]], after: Mapping[str, Sequence[GradedAnswer]]
+) -> dict[str, Any]:
     """The comparison of two answered sets (question id -> its items). Questions that stand in one of them only, or with
     another text or key, are left out and counted. ValueError where none is left."""
     shared = [i for i in before if i in after and _alike(before[i][0], after[i][0])]
@@ -107,20 +108,20 @@ def line(name: str, found: Mapping[str, Any]) -> str:
     )
 
 
-def _alike(one: Item, other: Item) -> bool:
+def _alike(first: GradedAnswer, second: GradedAnswer) -> bool:
     """Whether two items answer the same question with the same key. A variant may have changed letters and options."""
-    a, b = one.asked.question, other.asked.question
-    same_key = a.options[a.answer] == b.options[b.answer] or one.asked.variant != other.asked.variant
+    a, b = first.asked.question, second.asked.question
+    same_key = a.options[a.answer] == b.options[b.answer] or first.asked.variant != second.asked.variant
     return same_key and (a.question, a.context) == (b.question, b.context)
 
 
-def _rates(answers: Sequence[Sequence[Item]]) -> tuple[float, float]:
+def _rates(answers: Sequence[Sequence[GradedAnswer]]) -> tuple[float, float]:
     """(boxed share, accuracy) over all samples."""
-    items = [item for of_question in answers for item in of_question]
-    return statistics.fmean(item.boxed for item in items), statistics.fmean(item.right for item in items)
+    stats = stats_of(answer for of_question in answers for answer in of_question)
+    return stats.share(stats.boxed), stats.accuracy
 
 
-def _flip(i: str, before: Sequence[Item], after: Sequence[Item], way: str) -> dict[str, Any]:
+def _flip(i: str, before: Sequence[GradedAnswer], after: Sequence[GradedAnswer], way: str) -> dict[str, Any]:
     question = after[0].asked.question
     return {
         "id": i,
@@ -132,6 +133,6 @@ def _flip(i: str, before: Sequence[Item], after: Sequence[Item], way: str) -> di
     }
 
 
-def _said(item: Item) -> dict[str, Any]:
+def _said(item: GradedAnswer) -> dict[str, Any]:
     options = item.asked.question.options
     return {"outcome": str(item.outcome), "letter": item.letter, "option": options.get(item.letter or "")}

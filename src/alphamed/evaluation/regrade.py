@@ -8,8 +8,8 @@ from typing import Any
 
 from alphamed.errors import ConfigError
 from alphamed.evaluation import paired, results, settings
-from alphamed.evaluation.items import ITEMS, Grading, Item, read_items, regraded, row
-from alphamed.files import replace_json, replace_json_lines
+from alphamed.evaluation.items import ITEMS, GradedAnswer, Grading, read_items, regraded, write_items
+from alphamed.files import replace_json
 
 RESULTS, COMPARISON = "results.json", "comparison.json"
 
@@ -30,7 +30,7 @@ def require_evaluation(option: str, folder: Path) -> None:
 
 def regrade(folder: Path) -> None:
     """Grade all answers in `folder` with today's grader and write items.jsonl again. Says how many outcomes changed."""
-    items, grading = read_items(folder), Grading.of_json(_settings(folder)["grading"])
+    items, grading = read_items(folder / ITEMS), Grading.of_json(_settings(folder)["grading"])
     again = {key: [regraded(item, grading) for item in of_question] for key, of_question in items.items()}
     changed = [
         item
@@ -38,7 +38,7 @@ def regrade(folder: Path) -> None:
         for item, new in zip(of_question, again[key])
         if (item.letter, item.outcome) != (new.letter, new.outcome)
     ]
-    replace_json_lines(folder / ITEMS, [row(item) for of_question in again.values() for item in of_question])
+    write_items(folder / ITEMS, [answer for of_question in again.values() for answer in of_question])
     total = sum(map(len, items.values()))
     print(
         f"{folder}: {total:,} answers graded again, {len(changed):,} changed"
@@ -96,9 +96,9 @@ def write_results(folder: Path) -> dict[str, Any]:
     return told
 
 
-def _answered(folder: Path) -> dict[str, dict[str, Sequence[Item]]]:
+def _answered(folder: Path) -> dict[str, dict[str, Sequence[GradedAnswer]]]:
     """Set -> question id -> its items, of the questions that were asked last and have all their samples."""
-    items, about = read_items(folder), _settings(folder)
+    items, about = read_items(folder / ITEMS), _settings(folder)
     samples = about["asked"]["sampling"]["samples"]
     return {
         name: {i: items[name, i] for i in of_set["ids"] if len(items.get((name, i), ())) == samples}

@@ -16,13 +16,12 @@ from typing import Any
 
 from alphamed.data.attributes import ATTRIBUTES
 from alphamed.data.text import counted
-from alphamed.evaluation.items import Item
+from alphamed.evaluation.items import GradedAnswer, stats_of
 from alphamed.evaluation.sampling import bootstrap_mean, bootstrap_mean_of_means, pass_at_k, shown_ks, vote
 from alphamed.evaluation.score import wilson
-from alphamed.records import Outcome
 
-Answers = Sequence[Sequence[Item]]
-"""Per question of a set its items in the order of samples; as many of each."""
+Answers = Sequence[Sequence[GradedAnswer]]
+"""Per question of a set its graded answers in the order of samples; as many of each."""
 
 
 def set_result(answers: Answers) -> dict[str, Any]:
@@ -82,21 +81,17 @@ def _samples(answers: Answers) -> int:
 
 
 def _shares(answers: Answers) -> dict[str, Any]:
-    items = [item for of_question in answers for item in of_question]
-    n, right = len(answers), sum(item.right for item in items)
-    boxed = sum(item.boxed for item in items)
-    accuracy = right / len(items)
-    low, high = wilson(accuracy, n)
-    share = {kind: sum(item.outcome == kind for item in items) / len(items) for kind in Outcome}
+    stats = stats_of(answer for of_question in answers for answer in of_question)
+    low, high = wilson(stats.accuracy, len(answers))
     return {
-        "n": n,
-        "accuracy": accuracy,
+        "n": len(answers),
+        "accuracy": stats.accuracy,
         "ci_low": low,
         "ci_high": high,
-        "unparseable": share[Outcome.UNPARSEABLE],
-        "truncated": sum(item.cut for item in items) / len(items),
-        "boxed": boxed / len(items),
-        "accuracy_among_boxed": right / boxed if boxed else None,
+        "unparseable": stats.share(stats.unparseable),
+        "truncated": stats.share(stats.truncated),
+        "boxed": stats.share(stats.boxed),
+        "accuracy_among_boxed": stats.accuracy_among_boxed,
         "chance": _chance(answers),
     }
 
@@ -136,13 +131,13 @@ def _run_accuracies(answers: Answers) -> list[float]:
     return [statistics.fmean(items[j].right for items in answers) for j in range(_samples(answers))]
 
 
-def _mean(items: Sequence[Item]) -> float:
+def _mean(items: Sequence[GradedAnswer]) -> float:
     return statistics.fmean(item.right for item in items)
 
 
-def _parts(answers: Answers, part: Callable[[Item], Any]) -> dict[str, dict[str, Any]]:
+def _parts(answers: Answers, part: Callable[[GradedAnswer], Any]) -> dict[str, dict[str, Any]]:
     """Shares of each source or level; {} where no question has one."""
-    groups: dict[Any, list[Sequence[Item]]] = {}
+    groups: dict[Any, list[Sequence[GradedAnswer]]] = {}
     for items in answers:
         groups.setdefault(part(items[0]), []).append(items)
     if set(groups) == {None}:

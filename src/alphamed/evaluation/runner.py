@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from alphamed.config.choices import BadRows
-from alphamed.data.attributes import values_of
 from alphamed.errors import ConfigError
+from alphamed.evaluation.items import ITEMS, of_group, write_items
 from alphamed.evaluation.score import Score, Share, percent, score
-from alphamed.files import read_json_lines, replace_json, replace_json_lines
+from alphamed.files import replace_json
 from alphamed.records import GenerationTask, Question, Sampling, ScoredGroup
 
 Begin = Callable[[str, Sequence[GenerationTask]], Callable[[], Sequence[ScoredGroup]]]
@@ -24,8 +24,6 @@ TRIAL = 24
 LEAST_ASKED = 2 * TRIAL
 """Of a set, however slow the machine is: fewer say nothing about a model."""
 SHARES = ("boxed", "accuracy", "accuracy_among_boxed", "truncated", "failed")
-ITEM_KEYS = {"set", "id", "question", "options", "answer", "letter", "outcome", "text"}
-"""What readers of graded answers rely on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,12 +191,10 @@ def summary(evaluation: Evaluation) -> list[str]:
 
 # ---------------------------------------------------------------------------------------------------------------- files
 def write_evaluation(folder: Path, name: str, step: int, evaluation: Evaluation) -> Path:
-    """Write NAME.items.jsonl (one object an answer), then NAME.json (the scores), and return the latter's path: where
+    """Write NAME.items.jsonl (the graded answers), then NAME.json (the scores), and return the latter's path: where
     it is, the evaluation is whole."""
-    replace_json_lines(
-        folder / f"{name}.items.jsonl",
-        [_item(result.questions.name, group) for result in evaluation.results for group in result.groups],
-    )
+    groups = [(result.questions.name, group) for result in evaluation.results for group in result.groups]
+    write_items(folder / f"{name}.{ITEMS}", [answer for group in groups for answer in of_group(*group)])
     path = folder / f"{name}.json"
     replace_json(
         path,
@@ -254,36 +250,6 @@ def asked_before(run_dir: Path) -> dict[str, int]:
     files = sorted((run_dir / "evaluations").glob("step_*.json"))
     files = [file for file in files if file.stem.removeprefix("step_").isdecimal()]
     return {name: found.n for name, found in read_scores(files[-1]).items()} if files else {}
-
-
-def read_items(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """(set name, question id) -> item from a step_N.items.jsonl; {} where there is none. ConfigError names a line that is no
-    item."""
-    found = {}
-    for number, row in enumerate(read_json_lines(path), start=1):
-        if missing := ITEM_KEYS - row.keys():
-            raise ConfigError(
-                f"{path}: line {number} is no graded answer ({', '.join(sorted(missing))} missing); evaluate again"
-            )
-        found[row["set"], row["id"]] = row
-    return found
-
-
-def _item(name: str, scored: ScoredGroup) -> dict[str, Any]:
-    question, rollout = scored.group.question, scored.group.rollouts[0]
-    return {
-        "set": name,
-        "id": question.id,
-        "question": question.question,
-        "options": dict(question.options),
-        "answer": question.answer,
-        **values_of(question),
-        "letter": scored.letters[0],
-        "outcome": str(scored.outcomes[0]),
-        "finish_reason": str(rollout.finish_reason),
-        "tokens": len(rollout.response_token_ids),
-        "text": rollout.text,
-    }
 
 
 def score_json(found: Score) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from alphamed.records import FinishReason, Outcome, ScoredGroup
+from alphamed.records import ScoredGroup
+from alphamed.response_stats import ResponseStats
 
 Z_95 = 1.959963984540054
 """97.5% quantile of the normal distribution."""
@@ -77,24 +78,20 @@ class Change(StrEnum):
 
 def score(groups: Sequence[ScoredGroup]) -> Score:
     """Score graded responses; every response counts once. ValueError without any."""
-    outcomes = [outcome for group in groups for outcome in group.outcomes]
-    cut = sum(rollout.finish_reason != FinishReason.STOP for group in groups for rollout in group.group.rollouts)
-    lengths = [len(rollout.response_token_ids) for group in groups for rollout in group.group.rollouts]
-    if not outcomes:
+    stats = ResponseStats.of_groups(groups)
+    n = stats.responses
+    if not n:
         raise ValueError("an evaluation without graded responses has no score; give it questions")
-    n, count = len(outcomes), {kind: outcomes.count(kind) for kind in Outcome}
-    boxed = count[Outcome.CORRECT] + count[Outcome.WRONG]
-    chance = sum(len(group.outcomes) / len(group.group.question.options) for group in groups) / n
     return Score(
         n,
-        Share(boxed, n),
-        Share(count[Outcome.CORRECT], n),
-        Share(count[Outcome.CORRECT], boxed),
-        Share(cut, n),
-        Share(count[Outcome.TIMEOUT] + count[Outcome.CRASH], n),
-        sum(lengths) / n,
-        max(lengths),
-        chance,
+        boxed=Share(stats.boxed, n),
+        accuracy=Share(stats.correct, n),
+        accuracy_among_boxed=Share(stats.correct, stats.boxed),
+        truncated=Share(stats.truncated, n),
+        failed=Share(stats.failed, n),
+        tokens_mean=stats.tokens_mean,
+        tokens_max=stats.tokens_max,
+        chance=sum(len(group.outcomes) / len(group.group.question.options) for group in groups) / n,
     )
 
 

@@ -17,7 +17,8 @@ from typing import Any
 
 from alphamed.config.sections import DynamicSamplingConfig
 from alphamed.hashing import stable_hash
-from alphamed.records import Outcome, Question, ScoredGroup
+from alphamed.records import Question, ScoredGroup
+from alphamed.response_stats import ResponseStats
 from alphamed.rollout.refill import graded_rewards
 
 JEFFREYS = 0.5
@@ -87,8 +88,8 @@ class PassRates:
         for scored in groups:
             found = self._evidence.setdefault(scored.group.question.id, Evidence())
             fade = self._fade(step - found.step)
-            right = sum(outcome == Outcome.CORRECT for outcome in scored.outcomes)
-            wrong = sum(outcome != Outcome.CORRECT and not outcome.failed for outcome in scored.outcomes)
+            stats = ResponseStats.of_groups([scored])
+            right, wrong = stats.correct, stats.responses - stats.correct - stats.failed
             found.right, found.wrong, found.step = fade * found.right + right, fade * found.wrong + wrong, step
             rewards = Counter({reward: fade * count for reward, count in found.rewards.items()})
             rewards.update(graded_rewards(scored))

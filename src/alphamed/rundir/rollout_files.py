@@ -17,11 +17,23 @@ from typing import TYPE_CHECKING, Any
 from alphamed.errors import ConfigError
 from alphamed.files import replace_file
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
+from alphamed.response_stats import ResponseStats
 
 if TYPE_CHECKING:
     import pyarrow
 
 SCHEMA_VERSION = 1
+ANSWER_COLUMNS = (
+    "group_index",
+    "group_id",
+    "question",
+    "text",
+    "finish_reason",
+    "outcome",
+    "letter",
+    "reward",
+    "response_token_ids",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +47,11 @@ class Answers:
     letters: tuple[str | None, ...]
     rewards: tuple[float, ...]
     tokens: tuple[int, ...]  # length of each response
+    truncated: tuple[bool, ...]  # whether the token limit cut it
+
+    @property
+    def stats(self) -> ResponseStats:
+        return ResponseStats.of(zip(self.outcomes, self.tokens, self.truncated, strict=True))
 
 
 class RolloutFileError(ConfigError):
@@ -76,7 +93,7 @@ def read_answers(path: Path) -> tuple[Answers, ...]:
     """What `read_rollouts` reads, but for tokens and log-probs: several times faster. RolloutFileError as there."""
     import pyarrow.compute as pc
 
-    table = _read(path, ("group_index", "group_id", "question", "text", "outcome", "letter", "reward", "response_token_ids"))
+    table = _read(path, ANSWER_COLUMNS)
     lengths = pc.list_value_length(table["response_token_ids"]).to_pylist()
     rows = zip(table.drop_columns(["response_token_ids"]).to_pylist(), lengths)
     found = []
@@ -91,6 +108,7 @@ def read_answers(path: Path) -> tuple[Answers, ...]:
                 tuple(row["letter"] for row in group),
                 tuple(row["reward"] for row in group),
                 tokens,
+                tuple(FinishReason(row["finish_reason"]).truncated for row in group),
             )
         )
     return tuple(found)

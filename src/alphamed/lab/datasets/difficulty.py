@@ -25,7 +25,8 @@ from alphamed.data.sources import load_questions
 from alphamed.errors import ConfigError
 from alphamed.files import append_json, read_json_lines
 from alphamed.hashing import draw
-from alphamed.records import FinishReason, GenerationTask, Outcome, Question, Sampling, ScoredGroup
+from alphamed.records import GenerationTask, Outcome, Question, Sampling, ScoredGroup
+from alphamed.response_stats import ResponseStats
 
 SETTINGS_WAIT_S = 60.0
 """Other shards hold the common settings for the blink of an eye; a dead machine's lock on a network disk may last."""
@@ -61,7 +62,7 @@ class Annotated:
 
     id: str
     content: str
-    outcomes: tuple[str, ...]
+    outcomes: tuple[Outcome, ...]
     letters: tuple[str | None, ...]
     tokens: tuple[int, ...]
     question_tokens: int
@@ -69,21 +70,24 @@ class Annotated:
 
     def columns(self, model: str) -> dict[str, Any]:
         """What is written next to the question, but for level and informativeness. Lengths are tokens."""
-        samples = len(self.outcomes)
-        share = {kind: self.outcomes.count(kind) / samples for kind in Outcome}
+        stats = self.stats
         return {
-            "pass_rate": share[Outcome.CORRECT],
-            "samples": samples,
-            "unparsed": share[Outcome.UNPARSEABLE],
-            "truncated": sum(self.cut) / samples,
-            "response_tokens_mean": sum(self.tokens) / samples,
+            "pass_rate": stats.accuracy,
+            "samples": stats.responses,
+            "unparsed": stats.share(stats.unparseable),
+            "truncated": stats.share(stats.truncated),
+            "response_tokens_mean": stats.tokens_mean,
             "question_tokens": self.question_tokens,
             "annotated_by": model,
         }
 
     @property
+    def stats(self) -> ResponseStats:
+        return ResponseStats.of(zip(self.outcomes, self.tokens, self.cut))
+
+    @property
     def level(self) -> int:
-        return level_of(self.outcomes.count(Outcome.CORRECT), len(self.outcomes))
+        return level_of(self.stats.correct, self.stats.responses)
 
 
 def annotated(scored: ScoredGroup, question_tokens: int) -> Annotated:
@@ -91,11 +95,11 @@ def annotated(scored: ScoredGroup, question_tokens: int) -> Annotated:
     return Annotated(
         question.id,
         content_of(question),
-        tuple(map(str, scored.outcomes)),
+        scored.outcomes,
         scored.letters,
         tuple(len(one.response_token_ids) for one in scored.group.rollouts),
         question_tokens,
-        tuple(one.finish_reason != FinishReason.STOP for one in scored.group.rollouts),
+        tuple(one.finish_reason.truncated for one in scored.group.rollouts),
     )
 
 
@@ -124,7 +128,7 @@ def read_work(work: Path, questions: Sequence[Question], samples: int) -> dict[s
                 one = Annotated(
                     row["id"],
                     row["content"],
-                    tuple(row["outcomes"]),
+                    tuple(map(Outcome, row["outcomes"])),
                     tuple(row["letters"]),
                     tuple(row["tokens"]),
                     row["question_tokens"],
@@ -135,7 +139,7 @@ def read_work(work: Path, questions: Sequence[Question], samples: int) -> dict[s
                         else (outcome == Outcome.TRUNCATED for outcome in row["outcomes"])
                     ),
                 )
-            except (KeyError, TypeError) as error:
+            except (KeyError, TypeError, ValueError) as error:
                 raise ConfigError(
                     f"{file}: line {number} is no annotation ({type(error).__name__}: {error}); remove it, "
                     f"then its question is asked again"
@@ -244,7 +248,7 @@ def _annotate(mine: Sequence[Question], config: Config, options: argparse.Namesp
         print(f"{file.parent}: {len(done):,} of {len(mine):,} questions are annotated already", file=sys.stderr)
     if not todo:
         return
-    limit, told = config.rollout.max_response_tokens, answers.Told("difficulty", len(mine), len(done))
+    limit, progress = config.rollout.max_response_tokens, answers.ProgressReporter("difficulty", len(mine), len(done))
 
     def task(question: Question) -> GenerationTask:
         name = f"difficulty/{question.id}"
@@ -272,7 +276,7 @@ def _annotate(mine: Sequence[Question], config: Config, options: argparse.Namesp
                     "cut": one.cut,
                 },
             )
-            told.one_more()
+            progress.advance()
 
 
 def _tell(out: Path, found: Mapping[str, Annotated]) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 
 from alphamed.config.loading import dump_config
 from alphamed.errors import ConfigError
-from alphamed.evaluation.runner import read_asked, read_items, read_scores, score_json
+from alphamed.evaluation.items import read_items
+from alphamed.evaluation.runner import read_asked, read_scores, score_json
 from alphamed.evaluation.score import Score, Share, percent, verdict
 from alphamed.files import replace_json, replace_text
 from alphamed.lab.reports.figures import SMOOTH, SMOOTH_FROM, Figure, Row, figures
@@ -24,7 +25,6 @@ from alphamed.lab.reports.plots import PAGE_STYLE, STYLE, Series, interval_rows,
 from alphamed.lab.reports.rollout_report import ABSENT, RolloutReport, rollout_report
 from alphamed.lab.reports.samples import Changes, Items, changes, marked, rollout_examples
 from alphamed.lab.reports.watch import collapse, collapse_words
-from alphamed.records import Outcome
 from alphamed.rundir import evaluation_log, provenance
 from alphamed.rundir.directory import config_of_run
 from alphamed.rundir.metrics import read_rows
@@ -297,8 +297,8 @@ def _set_report(run_dir: Path, name: str, scores: Mapping[int, Score]) -> SetRep
 
 def one_letter(items: Items, name: str, where: str) -> str | None:
     """A sentence where nearly all boxed answers to an evaluation set are one letter."""
-    boxed = [item for item in items.values() if item["set"] == name and item["outcome"] in (Outcome.CORRECT, Outcome.WRONG)]
-    found = collapse(Counter(item["letter"] for item in boxed), Counter(item["answer"] for item in boxed))
+    boxed = [item for item in items.values() if item.asked.set == name and item.outcome.boxed]
+    found = collapse(Counter(item.letter for item in boxed), Counter(item.asked.question.answer for item in boxed))
     return collapse_words(found, where) if found else None
 
 
@@ -314,9 +314,10 @@ def _history(scores: Mapping[int, Score]) -> str:
     return line_chart(list(scores), series, unit="share", top=1.0)
 
 
-def read_set_items(run_dir: Path, step: int) -> dict[tuple[str, str], dict[str, Any]]:
+def read_set_items(run_dir: Path, step: int) -> Items:
     """The graded answers of the evaluation after `step`, by set and question."""
-    return read_items(run_dir / "evaluations" / f"step_{step:06d}.items.jsonl")
+    items = read_items(run_dir / "evaluations" / f"step_{step:06d}.items.jsonl")
+    return {key: answers[0] for key, answers in items.items()}  # a run asks each question once
 
 
 def _percent(share: Share) -> str:

@@ -39,7 +39,7 @@ def response_patterns(text: str, outcome: Outcome) -> frozenset[ResponsePattern]
     can be bare."""
     found = set()
     boxes = side_by_side(closed_boxes(text))
-    if outcome in (Outcome.CORRECT, Outcome.WRONG) and is_bare_box(text):
+    if outcome.boxed and is_bare_box(text):
         found.add(ResponsePattern.BARE)
     if boxes and _goes_on(text, *boxes[0]):
         found.add(ResponsePattern.AFTERWARDS)

@@ -83,14 +83,13 @@ class Part:
     among_boxed: Count = field(default_factory=Count)  # correct ones among the boxed
 
     def add(self, group: Answers) -> None:
-        right = group.outcomes.count(Outcome.CORRECT)
-        boxed = right + group.outcomes.count(Outcome.WRONG)
-        self.responses += len(group.outcomes)
+        stats = group.stats
+        self.responses += stats.responses
         self.reward += sum(group.rewards)
-        self.tokens += sum(group.tokens)
-        self.boxed.add(boxed, len(group.outcomes))
-        self.correct.add(right, len(group.outcomes))
-        self.among_boxed.add(right, boxed)
+        self.tokens += stats.tokens
+        self.boxed.add(stats.boxed, stats.responses)
+        self.correct.add(stats.correct, stats.responses)
+        self.among_boxed.add(stats.correct, stats.boxed)
 
     def merge(self, other: Part) -> None:
         self.responses, self.reward = self.responses + other.responses, self.reward + other.reward
@@ -156,7 +155,7 @@ class RolloutStats:
         """Count a step's groups; steps come in order."""
         found, candidates = StepStats(step), _Candidates(step)
         for group in groups:
-            question, shown = group.question, Counter()
+            question, shown, stats = group.question, Counter(), group.stats
             found.whole.add(group)
             for kind, name in parts_of(question).items():
                 found.parts[kind].setdefault(name, Part()).add(group)
@@ -165,20 +164,19 @@ class RolloutStats:
                 for pattern in response_patterns(text, outcome):
                     shown[pattern] += 1
                     candidates.offer(pattern, group, j)
-            boxed = group.outcomes.count(Outcome.CORRECT) + group.outcomes.count(Outcome.WRONG)
             for pattern in ResponsePattern:  # bare boxes are a share of boxed responses, as in METRICS
                 found.response_patterns[pattern].add(
-                    shown[pattern], boxed if pattern is ResponsePattern.BARE else len(group.outcomes)
+                    shown[pattern], stats.boxed if pattern is ResponsePattern.BARE else stats.responses
                 )
             self._letters(found, group, candidates)
             past = self.questions.setdefault(question.id, Past(question.source, values_of(question)))
-            past.visits.append((step, group.outcomes.count(Outcome.CORRECT), len(group.outcomes)))
+            past.visits.append((step, stats.correct, stats.responses))
         self.steps.append(found)
         self.quotes |= candidates.chosen()
 
     def _letters(self, found: StepStats, group: Answers, candidates: _Candidates) -> None:
         for j, (letter, outcome) in enumerate(zip(group.letters, group.outcomes)):
-            if letter is not None and outcome in (Outcome.CORRECT, Outcome.WRONG):
+            if letter is not None and outcome.boxed:
                 found.answers[letter] += 1
                 found.keys[group.question.answer] += 1
                 if outcome is Outcome.WRONG:
