@@ -96,7 +96,7 @@ class Session:
     def require_agreement(self, step: int, stats: Mapping[str, float]) -> None:
         """Stop the run, on all ranks, where the engines' log-probs are not the policy's: they hold other weights, or compute
         something else. Replayed rollouts may come from another policy."""
-        found, limit = stats["policy/logprob_diff_mean"], self.config.max_logprob_diff
+        found, limit = stats["policy/logprob_diff_mean"], self.config.resolved.max_logprob_diff
         if math.isnan(found):
             raise RunFailed(
                 "policy",

@@ -34,7 +34,7 @@ def main(config: Config, hooks: Hooks = Hooks()) -> None:
                 share_prompts=config.parallel.share_prompts,
             )
             with timer("time/logprobs_s"):
-                batch = policy.logprobs(batch) if config.recompute_old_logprobs else batch
+                batch = policy.logprobs(batch) if config.resolved.recompute_old_logprobs else batch
                 batch = session.reference.logprobs(batch)
             stats = policy.update(batch)
             with timer("time/evaluate_s"):

@@ -107,4 +107,4 @@ class Job:
     @property
     def logprob_passes(self) -> int:
         """Forward passes over the batch besides the update: old log-probs, the reference's."""
-        return int(self.config.recompute_old_logprobs) + int(self.reference)
+        return int(self.config.resolved.recompute_old_logprobs) + int(self.reference)

@@ -286,7 +286,7 @@ def judge(small: Config) -> Iterator[Outcome]:
         passed=len(rows) == STEPS,
     )
     for row in rows:
-        yield _step_outcome(row, small.max_logprob_diff)
+        yield _step_outcome(row, small.resolved.max_logprob_diff)
     kept = sorted(path.name for path in small.run_dir.glob("checkpoints/step_*"))
     yield Outcome(f"checkpoints: {', '.join(kept) or 'none'}", passed=len(kept) == STEPS)
     exported = (small.run_dir / "hf" / "config.json").is_file()
