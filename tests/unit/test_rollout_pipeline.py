@@ -11,8 +11,8 @@ from alphamed.config.loading import build_config, changed_config
 from alphamed.errors import RunFailed
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, Sampling, ScoredGroup
 from alphamed.rollout.coordinator import Progress
-from alphamed.rollout.pipeline import LiveRollouts, ReplayedRollouts, flatten, to_token_group, unflatten
-from alphamed.rollout.tasks import greedy_tasks, training_tasks
+from alphamed.rollout.pipeline import LiveRollouts, ReplayedRollouts, flatten, unflatten
+from alphamed.rollout.tasks import training_tasks
 from alphamed.rundir.rollout_files import rollout_path, write_rollouts
 
 
@@ -97,7 +97,8 @@ def test_tensors_hold_ragged_groups_exactly():
 
 
 def test_one_group_alone():
-    assert [r.tolist() for r in to_token_group(scored("q", ["ab", "c"])).responses] == [[97, 98], [99]]
+    (group,) = unflatten(flatten([scored("q", ["ab", "c"])]))
+    assert [r.tolist() for r in group.responses] == [[97, 98], [99]]
 
 
 def test_training_tasks_carry_the_configured_sampling_and_unique_ids():
@@ -120,12 +121,6 @@ def test_deterministic_seeds_depend_on_run_step_question_and_place_only():
     assert len(set(seeds(3) + seeds(4))) == 6
     # sha256("r\x1fq1\x1f0\x1f3"), first 8 bytes, shifted right by 2
     assert seeds(3)[0] == 4319078618276629925
-
-
-def test_greedy_tasks_for_evaluation():
-    (task,) = greedy_tasks("before", [question("q1")], Prompts(), 5)
-    assert task.group_id == "before:0:q1"
-    assert task.sampling == Sampling(n=1, temperature=0.0, top_p=1.0, top_k=-1, max_tokens=5) and task.evaluation
 
 
 class FakeCoordinator:

@@ -156,8 +156,3 @@ def unflatten(tensors: Sequence[Tensor]) -> tuple[TokenGroup, ...]:
         )
         for version, prompt, advantage, own in per_group
     )
-
-
-def to_token_group(scored: ScoredGroup) -> TokenGroup:
-    """What training needs of one scored group."""
-    return unflatten(flatten([scored]))[0]

@@ -114,19 +114,6 @@ def read_answers(path: Path) -> tuple[Answers, ...]:
     return tuple(found)
 
 
-def recorded_step(path: Path) -> int:
-    """The step number that a rollout file carries. RolloutFileError as in `read_rollouts`."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return int((pq.read_schema(path).metadata or {})[b"alphamed.step"])
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise RolloutFileError(
-            f"rollouts {path}: carries no step number ({_one_line(error)}); record the step again"
-        ) from None
-
-
 def _read(path: Path, columns: Sequence[str] | None) -> pyarrow.Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
