@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 from alphamed.cluster.failure import StopRequested, stop_requested
 from alphamed.cluster.hardware import wants_cuda
@@ -36,22 +36,9 @@ from alphamed.rundir.rollout_files import rollout_path, write_rollouts
 from alphamed.rundir.sinks import Console, JsonLines, Sink, Wandb
 
 if TYPE_CHECKING:
+    from alphamed.cluster.control import Control
     from alphamed.evaluation.runner import Evaluation
     from alphamed.rollout.coordinator import Progress
-
-T = TypeVar("T")
-
-
-class Control(Protocol):
-    """What a run needs of `cluster.control.Control`."""
-
-    rank: int
-
-    def from_rank0(self, what: str, function: Callable[[], T]) -> T: ...
-
-    def on_rank0(self, what: str, function: Callable[[], T]) -> T | None: ...
-
-    def everywhere(self, what: str, function: Callable[[], T]) -> T: ...
 
 
 class Forecast(Protocol):

@@ -128,14 +128,11 @@ def test_where_too_few_are_likely_the_likeliest_of_the_rest_are_asked():
 def test_no_question_starves():
     """Passed over 4 times in a row, or 2 or 3, a question is asked whatever is believed of it; not all at the same time."""
     names = [f"hopeless{i}" for i in range(20)]
+    stream = Stream([question("good", 3), *(question(name, 6) for name in names)])
     sampler = QuestionSampler(
-        DynamicSamplingConfig(choose=True, max_passes=4, half_life_steps=1e9, search=200),
-        Stream([question("good", 3), *(question(name, 6) for name in names)]),
-        8,
-        1,
+        DynamicSamplingConfig(choose=True, max_passes=4, half_life_steps=1e9, search=200), stream, 8, 1
     )
     passes, found = dict.fromkeys(names, 0), []
-    stream = sampler._stream
     for step in range(400):
         before = stream.at
         (asked,) = sampler.take(1, step)

@@ -13,15 +13,10 @@ from alphamed.records import GenerationTask, Question, ScoredGroup
 
 if TYPE_CHECKING:
     from alphamed.rollout.coordinator import Coordinator, Progress
+    from alphamed.rollout.pace import Pace
 
 
-class Pace(Protocol):
-    """What learns from the first evaluation how fast this machine is (`rollout.pace.Pace`)."""
-
-    def evaluated(self, asked: int, wanted: int) -> None: ...
-
-
-class Console(Protocol):
+class EvaluationConsole(Protocol):
     """Where progress is shown and remarks are printed (`run.Run`)."""
 
     def show_evaluation(self, progress: Progress) -> None: ...
@@ -39,7 +34,7 @@ class Evaluator:
         render: Callable[[Question], Sequence[int]],
         coordinator: Coordinator,
         run_dir: Path,
-        console: Console,
+        console: EvaluationConsole,
         pace: Pace | None = None,
     ):
         wanted = config.evaluation

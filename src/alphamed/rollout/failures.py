@@ -33,7 +33,7 @@ class Overdue(RunFailed):
 
 
 @dataclass(frozen=True, slots=True)
-class Peer:
+class ActorProcess:
     """An actor as errors call it: `name` ("engine 0", "reward process") and the id of its process."""
 
     name: str
@@ -43,7 +43,7 @@ class Peer:
         return f"{self.name} (pid {self.pid})" if self.pid else self.name
 
 
-def explain(error: Exception, peer: Peer, what: str) -> RunFailed:
+def explain(error: Exception, peer: ActorProcess, what: str) -> RunFailed:
     """The failure behind an error that Ray raised for a call of `peer` while it was doing `what`."""
     from ray.exceptions import RayActorError, RayTaskError
 
@@ -58,7 +58,7 @@ def explain(error: Exception, peer: Peer, what: str) -> RunFailed:
     return RunFailed(found.component, f"{what} failed: {found.message}")
 
 
-async def ask(reference: Awaitable[T], peer: Peer, what: str) -> T:
+async def ask(reference: Awaitable[T], peer: ActorProcess, what: str) -> T:
     """Await the answer of an actor; failures name it."""
     from ray.exceptions import RayError
 
@@ -68,7 +68,7 @@ async def ask(reference: Awaitable[T], peer: Peer, what: str) -> T:
         raise explain(error, peer, what) from None
 
 
-def gather(references: Sequence[ObjectRef], peers: Sequence[Peer], what: str, deadline_s: float) -> list[Any]:
+def gather(references: Sequence[ObjectRef], peers: Sequence[ActorProcess], what: str, deadline_s: float) -> list[Any]:
     """The answers of several actors in order, within `deadline_s` seconds. The first failure ends the wait."""
     import ray
     from ray.exceptions import RayError

@@ -13,7 +13,7 @@ from alphamed.config.schema import Config
 from alphamed.errors import RunFailed
 from alphamed.model.shape import ModelShape
 from alphamed.rollout.engine import RolloutEngine
-from alphamed.rollout.failures import Peer, gather
+from alphamed.rollout.failures import ActorProcess, gather
 from alphamed.rollout.spec import EngineSpec, engine_environment, engine_specs
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ class Engine:
     processes: Mapping[str, int]
 
     @property
-    def peer(self) -> Peer:
-        return Peer(f"engine {self.index}", self.processes["actor"])
+    def peer(self) -> ActorProcess:
+        return ActorProcess(f"engine {self.index}", self.processes["actor"])
 
 
 class EnginePool:
@@ -64,7 +64,10 @@ class EnginePool:
         actors = [_place(spec) for spec in specs]
         try:
             started = gather(
-                [actor.start.remote() for actor in actors], [Peer(spec.name) for spec in specs], "starting vLLM", deadline_s
+                [actor.start.remote() for actor in actors],
+                [ActorProcess(spec.name) for spec in specs],
+                "starting vLLM",
+                deadline_s,
             )
         except RunFailed:
             for actor in actors:
