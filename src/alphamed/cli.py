@@ -36,7 +36,8 @@ class _Parser(argparse.ArgumentParser):
 
         raise ConfigError(f"{message}; see `{self.prog} --help`")
 
-    def parse_known_args(self, args=None, namespace=None):
+    # the stub's overloads differ in the type of the namespace, which is argparse's own here
+    def parse_known_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Notes as `parser` which one the words were for: a verb's own parser ends before those above it."""
         options, rest = super().parse_known_args(args, namespace)
         if not hasattr(options, "parser"):

@@ -346,10 +346,10 @@ class Run:
         self.close()
         self.control.from_rank0("the report", lambda: self._report(console))
 
-    def _report(self, console: Console) -> None:
+    def _report(self, console: Console | None) -> None:
+        assert self._directory is not None and console is not None
         for line in self._hooks.report(self.config) if self._hooks.report else ():
             console.note(line)
-        assert self._directory is not None
         self._directory.set_finished(self.state.step)
 
     def close(self) -> None:

@@ -201,8 +201,11 @@ def _explain(error: ValidationError, root: type[BaseModel], tree: Any) -> str:
 
 def _place(error: Any, tree: Any) -> tuple[str | int, ...]:
     """Where in `tree` an error is. Pydantic puts names of its types in between where several kinds of value may stand."""
-    *parents, last = error["loc"] or (None,)
-    place, at = [], tree
+    if not error["loc"]:
+        return ()
+    *parents, last = error["loc"]
+    place: list[str | int] = []
+    at = tree
     for part in parents:
         try:
             at = at[part]

@@ -190,6 +190,7 @@ def config_of(options: argparse.Namespace, overrides: Sequence[str]) -> Config:
 
     if options.max_tokens is not None and options.max_tokens < 1:
         raise ConfigError(f"--max-tokens: {options.max_tokens} leaves no room for an answer; give 1 or more")
+    tree: dict[str, Any]
     if options.config:
         tree = load_tree(options.config)
     elif options.model is None:

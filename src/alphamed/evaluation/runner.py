@@ -125,9 +125,9 @@ def begin_evaluation(
     return finish
 
 
-def within(one: QuestionSet, count: int, seed: int) -> QuestionSet:
+def within(questions: QuestionSet, count: int, seed: int) -> QuestionSet:
     """The set with `count` of its questions at most, by seed: a part of any larger choice."""
-    return replace(one, questions=choose(one.questions, count, seed, ())[0])
+    return replace(questions, questions=choose(questions.questions, count, seed, ())[0])
 
 
 def affordable(wanted: int, tried: int, seconds: float, limit_s: float) -> int:
@@ -145,26 +145,29 @@ def evaluate_within(
 ) -> Evaluation:
     """Evaluate as many questions as there is time for. The first TRIAL of each set show how long they take; each set has a part
     of `limit_s` by its size. `note` says what is left out. The results hold the questions that were asked."""
-    results, seconds, total = [], 0.0, sum(len(one.questions) for one in sets)
-    for one in sets:
-        trial = within(one, TRIAL, seed)
+    results: list[SetResult] = []
+    evaluations: list[Evaluation] = []
+    total = sum(len(questions.questions) for questions in sets)
+    for questions in sets:
+        trial = within(questions, TRIAL, seed)
         first = evaluate(trial)
-        wanted, tried = len(one.questions), len(trial.questions)
-        chosen = within(one, affordable(wanted, tried, first.seconds, limit_s * wanted / total), seed)
+        wanted, tried = len(questions.questions), len(trial.questions)
+        chosen = within(questions, affordable(wanted, tried, first.seconds, limit_s * wanted / total), seed)
         left_out = wanted - len(chosen.questions)
         if left_out:
             note(
-                f"evaluation.time_limit_s: {tried} questions of {one.name} took {first.seconds:.0f} s; {len(chosen.questions)} of "
-                f"{wanted} are asked in this run, {left_out} are left out"
+                f"evaluation.time_limit_s: {tried} questions of {questions.name} took {first.seconds:.0f} s; "
+                f"{len(chosen.questions)} of {wanted} are asked in this run, {left_out} are left out"
             )
-        known = {question.id for question in trial.questions}
-        rest = replace(one, questions=tuple(question for question in chosen.questions if question.id not in known))
+        answered = {question.id for question in trial.questions}
+        rest = replace(chosen, questions=tuple(question for question in chosen.questions if question.id not in answered))
         parts = [first, *([evaluate(rest)] if rest.questions else [])]
         groups = {group.group.question.id: group for part in parts for result in part.results for group in result.groups}
         ordered = tuple(groups[question.id] for question in chosen.questions)
         results.append(SetResult(chosen, ordered, score(ordered)))
-        seconds += sum(part.seconds for part in parts)
-    return Evaluation(first.policy_version, tuple(results), seconds, first.max_tokens)
+        evaluations += parts
+    seconds = sum(evaluation.seconds for evaluation in evaluations)
+    return Evaluation(evaluations[0].policy_version, tuple(results), seconds, evaluations[0].max_tokens)
 
 
 def _result(questions: QuestionSet, tasks: Sequence[GenerationTask], answers: Sequence[ScoredGroup]) -> SetResult:

@@ -120,13 +120,14 @@ class Grader:
     def killed_by(self) -> int | None:
         """The signal with which somebody else killed the process, if that happened."""
         status = self._process.poll()
-        killed = status is not None and status < 0 and -status not in _CRASH_SIGNALS and not self._ended
-        return -status if killed else None
+        if status is None or status >= 0 or -status in _CRASH_SIGNALS or self._ended:
+            return None
+        return -status
 
-    def death(self) -> GraderDied:
+    def death(self, signal_number: int) -> GraderDied:
         """The error for a grader that was killed from outside."""
         return GraderDied(
-            f"grader (pid {self.pid}) of reward function {self._function}", f"was killed by {signal_name(self.killed_by)}"
+            f"grader (pid {self.pid}) of reward function {self._function}", f"was killed by {signal_name(signal_number)}"
         )
 
     def kill(self) -> None:
@@ -166,8 +167,8 @@ class Grader:
         except subprocess.TimeoutExpired:  # closed the socket, yet lives
             self.kill()
             return RewardCrash(f"the process of reward function {self._function} closed its connection")
-        if self.killed_by:
-            return self.death()
+        if number := self.killed_by:
+            return self.death(number)
         how = f"died of {signal_name(-status)}" if status < 0 else f"exited with code {status}"
         stack = self._stack()
         self.kill()
@@ -229,8 +230,8 @@ class GraderPool:
         """Raise GraderDied where a grader, busy or idle, was killed from outside."""
         with self._lock:
             for grader in self._graders:
-                if grader.killed_by:
-                    raise grader.death()
+                if number := grader.killed_by:
+                    raise grader.death(number)
 
     @property
     def pids(self) -> list[int]:

@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from alphamed.answers.thinking import Thinking
 from alphamed.cluster.placement import beside_rank0
@@ -58,7 +58,8 @@ def start(config: Config, thinking: Thinking = Thinking()) -> ActorHandle:
     """
     import ray
 
-    actor = ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=beside_rank0())(RewardProcess)
+    # Ray's types do not have the methods of a handle
+    actor: Any = ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=beside_rank0())(RewardProcess)
     step_samples = config.rollout.questions_per_step * config.rollout.samples_per_question
     return actor.remote(
         config.reward,
@@ -88,6 +89,7 @@ class RewardProcess:
     ):
         self._reward, self._advantage, self._search_path, self._overlong = reward, advantage, search_path, overlong
         self._seed, self._prompt, self._thinking = seed, prompt, thinking
+        self._step_samples = step_samples
         self._recent: deque[Outcome] = deque(maxlen=step_samples)
         self._first_problem: str | None = None
         self._failure: RunFailed | None = None
@@ -111,6 +113,7 @@ class RewardProcess:
         await self.check()
         loop = asyncio.get_running_loop()
         rule = correct if evaluation else self._rule
+        assert rule is not None, "`ready` has not loaded the reward"
         jobs = [
             loop.run_in_executor(self._threads, self._grade_one, group.question, rollout, rule) for rollout in group.rollouts
         ]
@@ -167,12 +170,12 @@ class RewardProcess:
                 self._first_problem = sample.problem
                 _log.warning("reward function %s failed for the first time:\n%s", self._reward.name, sample.problem)
         timeouts, crashes = (self._recent.count(outcome) for outcome in (Outcome.TIMEOUT, Outcome.CRASH))
-        if self._failure is None and (timeouts + crashes) / self._recent.maxlen > self._reward.max_failure_share:
+        if self._failure is None and (timeouts + crashes) / self._step_samples > self._reward.max_failure_share:
             self._failure = GradingFailed(
                 f"reward function {self._reward.name}",
                 f"failed for {timeouts + crashes} of the last {len(self._recent)} samples ({crashes} crashes, "
                 f"{timeouts} time-outs; reward.max_failure_share allows {self._reward.max_failure_share:.1%} of a "
-                f"step's {self._recent.maxlen}). The first failure:\n{self._first_problem}",
+                f"step's {self._step_samples}). The first failure:\n{self._first_problem}",
             )
 
 

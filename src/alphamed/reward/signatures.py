@@ -11,7 +11,10 @@ import math
 import numbers
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from alphamed.data.chat_template import Message
 
 Arguments = dict[str, Any]
 """Name -> value, JSON-able."""
@@ -26,7 +29,7 @@ class Call:
     text: str
     letter: str | None
     answer_text: str
-    prompt: Sequence[Mapping[str, str]] | str
+    prompt: Sequence[Message] | str
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +78,11 @@ def _score(value: Any) -> Any:
 
 # --------------------------------------------------------------------------------------------------------------------- TRL
 def _trl(call: Call) -> Arguments:
-    chat = not isinstance(call.prompt, str)
-    completion = [{"role": "assistant", "content": call.text}] if chat else call.text
-    prompt = [dict(message) for message in call.prompt] if chat else call.prompt
+    if isinstance(call.prompt, str):
+        prompt, completion = call.prompt, call.text
+    else:
+        prompt = [dict(message) for message in call.prompt]
+        completion = [{"role": "assistant", "content": call.text}]
     return {"prompts": [prompt], "completions": [completion]} | {
         name: [dict(value) if isinstance(value, Mapping) else value] for name, value in call.question.items()
     }

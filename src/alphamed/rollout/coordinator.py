@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from alphamed.cluster.placement import beside_rank0
 from alphamed.config.schema import Config
@@ -44,6 +44,12 @@ class Progress:
     generate_s: float  # from the submission to the last group that left its engine
     reward_s: float  # from there to the last group graded: what grading adds to the step
     groups: tuple[ScoredGroup, ...] | None = None
+
+    @property
+    def all_groups(self) -> tuple[ScoredGroup, ...]:
+        """The groups of a job that is done."""
+        assert self.groups is not None, f"{self.done} of {self.total} groups are done"
+        return self.groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,10 +321,9 @@ class Coordinator:
         import ray
 
         (grader_pid,) = gather([grader.ready.remote()], [ActorProcess(GRADER)], "starting", START_DEADLINE_S)
-        actor = (
-            ray.remote(RolloutCoordinator)
-            .options(num_cpus=0, max_restarts=0, max_concurrency=1_000, scheduling_strategy=beside_rank0())
-            .remote(pool.engines, grader, grader_pid, config.rollout.max_concurrent_requests, config.rollout.step_deadline_s)
+        remote: Any = ray.remote(RolloutCoordinator)  # Ray's types do not have the methods of a handle
+        actor = remote.options(num_cpus=0, max_restarts=0, max_concurrency=1_000, scheduling_strategy=beside_rank0()).remote(
+            pool.engines, grader, grader_pid, config.rollout.max_concurrent_requests, config.rollout.step_deadline_s
         )
         (pid,) = gather([actor.start.remote()], [ActorProcess("rollout coordinator")], "starting", START_DEADLINE_S)
         return cls(actor, ActorProcess("rollout coordinator", pid), pool)

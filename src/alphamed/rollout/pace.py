@@ -25,9 +25,13 @@ class Pace:
     begins; `note` says what is left out, and why."""
 
     def __init__(
-        self, config: Config, deadline: float, note: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+        self,
+        config: Config,
+        deadline: float | None,
+        note: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
     ):
-        assert config.sizes_steps and config.run.min_steps, "run.min_steps and run.time_limit_s are not set"
+        assert config.run.min_steps is not None and deadline is not None, "run.min_steps or run.time_limit_s is not set"
         self._wanted, self._steps = config.rollout.questions_per_step, min(config.run.min_steps, config.run.last_step)
         self._unit = config.algorithm.mini_batches * config.parallel.data
         self._deadline, self._note, self._clock = deadline, note, clock

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +37,10 @@ class LiveRollouts:
         on_progress: Callable[[Progress], None] | None = None,
         pace: Pace | None = None,
     ):
+        self._control = control
+        self._supply: SyncRollouts | AsyncRollouts | None = None  # on rank 0 alone
+        if coordinator is None:
+            return
         r = config.rollout
         sampler = QuestionSampler(
             config.dynamic_sampling,
@@ -48,32 +51,39 @@ class LiveRollouts:
             config.run.seed,
             earns_of(config.reward.name),
         )
-        kind = AsyncRollouts if r.max_staleness else SyncRollouts
-        self._supply = kind(config, sampler, prompts, coordinator, on_progress, pace)
-        self._control = control
+        if r.max_staleness:
+            self._supply = AsyncRollouts(config, sampler, prompts, coordinator, on_progress)
+        else:
+            self._supply = SyncRollouts(config, sampler, prompts, coordinator, on_progress, pace)
 
     def next(self, step: int) -> StepRollouts | None:
         """The graded rollouts of the next questions; None where the run was asked to stop meanwhile. No rank waits in a
         collective while they are generated."""
-        found: list[Gathered] = []
+        gathered = Gathered((), {})  # rank 0's; the texts stay there
 
         def gather() -> bool:
-            with contextlib.suppress(StopRequested):
-                found.append(self._supply.gather(step))
-                return True
-            return False
+            nonlocal gathered
+            try:
+                gathered = self._rank0().gather(step)
+            except StopRequested:
+                return False
+            return True
 
         if not self._control.from_rank0(f"the rollouts of step {step}", gather):
             return None
-        scored = found[0].groups if found else ()
-        return StepRollouts(step, share_groups(scored, self._control), scored, found[0].metrics if found else {})
+        return StepRollouts(step, share_groups(gathered.groups, self._control), gathered.groups, gathered.metrics)
 
     def state(self) -> dict[str, Any]:
         """Rank 0's place in the questions, what it believes of them, and what is under way."""
-        return self._supply.state()
+        return self._rank0().state()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._supply.load_state(state)
+        """Continue on rank 0 where `state()` was taken."""
+        self._rank0().load_state(state)
+
+    def _rank0(self) -> SyncRollouts | AsyncRollouts:
+        assert self._supply is not None, "only rank 0 takes groups from the engines"
+        return self._supply
 
 
 class ReplayedRollouts:

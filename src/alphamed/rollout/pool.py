@@ -106,7 +106,7 @@ class EnginePool:
         """End the engines cleanly; what does not go is killed."""
         import ray
 
-        calls = [engine.actor.stop.remote() for engine in self.engines]
+        calls: list[Any] = [engine.actor.stop.remote() for engine in self.engines]
         ray.wait(calls, num_returns=len(calls), timeout=STOP_DEADLINE_S)
         for engine in self.engines:
             ray.kill(engine.actor)
@@ -117,7 +117,8 @@ def _place(spec: EngineSpec) -> ActorHandle:
     these: they take the slots that their host has for them."""
     import ray
 
-    actor = ray.remote(RolloutEngine).options(
+    remote: Any = ray.remote(RolloutEngine)  # Ray's types do not have the methods of a handle
+    actor = remote.options(
         num_cpus=0,
         num_gpus=spec.tensor_parallel if spec.cuda else 0,
         resources=None if spec.cuda else {ENGINE_SLOT: spec.tensor_parallel},

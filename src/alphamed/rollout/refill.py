@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from alphamed.records import ScoredGroup
@@ -48,20 +48,20 @@ class GroupCounts:
         self.stale_tokens += sum(len(rollout.response_token_ids) for rollout in scored.group.rollouts)
         self.stale_responses += len(scored.group.rollouts)
 
-    def stale_metrics(self, trained: Sequence[ScoredGroup]) -> Mapping[str, float]:
+    def stale_metrics(self, trained: Sequence[ScoredGroup]) -> dict[str, float]:
         """What was dropped as too old, beside the groups that the step trains on."""
         tokens = sum(len(rollout.response_token_ids) for scored in trained for rollout in scored.group.rollouts)
-        found = {
+        metrics = {
             "staleness/dropped": float(self.stale),
             "staleness/dropped_share": self.stale / (self.stale + len(trained)),
             "staleness/dropped_tokens_share": self.stale_tokens / max(1, self.stale_tokens + tokens),
         }
         if self.stale:
-            found["staleness/dropped_tokens_mean"] = self.stale_tokens / self.stale_responses
-        return found
+            metrics["staleness/dropped_tokens_mean"] = self.stale_tokens / self.stale_responses
+        return metrics
 
-    def metrics(self, skipped: int) -> Mapping[str, float]:
-        found = {
+    def metrics(self, skipped: int) -> dict[str, float]:
+        metrics: dict[str, float] = {
             "sampling/asked": self.asked,
             "sampling/kept": self.kept,
             "sampling/dropped": self.dropped,
@@ -69,10 +69,10 @@ class GroupCounts:
             "sampling/skipped": skipped,
         }
         if self.graded:
-            found["sampling/reward_mean"] = self.rewards / self.graded
+            metrics["sampling/reward_mean"] = self.rewards / self.graded
         if self.kept:
-            found["sampling/groups_per_kept"] = self.graded / self.kept
-        return found
+            metrics["sampling/groups_per_kept"] = self.graded / self.kept
+        return metrics
 
 
 def must_wait(step: int, limit: int, wanted: int, share: float, ready: Sequence[int], unfinished: Sequence[int]) -> bool:
@@ -83,10 +83,10 @@ def must_wait(step: int, limit: int, wanted: int, share: float, ready: Sequence[
     groups at least that old must have room in the steps that may still take them.
     """
     left = ready[wanted:]
-    for asked in range(step - limit, step):
-        awaited = sum(one <= asked for one in unfinished)
-        room = wanted * (asked + limit - step)
-        if awaited and sum(one <= asked for one in left) + share * awaited > room:
+    for step_asked in range(step - limit, step):
+        awaited = sum(asked <= step_asked for asked in unfinished)
+        room = wanted * (step_asked + limit - step)
+        if awaited and sum(asked <= step_asked for asked in left) + share * awaited > room:
             return True
     return False
 
@@ -123,5 +123,6 @@ class BatchSlots:
 
     @property
     def groups(self) -> tuple[ScoredGroup, ...]:
-        assert None not in self._groups, "a round is still to come"
-        return tuple(self._groups)
+        groups = tuple(scored for scored in self._groups if scored is not None)
+        assert len(groups) == len(self._groups), "a round is still to come"
+        return groups

@@ -61,8 +61,9 @@ class SyncRollouts:
             tasks = training_tasks(c, step, self._sampler.take(missing, step), self._prompts, first)
             key = f"step {step}" if not rounds else f"step {step}, refill {len(rounds)}"
             rounds.append(self._coordinator.run(key, tasks, self._on_progress))
-            places.fill(rounds[-1].groups)
-            self._sampler.observe(rounds[-1].groups, step)
+            groups = rounds[-1].all_groups
+            places.fill(groups)
+            self._sampler.observe(groups, step)
         metrics = _metrics(rounds) | self._sampler.level_metrics()
         if c.dynamic_sampling.active:
             metrics |= places.counts.metrics(self._sampler.skipped - skipped)
@@ -103,7 +104,6 @@ class AsyncRollouts:
         prompts: Prompts,
         coordinator: Coordinator,
         on_progress: Callable[[Progress], None] | None,
-        pace: None = None,
     ):
         self._config, self._sampler, self._prompts = config, sampler, prompts
         self._coordinator, self._on_progress = coordinator, on_progress
