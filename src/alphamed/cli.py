@@ -117,7 +117,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _find_user_code() -> None:
-    """`module:function` rewards lie where the command is given; the installed `alphamed` script does not look there."""
+    """`module:function` rewards are in the current directory, which is not on the path of the installed `alphamed` script."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
 

@@ -164,7 +164,7 @@ class StepRollouts:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Sizes of the trainer's parallel dimensions and where this rank stands in them. Ranks order as Megatron's default
+    """Sizes of the trainer's parallel dimensions and this rank's position in them. Ranks order as Megatron's default
     `tp-cp-ep-dp-pp`: tensor ranks are neighbours, pipeline stages are farthest apart."""
 
     tensor: int = 1
@@ -191,7 +191,7 @@ class Layout:
 
     @property
     def first_replica(self) -> bool:
-        """Whether this rank stands for all that hold the same parameters."""
+        """Whether this rank is the first of those that hold the same parameters."""
         return self.replica == 0
 
     @property
@@ -204,8 +204,8 @@ class Layout:
 @dataclass(frozen=True, slots=True)
 class Segment:
     """A run of packed tokens: a prefix of `prefix` tokens, then continuations, each of which attends to the prefix and to
-    itself. A plain sequence is a segment without continuations. Behind a stem, all its tokens attend to the row's first
-    segment as well: what all prompts of the row begin with (system prompt, worked examples)."""
+    itself. A plain sequence is a segment without continuations. With `attends_shared_prefix` all its tokens attend to the row's
+    first segment as well: what all prompts of the row begin with (system prompt, worked examples)."""
 
     prefix: int
     continuations: tuple[int, ...] = ()

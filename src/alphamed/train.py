@@ -1,4 +1,4 @@
-"""The training loop, one line a stage. Every rank runs it; what differs between ranks, backends and modes is behind the parts.
+"""The training loop, one line a stage. Every rank runs it; what differs between ranks, backends and modes is inside the parts.
 
 questions -> rollouts -> packed micro-batches -> old and reference log-probs -> update -> weights to the engines
 """
@@ -13,8 +13,8 @@ from alphamed.session import Session, open_session
 
 
 def main(config: Config, hooks: Hooks = Hooks()) -> None:
-    """Train from where the run directory stands to its last step, then export, evaluate and report. `hooks`: what training could
-    do without, by default nothing.
+    """Train from the last step of the run directory to the last step of the configuration, then export, evaluate and report.
+    `hooks`: optional work of others (forecast, report, model card), by default none.
 
     Raises RunFailed on every rank, naming the failed component.
     """
@@ -23,7 +23,7 @@ def main(config: Config, hooks: Hooks = Hooks()) -> None:
 
 
 def train(session: Session) -> None:
-    """The steps that are left of a run whose parts stand."""
+    """The steps that are left of an open session."""
     config, run, policy, rollouts, sync = session.config, session.run, session.policy, session.rollouts, session.sync
     sync.push()  # engines start from the policy, also after a resume
     run.evaluate(session.evaluate)
@@ -53,7 +53,7 @@ def train(session: Session) -> None:
         run.evaluate(session.evaluate)
     run.checkpoint(session.save_checkpoint, last=True)
     if run.stop_asked():
-        return  # the next start goes on from here
+        return  # the next start continues from here
     run.evaluate(session.evaluate, last=True)
     if config.logging.export_hf:
         session.export()

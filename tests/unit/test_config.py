@@ -74,7 +74,7 @@ def test_the_written_configuration_reads_back_equal(tmp_path):
 @pytest.mark.parametrize(
     "text, problem",
     [
-        ("model: {path: m}\nmodel: {path: n}\n", "stands twice"),
+        ("model: {path: m}\nmodel: {path: n}\n", "is given twice"),
         ("- a\n- b\n", "not a mapping of sections"),
         ("model: {path: m\n", "not valid YAML"),
         ("1: a\n", "is not text"),

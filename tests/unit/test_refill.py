@@ -102,15 +102,15 @@ def test_past_the_bound_what_was_dropped_last_fills_the_step():
     for _ in places.rounds():
         places.fill(next(rounds))
     assert names(places.groups) == ["c", "b"]
-    assert places.counts.refill_limit_reached and (places.counts.kept, places.counts.dropped) == (1, 2)
+    assert places.counts.refill_limit_reached and (places.counts.usable, places.counts.dropped) == (1, 2)
 
 
 def test_stale_groups_count_as_generated_and_not_as_kept():
     counts = GroupCounts()
-    counts.count(mixed("a"), kept=True)
-    counts.count(mixed("b"), kept=True, stale=True)
+    counts.count(mixed("a"), usable=True)
+    counts.count(mixed("b"), usable=True, stale=True)
     counts.count(wrong("c"))
-    assert (counts.graded, counts.kept, counts.dropped, counts.stale) == (3, 1, 1, 1)
+    assert (counts.graded, counts.usable, counts.dropped, counts.stale) == (3, 1, 1, 1)
     assert counts.metrics(0)["sampling/groups_per_kept"] == 3.0
 
 
@@ -155,7 +155,7 @@ def generated_per_kept(choose, annotated, steps=STEPS, seed=5):
             sampler.observe(groups, step)
             for scored in groups:
                 asked_of[scored.group.question.id] += 1
-        graded_groups, kept = graded_groups + places.counts.graded, kept + places.counts.kept
+        graded_groups, kept = graded_groups + places.counts.graded, kept + places.counts.usable
         hits += places.counts.refill_limit_reached
     return graded_groups / kept, hits, asked_of
 

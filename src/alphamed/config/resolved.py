@@ -1,6 +1,6 @@
 """Settings that may be left to the program (`auto`, null) with the value that they have in a run: `config.resolved`.
 
-A setting and its resolved value have the same name: `config.algorithm.correction` is what the file says, and
+A setting and its resolved value have the same name: `config.algorithm.correction` is what the file sets, and
 `config.resolved.correction` what a run does.
 """
 

@@ -72,7 +72,7 @@ class Config(Section):
 
     @property
     def longest_response(self) -> str:
-        """The setting that `max_model_tokens` comes from, beside prompt.max_tokens."""
+        """The setting that `max_model_tokens` comes from, in addition to prompt.max_tokens."""
         longer = (self.evaluation.max_response_tokens or 0) > self.rollout.max_response_tokens
         return f"{'evaluation' if longer else 'rollout'}.max_response_tokens"
 

@@ -96,7 +96,7 @@ def read_decisions(path: Path, version: int | None = None) -> DecisionFile:
     """A file of decisions, of exactly this version where one is given. Raises ConfigError."""
     if path.exists() and not path.is_file():  # it is read twice
         raise ConfigError(f"decisions {path}: is no regular file; give a YAML file")
-    tree = load_tree(path, what="decisions")
+    tree = load_tree(path, kind="decisions")
     try:
         found = validated(Decisions, tree)
     except ConfigError as error:

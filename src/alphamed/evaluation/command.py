@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 NOT_GIVEN = {"samples": 1, "top_p": 1.0}
 """Defaults of options that have one."""
 UNUSED = "unused.jsonl"
-"""Stands for data.train where no configuration is given: an evaluation trains on nothing."""
+"""Takes the place of data.train where there is no configuration: an evaluation trains on nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--bad-rows",
-        choices=[str(one) for one in BadRows],
+        choices=[str(choice) for choice in BadRows],
         help="what to do with rows that are no questions: refuse, or "
         "skip and give their number with the result (default: data.bad_rows, refuse)",
     )
@@ -90,7 +90,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="FOLDER", help="a model folder, for instance RUN/hf, or a hub name (default: model.path)")
     add("--config", type=Path, metavar="FILE", help="YAML file of a run: prompt, engines, evaluation.files")
     add("--max-tokens", type=int, metavar="N", help="limit of a response (default: as in the configuration)")
-    add("--template", choices=[str(one) for one in PromptTemplate], help="chat or raw prompts (default: prompt.template)")
+    add(
+        "--template",
+        choices=[str(template) for template in PromptTemplate],
+        help="chat or raw prompts (default: prompt.template)",
+    )
     add("--shots", type=Path, metavar="FILE", help="JSONL of worked examples: question, options, response")
     add("overrides", nargs="*", metavar="key=value", help="last: dotted settings over the configuration")
 
@@ -98,7 +102,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Returns the exit code. Raises ConfigError or DataError for a mistake in the input, before anything is started."""
     from alphamed.evaluation.place import held
-    from alphamed.evaluation.regrade import regrade, require_evaluation, told
+    from alphamed.evaluation.regrade import regrade, report, require_evaluation
 
     if options.against:
         require_evaluation("--against", options.against)
@@ -107,7 +111,7 @@ def main(options: argparse.Namespace) -> int:
         require_evaluation("--regrade", options.regrade)
         with held(options.regrade, "--regrade"):
             regrade(options.regrade)
-            return told(options.regrade, options.against)
+            return report(options.regrade, options.against)
     return _evaluate(_wanted(options), options.against)
 
 
@@ -128,7 +132,7 @@ def _refuse_with_regrade(options: argparse.Namespace) -> None:
         "temperature",
         "top_p",
     ):
-        if (given := getattr(options, name)) is not False and given not in (None, [], NOT_GIVEN.get(name)):
+        if (value := getattr(options, name)) is not False and value not in (None, [], NOT_GIVEN.get(name)):
             shown = "key=value" if name == "overrides" else f"--{name.replace('_', '-')}"
             raise ConfigError(f"--regrade: grades what is there, {shown} has no part in it; leave it out")
 
@@ -174,14 +178,14 @@ def _wanted(options: argparse.Namespace) -> Wanted:
     )
 
 
-def _split(given: Sequence[str]) -> tuple[list[str], list[str]]:
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Names and overrides: `--benchmarks medqa=copy rollout.dtype=fp32` takes all that follows it."""
 
     def is_override(item: str) -> bool:
         section, dot, _ = item.partition("=")[0].partition(".")
         return "=" in item and bool(dot) and section in Config.model_fields
 
-    return [item for item in given if not is_override(item)], [item for item in given if is_override(item)]
+    return [item for item in arguments if not is_override(item)], [item for item in arguments if is_override(item)]
 
 
 def config_of(options: argparse.Namespace, overrides: Sequence[str]) -> Config:
@@ -258,22 +262,22 @@ def _out(options: argparse.Namespace, config: Config) -> Path:
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
 def _evaluate(wanted: Wanted, against: Path | None) -> int:
-    """Check the model, then answer, grade and tell while no other start can change the folder; returns the exit code."""
+    """Check the model, then answer, grade and report while no other start can change the folder; returns the exit code."""
     from alphamed.evaluation import ask, settings
     from alphamed.evaluation.answers import Prompted
     from alphamed.evaluation.place import held
-    from alphamed.evaluation.regrade import told
+    from alphamed.evaluation.regrade import report
 
     config = wanted.config
     model = Prompted(config, (asked.shown for asked in wanted.asked))
     if not config.evaluation.allow_overlap:
         ask.refuse_trained_on(wanted.asked, wanted.trained_on)
-    how = settings.asked(config, model.folder, wanted.samples, wanted.temperature, wanted.top_p, wanted.max_tokens)
+    asked_how = settings.asked(config, model.folder, wanted.samples, wanted.temperature, wanted.top_p, wanted.max_tokens)
     with held(wanted.out):
-        return _answer(wanted, model, how) or told(wanted.out, against)
+        return _answer(wanted, model, asked_how) or report(wanted.out, against)
 
 
-def _answer(wanted: Wanted, model: Prompted, how: Mapping[str, Any]) -> int:
+def _answer(wanted: Wanted, model: Prompted, asked_how: Mapping[str, Any]) -> int:
     """Ask what has no answer yet; returns the exit code."""
     from alphamed.errors import RunFailed
     from alphamed.evaluation import settings
@@ -281,9 +285,9 @@ def _answer(wanted: Wanted, model: Prompted, how: Mapping[str, Any]) -> int:
     from alphamed.evaluation.regrade import remove
 
     grading = Grading(wanted.config.reward.truncated, model.thinking)
-    if wanted.overwrite and settings.difference(wanted.out, how) is not None:
+    if wanted.overwrite and settings.difference(wanted.out, asked_how) is not None:
         remove(wanted.out)
-    settings.require_same(wanted.out, how)
+    settings.require_same(wanted.out, asked_how)
     answered = read_items(wanted.out / ITEMS)
     if answered and settings.read(wanted.out) is None:
         raise ConfigError(
@@ -291,7 +295,7 @@ def _answer(wanted: Wanted, model: Prompted, how: Mapping[str, Any]) -> int:
         )
     complete = finished(wanted.asked, answered, wanted.samples, grading)
     _require_same_sets(wanted, answered, complete)
-    settings.write(wanted.out, str(model.folder), how, grading.json(), wanted.sets, wanted.command)
+    settings.write(wanted.out, str(model.folder), asked_how, grading.json(), wanted.sets, wanted.command)
     todo = [asked for asked in wanted.asked if asked.key not in complete]
     if complete:
         print(f"{wanted.out}: {len(complete):,} of {len(wanted.asked):,} questions are answered already", file=sys.stderr)
@@ -313,11 +317,11 @@ def _require_same_sets(
 
     before = (settings.read(wanted.out) or {"sets": {}})["sets"]
     sets_answered, sets_shared = {name for name, _ in answered}, {name for name, _ in complete}
-    for name, about in wanted.sets.items():
+    for name, origin in wanted.sets.items():
         place = before.get(name, {}).get("place")
-        if name in sets_answered - sets_shared and place != about["place"]:
+        if name in sets_answered - sets_shared and place != origin["place"]:
             raise ConfigError(
-                f"--out: {wanted.out} holds {name} of {place}, which shares no question with {about['place']}; "
+                f"--out: {wanted.out} holds {name} of {place}, which shares no question with {origin['place']}; "
                 f"choose another folder, or give the file another name"
             )
 

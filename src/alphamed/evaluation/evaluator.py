@@ -1,4 +1,4 @@
-"""Evaluation during training: the evaluation files answered with the engines' weights, alone or while the next step goes on."""
+"""Evaluation during training: the evaluation files answered with the engines' weights, alone or in parallel with the next step."""
 
 from __future__ import annotations
 

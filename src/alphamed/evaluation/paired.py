@@ -60,7 +60,7 @@ def right(items: Sequence[GradedAnswer]) -> bool:
 def compare_sets(
     before: Mapping[str, Sequence[GradedAnswer]], after: Mapping[str, Sequence[GradedAnswer]]
 ) -> dict[str, Any]:
-    """The comparison of two answered sets (question id -> its items). Questions that stand in one of them only, or with
+    """The comparison of two answered sets (question id -> its items). Questions that are in one of them only, or with
     another text or key, are left out and counted. ValueError where none is left."""
     shared = [i for i in before if i in after and _alike(before[i][0], after[i][0])]
     if not shared:
@@ -96,15 +96,15 @@ def compare(before: Sets, after: Sets) -> dict[str, dict[str, Any]]:
     }
 
 
-def line(name: str, found: Mapping[str, Any]) -> str:
+def line(name: str, comparison: Mapping[str, Any]) -> str:
     """One line for the terminal."""
     return (
-        f"{name} (n = {found['n']:,}): {100 * found['before']['accuracy']:.1f}% -> "
-        f"{100 * found['after']['accuracy']:.1f}%, {100 * found['gain']:+.1f} points = "
-        f"{100 * found['gain_from_boxed']:+.1f} boxed more often "
-        f"{100 * found['gain_from_accuracy_among_boxed']:+.1f} right among boxed; {found['gained']} gained, "
-        f"{found['lost']} lost, McNemar p = {found['p_mcnemar']:.3g}"
-        + (f"; {found['left_out']} questions are not in both" if found["left_out"] else "")
+        f"{name} (n = {comparison['n']:,}): {100 * comparison['before']['accuracy']:.1f}% -> "
+        f"{100 * comparison['after']['accuracy']:.1f}%, {100 * comparison['gain']:+.1f} points = "
+        f"{100 * comparison['gain_from_boxed']:+.1f} boxed more often "
+        f"{100 * comparison['gain_from_accuracy_among_boxed']:+.1f} right among boxed; {comparison['gained']} gained, "
+        f"{comparison['lost']} lost, McNemar p = {comparison['p_mcnemar']:.3g}"
+        + (f"; {comparison['left_out']} questions are not in both" if comparison["left_out"] else "")
     )
 
 
@@ -128,11 +128,11 @@ def _flip(i: str, before: Sequence[GradedAnswer], after: Sequence[GradedAnswer],
         "way": way,
         "question": question.question,
         "answer": question.options[question.answer],
-        "before": [_said(item) for item in before],
-        "after": [_said(item) for item in after],
+        "before": [_answer(item) for item in before],
+        "after": [_answer(item) for item in after],
     }
 
 
-def _said(item: GradedAnswer) -> dict[str, Any]:
+def _answer(item: GradedAnswer) -> dict[str, Any]:
     options = item.asked.question.options
     return {"outcome": str(item.outcome), "letter": item.letter, "option": options.get(item.letter or "")}

@@ -27,18 +27,20 @@ Answers = Sequence[Sequence[GradedAnswer]]
 def set_result(answers: Answers) -> dict[str, Any]:
     """The result of one set. ValueError without questions or with unequal numbers of samples."""
     samples = _samples(answers)
-    found = _shares(answers) | {"samples": samples, "tokens": _lengths(answers)}
+    result = _shares(answers) | {"samples": samples, "tokens": _lengths(answers)}
     if samples > 1:
-        found |= _of_samples(answers, samples)
-    found["by_source"] = _parts(answers, lambda item: item.asked.question.source)
-    for one in ATTRIBUTES:
-        found[f"by_{one.field}"] = _parts(answers, lambda item, one=one: one.of(item.asked.question))
-    return found
+        result |= _of_samples(answers, samples)
+    result["by_source"] = _parts(answers, lambda item: item.asked.question.source)
+    for attribute in ATTRIBUTES:
+        result[f"by_{attribute.field}"] = _parts(
+            answers, lambda item, attribute=attribute: attribute.of(item.asked.question)
+        )
+    return result
 
 
 def mean_result(sets: Mapping[str, Answers], seed: int = 0) -> dict[str, Any] | None:
     """The mean accuracy over benchmarks, each with the same weight; None for fewer than two. Two intervals (bootstrap, 95%):
-    `questions` says how it would move with other questions, `runs` (None for single samples) with other samples of these."""
+    `questions` shows how it would move with other questions, `runs` (None for single samples) with other samples of these."""
     if len(sets) < 2:
         return None
     means = [[_mean(items) for items in answers] for answers in sets.values()]
@@ -53,23 +55,23 @@ def mean_result(sets: Mapping[str, Answers], seed: int = 0) -> dict[str, Any] | 
     }
 
 
-def line(name: str, found: Mapping[str, Any]) -> str:
+def line(name: str, result: Mapping[str, Any]) -> str:
     """One line for the terminal."""
-    left_out = len(found.get("bad_rows") or ())
+    left_out = len(result.get("bad_rows") or ())
     rows = f" ({counted(left_out, 'bad row')} left out)" if left_out else ""
-    told = (
-        f"{name}: accuracy {_percent(found['accuracy'])} [{_percent(found['ci_low'])}, {_percent(found['ci_high'])}], "
-        f"n = {found['n']:,}{rows}, boxed {_percent(found['boxed'])}, right among boxed "
-        f"{_percent(found['accuracy_among_boxed'])}, unparseable {_percent(found['unparseable'])}, truncated "
-        f"{_percent(found['truncated'])}, {found['tokens']['mean']:.0f} tokens"
+    text = (
+        f"{name}: accuracy {_percent(result['accuracy'])} [{_percent(result['ci_low'])}, {_percent(result['ci_high'])}], "
+        f"n = {result['n']:,}{rows}, boxed {_percent(result['boxed'])}, right among boxed "
+        f"{_percent(result['accuracy_among_boxed'])}, unparseable {_percent(result['unparseable'])}, truncated "
+        f"{_percent(result['truncated'])}, {result['tokens']['mean']:.0f} tokens"
     )
-    if found["samples"] > 1:
-        last = found["samples"]
-        told += (
-            f"; {last} samples: majority {_percent(found['majority']['accuracy'])}, pass@{last} "
-            f"{_percent(found['pass_at_k'][str(last)])}"
+    if result["samples"] > 1:
+        last = result["samples"]
+        text += (
+            f"; {last} samples: majority {_percent(result['majority']['accuracy'])}, pass@{last} "
+            f"{_percent(result['pass_at_k'][str(last)])}"
         )
-    return told
+    return text
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
@@ -99,9 +101,9 @@ def _shares(answers: Answers) -> dict[str, Any]:
 def _chance(answers: Answers) -> float | None:
     """What picking letters blindly gives; None where no options are shown."""
     asked = [of_question[0].asked for of_question in answers]
-    if not all(one.shown.options for one in asked):
+    if not all(item.shown.options for item in asked):
         return None
-    return statistics.fmean(1 / len(one.question.options) for one in asked)
+    return statistics.fmean(1 / len(item.question.options) for item in asked)
 
 
 def _lengths(answers: Answers) -> dict[str, float]:
@@ -142,7 +144,7 @@ def _parts(answers: Answers, part: Callable[[GradedAnswer], Any]) -> dict[str, d
         groups.setdefault(part(items[0]), []).append(items)
     if set(groups) == {None}:
         return {}
-    ordered = sorted(groups.items(), key=lambda one: (one[0] is None, str(one[0])))
+    ordered = sorted(groups.items(), key=lambda group: (group[0] is None, str(group[0])))
     return {"none" if name is None else str(name): _shares(of_part) for name, of_part in ordered}
 
 

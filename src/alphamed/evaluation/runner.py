@@ -22,7 +22,7 @@ Begin = Callable[[str, Sequence[GenerationTask]], Callable[[], Sequence[ScoredGr
 TRIAL = 24
 """Questions of a set that are answered first where time is limited: one batch of a laptop's engine."""
 LEAST_ASKED = 2 * TRIAL
-"""Of a set, however slow the machine is: fewer say nothing about a model."""
+"""Of a set, however slow the machine is: fewer are too few to compare models."""
 SHARES = ("boxed", "accuracy", "accuracy_among_boxed", "truncated", "failed")
 
 
@@ -54,7 +54,7 @@ class Evaluation:
     policy_version: int
     results: tuple[SetResult, ...]
     seconds: float
-    """From its beginning until it was asked for and done; in the background the step beside it is in them."""
+    """From its beginning until it was waited for and done; in the background that includes the step in parallel."""
     max_tokens: int | None = None
     """Limit of a response."""
 
@@ -144,7 +144,7 @@ def evaluate_within(
     note: Callable[[str], None],
 ) -> Evaluation:
     """Evaluate as many questions as there is time for. The first TRIAL of each set show how long they take; each set has a part
-    of `limit_s` by its size. `note` says what is left out. The results hold the questions that were asked."""
+    of `limit_s` by its size. `note` reports what is left out. The results hold the questions that were asked."""
     results: list[SetResult] = []
     evaluations: list[Evaluation] = []
     total = sum(len(questions.questions) for questions in sets)
@@ -252,13 +252,13 @@ def asked_before(run_dir: Path) -> dict[str, int]:
     """Set name -> how many questions the last evaluation in a run directory asked; {} where there is none."""
     files = sorted((run_dir / "evaluations").glob("step_*.json"))
     files = [file for file in files if file.stem.removeprefix("step_").isdecimal()]
-    return {name: found.n for name, found in read_scores(files[-1]).items()} if files else {}
+    return {name: score.n for name, score in read_scores(files[-1]).items()} if files else {}
 
 
-def score_json(found: Score) -> dict[str, Any]:
+def score_json(score: Score) -> dict[str, Any]:
     """A score as it is written: each share with its counts and interval."""
-    return {"n": found.n, "tokens_mean": found.tokens_mean, "tokens_max": found.tokens_max, "chance": found.chance} | {
-        key: _share_json(getattr(found, key)) for key in SHARES
+    return {"n": score.n, "tokens_mean": score.tokens_mean, "tokens_max": score.tokens_max, "chance": score.chance} | {
+        key: _share_json(getattr(score, key)) for key in SHARES
     }
 
 
@@ -271,5 +271,5 @@ def asked_hash(questions: QuestionSet, max_tokens: int | None) -> str:
     """What is asked, and in how many tokens: scores with different ones cannot be compared."""
     import json
 
-    told = [[q.id, q.question, q.context, dict(q.options), q.answer] for q in questions.questions]
-    return hashlib.sha256(json.dumps([max_tokens, told]).encode()).hexdigest()
+    contents = [[q.id, q.question, q.context, dict(q.options), q.answer] for q in questions.questions]
+    return hashlib.sha256(json.dumps([max_tokens, contents]).encode()).hexdigest()

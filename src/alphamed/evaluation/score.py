@@ -1,4 +1,4 @@
-"""What an evaluation found, with 95% intervals, and what may be said of a before and an after.
+"""The scores of an evaluation with 95% intervals, and the conclusions that a before and an after allow.
 
 An answer is *boxed* when the response ended in time with a readable letter in its box, right or wrong. So
 accuracy = boxed rate x accuracy among boxed answers: the first factor is format, only the second can be knowledge.
@@ -107,7 +107,7 @@ def change(before: Share, after: Share) -> Change:
 
 
 def verdict(before: Score, after: Score) -> list[str]:
-    """What two evaluations of the same questions allow one to say, in sentences.
+    """The conclusions that two evaluations of the same questions allow, in sentences.
 
     A risen boxed rate is called format. Knowledge is spoken of only where accuracy among boxed answers rose outside its
     interval, and not by leaving the harder questions unboxed; a rise that the boxed rate alone explains is called that.
@@ -130,12 +130,12 @@ def verdict(before: Score, after: Score) -> list[str]:
 
 
 def _format(before: Share, after: Share) -> str:
-    moved, found = _moved(before, after), change(before, after)
+    moved, trend = _moved(before, after), change(before, after)
     return {
         Change.ROSE: f"The answer format was learnt: the share of boxed answers rose, {moved}.",
         Change.FELL: f"The answer format was lost in part: the share of boxed answers fell, {moved}.",
         Change.OPEN: f"The share of boxed answers did not move outside its interval: {moved}.",
-    }[found]
+    }[trend]
 
 
 def _knowledge(before: Score, after: Score, accuracy: Change, among: Change) -> str:

@@ -6,7 +6,7 @@ What may happen to a call, and what it is taken for:
   an exception, a result that is no        RewardCrash with the traceback
     finite number
   the process crashes or exits             RewardCrash with the stack, where the interpreter could write one
-  somebody else kills the process          GraderDied: not the function's doing, so the run must end and say so
+  another process kills it                 GraderDied: not the function's fault, so the run must end with an error
     (SIGKILL, SIGTERM, ...; the kernel
     too, when memory runs out)
 """
@@ -65,7 +65,7 @@ class Grader:
     """One process with the user's function loaded. Not safe for threads: one call at a time."""
 
     def __init__(self, function: str, signature: str, search_path: Sequence[str]):
-        """Start the process and load the function, which is called as `signature` says. Raises ConfigError where it cannot
+        """Start the process and load the function, which is called by its `signature`. Raises ConfigError where it cannot
         be used."""
         self._function = function
         self._crash = tempfile.TemporaryFile()  # has no name: nothing is left behind
@@ -118,7 +118,7 @@ class Grader:
 
     @property
     def killed_by(self) -> int | None:
-        """The signal with which somebody else killed the process, if that happened."""
+        """The signal with which another process killed it, if that happened."""
         status = self._process.poll()
         if status is None or status >= 0 or -status in _CRASH_SIGNALS or self._ended:
             return None
@@ -169,10 +169,10 @@ class Grader:
             return RewardCrash(f"the process of reward function {self._function} closed its connection")
         if number := self.killed_by:
             return self.death(number)
-        how = f"died of {signal_name(-status)}" if status < 0 else f"exited with code {status}"
+        ending = f"died of {signal_name(-status)}" if status < 0 else f"exited with code {status}"
         stack = self._stack()
         self.kill()
-        return RewardCrash(f"the process of reward function {self._function} {how}{stack}")
+        return RewardCrash(f"the process of reward function {self._function} {ending}{stack}")
 
     def _stack(self) -> str:
         """What the child wrote down when it crashed or was about to run out of time, on lines of its own."""
@@ -254,7 +254,7 @@ class GraderPool:
 
     def _start(self) -> Grader:
         grader = self._starter.submit(Grader, self.function, self._signature, self._search_path).result()
-        with self._lock:  # forget the dead, except those that `check_alive` has to tell of
+        with self._lock:  # forget the dead, except those that `check_alive` has to report
             self._graders = {old for old in self._graders if old.alive or old.killed_by} | {grader}
         return grader
 

@@ -135,7 +135,7 @@ SIGNATURES: dict[str, Signature] = {
 
 
 class Refused(Exception):
-    """A function that cannot be called with the arguments there are; the message says what it takes and what there is."""
+    """A function that cannot be called with the arguments there are; the message names what it takes and what there is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,24 +190,24 @@ def _sorted_out(parameters: Collection[inspect.Parameter], known: Collection[str
     named: list[str] = []
     unknown: list[str] = []
     rest = False
-    for one in parameters:
-        if one.kind == one.VAR_KEYWORD:
+    for parameter in parameters:
+        if parameter.kind == parameter.VAR_KEYWORD:
             rest = True
-        elif one.kind == one.VAR_POSITIONAL:
+        elif parameter.kind == parameter.VAR_POSITIONAL:
             continue
-        elif one.name not in known:
-            if one.default is one.empty:
-                unknown.append(one.name)
-        elif one.kind == one.POSITIONAL_ONLY:
-            positional.append(one.name)
+        elif parameter.name not in known:
+            if parameter.default is parameter.empty:
+                unknown.append(parameter.name)
+        elif parameter.kind == parameter.POSITIONAL_ONLY:
+            positional.append(parameter.name)
         else:
-            named.append(one.name)
+            named.append(parameter.name)
     return positional, [name for name in known if name not in positional] if rest else named, unknown
 
 
 def _looks_like(parameters: Collection[inspect.Parameter], signature: str) -> bool:
     """Whether the parameters are named as those of another signature: all that need a value, and one at least."""
     positional, named, unknown = _sorted_out(
-        [one for one in parameters if one.kind != one.VAR_KEYWORD], SIGNATURES[signature].meanings
+        [parameter for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD], SIGNATURES[signature].meanings
     )
     return not unknown and bool(positional or named)

@@ -77,7 +77,7 @@ class RolloutJob:
     version: int
     feed: bool = False
     priority: Priority = Priority.FOREGROUND
-    awaited: float | None = None  # since when somebody waits for its end
+    awaited: float | None = None  # since when its end is waited for
     began: float = field(default_factory=time.monotonic)
     generated_at: float = 0.0
     response_tokens: int = 0
@@ -124,7 +124,7 @@ class RolloutJob:
         return Arrivals(tuple(scored.values()), tokens)
 
     def left_s(self, deadline_s: float) -> float:
-        """Until the job is overdue, from when its end is waited for: one in the background may have stood still before."""
+        """Until the job is overdue, from when its end is waited for: one in the background may not have run before."""
         assert self.awaited is not None, f"{self.key}: nobody waits for it"
         return max(0.0, self.awaited + deadline_s - time.monotonic())
 
@@ -185,7 +185,7 @@ class RolloutCoordinator:
             await self._serve(job, number)
 
     def _promote(self, priority: Priority) -> None:
-        """Jobs that stand lower rise to this."""
+        """Raise jobs of a lower priority to this."""
         for job in self._jobs.values():
             job.priority = max(job.priority, priority)
         self._freed.set()
@@ -205,7 +205,7 @@ class RolloutCoordinator:
         return job.drain()
 
     async def collect(self, key: str, timeout_s: float) -> Progress:
-        """Wait at most `timeout_s` for the job's end and say how far it is. Raises RunFailed where an engine or the reward
+        """Wait at most `timeout_s` for the job's end and return how far it is. Raises RunFailed where an engine or the reward
         process failed, Overdue past the deadline."""
         job = self._jobs[key]
         await self._check_grader(job)
@@ -363,5 +363,5 @@ class Coordinator:
         `run` does, and Overdue where none came within `left_s`."""
         return self._ask(self._actor.deliver.remote(key, POLL_S if wait else 0.0, left_s), f"collecting {key}")
 
-    def _ask(self, reference, what: str):
-        return gather([reference], [self.peer], what, ANSWER_DEADLINE_S)[0]
+    def _ask(self, reference, action: str):
+        return gather([reference], [self.peer], action, ANSWER_DEADLINE_S)[0]

@@ -1,6 +1,6 @@
 """A vLLM engine as a Ray actor: answers tasks with the weights of one policy version, and takes new weights.
 
-Runs in a process of its own; `pool.py` starts it. All that depends on vLLM's version stands in the last section.
+Runs in a process of its own; `pool.py` starts it. All that depends on vLLM's version is in the last section.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class RolloutEngine:
         await self.call_workers("alphamed_join", **rendezvous)
 
     async def pause(self) -> None:
-        """Serve nothing from here to `commit`. Requests under way end first, are frozen, or aborted, as `on_push` says."""
+        """Serve nothing from here to `commit`. Requests under way end first, are frozen, or aborted, by `on_push`."""
         self._version = self._pushed = None
         self._serving.clear()
         if self._spec.on_push == "wait":
@@ -221,7 +221,7 @@ class RolloutEngine:
 
 
 def _leave_torchrun() -> None:
-    """Where somebody else's torchrun started Ray, its variables came along; torch would take this for a trainer's rank."""
+    """A torchrun that started Ray leaves its variables here, by which torch would take this process for a trainer's rank."""
     for name in list(os.environ):
         if LAUNCHER.matches(name):
             del os.environ[name]
@@ -231,8 +231,8 @@ def _root_cause() -> str | None:
     """The first error that vLLM's processes have logged. They write where this process writes: to files, under Ray."""
     for descriptor in (1, 2):
         log = Path(f"/proc/self/fd/{descriptor}").resolve()
-        if log.is_file() and (found := re.search(r"\b\w+(?:Error|Exception): .+", log.read_text(errors="replace"))):
-            return found[0]
+        if log.is_file() and (match := re.search(r"\b\w+(?:Error|Exception): .+", log.read_text(errors="replace"))):
+            return match[0]
     return None
 
 

@@ -22,7 +22,7 @@ def step_questions(wanted: int, unit: int, question_s: float, left_s: float, ste
 class Pace:
     """Sizes the steps of a run that has a time limit and wants run.min_steps steps at least: by how much of the evaluation
     before the first step there was time for, then by the time that the step before took. `deadline`: after which no step
-    begins; `note` says what is left out, and why."""
+    begins; `note` reports what is left out, and why."""
 
     def __init__(
         self,

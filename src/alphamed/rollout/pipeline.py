@@ -74,7 +74,7 @@ class LiveRollouts:
         return StepRollouts(step, share_groups(gathered.groups, self._control), gathered.groups, gathered.metrics)
 
     def state(self) -> dict[str, Any]:
-        """Rank 0's place in the questions, what it believes of them, and what is under way."""
+        """Rank 0's place in the questions, what is known of them, and what is under way."""
         return self._rank0().state()
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -110,7 +110,7 @@ class ReplayedRollouts:
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Nothing to restore: the step number says it all."""
+        """Nothing to restore: the step number is all of it."""
 
 
 # ----------------------------------------------------------------------------------------------------------------- sharing
@@ -125,22 +125,22 @@ def flatten(scored: Sequence[ScoredGroup]) -> list[Tensor]:
     (int64); log-probs, advantages (float32)."""
     import torch
 
-    rollouts = [rollout for one in scored for rollout in one.group.rollouts]
+    rollouts = [rollout for group in scored for rollout in group.group.rollouts]
     groups = [
         (
-            len(one.group.rollouts),
-            len(one.group.prompt_token_ids),
-            min(rollout.policy_version for rollout in one.group.rollouts),
+            len(group.group.rollouts),
+            len(group.group.prompt_token_ids),
+            min(rollout.policy_version for rollout in group.group.rollouts),
         )
-        for one in scored
+        for group in scored
     ]
     return [
         torch.tensor(groups, dtype=torch.int64),
         torch.tensor([len(rollout.response_token_ids) for rollout in rollouts], dtype=torch.int64),
-        torch.tensor([token for one in scored for token in one.group.prompt_token_ids], dtype=torch.int64),
+        torch.tensor([token for group in scored for token in group.group.prompt_token_ids], dtype=torch.int64),
         torch.tensor([token for rollout in rollouts for token in rollout.response_token_ids], dtype=torch.int64),
         torch.tensor([value for rollout in rollouts for value in rollout.logprobs], dtype=torch.float32),
-        torch.tensor([value for one in scored for value in one.advantages], dtype=torch.float32),
+        torch.tensor([value for group in scored for value in group.advantages], dtype=torch.float32),
     ]
 
 

@@ -25,7 +25,7 @@ STOP_DEADLINE_S = 20.0
 
 @dataclass(frozen=True)
 class Engine:
-    """A started engine. `machine`: as `this_machine` says there. `processes`: ids by name, its actor's included."""
+    """A started engine. `machine`: what `this_machine` returns there. `processes`: ids by name, its actor's included."""
 
     index: int
     actor: ActorHandle
@@ -95,12 +95,12 @@ class EnginePool:
         """Call a method of every engine, with its own arguments, without waiting."""
         return [getattr(engine.actor, method).remote(**own) for engine, own in zip(self.engines, arguments, strict=True)]
 
-    def end(self, calls: Sequence[ObjectRef], what: str, deadline_s: float) -> list[Any]:
+    def end(self, calls: Sequence[ObjectRef], action: str, deadline_s: float) -> list[Any]:
         """The answers to `begin`, in the order of the engines. Raises RunFailed naming the engine that failed or is late."""
-        return gather(calls, [engine.peer for engine in self.engines], what, deadline_s)
+        return gather(calls, [engine.peer for engine in self.engines], action, deadline_s)
 
-    def call(self, method: str, arguments: Sequence[Mapping[str, Any]], what: str, deadline_s: float) -> list[Any]:
-        return self.end(self.begin(method, arguments), what, deadline_s)
+    def call(self, method: str, arguments: Sequence[Mapping[str, Any]], action: str, deadline_s: float) -> list[Any]:
+        return self.end(self.begin(method, arguments), action, deadline_s)
 
     def stop(self) -> None:
         """End the engines cleanly; what does not go is killed."""
@@ -113,7 +113,7 @@ class EnginePool:
 
 
 def _place(spec: EngineSpec) -> ActorHandle:
-    """Create the actor where its GPUs are. Engines on CPU share the node's cores as their specs say, so Ray counts none of
+    """Create the actor where its GPUs are. Engines on CPU share the node's cores by their specs, so Ray counts none of
     these: they take the slots that their host has for them."""
     import ray
 

@@ -25,22 +25,22 @@ class GroupCounts:
 
     asked: int = 0
     graded: int = 0
-    kept: int = 0  # they teach, or are trained on because nothing is replaced
+    usable: int = 0  # with a signal, or trained on because nothing is replaced
     dropped: int = 0  # they carry no signal
-    stale: int = 0  # sampled with weights that are too old; found so when graded or later
+    stale: int = 0  # sampled with weights that are too old when graded or later
     stale_tokens: int = 0  # of the responses of these
     stale_responses: int = 0
     refill_limit_reached: bool = False  # the step went on with groups that carry no signal
     rewards: float = 0.0  # sum over the graded groups of their mean rewards
 
-    def count(self, scored: ScoredGroup, *, kept: bool = False, stale: bool = False) -> None:
+    def count(self, scored: ScoredGroup, *, usable: bool = False, stale: bool = False) -> None:
         """Count a group that was graded now."""
         self.graded += 1
         self.rewards += sum(scored.rewards) / len(scored.rewards)
         if stale:
             self.drop_stale(scored)
-        self.kept += kept and not stale
-        self.dropped += not (kept or stale)
+        self.usable += usable and not stale
+        self.dropped += not (usable or stale)
 
     def drop_stale(self, scored: ScoredGroup) -> None:
         """Count a group that is too old to be trained on."""
@@ -49,7 +49,7 @@ class GroupCounts:
         self.stale_responses += len(scored.group.rollouts)
 
     def stale_metrics(self, trained: Sequence[ScoredGroup]) -> dict[str, float]:
-        """What was dropped as too old, beside the groups that the step trains on."""
+        """What was dropped as too old, relative to the groups that the step trains on."""
         tokens = sum(len(rollout.response_token_ids) for scored in trained for rollout in scored.group.rollouts)
         metrics = {
             "staleness/dropped": float(self.stale),
@@ -63,15 +63,15 @@ class GroupCounts:
     def metrics(self, skipped: int) -> dict[str, float]:
         metrics: dict[str, float] = {
             "sampling/asked": self.asked,
-            "sampling/kept": self.kept,
+            "sampling/kept": self.usable,
             "sampling/dropped": self.dropped,
             "sampling/refill_limit_reached": float(self.refill_limit_reached),
             "sampling/skipped": skipped,
         }
         if self.graded:
             metrics["sampling/reward_mean"] = self.rewards / self.graded
-        if self.kept:
-            metrics["sampling/groups_per_kept"] = self.graded / self.kept
+        if self.usable:
+            metrics["sampling/groups_per_kept"] = self.graded / self.usable
         return metrics
 
 
@@ -79,7 +79,7 @@ def must_wait(step: int, limit: int, wanted: int, share: float, ready: Sequence[
     """Whether a step that took its `wanted` groups now would leave unfinished ones that no later step can take in time.
 
     A group is known by the step it was asked in, and must be trained on at most `limit` steps later. `ready`: of those that
-    can be taken, oldest first; `unfinished`: of those still awaited, of which `share` are expected to teach. For each age, the
+    can be taken, oldest first; `unfinished`: of those still awaited, of which `share` are expected to have a signal. For each age, the
     groups at least that old must have room in the steps that may still take them.
     """
     left = ready[wanted:]
@@ -92,7 +92,7 @@ def must_wait(step: int, limit: int, wanted: int, share: float, ready: Sequence[
 
 
 class BatchSlots:
-    """The places of a step. Each holds the group that was put there last; those without one that teaches are open, and are
+    """The places of a step. Each holds the group that was put there last; those without one that has a signal are open, and are
     filled again for at most `refills` rounds. So groups that carry no signal and stay at the end are spread over the step."""
 
     def __init__(self, wanted: int, refills: int):
@@ -112,7 +112,7 @@ class BatchSlots:
         self._rounds += 1
         for place, scored in zip(self._open(), groups, strict=True):
             self._groups[place] = scored
-            self.counts.count(scored, kept=not self._refills or has_reward_variance(scored))
+            self.counts.count(scored, usable=not self._refills or has_reward_variance(scored))
 
     def _open(self) -> list[int]:
         return [

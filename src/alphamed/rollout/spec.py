@@ -1,4 +1,4 @@
-"""What each engine is told: sizes, dtype, cores and environment, all derived from the configuration (pure)."""
+"""The settings of each engine: sizes, dtype, cores and environment, all derived from the configuration (pure)."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def engine_specs(config: Config, folder: Path, shape: ModelShape, eos_ids: tuple
 
 
 def engine_cores(config: Config) -> tuple[tuple[int, ...], ...]:
-    """Cores of each tensor rank of an engine on CPU: as `cluster.engine_cores` says ("0-1", "0,2|1,3"), else all cores,
+    """Cores of each tensor rank of an engine on CPU: as in `cluster.engine_cores` ("0-1", "0,2|1,3"), else all cores,
     dealt out evenly. Raises ConfigError."""
     given, ranks = config.cluster.engine_cores, config.rollout.tensor_parallel
     if given is None:
@@ -116,19 +116,19 @@ def _threads(config: Config, bound: tuple[tuple[int, ...], ...]) -> int:
 
 
 def _core_list(text: str, given: str) -> tuple[int, ...]:
-    found: list[int] = []
+    cores: list[int] = []
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
         if not first.isdecimal() or not (last or first).isdecimal() or int(last or first) < int(first):
             raise ConfigError(f"cluster.engine_cores: {given!r} is no list of cores; write it like 0-3 or 0,2|1,3")
-        found += range(int(first), int(last or first) + 1)
-    absent = sorted(set(found) - os.sched_getaffinity(0))
+        cores += range(int(first), int(last or first) + 1)
+    absent = sorted(set(cores) - os.sched_getaffinity(0))
     if absent:
         raise ConfigError(
             f"cluster.engine_cores: {given!r} names core {absent[0]}, which this machine does not offer; "
             f"choose from {', '.join(map(str, sorted(os.sched_getaffinity(0))))}"
         )
-    return tuple(found)
+    return tuple(cores)
 
 
 def _cpu_cache_bytes(config: Config, shape: ModelShape, sequences: int) -> int:
