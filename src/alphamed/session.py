@@ -259,10 +259,10 @@ def _evaluator(
     config: Config, prompts: PromptBuilder, engines: Engines | None, control: Control, run: Run, pace: Pace | None
 ) -> Evaluator | None:
     """On rank 0 of a run that evaluates: what has the evaluation files answered; None elsewhere."""
-    wanted = config.evaluation
+    settings = config.evaluation
     sets = control.on_rank0(
         "loading the evaluation",
-        lambda: load_sets(wanted.all_files, wanted.questions, config.run.seed, config.data.bad_rows, wanted.decisions),
+        lambda: load_sets(settings.all_files, settings.questions, config.run.seed, config.data.bad_rows, settings.decisions),
     )
     if engines is None or not sets:
         return None

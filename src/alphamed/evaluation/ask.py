@@ -72,11 +72,11 @@ def _chosen(loaded: LoadedBenchmark, config: Config) -> tuple[list[Question], li
     """The questions that decisions leave, at most evaluation.questions of them, by seed and id as in training."""
     from alphamed.data.decisions import apply_files
 
-    wanted = config.evaluation
-    questions, applied = apply_files(loaded.questions, wanted.decisions)
+    settings = config.evaluation
+    questions, applied = apply_files(loaded.questions, settings.decisions)
     if not questions:
         raise DataError(f"{loaded.name}: evaluation.decisions leave none of its {len(loaded.questions)} questions; fix them")
-    ids = {q.id for q in sorted(questions, key=lambda q: draw(config.run.seed, q.id))[: wanted.questions]}
+    ids = {q.id for q in sorted(questions, key=lambda q: draw(config.run.seed, q.id))[: settings.questions]}
     return [q for q in questions if q.id in ids], list(applied)
 
 

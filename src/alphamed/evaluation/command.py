@@ -25,7 +25,7 @@ UNUSED = "unused.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class EvaluationRequest:
     """One start of `alphamed eval`, its input read and checked."""
 
     config: Config  # of the engines
@@ -112,7 +112,7 @@ def main(options: argparse.Namespace) -> int:
         with held(options.regrade, "--regrade"):
             regrade(options.regrade)
             return report(options.regrade, options.against)
-    return _evaluate(_wanted(options), options.against)
+    return _evaluate(_request(options), options.against)
 
 
 def _refuse_with_regrade(options: argparse.Namespace) -> None:
@@ -138,7 +138,7 @@ def _refuse_with_regrade(options: argparse.Namespace) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- input
-def _wanted(options: argparse.Namespace) -> Wanted:
+def _request(options: argparse.Namespace) -> EvaluationRequest:
     from alphamed.evaluation import ask
     from alphamed.evaluation.answers import engine_tree
     from alphamed.evaluation.place import check_free
@@ -163,7 +163,7 @@ def _wanted(options: argparse.Namespace) -> Wanted:
     limit = options.max_tokens or config.evaluation.max_response_tokens or config.rollout.max_response_tokens
     out = _out(options, config)
     check_free(out, options.overwrite)
-    return Wanted(
+    return EvaluationRequest(
         engine_tree(config, out, options.samples, limit),
         out,
         tuple(asked),
@@ -261,48 +261,48 @@ def _out(options: argparse.Namespace, config: Config) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
-def _evaluate(wanted: Wanted, against: Path | None) -> int:
+def _evaluate(request: EvaluationRequest, against: Path | None) -> int:
     """Check the model, then answer, grade and report while no other start can change the folder; returns the exit code."""
     from alphamed.evaluation import ask, settings
     from alphamed.evaluation.answers import Prompted
     from alphamed.evaluation.place import held
     from alphamed.evaluation.regrade import report
 
-    config = wanted.config
-    model = Prompted(config, (asked.shown for asked in wanted.asked))
+    config = request.config
+    model = Prompted(config, (asked.shown for asked in request.asked))
     if not config.evaluation.allow_overlap:
-        ask.refuse_trained_on(wanted.asked, wanted.trained_on)
-    asked_how = settings.asked(config, model.folder, wanted.samples, wanted.temperature, wanted.top_p, wanted.max_tokens)
-    with held(wanted.out):
-        return _answer(wanted, model, asked_how) or report(wanted.out, against)
+        ask.refuse_trained_on(request.asked, request.trained_on)
+    asked_how = settings.asked(config, model.folder, request.samples, request.temperature, request.top_p, request.max_tokens)
+    with held(request.out):
+        return _answer(request, model, asked_how) or report(request.out, against)
 
 
-def _answer(wanted: Wanted, model: Prompted, asked_how: Mapping[str, Any]) -> int:
+def _answer(request: EvaluationRequest, model: Prompted, asked_how: Mapping[str, Any]) -> int:
     """Ask what has no answer yet; returns the exit code."""
     from alphamed.errors import RunFailed
     from alphamed.evaluation import settings
     from alphamed.evaluation.items import ITEMS, Grading, finished, read_items, regraded
     from alphamed.evaluation.regrade import remove
 
-    grading = Grading(wanted.config.reward.truncated, model.thinking)
-    if wanted.overwrite and settings.difference(wanted.out, asked_how) is not None:
-        remove(wanted.out)
-    settings.require_same(wanted.out, asked_how)
-    answered = read_items(wanted.out / ITEMS)
-    if answered and settings.read(wanted.out) is None:
+    grading = Grading(request.config.reward.truncated, model.thinking)
+    if request.overwrite and settings.difference(request.out, asked_how) is not None:
+        remove(request.out)
+    settings.require_same(request.out, asked_how)
+    answered = read_items(request.out / ITEMS)
+    if answered and settings.read(request.out) is None:
         raise ConfigError(
-            f"--out: {wanted.out} holds answers without their settings ({settings.SETTINGS}); choose another folder"
+            f"--out: {request.out} holds answers without their settings ({settings.SETTINGS}); choose another folder"
         )
-    complete = finished(wanted.asked, answered, wanted.samples, grading)
-    _require_same_sets(wanted, answered, complete)
-    settings.write(wanted.out, str(model.folder), asked_how, grading.json(), wanted.sets, wanted.command)
-    todo = [asked for asked in wanted.asked if asked.key not in complete]
+    complete = finished(request.asked, answered, request.samples, grading)
+    _require_same_sets(request, answered, complete)
+    settings.write(request.out, str(model.folder), asked_how, grading.json(), request.sets, request.command)
+    todo = [asked for asked in request.asked if asked.key not in complete]
     if complete:
-        print(f"{wanted.out}: {len(complete):,} of {len(wanted.asked):,} questions are answered already", file=sys.stderr)
+        print(f"{request.out}: {len(complete):,} of {len(request.asked):,} questions are answered already", file=sys.stderr)
     others = {key: [regraded(answer, grading) for answer in answers] for key, answers in answered.items()}
-    _write(wanted.out, others | complete, dropped={asked.key for asked in todo})
+    _write(request.out, others | complete, dropped={asked.key for asked in todo})
     try:
-        _generate(wanted, model, todo)
+        _generate(request, model, todo)
     except RunFailed as error:
         print(f"{'error' if error.user_error else 'evaluation failed'}: {error}", file=sys.stderr)
         return 2 if error.user_error else 1
@@ -310,23 +310,25 @@ def _answer(wanted: Wanted, model: Prompted, asked_how: Mapping[str, Any]) -> in
 
 
 def _require_same_sets(
-    wanted: Wanted, answered: Mapping[Key, Sequence[GradedAnswer]], complete: Mapping[Key, Sequence[GradedAnswer]]
+    request: EvaluationRequest,
+    answered: Mapping[Key, Sequence[GradedAnswer]],
+    complete: Mapping[Key, Sequence[GradedAnswer]],
 ) -> None:
     """Raises ConfigError where a file of the same name would take the place of answered questions that it does not hold."""
     from alphamed.evaluation import settings
 
-    before = (settings.read(wanted.out) or {"sets": {}})["sets"]
+    before = (settings.read(request.out) or {"sets": {}})["sets"]
     sets_answered, sets_shared = {name for name, _ in answered}, {name for name, _ in complete}
-    for name, origin in wanted.sets.items():
+    for name, origin in request.sets.items():
         place = before.get(name, {}).get("place")
         if name in sets_answered - sets_shared and place != origin["place"]:
             raise ConfigError(
-                f"--out: {wanted.out} holds {name} of {place}, which shares no question with {origin['place']}; "
+                f"--out: {request.out} holds {name} of {place}, which shares no question with {origin['place']}; "
                 f"choose another folder, or give the file another name"
             )
 
 
-def _generate(wanted: Wanted, model: Any, todo: Sequence[Asked]) -> None:
+def _generate(request: EvaluationRequest, model: Any, todo: Sequence[Asked]) -> None:
     """Answer the questions and add the graded answers to each one to the file as soon as they are there."""
     from alphamed.evaluation.answers import ProgressReporter, answering
     from alphamed.evaluation.items import ITEMS, Grading, append_items, graded
@@ -336,20 +338,20 @@ def _generate(wanted: Wanted, model: Any, todo: Sequence[Asked]) -> None:
     if not todo:
         return
     by_id = {f"evaluation/{asked.set}/{asked.question.id}": asked for asked in todo}
-    config, grading = wanted.config, Grading(wanted.config.reward.truncated, model.thinking)
-    progress = ProgressReporter("evaluation", len(wanted.asked), len(wanted.asked) - len(todo))
+    config, grading = request.config, Grading(request.config.reward.truncated, model.thinking)
+    progress = ProgressReporter("evaluation", len(request.asked), len(request.asked) - len(todo))
 
     def task(name: str, asked: Asked) -> GenerationTask:
-        seed = stable_hash(config.run.seed, name) % 2**31 if config.rollout.deterministic and wanted.temperature else None
-        sampling = Sampling(wanted.samples, wanted.temperature, wanted.top_p, -1, wanted.max_tokens, seed)
+        seed = stable_hash(config.run.seed, name) % 2**31 if config.rollout.deterministic and request.temperature else None
+        sampling = Sampling(request.samples, request.temperature, request.top_p, -1, request.max_tokens, seed)
         return GenerationTask(name, asked.shown, tuple(model.prompts.render(asked.shown)), sampling)
 
-    _log_evaluation(wanted, model.folder, todo)
+    _log_evaluation(request, model.folder, todo)
     with answering(config, model) as answer:
         for scored in answer(task(name, asked) for name, asked in by_id.items()):
             group, asked = scored.group, by_id[scored.group.group_id]
             append_items(
-                wanted.out / ITEMS,
+                request.out / ITEMS,
                 [
                     graded(asked, j, rollout.text, rollout.finish_reason, len(rollout.response_token_ids), grading)
                     for j, rollout in enumerate(group.rollouts)
@@ -358,7 +360,7 @@ def _generate(wanted: Wanted, model: Any, todo: Sequence[Asked]) -> None:
             progress.advance()
 
 
-def _log_evaluation(wanted: Wanted, model: Path, todo: Sequence[Asked]) -> None:
+def _log_evaluation(request: EvaluationRequest, model: Path, todo: Sequence[Asked]) -> None:
     """Where the model is the export of a run, the run's evaluation log gets a line a set."""
     from alphamed.rundir import evaluation_log
 

@@ -37,15 +37,15 @@ class Evaluator:
         console: EvaluationConsole,
         pace: Pace | None = None,
     ):
-        wanted = config.evaluation
-        asked = asked_before(run_dir) if wanted.time_limit_s else {}  # by an evaluation of an earlier start
+        settings = config.evaluation
+        asked = asked_before(run_dir) if settings.time_limit_s else {}  # by an evaluation of an earlier start
         self._sets = [
             within(questions, asked.get(questions.name, len(questions.questions)), config.run.seed) for questions in sets
         ]
-        self._limit_s = None if asked else wanted.time_limit_s
+        self._limit_s = None if asked else settings.time_limit_s
         """Of the evaluation that sizes the sets; None once they are sized, or where nothing limits them."""
         self._seed = config.run.seed
-        self._max_tokens = wanted.max_response_tokens or config.rollout.max_response_tokens
+        self._max_tokens = settings.max_response_tokens or config.rollout.max_response_tokens
         self._render, self._coordinator, self._console, self._pace = render, coordinator, console, pace
 
     def begin(self, policy_version: int, background: bool) -> Callable[[], Evaluation]:

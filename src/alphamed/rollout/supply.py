@@ -51,25 +51,28 @@ class SyncRollouts:
         self._coordinator, self._on_progress, self._pace = coordinator, on_progress, pace
 
     def gather(self, step: int) -> Gathered:
-        """The groups of a step. Raises RunFailed naming what kept them from coming."""
+        """The groups of a step. Raises RunFailed naming what kept them from coming.
+
+        Without dynamic sampling and curriculum there is one round, of all questions of the step, and the sampler gives those
+        that come next in the stream."""
         c = self._config
-        wanted = self._pace.questions(step) if self._pace else c.rollout.questions_per_step
-        places = BatchSlots(wanted, c.dynamic_sampling.refills)
+        questions = self._pace.questions(step) if self._pace else c.rollout.questions_per_step
+        slots = BatchSlots(questions, c.dynamic_sampling.refills)
         skipped, rounds = self._sampler.skipped, []
-        for missing in places.rounds():
-            first = places.counts.asked - missing
+        for missing in slots.rounds():
+            first = slots.counts.asked - missing
             tasks = training_tasks(c, step, self._sampler.take(missing, step), self._prompts, first)
             key = f"step {step}" if not rounds else f"step {step}, refill {len(rounds)}"
             rounds.append(self._coordinator.run(key, tasks, self._on_progress))
             groups = rounds[-1].all_groups
-            places.fill(groups)
+            slots.fill(groups)
             self._sampler.observe(groups, step)
         metrics = _metrics(rounds) | self._sampler.level_metrics()
         if c.dynamic_sampling.active:
-            metrics |= places.counts.metrics(self._sampler.skipped - skipped)
+            metrics |= slots.counts.metrics(self._sampler.skipped - skipped)
         if self._pace:
-            metrics["sampling/questions"] = float(wanted)
-        return Gathered(places.groups, metrics)
+            metrics["sampling/questions"] = float(questions)
+        return Gathered(slots.groups, metrics)
 
     def state(self) -> dict[str, Any]:
         return self._sampler.state()
