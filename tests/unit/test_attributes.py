@@ -339,7 +339,7 @@ def test_the_page_of_a_comparison_draws_and_tells_bins(tmp_path):
     assert "run bin 1 bin 3" in page.text and "25.0% [4.6%, 69.9%] n = 4" in page.text
     assert "mean 1.00" in page.text and "mean 4.00" in page.text
     # levels are not known: said once; accuracy against the mean bin, and by bin, is drawn
-    assert page.text.count("No two evaluated runs trained on questions of different mean") == 1
+    assert page.text.count("No two evaluated runs were trained on questions of different mean") == 1
     svgs = (tmp_path / "c.html").read_text().split("<svg")[1:]
     assert sum("1, 3: 25% [4.6%, 69.9%]" in svg for svg in svgs) == 1  # run 1 at bin 3
     assert sum("2, 4: 50%" in svg for svg in svgs) == 1  # run 2 at mean bin 4
