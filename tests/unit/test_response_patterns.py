@@ -34,7 +34,7 @@ def test_a_box_in_a_box_is_one():
 
 
 @pytest.mark.parametrize(
-    "text, outcome, found",
+    "text, outcome, patterns",
     [
         ("The answer is \\boxed{A}", Outcome.CORRECT, {B}),  # 3 words before the box
         ("The answer is \\boxed{A}", Outcome.TRUNCATED, set()),  # not a boxed answer
@@ -47,8 +47,8 @@ def test_a_box_in_a_box_is_one():
         ("", Outcome.UNPARSEABLE, set()),
     ],
 )
-def test_habits_are_told_from_the_text(text, outcome, found):
-    assert response_patterns(text, outcome) == found
+def test_patterns_are_found_in_the_text(text, outcome, patterns):
+    assert response_patterns(text, outcome) == patterns
 
 
 def test_repetition_counts_four_grams_that_occurred_before():
