@@ -181,8 +181,8 @@ def test_gains_are_compared_with_controls(tmp_path):
     # boxed 70% -> 95%, among boxed 28.6% -> 47.4%
     assert numbers["verdict"] == [
         "true on wording: +25.0 points [+18.7, +30.8], n = 200, McNemar p = 1.8e-15; +9.5 by boxing more answers, +15.5 by "
-        "being correct more often when boxed. More than the control coin (random reward): +20.0 points difference, "
-        "p = 1.8e-12. Not shown to be more than the control boxes (format-only reward): +2.5 points difference, p = "
+        "being correct more often when boxed. More than the control coin (random reward): difference +20.0 points, "
+        "p = 1.8e-12. Not shown to be more than the control boxes (format-only reward): difference +2.5 points, p = "
         "0.062."
     ]
     assert [(row["first"], row["second"], len(row["gained"]), len(row["lost"])) for row in numbers["pairs"]] == [
@@ -228,7 +228,7 @@ def test_the_unchanged_model_is_a_control_with_one_evaluation(tmp_path):
     )
     assert (runs[1].control, runs[1].reason, runs[1].after["wording"].n) == ("unchanged model", None, 200)
     assert comparison(runs)["verdict"][0].endswith(
-        "More than the control as_is (unchanged model): +25.0 points difference, p = 1.8e-15."
+        "More than the control as_is (unchanged model): difference +25.0 points, p = 1.8e-15."
     )
     main([run.path for run in runs], tmp_path / "c.html", False)
     assert "the model before training" in Page((tmp_path / "c.html").read_text()).text
@@ -452,6 +452,9 @@ def test_the_report_names_a_damaged_file(tmp_path, capsys, file, content, proble
 def test_a_damaged_record_of_training_is_named_and_a_damaged_report_counted_again(tmp_path):
     run = make_run(tmp_path, "a", before=[W] * 4, after=[C] * 4)
     (run / "report.json").write_text('{"responses": 5, "warnings": 7, "last_step": 12}')
+    assert read_runs([run])[0].warnings == ()
+    older = {"responses": {"questions": {"asked": 3, "sources": {}}}, "warnings": ["a warning"], "last_step": 12}
+    (run / "report.json").write_text(json.dumps(older))
     assert read_runs([run])[0].warnings == ()
     (run / "provenance.json").write_text('{"starts": [], "data": [], "model": [], "train": {"questions": 1}}')
     with pytest.raises(ConfigError, match="provenance.json: train is not readable"):

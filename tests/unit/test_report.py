@@ -290,7 +290,7 @@ def test_dropped_groups_are_reported_with_their_length():
     rows[1] |= {"staleness/dropped": 1.0, "staleness/dropped_tokens_mean": 700.0}
     rows[2] |= {"staleness/dropped": 3.0, "staleness/dropped_tokens_mean": 300.0}
     assert training_sentences(rows)[-1] == (  # (700 + 3 x 300) / 4
-        "4 groups were dropped because they took longer than rollout.max_staleness steps; the mean length of their responses "
+        "Groups dropped because they took longer than rollout.max_staleness steps: 4; the mean length of their responses "
         "was 400 tokens, that of the responses trained on 100. rollout.stragglers=wait trains on them."
     )
 

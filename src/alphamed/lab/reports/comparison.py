@@ -217,7 +217,7 @@ def _against_control(run: ComparedRun, control: ComparedRun, name: str) -> str |
     beyond = _significant(paired) and paired.difference > 0
     return (
         f"{'More than' if beyond else 'Not shown to be more than'} the control {control.name} ({control.control}): "
-        f"{points(paired.difference)} points difference, p = {paired.p:.2g}."
+        f"difference {points(paired.difference)} points, p = {paired.p:.2g}."
     )
 
 

@@ -39,7 +39,6 @@ class AnsweredQuestion:
     letters: tuple[str | None, ...]
     votes: tuple[str | None, ...]  # what each boxed answer counts as, see `variants.vote_of`
     tokens: int  # of all samples
-    text: str  # of the first sample
     question: str
 
     @property
@@ -234,6 +233,5 @@ def _answered_question(question_id: str, rows: Sequence[Mapping[str, Any]]) -> A
         tuple(row["letter"] for row in rows),
         votes,
         sum(row["tokens"] for row in rows),
-        first["text"],
         first["question"],
     )

@@ -192,8 +192,8 @@ def _dropped_sentences(rows: Sequence[MetricsRow]) -> list[str]:
             f"{sum(trained) / len(trained):.0f}"
         )
     return [
-        f"{sum(groups for groups, _ in dropped):.0f} groups were dropped because they took longer than "
-        f"rollout.max_staleness steps{lengths}. rollout.stragglers=wait trains on them."
+        f"Groups dropped because they took longer than rollout.max_staleness steps: "
+        f"{sum(groups for groups, _ in dropped):.0f}{lengths}. rollout.stragglers=wait trains on them."
     ]
 
 

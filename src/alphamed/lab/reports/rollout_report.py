@@ -136,7 +136,7 @@ def rollout_figures(steps: Sequence[StepStats], questions: QuestionCounts) -> li
             add(
                 kind,
                 f"Accuracy by {word}",
-                f"Correct responses to questions of one {word}{scale and f' ({scale})'}.",
+                f"Share of correct responses by {word} of the question{scale and f' ({scale})'}.",
                 _curves(parts),
             )
     letters = sorted({letter for step in steps for letter in step.answers})

@@ -99,8 +99,11 @@ def _names(paths: Sequence[Path]) -> list[str]:
         if path in full[:k]:
             raise ConfigError(f"compare {paths[k]}: is given twice; name each run once")
     endings = [["/".join(path.parts[-n:]) for n in range(1, len(path.parts) + 1)] for path in full]
-    counts = Counter(ending for of_path in endings for ending in of_path)
-    return [next((ending for ending in of_path if counts[ending] == 1), of_path[-1]) for of_path in endings]
+    counts = Counter(ending for endings_of_path in endings for ending in endings_of_path)
+    return [
+        next((ending for ending in endings_of_path if counts[ending] == 1), endings_of_path[-1])
+        for endings_of_path in endings
+    ]
 
 
 def _read_run(path: Path, number: int, name: str) -> ComparedRun:
@@ -108,7 +111,7 @@ def _read_run(path: Path, number: int, name: str) -> ComparedRun:
     rows = read_rows(path / "metrics.jsonl")
     evaluations = _evaluations(path)
     steps = last_step(rows)
-    before = {name: sets for step in evaluations if step == 0 for name, sets in evaluations[step].items()}
+    before = evaluations.get(0, {})
     last = max(evaluations, default=0)
     after = evaluations[last] if last > 0 else {}
     if control_of(tree) == UNCHANGED:
@@ -116,21 +119,21 @@ def _read_run(path: Path, number: int, name: str) -> ComparedRun:
     responses, warnings = _responses(path, steps)
     limit = _get(tree, "evaluation", "max_response_tokens") or _get(tree, "rollout", "max_response_tokens")
     return ComparedRun(
-        number,
-        name,
-        path,
-        control_of(tree),
-        str(_get(tree, "model", "path")),
-        str(_get(tree, "reward", "name") or "correct"),
-        steps,
-        json.dumps([_get(tree, "prompt"), limit], sort_keys=True),
-        _training_set(path, responses),
-        before,
-        after,
-        last if after else None,
-        rows,
-        tuple(warnings),
-        _reason(tree, before, after, steps),
+        number=number,
+        name=name,
+        path=path,
+        control=control_of(tree),
+        model=str(_get(tree, "model", "path")),
+        reward=str(_get(tree, "reward", "name") or "correct"),
+        steps=steps,
+        protocol=json.dumps([_get(tree, "prompt"), limit], sort_keys=True),
+        training=_training_set(path, responses),
+        before=before,
+        after=after,
+        after_step=last if after else None,
+        rows=rows,
+        warnings=tuple(warnings),
+        reason=_reason(tree, before, after, steps),
     )
 
 
@@ -144,31 +147,31 @@ def _read_evaluation(path: Path, number: int, name: str) -> ComparedRun:
             f"compare {path}: holds neither config.yaml (a run) nor {ITEMS} (an evaluation); give a folder that does"
         )
     return ComparedRun(
-        number,
-        name,
-        path,
-        None,
-        "",
-        "",
-        0,
-        _protocol(path),
-        None,
-        {},
-        sets,
-        None,
-        (),
-        (),
-        "an evaluation of one model, not a run: it has no evaluation before training",
+        number=number,
+        name=name,
+        path=path,
+        control=None,
+        model="",
+        reward="",
+        steps=0,
+        protocol=_protocol(path),
+        training=None,
+        before={},
+        after=sets,
+        after_step=None,
+        rows=(),
+        warnings=(),
+        reason="an evaluation of one model, not a run: it has no evaluation before training",
     )
 
 
 def _protocol(path: Path) -> str:
-    """Prompt and token limit of an evaluation in the form that runs have, with its sampling unless it is greedy as theirs; ""
-    where not known."""
-    about = settings.read(path)
-    if about is None:
+    """Prompt and token limit of an evaluation in the form of `_read_run`, with the sampling if that is not greedy; "" where not
+    known."""
+    record = settings.read(path)
+    if record is None:
         return ""
-    prompt, sampling = about["asked"]["prompt"], about["asked"]["sampling"]
+    prompt, sampling = record["asked"]["prompt"], record["asked"]["sampling"]
     greedy = sampling["samples"] == 1 and sampling["temperature"] == 0
     protocol = [prompt, sampling["max_tokens"]]
     return json.dumps(protocol if greedy else [*protocol, sampling], sort_keys=True)
@@ -248,9 +251,10 @@ def _responses(path: Path, steps: int) -> tuple[Mapping[str, Any] | None, list[s
     try:
         report = json.loads((path / "report.json").read_text(encoding="utf-8"))
         responses, warnings = report["responses"], report["warnings"]
-        if report["last_step"] == steps and isinstance(warnings, list) and (responses is None or "questions" in responses):
+        current = report["last_step"] == steps and isinstance(warnings, list)
+        if current and (responses is None or "visited" in responses["questions"]):
             return responses, warnings
-    except (OSError, ValueError, KeyError, TypeError):  # missing or of another version
+    except (OSError, ValueError, KeyError, TypeError):  # missing, damaged or of another version
         pass
     stats = run_stats(path)
     responses = numbers(stats, count_questions(stats.questions.values())) if stats.steps else None
