@@ -336,7 +336,7 @@ def test_the_page_answers_three_questions_and_requests_nothing(page):
         "mean 6.00",
         "+25.0 points",
         "small on wording: -20.0 points",
-        "It got worse.",
+        "Accuracy fell.",
         "No control is among these runs",
         "+9.5",
         "50 / 0",

@@ -14,7 +14,7 @@ LEFT, TOP, BOTTOM = 52, 14, 34  # margins for tick labels
 @dataclass(frozen=True, slots=True)
 class Axis:
     ticks: Sequence[float]
-    place: Callable[[float], float]  # value -> y in pixels
+    pixel: Callable[[float], float]  # value -> y in pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Plane:
     """The area of a chart: its x values and their pixels, its y axis, and the pixel at its right edge."""
 
     x: Sequence[float]
-    place: Callable[[float], float]  # x value -> x in pixels
+    pixel: Callable[[float], float]  # x value -> x in pixels
     y: Axis
     end: int
 

@@ -75,24 +75,21 @@ def _run_row(run: ComparedRun) -> dict[str, Any]:
 
 
 def _run_on_set(run: ComparedRun, name: str) -> dict[str, Any]:
-    before, after = run.before.get(name), run.after.get(name)
-    paired = pair(before, after) if before and after and before is not after else None
+    before, after, change = run.before.get(name), run.after.get(name), _change(run, name)
     return {
         "run": run.number,
         "before": before and _answered(before),
         "after": after and _answered(after),
         "before_from": run.before_from.get(name),
-        "change": paired and _paired(paired),
+        "change": change and _paired(change),
         **{f"by_{attribute.field}": _parts(after, attribute.field) for attribute in ATTRIBUTES},
     }
 
 
 def _parts(after: AnsweredSet | None, attribute: str) -> dict[str, Any]:
-    return (
-        {}
-        if after is None
-        else {"none" if value is None else str(value): _answered(part) for value, part in after.parts(attribute).items()}
-    )
+    """Answers after training by the value of an attribute; {} without an evaluation."""
+    parts = after.parts(attribute) if after else {}
+    return {"none" if value is None else str(value): _answered(part) for value, part in parts.items()}
 
 
 def _answered(answers: AnsweredSet) -> dict[str, Any]:
@@ -205,7 +202,7 @@ def _claim(run: ComparedRun, name: str, runs: Sequence[ComparedRun]) -> str | No
     if not _significant(change):
         return f"{claim} No change is shown."
     if change.difference < 0:
-        return f"{claim} It got worse."
+        return f"{claim} Accuracy fell."
     against_controls = [text for other in runs if other.control and (text := _against_control(run, other, name)) is not None]
     return " ".join([claim, *against_controls])
 
@@ -227,6 +224,7 @@ def _significant(change: Paired) -> bool:
 
 
 def _change(run: ComparedRun, name: str) -> Paired | None:
+    """The answers after training paired with those before; None without both, as for the unchanged model."""
     before, after = run.before.get(name), run.after.get(name)
     return pair(before, after) if before and after and before is not after else None
 

@@ -87,7 +87,7 @@ def line_chart(
             parts.append(f'<path class="faint l{i}" d="{_path(points)}"/>')
         parts.append(f'<path class="line l{i}" d="{_path(bold)}"/>')
         for at, (low, high) in zip(x, curve.intervals or ()):
-            parts.append(_whisker(plane.place(at), y.place(low), y.place(high), i))
+            parts.append(_whisker(plane.pixel(at), y.pixel(low), y.pixel(high), i))
         if len(points) <= 3 or curve.intervals:
             parts += [f'<circle class="f{i}" cx="{px:.1f}" cy="{py:.1f}" r="3.5"/>' for px, py in points if py is not None]
         last = next((py for _, py in reversed(bold) if py is not None), None)
@@ -110,7 +110,7 @@ def stacked_bars(x: Sequence[float], series: Sequence[Series], *, unit: str = "s
         for i, part in _coloured(series):
             value = part.values[k] or 0.0
             if value > 0:
-                upper, lower, left = y.place(base + value), y.place(base), plane.place(at) - bar_width / 2
+                upper, lower, left = y.pixel(base + value), y.pixel(base), plane.pixel(at) - bar_width / 2
                 parts.append(
                     f'<rect class="f{i}" x="{left:.1f}" y="{upper:.1f}" width="{bar_width:.1f}" '
                     f'height="{max(lower - upper - 0.6, 0.2):.1f}"/>'
@@ -119,7 +119,7 @@ def stacked_bars(x: Sequence[float], series: Sequence[Series], *, unit: str = "s
     labels, base = [], 0.0
     for i, part in _coloured(series):  # names are next to their part of the last bar
         value = (part.values[-1] or 0.0) if x else 0.0
-        labels.append((y.place(base + value / 2), i, part.name))
+        labels.append((y.pixel(base + value / 2), i, part.name))
         base += value
     parts += _end_labels(plane, labels)
     parts += _hovers(plane, series, unit)
@@ -136,18 +136,18 @@ def interval_rows(rows: Sequence[tuple[str, Mapping[str, tuple[float, float, flo
     left, right, row_height, width = 168, 30, 46, 720
     height = row_height * len(rows) + 40
 
-    def place(value: float) -> float:
+    def pixel(value: float) -> float:
         return left + value * (width - left - right)
 
     parts: list[str] = []
     for tick in range(0, 101, 20):
-        at = place(tick / 100)
+        at = pixel(tick / 100)
         parts.append(
             f'<line class="grid" x1="{at}" x2="{at}" y1="6" y2="{height - 30}"/>'
             f'<text x="{at}" y="{height - 12}" text-anchor="middle">{tick}%</text>'
         )
     if chance is not None:
-        at = place(chance)
+        at = pixel(chance)
         parts.append(
             f'<line class="axis" stroke-dasharray="2 4" x1="{at:.1f}" x2="{at:.1f}" y1="6" y2="{height - 30}">'
             f"<title>picking letters at random: {100 * chance:.1f}%</title></line>"
@@ -161,8 +161,8 @@ def interval_rows(rows: Sequence[tuple[str, Mapping[str, tuple[float, float, flo
                 at = middle + offset if len(shares) > 1 else middle
                 text = f"{name}: {number(value, 'share')} [{number(low, 'share')}, {number(high, 'share')}]"
                 parts.append(
-                    f'<line class="line l{colour}" x1="{place(low):.1f}" x2="{place(high):.1f}" y1="{at}" '
-                    f'y2="{at}"/><circle class="f{colour}" cx="{place(value):.1f}" cy="{at}" r="5">'
+                    f'<line class="line l{colour}" x1="{pixel(low):.1f}" x2="{pixel(high):.1f}" y1="{at}" '
+                    f'y2="{at}"/><circle class="f{colour}" cx="{pixel(value):.1f}" cy="{at}" r="5">'
                     f"<title>{text}</title></circle>"
                 )
     return _svg(parts, width, height, "before and after")
@@ -178,12 +178,12 @@ def gain_rows(rows: Sequence[tuple[str, float, float, float, bool]]) -> str:
     )
     scale = (width - left - right) / (ticks[-1] - ticks[0])
 
-    def place(value: float) -> float:
+    def pixel(value: float) -> float:
         return left + (100 * value - ticks[0]) * scale
 
     parts = []
     for tick in ticks:
-        at = place(tick / 100)
+        at = pixel(tick / 100)
         parts.append(
             f'<line class="{"grid" if tick else "axis"}" x1="{at:.1f}" x2="{at:.1f}" y1="6" y2="{height - 30}"/>'
             f'<text x="{at:.1f}" y="{height - 12}" text-anchor="middle">{f"{tick:+g}" if tick else "0"}</text>'
@@ -193,8 +193,8 @@ def gain_rows(rows: Sequence[tuple[str, float, float, float, bool]]) -> str:
         shown = label if len(label) <= 28 else label[:27] + "…"
         parts.append(
             f'<text class="strong" x="{left - 14}" y="{at + 4}" text-anchor="end">{escape(shown)}</text>'
-            f'<line class="line l{colour}" x1="{place(low):.1f}" x2="{place(high):.1f}" y1="{at}" y2="{at}"/>'
-            f'<circle class="f{colour}" cx="{place(value):.1f}" cy="{at}" r="5"><title>{escape(label)}: '
+            f'<line class="line l{colour}" x1="{pixel(low):.1f}" x2="{pixel(high):.1f}" y1="{at}" y2="{at}"/>'
+            f'<circle class="f{colour}" cx="{pixel(value):.1f}" cy="{at}" r="5"><title>{escape(label)}: '
             f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]</title></circle>"
             f'<text x="{width - right + 14}" y="{at + 4}">{100 * value:+.1f}</text>'
         )
@@ -209,19 +209,19 @@ def scatter(points: Sequence[tuple[str, float, float, float, float, bool]], x_ti
     parts = [_frame(plane, "share", x_title)]
     if chance is not None and math.isfinite(chance):
         parts.append(
-            f'<line class="axis" stroke-dasharray="2 4" x1="{LEFT}" x2="{plane.end}" y1="{y.place(chance):.1f}" '
-            f'y2="{y.place(chance):.1f}"/>'
+            f'<line class="axis" stroke-dasharray="2 4" x1="{LEFT}" x2="{plane.end}" y1="{y.pixel(chance):.1f}" '
+            f'y2="{y.pixel(chance):.1f}"/>'
         )
     drawn_at: Counter[float] = Counter()
     for label, x, value, low, high, control in points:
         k = drawn_at[x]  # the first in the middle, then alternately to the right and left
         drawn_at[x] += 1
-        at, colour = plane.place(x) + (k + 1) // 2 * 17 * (1 if k % 2 else -1), 4 if control else 0
+        at, colour = plane.pixel(x) + (k + 1) // 2 * 17 * (1 if k % 2 else -1), 4 if control else 0
         parts.append(
-            _whisker(at, y.place(low), y.place(high), colour)
-            + f'<circle class="f{colour}" cx="{at:.1f}" cy="{y.place(value):.1f}" r="4.5"><title>{escape(label)}, '
+            _whisker(at, y.pixel(low), y.pixel(high), colour)
+            + f'<circle class="f{colour}" cx="{at:.1f}" cy="{y.pixel(value):.1f}" r="4.5"><title>{escape(label)}, '
             f"{x:g}: {number(value, 'share')} [{number(low, 'share')}, {number(high, 'share')}]</title></circle>"
-            f'<text class="f{colour}" x="{at + 7:.1f}" y="{y.place(value) - 6:.1f}">{escape(label)}</text>'
+            f'<text class="f{colour}" x="{at + 7:.1f}" y="{y.pixel(value) - 6:.1f}">{escape(label)}</text>'
         )
     return _svg(parts, WIDTH, HEIGHT, x_title)
 
@@ -232,7 +232,7 @@ def histogram(edges: Sequence[float], counts: Sequence[int], x_title: str) -> st
     plane = plane_of(list(edges), y, WIDTH, UNNAMED)
     parts = [_frame(plane, "", x_title)]
     for low, high, count in zip(edges, edges[1:], counts):
-        left, right, top = plane.place(low), plane.place(high), y.place(count)
+        left, right, top = plane.pixel(low), plane.pixel(high), y.pixel(count)
         parts.append(
             f'<rect class="f0" x="{left + 0.5:.1f}" y="{top:.1f}" width="{max(right - left - 1, 0.5):.1f}" '
             f'height="{HEIGHT - BOTTOM - top:.1f}"><title>{low:g} to {high:g}: {count:,}</title></rect>'
@@ -290,7 +290,7 @@ def smoothed(values: Sequence[Value], window: int) -> list[Value]:
 def _frame(plane: Plane, unit: str, x_title: str) -> str:
     parts = []
     for tick in plane.y.ticks:
-        at = plane.y.place(tick)
+        at = plane.y.pixel(tick)
         kind = "axis" if tick in (0, plane.y.ticks[0]) else "grid"
         parts.append(
             f'<line class="{kind}" x1="{LEFT}" x2="{plane.end}" y1="{at:.1f}" y2="{at:.1f}"/>'
@@ -298,7 +298,7 @@ def _frame(plane: Plane, unit: str, x_title: str) -> str:
         )
     below = HEIGHT - BOTTOM + 19
     parts += [
-        f'<text x="{plane.place(tick):.1f}" y="{below}" text-anchor="middle">{tick}</text>' for tick in _whole_ticks(plane.x)
+        f'<text x="{plane.pixel(tick):.1f}" y="{below}" text-anchor="middle">{tick}</text>' for tick in _whole_ticks(plane.x)
     ]
     parts.append(f'<text x="{LEFT - 7}" y="{below}" text-anchor="end">{escape(x_title)}</text>')
     return "".join(parts)
@@ -316,7 +316,7 @@ def _whole_ticks(x: Sequence[float]) -> list[int]:
 # ---------------------------------------------------------------------------------------------------------------- marks
 def _points(plane: Plane, values: Sequence[Value]) -> list[tuple[float, Value]]:
     """Pixels of a curve's values; y is None where there is no value."""
-    return [(plane.place(at), None if value is None else plane.y.place(value)) for at, value in zip(plane.x, values)]
+    return [(plane.pixel(at), None if value is None else plane.y.pixel(value)) for at, value in zip(plane.x, values)]
 
 
 def _path(points: Sequence[tuple[float, Value]]) -> str:
@@ -337,14 +337,14 @@ def _end_labels(plane: Plane, ends: Sequence[tuple[float, int, str]]) -> list[st
     """Names at the ends of curves, at least 15 pixels apart and above the axis."""
     ordered = sorted(end for end in ends if end[2])
     lowest = HEIGHT - BOTTOM - 2
-    places: list[float] = []
+    heights: list[float] = []
     for at, _, _ in ordered:
-        places.append(max(at, places[-1] + 15) if places else at)
-    for k in reversed(range(len(places))):
-        places[k] = min(places[k], lowest - 15 * (len(places) - 1 - k))
+        heights.append(max(at, heights[-1] + 15) if heights else at)
+    for k in reversed(range(len(heights))):
+        heights[k] = min(heights[k], lowest - 15 * (len(heights) - 1 - k))
     return [
         f'<text class="f{i}" x="{plane.end + 8}" y="{at + 4:.1f}">{escape(name)}</text>'
-        for at, (_, i, name) in zip(places, ordered)
+        for at, (_, i, name) in zip(heights, ordered)
     ]
 
 
@@ -359,7 +359,7 @@ def _hovers(plane: Plane, series: Sequence[Series], unit: str) -> list[str]:
             f"{curve.name or 'value'}: {number(curve.values[k], unit)}" for curve in series if curve.values[k] is not None
         )
         columns.append(
-            f'<rect class="hover" x="{plane.place(x[k]) - column_width / 2:.1f}" y="{TOP}" width="{column_width:.1f}" '
+            f'<rect class="hover" x="{plane.pixel(x[k]) - column_width / 2:.1f}" y="{TOP}" width="{column_width:.1f}" '
             f'height="{HEIGHT - TOP - BOTTOM}"><title>step {x[k]:g}\n{escape(text)}</title></rect>'
         )
     return columns

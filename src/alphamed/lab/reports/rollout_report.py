@@ -61,7 +61,7 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
-class Examples:
+class PatternExamples:
     """Responses that show one pattern, or the one letter of a collapsed run."""
 
     title: str
@@ -74,7 +74,7 @@ class RolloutReport:
     warnings: tuple[str, ...]
     figures: tuple[Figure, ...]
     tables: tuple[Table, ...]
-    examples: tuple[Examples, ...]
+    examples: tuple[PatternExamples, ...]
     questions: QuestionCounts
     numbers: dict[str, Any]  # for report.json
     questions_csv: str
@@ -293,13 +293,13 @@ def _letter_row(letter: str, whole: StepStats, first: StepStats | None, last: St
     return TableRow(letter, (keys, *([share(first), share(last)] if first else [share(whole)])))
 
 
-def _examples(stats: RolloutStats) -> list[Examples]:
+def _examples(stats: RolloutStats) -> list[PatternExamples]:
     """Each pattern with its share at both ends and examples; the collapsed letter where there is one."""
     compared = ends(stats.steps)
     examples = []
     if (collapsed := collapse(compared.last.answers, compared.last.keys)) is not None:
         examples.append(
-            Examples(
+            PatternExamples(
                 f"One letter: {collapsed.letter}",
                 f"{percent(collapsed.share)} of the last answers; wrong ones among them:",
                 tuple(stats.quotes.get(collapsed.letter, ())),
@@ -310,7 +310,7 @@ def _examples(stats: RolloutStats) -> list[Examples]:
             last = f"{percent(compared.last.response_patterns[pattern].share or 0.0)} at the end {meaning}"
             first = compared.first.response_patterns[pattern].share or 0.0 if compared.first else None
             caption = last if first is None else f"{percent(first)} at the beginning, {last}"
-            examples.append(Examples(title, f"{caption}. From step {quotes[0].step}:", tuple(quotes)))
+            examples.append(PatternExamples(title, f"{caption}. From step {quotes[0].step}:", tuple(quotes)))
     return examples
 
 
@@ -374,10 +374,8 @@ def questions_csv(stats: RolloutStats) -> str:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(QUESTION_COLUMNS)
     for name, history in stats.questions.items():
-        (first_step, first_correct, first_total), (last_step, last_correct, last_total) = (
-            history.visits[0],
-            history.visits[-1],
-        )
+        first_step, first_correct, first_total = history.visits[0]
+        last_step, last_correct, last_total = history.visits[-1]
         writer.writerow(
             [
                 name,
