@@ -320,7 +320,7 @@ def test_changes_are_counted_over_common_questions():
         "s",
         limit=1,
     )
-    assert (counts.stayed_right, counts.got_better, counts.got_worse, counts.stayed_wrong) == (1, 2, 1, 0)
+    assert (counts.stayed_correct, counts.got_better, counts.got_worse, counts.stayed_wrong) == (1, 2, 1, 0)
     assert len(counts.better) == 1 and counts.worse[0].before["id"] == "c"
     assert changes(items(a="correct"), items(b="correct"), "s") is None
     assert changes(items(a="correct"), items(a="correct"), "other") is None

@@ -152,7 +152,7 @@ def test_boxes_without_knowledge_are_reported():
     few = [None, None, None, "A"]
     sentences = response_warnings(run([few] * 8 + ["ABCD"] * 8))
     assert len(sentences) == 1 and sentences[0].startswith("More boxes, not more knowledge: 25.0% [")
-    assert sentences[0].endswith("Picking letters blindly gives 25.0%.")
+    assert sentences[0].endswith("Picking letters at random gives 25.0%.")
 
 
 def test_a_short_run_is_judged_by_its_end():

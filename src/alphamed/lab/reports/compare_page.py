@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from alphamed.errors import ConfigError
 from alphamed.evaluation.score import percent, points
 from alphamed.lab.reports.comparison import comparison, mix
 from alphamed.lab.reports.figures import SMOOTH, SMOOTH_FROM, Figure
-from alphamed.lab.reports.plots import PAGE_STYLE, STYLE, Series, gain_rows, line_chart, scatter
+from alphamed.lab.reports.page import render_page
+from alphamed.lab.reports.plots import Series, gain_rows, line_chart, scatter
 from alphamed.lab.reports.runs import UNCHANGED, ComparedRun, read_runs
 from alphamed.rundir.metrics import step_of
 
@@ -115,19 +116,10 @@ def console_lines(numbers: dict[str, Any]) -> list[str]:
 
 def render(runs: Sequence[ComparedRun], numbers: dict[str, Any]) -> str:
     """The HTML page; `numbers` is the comparison of `runs`."""
-    import jinja2
-
-    folder = Path(__file__).parent
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {"points": points, "share": _share, "mix": mix, "interval": _interval}
     pairs = sorted(numbers["pairs"], key=lambda row: row["p"])[:MOST_PAIRS]
-    return environment.get_template("compare.html.j2").render(
+    return render_page(
+        Path(__file__).with_name("compare.html.j2"),
+        {"points": points, "share": _share, "mix": mix, "interval": _interval},
         numbers=numbers,
         runs={run["number"]: run for run in numbers["runs"]},
         curves=training_curves(runs),
@@ -137,8 +129,6 @@ def render(runs: Sequence[ComparedRun], numbers: dict[str, Any]) -> str:
         most_drawn=MOST_DRAWN,
         pairs=pairs,
         more_pairs=len(numbers["pairs"]) - len(pairs),
-        chart_style=STYLE,
-        style=PAGE_STYLE.read_text(encoding="utf-8"),
     )
 
 
@@ -358,5 +348,5 @@ def _share(value: float | None) -> str:
     return "-" if value is None else percent(value)
 
 
-def _interval(interval: Sequence[float], show: Callable[[float], str] = _share) -> str:
-    return f"[{show(interval[0])}, {show(interval[1])}]"
+def _interval(interval: Sequence[float]) -> str:
+    return f"[{_share(interval[0])}, {_share(interval[1])}]"

@@ -20,18 +20,17 @@ from alphamed.evaluation.runner import read_asked, read_items, read_scores, scor
 from alphamed.evaluation.score import Score, Share, percent, verdict
 from alphamed.files import replace_json, replace_text
 from alphamed.lab.reports.figures import SMOOTH, SMOOTH_FROM, Figure, MetricsRow, figures
-from alphamed.lab.reports.plots import PAGE_STYLE, STYLE, Series, interval_rows, line_chart, number, sheet
-from alphamed.lab.reports.rollout_report import ABSENT, RolloutReport, rollout_report
+from alphamed.lab.reports.page import render_page
+from alphamed.lab.reports.plots import Series, interval_rows, line_chart, number, sheet
+from alphamed.lab.reports.rollout_report import ABSENT, rollout_report
 from alphamed.lab.reports.samples import Changes, Items, changes, marked, rollout_examples
-from alphamed.lab.reports.watch import collapse, collapse_sentence
+from alphamed.lab.reports.watch import EDGE_STEPS, collapse, collapse_sentence
 from alphamed.records import Outcome
 from alphamed.rundir import evaluation_log, provenance
 from alphamed.rundir.directory import config_of_run
 from alphamed.rundir.metrics import last_step, read_rows
 from alphamed.rundir.sinks import spoken_time
 
-EDGE_STEPS = 5
-"""Steps at either end whose means are compared."""
 WITHOUT_REASONING = 0.25
 """The smallest share of bare boxes in the last steps that is reported in a sentence."""
 SHEET_FIGURES = ("reward", "outcomes", "length", "entropy", "grad_norm", "logprob_diff")
@@ -81,32 +80,21 @@ def main(run_dir: Path) -> int:
 
 def write_report(run_dir: Path) -> Path:
     """Write run_dir/report.html (whole or not at all), its numbers, and curves.svg for slides; return the path of the page."""
-    import jinja2
-
-    rows = read_rows(run_dir / "metrics.jsonl")
-    charts = figures(rows)
-    config = config_of_run(run_dir)
-    folder = Path(__file__).parent
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {"marked": marked, "number": number, "time": spoken_time}
-    sets, responses = set_reports(run_dir), rollout_report(run_dir)
-    training = training_sentences(rows)
+    name, config, rows = run_dir.resolve().name, config_of_run(run_dir), read_rows(run_dir / "metrics.jsonl")
+    charts, scores, responses = figures(rows), evaluations(run_dir), rollout_report(run_dir)
+    sets, sentences = set_reports(run_dir, scores), training_sentences(rows)
     warnings = [*(responses.warnings if responses else ()), *(report.warning for report in sets if report.warning)]
-    html = environment.get_template("report.html.j2").render(
-        name=run_dir.resolve().name,
+    html = render_page(
+        Path(__file__).with_name("report.html.j2"),
+        {"marked": marked, "number": number, "time": spoken_time},
+        name=name,
         config=config.model_dump(mode="json"),
         config_text=dump_config(config),
         steps=len(rows),
         wall_s=next((row["time/wall_s"] for row in reversed(rows) if row.get("time/wall_s")), None),
-        training=training,
+        training=sentences,
         warnings=warnings,
-        tiles=tiles(rows, run_dir, sets),
+        tiles=tiles(rows, list(scores.values()), sets),
         sets=sets,
         figures=charts,
         evaluation_log=evaluation_log.sentences(run_dir),
@@ -117,38 +105,25 @@ def write_report(run_dir: Path) -> Path:
         smooth_from=SMOOTH_FROM,
         starts=_starts(run_dir),
         files=_files(run_dir),
-        chart_style=STYLE,
-        style=PAGE_STYLE.read_text(encoding="utf-8"),
     )
-    replace_text(run_dir / "report.html", html)
-    replace_json(run_dir / "report.json", _numbers(run_dir, rows, training, warnings, responses))
-    if responses:
-        replace_text(run_dir / "report_questions.csv", responses.questions_csv)
-    if charts:
-        replace_text(run_dir / "curves.svg", curves_sheet(charts, run_dir.resolve().name))
-    return run_dir / "report.html"
-
-
-def _numbers(
-    run_dir: Path,
-    rows: Sequence[MetricsRow],
-    training: Sequence[str],
-    warnings: Sequence[str],
-    responses: RolloutReport | None,
-) -> dict[str, Any]:
-    """The numbers of the page that are not in metrics.jsonl, as plain values."""
-    return {
-        "run": run_dir.resolve().name,
+    numbers = {
+        "run": name,
         "last_step": last_step(rows),
-        "sentences": list(training),
-        "warnings": list(warnings),
+        "sentences": sentences,
+        "warnings": warnings,
         "evaluations": {
-            name: {str(step): score_json(scores[name]) for step, scores in evaluations(run_dir).items() if name in scores}
-            for name in _set_names(run_dir)
+            report.name: {str(step): score_json(scores[step][report.name]) for step in report.steps} for report in sets
         },
         "responses": responses.numbers if responses else None,
         "absent": None if responses else ABSENT,
     }
+    replace_text(run_dir / "report.html", html)
+    replace_json(run_dir / "report.json", numbers)
+    if responses:
+        replace_text(run_dir / "report_questions.csv", responses.questions_csv)
+    if charts:
+        replace_text(run_dir / "curves.svg", curves_sheet(charts, name))
+    return run_dir / "report.html"
 
 
 def curves_sheet(charts: Sequence[Figure], title: str) -> str:
@@ -225,13 +200,12 @@ def edges(rows: Sequence[MetricsRow], metric: str) -> tuple[float | None, float 
     return mean(rows[:EDGE_STEPS]), mean(rows[-EDGE_STEPS:])
 
 
-def tiles(rows: Sequence[MetricsRow], run_dir: Path, sets: Sequence[SetReport]) -> list[Tile]:
-    """Headline numbers: reward in training, then the main shares of the first evaluation set."""
+def tiles(rows: Sequence[MetricsRow], scores: Sequence[Mapping[str, Score]], sets: Sequence[SetReport]) -> list[Tile]:
+    """Headline numbers: reward in training, then the main shares of the first evaluation set; `scores` in order of steps."""
     headline = []
     first, last = edges(rows, "reward/mean")
     if first is not None and last is not None and len(rows) >= 2 * EDGE_STEPS:
         headline.append(Tile("Reward", f"{first:.2f}", f"{last:.2f}", f"mean of {EDGE_STEPS} steps, training questions"))
-    scores = list(evaluations(run_dir).values())
     if sets and len(scores) > 1:
         before, after = scores[0].get(sets[0].name), scores[-1].get(sets[0].name)
         for label, key in list(SHARES.items())[:3] if before and after else ():
@@ -253,17 +227,10 @@ def evaluations(run_dir: Path) -> dict[int, dict[str, Score]]:
     }
 
 
-def set_reports(run_dir: Path) -> list[SetReport]:
-    """One report per evaluation set, comparing its first with its last evaluation."""
-    scores_by_step = evaluations(run_dir)
-    return [
-        _set_report(run_dir, name, {step: scores[name] for step, scores in scores_by_step.items() if name in scores})
-        for name in _set_names(run_dir)
-    ]
-
-
-def _set_names(run_dir: Path) -> list[str]:
-    return list(dict.fromkeys(name for scores in evaluations(run_dir).values() for name in scores))
+def set_reports(run_dir: Path, scores: Mapping[int, Mapping[str, Score]]) -> list[SetReport]:
+    """One report per evaluation set, comparing its first with its last evaluation; `scores` as from `evaluations`."""
+    names = dict.fromkeys(name for row in scores.values() for name in row)
+    return [_set_report(run_dir, name, {step: row[name] for step, row in scores.items() if name in row}) for name in names]
 
 
 def _set_report(run_dir: Path, name: str, scores: Mapping[int, Score]) -> SetReport:

@@ -31,7 +31,7 @@ class AnswerPair:
 class Changes:
     """How the answers of a question set changed: counts over all questions, and some of those that changed."""
 
-    stayed_right: int
+    stayed_correct: int
     got_better: int
     got_worse: int
     stayed_wrong: int
@@ -58,13 +58,13 @@ def changes(before: Items, after: Items, name: str, limit: int = 4) -> Changes |
     if not pairs:
         return None
 
-    def right(item: dict[str, Any]) -> bool:
+    def correct(item: dict[str, Any]) -> bool:
         return item["outcome"] == Outcome.CORRECT
 
     pairs.sort(key=lambda pair: hashlib.sha256(pair.before["id"].encode()).hexdigest())
-    better = [pair for pair in pairs if right(pair.after) and not right(pair.before)]
-    worse = [pair for pair in pairs if right(pair.before) and not right(pair.after)]
-    stayed = sum(right(pair.before) and right(pair.after) for pair in pairs)
+    better = [pair for pair in pairs if correct(pair.after) and not correct(pair.before)]
+    worse = [pair for pair in pairs if correct(pair.before) and not correct(pair.after)]
+    stayed = sum(correct(pair.before) and correct(pair.after) for pair in pairs)
     return Changes(
         stayed,
         len(better),

@@ -44,12 +44,9 @@ def _warnings(run_dir: Path) -> list[str]:
 
 
 def _set_lines(name: str, scores: Sequence[Score]) -> list[str]:
-    before, after = scores[0], scores[-1]
-    lines = [
-        "",
-        f"{name}: {after.n} questions, {'before -> after' if len(scores) > 1 else 'evaluated once'} (95% intervals)",
-    ]
+    before, after, several = scores[0], scores[-1], len(scores) > 1
+    lines = ["", f"{name}: {after.n} questions, {'before -> after' if several else 'evaluated once'} (95% intervals)"]
     for label, key in SHARES.items():
-        values = [str(getattr(score, key)) for score in ((before, after) if len(scores) > 1 else (after,))]
+        values = [str(getattr(score, key)) for score in ((before, after) if several else (after,))]
         lines.append(f"  {label:<22} {' -> '.join(values)}")
-    return lines + [f"  {text}" for text in (verdict(before, after) if len(scores) > 1 else ())]
+    return lines + [f"  {text}" for text in (verdict(before, after) if several else ())]

@@ -16,7 +16,7 @@ from alphamed.lab.reports.response_patterns import ResponsePattern
 from alphamed.lab.reports.rollout_stats import Count, StepStats, merged
 
 EDGE_STEPS = 5
-"""Recorded steps at either end that are compared; of a run with fewer than twice as many only the end is used."""
+"""Steps at either end of a run that are compared; a run with fewer than twice as many has no beginning to compare."""
 LEAST_ANSWERS = 20
 COLLAPSED = 0.7
 AHEAD = 0.25
@@ -58,12 +58,13 @@ class Ends:
 
 
 def ends(steps: Sequence[StepStats]) -> Ends:
+    """Merge the first and the last EDGE_STEPS of the recorded steps."""
     edge = min(EDGE_STEPS, len(steps))
     return Ends(merged(steps[:edge]) if len(steps) >= 2 * EDGE_STEPS else None, merged(steps[len(steps) - edge :]), edge)
 
 
 def collapse(answers: Counter[str], keys: Counter[str]) -> Collapse | None:
-    """The letter that nearly all answers are, or None. `keys` are the right letters of the questions behind `answers`."""
+    """The letter that nearly all answers are, or None. `keys` are the correct letters of the questions behind `answers`."""
     if answers.total() < LEAST_ANSWERS:
         return None
     letter, count = min(answers.items(), key=lambda item: (-item[1], item[0]))
@@ -106,15 +107,14 @@ def _boxes_alone(compared: Ends) -> str | None:
     return (
         f"More boxes, not more knowledge: {share_text(old.boxed)} of responses were boxed in the first {compared.steps} recorded "
         f"steps, {share_text(new.boxed)} in the last; among the boxed {share_text(old.among_boxed)} were correct, then "
-        f"{share_text(new.among_boxed)}. Picking letters blindly gives {percent(chance)}."
+        f"{share_text(new.among_boxed)}. Picking letters at random gives {percent(chance)}."
     )
 
 
 def _pattern(compared: Ends, pattern: ResponsePattern, where: str) -> str | None:
-    new, old = (
-        compared.last.response_patterns[pattern],
-        compared.first.response_patterns[pattern] if compared.first else Count(),
-    )
+    """A warning where a pattern is common and more frequent than at the beginning."""
+    new = compared.last.response_patterns[pattern]
+    old = compared.first.response_patterns[pattern] if compared.first else Count()
     if new.share is None or new.share < COMMON or (old.share is not None and new.share <= old.share):
         return None
     title, meaning = PATTERNS[pattern]
