@@ -106,11 +106,7 @@ def main(paths: Sequence[Path], out: Path, as_json: bool) -> int:
 
 def console_lines(numbers: dict[str, Any]) -> list[str]:
     """The comparison for a terminal."""
-    lines = [
-        f"{run['name']} has no before and after to compare: {run['not_compared']}"
-        for run in numbers["runs"]
-        if run["not_compared"]
-    ]
+    lines = [f"{run['name']} is not compared: {run['not_compared']}" for run in numbers["runs"] if run["not_compared"]]
     return [*numbers["verdict"], *numbers["warnings"], *lines]
 
 
@@ -141,15 +137,14 @@ def table_csv(numbers: dict[str, Any]) -> str:
     for evaluation_set in numbers["sets"]:
         for row in evaluation_set["runs"]:
             with_sets.add(row["run"])
-            writer.writerow({"set": evaluation_set["name"], **_run_cells(numbers, row["run"]), **_result_cells(row)})
+            writer.writerow({"set": evaluation_set["name"], **_run_cells(_run_of(row, numbers)), **_result_cells(row)})
     for run in numbers["runs"]:
         if run["number"] not in with_sets:
-            writer.writerow(_run_cells(numbers, run["number"]))
+            writer.writerow(_run_cells(run))
     return file.getvalue()
 
 
-def _run_cells(numbers: dict[str, Any], number: int) -> dict[str, Any]:
-    run = numbers["runs"][number - 1]
+def _run_cells(run: dict[str, Any]) -> dict[str, Any]:
     training = run["training"] or {}
     return {
         "run": run["name"],
@@ -193,7 +188,7 @@ def parts_csv(numbers: dict[str, Any]) -> str:
     writer.writeheader()
     for evaluation_set in numbers["sets"]:
         for row in evaluation_set["runs"]:
-            run = numbers["runs"][row["run"] - 1]
+            run = _run_of(row, numbers)
             for attribute in ATTRIBUTES:
                 parts = row[f"by_{attribute.field}"]
                 for value, part in parts.items() if parts.keys() != {"none"} else ():
@@ -250,7 +245,7 @@ def _gains(evaluation_set: dict[str, Any], numbers: dict[str, Any]) -> str | Non
     rows = []
     for row in evaluation_set["runs"]:
         if (change := row["change"]) is not None:
-            run = numbers["runs"][row["run"] - 1]
+            run = _run_of(row, numbers)
             rows.append((f"{run['number']} {run['name']}", change["difference"], *change["interval"], bool(run["control"])))
     return gain_rows(rows) if rows else None
 
@@ -283,19 +278,13 @@ def _by_value(
     rows: Sequence[dict[str, Any]], by: str, numbers: dict[str, Any], attribute: Attribute, chance: float | None
 ) -> str | None:
     """Accuracy after training of the first runs, by the values of an attribute; None for a single value."""
-    scatter_points = [
-        (
-            str(row["run"]),
-            float(value),
-            part["accuracy"],
-            *part["interval"],
-            bool(numbers["runs"][row["run"] - 1]["control"]),
-        )
+    drawn = [
+        _point(_run_of(row, numbers), float(value), part)
         for row in rows[:MOST_DRAWN]
         for value, part in row[by].items()
         if value != "none"
     ]
-    return scatter(scatter_points, attribute.unit, chance) if len({x for _, x, *_ in scatter_points}) > 1 else None
+    return scatter(drawn, attribute.unit, chance) if len({x for _, x, *_ in drawn}) > 1 else None
 
 
 def _accuracy_against(numbers: dict[str, Any], key: str, x_title: str) -> list[Figure]:
@@ -309,21 +298,13 @@ def _accuracy_against(numbers: dict[str, Any], key: str, x_title: str) -> list[F
 
 
 def _set_against(evaluation_set: dict[str, Any], numbers: dict[str, Any], key: str, x_title: str) -> Figure | None:
-    scatter_points = []
+    drawn = []
     for row in evaluation_set["runs"]:
-        run = numbers["runs"][row["run"] - 1]
+        run = _run_of(row, numbers)
         training = run["training"] or {}
         if row["after"] and training.get(key) is not None and run["control"] != UNCHANGED:
-            scatter_points.append(
-                (
-                    str(run["number"]),
-                    float(training[key]),
-                    row["after"]["accuracy"],
-                    *row["after"]["interval"],
-                    bool(run["control"]),
-                )
-            )
-    if len({x for _, x, *_ in scatter_points}) < 2:
+            drawn.append(_point(run, float(training[key]), row["after"]))
+    if len({x for _, x, *_ in drawn}) < 2:
         return None
     lower_bound = (
         " Sizes may be larger: some were not recorded."
@@ -335,8 +316,18 @@ def _set_against(evaluation_set: dict[str, Any], numbers: dict[str, Any], key: s
         evaluation_set["name"],
         evaluation_set["name"],
         f"Accuracy after training, n = {_n(evaluation_set)}, with 95% intervals; labels are run numbers.{chance}{lower_bound}",
-        scatter(scatter_points, x_title, evaluation_set["chance"]),
+        scatter(drawn, x_title, evaluation_set["chance"]),
     )
+
+
+def _point(run: dict[str, Any], x: float, answers: dict[str, Any]) -> tuple[str, float, float, float, float, bool]:
+    """A point of a `scatter` chart: a run's accuracy at x."""
+    low, high = answers["interval"]
+    return str(run["number"]), x, answers["accuracy"], low, high, bool(run["control"])
+
+
+def _run_of(row: dict[str, Any], numbers: dict[str, Any]) -> dict[str, Any]:
+    return numbers["runs"][row["run"] - 1]
 
 
 def _n(evaluation_set: dict[str, Any]) -> str:
