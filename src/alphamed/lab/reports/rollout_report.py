@@ -301,16 +301,16 @@ def _examples(stats: RolloutStats) -> list[PatternExamples]:
         examples.append(
             PatternExamples(
                 f"One letter: {collapsed.letter}",
-                f"{percent(collapsed.share)} of the last answers; wrong ones among them:",
+                f"{percent(collapsed.share)} of the answers in the last steps. Wrong answers among them:",
                 tuple(stats.quotes.get(collapsed.letter, ())),
             )
         )
     for pattern, (title, meaning) in PATTERNS.items():
         if quotes := stats.quotes.get(pattern):
-            last = f"{percent(compared.last.response_patterns[pattern].share or 0.0)} at the end {meaning}"
-            first = compared.first.response_patterns[pattern].share or 0.0 if compared.first else None
-            caption = last if first is None else f"{percent(first)} at the beginning, {last}"
-            examples.append(PatternExamples(title, f"{caption}. From step {quotes[0].step}:", tuple(quotes)))
+            caption = f"In the last steps {percent(compared.last.response_patterns[pattern].share or 0.0)} {meaning}"
+            if compared.first:
+                caption += f"; in the first {percent(compared.first.response_patterns[pattern].share or 0.0)}"
+            examples.append(PatternExamples(title, f"{caption}. Examples from step {quotes[0].step}:", tuple(quotes)))
     return examples
 
 
