@@ -158,14 +158,14 @@ def append_items(path: Path, answers: Iterable[GradedAnswer]) -> None:
 
 def read_items(path: Path) -> dict[Key, list[GradedAnswer]]:
     """The answers to each question in the order of samples; {} where there is no file. Half a last line is left out, and of a
-    sample that occurs twice the last counts. ConfigError names a line that is no graded answer."""
+    sample that occurs twice the last counts. ConfigError names a line that is not a graded answer."""
     answers: dict[Key, dict[int, GradedAnswer]] = {}
     for number, row in enumerate(read_json_lines(path), start=1):
         try:
             answer = _answer(row)
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
-                f"{path}: line {number} is no graded answer ({type(error).__name__}: {error}); remove it and evaluate again, "
+                f"{path}: line {number} is not a graded answer ({type(error).__name__}: {error}); remove it and evaluate again, "
                 f"which asks this question once more"
             ) from None
         answers.setdefault(answer.asked.key, {})[answer.sample] = answer

@@ -1,5 +1,5 @@
-"""Whole evaluations set against each other: answers read from their files, paired by question, tests adjusted. Pure but for
-the reading.
+"""Whole evaluations compared: answers read from their files, paired by question, p values adjusted. Pure except for
+reading the files.
 
 Files of both kinds are read: the evaluations of a run (`step_N.items.jsonl`) and those of `alphamed eval` (`items.jsonl`),
 where a question may have several samples.
@@ -23,35 +23,34 @@ from alphamed.response_stats import ResponseStats
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What a model said to one question of a set, over all samples. `identity` is equal where the same was asked: text,
-    options in their order, key."""
+class AnsweredQuestion:
+    """A model's answers to one question of a set, over all samples. `identity` is equal for the same question: text, options
+    in the same order, key."""
 
     id: str
     identity: tuple[Any, ...]
     key: str
-    options: int  # that were shown; 0: none
+    options: int  # number of options shown; 0 where the variant hides them
     attributes: Mapping[str, int | None]  # field -> value
     outcomes: tuple[Outcome, ...]
     letters: tuple[str | None, ...]
     votes: tuple[str | None, ...]  # what each boxed answer counts as, see `variants.vote_of`
     stats: ResponseStats  # of all samples
-    text: str  # of the first sample
     question: str
 
     @property
     def right(self) -> bool:
-        """Whether the question counts as answered right: no other answer is as common among the samples as the key."""
+        """Whether the key is the most common answer among the samples; a tie counts as wrong."""
         others = Counter(vote for vote, outcome in zip(self.votes, self.outcomes) if outcome is Outcome.WRONG)
         return self.stats.correct > max(others.values(), default=0)
 
 
 @dataclass(frozen=True, slots=True)
 class AnsweredSet:
-    """A set of questions and what one model said to each. Shares are over all samples, intervals count the questions."""
+    """A set of questions with one model's answers. Shares are over all samples, intervals over questions."""
 
     name: str
-    answers: Mapping[str, Answer]
+    answers: Mapping[str, AnsweredQuestion]
     stats: ResponseStats
 
     @property
@@ -96,7 +95,7 @@ class AnsweredSet:
 
     @property
     def among_interval(self) -> tuple[float, float]:
-        """For as many questions as have a boxed answer; 0..1 without one."""
+        """Over the questions that have a boxed answer; 0..1 without one."""
         boxed = sum(answer.stats.boxed > 0 for answer in self.answers.values())
         return wilson(self.among_boxed, boxed) if boxed else (0.0, 1.0)
 
@@ -113,7 +112,7 @@ class AnsweredSet:
 
     def parts(self, attribute: str) -> dict[int | None, AnsweredSet]:
         """Value of an attribute -> the questions that have it, in order, those without one last."""
-        groups: dict[int | None, list[Answer]] = {}
+        groups: dict[int | None, list[AnsweredQuestion]] = {}
         for answer in self.answers.values():
             groups.setdefault(answer.attributes[attribute], []).append(answer)
         return {value: answered(self.name, groups[value]) for value in sorted(groups, key=lambda x: (x is None, x))}
@@ -122,7 +121,7 @@ class AnsweredSet:
 @dataclass(frozen=True, slots=True)
 class Paired:
     """The same questions answered by two models. `gained` are right in the second only, `lost` in the first only;
-    `left_out` counts those that one of them was not asked, or was asked otherwise."""
+    `left_out` counts questions that only one model answered or that differ between the two."""
 
     n: int
     left_out: int
@@ -132,13 +131,13 @@ class Paired:
 
     @property
     def difference(self) -> float:
-        """Share of questions right in the second less that in the first."""
+        """Share of questions right in the second minus that in the first."""
         return (len(self.gained) - len(self.lost)) / self.n
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95% interval of `difference`: Wald's with half a question more in each cell (Agresti and Min 2005), which holds
-        for few flips."""
+        """95% interval of `difference`: Wald's with half a question added to each cell (Agresti and Min 2005), which is
+        valid for few flips too."""
         gained, lost, n = len(self.gained) + 0.5, len(self.lost) + 0.5, self.n + 2
         centre = (gained - lost) / n
         half = Z_95 * math.sqrt((gained + lost) / n - centre**2) / math.sqrt(n)
@@ -149,23 +148,26 @@ class Paired:
         return mcnemar(len(self.gained), len(self.lost))
 
 
-def answered(name: str, answers: Sequence[Answer]) -> AnsweredSet:
+def answered(name: str, answers: Sequence[AnsweredQuestion]) -> AnsweredSet:
     stats = sum((answer.stats for answer in answers), ResponseStats())
     return AnsweredSet(name, {answer.id: answer for answer in answers}, stats)
 
 
 def pair(first: AnsweredSet, second: AnsweredSet) -> Paired | None:
     """Pair two answered sets by question; None where no question is the same in both."""
-    shared = [i for i, one in first.answers.items() if i in second.answers and one.identity == second.answers[i].identity]
+    shared = [
+        i for i, answer in first.answers.items() if i in second.answers and answer.identity == second.answers[i].identity
+    ]
     if not shared:
         return None
-    old, new = (answered(one.name, [one.answers[i] for i in shared]) for one in (first, second))
-    was, now = ({i: one.answers[i].right for i in shared} for one in (old, new))
+    old, new = (answered(side.name, [side.answers[i] for i in shared]) for side in (first, second))
+    right_before = {i for i, answer in old.answers.items() if answer.right}
+    right_after = {i for i, answer in new.answers.items() if answer.right}
     return Paired(
         len(shared),
         len(first.answers.keys() | second.answers.keys()) - len(shared),
-        tuple(i for i in shared if now[i] and not was[i]),
-        tuple(i for i in shared if was[i] and not now[i]),
+        tuple(i for i in shared if i in right_after and i not in right_before),
+        tuple(i for i in shared if i in right_before and i not in right_after),
         split_gain(old.boxed, old.accuracy, new.boxed, new.accuracy),
     )
 
@@ -174,8 +176,8 @@ def holm(values: Sequence[float]) -> list[float]:
     """The p values of several tests adjusted for their number (Holm 1979), in the order given."""
     order = sorted(range(len(values)), key=lambda i: values[i])
     adjusted, highest = [0.0] * len(values), 0.0
-    for place, i in enumerate(order):
-        highest = max(highest, min(1.0, (len(values) - place) * values[i]))
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(values) - rank) * values[i]))
         adjusted[i] = highest
     return adjusted
 
@@ -183,17 +185,17 @@ def holm(values: Sequence[float]) -> list[float]:
 # -------------------------------------------------------------------------------------------------------------- reading
 def read_answered(path: Path) -> dict[str, AnsweredSet]:
     """Set name -> answers from an items file, in the order of the file; {} where there is none. ConfigError names a line
-    that is no graded answer."""
-    sets: dict[str, list[Answer]] = {}
+    that is not a graded answer."""
+    sets: dict[str, list[AnsweredQuestion]] = {}
     for (name, _), samples in read_items(path).items():
-        sets.setdefault(name, []).append(_answer(samples))
+        sets.setdefault(name, []).append(_answered_question(samples))
     return {name: answered(name, answers) for name, answers in sets.items()}
 
 
-def _answer(samples: Sequence[GradedAnswer]) -> Answer:
+def _answered_question(samples: Sequence[GradedAnswer]) -> AnsweredQuestion:
     first = samples[0]
     question = first.asked.question
-    return Answer(
+    return AnsweredQuestion(
         question.id,
         (question.question, question.context, tuple(question.options.items()), question.answer),
         question.answer,
@@ -203,6 +205,5 @@ def _answer(samples: Sequence[GradedAnswer]) -> Answer:
         tuple(sample.letter for sample in samples),
         tuple(sample.vote for sample in samples),
         stats_of(samples),
-        first.text,
         question.question,
     )
