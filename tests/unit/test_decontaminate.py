@@ -11,7 +11,7 @@ import yaml
 from alphamed.config.choices import BadRows
 from alphamed.data.sources import load_questions
 from alphamed.data.text import content_words
-from alphamed.lab.datasets.decontaminate import Rule, find_hits, report
+from alphamed.lab.datasets.decontaminate import MatchRule, find_hits, report
 from alphamed.lab.datasets.matching import similar_pairs
 from alphamed.records import Question
 
@@ -100,10 +100,10 @@ OPTIONS = ("Aldolase", "Enolase", "Hexokinase", "Pyruvate kinase")
 @pytest.mark.parametrize(
     "stem, options, answer, rule",
     [
-        (STEM + "?", OPTIONS, "Aldolase", Rule.EXACT),
-        (STEM.upper() + " :", OPTIONS[::-1], "Aldolase", Rule.EXACT),
-        ("In the liver which enzyme is it that splits its substrate?", OPTIONS[::-1], "Aldolase", Rule.OPTIONS),
-        (STEM + " of a healthy man?", ("Aldolase", "Lyase", "Ligase", "Lipase"), "Aldolase", Rule.SIMILAR),
+        (STEM + "?", OPTIONS, "Aldolase", MatchRule.EXACT),
+        (STEM.upper() + " :", OPTIONS[::-1], "Aldolase", MatchRule.EXACT),
+        ("In the liver which enzyme is it that splits its substrate?", OPTIONS[::-1], "Aldolase", MatchRule.OPTIONS),
+        (STEM + " of a healthy man?", ("Aldolase", "Lyase", "Ligase", "Lipase"), "Aldolase", MatchRule.SIMILAR),
         (STEM + "?", ("Trypsin", "Lyase", "Ligase", "Lipase"), "Lyase", None),  # other answer, other options
         ("What turns glucose over first?", OPTIONS, "Aldolase", None),  # same options and key, other words
         ("Which enzyme of the liver makes fat?", OPTIONS, "Enolase", None),
@@ -118,7 +118,7 @@ def test_a_common_option_set_says_nothing():
     train = [question(f"t{i}", f"Does drug{i} help against fever?", ("yes", "no", "maybe")) for i in range(150)]
     asked = [question("q", "Does drug700 help against pain?", ("yes", "no", "maybe"))]
     assert find_hits(train, {"b": asked}) == []
-    assert [hit.rule for hit in find_hits(train[:50], {"b": asked})] == [Rule.OPTIONS] * 50
+    assert [hit.rule for hit in find_hits(train[:50], {"b": asked})] == [MatchRule.OPTIONS] * 50
 
 
 def test_the_report_has_the_evidence():

@@ -10,7 +10,7 @@ import pytest
 from alphamed.config.choices import BadRows
 from alphamed.data import adapters
 from alphamed.data.keys import AnswerForm, form_of
-from alphamed.data.mcq import Row, check_questions
+from alphamed.data.mcq import RawRow, check_questions
 from alphamed.data.reading import interpret
 from alphamed.data.sources import load_questions
 from alphamed.errors import DataError
@@ -22,7 +22,7 @@ FOUR = ["Aortic", "Pulmonary", "Mitral", "Tricuspid"]
 def rows(keys, options=FOUR, field="answer"):
     """One row a key, in a file called F."""
     return [
-        Row("F", i, {"id": f"q{i}", "question": f"Which valve is number {i}?", "options": options, field: key})
+        RawRow("F", i, {"id": f"q{i}", "question": f"Which valve is number {i}?", "options": options, field: key})
         for i, key in enumerate(keys, start=1)
     ]
 
@@ -180,7 +180,9 @@ def test_texts_that_differ_by_signs_alone_are_matched_as_they_stand():
 
 # -------------------------------------------------------------------------------------------------- several fields
 def stated(**fields):
-    return Row("F", 1, {"id": "q1", "question": "Which?", "options": {"A": "Spleen", "B": "Liver", "C": "Thymus"}} | fields)
+    return RawRow(
+        "F", 1, {"id": "q1", "question": "Which?", "options": {"A": "Spleen", "B": "Liver", "C": "Thymus"}} | fields
+    )
 
 
 def test_fields_that_agree_decide_for_each_other():
@@ -233,7 +235,7 @@ def medmcqa(cop, i=1):
     "cops, right", [((1, 4, 2), ["Aortic", "Tricuspid", "Pulmonary"]), ((0, 3, 2), ["Aortic", "Tricuspid", "Mitral"])]
 )
 def test_medmcqa_of_its_authors_and_of_the_hub(cops, right):
-    found, reading = interpret(Row("F", i, medmcqa(cop, i)) for i, cop in enumerate(cops))
+    found, reading = interpret(RawRow("F", i, medmcqa(cop, i)) for i, cop in enumerate(cops))
     questions, problems = check_questions(found)
     assert [q.options[q.answer] for q in questions] == right and problems == []
     assert reading.forms["cop"] == (AnswerForm.INDEX1 if 4 in cops else AnswerForm.INDEX)
@@ -241,14 +243,14 @@ def test_medmcqa_of_its_authors_and_of_the_hub(cops, right):
 
 def test_the_pinned_copy_of_the_hub_is_known_to_count_from_0_and_checked():
     assert SOURCES["medmcqa"].answer == AnswerForm.INDEX
-    found, _ = interpret([Row("F", 1, medmcqa(2))], AnswerForm.INDEX)
+    found, _ = interpret([RawRow("F", 1, medmcqa(2))], AnswerForm.INDEX)
     assert found[0].value["answer"] == "C"
     with pytest.raises(DataError, match="cop of the file holds numbers from 1"):
-        interpret([Row("F", 1, medmcqa(4))], AnswerForm.INDEX)
+        interpret([RawRow("F", 1, medmcqa(4))], AnswerForm.INDEX)
 
 
 def headqa(right, numbers=(1, 2, 3, 4)):
-    return Row(
+    return RawRow(
         "F",
         1,
         adapters.headqa(
@@ -288,7 +290,7 @@ def test_mmlu_pros_letter_and_index_count_what_is_no_option_too(index, letter, r
         "answer_index": index,
         "category": "health",
     }
-    found, _ = interpret([Row("F", 1, adapters.mmlu_pro_medical(row))])
+    found, _ = interpret([RawRow("F", 1, adapters.mmlu_pro_medical(row))])
     (question,), _ = check_questions(found)
     assert question.options == {"A": "Tibia", "B": "Femur", "C": "Ulna"} and question.options[question.answer] == right
 
@@ -301,7 +303,7 @@ def test_mmlu_pros_contradiction_and_a_key_to_no_option():
             "options": ["Tibia", "N/A", "Femur"],
             "category": "health",
         } | changes
-        _, problems = check_questions(interpret([Row("F", 1, adapters.mmlu_pro_medical(row))])[0])
+        _, problems = check_questions(interpret([RawRow("F", 1, adapters.mmlu_pro_medical(row))])[0])
         return problems[0].problem
 
     assert "contradict each other (answer_index 0 is option A, answer 'C' is option C)" in problem(

@@ -7,14 +7,14 @@ import pytest
 from alphamed.config.loading import validated
 from alphamed.data.describe import length_words
 from alphamed.errors import ConfigError, DataError
-from alphamed.lab.datasets.mixture import Item, balanced, drawn, filtered, largest_cap, mixed, relettered, shuffled
+from alphamed.lab.datasets.mixture import PoolItem, balanced, drawn, filtered, largest_cap, mixed, relettered, shuffled
 from alphamed.lab.datasets.recipe import BalanceRecipe, BuildRecipe, FilterRecipe, QuotaRecipe, Short
 from alphamed.records import Question
 
 
 def item(i, origin="s", level=None, options=("w", "x", "y", "z"), answer="A", stem="Why", source=None, context=None):
     lettered = dict(zip("ABCDEFGHIJ", options))
-    return Item(Question(f"{origin}{i}", stem, lettered, answer, context, source or origin, level), origin, "MIT")
+    return PoolItem(Question(f"{origin}{i}", stem, lettered, answer, context, source or origin, level), origin, "MIT")
 
 
 def ids(items):

@@ -21,7 +21,7 @@ from alphamed.lab.planner.time import decay_scale, step_time
 from alphamed.lab.planner.topology import axis_groups, context_bytes, coordinates, place
 from alphamed.planner.batch import batch_of, in_flight
 from alphamed.planner.hardware import gpu
-from alphamed.planner.job import Job
+from alphamed.planner.job import PlannedJob
 from alphamed.planner.legality import layout_problems
 from alphamed.planner.memory import _receiving_bytes, engine_cache, layer_bytes, stage_use, static_bytes, trainer_use
 from alphamed.planner.parameters import buffer_elements, count, layers_of, stage_parameters
@@ -45,7 +45,7 @@ def config_of(name: str = LLAMA_8B, /, **sections) -> Config:
     return build_config(tree)
 
 
-def job(name: str = LLAMA_8B, /, **sections) -> Job:
+def job(name: str = LLAMA_8B, /, **sections) -> PlannedJob:
     return job_of(config_of(name, **sections))[0]
 
 
@@ -355,9 +355,9 @@ def test_recipes_fit_the_nodes_that_they_name(path):
     found = load_config(path)
     plan = make_plan(*job_of(found))
     assert plan.fits, plan.problems
-    assert plan.found.topology.nodes == found.cluster.nodes and f"{found.cluster.nodes}node" in path.stem
+    assert plan.assessment.topology.nodes == found.cluster.nodes and f"{found.cluster.nodes}node" in path.stem
     assert found.run.name == path.stem and found.model.fp8 == path.stem.endswith("_fp8")
-    assert {"trainer", "engine"} == {seat.role for seat in plan.found.topology.seats}  # no GPU idles
+    assert {"trainer", "engine"} == {seat.role for seat in plan.assessment.topology.seats}  # no GPU idles
 
 
 def test_there_is_a_recipe_for_every_model_and_cluster():
@@ -425,7 +425,7 @@ def test_illegal_settings_come_with_the_nearest_that_fit(sections, field, fix):
         "parallel": {"recompute": "full"} | sections.get("parallel", {}),
     }
     plan = make_plan(job(**wide))
-    assert not plan.fits and plan.found is None
+    assert not plan.fits and plan.assessment is None
     assert plan.problems[0].text.startswith(field) and plan.problems[0].fix == (fix,)
     assert make_plan(job_of(changed_config(config_of(**wide), [fix]))[0]).fits
 
@@ -463,11 +463,11 @@ def test_every_printed_mend_changes_something_and_leads_to_a_legal_plan(name, ov
     assert not plan.fits
     fixes = [problem.fix for problem in plan.problems if problem.fix]
     changes = advice.fixes(plan)
-    assert len(fixes) == 1 if plan.found is None else changes
+    assert len(fixes) == 1 if plan.assessment is None else changes
     for fix in (*fixes, *(change.overrides for change in changes)):
         fixed = changed_config(config, fix)
         assert fixed != config
-        assert make_plan(*job_of(fixed)).found is not None, fix
+        assert make_plan(*job_of(fixed)).assessment is not None, fix
     for change in changes:
         assert make_plan(*job_of(changed_config(config, change.overrides))).fits, change
 
@@ -527,7 +527,7 @@ def test_a_row_that_is_too_long_for_tensor_ranks_is_shared_by_context_ranks():
         cluster={"nodes": 2},
     )
     plan = make_plan(one)
-    assert not plan.fits and plan.found
+    assert not plan.fits and plan.assessment
     shared = changed_config(one.config, ["parallel.context=8", "parallel.data=1", "rollout.step_deadline_s=100000"])
     assert make_plan(job_of(shared)[0]).fits
     assert all(make_plan(job_of(changed_config(one.config, change.overrides))[0]).fits for change in advice.fixes(plan))
@@ -546,7 +546,7 @@ def test_what_is_too_large_comes_with_changes_that_make_it_fit():
     assert found
     for change in found:
         fixed = make_plan(replace(one, config=changed_config(one.config, change.overrides)))
-        assert fixed.fits and fixed.found.time.total == change.seconds
+        assert fixed.fits and fixed.assessment.time.total == change.seconds
 
 
 def test_advice_holds_when_it_is_followed():
@@ -556,9 +556,9 @@ def test_advice_holds_when_it_is_followed():
     assert len(found) == 2
     for change in found:
         other = make_plan(replace(one, config=changed_config(one.config, change.overrides)))
-        assert other.fits and other.found.time.total == change.seconds < plan.found.time.total
+        assert other.fits and other.assessment.time.total == change.seconds < plan.assessment.time.total
         assert other.job.gpus <= plan.job.gpus
-        assert other.found.batch.samples == plan.found.batch.samples  # what is trained stays
+        assert other.assessment.batch.samples == plan.assessment.batch.samples  # what is trained stays
 
 
 def test_fullest_stage_is_the_one_reported():
@@ -607,11 +607,11 @@ def test_trainer_and_engine_on_one_gpu_must_fit_together():
     ].overrides == ("rollout.gpu_memory_utilization=0.2",)
     fitting = make_plan(job(QWEN_3B, **SHARED | {"parallel": SMALL}, rollout={"gpu_memory_utilization": 0.15}))
     assert fitting.fits, fitting.problems
-    assert [(seat.node, seat.gpu, seat.role) for seat in fitting.found.topology.seats] == [
+    assert [(seat.node, seat.gpu, seat.role) for seat in fitting.assessment.topology.seats] == [
         (0, 0, "trainer"),
         (0, 0, "engine"),
     ]
-    assert fitting.job.gpus == 1 and fitting.found.topology.nodes == 1
+    assert fitting.job.gpus == 1 and fitting.assessment.topology.nodes == 1
 
 
 def test_shared_gpus_are_those_of_one_node():

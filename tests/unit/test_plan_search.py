@@ -14,7 +14,7 @@ from alphamed.lab.planner.deadline import deadline_problems
 from alphamed.lab.planner.plan import job_of, make_plan
 from alphamed.lab.planner.search import best_share, nearest_changes
 from alphamed.planner.hardware import cpu
-from alphamed.planner.job import Job
+from alphamed.planner.job import PlannedJob
 from alphamed.planner.legality import layout_problems, memory_problems
 from alphamed.planner.memory import engine_cache, engine_use, trainer_use
 
@@ -26,11 +26,11 @@ def config(model: str, **sections):
     return build_config(tree | {name: tree.get(name, {}) | values for name, values in sections.items()})
 
 
-def job(model: str, **sections) -> Job:
+def job(model: str, **sections) -> PlannedJob:
     return job_of(config(model, **sections))[0]
 
 
-def proposals(one: Job):
+def proposals(one: PlannedJob):
     """(overrides, plan with them) of all that the plan prints."""
     plan = make_plan(one)
     printed = [problem.fix for problem in plan.problems if problem.fix] + [change.overrides for change in advice.fixes(plan)]
@@ -132,7 +132,7 @@ def test_generation_past_its_deadline_is_a_problem_with_a_deadline_that_suffices
     assert followed.fits and overrides[0].startswith("rollout.step_deadline_s=")
     short = job(LLAMA_8B, parallel=long["parallel"], rollout={"engines": 4})
     assert make_plan(short).fits
-    seconds = make_plan(short).found.time.generate
+    seconds = make_plan(short).assessment.time.generate
     for deadline, fits in ((seconds + 1, True), (seconds - 1, False)):
         one = job(LLAMA_8B, parallel=long["parallel"], rollout={"engines": 4, "step_deadline_s": deadline})
         assert make_plan(one).fits == fits
@@ -140,9 +140,9 @@ def test_generation_past_its_deadline_is_a_problem_with_a_deadline_that_suffices
 
 def test_on_a_cpu_times_are_trusted_to_a_factor_of_two():
     one = job(QWEN_3B, cluster={"device": "cpu"})
-    seconds = make_plan(one).found.time.generate
+    seconds = make_plan(one).assessment.time.generate
     for deadline, problems in ((seconds / 1.9, 0), (seconds / 2.1, 1)):
-        late = Job(
+        late = PlannedJob(
             changed_config(one.config, [f"rollout.step_deadline_s={deadline}"]), one.shape, one.gpu, one.gpus_per_node
         )
         assert len(deadline_problems(late)) == problems
@@ -166,7 +166,7 @@ def test_an_engines_share_is_the_present_or_the_usual_one_or_as_much_as_there_is
 
 
 # ------------------------------------------------------------------------------------------------------ against everything
-def fits(one: Job) -> bool:
+def fits(one: PlannedJob) -> bool:
     """By the planner's checks, without the search."""
     if layout_problems(one):
         return False
@@ -206,7 +206,7 @@ def random_config(draw: random.Random):
     )
 
 
-def everything(one: Job):
+def everything(one: PlannedJob):
     """Every setting of a small grid, applied; what the configuration refuses is left out."""
     nodes = one.nodes * one.gpus_per_node
     sizes = [size for size in (1, 2, 4, 8) if size <= nodes]
@@ -231,14 +231,14 @@ def everything(one: Job):
             legal = changed_config(one.config, layout)
         except ConfigError:
             continue
-        here = Job(legal, one.shape, one.gpu, one.gpus_per_node, one.nodes)
+        here = PlannedJob(legal, one.shape, one.gpu, one.gpus_per_node, one.nodes)
         if layout_problems(here):
             continue
         tokens = one.config.parallel.micro_batch_tokens
         for recompute, row in itertools.product(("none", "full"), {tokens, max(3000, tokens // 4)}):
             for used in (0.15, 0.3, 0.5, 0.85):
                 try:
-                    yield Job(
+                    yield PlannedJob(
                         changed_config(
                             legal,
                             [

@@ -96,13 +96,13 @@ def test_evaluations_are_in_the_hours_of_a_run(tmp_path, every, background, betw
     }
     one = job(run={"steps": 10}, evaluation=evaluation, checkpoint={"every": 0})
     plan = make_plan(one)
-    found, seconds = plan.found.evaluations, generated(200, 1)
+    found, seconds = plan.assessment.evaluations, generated(200, 1)
     assert one.evaluation_questions == (200,) and found.seconds == pytest.approx(seconds, rel=1e-6)
     assert (found.ends, found.between) == (2, between)
     # beside a step the engines have the time of its training to spare
-    beside = max(0.0, seconds - plan.found.time.training) if background else seconds
+    beside = max(0.0, seconds - plan.assessment.time.training) if background else seconds
     assert found.total == pytest.approx(2 * seconds + between * beside, rel=1e-6)
-    assert hours(plan) * 3600 == pytest.approx(10 * plan.found.time.total + plan.checkpoint.save_s + found.total)
+    assert hours(plan) * 3600 == pytest.approx(10 * plan.assessment.time.total + plan.checkpoint.save_s + found.total)
 
 
 def test_questions_are_counted_where_they_can_be(tmp_path):

@@ -36,7 +36,8 @@ KINDS = ("chatml", "llama3", "sentencepiece")
 def test_the_chat_prompt_is_the_papers_text_in_the_models_template(tokenizers):
     builder = PromptBuilder(tokenizers["chatml"], PromptConfig())
     assert builder.text(SCURVY) == f"<|im_start|>user\n{ASKED}<|im_end|>\n<|im_start|>assistant\n"
-    assert builder.render(SCURVY) == tuple(tokenizers["chatml"].chat([{"role": "user", "content": ASKED}]))
+    chat = tokenizers["chatml"].chat_text([{"role": "user", "content": ASKED}])
+    assert builder.render(SCURVY) == tuple(tokenizers["chatml"].encode(chat))
 
 
 def test_system_shots_and_context_stand_where_they_belong(tokenizers):

@@ -8,7 +8,7 @@ import pytest
 from alphamed.cli import main
 from alphamed.data.mcq import QuestionError, parse_question
 from alphamed.data.text import content_length, content_words, normalised, normalised_option, option_set, word_count, words
-from alphamed.lab.datasets.decontaminate import Rule, find_hits
+from alphamed.lab.datasets.decontaminate import MatchRule, find_hits
 from alphamed.lab.datasets.matching import similar_pairs
 from alphamed.lab.datasets.suspects import suspects
 from alphamed.lab.reports.response_patterns import ResponsePattern, repetition, response_patterns
@@ -45,7 +45,7 @@ def test_a_typeset_copy_is_contamination_a_repeat_and_a_conflict(tmp_path, monke
     stem = "Which is Hashimoto's - the auto-immune one?"
     typeset = "Which is Hashimoto\u2019s \u2013 the auto\u2011immune\u200b one?"
     one, other = question("a", stem, TYPED), question("b", typeset, TYPESET)
-    assert [hit.rule for hit in find_hits([one], {"x": [other]})] == [Rule.EXACT]
+    assert [hit.rule for hit in find_hits([one], {"x": [other]})] == [MatchRule.EXACT]
     assert suspects([one, question("c", typeset, TYPESET, "B")], {}).keys() == {"a", "c"}
     monkeypatch.chdir(tmp_path)
     rows = [{"id": q.id, "question": q.question, "options": dict(q.options), "answer": "A"} for q in (one, other)]

@@ -57,7 +57,7 @@ def _last_box(text: str) -> str | None:
 def closed_boxes(text: str) -> list[tuple[int, int]]:
     """(start, end) of the content of every box that closes, in the order of their ends. One pass: every brace is pushed
     and popped at most once."""
-    found: list[tuple[int, int]] = []
+    boxes: list[tuple[int, int]] = []
     open_braces: list[int] = []  # where the content of a box starts, or -1 for a brace that opens no box
     first = text.find("\\boxed")  # no brace before it closes a box; most of a response stands before it
     for mark in _MARK.finditer(text, first) if first >= 0 else ():
@@ -68,8 +68,8 @@ def closed_boxes(text: str) -> list[tuple[int, int]]:
         elif mark["brace"] and open_braces:
             opened = open_braces.pop()
             if opened >= 0:
-                found.append((opened, mark.start()))
-    return found
+                boxes.append((opened, mark.start()))
+    return boxes
 
 
 def _read(content: str, options: Mapping[str, str]) -> str | None:

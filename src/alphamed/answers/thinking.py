@@ -23,7 +23,7 @@ class Tokens(Protocol):
     def writes(self, text: str) -> bool: ...
 
 
-class Prompts(Protocol):
+class PromptRenderer(Protocol):
     """What is asked of a prompt builder (`data.prompts.PromptBuilder`)."""
 
     def text(self, question: Question) -> str: ...
@@ -38,7 +38,7 @@ class Thinking:
     opened: bool = False
 
     @classmethod
-    def of(cls, setting: str | None, tokenizer: Tokens, prompts: Prompts) -> Thinking:
+    def of(cls, setting: str | None, tokenizer: Tokens, prompts: PromptRenderer) -> Thinking:
         """What `reward.answer_after` means for a model and its prompts."""
         end = end_of_thinking(setting, tokenizer)
         begin = begin_of(end)

@@ -42,4 +42,4 @@ ATTRIBUTES = (
 
 def values_of(question: Question) -> dict[str, int | None]:
     """Field -> value of every attribute, as rows have them."""
-    return {one.field: one.of(question) for one in ATTRIBUTES}
+    return {attribute.field: attribute.of(question) for attribute in ATTRIBUTES}

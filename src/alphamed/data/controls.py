@@ -35,7 +35,7 @@ def _group(question: Question) -> tuple[str, ...]:
 
 def _drawn(question: Question, keys: Counter[str], seed: int) -> str:
     weights = {letter: 1 + keys[text] - (letter == question.answer) for letter, text in question.options.items()}
-    left = int(draw(seed, "answer key", question.id), 16) % sum(weights.values())
+    position = int(draw(seed, "answer key", question.id), 16) % sum(weights.values())
     # by text, not by letter: the order of options in the file does not matter
     letters = sorted(weights, key=question.options.__getitem__)
-    return next(letter for letter, up_to in zip(letters, accumulate(map(weights.__getitem__, letters))) if left < up_to)
+    return next(letter for letter, up_to in zip(letters, accumulate(map(weights.__getitem__, letters))) if position < up_to)

@@ -84,8 +84,8 @@ def without_labels(options: Mapping[str, str]) -> tuple[dict[str, str], bool, st
 def _labels(options: Mapping[str, str]) -> dict[str, Label]:
     """Letter -> label of the options that have one. Numbers count from 0 where one of them is 0; i, ii, iii are Roman where
     all are."""
-    found = {letter: label_of(text) for letter, text in options.items()}
-    labels = {letter: label for letter, label in found.items() if label is not None}
+    parsed = {letter: label_of(text) for letter, text in options.items()}
+    labels = {letter: label for letter, label in parsed.items() if label is not None}
     names = [label.name.lower() for label in labels.values()]
     if any(len(name) > 1 and not name.isdecimal() for name in names):
         return (

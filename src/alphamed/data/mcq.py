@@ -49,7 +49,7 @@ class RowProblem:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class RawRow:
     """A row as read: its place and its value, or, where it could not even be read, the `problem`."""
 
     file: str
@@ -86,7 +86,7 @@ def parse_question(row: object, where: str) -> Question:
     )
 
 
-def check_questions(rows: Iterable[Row]) -> tuple[list[Question], list[RowProblem]]:
+def check_questions(rows: Iterable[RawRow]) -> tuple[list[Question], list[RowProblem]]:
     """Parse all rows and split them into questions and problems. An id that an earlier good row has is a problem."""
     questions: list[Question] = []
     problems: list[RowProblem] = []

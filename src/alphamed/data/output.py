@@ -54,7 +54,7 @@ def check_places(outputs: Mapping[str, Path | None], inputs: Mapping[str, Iterab
     """Raises ConfigError where an output is no name of a file, or the same file as an input or another output, or is in a
     folder that is read, or, without `overwrite`, is there already. What names them in the message is their key; None stands
     for what is not given. To be called before anything is read, so that no mistake costs a file or an hour."""
-    taken: dict[Path, str] = {}
+    written: dict[Path, str] = {}
     read = {path.resolve(): (name, path) for name, paths in inputs.items() for path in paths if path is not None}
     for name, path in outputs.items():
         if path is None:
@@ -68,11 +68,15 @@ def check_places(outputs: Mapping[str, Path | None], inputs: Mapping[str, Iterab
             raise ConfigError(
                 f"{name}: {path} lies in {read[folder][1]}, which {read[folder][0]} reads; choose another place"
             )
-        if place in taken:
-            raise ConfigError(f"{name}: {path} is what {taken[place]} writes; choose another file")
-        taken[place] = name
-    if not overwrite and (there := next(((name, path) for name, path in outputs.items() if path and path.exists()), None)):
-        raise ConfigError(f"{there[0]}: {there[1]} is there already; choose another name, or replace it with --overwrite")
+        if place in written:
+            raise ConfigError(f"{name}: {path} is what {written[place]} writes; choose another file")
+        written[place] = name
+    if not overwrite and (
+        existing := next(((name, path) for name, path in outputs.items() if path and path.exists()), None)
+    ):
+        raise ConfigError(
+            f"{existing[0]}: {existing[1]} is there already; choose another name, or replace it with --overwrite"
+        )
 
 
 def beside(path: Path, suffix: str) -> Path:

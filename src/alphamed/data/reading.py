@@ -15,7 +15,7 @@ from typing import Any
 
 from alphamed.data.keys import MEANING, AnswerForm, Keyed, keys_of, read_keys
 from alphamed.data.labels import without_labels
-from alphamed.data.mcq import NoKey, QuestionError, Row, parse_question
+from alphamed.data.mcq import NoKey, QuestionError, RawRow, parse_question
 from alphamed.data.text import counted, fingerprint
 
 LETTERS = string.ascii_uppercase
@@ -42,22 +42,22 @@ class Reading:
 
     def notes(self) -> list[str]:
         """In words, what is not plainly the schema."""
-        found = []
+        lines = []
         if set(self.forms.values()) - {AnswerForm.LETTER}:
-            found.append(f"keys read as {', '.join(f'{MEANING[form]} ({name})' for name, form in self.forms.items())}")
+            lines.append(f"keys read as {', '.join(f'{MEANING[form]} ({name})' for name, form in self.forms.items())}")
         if self.labels_removed:
-            found.append(f"labels of options (A., (B), 3) ...) removed from {counted(self.labels_removed, 'question')}")
+            lines.append(f"labels of options (A., (B), 3) ...) removed from {counted(self.labels_removed, 'question')}")
         if self.ids_made:
-            found.append(f"ids made from the content of {counted(self.ids_made, 'question')}, none had one")
+            lines.append(f"ids made from the content of {counted(self.ids_made, 'question')}, none had one")
         if self.repeats:
-            found.append(
+            lines.append(
                 f"{counted(len(self.repeats), 'question')} of the same content as an earlier one (the first: "
                 f"{self.repeats[0]}); drop_repeats=true of `alphamed data build` leaves them out"
             )
-        return found
+        return lines
 
 
-def interpret(rows: Iterable[Row], declared: AnswerForm | None = None) -> tuple[list[Row], Reading]:
+def interpret(rows: Iterable[RawRow], declared: AnswerForm | None = None) -> tuple[list[RawRow], Reading]:
     """The rows of one file as rows of the schema, and how they were read; what cannot be a question has its problem.
     `declared` is the form of its keys where the user says it. Raises DataError where the form cannot be told."""
     rows = list(rows)
@@ -78,14 +78,14 @@ def interpret(rows: Iterable[Row], declared: AnswerForm | None = None) -> tuple[
         listed = isinstance(value["options"], list)
         keyed[place] = Keyed(rows[place], texts, bare, not listed, keys_of(value))
     letters, forms = read_keys(list(keyed.values()), declared)
-    for (place, one), letter in zip(keyed.items(), letters, strict=True):
-        values[place] |= _options(one, letter)
+    for (place, keyed_row), letter in zip(keyed.items(), letters, strict=True):
+        values[place] |= _options(keyed_row, letter)
     made, repeats = _make_ids(rows, values)
-    found = [
+    interpreted = [
         replace(row, value=values[place]) if place in values and row.problem is None else row
         for place, row in enumerate(rows)
     ]
-    return found, Reading(forms, labelled, made, repeats)
+    return interpreted, Reading(forms, labelled, made, repeats)
 
 
 def _texts(options: Any) -> dict[str, str | None] | None:
@@ -106,17 +106,17 @@ def _unread(value: Mapping[str, Any]) -> Any:
     return "?" if keys_of(value).stated else None
 
 
-def _options(one: Keyed, letter: str | NoKey) -> dict[str, Any]:
+def _options(row: Keyed, letter: str | NoKey) -> dict[str, Any]:
     """`options` and `answer` of the schema: places of a list that hold no option are closed up."""
-    kept = [old for old, text in one.texts.items() if text is not None]
-    new = dict(zip(kept, LETTERS))
+    filled = [old for old, text in row.texts.items() if text is not None]
+    new = dict(zip(filled, LETTERS))
     return {
-        "options": {new[old]: one.bare[old] for old in kept},
+        "options": {new[old]: row.bare[old] for old in filled},
         "answer": new[letter] if isinstance(letter, str) else letter,
     }
 
 
-def _make_ids(rows: list[Row], values: Mapping[int, dict[str, Any]]) -> tuple[int, tuple[str, ...]]:
+def _make_ids(rows: list[RawRow], values: Mapping[int, dict[str, Any]]) -> tuple[int, tuple[str, ...]]:
     """Give the rows of a file that has no ids ids of their content; returns how many, and which rows repeat an earlier one:
     the second copy's id ends in -2, the third's in -3."""
     if any(value.get("id") is not None for value in values.values()):

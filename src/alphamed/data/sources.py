@@ -10,7 +10,7 @@ from typing import Any
 
 from alphamed.config.choices import BadRows
 from alphamed.data.keys import KEY_FIELDS, AnswerForm
-from alphamed.data.mcq import Row, RowProblem, check_questions
+from alphamed.data.mcq import RawRow, RowProblem, check_questions
 from alphamed.data.reading import Reading, interpret
 from alphamed.data.tables import KINDS, check_file, columns, kind_of, rows
 from alphamed.data.text import counted
@@ -43,7 +43,7 @@ def load_questions(
     for file in files:
         check_file(file)
     read = [interpret(read_rows(file), answer) for file in files]
-    questions, problems = check_questions(row for found, _ in read for row in found)
+    questions, problems = check_questions(row for file_rows, _ in read for row in file_rows)
     if problems and bad_rows == BadRows.REFUSE:
         others = f"; {counted(len(problems) - 1, 'more bad row')}" if len(problems) > 1 else ""
         raise DataError(
@@ -60,7 +60,7 @@ def load_questions(
     return LoadedQuestions(tuple(questions), tuple(problems), tuple(reading for _, reading in read))
 
 
-def read_rows(file: Path) -> Iterator[Row]:
+def read_rows(file: Path) -> Iterator[RawRow]:
     """The rows of one file in the schema's form, unchecked. Raises DataError where it cannot be read."""
     check_file(file)
     if kind_of(file) in (".jsonl", ".json"):
@@ -89,7 +89,7 @@ def _refuse_repeats(files: Sequence[Path]) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------- tables of columns
-def _from_table(row: Row) -> Row:
+def _from_table(row: RawRow) -> RawRow:
     """What a table cannot say, or says in more than one way, as JSON would say it."""
     value: dict[str, Any] = dict(row.value)
     try:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from alphamed import jsonl
-from alphamed.data.mcq import Row, short
+from alphamed.data.mcq import RawRow, short
 from alphamed.errors import DataError
 
 KINDS = ".jsonl, .json, .csv, .tsv (each also with .gz) or .parquet"
@@ -47,7 +47,7 @@ def bare_name(file: str | Path) -> str:
     return Path(path.stem).stem if path.suffix.lower() == ".gz" and kind_of(path) else path.stem
 
 
-def rows(file: Path) -> Iterator[Row]:
+def rows(file: Path) -> Iterator[RawRow]:
     """The rows of one file, unchecked; one that cannot be read has a `problem`. DataError where the file cannot be read, or
     holds none."""
     check_file(file)
@@ -90,7 +90,7 @@ def columns(file: Path) -> list[str] | None:
 
 
 # ----------------------------------------------------------------------------------------------------------------- JSON
-def _json_lines(file: Path) -> Iterator[Row]:
+def _json_lines(file: Path) -> Iterator[RawRow]:
     """One row a line. Lines are cut as bytes, so that a badly encoded one is reported and the others still count."""
     for number, line in enumerate(jsonl.byte_lines(file), start=1):
         if number == 1:
@@ -98,12 +98,12 @@ def _json_lines(file: Path) -> Iterator[Row]:
         if jsonl.is_blank(line):
             continue
         try:
-            yield Row(str(file), number, jsonl.parse(line))
+            yield RawRow(str(file), number, jsonl.parse(line))
         except ValueError as problem:
-            yield Row(str(file), number, problem=str(problem))
+            yield RawRow(str(file), number, problem=str(problem))
 
 
-def _json(file: Path) -> Iterator[Row]:
+def _json(file: Path) -> Iterator[RawRow]:
     """An array of rows, an object of rows (each row's key is its `id`, unless it has one), or JSON lines under this name."""
     with jsonl.opened(file) as stream:
         content = stream.read()
@@ -121,7 +121,7 @@ def _json(file: Path) -> Iterator[Row]:
     if isinstance(tree, dict) and tree and all(isinstance(value, dict) for value in tree.values()):
         tree = [value if value.get("id") is not None else value | {"id": key} for key, value in tree.items()]
     for number, row in enumerate(tree if isinstance(tree, list) else [tree], start=1):
-        yield Row(str(file), number, row)
+        yield RawRow(str(file), number, row)
 
 
 def _is_json(line: bytes) -> bool:
@@ -144,7 +144,7 @@ def _refuse_utf16(file: Path, content: bytes) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ CSV, TSV
-def _delimited(file: Path) -> Iterator[Row]:
+def _delimited(file: Path) -> Iterator[RawRow]:
     """One row a record; the first names the columns. `line` is where a record begins."""
     csv.field_size_limit(sys.maxsize >> 32)  # of a cell; the module's own limit is 128 KiB
     with jsonl.opened(file) as stream:
@@ -179,20 +179,20 @@ def _header(file: Path, names: Sequence[str]) -> list[str]:
     return names
 
 
-def _record(file: Path, line: int, names: Sequence[str], cells: Sequence[str]) -> Row:
+def _record(file: Path, line: int, names: Sequence[str], cells: Sequence[str]) -> RawRow:
     if len(cells) != len(names):
-        return Row(str(file), line, problem=f"{len(cells)} cells in a table of {len(names)} columns")
+        return RawRow(str(file), line, problem=f"{len(cells)} cells in a table of {len(names)} columns")
     for name, cell in zip(names, cells):
         if wrong := next((character for character in cell if "\udc80" <= character <= "\udcff"), None):
-            return Row(
+            return RawRow(
                 str(file),
                 line,
                 problem=f"wrong encoding: byte 0x{ord(wrong) - 0xDC00:02x} in {name or 'a cell'} is not UTF-8",
             )
     try:
-        return Row(str(file), line, from_cells(dict(zip(names, cells))))
+        return RawRow(str(file), line, from_cells(dict(zip(names, cells))))
     except ValueError as error:
-        return Row(str(file), line, problem=str(error))
+        return RawRow(str(file), line, problem=str(error))
 
 
 def from_cells(cells: Mapping[str, str | None]) -> dict[str, Any]:
@@ -231,7 +231,7 @@ def _whole(cell: str) -> int | str:
 
 
 # -------------------------------------------------------------------------------------------------------------- Parquet
-def _parquet(file: Path) -> Iterator[Row]:
+def _parquet(file: Path) -> Iterator[RawRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -241,7 +241,7 @@ def _parquet(file: Path) -> Iterator[Row]:
             for batch in table.iter_batches(batch_size=10_000):
                 for value, problem in _parquet_rows(batch):
                     number += 1
-                    yield Row(str(file), number, value, problem)
+                    yield RawRow(str(file), number, value, problem)
     except (pa.ArrowException, OSError) as error:
         raise _no_parquet(file, error) from None
 
@@ -275,7 +275,7 @@ def _no_parquet(file: Path, error: Exception) -> DataError:
     return DataError(f"{file}: not a readable Parquet file ({short(str(error), 100)}); write it again")
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {
     ".jsonl": _json_lines,
     ".json": _json,
     ".csv": _delimited,

@@ -46,14 +46,14 @@ class Remarks:
 def template_remarks(tokenizer: Tokenizer, prompt: PromptConfig) -> Remarks:
     """What the chat template adds to the conversations of this configuration and changes in their questions."""
     notes, warnings = [], []
-    changed = [what for what in PROBES if not _kept(tokenizer, prompt, what)]
+    changed = [name for name in PROBES if not _is_unchanged(tokenizer, prompt, name)]
     if changed:
         warnings.append(f"the chat template drops or changes {', '.join(changed)} of a message")
     if tokenizer.turn_end is None:
-        what = _shown(tokenizer.after_content()) if tokenizer.after_content() else "nothing that could be found"
+        end = _shown(tokenizer.after_content()) if tokenizer.after_content() else "nothing that could be found"
         ends = ", ".join(repr(tokenizer.decode([i], skip_special=False)) for i in tokenizer.stop_ids())
         warnings.append(
-            f"the chat template ends an assistant's turn with {what}, which is no control token: only {ends} "
+            f"the chat template ends an assistant's turn with {end}, which is no control token: only {ends} "
             f"ends a response; name another token in rollout.stop if the model writes one"
         )
     before, opening = _added(tokenizer, prompt)
@@ -81,10 +81,10 @@ def _same_without(tokenizer: Tokenizer, prompt: PromptConfig, name: str) -> bool
     return all(_render(tokenizer, prompt, part) == _render(tokenizer, plain, part) for part in (talk[:1], talk))
 
 
-def _kept(tokenizer: Tokenizer, prompt: PromptConfig, what: str) -> bool:
-    """Whether a message comes through as it is, as far as `what` goes."""
-    probe, text = _plain(tokenizer, PROBES[what]), _render(tokenizer, prompt, [PROBES[what]])
-    return probe in text if what == CASE else probe.lower() in text.lower()
+def _is_unchanged(tokenizer: Tokenizer, prompt: PromptConfig, name: str) -> bool:
+    """Whether a message comes through as it is, as far as the probe of that name shows."""
+    probe, text = _plain(tokenizer, PROBES[name]), _render(tokenizer, prompt, [PROBES[name]])
+    return probe in text if name == CASE else probe.lower() in text.lower()
 
 
 def _added(tokenizer: Tokenizer, prompt: PromptConfig) -> tuple[str, str]:
@@ -99,9 +99,9 @@ def _added(tokenizer: Tokenizer, prompt: PromptConfig) -> tuple[str, str]:
     wrap = tokenizer.without_control(text.partition(answer)[2].partition(last)[0])  # stands before any user's message
     if not prompt.system:
         start = start[: len(start) - _common(start[::-1], wrap[::-1])]
-    said = re.sub(r"^\s*(system|user|human)\b:?\s*", "", start)
+    preamble = re.sub(r"^\s*(system|user|human)\b:?\s*", "", start)
     opening = after[_common(after, between) :]
-    return said.strip(), opening.strip()
+    return preamble.strip(), opening.strip()
 
 
 def _render(tokenizer: Tokenizer, prompt: PromptConfig, contents: Sequence[str]) -> str:
@@ -123,9 +123,9 @@ def _plain(tokenizer: Tokenizer, text: str) -> str:
     return tokenizer.plain(text)
 
 
-def _common(one: str, other: str) -> int:
+def _common(first: str, second: str) -> int:
     """Number of characters with which both begin."""
-    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+    return next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
 
 
 def _shown(text: str) -> str:

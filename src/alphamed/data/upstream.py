@@ -18,7 +18,7 @@ from urllib.request import getproxies
 
 from alphamed.data.adapters import Adapter
 from alphamed.data.keys import AnswerForm
-from alphamed.data.mcq import Row, short
+from alphamed.data.mcq import RawRow, short
 from alphamed.data.sources import COLUMNS, read_rows
 from alphamed.data.tables import check_file, columns, from_cells, rows
 from alphamed.errors import DataError
@@ -54,9 +54,9 @@ class QuestionSource:
     is found from the values."""
 
 
-def read_upstream(source: QuestionSource, local: Path | None, revision: str | None = None) -> Iterator[Row]:
+def read_upstream(source: QuestionSource, local: Path | None, revision: str | None = None) -> Iterator[RawRow]:
     """Rows of the schema, from the hub or from a local copy: a folder in the hub's layout, or one file in the hub's or in
-    the schema's layout. DataError where the whole set cannot be read; a row that cannot is a Row with a problem."""
+    the schema's layout. DataError where the whole set cannot be read; one bad row is a RawRow with a `problem`."""
     if local is not None and _has_schema(local):
         yield from read_rows(local)
         return
@@ -70,23 +70,26 @@ def read_upstream(source: QuestionSource, local: Path | None, revision: str | No
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             if first:  # the layout, not one odd row
                 raise DataError(
-                    f"{row.file}: rows are not in the layout of {source.name} ({_told(error)}); "
+                    f"{row.file}: rows are not in the layout of {source.name} ({_error_text(error)}); "
                     f"{_shown(row.value)}: give the set as upstream publishes it, or in the schema "
                     f"({', '.join(SCHEMA_COLUMNS)})"
                 ) from None
-            value, row = None, Row(row.file, row.line, problem=f"not in the layout of {source.name} ({_told(error)})")
+            value, row = (
+                None,
+                RawRow(row.file, row.line, problem=f"not in the layout of {source.name} ({_error_text(error)})"),
+            )
             yield row
         first = False
         if value is not None:
-            yield Row(row.file, row.line, value)
+            yield RawRow(row.file, row.line, value)
 
 
-def _upstream_rows(source: QuestionSource, local: Path | None, revision: str | None) -> Iterable[Row]:
+def _upstream_rows(source: QuestionSource, local: Path | None, revision: str | None) -> Iterable[RawRow]:
     """The rows as upstream has them, each with its place."""
     if local is not None and not local.is_dir():
         return rows(local)
     place = str(local) if local is not None else f"{source.hub}@{revision or source.revision or 'newest'}"
-    return (Row(place, number, row) for number, row in enumerate(_load(source, local, revision), start=1))
+    return (RawRow(place, number, row) for number, row in enumerate(_load(source, local, revision), start=1))
 
 
 def _shown(row: object) -> str:
@@ -95,7 +98,7 @@ def _shown(row: object) -> str:
     return f"its columns are {short(', '.join(map(str, row)), 200)}"
 
 
-def _told(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return f"no {error.args[0]!r}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
 
 
@@ -121,39 +124,39 @@ def _load(source: QuestionSource, local: Path | None, revision: str | None) -> I
                 return _as_texts(datasets.load_dataset(str(local), source.config, split=source.split), str(local), source)
         with _quiet(), _no_retries_without_network(source.hub):
             at = {"revision": revision or source.revision}
-            found = datasets.load_dataset(source.hub, source.config, split=source.split, **at)
-            _require_commit(found, source, at["revision"])
-            return _as_texts(found, source.hub, source, **at)
+            dataset = datasets.load_dataset(source.hub, source.config, split=source.split, **at)
+            _require_commit(dataset, source, at["revision"])
+            return _as_texts(dataset, source.hub, source, **at)
     except DataError:
         raise
     except Exception as error:  # the library's many errors all mean "not loaded"
         raise DataError(_not_loaded(source, local, revision, error)) from None
 
 
-def _as_texts(found: Any, path: str, source: QuestionSource, **settings: Any) -> Iterable[Any]:
+def _as_texts(dataset: Any, path: str, source: QuestionSource, **settings: Any) -> Iterable[Any]:
     """The rows of what `datasets` has loaded. A set kept as CSV is loaded once more with all columns as texts: `datasets`
     reads it with pandas, to which "None", "NA" and "null" are missing values and an option "5.0" a number."""
     import datasets
 
-    if getattr(found, "builder_name", None) != "csv":
-        return found
-    texts = datasets.Features({name: datasets.Value("string") for name in found.column_names})
+    if getattr(dataset, "builder_name", None) != "csv":
+        return dataset
+    texts = datasets.Features({name: datasets.Value("string") for name in dataset.column_names})
     try:
-        found = datasets.load_dataset(
+        dataset = datasets.load_dataset(
             path, source.config, split=source.split, features=texts, keep_default_na=False, **settings
         )
     except (OSError, ValueError):  # no network, and a cache that another program has filled: as it reads them
-        return found
-    return [from_cells(row) for row in found]
+        return dataset
+    return [from_cells(row) for row in dataset]
 
 
-def _require_commit(found: Any, source: QuestionSource, revision: str | None) -> None:
+def _require_commit(dataset: Any, source: QuestionSource, revision: str | None) -> None:
     """Where the hub cannot be asked, `datasets` takes the newest copy of its cache, whatever its revision (load.py,
     CachedDatasetModuleFactory). Copies lie in folders named by their commit."""
     if revision is None or not COMMIT.fullmatch(revision) or Path(source.hub).exists():
         return
-    held = {Path(file["filename"]).parent.name for file in getattr(found, "cache_files", ())}
-    if others := {commit for commit in held if COMMIT.fullmatch(commit)} - {revision}:
+    cached = {Path(file["filename"]).parent.name for file in getattr(dataset, "cache_files", ())}
+    if others := {commit for commit in cached if COMMIT.fullmatch(commit)} - {revision}:
         raise DataError(
             f"{source.name}: {source.hub} at revision {revision} cannot be loaded from the hub, and the cache holds "
             f"revision {min(others)}; connect to the hub, or give a local copy ({source.name}=PATH)"
@@ -223,14 +226,14 @@ def _not_loaded(source: QuestionSource, local: Path | None, revision: str | None
     cause = error
     while cause.__cause__ is not None:  # "an error occurred while generating the dataset" hides what went wrong
         cause = cause.__cause__
-    told = f"{type(cause).__name__}: {short(' '.join(str(cause).split()), 160)}"
+    reason = f"{type(cause).__name__}: {short(' '.join(str(cause).split()), 160)}"
     if local is not None:
         return (
-            f"{local}: cannot be read as {source.name}, split {source.split} ({told}); give a whole copy of the hub's "
+            f"{local}: cannot be read as {source.name}, split {source.split} ({reason}); give a whole copy of the hub's "
             f"folder, or name one file in it"
         )
     at = revision or source.revision
     return (
-        f"{source.name}: {source.hub}{f' at revision {at}' if at else ''} cannot be loaded from the hub ({told}); "
+        f"{source.name}: {source.hub}{f' at revision {at}' if at else ''} cannot be loaded from the hub ({reason}); "
         f"check network, access and revision, or give a local copy ({source.name}=PATH)"
     )

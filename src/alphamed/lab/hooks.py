@@ -36,7 +36,7 @@ def refuse_unfit(config: Config, shape: ModelShape) -> None:
         return
     plan = make_plan(job_here(config, shape))
     if plan.problems:
-        near = next((f"; {' '.join(one.overrides)} would fit" for one in fixes(plan)), "")
+        near = next((f"; {' '.join(fix.overrides)} would fit" for fix in fixes(plan)), "")
         raise ConfigError(
             f"{plan.problems[0]}{near}; see `alphamed plan`, or set cluster.skip_memory_check=true to start all the same"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from alphamed.planner.job import Job
+from alphamed.planner.job import PlannedJob
 
 PACKED_SHARE = 0.92
 """How full rows are in the mean: groups of a question are placed whole, longest first. batching.pack leaves 3 to 15% of the
@@ -26,7 +26,7 @@ class Micro:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class BatchPlan:
     """One step. Token counts are expected ones; `rows` is per data rank and update."""
 
     questions: int
@@ -42,7 +42,7 @@ class Batch:
     shared_fraction: float  # of the tokens that sharing prompts saves
 
 
-def batch_of(job: Job) -> Batch:
+def batch_of(job: PlannedJob) -> BatchPlan:
     """The batch of a step with the job's expected lengths."""
     prompt, response, samples = job.mean_prompt, job.mean_response, job.rollout.samples_per_question
     questions, p = job.rollout.questions_per_step, job.parallel
@@ -56,7 +56,7 @@ def batch_of(job: Job) -> Batch:
         rows = -(-rows // p.pipeline) * p.pipeline
     micro = Micro(per_rank / rows, questions * samples * response / updates / p.data / rows, _context(job))
     bubble = (p.pipeline - 1) / job.virtual
-    return Batch(
+    return BatchPlan(
         questions,
         job.samples,
         updates,
@@ -71,13 +71,13 @@ def batch_of(job: Job) -> Batch:
     )
 
 
-def fullest_row(job: Job) -> Micro:
+def fullest_row(job: PlannedJob) -> Micro:
     """A row at its token budget, for memory: every token of it may want a log-prob."""
     tokens = float(job.parallel.micro_batch_tokens)
     return Micro(tokens, tokens, _context(job))
 
 
-def in_flight(job: Job, stage: int, rows: int | None = None) -> float:
+def in_flight(job: PlannedJob, stage: int, rows: int | None = None) -> float:
     """Micro-batches whose activations a stage holds at once, in units of all its layers (a chunk of virtual stages counts
     as its share). Megatron's 1F1B and interleaved schedules (core/pipeline_parallel/schedules.py)."""
     stages, virtual = job.parallel.pipeline, job.virtual
@@ -88,7 +88,7 @@ def in_flight(job: Job, stage: int, rows: int | None = None) -> float:
     return min(warm_up + 1, rows * virtual) / virtual
 
 
-def _context(job: Job) -> float:
+def _context(job: PlannedJob) -> float:
     """Of a trained token: the prompt behind it, and half of its response."""
     if job.parallel.share_prompts:
         return job.mean_prompt + job.mean_response / 2

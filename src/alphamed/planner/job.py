@@ -18,7 +18,7 @@ instruction-tuned model on medical questions takes 300 to 600 tokens of the usua
 
 
 @dataclass(frozen=True)
-class Job:
+class PlannedJob:
     """`colocated`: engines use the trainer's GPUs, in turn with it. `overlapped`: the next batch is generated while the
     trainer updates, whatever the configuration says."""
 

@@ -19,7 +19,7 @@ SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class GradingDifference:
     """A sample whose grading is not what was recorded. `field`: outcome, letter, reward or advantage."""
 
     question_id: str
@@ -42,24 +42,24 @@ class Regraded:
 
     recorded: tuple[ScoredGroup, ...]
     now: tuple[ScoredGroup, ...]
-    differences: tuple[Difference, ...]
+    differences: tuple[GradingDifference, ...]
 
 
 def main(run_dir: Path, step: int, overrides: Sequence[str] = ()) -> int:
     """`alphamed replay RUN --step N --only reward [key=value ...]`: 0 where the step comes out as recorded, 1 where
     it does not."""
-    found = regrade(run_dir, step, overrides)
-    samples = sum(len(group.outcomes) for group in found.recorded)
-    touched = {(d.group_id, d.sample_index) for d in found.differences}
+    result = regrade(run_dir, step, overrides)
+    samples = sum(len(group.outcomes) for group in result.recorded)
+    touched = {(d.group_id, d.sample_index) for d in result.differences}
     print(
-        f"step {step} of {run_dir}: {samples} responses to {len(found.recorded)} questions graded again, "
+        f"step {step} of {run_dir}: {samples} responses to {len(result.recorded)} questions graded again, "
         f"{len(touched)} come out differently"
     )
-    for difference in found.differences[:SHOWN]:
+    for difference in result.differences[:SHOWN]:
         print(f"  {difference}")
-    if len(found.differences) > SHOWN:
-        print(f"  and {len(found.differences) - SHOWN} more differences")
-    return 1 if found.differences else 0
+    if len(result.differences) > SHOWN:
+        print(f"  and {len(result.differences) - SHOWN} more differences")
+    return 1 if result.differences else 0
 
 
 def regrade(run_dir: Path, step: int, overrides: Sequence[str] = ()) -> Regraded:
@@ -98,12 +98,12 @@ def _grade(groups: tuple[ScoredGroup, ...], config: Config) -> tuple[ScoredGroup
     with opened_rule(config.reward, config.prompt, config.run.seed) as rule:
         try_rule(rule, groups[0].group.question, thinking)
         for scored in groups:
-            found = [
+            graded = [
                 grade_rollout(scored.group.question, rollout, rule, config.reward.truncated, thinking)
                 for rollout in scored.group.rollouts
             ]
-            found = shaped(found, scored.group.rollouts, Overlong.of(config))
-            regraded.append(scored_group(scored.group, found, str(config.algorithm.advantage)))
+            graded = shaped(graded, scored.group.rollouts, Overlong.of(config))
+            regraded.append(scored_group(scored.group, graded, str(config.algorithm.advantage)))
     return tuple(regraded)
 
 
@@ -121,7 +121,7 @@ def _thinking(groups: Sequence[ScoredGroup], config: Config) -> Thinking:
     return Thinking.of(config.reward.answer_after, tokenizer, PromptBuilder(tokenizer, config.prompt))
 
 
-def _compare(recorded: ScoredGroup, now: ScoredGroup) -> Iterator[Difference]:
+def _compare(recorded: ScoredGroup, now: ScoredGroup) -> Iterator[GradingDifference]:
     fields = {
         "outcome": (recorded.outcomes, now.outcomes),
         "letter": (recorded.letters, now.letters),
@@ -131,7 +131,7 @@ def _compare(recorded: ScoredGroup, now: ScoredGroup) -> Iterator[Difference]:
     for place, rollout in enumerate(recorded.group.rollouts):
         for name, (before, after) in fields.items():
             if not _same(before[place], after[place]):
-                yield Difference(
+                yield GradingDifference(
                     rollout.question_id, rollout.group_id, rollout.sample_index, name, before[place], after[place]
                 )
 

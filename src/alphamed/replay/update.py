@@ -70,9 +70,9 @@ def prepare(run_dir: Path, step: int, scratch: Path) -> None:
     if not rollout_path(run_dir, step).is_file():
         raise ConfigError(f"--step: no rollouts of step {step} in {run_dir / 'rollouts'}; name a recorded step")
     before = run_dir / "checkpoints" / f"step_{step - 1:06d}"
-    kept = sorted(int(path.name.removeprefix("step_")) for path in before.parent.glob("step_*"))
-    if step > 1 and step - 1 not in kept:
-        possible = ", ".join(str(n + 1) for n in [0, *kept] if rollout_path(run_dir, n + 1).is_file())
+    saved_steps = sorted(int(path.name.removeprefix("step_")) for path in before.parent.glob("step_*"))
+    if step > 1 and step - 1 not in saved_steps:
+        possible = ", ".join(str(n + 1) for n in [0, *saved_steps] if rollout_path(run_dir, n + 1).is_file())
         raise ConfigError(
             f"--step: {step} needs the checkpoint of step {step - 1}, which is not kept; steps that can be run "
             f"again: {possible} (checkpoint.every and checkpoint.keep decide)"

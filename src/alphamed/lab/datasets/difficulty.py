@@ -93,15 +93,15 @@ def annotated(scored: ScoredGroup, question_tokens: int) -> Annotated:
         content_of(question),
         tuple(map(str, scored.outcomes)),
         scored.letters,
-        tuple(len(one.response_token_ids) for one in scored.group.rollouts),
+        tuple(len(rollout.response_token_ids) for rollout in scored.group.rollouts),
         question_tokens,
-        tuple(one.finish_reason != FinishReason.STOP for one in scored.group.rollouts),
+        tuple(rollout.finish_reason != FinishReason.STOP for rollout in scored.group.rollouts),
     )
 
 
 def content_of(question: Question) -> str:
-    told = [question.question, question.context, list(question.options.items()), question.answer]
-    return hashlib.sha256(json.dumps(told, ensure_ascii=False).encode()).hexdigest()[:16]
+    content = [question.question, question.context, list(question.options.items()), question.answer]
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
 def shard_of(question: Question, shards: int) -> int:
@@ -117,11 +117,11 @@ def work_folder(out: Path) -> Path:
 def read_work(work: Path, questions: Sequence[Question], samples: int) -> dict[str, Annotated]:
     """Question id -> its annotation, from the shards of any number there are. Lines of other questions are skipped."""
     contents = {question.id: content_of(question) for question in questions}
-    found = {}
+    annotations = {}
     for file in sorted(work.glob("shard-*.jsonl")):
         for number, row in enumerate(read_json_lines(file), start=1):
             try:
-                one = Annotated(
+                annotation = Annotated(
                     row["id"],
                     row["content"],
                     tuple(row["outcomes"]),
@@ -140,16 +140,21 @@ def read_work(work: Path, questions: Sequence[Question], samples: int) -> dict[s
                     f"{file}: line {number} is no annotation ({type(error).__name__}: {error}); remove it, "
                     f"then its question is asked again"
                 ) from None
-            if contents.get(one.id) == one.content and len(one.outcomes) == samples:
-                found[one.id] = one
-    return found
+            if contents.get(annotation.id) == annotation.content and len(annotation.outcomes) == samples:
+                annotations[annotation.id] = annotation
+    return annotations
 
 
-def write_set(out: Path, questions: Sequence[Question], found: Mapping[str, Annotated], model: str, measure: str) -> None:
+def write_set(
+    out: Path, questions: Sequence[Question], annotations: Mapping[str, Annotated], model: str, measure: str
+) -> None:
     """The questions in their order with level, informativeness and columns of their annotations. Whole or not at all."""
     bins = INFORMATIVENESS[measure]
-    told = [replace(q, level=found[q.id].level, informativeness=bins(q, found[q.id].question_tokens)) for q in questions]
-    write_all({out: question_writer(out, told, [found[q.id].columns(model) for q in questions])})
+    with_levels = [
+        replace(q, level=annotations[q.id].level, informativeness=bins(q, annotations[q.id].question_tokens))
+        for q in questions
+    ]
+    write_all({out: question_writer(out, with_levels, [annotations[q.id].columns(model) for q in questions])})
 
 
 # ------------------------------------------------------------------------------------------------------------- command
@@ -214,23 +219,23 @@ def _carry_out(
     except RunFailed as error:
         print(f"{'error' if error.user_error else 'difficulty failed'}: {error}", file=sys.stderr)
         return 2 if error.user_error else 1
-    found = read_work(file.parent, questions, options.samples)
-    if len(found) < len(questions):
+    annotations = read_work(file.parent, questions, options.samples)
+    if len(annotations) < len(questions):
         print(
-            f"{file.parent}: {len(found):,} of {len(questions):,} questions are annotated; {options.out} is written by the "
+            f"{file.parent}: {len(annotations):,} of {len(questions):,} questions are annotated; {options.out} is written by the "
             f"start that finds all of them done"
         )
         return 0
-    write_set(options.out, questions, found, model.folder.resolve().name, options.informativeness)
-    _tell(options.out, found)
+    write_set(options.out, questions, annotations, model.folder.resolve().name, options.informativeness)
+    _print_summary(options.out, annotations)
     return 0
 
 
 def _shard(text: str) -> tuple[int, int]:
-    one, slash, of = text.partition("/")
-    if not slash or not one.isdecimal() or not of.isdecimal() or not 1 <= int(one) <= int(of):
+    index, slash, count = text.partition("/")
+    if not slash or not index.isdecimal() or not count.isdecimal() or not 1 <= int(index) <= int(count):
         raise ConfigError(f"--shard: {text!r} is not I/N with I from 1 to N; write it like 2/8")
-    return int(one), int(of)
+    return int(index), int(count)
 
 
 def _annotate(mine: Sequence[Question], config: Config, options: argparse.Namespace, model: Any, file: Path) -> None:
@@ -244,7 +249,7 @@ def _annotate(mine: Sequence[Question], config: Config, options: argparse.Namesp
         print(f"{file.parent}: {len(done):,} of {len(mine):,} questions are annotated already", file=sys.stderr)
     if not todo:
         return
-    limit, told = config.rollout.max_response_tokens, answers.Told("difficulty", len(mine), len(done))
+    limit, progress = config.rollout.max_response_tokens, answers.Told("difficulty", len(mine), len(done))
 
     def task(question: Question) -> GenerationTask:
         name = f"difficulty/{question.id}"
@@ -259,26 +264,26 @@ def _annotate(mine: Sequence[Question], config: Config, options: argparse.Namesp
     with answers.answering(config, model) as answer:
         for scored in answer(task(question) for question in todo):
             tokens = len(model.tokenizer.encode(model.tokenizer.plain(scored.group.question.question)))
-            one = annotated(scored, tokens)
+            annotation = annotated(scored, tokens)
             append_json(
                 file,
                 {
-                    "id": one.id,
-                    "content": one.content,
-                    "outcomes": one.outcomes,
-                    "letters": one.letters,
-                    "tokens": one.tokens,
-                    "question_tokens": one.question_tokens,
-                    "cut": one.cut,
+                    "id": annotation.id,
+                    "content": annotation.content,
+                    "outcomes": annotation.outcomes,
+                    "letters": annotation.letters,
+                    "tokens": annotation.tokens,
+                    "question_tokens": annotation.question_tokens,
+                    "cut": annotation.cut,
                 },
             )
-            told.one_more()
+            progress.one_more()
 
 
-def _tell(out: Path, found: Mapping[str, Annotated]) -> None:
-    levels = Counter(one.level for one in found.values())
-    rate = sum(one.columns("")["pass_rate"] for one in found.values()) / len(found)
+def _print_summary(out: Path, annotations: Mapping[str, Annotated]) -> None:
+    levels = Counter(annotation.level for annotation in annotations.values())
+    rate = sum(annotation.columns("")["pass_rate"] for annotation in annotations.values()) / len(annotations)
     print(
-        f"{out}: {len(found):,} questions, pass rate {rate:.1%}; "
+        f"{out}: {len(annotations):,} questions, pass rate {rate:.1%}; "
         + ", ".join(f"L{level} {levels[level]:,}" for level in LEVELS)
     )

@@ -6,7 +6,7 @@ import math
 
 from alphamed.lab.planner.evaluations import set_seconds
 from alphamed.lab.planner.time import wait_seconds
-from alphamed.planner.job import Job
+from alphamed.planner.job import PlannedJob
 from alphamed.planner.legality import Problem
 
 CPU_SLACK = 2.0
@@ -15,7 +15,7 @@ MARGIN = 1.5
 """Of a deadline that is suggested, over the time that is planned."""
 
 
-def deadline_problems(job: Job) -> list[Problem]:
+def deadline_problems(job: PlannedJob) -> list[Problem]:
     """What would be stopped at its deadline, each with a deadline that suffices. The layout must be legal."""
     if not job.engines:
         return []
@@ -36,10 +36,10 @@ def deadline_problems(job: Job) -> list[Problem]:
     enough = math.ceil(MARGIN * longest / 600) * 600
     return [
         Problem(
-            f"rollout.step_deadline_s: {what} takes {seconds:,.0f} s by this plan, the run ends after "
+            f"rollout.step_deadline_s: {activity} takes {seconds:,.0f} s by this plan, the run ends after "
             f"{r.step_deadline_s:g} s of it; {helps}",
             (f"rollout.step_deadline_s={enough}",),
         )
-        for seconds, what, helps in waits
+        for seconds, activity, helps in waits
         if seconds > slack * r.step_deadline_s
     ][:1]

@@ -9,7 +9,7 @@ from alphamed.config.schema import Config
 from alphamed.data.tables import rows
 from alphamed.errors import DataError
 from alphamed.lab.planner.time import StepTime, batch_seconds, efficiency_of
-from alphamed.planner.job import Job
+from alphamed.planner.job import PlannedJob
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,27 +48,27 @@ def _rows(file: Path) -> int | None:
         return None
 
 
-def evaluations(job: Job, time: StepTime) -> Evaluations | None:
+def evaluations(job: PlannedJob, time: StepTime) -> Evaluations | None:
     """None where nothing is evaluated, or nobody knows how many questions that takes."""
-    wanted, last = job.config.evaluation, job.config.run.last_step
-    between = (last - 1) // wanted.every if wanted.every and last else 0  # the one of the last step is not `between`
-    after = wanted.after or bool(wanted.every and last and last % wanted.every == 0)
-    if not job.engines or not job.evaluation_questions or not (wanted.before or after or between):
+    settings, last = job.config.evaluation, job.config.run.last_step
+    between = (last - 1) // settings.every if settings.every and last else 0  # the one of the last step is not `between`
+    after = settings.after or bool(settings.every and last and last % settings.every == 0)
+    if not job.engines or not job.evaluation_questions or not (settings.before or after or between):
         return None
     seconds = sum(set_seconds(job))
     idle = max(0.0, time.training - time.generate) if time.overlapped else time.training  # of the engines, in a step
     beside = max(0.0, seconds - idle) if _in_background(job) else seconds
-    return Evaluations(sum(job.evaluation_questions), seconds, beside, between, int(wanted.before) + int(after))
+    return Evaluations(sum(job.evaluation_questions), seconds, beside, between, int(settings.before) + int(after))
 
 
-def set_seconds(job: Job) -> list[float]:
+def set_seconds(job: PlannedJob) -> list[float]:
     """Of each set, one after another: one greedy answer a question, of the mean length that training's responses have."""
     longest = job.config.evaluation.max_response_tokens or job.rollout.max_response_tokens
     return [batch_seconds(job, efficiency_of(job), questions, 1, longest) for questions in job.evaluation_questions or ()]
 
 
-def _in_background(job: Job) -> bool:
+def _in_background(job: PlannedJob) -> bool:
     """As Run.evaluate decides."""
-    asked = job.config.evaluation.background
-    own = not job.shared and not job.gpu.is_cpu
-    return (own if asked is None else asked) and not job.rollout.deterministic
+    setting = job.config.evaluation.background
+    own_devices = not job.shared and not job.gpu.is_cpu
+    return (own_devices if setting is None else setting) and not job.rollout.deterministic

@@ -30,7 +30,7 @@ names. FP8 adds copies, no parameters."""
 
 
 @dataclass(frozen=True, slots=True)
-class Built:
+class BuiltRank:
     """What one rank holds. `elements`: of all parameters; `gradients`: of the flat buffers; `owned`: parameters whose
     optimizer state lies here. `problems`: differences from the Hugging Face model."""
 
@@ -45,7 +45,7 @@ class Built:
 
 def build_ranks(
     config: Config, shape: ModelShape, ranks: Sequence[int] | None = None, optimizer: bool = True
-) -> Iterator[Built]:
+) -> Iterator[BuiltRank]:
     """Build the given ranks (all of them by default), one at a time. Needs a process without a process group and without
     CUDA."""
     from megatron_patches.apply import apply
@@ -62,7 +62,7 @@ def check_topology(
     shape: ModelShape,
     ranks: Sequence[int] | None = None,
     optimizer: bool = True,
-    progress: Callable[[Built], None] = lambda built: None,
+    progress: Callable[[BuiltRank], None] = lambda built: None,
 ) -> list[str]:
     """Problems of the whole topology, [] where there are none: every rank's shards, sizes against the planner's, and the
     names that the stages would send against the Hugging Face model's."""
@@ -145,7 +145,7 @@ def _without_meta(kind):
     return type_
 
 
-def _build(config: Config, shape: ModelShape, layout: Layout, rank: int, optimizer: bool) -> Built:
+def _build(config: Config, shape: ModelShape, layout: Layout, rank: int, optimizer: bool) -> BuiltRank:
     from alphamed.megatron import provider
     from alphamed.megatron.runtime import Runtime
 
@@ -164,7 +164,7 @@ def _build(config: Config, shape: ModelShape, layout: Layout, rank: int, optimiz
         for entry, parameter in stage_entries(chunks, shape)
         if tuple(parameter.shape) != shard_shape(entry, layout.tensor)
     ]
-    return Built(
+    return BuiltRank(
         layout,
         rank,
         elements,

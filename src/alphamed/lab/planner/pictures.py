@@ -10,7 +10,7 @@ from alphamed.lab.planner.text_report import PART_NAMES
 from alphamed.lab.planner.time import StepTime
 from alphamed.lab.planner.topology import Seat, Topology
 from alphamed.planner.hardware import GIB
-from alphamed.planner.job import Job
+from alphamed.planner.job import PlannedJob
 from alphamed.planner.memory import Use
 
 WIDTH = 960
@@ -28,7 +28,7 @@ svg .edge{fill:none;stroke:var(--soft);stroke-width:1}
 """
 
 
-def cluster(job: Job, topology: Topology) -> str:
+def cluster(job: PlannedJob, topology: Topology) -> str:
     """A row per node, a cell per GPU: trainer ranks in a colour per pipeline stage, engines framed; below one another where
     they share GPUs."""
     nodes = min(topology.nodes, MAX_NODES)

@@ -22,13 +22,13 @@ def find_shape(config: Config) -> tuple[ModelShape, str]:
         return check_present(folder, config), f"{folder}/config.json"
     if (cached := _cached(config)) is not None:
         return check_present(cached, config), f"{cached}/config.json"
-    known = published()
-    if path in known:
-        return known[path], "table of published shapes"
+    shapes = published()
+    if path in shapes:
+        return shapes[path], "table of published shapes"
     raise ConfigError(
         f"model.path: {path!r} is neither a folder here nor in the table of published shapes; give a Hugging "
         f"Face folder (its config.json suffices), fetch it first (`alphamed model {path}`), or choose one of "
-        f"{', '.join(known)}"
+        f"{', '.join(shapes)}"
     )
 
 
@@ -44,8 +44,8 @@ def _cached(config: Config) -> Path | None:
 
     name, cache = config.model.path, config.model.cache
     if match := PYPI_NAME.fullmatch(name):
-        found = [cache / f"{match['package']}-{match['version']}" / "config.json"]
+        files = [cache / f"{match['package']}-{match['version']}" / "config.json"]
     else:
         snapshots = cache / "hub" / f"models--{name.replace('/', '--')}" / "snapshots"
-        found = sorted(snapshots.glob(f"{config.model.revision or '*'}/config.json"))
-    return next((file.parent for file in found if file.is_file()), None)
+        files = sorted(snapshots.glob(f"{config.model.revision or '*'}/config.json"))
+    return next((file.parent for file in files if file.is_file()), None)

@@ -47,7 +47,7 @@ def share_of_vowels(question, text, letter):
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class ReportLine:
     """A line of the report. `passed` None: something to know, nothing to judge."""
 
     text: str
@@ -67,27 +67,27 @@ def main(config: Config, shape: ModelShape) -> int:
         return int(not passed)
 
 
-def simulate(config: Config, shape: ModelShape, folder: Path) -> Iterator[Outcome]:
+def simulate(config: Config, shape: ModelShape, folder: Path) -> Iterator[ReportLine]:
     """Prepare and run in `folder`; yields the report line by line, a short one where training itself fails."""
     began = time.monotonic()
     small = small_config(config, shape, folder)
     small_shape = prepare(small, config, shape, folder)
-    yield from (Outcome(line) for line in layout_lines(config, small, small_shape))
+    yield from (ReportLine(line) for line in layout_lines(config, small, small_shape))
     child = Child(folder, began + DEADLINE_S)
     failure = child.run("train", "--config", "simulation.yaml")
     if failure:
-        yield Outcome(f"train: {failure}", passed=False)
+        yield ReportLine(f"train: {failure}", passed=False)
         return
     yield from judge(small)
     failure = child.run("replay", str(small.run_dir), "--step", str(STEPS), "--only", "update")
-    yield Outcome(
+    yield ReportLine(
         f"replay: {failure}"
         if failure
         else f"checkpoint: step {STEPS} run again from the weights and optimizer "
         f"state that were saved after step {STEPS - 1} gives the same loss and gradient norm",
         passed=not failure,
     )
-    yield Outcome(f"{time.monotonic() - began:.0f} s, at most {child.peak_bytes / GIB:.1f} GiB of memory")
+    yield ReportLine(f"{time.monotonic() - began:.0f} s, at most {child.peak_bytes / GIB:.1f} GiB of memory")
 
 
 # ---------------------------------------------------------------------------------------------------------- what is run
@@ -209,34 +209,36 @@ class Child:
         """Run `alphamed ARGUMENTS`; None where it ends well, else what went wrong, in one or several lines."""
         command = [sys.executable, "-m", "alphamed.cli", *arguments]
         search = [str(Path(part).resolve()) for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
-        with open(self.folder / "said.txt", "w+", encoding="utf-8") as said:
+        with open(self.folder / "output.txt", "w+", encoding="utf-8") as output:
             process = subprocess.Popen(
                 command,
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=said,
+                stdout=output,
+                stderr=output,
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(search), "CUDA_VISIBLE_DEVICES": ""},
             )
             try:
                 over = self._wait(process)
             finally:
                 _stop(process)
-            said.seek(0)
-            lines = said.read().splitlines()
+            output.seek(0)
+            lines = output.read().splitlines()
         if over:
-            return f"not done {DEADLINE_S:.0f} s after the simulation began; its last words:\n" + "\n".join(lines[-5:])
+            return f"not done {DEADLINE_S:.0f} s after the simulation began; the end of its output:\n" + "\n".join(
+                lines[-5:]
+            )
         return None if process.returncode == 0 else f"exit code {process.returncode}\n" + "\n".join(lines[-40:])
 
     def _wait(self, process: subprocess.Popen) -> bool:
         """Whether the deadline came before the end."""
-        looked = 0.0
+        measured = 0.0
         while process.poll() is None:
             now = time.monotonic()
             if now > self.deadline:
                 return True
-            if now - looked > MEMORY_POLL_S:
-                looked, self.peak_bytes = now, max(self.peak_bytes, memory_of(process.pid))
+            if now - measured > MEMORY_POLL_S:
+                measured, self.peak_bytes = now, max(self.peak_bytes, memory_of(process.pid))
             time.sleep(POLL_S)
         return False
 
@@ -271,26 +273,26 @@ def memory_of(pid: int) -> int:
 
 
 # -------------------------------------------------------------------------------------------------------------- judging
-def judge(small: Config) -> Iterator[Outcome]:
+def judge(small: Config) -> Iterator[ReportLine]:
     """What the run that ended well has to show for itself."""
     from alphamed.rundir.metrics import read_rows
 
     wrong = _misplaced(small)
-    yield Outcome(
+    yield ReportLine(
         "ranks: " + ("; ".join(wrong) if wrong else f"all {small.parallel.world} stand where they should"), passed=not wrong
     )
     rows = read_rows(small.run_dir / "metrics.jsonl")
-    yield Outcome(
+    yield ReportLine(
         f"steps: {len(rows)} of {STEPS} recorded, rollouts sampled by weights "
         f"{', '.join(_shown(row.get('policy_version')) for row in rows)}",
         passed=len(rows) == STEPS,
     )
     for row in rows:
         yield _step_outcome(row, small.max_logprob_diff)
-    kept = sorted(path.name for path in small.run_dir.glob("checkpoints/step_*"))
-    yield Outcome(f"checkpoints: {', '.join(kept) or 'none'}", passed=len(kept) == STEPS)
+    checkpoints = sorted(path.name for path in small.run_dir.glob("checkpoints/step_*"))
+    yield ReportLine(f"checkpoints: {', '.join(checkpoints) or 'none'}", passed=len(checkpoints) == STEPS)
     exported = (small.run_dir / "hf" / "config.json").is_file()
-    yield Outcome(f"export: the trained model is {'' if exported else 'not '}a Hugging Face folder", passed=exported)
+    yield ReportLine(f"export: the trained model is {'' if exported else 'not '}a Hugging Face folder", passed=exported)
 
 
 def _misplaced(small: Config) -> list[str]:
@@ -316,11 +318,11 @@ def _misplaced(small: Config) -> list[str]:
     return wrong
 
 
-def _step_outcome(row: dict[str, Any], limit: float) -> Outcome:
+def _step_outcome(row: dict[str, Any], limit: float) -> ReportLine:
     """A step moved the policy by a finite gradient, and the engines computed what the policy computes."""
     loss, norm, difference = (row.get(f"policy/{name}") for name in ("loss", "grad_norm", "logprob_diff_mean"))
     sound = all(value is not None and math.isfinite(value) for value in (loss, norm, difference))
-    return Outcome(
+    return ReportLine(
         f"step {row['step']}: loss {_shown(loss)}, gradient norm {_shown(norm)}, engines' log-probs differ by "
         f"{_shown(difference)} in the mean (limit {limit:g}), {_shown(row.get('batch/micro_batches'))} "
         f"micro-batches a data rank, push {_shown(row.get('time/sync_s'))} s",
