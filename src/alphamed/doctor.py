@@ -202,12 +202,13 @@ def _transformer_engine() -> ComponentCheck:
 
 def _apex() -> ComponentCheck:
     need = "fused gradient accumulation without Transformer Engine"
-    if importlib.util.find_spec("apex") is None:
+    apex = importlib.util.find_spec("apex")
+    if apex is None:
         return ComponentCheck("apex", ComponentState.ABSENT, "not installed", need, optional=True)
     if importlib.util.find_spec("fused_weight_gradient_mlp_cuda"):
         return ComponentCheck("apex", ComponentState.ACTIVE, "NVIDIA's, with CUDA extensions", need)
     # by files: importing PyPI's apex fails in ways of its own
-    folders = importlib.util.find_spec("apex").submodule_search_locations or []
+    folders = apex.submodule_search_locations or []
     nvidia = any((Path(folder) / "normalization").is_dir() for folder in folders)
     detail = "NVIDIA's, built without its CUDA extensions" if nvidia else "PyPI's, an unrelated package: uninstall it"
     return ComponentCheck("apex", ComponentState.WRONG, detail, need, optional=True)

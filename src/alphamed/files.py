@@ -17,7 +17,7 @@ SURROGATES = "backslashreplace"
 """How texts are encoded: \\udcff in place of a byte ff in the name of a file, an error nowhere."""
 
 
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary neighbour of `path`, then put it in place of `path` in one move.
 
     A process killed at any moment leaves the old file (or none) and at most a `*.partial` neighbour behind.
@@ -25,7 +25,7 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     replace_files({path: write})
 
 
-def replace_files(writers: Mapping[Path, Callable[[Path], None]]) -> None:
+def replace_files(writers: Mapping[Path, Callable[[Path], object]]) -> None:
     """Like `replace_file` for several: none is moved to its place before all are whole, so that a full disk leaves no set
     without its card. Only a kill between two moves can leave new and old files side by side."""
     partials = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in writers}
@@ -95,7 +95,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def replace_json(path: Path, value: Any) -> None:
-    replace_file(path, lambda partial: partial.write_bytes(jsonl.encode(finite(value), indent=2) + b"\n") and None)
+    replace_file(path, lambda partial: partial.write_bytes(jsonl.encode(finite(value), indent=2) + b"\n"))
 
 
 def append_json(path: Path, row: Mapping[str, Any]) -> None:
@@ -122,7 +122,7 @@ def read_json_lines(path: Path, by_hand: bool = False) -> list[dict[str, Any]]:
     `by_hand`: a person wrote it. Its last line counts without a line end too, and empty ones do not."""
     if not path.exists():
         return []
-    rows = []
+    rows, number = [], 0
     try:
         for number, line in enumerate(jsonl.byte_lines(path), start=1):
             if not by_hand and not line.endswith(b"\n") or by_hand and jsonl.is_blank(line):
@@ -139,7 +139,7 @@ def read_json_lines(path: Path, by_hand: bool = False) -> list[dict[str, Any]]:
 
 def replace_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     lines = _json_lines(rows)
-    replace_file(path, lambda partial: partial.write_bytes(lines) and None)
+    replace_file(path, lambda partial: partial.write_bytes(lines))
 
 
 def _json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:

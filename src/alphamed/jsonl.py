@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import io
 import json
 import os
 import stat
@@ -19,8 +20,9 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+ByteStream = gzip.GzipFile | io.BufferedReader
 BOM = b"\xef\xbb\xbf"  # what some editors put in front of UTF-8
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -39,7 +41,7 @@ def require_regular(path: Path) -> None:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
+def opened(path: Path) -> Iterator[ByteStream]:
     """The bytes of a regular file, unpacked where it is called .gz. OSError with a `strerror` for all that can go wrong."""
     require_regular(path)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import errno
+import io
 import os
 import select
 import sys
@@ -23,7 +24,7 @@ def secure() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
-    if hasattr(sys.stdout, "reconfigure"):
+    if isinstance(sys.stdout, io.TextIOWrapper):
         codecs.register_error(PRINTED, _as_bytes)
         sys.stdout.reconfigure(errors=PRINTED, line_buffering=True)  # in a file or a pipe lines appear when printed, too
 

@@ -54,7 +54,7 @@ class RawRow:
 
     file: str
     line: int
-    value: object = None
+    value: Any = None
     problem: str | None = None
 
     @property

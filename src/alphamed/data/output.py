@@ -17,7 +17,7 @@ from alphamed.records import Question
 
 ROW_GROUP = 50_000
 Extra = Mapping[str, Any]
-Writer = Callable[[Path], None]
+Writer = Callable[[Path], object]
 
 
 def question_row(question: Question) -> dict[str, Any]:
@@ -92,11 +92,11 @@ def write_all(writers: Mapping[Path, Writer]) -> None:
 
 
 def text_writer(text: str) -> Writer:
-    return lambda path: path.write_text(text, encoding="utf-8", errors=SURROGATES) and None
+    return lambda path: path.write_text(text, encoding="utf-8", errors=SURROGATES)
 
 
 def json_writer(value: Any) -> Writer:
-    return lambda path: path.write_bytes(jsonl.encode(value, indent=2) + b"\n") and None
+    return lambda path: path.write_bytes(jsonl.encode(value, indent=2) + b"\n")
 
 
 def content_sha256(questions: Iterable[Question]) -> str:

@@ -18,7 +18,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from alphamed import jsonl
 from alphamed.data.mcq import RawRow, short
@@ -163,7 +163,7 @@ def _delimited(file: Path) -> Iterator[RawRow]:
             ) from None
 
 
-def _records(file: Path, stream: BinaryIO) -> Any:
+def _records(file: Path, stream: jsonl.ByteStream) -> Any:
     """The csv module's reader. A byte that is not UTF-8 becomes half a surrogate pair (0xdc00 + byte)."""
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     return csv.reader(text, "excel-tab" if kind_of(file) == ".tsv" else "excel", strict=True)

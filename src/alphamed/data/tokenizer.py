@@ -29,11 +29,22 @@ _FIX = "give a folder with tokenizer.json or a SentencePiece tokenizer.model"
 class Backend(Protocol):
     """What the two libraries have in common."""
 
-    size: int  # one more than the largest id
-    control: Mapping[str, int]  # texts that are read as one control id
-    exact: bool  # only they are: no normalisation makes a control token of another text
-    special: Mapping[str, str]  # bos_token, eos_token ... -> their texts
-    bos_ids: tuple[int, ...]  # what stands in front of a plain text
+    size: int
+    """One more than the largest id."""
+    exact: bool
+    """Only the texts of `control` become control tokens: no normalisation makes one of another text."""
+    bos_ids: tuple[int, ...]
+    """What stands in front of a plain text."""
+
+    @property
+    def control(self) -> Mapping[str, int]:
+        """Texts that are read as one control id."""
+        ...
+
+    @property
+    def special(self) -> Mapping[str, str]:
+        """bos_token, eos_token ... -> their texts."""
+        ...
 
     def token_id(self, token: str) -> int | None: ...
     def encode(self, text: str) -> list[int]: ...

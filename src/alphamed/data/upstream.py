@@ -123,17 +123,17 @@ def _load(source: QuestionSource, local: Path | None, revision: str | None) -> I
             with _quiet():
                 return _as_texts(datasets.load_dataset(str(local), source.config, split=source.split), str(local), source)
         with _quiet(), _no_retries_without_network(source.hub):
-            at = {"revision": revision or source.revision}
-            dataset = datasets.load_dataset(source.hub, source.config, split=source.split, **at)
-            _require_commit(dataset, source, at["revision"])
-            return _as_texts(dataset, source.hub, source, **at)
+            commit = revision or source.revision
+            dataset = datasets.load_dataset(source.hub, source.config, split=source.split, revision=commit)
+            _require_commit(dataset, source, commit)
+            return _as_texts(dataset, source.hub, source, commit)
     except DataError:
         raise
     except Exception as error:  # the library's many errors all mean "not loaded"
         raise DataError(_not_loaded(source, local, revision, error)) from None
 
 
-def _as_texts(dataset: Any, path: str, source: QuestionSource, **settings: Any) -> Iterable[Any]:
+def _as_texts(dataset: Any, path: str, source: QuestionSource, revision: str | None = None) -> Iterable[Any]:
     """The rows of what `datasets` has loaded. A set kept as CSV is loaded once more with all columns as texts: `datasets`
     reads it with pandas, to which "None", "NA" and "null" are missing values and an option "5.0" a number."""
     import datasets
@@ -143,7 +143,7 @@ def _as_texts(dataset: Any, path: str, source: QuestionSource, **settings: Any) 
     texts = datasets.Features({name: datasets.Value("string") for name in dataset.column_names})
     try:
         dataset = datasets.load_dataset(
-            path, source.config, split=source.split, features=texts, keep_default_na=False, **settings
+            path, source.config, split=source.split, features=texts, keep_default_na=False, revision=revision
         )
     except (OSError, ValueError):  # no network, and a cache that another program has filled: as it reads them
         return dataset
@@ -187,13 +187,13 @@ def _quiet() -> Iterator[None]:
 def _no_retries_without_network(hub: str) -> Iterator[None]:
     """Where the hub's host is plainly not there, its libraries work offline for this call: they take what is in their cache,
     or give up at once in place of six tries over half a minute."""
-    import datasets
+    from datasets import config
     from huggingface_hub import constants
 
     if Path(hub).exists() or _reachable(constants.ENDPOINT):
         yield
         return
-    places = (datasets.config, constants)  # both read their variable of the environment at import only
+    places: tuple[Any, ...] = (config, constants)  # both read their variable of the environment at import only
     before = [place.HF_HUB_OFFLINE for place in places]
     for place in places:
         place.HF_HUB_OFFLINE = True

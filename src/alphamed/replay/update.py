@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from alphamed.config.loading import build_config, load_config
@@ -51,7 +51,7 @@ def main(run_dir: Path, step: int, overrides: Sequence[str], validate: Callable[
 
 def replay_config(run_dir: Path, step: int, overrides: Sequence[str] = ()) -> Config:
     """The run's configuration, its rollouts replayed, ending after `step`. Raises ConfigError."""
-    config = load_config(run_dir / "config.yaml", overrides)
+    config = load_config(run_dir / "config.yaml", tuple(overrides))
     tree = config.model_dump(mode="json")
     tree["run"] |= {"root": str(run_dir / "replays"), "name": f"step_{step:06d}", "stop_after": step, "time_limit_s": None}
     tree["rollout"] |= {"replay": str(run_dir)}
@@ -84,14 +84,14 @@ def prepare(run_dir: Path, step: int, scratch: Path) -> None:
         (scratch / "checkpoints" / "latest").write_text(before.name + "\n", encoding="utf-8")
 
 
-def recorded_metrics(run_dir: Path, step: int) -> dict[str, float]:
+def recorded_metrics(run_dir: Path, step: int) -> dict[str, float | None]:
     for row in read_rows(run_dir / "metrics.jsonl"):
         if row["step"] == step:
             return row
     raise ConfigError(f"--step: {run_dir / 'metrics.jsonl'} holds no step {step}; name a recorded step")
 
 
-def compare(recorded: dict[str, float], now: dict[str, float]) -> tuple[list[str], bool]:
+def compare(recorded: Mapping[str, float | None], now: Mapping[str, float | None]) -> tuple[list[str], bool]:
     """A table of the update's metrics, and whether all of them agree."""
     lines, same = [f"  {'':<28}{'recorded':>16}{'now':>16}"], True
     for name in COMPARED:

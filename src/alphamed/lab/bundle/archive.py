@@ -82,13 +82,13 @@ def read_archive(path: Path) -> Archive:
         ) from None
 
 
-class _Limited:
+class _Limited(io.BufferedIOBase):
     """A stream that ends with ConfigError after MAX_STREAM bytes: a megabyte of gzip can hold a gigabyte."""
 
     def __init__(self, path: Path, stream: gzip.GzipFile):
         self._path, self._stream, self._remaining = path, stream, MAX_STREAM
 
-    def read(self, size: int) -> bytes:
+    def read(self, size: int | None = -1) -> bytes:
         data = self._stream.read(size)
         self._remaining -= len(data)
         if self._remaining < 0:

@@ -18,7 +18,7 @@ from alphamed.files import read_json_lines
 from alphamed.lab.bundle.archive import write_archive
 from alphamed.rundir import provenance
 from alphamed.rundir.directory import config_of_run, finished_step
-from alphamed.rundir.metrics import read_rows
+from alphamed.rundir.metrics import last_step, read_rows
 
 CONFIG, DATA = "config.yaml", "data"
 EVALUATIONS = ("evaluations", "eval")
@@ -73,7 +73,7 @@ def manifest_of(
     rows = read_rows(run_dir / "metrics.jsonl")
     return {
         "run": config.run.name,
-        "step": max((int(row["step"]) for row in rows), default=0),
+        "step": last_step(rows),
         "finished": finished_step(run_dir) is not None,
         "questions": with_questions,
         "data": dict(entries),

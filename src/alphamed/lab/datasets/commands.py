@@ -178,10 +178,12 @@ def _add_source(sources: list[dict[str, Any]], text: str, earlier: dict[str, str
             f"--from: {text!r} is neither a known set ({', '.join(SOURCES)}) nor a file; give NAME, NAME=PATH or FILE"
         )
     source = next((entry for entry in sources if entry.get("name") == name), None)
-    by_file_name = not equals and path and source is not None and source.get("path")
-    if name in earlier or by_file_name:
+    same_name = earlier.get(name)
+    if same_name is None and source is not None and path and not equals:  # a file that is called like a source of the recipe
+        same_name = source.get("path")
+    if same_name:
         raise ConfigError(
-            f"--from: two sources are called {name} ({earlier.get(name) or source['path']} and {text}); give "
+            f"--from: two sources are called {name} ({same_name} and {text}); give "
             f"one of them a name of its own, as NAME=PATH"
         )
     earlier[name] = text

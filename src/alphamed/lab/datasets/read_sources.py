@@ -122,8 +122,9 @@ def _note(source: QuestionSource, count: int) -> str:
 
 def _rows(source: QuestionSource, recipe: SourceRecipe) -> Iterator[RawRow]:
     """The rows as they stand there; a file under a name of the user's own is in the schema."""
-    in_schema = recipe.name not in SOURCES and recipe.path is not None and not recipe.path.is_dir()
-    return read_rows(recipe.path) if in_schema else read_upstream(source, recipe.path)
+    if recipe.name not in SOURCES and recipe.path is not None and not recipe.path.is_dir():
+        return read_rows(recipe.path)
+    return read_upstream(source, recipe.path)
 
 
 def _licences(rows: Sequence[RawRow]) -> dict[str, str]:

@@ -145,6 +145,7 @@ def _is_answer(row: Any) -> bool:
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
     """(number of the line, its value)."""
+    number = 0
     try:
         for number, line in enumerate(jsonl.byte_lines(path), start=1):
             if not jsonl.is_blank(line):

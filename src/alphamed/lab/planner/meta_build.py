@@ -149,12 +149,13 @@ def _build(config: Config, shape: ModelShape, layout: Layout, rank: int, optimiz
     from alphamed.megatron import provider
     from alphamed.megatron.runtime import Runtime
 
-    meta = torch.device("meta")
+    meta, group = torch.device("meta"), dist.group.WORLD
+    assert group is not None, "a rank is built within _as_rank"
     with (
         mock.patch.object(torch.cuda, "current_device", lambda: meta),
         mock.patch.object(torch.Tensor, "type", _without_meta(torch.Tensor.type)),
     ):
-        chunks = provider.build_model(config, shape, Runtime(layout, meta, rank, layout.world, None))
+        chunks = provider.build_model(config, shape, Runtime(layout, meta, rank, layout.world, group))
         wrapped = provider.wrap_gradients(config, chunks)
         owned = _owned(provider.build_optimizer(config, wrapped)) if optimizer else 0
     elements = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
@@ -168,11 +169,16 @@ def _build(config: Config, shape: ModelShape, layout: Layout, rank: int, optimiz
         layout,
         rank,
         elements,
-        sum(buffer.numel for part in wrapped for buffer in part.buffers),
+        sum(buffer.numel for part in wrapped for buffer in _buffers(part)),
         owned,
         tuple(hf_manifest(chunks, shape)),
         tuple(problems),
     )
+
+
+def _buffers(wrapped: torch.nn.Module) -> list:
+    """Megatron's gradient buffers; their attribute hides `Module.buffers()`."""
+    return vars(wrapped)["buffers"]
 
 
 def _owned(optimizer) -> int:

@@ -321,12 +321,12 @@ def _misplaced(small: Config) -> list[str]:
 def _step_outcome(row: dict[str, Any], limit: float) -> ReportLine:
     """A step moved the policy by a finite gradient, and the engines computed what the policy computes."""
     loss, norm, difference = (row.get(f"policy/{name}") for name in ("loss", "grad_norm", "logprob_diff_mean"))
-    sound = all(value is not None and math.isfinite(value) for value in (loss, norm, difference))
+    finite = all(value is not None and math.isfinite(value) for value in (loss, norm, difference))
     return ReportLine(
         f"step {row['step']}: loss {_shown(loss)}, gradient norm {_shown(norm)}, engines' log-probs differ by "
         f"{_shown(difference)} in the mean (limit {limit:g}), {_shown(row.get('batch/micro_batches'))} "
         f"micro-batches a data rank, push {_shown(row.get('time/sync_s'))} s",
-        passed=sound and norm > 0 and difference <= limit,
+        passed=finite and (norm or 0.0) > 0 and (difference or 0.0) <= limit,
     )
 
 
