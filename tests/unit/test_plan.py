@@ -308,10 +308,35 @@ def test_one_node_is_shared_and_what_is_left_idles():
 
 
 # ----------------------------------------------------------------------------------------------------------------- time
-def test_the_efficiencies_are_those_that_two_published_steps_give():
-    found = published.fit(replace(GPU, matmul=0.3, decode_s=2e-3, handover=1e9, sync=1e9, other_s=1))
+def test_the_published_70b_step_by_hand():
+    """NeMo-RL 0.3, Llama-3.1-70B on 64 H100: 147 s, of which generation 84, update 28, log-probs 18 (the latter two with the
+    hand-over of the GPUs), weight sync 14. Tensor 4 x pipeline 4 x data 4: 20 layers a stage, the last with norm and output."""
+    time = step_time(published.steps()["70b"].job)
+    matrices = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672
+    stage = 20 * (matrices + 2 * 8192) + 8192 + 8192 * 128256
+    rank = 20 * (matrices / 4 + 2 * 8192) + 8192 + 8192 * 128256 / 4
+    assert time.sync == pytest.approx(2 * stage / 2.595e9) == pytest.approx(14, rel=0.01)
+    # FP32 masters and two moments of a quarter of the rank's parameters, to the host and back
+    assert time.handover == pytest.approx(2 * 12 * rank / 4 / 1.814e9, rel=1e-4)
+    assert time.other == 147 - 84 - 28 - 18 - 14
+    assert time.generate == pytest.approx(84, rel=0.01)
+    assert time.update + time.logprobs + time.handover == pytest.approx(28 + 18, rel=0.01)
+    assert time.total == pytest.approx(147, rel=0.01)
+
+
+def test_fitting_recovers_the_efficiencies_that_steps_were_made_with(monkeypatch):
+    chosen = replace(GPU, matmul=0.35, decode_s=7e-3, handover=2.5e9, sync=1.7e9, other_s=4.0)
+    made = {}
+    for key in published.CALIBRATION:
+        step = published.steps()[key]
+        time = step_time(step.job, chosen)
+        parts = time.parts() | {"update": time.update + time.handover}
+        del parts["other"], parts["handover"]
+        made[key] = replace(step, seconds=time.total, parts=parts)
+    monkeypatch.setattr(published, "steps", lambda: made)
+    fitted = published.fit(GPU)
     for name in ("matmul", "decode_s", "handover", "sync", "other_s"):
-        assert getattr(found, name) == pytest.approx(getattr(GPU, name), rel=0.01), name
+        assert getattr(fitted, name) == pytest.approx(getattr(chosen, name), rel=1e-3), name
 
 
 def test_unseen_published_steps_are_met_within_a_fifth():
@@ -321,6 +346,16 @@ def test_unseen_published_steps_are_met_within_a_fifth():
     }
     assert len(unseen) == 3
     assert all(0.8 < ratio < 1.2 for ratio in unseen.values()), unseen
+
+
+# the same layouts with other lengths in NeMo-RL 0.4, from that release's performance summary; no fit has used them
+@pytest.mark.parametrize(
+    ("key", "tokens", "seconds"),
+    [("8b", 1060, 97.7), ("8b one off", 1129, 74.6), ("32b", 3206, 393), ("32b one off", 3207, 215)],
+)
+def test_steps_of_an_earlier_release_are_met_within_a_fifth(key, tokens, seconds):
+    earlier = replace(published.steps()[key].job, response_tokens=tokens - published.PROMPT_TOKENS)
+    assert 0.8 < step_time(earlier).total / seconds < 1.2
 
 
 def test_the_documented_table_is_the_models():
