@@ -212,6 +212,10 @@ def test_batch_arithmetic_by_hand():
     assert found.shared_fraction == 1 - 500 / 800 and found.bubble == 1 / 6
 
 
+def nodes_of(topology) -> dict[str, set[int]]:
+    return {role: {seat.node for seat in topology.seats if seat.role == role} for role in ("trainer", "engine")}
+
+
 def test_ranks_and_engines_have_their_places():
     one = replace(
         job(
@@ -221,7 +225,7 @@ def test_ranks_and_engines_have_their_places():
     )
     topology = place(one)
     seats = {(seat.node, seat.gpu): seat for seat in topology.seats}
-    assert len(seats) == 12 and topology.trainer_nodes == 2 and topology.engine_nodes == 1
+    assert len(seats) == 12 and nodes_of(topology) == {"trainer": {0, 1}, "engine": {2}}
     assert [(seats[1, g].rank, seats[1, g].tensor, seats[1, g].data, seats[1, g].pipeline) for g in range(4)] == [
         (4, 0, 0, 1),
         (5, 1, 0, 1),
@@ -247,7 +251,7 @@ def test_engines_may_have_the_gpus_that_ranks_leave_on_their_hosts():
     )
     topology = place(one)
     seats = {(seat.node, seat.gpu): seat for seat in topology.seats}
-    assert len(seats) == 16 and (topology.trainer_nodes, topology.engine_nodes) == (2, 0)
+    assert len(seats) == 16 and nodes_of(topology) == {"trainer": {0, 1}, "engine": {0, 1}}
     assert [seats[1, gpu].rank for gpu in range(4)] == [4, 5, 6, 7] and seats[1, 0].data == 1
     assert [(seats[node, gpu].engine, seats[node, gpu].worker) for node in (0, 1) for gpu in range(4, 8)] == [
         (engine, worker) for engine in (0, 1) for worker in range(4)

@@ -46,8 +46,6 @@ class Group:
 @dataclass(frozen=True, slots=True)
 class Topology:
     seats: tuple[Seat, ...]
-    trainer_nodes: int
-    engine_nodes: int
     groups: tuple[Group, ...]
 
     @property
@@ -77,10 +75,9 @@ def place(job: PlannedJob) -> Topology:
     taken = {(seat.node, seat.gpu) for seat in seats}
     seats += [Seat(node, gpu, "idle") for node in range(len(shares)) for gpu in range(per_node) if (node, gpu) not in taken]
     seats.sort(key=lambda seat: (seat.node, seat.gpu))
-    trainer_nodes = sum(ranks > 0 for ranks, _ in shares)
     # hosts that weights have to travel to
     reached = sum(workers > 0 for _, workers in shares) - (1 if shares[0][1] else 0)
-    return Topology(tuple(seats), trainer_nodes, len(shares) - trainer_nodes, _groups(job, shares[0][0], reached))
+    return Topology(tuple(seats), _groups(job, shares[0][0], reached))
 
 
 class RankCoordinates(NamedTuple):
