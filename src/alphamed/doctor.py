@@ -1,4 +1,4 @@
-"""`alphamed doctor`: what is installed and active here, and what is missing for what."""
+"""`alphamed doctor`: what is installed and active here, what is missing, and what it is needed for."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def table(findings: list[ComponentCheck]) -> list[str]:
 
 
 def examine() -> list[ComponentCheck]:
-    """Look at everything once. Imports torch; takes a few seconds."""
+    """Run every check once. Imports torch; takes a few seconds."""
     checks: tuple[Callable[[], ComponentCheck], ...] = (
         _python,
         _cores,
@@ -207,7 +207,7 @@ def _apex() -> ComponentCheck:
         return ComponentCheck("apex", ComponentState.ABSENT, "not installed", need, optional=True)
     if importlib.util.find_spec("fused_weight_gradient_mlp_cuda"):
         return ComponentCheck("apex", ComponentState.ACTIVE, "NVIDIA's, with CUDA extensions", need)
-    # by files: importing PyPI's apex fails in ways of its own
+    # distinguished by its files: importing PyPI's apex fails in several ways
     folders = apex.submodule_search_locations or []
     nvidia = any((Path(folder) / "normalization").is_dir() for folder in folders)
     detail = "NVIDIA's, built without its CUDA extensions" if nvidia else "PyPI's, an unrelated package: uninstall it"

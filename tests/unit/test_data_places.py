@@ -36,7 +36,7 @@ CLEAN = ["decontaminate", "--train", "a.jsonl", "--against", "bench.jsonl"]
         (["build", "--config", "c.card.json", "--out", "c.jsonl"], "the card: c.card.json is what --config reads"),
         (
             ["build", "--from", "medqa=copy", "--out", "copy/s.jsonl"],
-            "--out: copy/s.jsonl lies in copy, which a source reads",
+            "--out: copy/s.jsonl is in copy, which a source reads",
         ),
         (["build", "--from", "a.jsonl", "--out", ""], "--out: '.' is not a file that can be written"),
         (["suspects", "--questions", "a.jsonl", "--out", "a.jsonl"], "--out: a.jsonl is what --questions reads"),
@@ -192,7 +192,7 @@ def test_what_is_there_is_replaced_with_overwrite_only(capsys, arguments, made):
         Path(name).write_text('{"sha256": 0, "findings": []}')
         assert main(["data", *arguments]) == 2
         assert capsys.readouterr().err.endswith(
-            f": {name} is there already; choose another name, or replace it with --overwrite\n"
+            f": {name} exists already; choose another name, or replace it with --overwrite\n"
         )
         assert [one for one in files() if one in made] == [name] and Path(name).read_text().startswith('{"sha256": 0')
     assert main(["data", *arguments, "--overwrite"]) == 0 and set(made) <= set(files())

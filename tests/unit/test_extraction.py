@@ -9,7 +9,7 @@ import pytest
 
 from alphamed.answers import extraction, folding
 from alphamed.answers.extraction import extract_answer
-from alphamed.answers.folding import fold, fold_signs
+from alphamed.answers.folding import fold, fold_characters
 
 VITAMINS = {
     "A": "Vitamin A",
@@ -390,7 +390,9 @@ def test_each_sign_is_folded_to_its_plain_form_and_so_in_options_and_boxes(plain
 
 def test_folding_twice_is_folding_once():
     everything = " x ".join(map(chr, (*range(0xD800), *range(0xE000, 0x3_0000))))
-    assert fold(fold(everything)) == fold(everything) and fold_signs(fold_signs(everything)) == fold_signs(everything)
+    assert fold(fold(everything)) == fold(everything) and fold_characters(fold_characters(everything)) == fold_characters(
+        everything
+    )
 
 
 @pytest.mark.parametrize(

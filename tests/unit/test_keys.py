@@ -106,7 +106,7 @@ def test_two_forms_in_one_file_are_refused_and_a_declared_one_makes_bad_rows_of_
         read(keys)
     assert str(error.value).startswith(
         words
-    ) and "correct the file, or, to have keys of other forms as bad rows, declare their form: FILE:" in str(error.value)
+    ) and "correct the file, or, to treat keys of other forms as bad rows, declare their form: FILE:" in str(error.value)
 
 
 def test_with_a_declared_form_keys_of_another_one_are_bad_rows():

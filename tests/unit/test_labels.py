@@ -230,7 +230,7 @@ def test_options_that_stand_in_the_question_alone_are_refused_with_what_to_do(tm
     for name in (str(file), f"medxpertqa={file}"):
         with pytest.raises(
             DataError,
-            match="no options: they stand in the text of the question; take them out of it and give them as "
+            match="no options: they are in the text of the question; take them out of it and give them as "
             r"options \(letter -> text\)",
         ):
             load_benchmark(name)

@@ -172,7 +172,7 @@ def test_options_that_refer_to_others_stay():
     "tree, words",
     [
         ({"sources": []}, "sources: [] is not valid"),
-        ({"sources": [{"name": "a"}, {"name": "a"}]}, "a stands twice"),
+        ({"sources": [{"name": "a"}, {"name": "a"}]}, "a occurs twice"),
         ({"sources": [{"name": "a", "pth": "x"}]}, "sources.0.pth: unknown key; did you mean 'path'?"),
         ({"sources": [{"name": "a"}], "filtr": {}}, "filtr: unknown key; did you mean 'filter'?"),
         ({"sources": [{"name": "a"}], "quotas": [{"source": "b", "count": 1}]}, "quotas: 'b' is none of the sources a"),

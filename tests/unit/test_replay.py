@@ -88,7 +88,7 @@ def test_overrides_say_what_another_reward_gives(tmp_path, capsys):
     assert found.now[0].rewards == (1.0, 0.1, 0.0, 0.0)
     assert found.now[0].advantages == pytest.approx([4 / 3 * x for x in (0.725, -0.175, -0.275, -0.275)])
     assert main(tmp_path, 3, ["reward.name=correct_and_format"]) == 1
-    with pytest.raises(ConfigError, match="^rollout.temperature: has no part in --only reward"):
+    with pytest.raises(ConfigError, match="^rollout.temperature: has no effect on --only reward"):
         regrade(tmp_path, 3, ["rollout.temperature=0.5"])
     with pytest.raises(ConfigError, match="'corect' is not a reward; did you mean 'correct'"):
         regrade(tmp_path, 3, ["reward.name=corect"])

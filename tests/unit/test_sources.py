@@ -44,8 +44,8 @@ BAD_LINES = [
     (b'{"id": "q1", ', "not JSON: Expecting property name enclosed in double quotes at character 14"),
     (b"question,answer", "not JSON: Expecting value at character 1"),
     ('{"id": "é"}'.encode("latin-1"), "wrong encoding: byte 0xe9 at byte 9 of the line is not UTF-8"),
-    (b'{"id": "q", "id": "r"}', "not JSON that can be used: key 'id' stands twice"),
-    (b'{"options": {"A": "x", "A": "y"}}', "not JSON that can be used: key 'A' stands twice"),
+    (b'{"id": "q", "id": "r"}', "not JSON that can be used: key 'id' occurs twice"),
+    (b'{"options": {"A": "x", "A": "y"}}', "not JSON that can be used: key 'A' occurs twice"),
     (b"[" * 100_000, "not JSON that can be used: maximum recursion depth exceeded"),
     (b"[1]", "not an object of keys and values but a list"),
     (b'{"id": "q"}', "no question"),
@@ -178,7 +178,7 @@ def test_bad_parquet_rows_are_named_by_number(tmp_path):
     loaded = load_questions([file], BadRows.SKIP)
     assert [q.id for q in loaded.questions] == ["q0"]
     assert [(p.line, p.problem) for p in loaded.skipped] == [
-        (2, "options cannot be used: key 'A' stands twice"),
+        (2, "options cannot be used: key 'A' occurs twice"),
         (3, "wrong encoding: question is not UTF-8"),
         (4, "no answer"),
         (5, "options cannot be used: Expecting value: line 1 column 1 (char 0)"),

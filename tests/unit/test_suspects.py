@@ -225,7 +225,7 @@ def test_mistakes_in_decisions(tmp_path, change, word):
 def test_a_file_is_asked_for_by_version(tmp_path):
     (tmp_path / "d.yaml").write_text(dump_tree({"version": 3, "decisions": []}))
     assert read_decisions(tmp_path / "d.yaml", 3).version == 3
-    with pytest.raises(ConfigError, match="has version 3, 2 is asked for"):
+    with pytest.raises(ConfigError, match="has version 3, 2 is required"):
         read_decisions(tmp_path / "d.yaml", 2)
 
 

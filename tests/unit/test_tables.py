@@ -253,7 +253,7 @@ def test_the_authors_file_of_pubmedqa_is_read():
             "hub.json: not JSON: Unterminated string starting at at character 22 (the file seems "
             "cut off); give an array of rows",
         ),
-        ('{"101": {"Q": "x"}, "101": {}}', "hub.json: not JSON that can be used: key '101' stands twice; give"),
+        ('{"101": {"Q": "x"}, "101": {}}', "hub.json: not JSON that can be used: key '101' occurs twice; give"),
         ('[{"a": 1}]', "hub.json: rows are not in the layout of pubmedqa1000 (no 'pubid'); its columns are 'a'"),
         (
             '["a"]',
@@ -300,9 +300,9 @@ OPTIONS = b'"{""A"": ""x"", ""B"": ""y""}"'
         ("x.csv", "\ufeffid,question".encode("utf-16"), "x.csv: is UTF-16; save it as UTF-8"),
         ("x.jsonl", json.dumps(ROWS[0]).encode("utf-16"), "x.jsonl: is UTF-16; save it as UTF-8"),
         ("x.json", json.dumps(ROWS[0]).encode("utf-16"), "x.json: is UTF-16; save it as UTF-8"),
-        ("x.jsonl.gz", b"plain", "x.jsonl.gz: cannot be read (not a whole gzip file: Not a gzipped file"),
-        ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000)[:-12], "x.jsonl.gz: cannot be read (not a whole gzip file: "),
-        ("x.csv.gz", gzip.compress(HEAD)[:-4], "x.csv.gz: cannot be read (not a whole gzip file: "),
+        ("x.jsonl.gz", b"plain", "x.jsonl.gz: cannot be read (not a complete gzip file: Not a gzipped file"),
+        ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000)[:-12], "x.jsonl.gz: cannot be read (not a complete gzip file: "),
+        ("x.csv.gz", gzip.compress(HEAD)[:-4], "x.csv.gz: cannot be read (not a complete gzip file: "),
         ("x.parquet.gz", b"", "x.parquet.gz: .gz is not supported; give .jsonl, .json,"),
     ],
 )

@@ -5,7 +5,7 @@ A file of decisions is YAML that people edit:
   version: 3                    # rises by one whenever the program or a person changes the file
   decisions:
   - id: medqa-00017
-    fingerprint: 0c5e...        # of the question as it was judged (text.py): a revised question is not touched
+    fingerprint: 0c5e...        # of the question as reviewed (text.py): a revised question is left alone
     decision: fix               # open | keep | fix | quarantine
     answer: Acute pancreatitis  # for fix: the text of the right option
     who: A. Reader
@@ -68,7 +68,7 @@ class Decisions(Section):
     def _check(self) -> Self:
         ids = [decision.id for decision in self.decisions]
         if repeated := next((i for i in ids if ids.count(i) > 1), None) if len(set(ids)) < len(ids) else None:
-            raise ValueError(f"decisions: {repeated} stands twice; keep one decision a question")
+            raise ValueError(f"decisions: {repeated} occurs twice; keep one decision a question")
         return self
 
 
@@ -82,7 +82,7 @@ class DecisionFile:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """The questions after decisions, and the ids they touched. `stale` are decisions on questions that read otherwise now;
+    """The questions after decisions, and the ids they touched. `stale` are decisions on questions whose text has changed;
     `open` ones wait for a person."""
 
     questions: tuple[Question, ...]
@@ -95,7 +95,7 @@ class Applied:
 def read_decisions(path: Path, version: int | None = None) -> DecisionFile:
     """A file of decisions, of exactly this version where one is given. Raises ConfigError."""
     if path.exists() and not path.is_file():  # it is read twice
-        raise ConfigError(f"decisions {path}: is no regular file; give a YAML file")
+        raise ConfigError(f"decisions {path}: is not a regular file; give a YAML file")
     tree = load_tree(path, what="decisions")
     try:
         content = validated(Decisions, tree)
@@ -103,7 +103,7 @@ def read_decisions(path: Path, version: int | None = None) -> DecisionFile:
         raise ConfigError(f"decisions {path}: {error}") from None
     if version is not None and content.version != version:
         raise ConfigError(
-            f"decisions {path}: has version {content.version}, {version} is asked for; give the file of that "
+            f"decisions {path}: has version {content.version}, {version} is required; give the file of that "
             f"version or change decisions_version"
         )
     return DecisionFile(path, content.version, hashlib.sha256(path.read_bytes()).hexdigest(), content.decisions)
@@ -137,7 +137,7 @@ def apply_files(
     questions: Sequence[Question], paths: Iterable[Path], version: int | None = None
 ) -> tuple[tuple[Question, ...], tuple[dict[str, Any], ...]]:
     """The questions after the decisions of all files, and per file its version, hash and what it changed: what a card or a
-    result records. `absent` counts decisions on questions that are not there at all: those of another set, or of ids that
+    result records. `absent` counts decisions on questions that do not exist: of another set, or with ids that
     changed."""
     summaries, ids = [], {question.id for question in questions}
     for path in paths:
@@ -151,8 +151,8 @@ def apply_files(
 
 
 def merged(path: Path, suspects: Mapping[str, Decision]) -> str:
-    """The text of a file of decisions with the suspects added: decisions taken on the same version of a question stay, open
-    and outdated ones are renewed. A file that changes gets the next version."""
+    """The text of a file of decisions with the suspects added: decisions on the same version of a question stay, open and
+    outdated ones are renewed. A file that changes gets the next version."""
     before = validated(Decisions, load_tree(path)) if path.exists() else None
     by_id = {decision.id: decision for decision in before.decisions} if before else {}
     for name, suspect in suspects.items():

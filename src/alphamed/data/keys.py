@@ -1,9 +1,9 @@
-"""Which option a file says is right: the form of its keys is found from all of its rows, or declared, never assumed.
+"""Which option a file marks as right: the form of its keys is inferred from all of its rows or declared, never assumed.
 
 A key is a letter (either case), an index from 0 or from 1 (a number, or digits as text) or the option's own text. One value
-alone often fits several forms: 2 of 4 options is C counted from 0 and B counted from 1. So the form holds for a whole file,
-and is the one in which every key of it can be read. A file that several forms fit with different answers, or that no form
-fits, is refused with what decides. A row may state its key in several fields (MedQA: text and letter): each field has a form
+alone often fits several forms: 2 of 4 options is C counted from 0 and B counted from 1. So the form is that of a whole file:
+the one in which every key can be read. A file that several forms fit with different answers, or that no form fits, is refused
+with a hint at what decides. A row may state its key in several fields (MedQA: text and letter): each field has a form
 of its own, they must agree, and a field that is certain decides one that is not.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from alphamed.answers.folding import fold_signs
+from alphamed.answers.folding import fold_characters
 from alphamed.data.mcq import NoKey, RawRow, short
 from alphamed.data.text import normalised_option
 from alphamed.errors import DataError
@@ -48,8 +48,8 @@ def form_of(place: str) -> tuple[str, AnswerForm | None]:
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """The keys that a row of a public set states: upstream field -> value as it stands there. `form` is given where the row
-    itself says how its options are numbered. It stands for `answer` until the file's forms are known."""
+    """The keys that a row of a public set states: upstream field -> value, unchanged. `form` is set where the row
+    itself shows how its options are numbered. It stands for `answer` until the file's forms are known."""
 
     stated: Mapping[str, Any]
     form: AnswerForm | None = None
@@ -81,10 +81,12 @@ def keys_of(value: Mapping[str, Any]) -> Keys:
 
 def read_keys(rows: Sequence[Keyed], declared: AnswerForm | None) -> tuple[list[str | NoKey], dict[str, AnswerForm]]:
     """The letter of every row, or why it has none, and the form of every field that is read. Raises DataError where the form
-    cannot be told."""
+    cannot be inferred."""
     fields = list(dict.fromkeys(name for row in rows for name in row.keys.stated))
     readings: dict[str, Readings] = {name: [_readings(row, name) for row in rows] for name in fields}
-    readings = {name: column for name, column in readings.items() if any(column)}  # else it is no field of keys
+    readings = {
+        name: column for name, column in readings.items() if any(column)
+    }  # a field that holds no key at all is dropped
     stated = {row.keys.form for row in rows}
     if declared is None and len(stated) == 1:
         declared = stated.pop()
@@ -97,12 +99,12 @@ def read_keys(rows: Sequence[Keyed], declared: AnswerForm | None) -> tuple[list[
 
 # ------------------------------------------------------------------------------------------------------------- one key
 def _readings(row: Keyed, name: str) -> dict[AnswerForm, str]:
-    """Form -> letter of every form in which the key can be read. A place of a list that holds no option has a letter too: a
-    key to it says how the file counts, if not which option is right."""
+    """Form -> letter of every form in which the key can be read. A list position without an option has a letter too: a key
+    that points to it shows how the file counts, if not which option is right."""
     value = row.keys.stated.get(name)
     letters, number = list(row.texts), _whole(value)
     by_form: dict[AnswerForm, str] = {}
-    if isinstance(value, str) and (letter := fold_signs(value).strip().upper()) in row.texts:
+    if isinstance(value, str) and (letter := fold_characters(value).strip().upper()) in row.texts:
         by_form[AnswerForm.LETTER] = letter
     if number is not None:
         for form, base in ((AnswerForm.INDEX, 0), (AnswerForm.INDEX1, 1)):
@@ -127,7 +129,7 @@ def _whole(value: Any) -> int | None:
 
 
 def _letters_of(value: Any, row: Keyed) -> list[str]:
-    """The options that have this text: as it stands, else (where the key is no number) but for case, punctuation and white
+    """The options that have this text: exactly, or else (where the key is no number) up to case, punctuation and white
     space."""
     number = _whole(value)
     text = value if isinstance(value, str) else str(number) if number is not None else None
@@ -145,7 +147,7 @@ def _letters_of(value: Any, row: Keyed) -> list[str]:
 # ----------------------------------------------------------------------------------------------------- a field's form
 def _fitting(column: Readings) -> list[AnswerForm]:
     """The forms in which every key of a field can be read; keys that fit no form at all say nothing. Of forms that read all
-    keys alike one stands for all."""
+    keys alike, only the first is returned."""
     readable = [reading for reading in column if reading]
     forms = [form for form in AnswerForm if all(form in reading for reading in readable)]
     return [
@@ -158,8 +160,8 @@ def _fitting(column: Readings) -> list[AnswerForm]:
 def _declared(
     rows: Sequence[Keyed], readings: Mapping[str, Readings], forms: Mapping[str, list[AnswerForm]], declared: AnswerForm
 ) -> dict[str, list[AnswerForm]]:
-    """The forms with what is declared in place of what is found, where a field can be read so. Raises DataError where no
-    field can: keys that are all read, one option off, are worse than none."""
+    """The forms, with the declared one in place of the inferred ones where a field can be read so. Raises DataError where no
+    field can: keys that are all read one option off are worse than none."""
     narrowed, applies = dict(forms), False
     for name, fitting in forms.items():
         reads = [reading for reading in readings[name] if reading]
@@ -208,7 +210,7 @@ def _chosen(
 
 
 def _mixed(rows: Sequence[Keyed], name: str, column: Readings) -> str:
-    """What is wrong with a field that no form fits: the first key that is not of the form of most."""
+    """The error for a field that no form fits: the first key that differs from the form of most."""
     readable = [place for place, reading in enumerate(column) if reading]
     counts = {form: sum(form in column[place] for place in readable) for form in AnswerForm}
     most = max(counts, key=lambda form: counts[form])
@@ -218,7 +220,7 @@ def _mixed(rows: Sequence[Keyed], name: str, column: Readings) -> str:
     return (
         f"{rows[odd].row.where}: {name} {_shown(rows[odd], name)} is of another form than {counts[most]:,} of "
         f"{len(readable):,} keys of the file, {MEANING[most]} ({rows[usual].row.where}: {_shown(rows[usual], name)}); "
-        f"correct the file, or, to have keys of other forms as bad rows, {declare(most)}"
+        f"correct the file, or, to treat keys of other forms as bad rows, {declare(most)}"
     )
 
 
@@ -232,7 +234,7 @@ def _undecided(rows: Sequence[Keyed], name: str, fitting: Sequence[AnswerForm], 
 
 
 def declare(*forms: AnswerForm) -> str:
-    """How a user says which form the keys of a file have."""
+    """How a user declares the form of a file's keys."""
     choices = forms or tuple(AnswerForm)
     return (
         f"declare their form: FILE:{' or FILE:'.join(choices)} with --from, --benchmarks and --against, answer: "

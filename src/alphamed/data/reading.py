@@ -1,7 +1,7 @@
 """From the rows of one file to rows of the schema: letters for lists of options, labels removed, keys as letters, ids made.
 
-All readers of questions pass through `interpret`, so that a file means the same as a source, a benchmark and training data.
-What was found and done is recorded in a `Reading`: cards, results and provenance carry it.
+All readers of questions use `interpret`, so that a file means the same as a source, as a benchmark and as training data.
+What was inferred and changed is recorded in a `Reading`, which cards, results and provenance contain.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Reading:
         }
 
     def notes(self) -> list[str]:
-        """In words, what is not plainly the schema."""
+        """A line for each deviation from the schema."""
         lines = []
         if set(self.forms.values()) - {AnswerForm.LETTER}:
             lines.append(f"keys read as {', '.join(f'{MEANING[form]} ({name})' for name, form in self.forms.items())}")
@@ -59,7 +59,7 @@ class Reading:
 
 def interpret(rows: Iterable[RawRow], declared: AnswerForm | None = None) -> tuple[list[RawRow], Reading]:
     """The rows of one file as rows of the schema, and how they were read; what cannot be a question has its problem.
-    `declared` is the form of its keys where the user says it. Raises DataError where the form cannot be told."""
+    `declared` is the form of its keys where the user declares it. Raises DataError where the form cannot be inferred."""
     rows = list(rows)
     values = {
         place: dict(row.value) for place, row in enumerate(rows) if row.problem is None and isinstance(row.value, Mapping)
@@ -89,7 +89,7 @@ def interpret(rows: Iterable[RawRow], declared: AnswerForm | None = None) -> tup
 
 
 def _texts(options: Any) -> dict[str, str | None] | None:
-    """Letter -> text of options whose keys can be read; None where the schema's check will say what is wrong with them."""
+    """Letter -> text of options whose keys can be read; None where the schema's check will report what is wrong with them."""
     if isinstance(options, list) and len(options) <= len(LETTERS):
         options = dict(zip(LETTERS, options))
     elif isinstance(options, Mapping):  # Arrow fills letters that a row does not have with None
@@ -102,12 +102,12 @@ def _texts(options: Any) -> dict[str, str | None] | None:
 
 
 def _unread(value: Mapping[str, Any]) -> Any:
-    """What stands for the key of a row whose options cannot be used: they are the problem."""
+    """A placeholder for the key of a row whose options cannot be used: the options are reported, not the key."""
     return "?" if keys_of(value).stated else None
 
 
 def _options(row: Keyed, letter: str | NoKey) -> dict[str, Any]:
-    """`options` and `answer` of the schema: places of a list that hold no option are closed up."""
+    """`options` and `answer` of the schema: positions of a list without an option are closed up."""
     filled = [old for old, text in row.texts.items() if text is not None]
     new = dict(zip(filled, LETTERS))
     return {
@@ -126,7 +126,7 @@ def _make_ids(rows: list[RawRow], values: Mapping[int, dict[str, Any]]) -> tuple
     repeats = []
     for place, value in values.items():
         row = rows[place]
-        value["id"] = f"row {row.line}"  # of a row that is no question: its problem is reported, not its id
+        value["id"] = f"row {row.line}"  # for rows that are no question: their problem is reported, not their id
         if row.problem is not None:
             continue
         try:

@@ -90,7 +90,7 @@ def _refuse_repeats(files: Sequence[Path]) -> None:
 
 # ----------------------------------------------------------------------------------------------------- tables of columns
 def _from_table(row: RawRow) -> RawRow:
-    """What a table cannot say, or says in more than one way, as JSON would say it."""
+    """A row of a table in the form that JSON would give it, where tables are ambiguous."""
     value: dict[str, Any] = dict(row.value)
     try:
         value["options"] = _options(value["options"])
@@ -98,7 +98,7 @@ def _from_table(row: RawRow) -> RawRow:
         return replace(row, problem=f"options cannot be used: {error}")
     for name in ("level", "informativeness"):
         number = value.get(name)
-        if isinstance(number, float):  # pandas stores a column of whole numbers with gaps as floats, the gaps as NaN
+        if isinstance(number, float):  # pandas stores whole numbers with gaps as floats, the gaps as NaN
             value[name] = None if number != number else int(number) if number.is_integer() else number
     return replace(row, value=value)
 

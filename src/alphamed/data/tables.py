@@ -1,8 +1,8 @@
-"""Files of rows in any container -> plain rows, as they stand there: JSON lines, JSON, CSV, TSV (each also packed with
+"""Files of rows in any container -> plain rows, unchanged: JSON lines, JSON, CSV, TSV (each also packed with
 gzip) and Parquet.
 
-Every question file is read here, whoever asks: training, evaluation, benchmarks, `alphamed data` and local copies of public
-sets. What a row means is not known here (sources.py, upstream.py).
+All question files are read here: those of training, evaluation, benchmarks, `alphamed data` and local copies of public sets.
+What a row means is decided elsewhere (sources.py, upstream.py).
 
 CSV and TSV hold texts alone. They are read by the csv module and never by pandas, to which the options "None", "NA" and
 "null" are missing values. An empty cell is a missing value, nothing else is.
@@ -34,7 +34,7 @@ _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def kind_of(file: str | Path) -> str:
-    """`.jsonl` of `x.jsonl` and of `X.JSONL.GZ`; empty where the name is that of no container."""
+    """`.jsonl` of `x.jsonl` and of `X.JSONL.GZ`; empty where the suffix is that of no container."""
     name = Path(file).name.lower()
     packed = name.endswith(".gz")
     suffix = Path(name.removesuffix(".gz")).suffix
@@ -63,7 +63,7 @@ def rows(file: Path) -> Iterator[RawRow]:
 
 
 def check_file(file: Path) -> None:
-    """Raises DataError where `file` is no regular file, or by its name no container that can be read."""
+    """Raises DataError where `file` is not a regular file, or its suffix is not that of a container."""
     if file.is_dir():
         raise DataError(f"{file}: is a folder; name the files in it ({KINDS})")
     if not file.exists():
@@ -83,7 +83,7 @@ def columns(file: Path) -> list[str] | None:
     if kind_of(file) == ".parquet":
         return _parquet_names(file)
     if kind_of(file) in (".csv", ".tsv"):
-        next(rows(file))  # says what is wrong with the file
+        next(rows(file))  # raises the error of a broken file
         with jsonl.opened(file) as stream:
             return [name for name in _header(file, next(_records(file, stream))) if name]
     return next((list(row.value) for row in rows(file) if isinstance(row.value, Mapping)), None)
@@ -196,7 +196,7 @@ def _record(file: Path, line: int, names: Sequence[str], cells: Sequence[str]) -
 
 
 def from_cells(cells: Mapping[str, str | None]) -> dict[str, Any]:
-    """A row of texts as the row it stands for: nothing for an empty cell, lists, objects and whole numbers in the columns
+    """The row that a row of texts represents: None for an empty cell, lists, objects and whole numbers in the columns
     that hold them. ValueError names a list or an object that cannot be read."""
     row: dict[str, Any] = {name: cell for name, cell in cells.items() if name}
     for name, cell in row.items():

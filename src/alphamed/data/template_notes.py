@@ -1,6 +1,6 @@
-"""What a chat template does to a conversation besides laying it out: found by rendering probes and comparing.
+"""What a chat template does to a conversation besides formatting it, detected by rendering probes and comparing.
 
-What it adds is a note, what it changes in a message's text a warning. What it leaves out of a configuration's own messages
+Text that it adds becomes a note, a change to a message's text a warning. A template that drops a message of the configuration
 is refused (`prompts.PromptBuilder`).
 """
 
@@ -25,7 +25,7 @@ PROBES: Mapping[str, str] = {
     CASE: "Which ONE",
     "characters beyond ASCII": "5 µg ≥ 3 µg",
     "backslashes and braces": "in\\boxed{A}",
-    "what stands before </think>": "Which </think> one",
+    "text before </think>": "Which </think> one",
 }
 """What a template may change -> a text that shows it. None has a control token."""
 MAX_SHOWN = 200
@@ -50,7 +50,7 @@ def template_remarks(tokenizer: Tokenizer, prompt: PromptConfig) -> Remarks:
     if changed:
         warnings.append(f"the chat template drops or changes {', '.join(changed)} of a message")
     if tokenizer.turn_end is None:
-        end = _shown(tokenizer.after_content()) if tokenizer.after_content() else "nothing that could be found"
+        end = _shown(tokenizer.after_content()) if tokenizer.after_content() else "nothing that could be detected"
         ends = ", ".join(repr(tokenizer.decode([i], skip_special=False)) for i in tokenizer.stop_ids())
         warnings.append(
             f"the chat template ends an assistant's turn with {end}, which is no control token: only {ends} "
@@ -96,7 +96,7 @@ def _added(tokenizer: Tokenizer, prompt: PromptConfig) -> tuple[str, str]:
         return "", ""
     between, after = text.partition(first)[2].partition(answer)[0], text.partition(last)[2]
     start = tokenizer.without_control(text.partition(prompt.system or first)[0])
-    wrap = tokenizer.without_control(text.partition(answer)[2].partition(last)[0])  # stands before any user's message
+    wrap = tokenizer.without_control(text.partition(answer)[2].partition(last)[0])  # precedes every message of a user
     if not prompt.system:
         start = start[: len(start) - _common(start[::-1], wrap[::-1])]
     preamble = re.sub(r"^\s*(system|user|human)\b:?\s*", "", start)
@@ -119,12 +119,12 @@ def _render(tokenizer: Tokenizer, prompt: PromptConfig, contents: Sequence[str])
 
 
 def _plain(tokenizer: Tokenizer, text: str) -> str:
-    """As a question's text reaches the template."""
+    """The text as the template gets it in a question."""
     return tokenizer.plain(text)
 
 
 def _common(first: str, second: str) -> int:
-    """Number of characters with which both begin."""
+    """Length of the common prefix."""
     return next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
 
 

@@ -27,14 +27,14 @@ _FIX = "give a folder with tokenizer.json or a SentencePiece tokenizer.model"
 
 
 class Backend(Protocol):
-    """What the two libraries have in common."""
+    """The interface of the two libraries."""
 
     size: int
     """One more than the largest id."""
     exact: bool
     """Only the texts of `control` become control tokens: no normalisation makes one of another text."""
     bos_ids: tuple[int, ...]
-    """What stands in front of a plain text."""
+    """Put before a plain text."""
 
     @property
     def control(self) -> Mapping[str, int]:
@@ -55,8 +55,8 @@ class Tokenizer:
     """The tokenizer of a model folder.
 
     `vocab` is one more than the largest token id, `model_vocab` the number of ids that the model has (config.json's
-    vocab_size, None without that file), `bos_ids` what the model expects in front of a plain text (often nothing); a chat
-    template writes its own. `eos_ids` are all ids that end an answer: `named_eos_ids`, those that the folder's files name,
+    vocab_size, None without that file), `bos_ids` what the model expects before a plain text (often nothing); a chat template
+    writes its own. `eos_ids` are all ids that end an answer: `named_eos_ids`, those that the folder's files name,
     and `turn_end`, the token that the chat template writes right after an assistant's content (None where it writes none).
     """
 
@@ -102,7 +102,7 @@ class Tokenizer:
         return tuple(dict.fromkeys((*self.eos_ids, *more)))
 
     def require_known(self, ids: Sequence[int]) -> None:
-        """Raises ConfigError where a prompt holds an id that the model has not."""
+        """Raises ConfigError where a prompt holds an id that the model does not have."""
         self._require_known(ids, "is in the prompt")
 
     def _require_known(self, ids: Sequence[int], role: str) -> Sequence[int]:
@@ -116,7 +116,7 @@ class Tokenizer:
         return ids
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; control tokens written in it become their ids, nothing is put in front or behind."""
+        """Token ids of `text`; control tokens written in it become their ids, nothing is added before or after."""
         return self._backend.encode(text)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
@@ -175,14 +175,14 @@ class Tokenizer:
         return self._control_text.sub("", text)
 
     def plain(self, text: str) -> str:
-        """`text` with a blank set into every control token (`<|im_end|>` -> `< |im_end|>`), so none is read as such.
+        """`text` with a space inserted into every control token (`<|im_end|>` -> `< |im_end|>`), so none is read as such.
 
         Ordinary text comes back unchanged. Raises ValueError where a control token would still be read, which takes a
         tokenizer whose normalisation makes one of other characters.
         """
         text = self._control_text.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
         if self._backend.exact and not self._control_text.search(text):
-            return text  # the usual way; encoding every question once more would double the time of a start
+            return text  # the usual case; encoding every question once more would double the time of a start
         if control_ids := self._control_ids.intersection(self.encode(text)):
             raise ValueError(
                 f"text is read as control token {self.decode([min(control_ids)], skip_special=False)!r} by the "
@@ -256,7 +256,7 @@ class FastBackend:
         return self._core.decode(shown, skip_special_tokens=False)
 
     def _ids_in_front(self) -> tuple[int, ...]:
-        """What the file's post-processor puts in front of a text (it may also put an end token behind it)."""
+        """What the file's post-processor puts before a text (it may also put an end token after it)."""
         encoded = self._core.encode("a", add_special_tokens=True)
         marked = itertools.takewhile(lambda pair: pair[1], zip(encoded.ids, encoded.special_tokens_mask))
         return tuple(i for i, _ in marked)
@@ -265,7 +265,7 @@ class FastBackend:
 class SentencePieceBackend:
     """A SentencePiece model, with the control tokens that a Hugging Face folder may add to it.
 
-    Text between two control tokens is encoded by itself, so each such piece gets the model's dummy blank in front, as
+    Text between two control tokens is encoded by itself, so each such piece gets the model's dummy prefix space, as
     in transformers with `legacy`.
     """
 

@@ -1,7 +1,7 @@
-"""Question sets as upstream publishes them: where each lies, and reading it from the hub or from a local copy.
+"""Question sets as upstream publishes them: where each is, and reading it from the hub or from a local copy.
 
 `datasets` reads a hub name at a pinned revision, or a local folder in the layout of the hub. A single file is read as every
-question file is (tables.py); one that has the schema's own columns is read as such.
+question file is (tables.py); one that has the schema's columns is read as such.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from alphamed.errors import DataError
 COMMIT = re.compile(r"[0-9a-f]{40}")
 CONNECT_S = 5.0  # for a connection to the hub; a slower one is no network to fetch a set over
 SCHEMA_COLUMNS = COLUMNS[:4]
-"""What tells a file of the schema from one of the hub's layouts. A file of the user's own needs no `id`."""
+"""The columns that distinguish a file of the schema from one of the hub's layouts. A file of the user's own needs no `id`."""
 
 
 @dataclass(frozen=True, slots=True)
 class QuestionSource:
-    """One set of questions upstream: a row of data, told apart from others by `adapt` alone.
+    """One set of questions upstream: a row of data; only `adapt` is code.
 
-    `revision` is a commit of the hub's repository; None where none could be confirmed, then the newest is read and the card
-    says so. `expected` counts the questions that `adapt` keeps."""
+    `revision` is a commit of the hub's repository; None where none could be confirmed; then the newest is read and the card
+    notes it. `expected` counts the questions that `adapt` keeps."""
 
     name: str
     hub: str
@@ -51,7 +51,7 @@ class QuestionSource:
     note: str = ""
     answer: AnswerForm | None = None
     """The form of the keys at `revision` where it is known and they are numbers. Copies may count otherwise: there the form
-    is found from the values."""
+    is inferred from the values."""
 
 
 def read_upstream(source: QuestionSource, local: Path | None, revision: str | None = None) -> Iterator[RawRow]:
@@ -152,7 +152,7 @@ def _as_texts(dataset: Any, path: str, source: QuestionSource, revision: str | N
 
 def _require_commit(dataset: Any, source: QuestionSource, revision: str | None) -> None:
     """Where the hub cannot be asked, `datasets` takes the newest copy of its cache, whatever its revision (load.py,
-    CachedDatasetModuleFactory). Copies lie in folders named by their commit."""
+    CachedDatasetModuleFactory). Copies are in folders named by their commit."""
     if revision is None or not COMMIT.fullmatch(revision) or Path(source.hub).exists():
         return
     cached = {Path(file["filename"]).parent.name for file in getattr(dataset, "cache_files", ())}
@@ -165,7 +165,7 @@ def _require_commit(dataset: Any, source: QuestionSource, revision: str | None) 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What the libraries print of progress, warnings and retries is held back: what goes wrong is told in one line."""
+    """Suppress the libraries' progress bars, warnings and messages on retries: an error is reported in one line."""
     import datasets
     from huggingface_hub.utils import logging as hub_logging
 
@@ -185,8 +185,8 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _no_retries_without_network(hub: str) -> Iterator[None]:
-    """Where the hub's host is plainly not there, its libraries work offline for this call: they take what is in their cache,
-    or give up at once in place of six tries over half a minute."""
+    """Where the hub's host cannot be reached, its libraries work offline for this call: they use their cache, or give up at once
+    instead of trying six times over half a minute."""
     from datasets import config
     from huggingface_hub import constants
 
@@ -209,7 +209,7 @@ def _no_retries_without_network(hub: str) -> Iterator[None]:
 
 
 def _reachable(address: str) -> bool:
-    """Whether something takes connections at a web address. Behind a proxy only the proxy can know: taken for granted."""
+    """Whether something takes connections at a web address. Behind a proxy only the proxy knows: assumed."""
     parts = urlsplit(address)
     if parts.scheme in getproxies() or "all" in getproxies():
         return True

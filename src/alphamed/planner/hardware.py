@@ -1,4 +1,4 @@
-"""What a GPU offers: memory, arithmetic, bandwidths. Numbers of the makers' data sheets, dense, without sparsity."""
+"""What a GPU offers: memory, arithmetic, bandwidths. Numbers of the vendors' data sheets, without sparsity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is illegal or does not fit, each with the nearest legal setting. Whatever Megatron or vLLM would refuse at start."""
+"""What is illegal or does not fit, each with the nearest legal setting: all that Megatron or vLLM would refuse at start."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from alphamed.planner.memory import BLOCK_TOKENS, EngineCache, Use, free_for_eng
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One line: what is wrong, and what to set instead (`fix`: overrides for the command line, where one is known; those of
-    this module are first thoughts, which search.py tries out)."""
+    this module are first guesses, which search.py tries)."""
 
     text: str
     fix: tuple[str, ...] = ()
@@ -42,7 +42,7 @@ def _layout_problems(job: PlannedJob) -> Iterator[Problem]:
         ("parallel.context", p.context, context_sizes(s, p.tensor)),
         ("parallel.pipeline", p.pipeline, divisors(s.layers)),
     ):
-        if value not in allowed:  # check_layout looks at them in the same order
+        if value not in allowed:  # check_layout checks them in the same order
             yield Problem(_refusal(job), (f"{field}={nearest(value, allowed)}",))
             return
     if s.layers // p.pipeline % job.virtual:
@@ -83,7 +83,7 @@ def _cpu_engine_problems(job: PlannedJob) -> Iterator[Problem]:
 
 
 def _shorter(job: PlannedJob) -> tuple[str, ...]:
-    """The longest response, or where it has no room at all the prompt, cut to what the model's positions leave."""
+    """The longest response, or where no room remains for one the prompt, cut to what the model's positions allow."""
     positions, c = job.shape.max_positions, job.config
     room = positions - c.prompt.max_tokens
     if room > 0:

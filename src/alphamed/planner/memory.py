@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from alphamed.config.choices import Recompute, SyncMode
 from alphamed.planner import parameters
-from alphamed.planner.batch import Micro, fullest_row, in_flight
+from alphamed.planner.batch import PackedRow, fullest_row, in_flight
 from alphamed.planner.hardware import GIB
 from alphamed.planner.job import PlannedJob
 
@@ -74,7 +74,7 @@ def trainer_use(job: PlannedJob) -> Use:
     return max((stage_use(job, stage) for stage in range(job.parallel.pipeline)), key=lambda use: use.total)
 
 
-def stage_use(job: PlannedJob, stage: int, row: Micro | None = None, rows: int | None = None) -> Use:
+def stage_use(job: PlannedJob, stage: int, row: PackedRow | None = None, rows: int | None = None) -> Use:
     """A rank of one pipeline stage (its tensor rank 0 and data rank 0, which sends weights). `row`: the largest
     micro-batch, by default one at its token budget; `rows`: micro-batches of an update."""
     p = job.parallel
@@ -88,10 +88,10 @@ def stage_use(job: PlannedJob, stage: int, row: Micro | None = None, rows: int |
         # gloo reduces and scatters through a copy of the gradients, when the activations are gone
         causes["reduction copy"] = max(0, causes["gradients"] - layers - head)
     if not job.gpu.is_cpu:
-        biggest = (
+        largest = (
             parameters.stage_size(job.shape, p.tensor, p.pipeline, job.virtual, stage).largest * p.tensor * job.trainer_bytes
         )
-        causes["sync buckets"] = _sending_bytes(job, biggest)
+        causes["sync buckets"] = _sending_bytes(job, largest)
         causes["NCCL and CUDA"] = CONTEXT_BYTES + COMMUNICATOR_BYTES * _communicators(job)
     share = 1.0 if job.gpu.is_cpu else 1 - ALLOCATOR_SHARE
     first, ranks = stage * p.tensor * p.replicas, p.tensor * p.replicas
@@ -99,10 +99,10 @@ def stage_use(job: PlannedJob, stage: int, row: Micro | None = None, rows: int |
 
 
 def static_bytes(job: PlannedJob, stage: int) -> dict[str, int]:
-    """What a rank of this stage holds all the time: weights, gradients, optimizer state, a resident reference."""
+    """What a rank of this stage holds permanently: weights, gradients, optimizer state, a resident reference."""
     p, width = job.parallel, job.trainer_bytes
-    place = job.shape, p.tensor, p.pipeline, job.virtual, stage
-    size, flat = parameters.stage_size(*place), parameters.stage_buffer(*place, p.replicas, p.distributed_optimizer)
+    layout = job.shape, p.tensor, p.pipeline, job.virtual, stage
+    size, flat = parameters.stage_size(*layout), parameters.stage_buffer(*layout, p.replicas, p.distributed_optimizer)
     count = size.parameters
     owned = flat // p.replicas if p.distributed_optimizer else count
     # the distributed optimizer moves parameters into a flat buffer of the same layout as the gradients'
@@ -111,7 +111,7 @@ def static_bytes(job: PlannedJob, stage: int) -> dict[str, int]:
         "gradients": flat * 4,
         "optimizer": owned * (8 if width == 4 else 12),
     }  # Adam's two moments, and FP32 copies of bf16 weights
-    if job.reference and (job.gpu.is_cpu or not job.offloaded_reference):  # a CPU's host copy lies in the same memory
+    if job.reference and (job.gpu.is_cpu or not job.offloaded_reference):  # a CPU's host copy is in the same memory
         causes["reference"] = count * width
     if job.config.model.fp8:
         # Transformer Engine keeps each layer matrix twice in FP8, as it is and transposed, the policy's and the reference's
@@ -158,7 +158,7 @@ def _copied_keys(job: PlannedJob) -> float:
     return samples * (prompt + longest) / (prompt + samples * job.mean_response)
 
 
-def _passing_bytes(job: PlannedJob, stage: int, row: Micro, rows: int | None) -> tuple[int, int]:
+def _passing_bytes(job: PlannedJob, stage: int, row: PackedRow, rows: int | None) -> tuple[int, int]:
     """Activations of this stage at its worst moment, and what the log-probs add to them on the last stage."""
     s, p, width = job.shape, job.parallel, job.trainer_bytes
     layers = s.layers // p.pipeline
@@ -179,7 +179,7 @@ def _passing_bytes(job: PlannedJob, stage: int, row: Micro, rows: int | None) ->
     return int(activations + ends + max(0.0, backward - head)), int(head)
 
 
-def _offloaded_bytes(job: PlannedJob, stage: int, row: Micro, update: int) -> int:
+def _offloaded_bytes(job: PlannedJob, stage: int, row: PackedRow, update: int) -> int:
     """An offloaded reference during its forward pass, when the policy keeps no activations: what it needs beyond
     `update`, the bytes that an update needs at that place."""
     s, p, width = job.shape, job.parallel, job.trainer_bytes
@@ -191,7 +191,7 @@ def _offloaded_bytes(job: PlannedJob, stage: int, row: Micro, update: int) -> in
     return max(0, int(weights + forward) - update)
 
 
-def _head_bytes(job: PlannedJob, row: Micro) -> float:
+def _head_bytes(job: PlannedJob, row: PackedRow) -> float:
     """Logits of one micro-batch, or of a chunk: FP32, their gradient in the trainer's type beside them, the hidden states'
     gradient, and the output layer's product before it is added to its gradient."""
     s, p, width = job.shape, job.parallel, job.trainer_bytes
@@ -209,7 +209,7 @@ def _communicators(job: PlannedJob) -> int:
 
 # -------------------------------------------------------------------------------------------------------------- engines
 def engine_use(job: PlannedJob) -> Use | None:
-    """A GPU of an engine. The KV cache takes what is left of its share; less than one full sequence does not fit."""
+    """A GPU of an engine. The KV cache takes the rest of its share; less than one full sequence does not fit."""
     if not job.engines:
         return None
     causes = engine_causes(job)
@@ -225,7 +225,7 @@ def engine_cache(job: PlannedJob) -> EngineCache:
     free = (
         r.kv_cache_bytes // r.tensor_parallel if r.kv_cache_bytes else _engine_limit(job) - sum(engine_causes(job).values())
     )
-    if job.gpu.is_cpu and not r.kv_cache_bytes:  # as rollout/spec.py chooses
+    if job.gpu.is_cpu and not r.kv_cache_bytes:  # as rollout/spec.py does
         all_full = token * job.config.max_model_tokens * max(r.max_concurrent_requests, r.samples_per_question)
         free = min(all_full, int(job.gpu.memory_bytes * CPU_CACHE_SHARE) // (r.engines * r.tensor_parallel))
     tokens = max(0, free) // (token * BLOCK_TOKENS) * BLOCK_TOKENS
@@ -275,13 +275,13 @@ def engine_causes(job: PlannedJob) -> dict[str, int]:
     }
 
 
-def _sending_bytes(job: PlannedJob, biggest: int) -> int:
+def _sending_bytes(job: PlannedJob, largest: int) -> int:
     """What a sender holds beside its parameters (weights/sender.py): a bucket on the way over each of its links and one that
-    is being packed; gathered parameters as shards of all tensor ranks and as whole tensors, at most `biggest` each."""
+    is being packed; gathered parameters as shards of all tensor ranks and as whole tensors, at most `largest` each."""
     p, bucket = job.parallel, job.config.sync.bucket_bytes
     if job.config.sync.mode == SyncMode.DIRECT:
         return (1 + max(1, job.rollout.tensor_parallel // p.tensor)) * bucket
-    return 2 * bucket + (1 + (p.tensor > 1)) * biggest
+    return 2 * bucket + (1 + (p.tensor > 1)) * largest
 
 
 def _receiving_bytes(job: PlannedJob) -> int:

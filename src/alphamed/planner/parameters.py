@@ -16,7 +16,7 @@ buffer (core/distributed/param_and_grad_buffer.py)."""
 
 @dataclass(frozen=True, slots=True)
 class LocalParameter:
-    """A parameter as one rank holds it. `names` has more than one where Transformer Engine calls it otherwise."""
+    """A parameter as one rank holds it. `names` has more than one where Transformer Engine uses another name."""
 
     names: tuple[str, ...]
     hf: tuple[str, ...]
@@ -64,12 +64,12 @@ def buffer_elements(chunks: Chunks, data: int, distributed_optimizer: bool) -> i
     first stage's into more buckets, each padded: less than 1,000 elements more."""
     total = 0
     for chunk in chunks:
-        at = 0
+        offset = 0
         for parameter in reversed(chunk):
             if distributed_optimizer:
-                at = _up(at, ALIGN_PARAMETER)
-            at += parameter.elements
-        total += _up(at, math.lcm(data, ALIGN_BUCKET)) if distributed_optimizer else at
+                offset = _round_up(offset, ALIGN_PARAMETER)
+            offset += parameter.elements
+        total += _round_up(offset, math.lcm(data, ALIGN_BUCKET)) if distributed_optimizer else offset
     return total
 
 
@@ -115,7 +115,7 @@ def _place(entry: Entry, per_chunk: int, pipeline: int, virtual: int) -> tuple[i
     return (0, 0) if first else (pipeline - 1, virtual - 1)
 
 
-def _up(number: int, multiple: int) -> int:
+def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 

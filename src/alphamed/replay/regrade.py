@@ -1,4 +1,4 @@
-"""Take one recorded step of a run apart: grade its responses again by today's rules, or run its update again."""
+"""Grade the responses of one recorded step again, by the current rules: `replay --only reward`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHOWN = 20
 
 @dataclass(frozen=True, slots=True)
 class GradingDifference:
-    """A sample whose grading is not what was recorded. `field`: outcome, letter, reward or advantage."""
+    """A sample whose grading differs from the record. `field`: outcome, letter, reward or advantage."""
 
     question_id: str
     group_id: str
@@ -38,7 +38,7 @@ class GradingDifference:
 
 @dataclass(frozen=True, slots=True)
 class Regraded:
-    """A step graded again: the recorded groups, the same responses with today's grading, and where the two differ."""
+    """A step graded again: the recorded groups, the same responses with the current grading, and where the two differ."""
 
     recorded: tuple[ScoredGroup, ...]
     now: tuple[ScoredGroup, ...]
@@ -68,7 +68,7 @@ def regrade(run_dir: Path, step: int, overrides: Sequence[str] = ()) -> Regraded
     Raises ConfigError for a folder that is no run, a step that is not recorded, or a reward that cannot be used.
     """
     config = changed_config(config_of_run(run_dir), tuple(overrides))
-    _require_graded_by(overrides)
+    _require_grading_settings(overrides)
     path = rollout_path(run_dir, step)
     if not path.exists():
         steps = recorded_steps(run_dir)
@@ -79,13 +79,13 @@ def regrade(run_dir: Path, step: int, overrides: Sequence[str] = ()) -> Regraded
     return Regraded(recorded, now, tuple(difference for pair in zip(recorded, now) for difference in _compare(*pair)))
 
 
-def _require_graded_by(overrides: Sequence[str]) -> None:
-    """Raises ConfigError for an override that grading knows nothing of."""
+def _require_grading_settings(overrides: Sequence[str]) -> None:
+    """Raises ConfigError for an override that does not affect grading."""
     for item in overrides:
         name = item.partition("=")[0]
         if not name.startswith("reward.") and name not in ("algorithm.advantage", "run.seed"):
             raise ConfigError(
-                f"{name}: has no part in --only reward, which grades what is recorded; leave it out, or use --only update"
+                f"{name}: has no effect on --only reward, which grades recorded responses; leave it out, or use --only update"
             )
 
 
@@ -108,7 +108,7 @@ def _grade(groups: tuple[ScoredGroup, ...], config: Config) -> tuple[ScoredGroup
 
 
 def _thinking(groups: Sequence[ScoredGroup], config: Config) -> Thinking:
-    """What `reward.answer_after` means for the run's model; where that is not on this machine, what the responses say."""
+    """What `reward.answer_after` means for the run's model; where that is not on this machine, what the responses show."""
     from alphamed.data.prompts import PromptBuilder
     from alphamed.data.tokenizer import load_tokenizer
 
@@ -128,11 +128,11 @@ def _compare(recorded: ScoredGroup, now: ScoredGroup) -> Iterator[GradingDiffere
         "reward": (recorded.rewards, now.rewards),
         "advantage": (recorded.advantages, now.advantages),
     }
-    for place, rollout in enumerate(recorded.group.rollouts):
+    for index, rollout in enumerate(recorded.group.rollouts):
         for name, (before, after) in fields.items():
-            if not _same(before[place], after[place]):
+            if not _same(before[index], after[index]):
                 yield GradingDifference(
-                    rollout.question_id, rollout.group_id, rollout.sample_index, name, before[place], after[place]
+                    rollout.question_id, rollout.group_id, rollout.sample_index, name, before[index], after[index]
                 )
 
 

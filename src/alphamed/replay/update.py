@@ -1,7 +1,7 @@
 """Run the update of one recorded step again, from the checkpoint before it, on the recorded rollouts: `replay --only update`.
 
-It is an ordinary training run without engines in a directory of its own, `RUN/replays/step_000012`, so whatever layout, loss
-or learning rate is given with overrides can be compared with the recorded step on identical data.
+It is an ordinary training run without engines in its own directory, `RUN/replays/step_000012`. Overrides of layout, loss or
+learning rate are thus compared with the recorded step on identical data.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def replay_config(run_dir: Path, step: int, overrides: Sequence[str] = ()) -> Co
 
 
 def prepare(run_dir: Path, step: int, scratch: Path) -> None:
-    """A fresh run directory that holds the checkpoint of the step before (none for step 1: the model's own weights).
+    """A fresh run directory that holds the checkpoint of the previous step (none for step 1: the model's own weights).
 
     Raises ConfigError where that checkpoint or the step's rollouts do not exist.
     """

@@ -154,7 +154,7 @@ class BuildRecipe(Section):
         names = [source.name for source in self.sources]
         for name in names:
             if names.count(name) > 1:
-                yield f"sources: {name} stands twice; give every source once, or two names to two files"
+                yield f"sources: {name} occurs twice; give every source once, or two names to two files"
         for kind, parts in (("quotas", self.quotas), ("balance", self.balance)):
             for part in parts:
                 if part.source not in names:
