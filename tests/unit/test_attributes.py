@@ -181,7 +181,7 @@ def test_annotations_without_informativeness_change_levels_only(suffix):
         (
             {"level": 1},
             "filter.informativeness=[2]",
-            "filter.informativeness: [2] is asked for, but no question carries informativeness; annotate them",
+            "filter.informativeness: [2] is required, but no question has informativeness; annotate them",
         ),
     ],
 )

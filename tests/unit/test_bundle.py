@@ -178,7 +178,7 @@ def test_bad_input_is_one_line(run_dir, capfd):
     Path("exam.jsonl").rename("gone.jsonl")
     refused(capfd, ["bundle", "runs/r", "--out", "b.tar.gz"], "evaluation.files", "exam.jsonl is not there")
     Path("train.jsonl").write_text("{}\n")
-    refused(capfd, ["bundle", "runs/r", "--out", "b.tar.gz"], "data.train", "not what runs/r was trained on")
+    refused(capfd, ["bundle", "runs/r", "--out", "b.tar.gz"], "data.train", "not the file that runs/r was trained on")
     assert not Path("b.tar.gz").exists()
 
 
@@ -217,13 +217,13 @@ def read_first(path: Path) -> bytes:
 
 @pytest.mark.parametrize("name", ["../up", "a/../../up", "/etc/cron.d/x", "a/./b", "a\\..\\b", "./x", ".."])
 def test_a_member_that_would_leave_the_folder_is_refused(tmp_path, name):
-    with pytest.raises(ConfigError, match="would be written elsewhere"):
+    with pytest.raises(ConfigError, match="would be written outside"):
         read_archive(forged(tmp_path / "b.tar.gz", (name, b"x")))
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE])
 def test_links_and_devices_are_refused(tmp_path, kind):
-    with pytest.raises(ConfigError, match="'x' is no plain file"):
+    with pytest.raises(ConfigError, match="'x' is not a regular file"):
         read_archive(forged(tmp_path / "b.tar.gz", ("x", b""), kind=kind))
 
 
@@ -322,7 +322,7 @@ def test_missing_and_other_files_are_named(run_dir, capfd):
     told = capfd.readouterr()
     assert "problem: evaluation.files.0: exam.jsonl" in told.out and "neither in the bundle nor at exam.jsonl" in told.out
     assert "problem: data.train.0: train.jsonl is not the file that the run read" in told.out
-    assert "problem: model: model/config.json is another one" in told.out
+    assert "problem: model: model/config.json differs" in told.out
     assert told.err.startswith("error: bundle b.tar.gz: 3 problems (the first: data.train.0")
     Path("kept").mkdir()
     shutil.move("moved.jsonl", "kept/exam.jsonl")
@@ -359,18 +359,18 @@ TAMPERED = [
     ),
     (
         lambda told, files: told["data"]["data.train.0"].update(file="config.yaml"),
-        "data.train.0: is to be config.yaml in the bundle, where data/data.train.0.train.jsonl belongs",
+        "data.train.0: is called config.yaml in the bundle, not data/data.train.0.train.jsonl",
     ),
     (
         lambda told, files: told["data"]["data.train.0"].update(
             file="config.yaml", sha256=hashlib.sha256(files["config.yaml"]).hexdigest()
         ),
-        "data.train.0: is to be config.yaml",
+        "data.train.0: is called config.yaml",
     ),
     (rename, "data.train.0: train.jsonl of config.yaml is not in the manifest"),
     (
         lambda told, files: told["data"].update({"data.train.7": told["data"]["data.train.0"]}),
-        "data.train.7: is none of the files that config.yaml names",
+        "data.train.7: is not among the files that config.yaml names",
     ),
     (
         lambda told, files: told["data"]["data.train.0"].update(path="exam.jsonl"),

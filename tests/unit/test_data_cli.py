@@ -309,7 +309,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(capsys, verb, name):
         ),
         (
             ["build", "--out", "s.jsonl", "--from", "a.jsonl", "--from", "b=a.jsonl"],
-            "question 'q0' stands in a and in b; keep one of the two with drop_repeats=true",
+            "question 'q0' is in a and in b; keep one of the two with drop_repeats=true",
         ),
         (["build", "--out", "s.jsonl", "--from", "a.jsonl", "--against", "nosuch"], "benchmark 'nosuch' is neither known"),
         (["build", "--out", "s.jsonl", "--from", "a.jsonl", "--decisions", "none.yaml"], "none.yaml: no such file"),

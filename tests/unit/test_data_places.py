@@ -34,10 +34,7 @@ CLEAN = ["decontaminate", "--train", "a.jsonl", "--against", "bench.jsonl"]
         ),
         ([*BUILD, "--out", "d.jsonl", "--decisions", "d.card.json"], "the card: d.card.json is what decisions reads"),
         (["build", "--config", "c.card.json", "--out", "c.jsonl"], "the card: c.card.json is what --config reads"),
-        (
-            ["build", "--from", "medqa=copy", "--out", "copy/s.jsonl"],
-            "--out: copy/s.jsonl is in copy, which a source reads",
-        ),
+        (["build", "--from", "medqa=copy", "--out", "copy/s.jsonl"], "--out: copy/s.jsonl is in copy, which a source reads"),
         (["build", "--from", "a.jsonl", "--out", ""], "--out: '.' is not a file that can be written"),
         (["suspects", "--questions", "a.jsonl", "--out", "a.jsonl"], "--out: a.jsonl is what --questions reads"),
         (

@@ -220,7 +220,7 @@ def test_build_filters_by_informativeness_and_keeps_it(model, engines):
         (["--samples", "0"], "--samples: 0 is no number of samples; give 1 or more"),
         (
             ["--temperature", "0"],
-            "--temperature: 0 gives every answer alike, which measures no difficulty; give one above 0",
+            "--temperature: 0 makes all answers the same, which measures no difficulty; give one above 0",
         ),
         (["--temperature", "-1"], "--temperature: -1.0 is not between 0 and 10"),
         (["--temperature", "inf"], "--temperature: inf is not between 0 and 10"),

@@ -1,4 +1,4 @@
-"""Archives with the same bytes for the same content, and reading of archives that somebody else has made.
+"""Archives that are byte-identical for identical content, and the reading of archives from untrusted sources.
 
 The first member, manifest.json, names every other one with size and SHA-256; nothing else is read, and nothing is written
 before all of it has been checked.
@@ -27,21 +27,21 @@ MAX_BYTES = 2 << 30
 """Unpacked, and held in memory. A bundle holds questions and answers, no weights: 10,000 answers of 2,000 tokens are
 0.1 GB."""
 MAX_STREAM = MAX_BYTES + (256 << 20)
-"""Unpacked with tar's own headers, which are read whole before they can be judged."""
+"""Unpacked, with tar's headers, which are read completely before they can be checked."""
 COMPRESSION = 6
 CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """What was read: the manifest's own entries, and the content of every file by its name."""
+    """An archive in memory: the manifest's own entries, and the content of every file by its name."""
 
     manifest: Mapping[str, Any]
     files: Mapping[str, bytes]
 
 
 def write_archive(path: Path, entries: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
-    """Write a .tar.gz with `told` as its manifest. No times, owners, names of machines or order of arrival are in it."""
+    """Write a .tar.gz with `entries` in its manifest. It contains no times, owners or machine names, and its order is fixed."""
     listed = {
         name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         for name, content in sorted(files.items())
@@ -71,7 +71,7 @@ def read_archive(path: Path) -> Archive:
             packed = _Limited(path, unpacked)
             with tarfile.open(fileobj=packed, mode="r|") as tar:
                 archive = _read(path, tar)
-            while packed.read(CHUNK):  # at the end gzip's own checksum, which the manifest needs
+            while packed.read(CHUNK):  # to gzip's checksum at the end
                 pass
             return archive
     except FileNotFoundError:
@@ -127,7 +127,7 @@ def _read(path: Path, tar: tarfile.TarFile) -> Archive:
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     stream = tar.extractfile(member)
-    assert stream is not None, f"{member.name} is no regular file"
+    assert stream is not None, f"{member.name} is not a regular file"
     parts = []
     while part := stream.read(CHUNK):
         parts.append(part)
@@ -154,9 +154,9 @@ def _member_problem(member: tarfile.TarInfo, listed: Mapping[str, Any], contents
     """What is wrong with a member before it is read."""
     place = PurePosixPath(member.name)
     if not member.isreg():
-        return "is no plain file"
+        return "is not a regular file"
     if place.is_absolute() or ".." in place.parts or "\\" in member.name or str(place) != member.name:
-        return "would be written elsewhere than below the bundle's folder"
+        return "would be written outside the bundle's folder"
     if not member.name.isprintable():
         return "has a name that cannot be written"
     if member.name not in listed:

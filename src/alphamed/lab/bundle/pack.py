@@ -22,7 +22,7 @@ from alphamed.rundir.metrics import last_step, read_rows
 
 CONFIG, DATA = "config.yaml", "data"
 EVALUATIONS = ("evaluations", "eval")
-"""Of the training itself, and what `alphamed eval` wrote into the run."""
+"""Evaluations of the training itself, and those that `alphamed eval` wrote into the run."""
 PLAIN = ("provenance.json", "metrics.jsonl", "evaluations.jsonl", "study.json")
 ANSWER_FIELDS = (
     "set",
@@ -38,17 +38,17 @@ ANSWER_FIELDS = (
     "finish_reason",
     "tokens",
 )
-"""What is left of a graded answer without texts. The response goes too: models repeat what they are asked."""
+"""The fields of a graded answer without texts. The response is left out too: models repeat the question."""
 
 
 def main(run_dir: Path, out: Path, with_questions: bool) -> int:
     """Write the bundle; returns the exit code. ConfigError for a folder that is no run, DataError for a full disk."""
     if not out.name.endswith(".tar.gz"):
-        raise ConfigError(f"--out: {str(out)!r} does not end in .tar.gz; call it so")
+        raise ConfigError(f"--out: {str(out)!r} does not end in .tar.gz; give such a name")
     config = config_of_run(run_dir)
     for path in provenance.changed_files(run_dir, config.data.train):
         raise ConfigError(
-            f"data.train: {path} is not what {run_dir} was trained on; put that file back (relative paths "
+            f"data.train: {path} is not the file that {run_dir} was trained on; put that file back (relative paths "
             f"count from where the run was started)"
         )
     entries = data_entries(config)
@@ -65,7 +65,7 @@ def main(run_dir: Path, out: Path, with_questions: bool) -> int:
 def manifest_of(
     run_dir: Path, config: Config, entries: Mapping[str, dict[str, Any]], with_questions: bool
 ) -> dict[str, Any]:
-    """What a bundle says of itself beside its list of files: nothing that depends on when it is made."""
+    """The manifest of a bundle without its list of files; nothing in it depends on when it is made."""
     record = provenance.read(run_dir)
     if record is None or not record["starts"]:
         raise ConfigError(f"{run_dir}: holds no provenance.json; give the directory of a run that has been started")
@@ -123,7 +123,7 @@ def contents(run_dir: Path, config: Config, entries: Mapping[str, dict[str, Any]
     files |= {name: (run_dir / name).read_bytes() for name in PLAIN if (run_dir / name).is_file()}
     files |= {path.name: path.read_bytes() for path in run_dir.glob("uncommitted_*.patch")}
     for path in (path for folder in EVALUATIONS for path in (run_dir / folder).rglob("*.json*")):
-        if path.suffix in (".json", ".jsonl"):  # else a draft that a kill has left
+        if path.suffix in (".json", ".jsonl"):  # else a partial file that a kill has left
             files[path.relative_to(run_dir).as_posix()] = path.read_bytes() if with_questions else _without_questions(path)
     if with_questions:
         report = run_dir / "report.html"

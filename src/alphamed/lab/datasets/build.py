@@ -37,7 +37,7 @@ from alphamed.records import Question
 
 
 def check(recipe: BuildRecipe, out: Path, config: Path | None = None, overwrite: bool = False) -> None:
-    """Refuse what shows before any question is read; `config` is the file that the recipe came from. Raises ConfigError and
+    """Refuse mistakes that can be seen before any question is read; `config`: the recipe's file. Raises ConfigError and
     DataError."""
     check_places(
         {"--out": out, "the card": card_path(out), "the card for people": beside(out, ".card.md")},
@@ -48,7 +48,7 @@ def check(recipe: BuildRecipe, out: Path, config: Path | None = None, overwrite:
 
 
 def build(recipe: BuildRecipe) -> QuestionPool:
-    """Everything but writing. Raises ConfigError and DataError."""
+    """Everything except writing. Raises ConfigError and DataError."""
     from alphamed.evaluation.benchmarks import check_names
 
     check_names(recipe.against)
@@ -113,7 +113,7 @@ def write(pool: QuestionPool, recipe: BuildRecipe, out: Path, command: str) -> d
 
 
 def files_of(out: Path) -> tuple[Path, ...]:
-    """All that `write` writes, in this order: the set and its two cards."""
+    """The files that `write` writes, in this order: the set and its two cards."""
     return out, card_path(out), beside(out, ".card.md")
 
 
@@ -148,7 +148,7 @@ def _card(pool: QuestionPool, recipe: BuildRecipe, out: Path, command: str) -> d
 
 
 def files_read(recipe: BuildRecipe) -> dict[str, str]:
-    """Every local file that a recipe reads -> its SHA-256; of a folder all files in it. OSError where one is gone."""
+    """Every local file that a recipe reads -> its SHA-256; of a folder all files in it. OSError where one is missing."""
     places = [place for part in _places_read(recipe).values() for place in part if place is not None]
     files = [file for place in places for file in (sorted(place.rglob("*")) if place.is_dir() else [place])]
     return {str(file): file_sha256(file) for file in files if not file.is_dir()}
@@ -228,8 +228,8 @@ def _drop_repeats(pool: QuestionPool) -> None:
 
 
 def _draw(pool: QuestionPool, recipe: BuildRecipe) -> None:
-    """Balance, quotas and size. What quotas and size draw may be less balanced than what they draw from, so that what is
-    told of balance is counted at the end."""
+    """Balance, quotas and size. Quotas and size may draw a less balanced set than they draw from, so that the balance is
+    reported as counted at the end."""
     cut = [pool.keep("balance", balanced(pool.items, rule, recipe.seed)[0]) for rule in recipe.balance]
     place = len(pool.steps)
     items, missing = mixed(pool.items, recipe.quotas, recipe.seed, recipe.short)

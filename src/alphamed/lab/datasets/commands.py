@@ -19,7 +19,7 @@ Verb = Callable[..., argparse.ArgumentParser]
 
 
 def add_verbs(parser: argparse.ArgumentParser) -> None:
-    """Hang the verbs below `alphamed data`."""
+    """Add the verbs of `alphamed data`."""
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=type(parser))
 
     def verb(name: str, run, text: str) -> argparse.ArgumentParser:
@@ -99,7 +99,7 @@ def _add_checks(verb: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _overwrite(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--overwrite", action="store_true", help="replace what is there (default: refuse)")
+    sub.add_argument("--overwrite", action="store_true", help="replace existing files (default: refuse)")
 
 
 def _bad_rows(sub: argparse.ArgumentParser) -> None:
@@ -163,8 +163,8 @@ def recipe_tree(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add_source(sources: list[dict[str, Any]], text: str, earlier: dict[str, str]) -> None:
-    """Add what one --from says, or give a source of the recipe its path. `given` has what the ones before it said, by name:
-    a second one of a name would take the place of the first."""
+    """Add the source of one --from, or set the path of a source of the recipe. `earlier`: name -> text of the previous ones; a
+    second source of the same name would replace the first."""
     from alphamed.data.keys import form_of
     from alphamed.data.tables import bare_name, kind_of
     from alphamed.lab.datasets.catalogue import SOURCES
@@ -179,7 +179,7 @@ def _add_source(sources: list[dict[str, Any]], text: str, earlier: dict[str, str
         )
     source = next((entry for entry in sources if entry.get("name") == name), None)
     same_name = earlier.get(name)
-    if same_name is None and source is not None and path and not equals:  # a file that is called like a source of the recipe
+    if same_name is None and source is not None and path and not equals:  # a file named like a source of the recipe
         same_name = source.get("path")
     if same_name:
         raise ConfigError(

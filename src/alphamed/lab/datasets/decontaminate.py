@@ -21,7 +21,7 @@ from typing import Any
 from alphamed.data.text import content_length, content_words, normalised, normalised_option, option_set
 from alphamed.records import Question
 
-OPTION_STEM = 0.2  # of 196 MedMCQA pairs with equal options and key, those that share fewer words ask other things
+OPTION_STEM = 0.2  # of 196 MedMCQA pairs with equal options and key, those that share fewer words are different questions
 OPTION_OVERLAP = 0.5
 SURE = 0.9
 LONG_STEM = 25  # content words; 98% of MedQA's stems have more, 2% of MedMCQA's
@@ -50,7 +50,7 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class _Text:
-    """What is compared of a question."""
+    """The parts of a question that are compared."""
 
     stem: str
     options: tuple[str, ...]
@@ -127,7 +127,7 @@ def _pairs(
 
 
 def _is_same_question(first: _Text, second: _Text, similarity: float) -> bool:
-    """Whether two stems that are so similar ask the same, or tell the same case."""
+    """Whether two stems of this similarity ask the same, or describe the same case."""
     if (first.long and second.long) or first.answer == second.answer:
         return True
     return similarity >= SURE and _shared_options(first, second) >= OPTION_OVERLAP

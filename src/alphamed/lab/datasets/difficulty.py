@@ -28,7 +28,7 @@ from alphamed.hashing import draw
 from alphamed.records import FinishReason, GenerationTask, Outcome, Question, Sampling, ScoredGroup
 
 SETTINGS_WAIT_S = 60.0
-"""Other shards hold the common settings for the blink of an eye; a dead machine's lock on a network disk may last."""
+"""Other shards hold the lock on the common settings for milliseconds; the lock of a dead machine on a network disk may last."""
 LENGTH_EDGES = (50, 100, 200)
 """Tokens of the stem at which a longer bin begins: the paper's sets lie mostly below 50 (PubMedQA), up to 270 (MedMCQA) and
 between 30 and 400 (MedQA). Fixed, so that bins mean the same in every set."""
@@ -57,7 +57,7 @@ def level_of(right: int, samples: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Annotated:
-    """What the answers to one question say. `content` names its exact text: another text is another question."""
+    """The graded answers to one question. `content` identifies its exact text: another text is another question."""
 
     id: str
     content: str
@@ -65,7 +65,7 @@ class Annotated:
     letters: tuple[str | None, ...]
     tokens: tuple[int, ...]
     question_tokens: int
-    cut: tuple[bool, ...]  # by the token limit, however it was graded
+    cut: tuple[bool, ...]  # at the token limit, whatever the outcome
 
     def columns(self, model: str) -> dict[str, Any]:
         """What is written next to the question, but for level and informativeness. Lengths are tokens."""
@@ -105,7 +105,7 @@ def content_of(question: Question) -> str:
 
 
 def shard_of(question: Question, shards: int) -> int:
-    """1..shards, by the id alone: neither file order nor other questions move it."""
+    """1..shards, by the id alone: independent of file order and other questions."""
     return 1 + int(draw("shard", question.id)[:15], 16) % shards
 
 
@@ -187,7 +187,7 @@ def main(options: argparse.Namespace) -> int:
     check_suffix(options.out)
     shard, shards = _shard(options.shard)
     if options.temperature == 0:
-        raise ConfigError("--temperature: 0 gives every answer alike, which measures no difficulty; give one above 0")
+        raise ConfigError("--temperature: 0 makes all answers the same, which measures no difficulty; give one above 0")
     check_sampling(options)
     questions = load_questions(options.questions, BadRows(options.bad_rows)).questions
     config, work = config_of(options, options.overrides), work_folder(options.out)

@@ -40,7 +40,7 @@ class _Features:
 
 
 def similar_pairs(base: Sequence[str], queries: Sequence[str], threshold: float) -> Iterator[SimilarPair]:
-    """All (query, base) pairs of stems with similarity >= threshold, query by query, then by falling similarity. Stems
+    """All (query, base) pairs of stems with similarity >= threshold, query by query, then by decreasing similarity. Stems
     without a content word are similar to none."""
     if not base or not queries:
         return
@@ -55,7 +55,7 @@ def similar_pairs(base: Sequence[str], queries: Sequence[str], threshold: float)
 
 
 def _features(texts: Sequence[str]) -> _Features:
-    """Content words and pairs of neighbours as numbers from 0, for all texts in one go."""
+    """Content words and pairs of neighbours as numbers from 0, for all texts at once."""
     vocabulary: dict[str, int] = {}
     flat, sizes = [], []
     for text in texts:
@@ -86,7 +86,7 @@ def _join(
     postings, bounds = documents[by_feature], np.searchsorted(base.ids[by_feature], np.arange(len(weight) + 1))
     totals = np.zeros(len(base.starts) - 1)
     np.add.at(totals, documents, weight[base.ids])
-    inside = np.zeros(len(weight), dtype=bool)  # marks the features of the query at hand
+    inside = np.zeros(len(weight), dtype=bool)  # marks the features of the current query
     for query in range(len(queries.starts) - 1):
         features = queries.ids[queries.starts[query] : queries.starts[query + 1]]
         total = weight[features].sum()
@@ -107,7 +107,7 @@ def _join(
 
 
 def _prefix(features: np.ndarray, weight: np.ndarray, frequency: np.ndarray, needed: float) -> np.ndarray:
-    """The rarest features, as many as leave less than `needed` to the others."""
+    """The rarest features, so many that the others weigh less than `needed`."""
     order = features[np.argsort(frequency[features], kind="stable")]
     rest = weight[order].sum() - np.cumsum(weight[order])
     return order[: int(np.searchsorted(-rest, -needed + 1e-9, side="right")) + 1]

@@ -67,14 +67,12 @@ def _reason(question: Question, recipe: FilterRecipe, patterns: Sequence[re.Patt
 
 
 def _require_annotated(pool: Sequence[PoolItem], recipe: FilterRecipe) -> None:
-    """Raises DataError where a filter asks for an attribute that no question has: that is a set without annotations, not
-    one without such questions."""
+    """Raises DataError where a filter needs an attribute that no question has: such a set lacks annotations, not questions."""
     for attribute in ATTRIBUTES:
         values = getattr(recipe, attribute.axis)
         if values and pool and all(attribute.of(item.question) is None for item in pool):
             raise DataError(
-                f"filter.{attribute.axis}: {list(values)} is asked for, but no question carries "
-                f"{attribute.field}; {ANNOTATE}"
+                f"filter.{attribute.axis}: {list(values)} is required, but no question has {attribute.field}; {ANNOTATE}"
             )
 
 
@@ -84,8 +82,8 @@ def _is_of(source: str | None, name: str) -> bool:
 
 # ----------------------------------------------------------------------------------------------------------- conflicts
 def conflicting(items: Iterable[PoolItem]) -> list[list[PoolItem]]:
-    """Groups of items that ask the same (stem, context and options, but for case, punctuation and letters) and have
-    different keys."""
+    """Groups of items with the same question (stem, context and options, up to case, punctuation and letters) but different
+    keys."""
     groups: dict[tuple, list[PoolItem]] = defaultdict(list)
     for item in items:
         q = item.question
@@ -147,7 +145,7 @@ def commonest_answer(items: Iterable[PoolItem], source: str) -> tuple[str, float
 def mixed(
     items: Sequence[PoolItem], quotas: Sequence[QuotaRecipe], seed: int, short: Short
 ) -> tuple[list[PoolItem], list[str]]:
-    """The items that fill the quotas, in the order given, and what is short of them in words. Without quotas all items.
+    """The items that fill the quotas, in their order, and a line for each quota that is not filled. Without quotas all items.
     DataError where a quota cannot be filled and `short` refuses that."""
     if not quotas:
         return list(items), []
@@ -175,7 +173,7 @@ def mixed(
 
 
 def _parts(pool: Sequence[PoolItem], quota: QuotaRecipe) -> list[tuple[str, list[PoolItem], int]]:
-    """What a quota draws: (in words, the items to draw from, how many)."""
+    """The draws of a quota: (label, items to draw from, how many)."""
     if quota.per_level is None:
         assert quota.count is not None
         part = [item for item in pool if not quota.levels or item.question.level in quota.levels]
@@ -200,7 +198,7 @@ def shuffled(items: Iterable[PoolItem], seed: int) -> list[PoolItem]:
 
 
 def relettered(items: Sequence[PoolItem], seed: int) -> tuple[list[PoolItem], int]:
-    """The items with their options in a new order, and how many have none. Among n neighbours with n options the answer has
+    """The items with their options in a new order, and how many keep theirs. Among n neighbours with n options the answer has
     every letter once; questions whose options refer to others ("both A and C") are left as they are."""
     decks: dict[int, list[int]] = {}
     lettered, unchanged = [], 0

@@ -28,7 +28,7 @@ SHOWN_PROBLEMS = 20
 
 @dataclass
 class QuestionPool:
-    """A set on its way: the items that are left, and in `steps` what happened, in words. Items leave by `keep` only."""
+    """A set while it is built: the remaining items, and in `steps` a line for each thing done. Only `keep` removes items."""
 
     items: list[PoolItem]
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class QuestionPool:
     benchmarks: list[dict[str, Any]] = field(default_factory=list)
 
     def keep(self, step: str, items: list[PoolItem]) -> int:
-        """Go on with these of the items; returns how many that leaves out."""
+        """Continue with these of the items; returns how many were left out."""
         count = len(self.items) - len(items)
         self.left_out[step] = self.left_out.get(step, 0) + count
         self.items = items
@@ -49,7 +49,7 @@ class QuestionPool:
 
 
 def source_of(recipe: SourceRecipe) -> QuestionSource:
-    """The row of the catalogue with the recipe's changes, or a set of the schema under a name of the user's own."""
+    """The row of the catalogue with the recipe's changes, or a set in the schema under the user's own name."""
     known = SOURCES.get(recipe.name)
     if known is not None:
         return replace(
@@ -121,7 +121,7 @@ def _note(source: QuestionSource, count: int) -> str:
 
 
 def _rows(source: QuestionSource, recipe: SourceRecipe) -> Iterator[RawRow]:
-    """The rows as they stand there; a file under a name of the user's own is in the schema."""
+    """The rows, unchanged; a file under the user's own name is in the schema."""
     if recipe.name not in SOURCES and recipe.path is not None and not recipe.path.is_dir():
         return read_rows(recipe.path)
     return read_upstream(source, recipe.path)
@@ -166,7 +166,7 @@ def _annotated_rows(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _counted(annotations: Mapping[str, Mapping[str, int]], questions: Sequence[Question], recipe: SourceRecipe) -> list[str]:
-    """How many questions get each attribute, in words. Raises DataError where the annotations are those of another set."""
+    """A line for each attribute: how many questions get it. Raises DataError where the annotations are of another set."""
     if not any(q.id in annotations for q in questions):
         raise DataError(
             f"{recipe.levels}: has no id of {recipe.name} (the first there: {next(iter(annotations), 'none')}, "
@@ -192,11 +192,11 @@ def resolve_shared_ids(pool: QuestionPool, drop_repeats: bool) -> None:
             unique.append(item)
         elif fingerprint(other.question) != fingerprint(item.question):
             raise DataError(
-                f"id {item.question.id!r} stands in {other.origin} and in {item.origin}; give the questions ids of their own"
+                f"id {item.question.id!r} is in {other.origin} and in {item.origin}; give the questions ids of their own"
             )
         elif not drop_repeats:
             raise DataError(
-                f"question {item.question.id!r} stands in {other.origin} and in {item.origin}; keep one of the "
+                f"question {item.question.id!r} is in {other.origin} and in {item.origin}; keep one of the "
                 f"two with drop_repeats=true, or give them ids of their own"
             )
     if len(unique) < len(pool.items):

@@ -25,14 +25,14 @@ class Overlap(StrEnum):
 
 
 class Conflicts(StrEnum):
-    """What to do with a question that stands in the sources with different keys."""
+    """What to do with a question that the sources hold with different keys."""
 
     REFUSE = "refuse"
     DROP = "drop"
 
 
 class Short(StrEnum):
-    """What to do where a quota asks for more than there is."""
+    """What to do where a quota asks for more questions than exist."""
 
     REFUSE = "refuse"
     TAKE = "take"
@@ -49,7 +49,7 @@ class SourceRecipe(Section):
     split: str | None = None
     revision: str | None = None
     answer: AnswerForm | None = None
-    """How the file names the right option; not given: found from all of its keys, and refused where they can be read in two
+    """How the file marks the right option; not set: inferred from all of its keys, and refused where they can be read in two
     ways."""
     licence: str | None = None
     """For sets that are not known; rows that carry a licence of their own keep it."""

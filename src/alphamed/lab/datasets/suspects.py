@@ -1,6 +1,6 @@
 """Questions whose key may be wrong: duplicates with conflicting keys, and models that agree on another letter.
 
-It finds, people decide (decisions.py). Two kinds of evidence:
+The program finds them, people decide (decisions.py). Two kinds of evidence:
   conflict   the same stem, or one at least NEAR similar with the same options, has another key elsewhere, and each one's key
              stands among the other's options
   agreement  in the answers of at least `models` models, each one's favourite letter is the same other one, and together they

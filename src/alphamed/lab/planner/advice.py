@@ -1,7 +1,7 @@
-"""Neighbouring configurations, really evaluated: which single change saves most time, and which makes a run fit.
+"""Neighbouring configurations, each of them planned: which change saves most time, and which makes a run fit.
 
 No neighbour changes what is trained: batch, optimizer, algorithm and numbers stay. They differ in layout, recomputation,
-packing budget and in how GPUs are dealt out, within the nodes that the job has.
+packing budget and the distribution of GPUs, within the nodes of the job.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from alphamed.model.shape import tensor_sizes
 from alphamed.planner.job import PlannedJob
 
 WORTH = 0.005
-"""Changes that save less than this share of a step are not told."""
+"""Changes that save less than this share of a step are not reported."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +102,16 @@ def neighbours(job: PlannedJob, gpus: int) -> Iterator[Overrides]:
 
 
 def _layouts(job: PlannedJob) -> Iterator[Overrides]:
-    """The same number of trainer ranks, cut otherwise."""
+    """Other layouts of the same number of trainer ranks."""
     p, sizes = job.parallel, axes(job)
     for larger in sizes:
         for smaller in sizes:
             if larger != smaller and sizes[smaller] % 2 == 0:
                 cut = sizes | {larger: 2 * sizes[larger], smaller: sizes[smaller] // 2}
                 beyond = not job.gpu.is_cpu and cut["tensor"] * cut["context"] > job.gpus_per_node
-                if beyond or cut["tensor"] not in tensor_sizes(job.shape):  # they talk in every layer
+                if beyond or cut["tensor"] not in tensor_sizes(
+                    job.shape
+                ):  # tensor and context ranks communicate in every layer
                     continue
                 yield tuple(f"parallel.{axis}={cut[axis]}" for axis in (larger, smaller)) + consistent(job, cut)
     if p.pipeline > 1:
@@ -121,15 +123,15 @@ def _layouts(job: PlannedJob) -> Iterator[Overrides]:
 
 
 def _shares(job: PlannedJob, gpus: int) -> Iterator[Overrides]:
-    """GPUs dealt out otherwise between trainer and engines, and engines cut otherwise."""
+    """Other distributions of GPUs over trainer and engines, and other sizes of engines."""
     p, r = job.parallel, job.rollout
     if not job.engines:
         return
     for data in {2 * p.data, p.data // 2}:
-        engines = _left(job, gpus, p.tensor * p.context * p.pipeline * data) // r.tensor_parallel
+        engines = _engine_gpus(job, gpus, p.tensor * p.context * p.pipeline * data) // r.tensor_parallel
         if data and engines > 0:
             yield f"parallel.data={data}", f"rollout.engines={engines}"
-    engines = _left(job, gpus, p.world) // r.tensor_parallel
+    engines = _engine_gpus(job, gpus, p.world) // r.tensor_parallel
     if engines > r.engines:
         yield (f"rollout.engines={engines}",)
     if r.tensor_parallel % 2 == 0:
@@ -138,6 +140,6 @@ def _shares(job: PlannedJob, gpus: int) -> Iterator[Overrides]:
         yield f"rollout.tensor_parallel={2 * r.tensor_parallel}", f"rollout.engines={r.engines // 2}"
 
 
-def _left(job: PlannedJob, gpus: int, taken: int) -> int:
-    """GPUs for one side beside those that the other takes; all where they share them."""
-    return gpus if job.shared else gpus - taken
+def _engine_gpus(job: PlannedJob, gpus: int, trainer: int) -> int:
+    """GPUs for the engines besides the `trainer` ranks; all of them where GPUs are shared."""
+    return gpus if job.shared else gpus - trainer

@@ -1,4 +1,4 @@
-"""Candidates of the search for a plan that fits: settings that differ from the job's, and those of the trainer."""
+"""Candidates of the search for a plan that fits: the type of a change of settings, and the changes of the trainer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class SideChange:
-    """Settings of one side that differ from the job's: how many, how far, and how many bytes a GPU then needs for that side."""
+    """Settings of one side (trainer or engines) that differ from the job's: how many, how far, and the bytes that this side then
+    needs on a GPU."""
 
     count: int
     distance: float
@@ -30,7 +31,7 @@ class SideChange:
 
 
 def with_settings(job: PlannedJob, settings: Settings) -> PlannedJob:
-    """The job with other settings, not validated: for numbers only."""
+    """The job with other settings, without validation: only for arithmetic."""
     sections: dict[str, dict[str, Any]] = {}
     for key, value in settings.items():
         section, _, name = key.partition(".")
@@ -53,7 +54,7 @@ def _written(value: Any) -> str:
 
 # --------------------------------------------------------------------------------------------------------------- trainer
 def trainer_parts(job: PlannedJob, nodes: int) -> Iterator[SideChange]:
-    """Layouts x recomputation x row lengths x switches that save memory; what they need is not known yet."""
+    """Layouts x recomputation x row lengths x switches that save memory; `measured` computes the bytes they need."""
     now, p = axes(job), job.parallel
     levels = list(Recompute)
     for cut in layouts(job, job.gpus if job.gpu.is_cpu else nodes * job.gpus_per_node):
@@ -80,7 +81,7 @@ def trainer_parts(job: PlannedJob, nodes: int) -> Iterator[SideChange]:
 
 
 def _followers(job: PlannedJob, cut: Mapping[str, int]) -> dict[str, Any]:
-    """Settings that have to follow a layout; they count as no change of their own."""
+    """Settings that follow from a layout; they do not count as changes."""
     p, settings = job.parallel, {}
     if p.sequence and cut["tensor"] == 1:
         settings["parallel.sequence"] = False
@@ -117,7 +118,8 @@ def _row_lengths(job: PlannedJob) -> list[int]:
 
 
 def measured(job: PlannedJob, row: SideChange) -> SideChange | None:
-    """The part with what its fullest stage needs; None where that is too much. Engines of one GPU ask least of a sender."""
+    """The change with the bytes that its fullest stage needs; None where it does not fit. Engines of one GPU are assumed, for which
+    a sender needs least."""
     changed = with_settings(job, dict(row.settings) | {"rollout.tensor_parallel": 1})
     p = changed.parallel
     if p.recompute == Recompute.SELECTIVE and not p.share_prompts and p.context == 1 and not job.gpu.is_cpu:

@@ -1,4 +1,4 @@
-"""Whether generation ends before the deadline that the run gives it (rollout.step_deadline_s), by the plan's own time."""
+"""Whether generation ends before its deadline (rollout.step_deadline_s), by the plan's own estimate."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from alphamed.planner.job import PlannedJob
 from alphamed.planner.legality import Problem
 
 CPU_SLACK = 2.0
-"""On a CPU the plan's times are good to a factor of two."""
+"""On a CPU the plan's times are accurate to a factor of two."""
 MARGIN = 1.5
-"""Of a deadline that is suggested, over the time that is planned."""
+"""A suggested deadline over the planned time."""
 
 
 def deadline_problems(job: PlannedJob) -> list[Problem]:
@@ -24,7 +24,7 @@ def deadline_problems(job: PlannedJob) -> list[Problem]:
         (
             wait_seconds(job),
             f"generating a step ({r.questions_per_step:,} questions x {r.samples_per_question}, responses "
-            f"of {job.mean_response:,.0f} tokens in the mean and {r.max_response_tokens:,} at most)",
+            f"of {job.mean_response:,.0f} tokens on average and {r.max_response_tokens:,} at most)",
             "more engines or a lower rollout.max_response_tokens, questions_per_step or samples_per_question help too",
         )
     ]

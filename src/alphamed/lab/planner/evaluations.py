@@ -1,4 +1,4 @@
-"""What evaluations cost a run: how many questions each set asks, and the time of all sets (evaluation.before, every, after)."""
+"""What evaluations cost a run: the number of questions of each set, and the time of all sets (evaluation.before, every, after)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from alphamed.planner.job import PlannedJob
 
 @dataclass(frozen=True, slots=True)
 class Evaluations:
-    """`seconds` of one evaluation of all sets; `beside`: of one of `evaluation.every`, what it adds to the step that it goes on
-    beside (all of `seconds` where it goes on before the next step begins). `between` of them come between steps, `ends` before
-    the first step and after the last."""
+    """`seconds`: of one evaluation of all sets; `beside`: the time that one of `evaluation.every` adds to the step with which it
+    runs in parallel (all of `seconds` where it ends before the next step begins). `between`: evaluations between steps; `ends`:
+    those before the first step and after the last."""
 
     questions: int
     seconds: float
@@ -30,7 +30,7 @@ class Evaluations:
 
 
 def count_questions(config: Config) -> tuple[int, ...] | None:
-    """Questions of each evaluation file that are asked; None where a file is not here and `evaluation.questions` sets no
+    """Questions of each evaluation file that are asked; None where a file is missing and `evaluation.questions` sets no
     limit. Decisions are not applied."""
     limit, counts = config.evaluation.questions, []
     for file in config.evaluation.all_files:
@@ -49,9 +49,9 @@ def _rows(file: Path) -> int | None:
 
 
 def evaluations(job: PlannedJob, time: StepTime) -> Evaluations | None:
-    """None where nothing is evaluated, or nobody knows how many questions that takes."""
+    """None where nothing is evaluated, or the number of questions is not known."""
     settings, last = job.config.evaluation, job.config.run.last_step
-    between = (last - 1) // settings.every if settings.every and last else 0  # the one of the last step is not `between`
+    between = (last - 1) // settings.every if settings.every and last else 0  # the last step's is not `between`
     after = settings.after or bool(settings.every and last and last % settings.every == 0)
     if not job.engines or not job.evaluation_questions or not (settings.before or after or between):
         return None

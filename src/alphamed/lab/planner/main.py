@@ -1,4 +1,4 @@
-"""`alphamed plan`: prints the plan, writes it as JSON and as a page; exit code 1 where the run cannot be."""
+"""`alphamed plan`: prints the plan, writes it as JSON and as a page; exit code 1 where the run is impossible."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def _write(path: Path, text: str) -> None:
 
 
 def _build(plan: Plan) -> int:
-    """Build every rank and print what differs."""
+    """Build every rank and print the differences from the plan."""
     import warnings
 
-    warnings.filterwarnings("ignore", module="megatron")  # of what is not installed, where the build needs none of it
+    warnings.filterwarnings("ignore", module="megatron")  # about missing packages that the build does not need
     from alphamed.lab.planner.meta_build import check_topology
 
     world = plan.job.parallel.world

@@ -1,8 +1,8 @@
-"""Every rank of a layout, built for real on a machine that has none of its GPUs: `alphamed plan --build`.
+"""Builds every rank of a layout with Megatron on a machine without its GPUs: `alphamed plan --build`.
 
 Megatron's own model, gradient buffers and optimizer of each rank, in one process, one after another: a fake process group
-says which rank it is, and tensors lie on the meta device, where they have a shape and no memory. A rank of a 70B model takes
-a second or two. What they hold is compared with the planner's arithmetic and with the Hugging Face model.
+determines the rank, and tensors are on the meta device, where they have a shape but no memory. A rank of a 70B model takes a
+second or two. The result is compared with the planner's arithmetic and with the Hugging Face model.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from alphamed.records import Layout
 from alphamed.weights.hf_io import hf_manifest, stage_entries
 
 LOCAL = ("cluster.device=cpu", "model.fp8=false", "sync.transport=auto")
-"""Without CUDA Megatron's local layers stand in for Transformer Engine's, which hold the same parameters, some under other
+"""Without CUDA Megatron's local layers stand in for Transformer Engine's, which hold the same parameters, some with other
 names. FP8 adds copies, no parameters."""
 
 
 @dataclass(frozen=True, slots=True)
 class BuiltRank:
-    """What one rank holds. `elements`: of all parameters; `gradients`: of the flat buffers; `owned`: parameters whose
-    optimizer state lies here. `problems`: differences from the Hugging Face model."""
+    """The contents of one rank. `elements`: of all parameters; `gradients`: of the flat buffers; `owned`: parameters whose
+    optimizer state is here. `problems`: differences from the Hugging Face model."""
 
     layout: Layout
     rank: int
@@ -107,7 +107,7 @@ def _as_rank(config: Config, rank: int) -> Iterator[Layout]:
     p = config.parallel
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=p.world)
     try:
-        # Megatron asks for gloo groups beside the main ones; over a fake store these would wait for peers
+        # Megatron also makes gloo groups; over a fake store these would wait for peers
         with mock.patch.object(dist, "new_group", _fake_group(dist.new_group)):
             groups.initialize_model_parallel(p.tensor, p.pipeline, p.virtual_pipeline, context_parallel_size=p.context)
         tensor_parallel.model_parallel_cuda_manual_seed(1)

@@ -1,4 +1,4 @@
-"""A plan as one page: no scripts, no requests, light and dark."""
+"""A plan as one HTML page without scripts or external requests, in light and dark."""
 
 from __future__ import annotations
 

@@ -29,8 +29,8 @@ svg .edge{fill:none;stroke:var(--soft);stroke-width:1}
 
 
 def cluster(job: PlannedJob, topology: Topology) -> str:
-    """A row per node, a cell per GPU: trainer ranks in a colour per pipeline stage, engines framed; below one another where
-    they share GPUs."""
+    """A row per node, a cell per GPU: trainer ranks in a colour per pipeline stage, engines framed; where they share a GPU, one
+    below the other."""
     nodes = min(topology.nodes, MAX_NODES)
     per_row = min(job.gpus_per_node, 8)
     deep = max(Counter((seat.node, seat.gpu) for seat in topology.seats).values())
@@ -79,7 +79,7 @@ def _cell(seat: Seat, x: int, y: int, with_context: bool) -> str:
 
 
 def memory(uses: Sequence[Use]) -> str:
-    """One bar per role, its causes side by side, the limit dashed; causes are named beneath."""
+    """One bar per role, its causes side by side, the limit dashed; causes are named below."""
     left, bar, tall = 84, 34, 118
     scale = (WIDTH - left - 20) / max(max(use.total, use.limit) for use in uses)
     parts = []

@@ -1,4 +1,4 @@
-"""A plan: topology, memory, batch, time, problems and advice for a job, put together; and its JSON."""
+"""A plan: topology, memory, batch, time and problems of a job; and its JSON."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ STORAGE_BYTES_PER_S = 5e9
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """`grace_s`: between a warning and the kill, so that the step under way ends and is saved. `at_risk_s`: work that is
-    lost at worst without it."""
+    """`grace_s`: needed between a warning and the kill, so that the current step ends and is saved. `at_risk_s`: the most work
+    that is lost without it."""
 
     bytes: int
     save_s: float
@@ -37,7 +37,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Assessment:
-    """Everything computed of a legal layout."""
+    """Everything that is computed for a legal layout."""
 
     topology: Topology
     batch: BatchPlan
@@ -115,7 +115,7 @@ def make_plan(job: PlannedJob, source: str = "", storage: float = STORAGE_BYTES_
         return Plan(job, source, tuple(fixed(problems, job)), None, None)
     assessment = assess(job)
     problems = memory_problems(job, assessment.uses, assessment.cache) + deadline_problems(job)
-    problems = [replace(problem, fix=()) for problem in problems]  # advice.py looks for one for all of them
+    problems = [replace(problem, fix=()) for problem in problems]  # advice.py searches one for all of them
     return Plan(job, source, tuple(problems), assessment, _checkpoint(job, assessment.time, storage))
 
 

@@ -1,10 +1,10 @@
 """The least change of settings under which a run fits, found by a search in which the planner judges every candidate.
 
 A candidate joins settings of the trainer (layout, recomputation, row length, switches that save memory) with settings of the
-engines (their number, tensor ranks and cache, whether they share the trainer's GPUs). Pairs are met in the order of how much
-they change: the number of settings first, then by what factors. What follows from a pair is not searched but computed: sequence
-parallelism and virtual stages from the layout, rollout.gpu_memory_utilization from what the engine needs and what is left.
-Nothing that is trained on changes, unless a limit of the model asks for it.
+engines (their number, tensor ranks and cache, whether they share the trainer's GPUs). Pairs are visited in the order of
+how much they change: the number of settings first, then by what factors. What follows from a pair is computed, not searched:
+sequence parallelism and virtual stages from the layout, rollout.gpu_memory_utilization from what the engine needs and what is
+available. Nothing that affects the trained result changes, unless a limit of the model requires it.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ ELSEWHERE = (
     "sync.transport",
     "rollout.step_deadline_s",
 )
-"""Settings that are not searched: what a problem names as its fix is the only one that helps."""
+"""Settings that are not searched: only the fix that a problem names helps."""
 ENGINE_COUNTS = 32
-"""Numbers of engines that are tried, at most, beside powers of two."""
+"""Numbers of engines that are tried, at most, besides powers of two."""
 CONCURRENT = RolloutConfig.model_fields["max_concurrent_requests"].default
 USUAL_SHARE = RolloutConfig.model_fields["gpu_memory_utilization"].default
 AT_ONCE = 16
-"""Candidates as near as the first one of which the fastest is chosen, at most."""
+"""The fastest is chosen among at most so many candidates that are as near as the first."""
 FURTHER = 40
-"""Candidates judged for a second answer, once there is a first."""
+"""Candidates that are tried for a second answer, once there is a first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ def fits(job: PlannedJob) -> bool:
 
 def fixed(illegal: list[Problem], job: PlannedJob) -> list[Problem]:
     """The problems of an illegal layout, the first with one fix for all of them, after which the plan is without a problem; or
-    with the word that none was found."""
+    with a note that none was found."""
     first, *others = (replace(problem, fix=()) for problem in illegal)
     nodes = nodes_of(job)
     own = (_completed(job, problem.fix, (1, 1.0), nodes) for problem in illegal if problem.fix)  # is one of them enough?
@@ -122,7 +122,7 @@ def nearest_changes(job: PlannedJob, nodes: int, most: int = 2) -> list[Settings
 
 
 def _holds(overrides: Overrides, change: SettingsChange) -> bool:
-    """Whether overrides hold all of a change and so are none of their own. Values of ELSEWHERE follow from the rest."""
+    """Whether overrides include all of a change, and so are no other change. Values of ELSEWHERE follow from the rest."""
     keys = {override.partition("=")[0] for override in overrides}
     return all(
         override in overrides or (key := override.partition("=")[0]) in ELSEWHERE and key in keys
@@ -131,7 +131,7 @@ def _holds(overrides: Overrides, change: SettingsChange) -> bool:
 
 
 def _completed(job: PlannedJob, overrides: Overrides, cost: tuple[int, float], nodes: int) -> SettingsChange | None:
-    """The change, with the settings of ELSEWHERE that its problems ask for; None where others are left."""
+    """The change, with the settings of ELSEWHERE that its problems name; None where other problems remain."""
     budget = job if job.gpu.is_cpu else replace(job, nodes=nodes)
     for _ in range(len(ELSEWHERE)):
         changed = applied(budget, overrides) if overrides else budget
@@ -189,7 +189,7 @@ def _pairs(job: PlannedJob, nodes: int) -> Iterator[tuple[tuple[int, float], dic
         if together is None:
             continue
         more = len(together) - len(row.settings) - len(partners[place].settings)
-        if more:  # a computed setting is a change as well
+        if more:  # a computed setting counts as a change too
             heapq.heappush(heap, ((cost[0] + more, round(cost[1] + more, 6)), number, place, together))
         else:
             yield cost, together
@@ -200,7 +200,7 @@ def _cost(row: SideChange, side: SideChange) -> tuple[int, float]:
 
 
 def _together(job: PlannedJob, row: SideChange, side: SideChange) -> dict[str, Any] | None:
-    """Both sides' settings, and the engine's share of its GPU where the present one does not do; None where none does."""
+    """Both sides' settings, and the engine's share of its GPU where the present one does not suffice; None where none does."""
     settings = dict(row.settings) | dict(side.settings)
     if not job.engines:
         return settings
@@ -229,7 +229,7 @@ def best_share(job: PlannedJob, need: int, most: int) -> float | None:
     as there is, in twentieths or hundredths, for the cache takes what is left."""
     memory = job.gpu.memory_bytes
 
-    def does(share: float) -> bool:
+    def suffices(share: float) -> bool:
         return need <= int(memory * share) <= most
 
     choices = [
@@ -238,11 +238,11 @@ def best_share(job: PlannedJob, need: int, most: int) -> float | None:
         *(k / 20 for k in range(19, 0, -1)),
         *(k / 100 for k in range(99, 0, -1)),
     ]
-    return next(filter(does, choices), None)
+    return next(filter(suffices, choices), None)
 
 
 def _cache_bytes(job: PlannedJob) -> int:
-    """The KV cache that an engine needs at least, per GPU: the given one, or a prompt with the longest response."""
+    """The KV cache that an engine needs at least, per GPU: the configured one, or a prompt with the longest response."""
     tensor = job.rollout.tensor_parallel
     least = least_cache_bytes(job, engine_cache(job)) // tensor
     return max(job.rollout.kv_cache_bytes // tensor, least) if job.rollout.kv_cache_bytes else least
@@ -304,7 +304,7 @@ def _engine_counts(job: PlannedJob, tensor: int) -> list[int]:
 
 
 def _cache_settings(job: PlannedJob) -> list[dict[str, Any]]:
-    """Of an engine's memory: the present ones; without a given cache size, or with the least; with fewer requests at once."""
+    """Settings of an engine's memory: the present ones; without a fixed cache size, or with the least; with fewer requests at once."""
     r = job.rollout
     caches: list[dict[str, Any]] = [{}]
     if r.kv_cache_bytes:

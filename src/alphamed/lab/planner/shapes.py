@@ -1,4 +1,4 @@
-"""The shape of a model to be planned: from its folder, the cache, or a table of published shapes; never the network."""
+"""The shape of a model to plan: from its folder, the cache, or a table of published shapes; never from the network."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def published() -> dict[str, ModelShape]:
 
 
 def _cached(config: Config) -> Path | None:
-    """The folder of the cache that an earlier fetch has put this name into, if any."""
+    """The folder in the cache into which an earlier fetch put this model, if any."""
     from alphamed.model.fetch import PYPI_NAME
 
     name, cache = config.model.path, config.model.cache

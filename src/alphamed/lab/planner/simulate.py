@@ -1,6 +1,6 @@
 """`alphamed plan --simulate`: two steps of the real program with a shrunken model, before the GPUs are booked.
 
-The configuration is kept but for its sizes: a random model of the same family, every parallel axis cut to at most 2, two
+The configuration is kept except for its sizes: a random model of the same family, every parallel axis cut to at most 2, two
 engines, short responses, the questions that alphamed ships. `alphamed train` runs it as a child process, with all its ranks,
 engines, grading, weight pushes and checkpoints; then the second step is run again from the first one's checkpoint. What is
 left out: the user's own data, reward function and evaluation, CUDA, FP8 and speed.
@@ -48,7 +48,7 @@ def share_of_vowels(question, text, letter):
 
 @dataclass(frozen=True, slots=True)
 class ReportLine:
-    """A line of the report. `passed` None: something to know, nothing to judge."""
+    """A line of the report. `passed` None: information only."""
 
     text: str
     passed: bool | None = None
@@ -92,7 +92,7 @@ def simulate(config: Config, shape: ModelShape, folder: Path) -> Iterator[Report
 
 # ---------------------------------------------------------------------------------------------------------- what is run
 def small_config(config: Config, shape: ModelShape, folder: Path) -> Config:
-    """The configuration with its sizes cut, in files below `folder`. Raises ConfigError where it could not be run."""
+    """The configuration with its sizes cut and its files in `folder`. Raises ConfigError where it could not run."""
     tree, p, r = config.model_dump(mode="json"), config.parallel, config.rollout
     cut = {axis: min(2, getattr(p, axis)) for axis in ("tensor", "pipeline", "data", "context")}
     updates = min(2, config.algorithm.mini_batches)
@@ -163,7 +163,7 @@ def prepare(small: Config, config: Config, shape: ModelShape, folder: Path) -> M
 
 
 def layout_lines(config: Config, small: Config, shape: ModelShape) -> Iterator[str]:
-    """What is about to run: how it was cut, where every rank stands, what a push sends."""
+    """What is about to run: how sizes were cut, the position of every rank, what a push sends."""
     from alphamed.weights.plan import Wire
     from alphamed.weights.routes import WIRE_DTYPE, make_plan
 
@@ -206,7 +206,7 @@ class Child:
         self.folder, self.deadline, self.peak_bytes = folder, deadline, 0
 
     def run(self, *arguments: str) -> str | None:
-        """Run `alphamed ARGUMENTS`; None where it ends well, else what went wrong, in one or several lines."""
+        """Run `alphamed ARGUMENTS`; None where it succeeds, else the error in one or several lines."""
         command = [sys.executable, "-m", "alphamed.cli", *arguments]
         search = [str(Path(part).resolve()) for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
         with open(self.folder / "output.txt", "w+", encoding="utf-8") as output:
@@ -231,7 +231,7 @@ class Child:
         return None if process.returncode == 0 else f"exit code {process.returncode}\n" + "\n".join(lines[-40:])
 
     def _wait(self, process: subprocess.Popen) -> bool:
-        """Whether the deadline came before the end."""
+        """Whether the deadline passed before the process ended."""
         measured = 0.0
         while process.poll() is None:
             now = time.monotonic()
@@ -244,14 +244,14 @@ class Child:
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """End a child that still runs; it takes its own children down."""
+    """Terminate a child that still runs; it ends its own children."""
     if process.poll() is not None:
         return
     process.terminate()
     try:
         process.wait(STOP_DEADLINE_S)
     except subprocess.TimeoutExpired:
-        process.kill()  # from here on its guard ends what it started
+        process.kill()  # its guard ends what it started
         process.wait()
 
 
@@ -274,12 +274,13 @@ def memory_of(pid: int) -> int:
 
 # -------------------------------------------------------------------------------------------------------------- judging
 def judge(small: Config) -> Iterator[ReportLine]:
-    """What the run that ended well has to show for itself."""
+    """Check the records of a run that ended cleanly."""
     from alphamed.rundir.metrics import read_rows
 
     wrong = _misplaced(small)
     yield ReportLine(
-        "ranks: " + ("; ".join(wrong) if wrong else f"all {small.parallel.world} stand where they should"), passed=not wrong
+        "ranks: " + ("; ".join(wrong) if wrong else f"all {small.parallel.world} are at their planned positions"),
+        passed=not wrong,
     )
     rows = read_rows(small.run_dir / "metrics.jsonl")
     yield ReportLine(
@@ -296,7 +297,7 @@ def judge(small: Config) -> Iterator[ReportLine]:
 
 
 def _misplaced(small: Config) -> list[str]:
-    """Ranks whose logs do not say that Megatron has put them where the plan has them."""
+    """Ranks whose logs do not show the position that the plan gives them."""
     p, wrong = small.parallel, []
     for rank in range(p.world):
         at = coordinates(rank, p)
@@ -324,7 +325,7 @@ def _step_outcome(row: dict[str, Any], limit: float) -> ReportLine:
     finite = all(value is not None and math.isfinite(value) for value in (loss, norm, difference))
     return ReportLine(
         f"step {row['step']}: loss {_shown(loss)}, gradient norm {_shown(norm)}, engines' log-probs differ by "
-        f"{_shown(difference)} in the mean (limit {limit:g}), {_shown(row.get('batch/micro_batches'))} "
+        f"{_shown(difference)} on average (limit {limit:g}), {_shown(row.get('batch/micro_batches'))} "
         f"micro-batches a data rank, push {_shown(row.get('time/sync_s'))} s",
         passed=finite and (norm or 0.0) > 0 and (difference or 0.0) <= limit,
     )

@@ -12,12 +12,12 @@ from alphamed.planner.job import PlannedJob
 
 Overrides = tuple[str, ...]
 NODES_LEFT = 4
-"""Nodes that are left to engines, fewer than so many, where data ranks are to fill the others: 3 of 4 nodes, 4 of 6."""
+"""Layouts whose data ranks fill whole nodes are tried with fewer than so many nodes left for engines: 3 of 4 nodes, 4 of 6."""
 
 
 def layouts(job: PlannedJob, gpus: int) -> Iterator[dict[str, int]]:
     """Every layout of a trainer on at most so many GPUs, of powers of two and the present sizes, or with data ranks that fill
-    nodes. Tensor and context ranks, which talk in every layer, stay within a node."""
+    nodes. Tensor and context ranks, which communicate in every layer, stay within a node."""
     powers = {2**power for power in range(max(gpus, 1).bit_length())}
     most = job.rollout.questions_per_step // job.algorithm.mini_batches  # a question for each data rank
     now, s = axes(job), job.shape
@@ -43,7 +43,7 @@ def axes(job: PlannedJob) -> dict[str, int]:
 
 
 def consistent(job: PlannedJob, cut: dict[str, int]) -> Overrides:
-    """The settings that have to follow a layout."""
+    """The settings that follow from a layout."""
     p, overrides = job.parallel, []
     if p.sequence != (cut["tensor"] > 1):
         overrides.append(f"parallel.sequence={'true' if cut['tensor'] > 1 else 'false'}")

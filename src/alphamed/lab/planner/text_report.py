@@ -102,7 +102,7 @@ def _memory(assessment: Assessment) -> Iterator[str]:
         cache = assessment.cache
         yield (
             f"  the KV cache holds {cache.tokens:,} tokens: {cache.full_sequences} sequences at full length, "
-            f"{cache.mean_sequences} at the mean; {cache.wanted_sequences} are wanted"
+            f"{cache.mean_sequences} at the mean length; {cache.wanted_sequences} are configured"
         )
 
 

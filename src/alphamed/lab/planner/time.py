@@ -2,7 +2,7 @@
 
 Log-probs and update: matrix products of a stage at a share of the GPU's peak, tensor-parallel traffic over NVLink that is
 not hidden, the pipeline's bubble, the gradients' reduction, the optimizer's passes over memory. Generation: one decoding
-step after another, each of which reads the weights and the running sequences' keys and values once. Sync: a stage's bytes
+step after another, each reading the weights and the running sequences' keys and values once. Sync: a stage's bytes
 over its link. The run's other work (gathering, grading's remainder, logging) is a constant.
 """
 
@@ -71,7 +71,7 @@ def efficiency_of(job: PlannedJob) -> Efficiency:
 
 
 def step_time(job: PlannedJob, efficiency: Efficiency | None = None) -> StepTime:
-    """The expected step. `efficiency`: by default what was calibrated for the job's kind of device."""
+    """The expected step. `efficiency`: by default the calibrated one for the job's kind of device."""
     e = efficiency or efficiency_of(job)
     batch = batch_of(job)
     passes = job.logprob_passes * batch.updates
@@ -126,7 +126,7 @@ def _pass_seconds(job: PlannedJob, batch: BatchPlan, e: Efficiency, backward: bo
 
 
 def _tensor_seconds(job: PlannedJob, batch: BatchPlan, e: Efficiency) -> float:
-    """Of one layer, one direction: two all-reduces (or an all-gather and a reduce-scatter each) of the activations."""
+    """Time of one layer, one direction: two all-reduces (or an all-gather and a reduce-scatter each) of the activations."""
     p = job.parallel
     if p.tensor == 1:
         return 0.0
@@ -135,7 +135,7 @@ def _tensor_seconds(job: PlannedJob, batch: BatchPlan, e: Efficiency) -> float:
 
 
 def _context_seconds(job: PlannedJob, batch: BatchPlan, e: Efficiency) -> float:
-    """Of one layer, one direction: the exchanges around attention."""
+    """Time of one layer, one direction: the exchanges around attention."""
     p = job.parallel
     link = job.gpu.nvlink if p.tensor * p.context <= job.gpus_per_node else job.gpu.network
     return context_bytes(job, batch) * (p.context - 1) / (link * e.link)
@@ -179,7 +179,7 @@ def _optimizer_seconds(job: PlannedJob, batch: BatchPlan, e: Efficiency) -> floa
 
 
 def _swap_seconds(job: PlannedJob, e: Efficiency) -> float:
-    """A offloaded reference's weights from pinned host memory to the device, once a step; nothing travels back."""
+    """An offloaded reference's weights from pinned host memory to the device, once a step; nothing travels back."""
     p = job.parallel
     if not job.offloaded_reference:
         return 0.0
@@ -190,7 +190,7 @@ def _swap_seconds(job: PlannedJob, e: Efficiency) -> float:
 
 
 def _peak(job: PlannedJob) -> float:
-    """Of a layer's matrix products."""
+    """FLOPs per second of a layer's matrix products, at most."""
     fp8 = job.config.model.fp8 and job.gpu.fp8_flops
     # activations are cast and scaled, and attention stays in BF16: about 1.35 of BF16's speed in published training runs
     return job.gpu.flops * 1.35 if fp8 else job.gpu.flops
@@ -198,7 +198,7 @@ def _peak(job: PlannedJob) -> float:
 
 # ------------------------------------------------------------------------------------------------------------- engines
 def generate_seconds(job: PlannedJob, e: Efficiency) -> float:
-    """Of a step: its questions, and those that replace groups without signal.
+    """Time of a step: of its questions, and of those that replace groups without signal.
 
     When generation and training take turns, each round of refills begins when the one before has ended. The longest of a few
     responses does not reach the limit: of n exponential values the largest has the mean scale x (ln n + Euler's constant).
@@ -226,7 +226,7 @@ def rounds(job: PlannedJob) -> list[int]:
 
 def wait_seconds(job: PlannedJob) -> float:
     """The longest that a run waits for generation at once, which rollout.step_deadline_s bounds: a round; ahead of the policy
-    the whole of the first step, whose generation nothing overlaps."""
+    the whole of the first step, whose generation overlaps with nothing."""
     r = job.rollout
     return batch_seconds(job, efficiency_of(job), rounds(job)[0], r.samples_per_question, r.max_response_tokens)
 
@@ -235,7 +235,7 @@ def batch_seconds(job: PlannedJob, e: Efficiency, questions: int, samples: int, 
     """An engine's share of `questions` with `samples` responses each, from its first prompt to its longest response.
 
     Lengths end at a constant rate per token (their mean is the job's), cut at the limit, and the longest response of a
-    step reaches the limit: of hundreds of samples one rambles on. Sequences that wait for a slot keep the engine full first.
+    step reaches the limit: one of hundreds of samples does not stop. Sequences that wait for a slot keep the engine full first.
     """
     cache = engine_cache(job)
     mean = min(job.mean_response, longest)

@@ -15,7 +15,7 @@ from alphamed.planner.job import PlannedJob
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """One GPU and who computes on it. `tensor`, `context`, `data`, `pipeline`, `layers`: of a trainer rank;
+    """One GPU and what computes on it. `tensor`, `context`, `data`, `pipeline`, `layers`: of a trainer rank;
     `engine`, `worker`: of an engine's."""
 
     node: int
@@ -81,7 +81,7 @@ def place(job: PlannedJob) -> Topology:
 
 
 class RankCoordinates(NamedTuple):
-    """Where a trainer rank stands on each axis."""
+    """A trainer rank's position on each axis."""
 
     tensor: int
     context: int
@@ -90,7 +90,7 @@ class RankCoordinates(NamedTuple):
 
 
 def coordinates(rank: int, p: ParallelConfig) -> RankCoordinates:
-    """Where Megatron's order `tp-cp-ep-dp-pp` puts a rank."""
+    """The position of a rank in Megatron's order `tp-cp-ep-dp-pp`."""
     return RankCoordinates(
         rank % p.tensor,
         rank // p.tensor % p.context,
