@@ -43,7 +43,7 @@ def question(i, **more):
 
 
 def write(name, rows):
-    Path(name).write_text("".join(json.dumps(one) + "\n" for one in rows))
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return name
 
 
@@ -73,11 +73,11 @@ def rows(file):
 
 
 def test_informativeness_is_an_axis_beside_levels():
-    found = study({"levels": [[1, 2]], "informativeness": ["all", [1], [3, 4]]})
-    planned = plan_runs(found)
+    loaded = study({"levels": [[1, 2]], "informativeness": ["all", [1], [3, 4]]})
+    planned = plan_runs(loaded)
     assert [run.name for run in planned] == ["own-l1.2-s5", "own-l1.2-i1-s5", "own-l1.2-i3.4-s5"]
     assert [run.axes.get("informativeness") for run in planned] == ["all", (1,), (3, 4)]
-    made = make_sets(found, planned, "test")
+    made = make_sets(loaded, planned, "test")
     # of 12 numbers in a row 0, 1, 6 and 7 are of levels 1 and 2; 0 and 1 are in bin 1, 6 and 7 in bin 3
     assert [len(rows(file)) for file in made] == [20, 10, 10]
     assert [{row["informativeness"] for row in rows(file)} for file in made] == [{1, 3}, {1}, {3}]
@@ -85,8 +85,8 @@ def test_informativeness_is_an_axis_beside_levels():
 
 
 def test_bins_and_sizes_dealt_to_levels_go_together():
-    found = study({"levels": [[1, 2]], "informativeness": [[3]], "sizes": [4]}, per_level=True)
-    made = make_sets(found, plan_runs(found), "test")
+    loaded = study({"levels": [[1, 2]], "informativeness": [[3]], "sizes": [4]}, per_level=True)
+    made = make_sets(loaded, plan_runs(loaded), "test")
     assert [sorted((row["level"], row["informativeness"]) for row in rows(file)) for file in made] == [
         [(1, 3), (1, 3), (2, 3), (2, 3)]
     ]
@@ -102,7 +102,7 @@ def test_results_of_a_study_have_the_axis(capsys):
 def test_names_say_bins():
     assert run_name({"sources": "a", "levels": (6,), "informativeness": (3, 4), "seeds": 1}, None) == "a-l6-i3.4-s1"
     assert run_name({"sources": "a", "levels": "all", "informativeness": "all"}, None) == "a"
-    assert len({one.short for one in ATTRIBUTES} | {"n", "s"}) == 2 + len(ATTRIBUTES)
+    assert len({attribute.short for attribute in ATTRIBUTES} | {"n", "s"}) == 2 + len(ATTRIBUTES)
 
 
 @pytest.mark.parametrize(
@@ -120,8 +120,8 @@ def test_a_bad_axis_is_refused_in_one_line(capsys, axes, words):
     tree["grids"][0]["axes"] |= axes
     Path("s.yaml").write_text(yaml.safe_dump(tree))
     assert main(["study", "s.yaml", "--dry-run"]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ") and words in told and told.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and words in error and error.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------------------------------ sets
@@ -190,25 +190,25 @@ def test_annotations_that_can_not_be_used_are_one_line(capsys, row, setting, wor
     write("levels.jsonl", [{"id": "q0"} | row])
     Path("recipe.yaml").write_text("sources: [{name: a, path: a.jsonl, levels: levels.jsonl}]\n")
     assert main(["data", "build", "--out", "set.jsonl", "--config", "recipe.yaml", setting]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ") and words in told and told.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and words in error and error.count("\n") == 1
     assert not Path("set.jsonl").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluations
 def scored(name, outcomes, **more):
-    asked = Question(name, f"{name}?", {"A": "a", "B": "b"}, "A", **more)
-    texts = ["so \\boxed{A}" if one == C else "so \\boxed{B}" for one in outcomes]
+    subject = Question(name, f"{name}?", {"A": "a", "B": "b"}, "A", **more)
+    texts = ["so \\boxed{A}" if outcome == C else "so \\boxed{B}" for outcome in outcomes]
     rollouts = tuple(
         Rollout(name, name, j, (1, 2), (-0.5, -0.5), text, FinishReason.STOP, 0) for j, text in enumerate(texts)
     )
-    rewards = tuple(float(one == C) for one in outcomes)
+    rewards = tuple(float(outcome == C) for outcome in outcomes)
     return ScoredGroup(
-        RolloutGroup(name, asked, (1,), rollouts),
+        RolloutGroup(name, subject, (1,), rollouts),
         tuple(outcomes),
         rewards,
         rewards,
-        tuple("A" if one == C else "B" for one in outcomes),
+        tuple("A" if outcome == C else "B" for outcome in outcomes),
     )
 
 
@@ -217,34 +217,34 @@ def test_answers_of_a_run_and_of_eval_carry_the_bin():
     sets = QuestionSet("e", Path("e.jsonl"), (group.group.question,), 1)
     write_evaluation(Path("evaluations"), "step_000000", 0, Evaluation(0, (SetResult(sets, (group,), score([group])),), 1.0))
     of_run = read_answered(Path("evaluations/step_000000.items.jsonl"))["e"].answers["q"]
-    one = graded(Asked("e", None, group.group.question), 0, "\\boxed{A}", FinishReason.STOP, 3, Grading())
-    replace_json_lines(Path("out/items.jsonl"), [row(one)])
+    answer = graded(Asked("e", None, group.group.question), 0, "\\boxed{A}", FinishReason.STOP, 3, Grading())
+    replace_json_lines(Path("out/items.jsonl"), [row(answer)])
     of_eval = read_answered(Path("out/items.jsonl"))["e"].answers["q"]
     assert of_run.attributes == of_eval.attributes == {"level": 2, "informativeness": 3}
-    assert read_items(Path("out"))["e", "q"] == [one]
-    old = {key: value for key, value in row(one).items() if key != "informativeness"}  # of an older version
+    assert read_items(Path("out"))["e", "q"] == [answer]
+    old = {key: value for key, value in row(answer).items() if key != "informativeness"}  # of an older version
     replace_json_lines(Path("out/items.jsonl"), [old])
     assert read_items(Path("out"))["e", "q"][0].asked.question.informativeness is None
 
 
 def test_results_are_told_by_informativeness():
     def answer(i, text, bin_):
-        asked = Asked("e", None, Question(f"q{i}", "?", {"A": "a", "B": "b"}, "A", informativeness=bin_))
-        return [graded(asked, 0, text, FinishReason.STOP, 3, Grading())]
+        item = Asked("e", None, Question(f"q{i}", "?", {"A": "a", "B": "b"}, "A", informativeness=bin_))
+        return [graded(item, 0, text, FinishReason.STOP, 3, Grading())]
 
-    found = set_result([answer(0, "\\boxed{A}", 1), answer(1, "\\boxed{B}", 1), answer(2, "\\boxed{A}", 4)])
-    assert {name: (one["n"], one["accuracy"]) for name, one in found["by_informativeness"].items()} == {
+    result = set_result([answer(0, "\\boxed{A}", 1), answer(1, "\\boxed{B}", 1), answer(2, "\\boxed{A}", 4)])
+    assert {name: (values["n"], values["accuracy"]) for name, values in result["by_informativeness"].items()} == {
         "1": (2, 0.5),
         "4": (1, 1.0),
     }
-    assert found["by_level"] == {}
+    assert result["by_level"] == {}
 
 
 # ------------------------------------------------------------------------------------------------------ runs and reports
 def test_provenance_counts_bins():
     write("train.jsonl", [question(0, informativeness=1), question(1, informativeness=4), question(2)])
-    found = provenance.training_set([Path("train.jsonl")])
-    assert found["informativeness"] == {"1": 1, "4": 1, "none": 1} and found["levels"] == {"none": 3}
+    recorded = provenance.training_set([Path("train.jsonl")])
+    assert recorded["informativeness"] == {"1": 1, "4": 1, "none": 1} and recorded["levels"] == {"none": 3}
 
 
 def test_provenance_says_how_training_files_were_read():
@@ -259,9 +259,9 @@ def test_provenance_says_how_training_files_were_read():
         ],
     )
     write("two.jsonl", [question(3)])
-    found = provenance.training_set([Path("one.jsonl"), Path("two.jsonl")])
-    assert (found["questions"], found["bad_rows"]) == (3, 1)
-    assert found["reading"] == {
+    recorded = provenance.training_set([Path("one.jsonl"), Path("two.jsonl")])
+    assert (recorded["questions"], recorded["bad_rows"]) == (3, 1)
+    assert recorded["reading"] == {
         "one.jsonl": {"keys": {"answer": "index1"}, "labels_removed": 3, "ids_made": 0, "repeats": []},
         "two.jsonl": {"keys": {"answer": "letter"}, "labels_removed": 0, "ids_made": 0, "repeats": []},
     }
@@ -309,11 +309,11 @@ def test_a_comparison_shows_accuracy_against_the_mean_bin_and_by_bin(tmp_path):
         trained(tmp_path, "old", None, 0),
     ]
     assert compare(runs, tmp_path / "c.html", False) == 0
-    found = json.loads((tmp_path / "c.json").read_text())
+    numbers = json.loads((tmp_path / "c.json").read_text())
     # (30 x 1 + 10 x 3) / 40; 4 for all that have a bin; an older record has not counted them
-    assert [run["training"]["mean_informativeness"] for run in found["runs"]] == [1.5, 4.0, None]
-    assert found["runs"][0]["training"]["informativeness"] == {"1": 30, "3": 10}
-    first = found["sets"][0]["runs"][0]["by_informativeness"]
+    assert [run["training"]["mean_informativeness"] for run in numbers["runs"]] == [1.5, 4.0, None]
+    assert numbers["runs"][0]["training"]["informativeness"] == {"1": 30, "3": 10}
+    first = numbers["sets"][0]["runs"][0]["by_informativeness"]
     assert {value: (part["n"], part["accuracy"]) for value, part in first.items()} == {"1": (4, 1.0), "3": (4, 0.25)}
     # Wilson: all of 4 gives 1 / (1 + 3.8415 / 4); 1 of 4 as in test_eval_command
     assert first["1"]["interval"] == pytest.approx([0.5101, 1.0], abs=5e-5)
@@ -347,8 +347,8 @@ def test_the_page_of_a_comparison_draws_and_tells_bins(tmp_path):
 
 def test_evaluation_questions_of_one_bin_have_no_table(tmp_path):
     run = make_run(tmp_path, "r", before=[C, W], after=[C, C])
-    found = comparison(read_runs([run]))
-    assert list(found["sets"][0]["runs"][0]["by_informativeness"]) == ["none"]
+    compared = comparison(read_runs([run]))
+    assert list(compared["sets"][0]["runs"][0]["by_informativeness"]) == ["none"]
     compare([run], tmp_path / "c.html", False)
     assert "of the evaluation question" not in (tmp_path / "c.html").read_text()
     assert (tmp_path / "c.parts.csv").read_text().count("\n") == 1

@@ -15,9 +15,9 @@ TURNED = {"A": "Sign 2.", "B": "sign 1", "C": "sign 3"}
 
 def refused(capsys, *arguments):
     assert main(["data", *arguments]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ") and told.count("\n") == 1
-    return told
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
 
 
 @pytest.mark.parametrize("sources", [["--from", "a.jsonl"], ["--from", "b.jsonl", "--from", "c.jsonl"]])

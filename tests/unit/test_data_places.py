@@ -148,8 +148,8 @@ def test_two_files_with_names_of_their_own_are_both_read():
 def test_bad_rows_are_counted_in_words(capsys):
     write("a.jsonl", [row(0), {"id": "x"}])
     assert main(["data", "build", "--from", "a.jsonl", "--out", "s.jsonl", "bad_rows=skip"]) == 0
-    told = capsys.readouterr().out
-    assert "a: 1 of 1 from a.jsonl, 1 bad row left out" in told and "\n\n" not in told
+    output = capsys.readouterr().out
+    assert "a: 1 of 1 from a.jsonl, 1 bad row left out" in output and "\n\n" not in output
     write("a.jsonl", [row(0), {"id": "x"}, {"id": "y"}])
     assert main(["data", "build", "--from", "a.jsonl", "--out", "t.jsonl"]) == 2
     assert "; 1 more bad row; fix the data" in capsys.readouterr().err
@@ -191,5 +191,5 @@ def test_what_is_there_is_replaced_with_overwrite_only(capsys, arguments, made):
         assert capsys.readouterr().err.endswith(
             f": {name} exists already; choose another name, or replace it with --overwrite\n"
         )
-        assert [one for one in files() if one in made] == [name] and Path(name).read_text().startswith('{"sha256": 0')
+        assert [file for file in files() if file in made] == [name] and Path(name).read_text().startswith('{"sha256": 0')
     assert main(["data", *arguments, "--overwrite"]) == 0 and set(made) <= set(files())

@@ -383,9 +383,9 @@ def test_each_sign_is_folded_to_its_plain_form_and_so_in_options_and_boxes(plain
     assert fold(f"x{sign}y") == f"x{plain}y" == fold(f"x{plain}y")
     typeset, typed = {"A": f"one{sign}two", "B": "other"}, {"A": f"one{plain}two", "B": "other"}
     for options in (typeset, typed):
-        for said in (typeset, typed):
-            assert extract_answer(f"\\boxed{{A: {said['A']}}}", options) == "A"
-            assert extract_answer(f"\\boxed{{B: {said['A']}}}", options) is None
+        for texts in (typeset, typed):
+            assert extract_answer(f"\\boxed{{A: {texts['A']}}}", options) == "A"
+            assert extract_answer(f"\\boxed{{B: {texts['A']}}}", options) is None
 
 
 def test_folding_twice_is_folding_once():

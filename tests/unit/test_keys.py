@@ -29,8 +29,8 @@ def rows(keys, options=FOUR, field="answer"):
 
 def read(keys, declared=None, **changes):
     """The right texts of the good rows, the problems of the others."""
-    found, _ = interpret(rows(keys, **changes), declared)
-    questions, problems = check_questions(found)
+    interpreted, _ = interpret(rows(keys, **changes), declared)
+    questions, problems = check_questions(interpreted)
     return [q.options[q.answer] for q in questions], [f"{p.line}: {p.problem}" for p in problems]
 
 
@@ -67,11 +67,13 @@ def test_every_form_is_found(keys):
 def test_numbers_that_both_bases_fit_are_refused_with_what_decides(keys, either):
     with pytest.raises(DataError) as error:
         read(keys)
-    told = str(error.value)
-    assert told.startswith(
+    message = str(error.value)
+    assert message.startswith(
         "F: its keys (answer) can be numbers from 0 or numbers from 1, and nothing in the file says which (F:1: "
     )
-    assert f"is option {either}); declare their form: FILE:index or FILE:index1 with --from" in told and "\n" not in told
+    assert (
+        f"is option {either}); declare their form: FILE:index or FILE:index1 with --from" in message and "\n" not in message
+    )
     from_0, from_1 = read(keys, AnswerForm.INDEX), read(keys, AnswerForm.INDEX1)
     assert (
         from_0[1] == from_1[1] == []
@@ -82,8 +84,8 @@ def test_numbers_that_both_bases_fit_are_refused_with_what_decides(keys, either)
 
 def test_a_row_with_more_options_can_decide():
     """4 of 5 options fits both bases; 3 of 3 counts from 1, so that the whole file does."""
-    found, reading = interpret(rows([4], list("vwxyz")) + rows([3], list("xyz")))
-    assert [row.value["answer"] for row in found] == ["D", "C"] and reading.forms == {"answer": AnswerForm.INDEX1}
+    interpreted, reading = interpret(rows([4], list("vwxyz")) + rows([3], list("xyz")))
+    assert [row.value["answer"] for row in interpreted] == ["D", "C"] and reading.forms == {"answer": AnswerForm.INDEX1}
 
 
 @pytest.mark.parametrize(
@@ -209,11 +211,11 @@ def test_fields_that_agree_decide_for_each_other():
 )
 def test_fields_that_contradict_each_other_are_a_bad_row(fields, words):
     """A text that no row of the file has among its options is no key: the field is not read."""
-    found, _ = interpret([stated(**fields)])
-    _, problems = check_questions(found)
+    interpreted, _ = interpret([stated(**fields)])
+    _, problems = check_questions(interpreted)
     assert [p.problem for p in problems] == ([words] if words else [])
-    found, _ = interpret([stated(**fields), replace(stated(answer="Liver", answer_idx="B"), line=2)])
-    _, problems = check_questions([found[0]])
+    interpreted, _ = interpret([stated(**fields), replace(stated(answer="Liver", answer_idx="B"), line=2)])
+    _, problems = check_questions([interpreted[0]])
     assert [p.problem for p in problems] == [
         words or "answer 'Heart' is not among the options A, B, C (keys are texts of options)"
     ]
@@ -235,16 +237,16 @@ def medmcqa(cop, i=1):
     "cops, right", [((1, 4, 2), ["Aortic", "Tricuspid", "Pulmonary"]), ((0, 3, 2), ["Aortic", "Tricuspid", "Mitral"])]
 )
 def test_medmcqa_of_its_authors_and_of_the_hub(cops, right):
-    found, reading = interpret(RawRow("F", i, medmcqa(cop, i)) for i, cop in enumerate(cops))
-    questions, problems = check_questions(found)
+    interpreted, reading = interpret(RawRow("F", i, medmcqa(cop, i)) for i, cop in enumerate(cops))
+    questions, problems = check_questions(interpreted)
     assert [q.options[q.answer] for q in questions] == right and problems == []
     assert reading.forms["cop"] == (AnswerForm.INDEX1 if 4 in cops else AnswerForm.INDEX)
 
 
 def test_the_pinned_copy_of_the_hub_is_known_to_count_from_0_and_checked():
     assert SOURCES["medmcqa"].answer == AnswerForm.INDEX
-    found, _ = interpret([RawRow("F", 1, medmcqa(2))], AnswerForm.INDEX)
-    assert found[0].value["answer"] == "C"
+    interpreted, _ = interpret([RawRow("F", 1, medmcqa(2))], AnswerForm.INDEX)
+    assert interpreted[0].value["answer"] == "C"
     with pytest.raises(DataError, match="cop of the file holds numbers from 1"):
         interpret([RawRow("F", 1, medmcqa(4))], AnswerForm.INDEX)
 
@@ -290,8 +292,8 @@ def test_mmlu_pros_letter_and_index_count_what_is_no_option_too(index, letter, r
         "answer_index": index,
         "category": "health",
     }
-    found, _ = interpret([RawRow("F", 1, adapters.mmlu_pro_medical(row))])
-    (question,), _ = check_questions(found)
+    interpreted, _ = interpret([RawRow("F", 1, adapters.mmlu_pro_medical(row))])
+    (question,), _ = check_questions(interpreted)
     assert question.options == {"A": "Tibia", "B": "Femur", "C": "Ulna"} and question.options[question.answer] == right
 
 

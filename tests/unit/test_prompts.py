@@ -150,8 +150,8 @@ def test_lengths_count_the_worst_order_of_the_options(tmp_path):
     sizes = [len(builder.render(q)) for q in turned]
     assert len(set(sizes)) > 1  # order does matter here
     smallest = turned[sizes.index(min(sizes))]
-    found = PromptBuilder(tokenizer, PromptConfig(max_tokens=min(sizes))).check_lengths([smallest])
-    assert [prompt.tokens for prompt in found] == [max(sizes)]
+    too_long = PromptBuilder(tokenizer, PromptConfig(max_tokens=min(sizes))).check_lengths([smallest])
+    assert [prompt.tokens for prompt in too_long] == [max(sizes)]
 
 
 def test_a_question_that_can_not_be_made_harmless_is_named(tmp_path):

@@ -56,12 +56,12 @@ def test_every_bad_row_is_listed_with_its_line(tmp_path):
     file = write(tmp_path / "x.jsonl", row(1), b"", *(line for line, _ in BAD_LINES), row(2), row(1))
     with pytest.raises(DataError) as error:
         load_questions([file])
-    found = [(p.file, p.line, p.problem) for p in error.value.problems]
+    problems = [(p.file, p.line, p.problem) for p in error.value.problems]
     duplicate = (str(file), 12, f"duplicate id 'q1', first at {file}:1")
-    assert [f[:2] for f in found] == [(str(file), line) for line in (3, 4, 5, 6, 7, 8, 9, 10, 12)]
-    for (_, _, problem), (_, expected) in zip(found, BAD_LINES):
+    assert [f[:2] for f in problems] == [(str(file), line) for line in (3, 4, 5, 6, 7, 8, 9, 10, 12)]
+    for (_, _, problem), (_, expected) in zip(problems, BAD_LINES):
         assert problem.startswith(expected)  # the recursion message goes on, differently between Python versions
-    assert found[-1] == duplicate
+    assert problems[-1] == duplicate
     assert str(error.value) == (
         f"{file}:3: {BAD_LINES[0][1]}; 8 more bad rows; fix the data, or leave bad rows out "
         "with data.bad_rows=skip (--bad-rows skip on the command line)"

@@ -100,14 +100,14 @@ def save(name, rows=tuple(ROWS)):
     return Path(name)
 
 
-def told(questions):
+def rows_of(questions):
     return [(q.id, q.question, dict(q.options), q.answer, q.context, q.level) for q in questions]
 
 
-def stripped(found):
+def stripped(questions):
     return [
         (i, question, {letter: text.strip() for letter, text in options.items()}, *rest)
-        for i, question, options, *rest in found
+        for i, question, options, *rest in questions
     ]
 
 
@@ -116,15 +116,18 @@ def stripped(found):
 def test_every_container_gives_the_same_questions_by_every_way(name):
     """U+2028 counts as white space at the end of a text, so that one option would be empty: it is left out here."""
     rows = [row for row in ROWS if row["options"]["A"].strip()]
-    found = [one for one in stripped(FOUND) if one[2]["A"]]
+    expected = [row for row in stripped(FOUND) if row[2]["A"]]
     save(name, rows)
-    assert told(load_questions([name]).questions) == found
-    assert told(load_benchmark(name).questions) == found and load_benchmark(name).name == Path(name).name.partition(".")[0]
-    assert told(load_benchmark(f"medqa={name}").questions) == found
+    assert rows_of(load_questions([name]).questions) == expected
+    assert (
+        rows_of(load_benchmark(name).questions) == expected
+        and load_benchmark(name).name == Path(name).name.partition(".")[0]
+    )
+    assert rows_of(load_benchmark(f"medqa={name}").questions) == expected
     (evaluated,) = load_sets([Path(name)], None, 0, BadRows.REFUSE)
-    assert sorted(told(evaluated.questions)) == sorted(found) and evaluated.name == Path(name).name.partition(".")[0]
+    assert sorted(rows_of(evaluated.questions)) == sorted(expected) and evaluated.name == Path(name).name.partition(".")[0]
     assert main(["data", "build", "--out", "out.jsonl", "--from", name, "shuffle=false"]) == 0
-    assert told(load_questions(["out.jsonl"]).questions) == found
+    assert rows_of(load_questions(["out.jsonl"]).questions) == expected
 
 
 @pytest.mark.parametrize("name", NAMES)

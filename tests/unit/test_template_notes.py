@@ -80,10 +80,10 @@ def test_further_tokens_that_end_a_response(tmp_path):
 
 
 def test_a_turn_that_ends_with_no_token_is_warned_about(tmp_path):
-    found = remarks(tmp_path, PLAIN)
-    (warning,) = found.warnings
+    result = remarks(tmp_path, PLAIN)
+    (warning,) = result.warnings
     assert "ends an assistant's turn with '\\nUSER: '" in warning and "only '<|im_end|>' ends a response" in warning
-    assert found.notes == (
+    assert result.notes == (
         "the chat template writes a text of its own before the first message: 'A chat between a student and a teacher.'",
     )
 
@@ -114,9 +114,9 @@ def test_a_turn_that_ends_with_no_token_is_warned_about(tmp_path):
     ),
 )
 def test_what_a_template_adds_is_noted(tmp_path, template, prompt, expected):
-    found = remarks(tmp_path, template, **prompt)
-    assert found.warnings == () and len(found.notes) == len(expected), found
-    assert all(part in note for part, note in zip(expected, found.notes))
+    result = remarks(tmp_path, template, **prompt)
+    assert result.warnings == () and len(result.notes) == len(expected), result
+    assert all(part in note for part, note in zip(expected, result.notes))
 
 
 @pytest.mark.parametrize(
@@ -132,16 +132,16 @@ def test_what_a_template_adds_is_noted(tmp_path, template, prompt, expected):
 )
 def test_what_a_template_changes_is_warned_about(tmp_path, change, words):
     template = CHATML.replace("message['content']", f"(message['content'] {change})")
-    found = remarks(tmp_path, template)
-    assert bool(found.warnings) == bool(words)
+    result = remarks(tmp_path, template)
+    assert bool(result.warnings) == bool(words)
     for word in words:
-        assert word in found.warnings[0]
+        assert word in result.warnings[0]
 
 
 def test_a_template_of_llama_3_trims(tmp_path):
-    found = template_remarks(load_tokenizer(llama3_folder(tmp_path)), PromptConfig())
-    assert found.warnings == ("the chat template drops or changes leading blanks, trailing blanks of a message",)
-    assert found.notes == () and "trim" in LLAMA3
+    result = template_remarks(load_tokenizer(llama3_folder(tmp_path)), PromptConfig())
+    assert result.warnings == ("the chat template drops or changes leading blanks, trailing blanks of a message",)
+    assert result.notes == () and "trim" in LLAMA3
 
 
 # ------------------------------------------------------------------------------------------------------- what it leaves out
