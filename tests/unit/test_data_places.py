@@ -119,7 +119,7 @@ def two_folders():
         ),
         (
             ["build", "--from", "d1/train.jsonl", "--from", "d2/train.jsonl", "--out", "s.jsonl"],
-            "--from: two sources are called train (d1/train.jsonl and d2/train.jsonl); give one of them a name of its own, as "
+            "--from: two sources are called train (d1/train.jsonl and d2/train.jsonl); give one of them another name, as "
             "NAME=PATH",
         ),
         (

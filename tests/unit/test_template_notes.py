@@ -84,7 +84,7 @@ def test_a_turn_that_ends_with_no_token_is_warned_about(tmp_path):
     (warning,) = result.warnings
     assert "ends an assistant's turn with '\\nUSER: '" in warning and "only '<|im_end|>' ends a response" in warning
     assert result.notes == (
-        "the chat template writes a text of its own before the first message: 'A chat between a student and a teacher.'",
+        "the chat template writes text before the first message: 'A chat between a student and a teacher.'",
     )
 
 
@@ -122,7 +122,7 @@ def test_what_a_template_adds_is_noted(tmp_path, template, prompt, expected):
 @pytest.mark.parametrize(
     "change, words",
     (
-        ("| trim", ["leading blanks", "trailing blanks"]),
+        ("| trim", ["leading white space", "trailing white space"]),
         ("| e", ["the characters < > &"]),
         ("| upper", ["drops or changes capital letters, characters beyond ASCII of"]),
         ("| replace('\\n\\n', '\\n')", ["empty lines"]),
@@ -140,7 +140,7 @@ def test_what_a_template_changes_is_warned_about(tmp_path, change, words):
 
 def test_a_template_of_llama_3_trims(tmp_path):
     result = template_remarks(load_tokenizer(llama3_folder(tmp_path)), PromptConfig())
-    assert result.warnings == ("the chat template drops or changes leading blanks, trailing blanks of a message",)
+    assert result.warnings == ("the chat template drops or changes leading white space, trailing white space of a message",)
     assert result.notes == () and "trim" in LLAMA3
 
 
@@ -183,11 +183,11 @@ def test_variables_reach_the_template_as_in_transformers(tmp_path):
 @pytest.mark.parametrize(
     "template, variables, words",
     (
-        (THINKING, {"enable_thinkin": False}, ("'enable_thinkin' is no variable", "it has: enable_thinking")),
-        (CHATML, {"enable_thinking": False}, ("'enable_thinking' is no variable", "it has: none")),
-        (DATED, {"day": "1"}, ("'day' is no variable",)),
-        (CHATML, {"messages": "x"}, ("'messages' is no variable",)),
-        (DATED, {"strftime_now": "x"}, ("'strftime_now' is no variable",)),
+        (THINKING, {"enable_thinkin": False}, ("'enable_thinkin' is not a variable", "it has: enable_thinking")),
+        (CHATML, {"enable_thinking": False}, ("'enable_thinking' is not a variable", "it has: none")),
+        (DATED, {"day": "1"}, ("'day' is not a variable",)),
+        (CHATML, {"messages": "x"}, ("'messages' is not a variable",)),
+        (DATED, {"strftime_now": "x"}, ("'strftime_now' is not a variable",)),
         (THINKING, {"range": 1}, ("'range'",)),
     ),
 )

@@ -1,4 +1,4 @@
-"""How texts are compared and counted: signs that look alike, and scripts without blanks between words."""
+"""How texts are compared and counted: signs that look alike, and scripts without spaces between words."""
 
 import json
 from pathlib import Path
@@ -81,7 +81,7 @@ def test_options_that_differ_by_a_raised_digit_are_two():
     assert dict(parse_question(ROW | {"options": options}, "f:1").options) == options
 
 
-# ---------------------------------------------------------------------------------------------- scripts without blanks
+# ---------------------------------------------------------------------------------------------- scripts without spaces
 @pytest.mark.parametrize(
     "text, expected",
     [
@@ -199,7 +199,7 @@ def test_length_filters_count_characters_and_say_so(settings, kept, tmp_path, mo
     Path("x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["data", "build", "--out", "o.jsonl", "--from", "x.jsonl", settings]) == 0
     assert sorted(json.loads(line)["id"] for line in Path("o.jsonl").read_text().split("\n")[:-1]) == kept
-    note = "words: 2 questions in a script without blanks between words; there characters are counted as words"
+    note = "words: 2 questions in a script without spaces between words; there characters are counted as words"
     assert note in capsys.readouterr().out and note in Path("o.card.md").read_text()
 
 

@@ -59,7 +59,7 @@ def closed_boxes(text: str) -> list[tuple[int, int]]:
     and popped at most once."""
     boxes: list[tuple[int, int]] = []
     open_braces: list[int] = []  # where the content of a box starts, or -1 for a brace that opens no box
-    first = text.find("\\boxed")  # no brace before it closes a box; most of a response stands before it
+    first = text.find("\\boxed")  # no brace before it closes a box; most of a response precedes it
     for mark in _MARK.finditer(text, first) if first >= 0 else ():
         if mark["box"]:
             open_braces.append(mark.end())
@@ -123,7 +123,7 @@ def _states_own_text(text: str, head_end: int, letter: str, options: Mapping[str
 
 
 def _without_label(option: str, letter: str) -> str | None:
-    """An option's text, as it is compared, behind the letter that it carries itself ("B. Liver"); None without one."""
+    """An option's text, as it is compared, after the letter that it carries itself ("B. Liver"); None without one."""
     head, rest = _fold(option).strip()[:1], _fold(option).strip()[1:].lstrip()
     return _canonical(rest[1:]) if head.casefold() == letter.casefold() and rest[:1] in ".):" and rest[:1] else None
 

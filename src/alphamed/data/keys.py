@@ -49,7 +49,7 @@ def form_of(place: str) -> tuple[str, AnswerForm | None]:
 @dataclass(frozen=True, slots=True)
 class Keys:
     """The keys that a row of a public set states: upstream field -> value, unchanged. `form` is set where the row
-    itself shows how its options are numbered. It stands for `answer` until the file's forms are known."""
+    itself shows how its options are numbered. It replaces `answer` until the file's forms are known."""
 
     stated: Mapping[str, Any]
     form: AnswerForm | None = None
@@ -68,7 +68,7 @@ class Keyed:
 
 
 Readings = list[dict[AnswerForm, str]]
-"""Per row of a field: form -> the letter that its key names in that form; {} where the key fits none, or there is none."""
+"""Per row of a field: form -> the letter that its key names in that form; {} where it fits no form, or there is no key."""
 
 
 def keys_of(value: Mapping[str, Any]) -> Keys:

@@ -38,7 +38,7 @@ LONGEST = 40  # characters of a label
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """What a text begins with: the place that it names (from 0; the number 0 is -1), its style, and the text behind it."""
+    """What a text begins with: the place that it names (from 0; the number 0 is -1), its style, and the text after it."""
 
     name: str
     place: int

@@ -64,7 +64,7 @@ class RawRow:
 
 @dataclass(frozen=True, slots=True)
 class NoKey:
-    """Stands for the answer of a row whose key names none of its options, and says why."""
+    """In place of the answer of a row whose key names none of its options; `problem` says why."""
 
     problem: str
 

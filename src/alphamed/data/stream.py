@@ -36,7 +36,7 @@ _STEM_REFERS = re.compile(r"\b(?i:options?|choices?|answers?)\s*\(?[A-J]\b")
 
 
 class QuestionStream:
-    """An endless stream: every epoch meets every question once, in an order of its own.
+    """An endless stream: every epoch yields every question once, in its own order.
 
     `take(n)` may cross epochs, so a small data set can give the same question twice in one step (with other letters).
     """
@@ -120,7 +120,7 @@ def shuffle_options(question: Question, seed: int, epoch: int, place: int | None
     """The question with its option texts in an order that depends on (seed, epoch, id) and `place` alone.
 
     Letters stay A, B, C ...; the answer follows its text, to the letter number `place` (from 0) where that is given. A
-    question whose options refer to others is left as it is.
+    question whose options refer to others is left unchanged.
     """
     if refers_to_options(question):
         return question

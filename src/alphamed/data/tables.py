@@ -71,7 +71,7 @@ def check_file(file: Path) -> None:
     try:
         jsonl.require_regular(file)
     except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}); save what it gives in a file and name that") from None
+        raise DataError(f"{file}: cannot be read ({error.strerror}); save its content in a file and name that") from None
     if not kind_of(file):
         raise DataError(f"{file}: {file.suffix or 'a name without suffix'} is not supported; give {KINDS}")
 
@@ -112,7 +112,7 @@ def _json(file: Path) -> Iterator[RawRow]:
     try:
         tree = jsonl.parse(content) if content else []
     except ValueError as problem:
-        if _is_json(content.partition(b"\n")[0]):  # the first line is a value of its own
+        if _is_json(content.partition(b"\n")[0]):  # the first line alone is a value
             yield from _json_lines(file)
             return
         raise DataError(

@@ -17,9 +17,9 @@ from alphamed.errors import ConfigError
 
 CASE = "capital letters"
 PROBES: Mapping[str, str] = {
-    "leading blanks": "\n   Which one",
-    "trailing blanks": "Which one   \n",
-    "several blanks in a row": "Which   one",
+    "leading white space": "\n   Which one",
+    "trailing white space": "Which one   \n",
+    "several spaces in a row": "Which   one",
     "empty lines": "Which\n\n\none",
     "the characters < > & \" '": "p < 0.05 & \"q\" > 'r'",
     CASE: "Which ONE",
@@ -58,7 +58,7 @@ def template_remarks(tokenizer: Tokenizer, prompt: PromptConfig) -> Remarks:
         )
     before, opening = _added(tokenizer, prompt)
     if before:
-        notes.append(f"the chat template writes a text of its own before the first message: {_shown(before)}")
+        notes.append(f"the chat template writes text before the first message: {_shown(before)}")
     if opening:
         notes.append(f"the chat template begins every response with {_shown(opening)}, which belongs to the prompt")
     for name, value in prompt.template_variables.items():

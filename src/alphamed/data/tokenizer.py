@@ -143,7 +143,7 @@ class Tokenizer:
         if unused := sorted(set(variables or ()) - self._template.variables):
             known = ", ".join(sorted(self._template.variables)) or "none"
             raise ConfigError(
-                f"prompt.template_variables: {unused[0]!r} is no variable of the chat template of "
+                f"prompt.template_variables: {unused[0]!r} is not a variable of the chat template of "
                 f"{self.folder}; it has: {known}"
             )
         return self._template.render(messages, self._backend.special, variables)
@@ -194,7 +194,7 @@ class Tokenizer:
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a local model folder: tokenizer.json if there is one, else a SentencePiece model.
 
-    Never asks the network. Raises ConfigError (a ValueError) where there is no tokenizer, it is broken, or it names no
+    Never uses the network. Raises ConfigError (a ValueError) where there is no tokenizer, it is broken, or it names no
     end-of-text token.
     """
     folder = Path(folder)
@@ -209,7 +209,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if len(named) != 1:
         content = f"{len(named)} .model files and no tokenizer.model" if named else "no tokenizer"
         raise ConfigError(f"model.path: {folder} holds {content}; {_FIX}")
-    add_bos = settings.get("add_bos_token", True)  # Llama's default; a tokenizer.json says it itself
+    add_bos = settings.get("add_bos_token", True)  # Llama's default; tokenizer.json has its own rule
     backend = SentencePieceBackend(named[0], special, _added_tokens(folder, settings), add_bos)
     return Tokenizer(folder, backend, settings)
 
@@ -332,7 +332,7 @@ def _eos_ids(folder: Path, backend: Backend) -> tuple[int, ...]:
                 continue
             if type(i) is not int or not 0 <= i < backend.size:
                 raise ConfigError(
-                    f"model.path: eos_token_id {i!r} in {folder / name} is no id of its tokenizer "
+                    f"model.path: eos_token_id {i!r} in {folder / name} is not an id of its tokenizer "
                     f"(0..{backend.size - 1}); fix the file"
                 )
             ids.append(i)

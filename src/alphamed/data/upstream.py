@@ -24,7 +24,7 @@ from alphamed.data.tables import check_file, columns, from_cells, rows
 from alphamed.errors import DataError
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-CONNECT_S = 5.0  # for a connection to the hub; a slower one is no network to fetch a set over
+CONNECT_S = 5.0  # for a connection to the hub; a slower one is too slow to fetch a set
 SCHEMA_COLUMNS = COLUMNS[:4]
 """The columns that distinguish a file of the schema from one of the hub's layouts. A file of the user's own needs no `id`."""
 
@@ -47,7 +47,7 @@ class QuestionSource:
     letters: str = "ABCD"
     """The most letters that a question of the set has."""
     context: bool = False
-    """Whether questions come with an abstract or a vignette of their own."""
+    """Whether questions come with their own abstract or vignette."""
     note: str = ""
     answer: AnswerForm | None = None
     """The form of the keys at `revision` where it is known and they are numbers. Copies may count otherwise: there the form
@@ -110,7 +110,7 @@ def _has_schema(local: Path) -> bool:
         return False
     check_file(local)
     names = columns(local)
-    return names is None or set(SCHEMA_COLUMNS) <= set(names)  # None: the schema's reader says what is wrong
+    return names is None or set(SCHEMA_COLUMNS) <= set(names)  # None: the schema's reader reports the error
 
 
 def _load(source: QuestionSource, local: Path | None, revision: str | None) -> Iterable[Any]:

@@ -13,16 +13,16 @@ budget at rows of 8 to 30 groups (`batch/padding_fraction` counts only what is p
 
 
 @dataclass(frozen=True, slots=True)
-class PackedRow:
+class PlannedRow:
     """A packed row: all its tokens, those that get log-probs, and the mean number of earlier tokens that each attends to."""
 
     tokens: float
     responses: float
     context: float
 
-    def over(self, ranks: int) -> PackedRow:
+    def over(self, ranks: int) -> PlannedRow:
         """A context rank's part of the row."""
-        return PackedRow(self.tokens / ranks, self.responses / ranks, self.context)
+        return PlannedRow(self.tokens / ranks, self.responses / ranks, self.context)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class BatchPlan:
     trained_tokens: float  # of the step, over all data ranks, shared prompts counted once
     generated_tokens: float
     rows: int
-    micro: PackedRow
+    micro: PlannedRow
     bubble: float  # share of a stage's time in an update
     shared_fraction: float  # of the tokens that sharing prompts saves
 
@@ -54,7 +54,7 @@ def batch_of(job: PlannedJob) -> BatchPlan:
     rows = max(1, math.ceil(per_rank / (p.micro_batch_tokens * PACKED_SHARE)))
     if job.virtual > 1:  # the interleaved schedule takes a multiple of the stages
         rows = -(-rows // p.pipeline) * p.pipeline
-    micro = PackedRow(per_rank / rows, questions * samples * response / updates / p.data / rows, _context(job))
+    micro = PlannedRow(per_rank / rows, questions * samples * response / updates / p.data / rows, _context(job))
     bubble = (p.pipeline - 1) / job.virtual
     return BatchPlan(
         questions,
@@ -71,14 +71,14 @@ def batch_of(job: PlannedJob) -> BatchPlan:
     )
 
 
-def fullest_row(job: PlannedJob) -> PackedRow:
+def fullest_row(job: PlannedJob) -> PlannedRow:
     """A row at its token budget, for memory: every token of it may get a log-prob."""
     tokens = float(job.parallel.micro_batch_tokens)
-    return PackedRow(tokens, tokens, _context(job))
+    return PlannedRow(tokens, tokens, _context(job))
 
 
 def in_flight(job: PlannedJob, stage: int, rows: int | None = None) -> float:
-    """PackedRow-batches whose activations a stage holds at once, in units of all its layers (a chunk of virtual stages counts
+    """PlannedRow-batches whose activations a stage holds at once, in units of all its layers (a chunk of virtual stages counts
     as its share). Megatron's 1F1B and interleaved schedules (core/pipeline_parallel/schedules.py)."""
     stages, virtual = job.parallel.pipeline, job.virtual
     rows = batch_of(job).rows if rows is None else rows

@@ -192,15 +192,15 @@ def _shrunk(job: PlannedJob) -> tuple[str, ...]:
 
 
 def engines_within(job: PlannedJob, world: int, tensor: int) -> int:
-    """How many engines of `tensor` GPUs the nodes of a run have room for beside a trainer of `world` ranks: on the rest of
-    its only node, or on nodes of their own."""
+    """How many engines of `tensor` GPUs the nodes of a run have room for besides a trainer of `world` ranks: on the rest of
+    its only node, or on separate nodes."""
     per_node = job.gpus_per_node
     if job.shared and not job.colocated:
         return per_node // tensor if world <= per_node else 0
-    beside = (per_node - world) // tensor if world < per_node else 0
+    same_node = (per_node - world) // tensor if world < per_node else 0
     if job.nodes is None:
-        return max(job.engines, beside)
-    return max(beside, (job.nodes - -(-world // per_node)) * per_node // tensor)
+        return max(job.engines, same_node)
+    return max(same_node, (job.nodes - -(-world // per_node)) * per_node // tensor)
 
 
 def memory_problems(job: PlannedJob, uses: list[Use], cache: EngineCache | None) -> list[Problem]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from alphamed.config.choices import Recompute, SyncMode
 from alphamed.planner import parameters
-from alphamed.planner.batch import PackedRow, fullest_row, in_flight
+from alphamed.planner.batch import PlannedRow, fullest_row, in_flight
 from alphamed.planner.hardware import GIB
 from alphamed.planner.job import PlannedJob
 
@@ -74,7 +74,7 @@ def trainer_use(job: PlannedJob) -> Use:
     return max((stage_use(job, stage) for stage in range(job.parallel.pipeline)), key=lambda use: use.total)
 
 
-def stage_use(job: PlannedJob, stage: int, row: PackedRow | None = None, rows: int | None = None) -> Use:
+def stage_use(job: PlannedJob, stage: int, row: PlannedRow | None = None, rows: int | None = None) -> Use:
     """A rank of one pipeline stage (its tensor rank 0 and data rank 0, which sends weights). `row`: the largest
     micro-batch, by default one at its token budget; `rows`: micro-batches of an update."""
     p = job.parallel
@@ -114,7 +114,7 @@ def static_bytes(job: PlannedJob, stage: int) -> dict[str, int]:
     if job.reference and (job.gpu.is_cpu or not job.offloaded_reference):  # a CPU's host copy is in the same memory
         causes["reference"] = count * width
     if job.config.model.fp8:
-        # Transformer Engine keeps each layer matrix twice in FP8, as it is and transposed, the policy's and the reference's
+        # Transformer Engine keeps each layer matrix twice in FP8, both plain and transposed, the policy's and the reference's
         causes["FP8 copies"] = 2 * size.linear * (1 + job.reference)
     return causes
 
@@ -140,7 +140,7 @@ def layer_bytes(job: PlannedJob, recompute: Recompute) -> tuple[float, float]:
 
 
 def _rotated_bytes(job: PlannedJob) -> float:
-    """What attention keeps per token beside the fused qkv and its own output: rotated q and k. Context ranks keep what they
+    """What attention keeps per token besides the fused qkv and its own output: rotated q and k. Context ranks keep what they
     have exchanged, rotated q and k with v, in place of the fused qkv, and the output on both sides of the exchange back."""
     s, p = job.shape, job.parallel
     q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
@@ -158,7 +158,7 @@ def _copied_keys(job: PlannedJob) -> float:
     return samples * (prompt + longest) / (prompt + samples * job.mean_response)
 
 
-def _passing_bytes(job: PlannedJob, stage: int, row: PackedRow, rows: int | None) -> tuple[int, int]:
+def _passing_bytes(job: PlannedJob, stage: int, row: PlannedRow, rows: int | None) -> tuple[int, int]:
     """Activations of this stage at its worst moment, and what the log-probs add to them on the last stage."""
     s, p, width = job.shape, job.parallel, job.trainer_bytes
     layers = s.layers // p.pipeline
@@ -179,7 +179,7 @@ def _passing_bytes(job: PlannedJob, stage: int, row: PackedRow, rows: int | None
     return int(activations + ends + max(0.0, backward - head)), int(head)
 
 
-def _offloaded_bytes(job: PlannedJob, stage: int, row: PackedRow, update: int) -> int:
+def _offloaded_bytes(job: PlannedJob, stage: int, row: PlannedRow, update: int) -> int:
     """An offloaded reference during its forward pass, when the policy keeps no activations: what it needs beyond
     `update`, the bytes that an update needs at that place."""
     s, p, width = job.shape, job.parallel, job.trainer_bytes
@@ -191,8 +191,8 @@ def _offloaded_bytes(job: PlannedJob, stage: int, row: PackedRow, update: int) -
     return max(0, int(weights + forward) - update)
 
 
-def _head_bytes(job: PlannedJob, row: PackedRow) -> float:
-    """Logits of one micro-batch, or of a chunk: FP32, their gradient in the trainer's type beside them, the hidden states'
+def _head_bytes(job: PlannedJob, row: PlannedRow) -> float:
+    """Logits of one micro-batch, or of a chunk: FP32, their gradient in the trainer's type next to them, the hidden states'
     gradient, and the output layer's product before it is added to its gradient."""
     s, p, width = job.shape, job.parallel, job.trainer_bytes
     columns = -(-s.vocab // p.tensor)
@@ -276,7 +276,7 @@ def engine_causes(job: PlannedJob) -> dict[str, int]:
 
 
 def _sending_bytes(job: PlannedJob, largest: int) -> int:
-    """What a sender holds beside its parameters (weights/sender.py): a bucket on the way over each of its links and one that
+    """What a sender holds besides its parameters (weights/sender.py): a bucket on the way over each of its links and one that
     is being packed; gathered parameters as shards of all tensor ranks and as whole tensors, at most `largest` each."""
     p, bucket = job.parallel, job.config.sync.bucket_bytes
     if job.config.sync.mode == SyncMode.DIRECT:
@@ -285,7 +285,7 @@ def _sending_bytes(job: PlannedJob, largest: int) -> int:
 
 
 def _receiving_bytes(job: PlannedJob) -> int:
-    """What a worker holds beside its parameters (SyncPlan.buffer_bytes): a bucket posted on each of its links and the one
+    """What a worker holds besides its parameters (SyncPlan.buffer_bytes): a bucket posted on each of its links and the one
     that is being loaded; whole tensors that come in several buckets until their last: embedding and output layer."""
     s, p, bucket = job.shape, job.parallel, job.config.sync.bucket_bytes
     if job.config.sync.mode == SyncMode.DIRECT:

@@ -42,7 +42,7 @@ ANSWER_FIELDS = (
 
 
 def main(run_dir: Path, out: Path, with_questions: bool) -> int:
-    """Write the bundle; returns the exit code. ConfigError for a folder that is no run, DataError for a full disk."""
+    """Write the bundle; returns the exit code. ConfigError for a folder that is not a run, DataError for a full disk."""
     if not out.name.endswith(".tar.gz"):
         raise ConfigError(f"--out: {str(out)!r} does not end in .tar.gz; give such a name")
     config = config_of_run(run_dir)
@@ -58,7 +58,7 @@ def main(run_dir: Path, out: Path, with_questions: bool) -> int:
     texts = "with" if with_questions else "without"
     print(f"{out}: {len(files)} files of {run_dir}, {texts} question texts, {out.stat().st_size:,} bytes")
     if not manifest["finished"]:
-        print(f"the run stands at step {manifest['step']} of {config.run.last_step}: it is not finished")
+        print(f"the run is at step {manifest['step']} of {config.run.last_step}: it is not finished")
     return 0
 
 

@@ -62,7 +62,7 @@ def build(recipe: BuildRecipe) -> QuestionPool:
     _resolve_conflicts(pool, recipe.conflicts)
     if count := sum(is_unspaced(item.question.question) for item in pool.items):
         pool.steps.append(
-            f"words: {counted(count, 'question')} in a script without blanks between words; there characters "
+            f"words: {counted(count, 'question')} in a script without spaces between words; there characters "
             f"are counted as words"
         )
     items, dropped = filtered(pool.items, recipe.filter)
@@ -92,7 +92,7 @@ def build(recipe: BuildRecipe) -> QuestionPool:
 
 
 def write(pool: QuestionPool, recipe: BuildRecipe, out: Path, command: str) -> dict[str, Any]:
-    """Write the set to `out` (.jsonl or .parquet), and its card beside it as NAME.card.json and NAME.card.md. Returns the
+    """Write the set to `out` (.jsonl or .parquet), and its card next to it as NAME.card.json and NAME.card.md. Returns the
     card."""
     questions = [item.question for item in pool.items]
     extras = [

@@ -71,7 +71,7 @@ def _small(source: str) -> dict[str, Any]:
 
 
 # Liu et al., arXiv 2505.17952: sizes and composition. Levels come from `alphamed data difficulty` (five samples of
-# Llama-3.1-8B-Instruct a question) and are given as `levels` of a source, or stand in a local file.
+# Llama-3.1-8B-Instruct a question) and are given as `levels` of a source, or are in a local file.
 PRESETS: dict[str, dict[str, Any]] = {
     "alphamed19k": {
         "sources": [{"name": "medqa"}, {"name": "medmcqa"}],

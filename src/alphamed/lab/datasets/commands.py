@@ -183,8 +183,7 @@ def _add_source(sources: list[dict[str, Any]], text: str, earlier: dict[str, str
         same_name = source.get("path")
     if same_name:
         raise ConfigError(
-            f"--from: two sources are called {name} ({same_name} and {text}); give "
-            f"one of them a name of its own, as NAME=PATH"
+            f"--from: two sources are called {name} ({same_name} and {text}); give one of them another name, as NAME=PATH"
         )
     earlier[name] = text
     if source is None:

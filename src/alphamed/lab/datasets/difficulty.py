@@ -1,4 +1,4 @@
-"""`alphamed data difficulty`: how hard each question is for a model, from k sampled answers; written beside the questions.
+"""`alphamed data difficulty`: how hard each question is for a model, from k sampled answers; written as columns of the questions.
 
 Liu et al. (arXiv 2505.17952) take five samples: level 1 where all are right, level 6 where none is. Answers are kept in
 OUT.work, one JSONL file a shard and one line a question as soon as it is done, so that a start after a kill repeats none.

@@ -128,7 +128,7 @@ def _rows(source: QuestionSource, recipe: SourceRecipe) -> Iterator[RawRow]:
 
 
 def _licences(rows: Sequence[RawRow]) -> dict[str, str]:
-    """Id -> licence of the rows that carry one of their own."""
+    """Id -> licence of the rows that have their own."""
     values = [row.value for row in rows if isinstance(row.value, Mapping)]
     return {str(value.get("id")).strip(): value["licence"] for value in values if isinstance(value.get("licence"), str)}
 

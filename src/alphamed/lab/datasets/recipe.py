@@ -52,7 +52,7 @@ class SourceRecipe(Section):
     """How the file marks the right option; not set: inferred from all of its keys, and refused where they can be read in two
     ways."""
     licence: str | None = None
-    """For sets that are not known; rows that carry a licence of their own keep it."""
+    """For sets that are not known; rows with their own licence keep it."""
     levels: Path | None = None
     """A file of rows with `id`, `level` and, where known, `informativeness`, over what the questions carry: what `alphamed
     data difficulty` writes."""
@@ -63,7 +63,7 @@ class FilterRecipe(Section):
     """Keep questions whose own `source` is or begins with one of these (`headqa/medicine`, `medqa`); empty: all."""
     min_words: NonNegative = 0
     max_words: Positive | None = None
-    """Words of question, context and options together; in scripts without blanks between words (Chinese, Japanese, Thai,
+    """Words of question, context and options together; in scripts without spaces between words (Chinese, Japanese, Thai,
     Lao, Khmer, Burmese) every character counts as one."""
     min_options: Annotated[int, Field(ge=2)] = 2
     max_options: Annotated[int, Field(ge=2)] = 26

@@ -2,7 +2,7 @@
 
 The program finds them, people decide (decisions.py). Two kinds of evidence:
   conflict   the same stem, or one at least NEAR similar with the same options, has another key elsewhere, and each one's key
-             stands among the other's options
+             is among the other's options
   agreement  in the answers of at least `models` models, each one's favourite letter is the same other one, and together they
              gave it at least `share` of the time
 """
@@ -98,7 +98,7 @@ def _near(questions: Sequence[Question]) -> Iterator[tuple[int, int, float]]:
 
 
 def _conflict(first: Question, second: Question) -> bool:
-    """Whether one's key stands among the other's options without being its key, and the other way round."""
+    """Whether one's key is among the other's options without being its key, and vice versa."""
     return _denied(first, second) and _denied(second, first)
 
 
@@ -125,7 +125,7 @@ def read_models(paths: Iterable[Path]) -> dict[str, list[dict[str, Any]]]:
                     f"{path}:{number}: no graded answer (it needs id, letter or null, and options as letter -> "
                     f"text); give an items.jsonl of `alphamed eval`"
                 )
-            if not row.get("variant"):  # a changed form of a question says nothing of its key
+            if not row.get("variant"):  # a variant of a question says nothing about its key
                 answers.setdefault(str(row.get("model") or default), []).append(row)
     return answers
 

@@ -14,19 +14,19 @@ from alphamed.planner.job import PlannedJob
 
 @dataclass(frozen=True, slots=True)
 class Evaluations:
-    """`seconds`: of one evaluation of all sets; `beside`: the time that one of `evaluation.every` adds to the step with which it
+    """`seconds`: of one evaluation of all sets; `added_seconds`: the time that one of `evaluation.every` adds to the step with which it
     runs in parallel (all of `seconds` where it ends before the next step begins). `between`: evaluations between steps; `ends`:
     those before the first step and after the last."""
 
     questions: int
     seconds: float
-    beside: float
+    added_seconds: float
     between: int
     ends: int
 
     @property
     def total(self) -> float:
-        return self.ends * self.seconds + self.between * self.beside
+        return self.ends * self.seconds + self.between * self.added_seconds
 
 
 def count_questions(config: Config) -> tuple[int, ...] | None:
@@ -57,8 +57,8 @@ def evaluations(job: PlannedJob, time: StepTime) -> Evaluations | None:
         return None
     seconds = sum(set_seconds(job))
     idle = max(0.0, time.training - time.generate) if time.overlapped else time.training  # of the engines, in a step
-    beside = max(0.0, seconds - idle) if _in_background(job) else seconds
-    return Evaluations(sum(job.evaluation_questions), seconds, beside, between, int(settings.before) + int(after))
+    added = max(0.0, seconds - idle) if _in_background(job) else seconds
+    return Evaluations(sum(job.evaluation_questions), seconds, added, between, int(settings.before) + int(after))
 
 
 def set_seconds(job: PlannedJob) -> list[float]:

@@ -103,7 +103,7 @@ def _as_rank(config: Config, rank: int) -> Iterator[Layout]:
     from megatron.core import parallel_state as groups, tensor_parallel
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    assert not dist.is_initialized(), "building ranks needs a process of its own: a process group exists already"
+    assert not dist.is_initialized(), "building ranks needs a fresh process: a process group exists already"
     p = config.parallel
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=p.world)
     try:

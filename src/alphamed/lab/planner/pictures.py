@@ -109,7 +109,7 @@ def memory(uses: Sequence[Use]) -> str:
 
 
 def step(time: StepTime) -> str:
-    """The parts of a step along one axis; where generation overlaps it has a lane of its own."""
+    """The parts of a step along one axis; overlapping generation has its own lane."""
     left, bar, top, lane = 84, 30, 24, 46
     scale = (WIDTH - left - 20) / max(time.total, 1e-9)
     parts, at = [], {0: 0.0, 1: 0.0}

@@ -99,7 +99,7 @@ def nodes_of(job: PlannedJob) -> int:
 
 
 def nearest_changes(job: PlannedJob, nodes: int, most: int = 2) -> list[SettingsChange]:
-    """The nearest changes that fit, within so many nodes; of several as near the fastest first. [] where there are none."""
+    """The nearest changes that fit, within so many nodes; of several that are as near the fastest first. [] where there are none."""
     if job.colocated:
         return []
     changes: list[SettingsChange] = []
@@ -157,14 +157,14 @@ def _completed(job: PlannedJob, overrides: Overrides, cost: tuple[int, float], n
 
 # ----------------------------------------------------------------------------------------------------------------- pairs
 def _pairs(job: PlannedJob, nodes: int) -> Iterator[tuple[tuple[int, float], dict[str, Any]]]:
-    """Settings of both sides that fit alone and have room beside each other, the least change first."""
+    """Settings of both sides that fit alone and together, the least change first."""
     rows = sorted(trainer_parts(job, nodes), key=lambda part: (part.count, part.distance))
     sides = sorted(_engine_parts(job), key=lambda part: (part.count, part.distance))
     if not sides:
         return
 
     @lru_cache(None)
-    def beside(world: int) -> tuple[SideChange, ...]:
+    def partners_of(world: int) -> tuple[SideChange, ...]:
         return tuple(side for side in sides if _room(job, nodes, world, dict(side.settings)))
 
     heap: list[tuple[tuple[int, float], int, int, dict[str, Any] | None]] = []
@@ -173,7 +173,7 @@ def _pairs(job: PlannedJob, nodes: int) -> Iterator[tuple[tuple[int, float], dic
     while at < len(rows) or heap:
         while at < len(rows) and (not heap or (rows[at].count, rows[at].distance) <= heap[0][0]):
             row, at = measured(job, rows[at]), at + 1
-            if row and (partners := beside(_world(job, dict(row.settings)))):
+            if row and (partners := partners_of(_world(job, dict(row.settings)))):
                 taken.append((row, partners))
                 heapq.heappush(heap, (_cost(row, partners[0]), len(taken) - 1, 0, None))
         if not heap:

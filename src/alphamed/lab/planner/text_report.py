@@ -143,10 +143,10 @@ def _time(plan: Plan, assessment: Assessment) -> Iterator[str]:
     )
     if assessment.evaluations:
         e = assessment.evaluations
-        beside = f", those between steps add {e.beside:.0f} s" if e.between and e.beside < e.seconds else ""
+        added = f", those between steps add {e.added_seconds:.0f} s" if e.between and e.added_seconds < e.seconds else ""
         yield (
             f"  {e.ends + e.between} evaluation{'s' * (e.ends + e.between != 1)} of {e.questions:,} questions, {e.seconds:.0f} "
-            f"s each{beside}: {e.total / 3600:.1f} h of these"
+            f"s each{added}: {e.total / 3600:.1f} h of these"
         )
     elif plan.job.config.evaluation.all_files and plan.job.engines and plan.job.evaluation_questions is None:
         yield "  evaluations are not counted: their files are not here; set evaluation.questions, or plan where the files are"
