@@ -109,7 +109,7 @@ def test_names_say_bins():
     "axes, words",
     [
         ({"informativeness": [[0]]}, "informativeness"),
-        ({"informativeness": [[1], [1]]}, "[1] stands twice"),
+        ({"informativeness": [[1], [1]]}, "[1] is listed twice"),
         ({"informativeness": [[]]}, "informativeness"),
         ({"informativenes": [[1]]}, "did you mean 'informativeness'?"),
     ],
@@ -120,8 +120,8 @@ def test_a_bad_axis_is_refused_in_one_line(capsys, axes, words):
     tree["grids"][0]["axes"] |= axes
     Path("s.yaml").write_text(yaml.safe_dump(tree))
     assert main(["study", "s.yaml", "--dry-run"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and words in error and error.count("\n") == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and words in message and message.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------------------------------ sets
@@ -190,8 +190,8 @@ def test_annotations_that_can_not_be_used_are_one_line(capsys, row, setting, wor
     write("levels.jsonl", [{"id": "q0"} | row])
     Path("recipe.yaml").write_text("sources: [{name: a, path: a.jsonl, levels: levels.jsonl}]\n")
     assert main(["data", "build", "--out", "set.jsonl", "--config", "recipe.yaml", setting]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and words in error and error.count("\n") == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and words in message and message.count("\n") == 1
     assert not Path("set.jsonl").exists()
 
 
@@ -339,7 +339,7 @@ def test_the_page_of_a_comparison_draws_and_tells_bins(tmp_path):
     assert "run bin 1 bin 3" in page.text and "25.0% [4.6%, 69.9%] n = 4" in page.text
     assert "mean 1.00" in page.text and "mean 4.00" in page.text
     # levels are not known: said once; accuracy against the mean bin, and by bin, is drawn
-    assert page.text.count("No two evaluated runs trained on questions of different mean") == 1
+    assert page.text.count("No two evaluated runs were trained on questions of different mean") == 1
     svgs = (tmp_path / "c.html").read_text().split("<svg")[1:]
     assert sum("1, 3: 25% [4.6%, 69.9%]" in svg for svg in svgs) == 1  # run 1 at bin 3
     assert sum("2, 4: 50%" in svg for svg in svgs) == 1  # run 2 at mean bin 4
@@ -347,8 +347,8 @@ def test_the_page_of_a_comparison_draws_and_tells_bins(tmp_path):
 
 def test_evaluation_questions_of_one_bin_have_no_table(tmp_path):
     run = make_run(tmp_path, "r", before=[C, W], after=[C, C])
-    compared = comparison(read_runs([run]))
-    assert list(compared["sets"][0]["runs"][0]["by_informativeness"]) == ["none"]
+    numbers = comparison(read_runs([run]))
+    assert list(numbers["sets"][0]["runs"][0]["by_informativeness"]) == ["none"]
     compare([run], tmp_path / "c.html", False)
     assert "of the evaluation question" not in (tmp_path / "c.html").read_text()
     assert (tmp_path / "c.parts.csv").read_text().count("\n") == 1
