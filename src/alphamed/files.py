@@ -105,7 +105,8 @@ def append_json(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def append_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append lines as `append_json` does, in one write. After a kill or on a full disk only the first of them may be there."""
+    """Append lines as `append_json` does, in one write. After a kill or on a full disk only the first of them may be
+    there."""
     lines = _json_lines(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _naming(path), path.open("a+b") as file:
@@ -117,7 +118,8 @@ def append_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_json_lines(path: Path, by_hand: bool = False) -> list[dict[str, Any]]:
-    """The complete lines of a JSONL file; [] where there is no file. Raises ConfigError naming a line that is no JSON object.
+    """The complete lines of a JSONL file; [] where there is no file. Raises ConfigError naming a line that is no JSON
+    object.
 
     `by_hand`: a person wrote it; its last line counts even without a line end, and empty lines are skipped."""
     if not path.exists():

@@ -4,8 +4,8 @@ A line ends at the byte `\n` and nowhere else: U+2028, U+2029, U+0085 and the li
 `str.splitlines` and files in text mode would split it. A byte order mark before a line and `\r` at its end are ignored. Half
 a surrogate pair is read as JSON spells it (`\ud800`) and written in the same way, since UTF-8 cannot encode it.
 
-Only regular files and links to them are opened: reading a named pipe or a device could block forever. Files whose name ends in
-.gz are decompressed.
+Only regular files and links to them are opened: reading a named pipe or a device could block forever. Files whose name ends
+in .gz are decompressed.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def is_blank(line: bytes) -> bool:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object as dict. Raises ValueError for a repeated key: the json module would keep the last one and silently lose an
-    option."""
+    """A JSON object as dict. Raises ValueError for a repeated key: the json module would keep the last one and silently lose
+    an option."""
     tree = dict(pairs)
     if len(tree) < len(pairs):
         keys = [key for key, _ in pairs]

@@ -1,4 +1,5 @@
-"""Standard streams of the command line: closed streams, file names that are not UTF-8, readers that have exited, full disks."""
+"""Standard streams of the command line: closed streams, file names that are not UTF-8, readers that have exited, full
+disks."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ PRINTED = "alphamed-printed"
 
 
 def secure() -> None:
-    """Connect closed standard streams (`>&-`) to /dev/null, so that no file opened later gets their descriptors. Print file names
-    that are not UTF-8 as their bytes, and characters that the terminal's encoding lacks as \\xNN."""
+    """Connect closed standard streams (`>&-`) to /dev/null, so that no file opened later gets their descriptors. Print file
+    names that are not UTF-8 as their bytes, and characters that the terminal's encoding lacks as \\xNN."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
@@ -44,7 +45,8 @@ def report(line: str) -> None:
 
 
 def drop_unwritten() -> None:
-    """Discard output that cannot be written (`> /dev/full`): the interpreter would try again at exit and print a traceback."""
+    """Discard output that cannot be written (`> /dev/full`): the interpreter would try again at exit and print a
+    traceback."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -44,8 +44,8 @@ _REPLACEMENTS: dict[int, str | None] = (
     | {ord(other): sign for sign, others in _ALIKE.items() for other in others}
     | dict.fromkeys(_UNSEEN)
 )
-# All that can change: characters beyond ASCII, and the letter before an accent. Ordering the accents in a long run of accents
-# takes time quadratic in its length: runs are cut into pieces.
+# All that can change: characters beyond ASCII, and the letter before an accent. Ordering the accents in a long run of
+# accents takes time quadratic in its length: runs are cut into pieces.
 _FOREIGN, _ACCENT = re.compile(r"[^\x00-\x7f]{1,400}"), re.compile("[\u0300-\u036f]")
 _FOREIGN_WITH_LETTER = re.compile(rf"[\x00-\x7f]?{_FOREIGN.pattern}")
 

@@ -1,10 +1,10 @@
 """Rows of public question sets -> rows of the schema (`mcq.py`): one small function per layout.
 
 An adapter takes an upstream row and returns a row with the schema's fields, or None where the row does not belong to the set
-(another subject). Options may still be a list, and the answer the `Keys` that the row states: their form is inferred from the
-whole file (`keys.py`), never assumed here. Sets without ids get ids from the content, elsewhere. What the schema checks is not
-checked here: a missing or wrong value becomes a reported bad row there. A broken layout raises KeyError or TypeError, which the
-reader reports as a wrong schema.
+(another subject). Options may still be a list, and the answer the `Keys` that the row states: their form is inferred from
+the whole file (`keys.py`), never assumed here. Sets without ids get ids from the content, elsewhere. What the schema checks
+is not checked here: a missing or wrong value becomes a reported bad row there. A broken layout raises KeyError or TypeError,
+which the reader reports as a wrong schema.
 """
 
 from __future__ import annotations

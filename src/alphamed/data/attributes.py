@@ -1,7 +1,7 @@
 """The annotated attributes of a question: what sets are filtered, varied and counted by, and answers grouped by.
 
-Another attribute takes a field of `Question` that rows carry, a filter in lab/datasets/recipe.py, an axis in lab/study/spec.py
-and a line here.
+Another attribute takes a field of `Question` that rows carry, a filter in lab/datasets/recipe.py, an axis in
+lab/study/spec.py and a line here.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 A key is a letter (either case), an index from 0 or from 1 (a number, or digits as text) or the option's own text. One value
 alone often fits several forms: 2 of 4 options is C counted from 0 and B counted from 1. So the form is that of a whole file:
-the one in which every key can be read. A file that several forms fit with different answers, or that no form fits, is refused
-with a hint at what decides. A row may state its key in several fields (MedQA: text and letter): each field has a form
-of its own, they must agree, and a field that is certain decides one that is not.
+the one in which every key can be read. A file that several forms fit with different answers, or that no form fits, is
+refused with a hint at what decides. A row may state its key in several fields (MedQA: text and letter): each field has a
+form of its own, they must agree, and a field that is certain decides one that is not.
 """
 
 from __future__ import annotations

@@ -27,9 +27,9 @@ _LABEL = re.compile(
     re.VERBOSE,
 )
 FEWEST = {"paren": (1, 1), "paired": (2, 2), "dot": (None, 3), "number": (None, 3)}
-"""Style -> from how many labels on they are no coincidence where not all options have one: (where one is at a wrong position,
-where all are at their own). No text begins with "b)" by chance, few with "(R)"; "C. albicans", "A: T" and "1. day" do: None, in
-any number."""
+"""Style -> from how many labels on they are no coincidence where not all options have one: (where one is at a wrong
+position, where all are at their own). No text begins with "b)" by chance, few with "(R)"; "C. albicans", "A: T" and "1. day"
+do: None, in any number."""
 ROMAN = ("i", "ii", "iii", "iv", "v", "vi", "vii", "viii", "ix", "x")
 _CIRCLED = {0x2460 + i: f"({i + 1})" for i in range(20)}
 _NUMBERS = re.compile(r"(?:[(]\d+[)][\s,\u3001]*)+")
@@ -108,7 +108,8 @@ def _are_texts(bare: Mapping[str, str]) -> bool:
 def _problem(
     options: Mapping[str, str], labels: Mapping[str, Label], places: Mapping[str, int], in_order: bool
 ) -> str | None:
-    """Why labels that are not one for each option in order make a question unusable; None where they may be a coincidence."""
+    """Why labels that are not one for each option in order make a question unusable; None where they may be a
+    coincidence."""
     distinct = {label.place for label in labels.values()}
     if len(distinct) < len(labels) or max(distinct) >= len(options):
         return None  # S. aureus, E. coli: not the letters of these options

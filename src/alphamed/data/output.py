@@ -51,9 +51,9 @@ def check_suffix(out: Path) -> None:
 
 
 def check_places(outputs: Mapping[str, Path | None], inputs: Mapping[str, Iterable[Path | None]], overwrite: bool) -> None:
-    """Raises ConfigError where an output cannot be a file, is the same file as an input or another output, is in a folder that
-    is read, or, without `overwrite`, exists already. Keys are the names that messages use; None: not given. To be called
-    before anything is read, so that no mistake costs a file or an hour."""
+    """Raises ConfigError where an output cannot be a file, is the same file as an input or another output, is in a folder
+    that is read, or, without `overwrite`, exists already. Keys are the names that messages use; None: not given. To be
+    called before anything is read, so that no mistake costs a file or an hour."""
     written: dict[Path, str] = {}
     read = {path.resolve(): (name, path) for name, paths in inputs.items() for path in paths if path is not None}
     for name, path in outputs.items():
@@ -78,13 +78,14 @@ def check_places(outputs: Mapping[str, Path | None], inputs: Mapping[str, Iterab
 
 
 def beside(path: Path, suffix: str) -> Path:
-    """The neighbour of `path` with another suffix; a path without a file name is returned unchanged, for `check_places` to refuse."""
+    """The neighbour of `path` with another suffix; a path without a file name is returned unchanged, for `check_places` to
+    refuse."""
     return path.with_suffix(suffix) if path.name else path
 
 
 def write_all(writers: Mapping[Path, Writer]) -> None:
-    """Write all files, then move them into place. Raises DataError where the disk is full or permissions are missing; nothing
-    is left then."""
+    """Write all files, then move them into place. Raises DataError where the disk is full or permissions are missing;
+    nothing is left then."""
     with _disk_errors(", ".join(map(str, writers))):
         replace_files(writers)
 

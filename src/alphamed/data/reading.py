@@ -89,7 +89,8 @@ def interpret(rows: Iterable[RawRow], declared: AnswerForm | None = None) -> tup
 
 
 def _texts(options: Any) -> dict[str, str | None] | None:
-    """Letter -> text of options whose keys can be read; None where the schema's check will report what is wrong with them."""
+    """Letter -> text of options whose keys can be read; None where the schema's check will report what is wrong with
+    them."""
     if isinstance(options, list) and len(options) <= len(LETTERS):
         options = dict(zip(LETTERS, options))
     elif isinstance(options, Mapping):  # Arrow fills letters that a row does not have with None

@@ -1,7 +1,7 @@
 """What a chat template does to a conversation besides formatting it, detected by rendering probes and comparing.
 
-Text that it adds becomes a note, a change to a message's text a warning. A template that drops a message of the configuration
-is refused (`prompts.PromptBuilder`).
+Text that it adds becomes a note, a change to a message's text a warning. A template that drops a message of the
+configuration is refused (`prompts.PromptBuilder`).
 """
 
 from __future__ import annotations

@@ -55,8 +55,8 @@ class Tokenizer:
     """The tokenizer of a model folder.
 
     `vocab` is one more than the largest token id, `model_vocab` the number of ids that the model has (config.json's
-    vocab_size, None without that file), `bos_ids` what the model expects before a plain text (often nothing); a chat template
-    writes its own. `eos_ids` are all ids that end an answer: `named_eos_ids`, those that the folder's files name,
+    vocab_size, None without that file), `bos_ids` what the model expects before a plain text (often nothing); a chat
+    template writes its own. `eos_ids` are all ids that end an answer: `named_eos_ids`, those that the folder's files name,
     and `turn_end`, the token that the chat template writes right after an assistant's content (None where it writes none).
     """
 

@@ -26,7 +26,8 @@ from alphamed.errors import DataError
 COMMIT = re.compile(r"[0-9a-f]{40}")
 CONNECT_S = 5.0  # for a connection to the hub; a slower one is too slow to fetch a set
 SCHEMA_COLUMNS = COLUMNS[:4]
-"""The columns that distinguish a file of the schema from one of the hub's layouts. A file of the user's own needs no `id`."""
+"""The columns that distinguish a file of the schema from one of the hub's layouts. A file of the user's own needs no
+`id`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +186,8 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _no_retries_without_network(hub: str) -> Iterator[None]:
-    """Where the hub's host cannot be reached, its libraries work offline for this call: they use their cache, or give up at once
-    instead of trying six times over half a minute."""
+    """Where the hub's host cannot be reached, its libraries work offline for this call: they use their cache, or give up at
+    once instead of trying six times over half a minute."""
     from datasets import config
     from huggingface_hub import constants
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from alphamed.planner.job import PlannedJob
 
 PACKED_SHARE = 0.92
-"""How full rows are on average: the group of a question is not split, the longest are placed first. batching.pack leaves 3 to 15% of the
-budget at rows of 8 to 30 groups (`batch/padding_fraction` counts only what is padded, rows themselves end early)."""
+"""How full rows are on average: the group of a question is not split, the longest are placed first. batching.pack leaves 3
+to 15% of the budget at rows of 8 to 30 groups (`batch/padding_fraction` counts only what is padded, rows themselves end
+early)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +79,8 @@ def fullest_row(job: PlannedJob) -> PlannedRow:
 
 
 def in_flight(job: PlannedJob, stage: int, rows: int | None = None) -> float:
-    """PlannedRow-batches whose activations a stage holds at once, in units of all its layers (a chunk of virtual stages counts
-    as its share). Megatron's 1F1B and interleaved schedules (core/pipeline_parallel/schedules.py)."""
+    """PlannedRow-batches whose activations a stage holds at once, in units of all its layers (a chunk of virtual stages
+    counts as its share). Megatron's 1F1B and interleaved schedules (core/pipeline_parallel/schedules.py)."""
     stages, virtual = job.parallel.pipeline, job.virtual
     rows = batch_of(job).rows if rows is None else rows
     if virtual == 1:

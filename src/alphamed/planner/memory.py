@@ -114,7 +114,8 @@ def static_bytes(job: PlannedJob, stage: int) -> dict[str, int]:
     if job.reference and (job.gpu.is_cpu or not job.offloaded_reference):  # a CPU's host copy is in the same memory
         causes["reference"] = count * width
     if job.config.model.fp8:
-        # Transformer Engine keeps each layer matrix twice in FP8, both plain and transposed, the policy's and the reference's
+        # Transformer Engine keeps each layer matrix twice in FP8, both plain and transposed, the policy's and the
+        # reference's
         causes["FP8 copies"] = 2 * size.linear * (1 + job.reference)
     return causes
 
@@ -276,8 +277,8 @@ def engine_causes(job: PlannedJob) -> dict[str, int]:
 
 
 def _sending_bytes(job: PlannedJob, largest: int) -> int:
-    """What a sender holds besides its parameters (weights/sender.py): a bucket on the way over each of its links and one that
-    is being packed; gathered parameters as shards of all tensor ranks and as whole tensors, at most `largest` each."""
+    """What a sender holds besides its parameters (weights/sender.py): a bucket on the way over each of its links and one
+    that is being packed; gathered parameters as shards of all tensor ranks and as whole tensors, at most `largest` each."""
     p, bucket = job.parallel, job.config.sync.bucket_bytes
     if job.config.sync.mode == SyncMode.DIRECT:
         return (1 + max(1, job.rollout.tensor_parallel // p.tensor)) * bucket

@@ -41,7 +41,8 @@ class Archive:
 
 
 def write_archive(path: Path, entries: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
-    """Write a .tar.gz with `entries` in its manifest. It contains no times, owners or machine names, and its order is fixed."""
+    """Write a .tar.gz with `entries` in its manifest. It contains no times, owners or machine names, and its order is
+    fixed."""
     listed = {
         name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         for name, content in sorted(files.items())

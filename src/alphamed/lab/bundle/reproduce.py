@@ -152,8 +152,8 @@ def inspect(
 
 
 def _check_manifest(findings: Findings, manifest: Manifest, recorded: Config, archive: Archive) -> None:
-    """The manifest must list exactly the files that the bundle's configuration names: whoever writes a manifest could leave out
-    files to avoid the check."""
+    """The manifest must list exactly the files that the bundle's configuration names: whoever writes a manifest could leave
+    out files to avoid the check."""
     named = data_files(recorded)
     for name, path in named.items():
         if name not in manifest.data:

@@ -1,7 +1,7 @@
 """The public training sets by name, one row each, and the named mixtures of AlphaMed as presets.
 
-Revisions are commits that several public projects load these sets at. Counts are of the rows that the adapter keeps. Adding a set: a
-row here and, for a new layout, a function in adapters.py.
+Revisions are commits that several public projects load these sets at. Counts are of the rows that the adapter keeps. Adding
+a set: a row here and, for a new layout, a function in adapters.py.
 """
 
 from __future__ import annotations

@@ -163,8 +163,8 @@ def recipe_tree(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add_source(sources: list[dict[str, Any]], text: str, earlier: dict[str, str]) -> None:
-    """Add the source of one --from, or set the path of a source of the recipe. `earlier`: name -> text of the previous ones; a
-    second source of the same name would replace the first."""
+    """Add the source of one --from, or set the path of a source of the recipe. `earlier`: name -> text of the previous ones;
+    a second source of the same name would replace the first."""
     from alphamed.data.keys import form_of
     from alphamed.data.tables import bare_name, kind_of
     from alphamed.lab.datasets.catalogue import SOURCES

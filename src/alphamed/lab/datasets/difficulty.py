@@ -1,4 +1,5 @@
-"""`alphamed data difficulty`: how hard each question is for a model, from k sampled answers; written as columns of the questions.
+"""`alphamed data difficulty`: how hard each question is for a model, from k sampled answers; written as columns of the
+questions.
 
 Liu et al. (arXiv 2505.17952) take five samples: level 1 where all are right, level 6 where none is. Answers are kept in
 OUT.work, one JSONL file a shard and one line a question as soon as it is done, so that a start after a kill repeats none.
@@ -28,7 +29,8 @@ from alphamed.hashing import draw
 from alphamed.records import FinishReason, GenerationTask, Outcome, Question, Sampling, ScoredGroup
 
 SETTINGS_WAIT_S = 60.0
-"""Other shards hold the lock on the common settings for milliseconds; the lock of a dead machine on a network disk may last."""
+"""Other shards hold the lock on the common settings for milliseconds; the lock of a dead machine on a network disk may
+last."""
 LENGTH_EDGES = (50, 100, 200)
 """Tokens of the stem at which a longer bin begins: the paper's sets lie mostly below 50 (PubMedQA), up to 270 (MedMCQA) and
 between 30 and 400 (MedQA). Fixed, so that bins mean the same in every set."""

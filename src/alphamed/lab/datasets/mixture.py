@@ -67,7 +67,8 @@ def _reason(question: Question, recipe: FilterRecipe, patterns: Sequence[re.Patt
 
 
 def _require_annotated(pool: Sequence[PoolItem], recipe: FilterRecipe) -> None:
-    """Raises DataError where a filter needs an attribute that no question has: such a set lacks annotations, not questions."""
+    """Raises DataError where a filter needs an attribute that no question has: such a set lacks annotations, not
+    questions."""
     for attribute in ATTRIBUTES:
         values = getattr(recipe, attribute.axis)
         if values and pool and all(attribute.of(item.question) is None for item in pool):
@@ -145,8 +146,8 @@ def commonest_answer(items: Iterable[PoolItem], source: str) -> tuple[str, float
 def mixed(
     items: Sequence[PoolItem], quotas: Sequence[QuotaRecipe], seed: int, short: Short
 ) -> tuple[list[PoolItem], list[str]]:
-    """The items that fill the quotas, in their order, and a line for each quota that is not filled. Without quotas all items.
-    DataError where a quota cannot be filled and `short` refuses that."""
+    """The items that fill the quotas, in their order, and a line for each quota that is not filled. Without quotas all
+    items. DataError where a quota cannot be filled and `short` refuses that."""
     if not quotas:
         return list(items), []
     taken: dict[str, PoolItem] = {}
@@ -198,8 +199,8 @@ def shuffled(items: Iterable[PoolItem], seed: int) -> list[PoolItem]:
 
 
 def relettered(items: Sequence[PoolItem], seed: int) -> tuple[list[PoolItem], int]:
-    """The items with their options in a new order, and how many keep theirs. Among n neighbours with n options the answer has
-    every letter once; questions whose options refer to others ("both A and C") are left as they are."""
+    """The items with their options in a new order, and how many keep theirs. Among n neighbours with n options the answer
+    has every letter once; questions whose options refer to others ("both A and C") are left as they are."""
     decks: dict[int, list[int]] = {}
     lettered, unchanged = [], 0
     for number, item in enumerate(items):

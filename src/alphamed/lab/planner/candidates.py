@@ -21,8 +21,8 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class SideChange:
-    """Settings of one side (trainer or engines) that differ from the job's: how many, how far, and the bytes that this side then
-    needs on a GPU."""
+    """Settings of one side (trainer or engines) that differ from the job's: how many, how far, and the bytes that this side
+    then needs on a GPU."""
 
     count: int
     distance: float
@@ -118,8 +118,8 @@ def _row_lengths(job: PlannedJob) -> list[int]:
 
 
 def measured(job: PlannedJob, row: SideChange) -> SideChange | None:
-    """The change with the bytes that its fullest stage needs; None where it does not fit. Engines of one GPU are assumed, for which
-    a sender needs least."""
+    """The change with the bytes that its fullest stage needs; None where it does not fit. Engines of one GPU are assumed,
+    for which a sender needs least."""
     changed = with_settings(job, dict(row.settings) | {"rollout.tensor_parallel": 1})
     p = changed.parallel
     if p.recompute == Recompute.SELECTIVE and not p.share_prompts and p.context == 1 and not job.gpu.is_cpu:

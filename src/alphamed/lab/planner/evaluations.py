@@ -1,4 +1,5 @@
-"""What evaluations cost a run: the number of questions of each set, and the time of all sets (evaluation.before, every, after)."""
+"""What evaluations cost a run: the number of questions of each set, and the time of all sets (evaluation.before, every,
+after)."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ from alphamed.planner.job import PlannedJob
 
 @dataclass(frozen=True, slots=True)
 class Evaluations:
-    """`seconds`: of one evaluation of all sets; `added_seconds`: the time that one of `evaluation.every` adds to the step with which it
-    runs in parallel (all of `seconds` where it ends before the next step begins). `between`: evaluations between steps; `ends`:
-    those before the first step and after the last."""
+    """`seconds`: of one evaluation of all sets; `added_seconds`: the time that one of `evaluation.every` adds to the step
+    with which it runs in parallel (all of `seconds` where it ends before the next step begins). `between`: evaluations
+    between steps; `ends`: those before the first step and after the last."""
 
     questions: int
     seconds: float

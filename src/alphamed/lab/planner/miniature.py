@@ -1,8 +1,8 @@
 """A model of the same family that is small enough for a laptop: a complete Hugging Face folder with random weights.
 
-Everything that decides how a model is sharded, gathered and named is preserved: the family, tied or separate embeddings, grouped heads (and
-whether there are fewer KV heads than tensor ranks), rotary scaling, a vocabulary that tensor ranks do not divide.
-"""
+Everything that decides how a model is sharded, gathered and named is preserved: the family, tied or separate embeddings,
+grouped heads (and whether there are fewer KV heads than tensor ranks), rotary scaling, a vocabulary that tensor ranks do not
+divide."""
 
 from __future__ import annotations
 

@@ -29,8 +29,8 @@ svg .edge{fill:none;stroke:var(--soft);stroke-width:1}
 
 
 def cluster(job: PlannedJob, topology: Topology) -> str:
-    """A row per node, a cell per GPU: trainer ranks in a colour per pipeline stage, engines framed; where they share a GPU, one
-    below the other."""
+    """A row per node, a cell per GPU: trainer ranks in a colour per pipeline stage, engines framed; where they share a GPU,
+    one below the other."""
     nodes = min(topology.nodes, MAX_NODES)
     per_row = min(job.gpus_per_node, 8)
     deep = max(Counter((seat.node, seat.gpu) for seat in topology.seats).values())

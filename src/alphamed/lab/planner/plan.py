@@ -26,8 +26,8 @@ STORAGE_BYTES_PER_S = 5e9
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """`grace_s`: needed between a warning and the kill, so that the current step ends and is saved. `at_risk_s`: the most work
-    that is lost without it."""
+    """`grace_s`: needed between a warning and the kill, so that the current step ends and is saved. `at_risk_s`: the most
+    work that is lost without it."""
 
     bytes: int
     save_s: float

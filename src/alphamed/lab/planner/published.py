@@ -117,8 +117,8 @@ FITTED = ("matmul", "decode_s", "handover")
 
 def fit(start: Efficiency = GPU) -> Efficiency:
     """The efficiencies that the two calibration steps give, five numbers from five: `sync` and `other_s` straight from the
-    70B step's parts; `decode_s`, `matmul` and `handover` from its generation, from its update with log-probs (in which the source
-    counts the hand-over between trainer and engines), and from the 8B step's total, by Gauss-Newton."""
+    70B step's parts; `decode_s`, `matmul` and `handover` from its generation, from its update with log-probs (in which the
+    source counts the hand-over between trainer and engines), and from the 8B step's total, by Gauss-Newton."""
     import numpy as np
 
     small, large = (steps()[key] for key in CALIBRATION)

@@ -3,8 +3,8 @@
 A candidate joins settings of the trainer (layout, recomputation, row length, switches that save memory) with settings of the
 engines (their number, tensor ranks and cache, whether they share the trainer's GPUs). Pairs are visited in the order of
 how much they change: the number of settings first, then by what factors. What follows from a pair is computed, not searched:
-sequence parallelism and virtual stages from the layout, rollout.gpu_memory_utilization from what the engine needs and what is
-available. Nothing that affects the trained result changes, unless a limit of the model requires it.
+sequence parallelism and virtual stages from the layout, rollout.gpu_memory_utilization from what the engine needs and what
+is available. Nothing that affects the trained result changes, unless a limit of the model requires it.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def nodes_of(job: PlannedJob) -> int:
 
 
 def nearest_changes(job: PlannedJob, nodes: int, most: int = 2) -> list[SettingsChange]:
-    """The nearest changes that fit, within so many nodes; of several that are as near the fastest first. [] where there are none."""
+    """The nearest changes that fit, within so many nodes; of several that are as near the fastest first. [] where there are
+    none."""
     if job.colocated:
         return []
     changes: list[SettingsChange] = []
@@ -200,7 +201,8 @@ def _cost(row: SideChange, side: SideChange) -> tuple[int, float]:
 
 
 def _together(job: PlannedJob, row: SideChange, side: SideChange) -> dict[str, Any] | None:
-    """Both sides' settings, and the engine's share of its GPU where the present one does not suffice; None where none does."""
+    """Both sides' settings, and the engine's share of its GPU where the present one does not suffice; None where none
+    does."""
     settings = dict(row.settings) | dict(side.settings)
     if not job.engines:
         return settings
@@ -304,7 +306,8 @@ def _engine_counts(job: PlannedJob, tensor: int) -> list[int]:
 
 
 def _cache_settings(job: PlannedJob) -> list[dict[str, Any]]:
-    """Settings of an engine's memory: the present ones; without a fixed cache size, or with the least; with fewer requests at once."""
+    """Settings of an engine's memory: the present ones; without a fixed cache size, or with the least; with fewer requests
+    at once."""
     r = job.rollout
     caches: list[dict[str, Any]] = [{}]
     if r.kv_cache_bytes:

@@ -12,7 +12,8 @@ from alphamed.planner.job import PlannedJob
 
 Overrides = tuple[str, ...]
 NODES_LEFT = 4
-"""Layouts whose data ranks fill whole nodes are tried with fewer than so many nodes left for engines: 3 of 4 nodes, 4 of 6."""
+"""Layouts whose data ranks fill whole nodes are tried with fewer than so many nodes left for engines: 3 of 4 nodes, 4 of
+6."""
 
 
 def layouts(job: PlannedJob, gpus: int) -> Iterator[dict[str, int]]:

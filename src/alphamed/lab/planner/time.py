@@ -235,8 +235,8 @@ def batch_seconds(job: PlannedJob, e: Efficiency, questions: int, samples: int, 
     """An engine's share of `questions` with `samples` responses each, from its first prompt to its longest response.
 
     Lengths end at a constant rate per token (their mean is the job's), cut at the limit, and the longest response of a
-    step reaches the limit: one of hundreds of samples does not stop. Sequences that wait for a slot keep the engine full first.
-    """
+    step reaches the limit: one of hundreds of samples does not stop. Sequences that wait for a slot keep the engine full
+    first."""
     cache = engine_cache(job)
     mean = min(job.mean_response, longest)
     total = math.ceil(questions / job.rollout.engines) * samples
