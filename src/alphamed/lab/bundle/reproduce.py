@@ -133,9 +133,9 @@ def inspect(
             _check_data(findings, name, entry, archive, data)
     if "model" not in doubted:
         _check_model(findings, manifest.model, model, fetch)
-    here = provenance.packages()
+    installed = provenance.packages()
     for package in COMPARED:
-        then, now = manifest.packages.get(package), here.get(package)
+        then, now = manifest.packages.get(package), installed.get(package)
         if then != now:
             findings.differences.append(f"{package}: was {then or 'not installed'}, is {now or 'not installed'}")
     if manifest.python != platform.python_version():
@@ -199,17 +199,17 @@ def _check_data(findings: Findings, name: str, entry: DataEntry, archive: Archiv
         return
     path = Path(entry.path)
     places = [folder / path.name, folder / Path(entry.file).name] if folder else [path]
-    here = next((place for place in places if place.is_file()), None)
-    if here is None:
+    local = next((place for place in places if place.is_file()), None)
+    if local is None:
         findings.problems.append(
             f"{name}: {path.name} (SHA-256 {entry.sha256[:12]}) is neither in the bundle nor at "
             f"{places[0]}; put it there or name its folder with --data"
         )
-    elif provenance.file_entry(here)["sha256"] != entry.sha256:
-        findings.problems.append(f"{name}: {here} is not the file that the run read (another SHA-256); give that file")
+    elif provenance.file_entry(local)["sha256"] != entry.sha256:
+        findings.problems.append(f"{name}: {local} is not the file that the run read (another SHA-256); give that file")
     else:
-        findings.matching.append(f"{name}: {here}")
-        findings.data[name] = here
+        findings.matching.append(f"{name}: {local}")
+        findings.data[name] = local
 
 
 def _check_model(findings: Findings, recorded: ModelEntry, path: str, fetch: Callable[[], Path] | None) -> None:

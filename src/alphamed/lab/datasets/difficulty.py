@@ -14,7 +14,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -267,18 +267,7 @@ def _annotate(mine: Sequence[Question], config: Config, options: argparse.Namesp
         for scored in answer(task(question) for question in todo):
             tokens = len(model.tokenizer.encode(model.tokenizer.plain(scored.group.question.question)))
             annotation = annotated(scored, tokens)
-            append_json(
-                file,
-                {
-                    "id": annotation.id,
-                    "content": annotation.content,
-                    "outcomes": annotation.outcomes,
-                    "letters": annotation.letters,
-                    "tokens": annotation.tokens,
-                    "question_tokens": annotation.question_tokens,
-                    "cut": annotation.cut,
-                },
-            )
+            append_json(file, asdict(annotation))
             progress.one_more()
 
 

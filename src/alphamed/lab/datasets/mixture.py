@@ -150,13 +150,13 @@ def mixed(
     items. DataError where a quota cannot be filled and `short` refuses that."""
     if not quotas:
         return list(items), []
-    taken: dict[str, PoolItem] = {}
+    drawn_items: dict[str, PoolItem] = {}
     missing = []
     for quota in quotas:
-        pool = [item for item in items if item.origin == quota.source and item.question.id not in taken]
+        pool = [item for item in items if item.origin == quota.source and item.question.id not in drawn_items]
         for label, part, count in _parts(pool, quota):
             chosen = sorted(part, key=lambda item: draw(seed, "quota", item.question.id))[:count]
-            taken |= {item.question.id: item for item in chosen}
+            drawn_items |= {item.question.id: item for item in chosen}
             if len(chosen) < count:
                 missing.append(f"{label}: {len(chosen)} of {count}")
     if missing and short == Short.REFUSE:
@@ -170,7 +170,7 @@ def mixed(
             f"quotas: not enough questions ({', '.join(missing)}){none}; lower the quotas, or take what there "
             f"is with short=take"
         )
-    return [item for item in items if item.question.id in taken], missing
+    return [item for item in items if item.question.id in drawn_items], missing
 
 
 def _parts(pool: Sequence[PoolItem], quota: QuotaRecipe) -> list[tuple[str, list[PoolItem], int]]:

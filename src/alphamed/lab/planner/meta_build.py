@@ -85,15 +85,15 @@ def check_topology(
 
 def _sync_problems(shape: ModelShape, sent: dict[int, tuple[tuple[str, tuple[int, ...]], ...]]) -> list[str]:
     """What the stages send together must be the Hugging Face model, each tensor once."""
-    wanted, seen, problems = hf_shapes(shape), {}, []
+    shapes, seen, problems = hf_shapes(shape), {}, []
     for stage, manifest in sorted(sent.items()):
         for name, size in manifest:
             if name in seen:
                 problems.append(f"{name}: sent by stages {seen[name]} and {stage}")
-            elif wanted.get(name) != size:
-                problems.append(f"{name}: stage {stage} sends {size}, the model has {wanted.get(name)}")
+            elif shapes.get(name) != size:
+                problems.append(f"{name}: stage {stage} sends {size}, the model has {shapes.get(name)}")
             seen[name] = stage
-    return problems + [f"{name}: sent by no stage" for name in wanted if name not in seen]
+    return problems + [f"{name}: sent by no stage" for name in shapes if name not in seen]
 
 
 # ------------------------------------------------------------------------------------------------------------- one rank

@@ -136,11 +136,11 @@ def fit(start: Efficiency = GPU) -> Efficiency:
         return np.array([math.log(predicted / measured) for predicted, measured in pairs])
 
     for _ in range(20):
-        here, columns = residuals(efficiency), []
+        residual, columns = residuals(efficiency), []
         for name in FITTED:
             nudge = 1e-4 * getattr(efficiency, name)
-            columns.append((residuals(replace(efficiency, **{name: getattr(efficiency, name) + nudge})) - here) / nudge)
-        change = np.linalg.lstsq(np.stack(columns, 1), -here, rcond=None)[0]
+            columns.append((residuals(replace(efficiency, **{name: getattr(efficiency, name) + nudge})) - residual) / nudge)
+        change = np.linalg.lstsq(np.stack(columns, 1), -residual, rcond=None)[0]
         efficiency = replace(
             efficiency,
             **{

@@ -169,21 +169,21 @@ def _pairs(job: PlannedJob, nodes: int) -> Iterator[tuple[tuple[int, float], dic
         return tuple(side for side in sides if _room(job, nodes, world, dict(side.settings)))
 
     heap: list[tuple[tuple[int, float], int, int, dict[str, Any] | None]] = []
-    taken: list[tuple[SideChange, tuple[SideChange, ...]]] = []
+    joined: list[tuple[SideChange, tuple[SideChange, ...]]] = []
     at = 0
     while at < len(rows) or heap:
         while at < len(rows) and (not heap or (rows[at].count, rows[at].distance) <= heap[0][0]):
             row, at = measured(job, rows[at]), at + 1
             if row and (partners := partners_of(_world(job, dict(row.settings)))):
-                taken.append((row, partners))
-                heapq.heappush(heap, (_cost(row, partners[0]), len(taken) - 1, 0, None))
+                joined.append((row, partners))
+                heapq.heappush(heap, (_cost(row, partners[0]), len(joined) - 1, 0, None))
         if not heap:
             return
         cost, number, place, complete = heapq.heappop(heap)
         if complete is not None:
             yield cost, complete
             continue
-        row, partners = taken[number]
+        row, partners = joined[number]
         if place + 1 < len(partners):
             heapq.heappush(heap, (_cost(row, partners[place + 1]), number, place + 1, None))
         together = _together(job, row, partners[place])

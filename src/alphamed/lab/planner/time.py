@@ -216,12 +216,12 @@ def generate_seconds(job: PlannedJob, e: Efficiency) -> float:
 def rounds(job: PlannedJob) -> list[int]:
     """Questions asked in each round of a step's generation, expected. Ahead of the policy groups are replaced as they come, so
     there is one round; otherwise as many as leave half a group or more to replace."""
-    sampling, wanted = job.config.dynamic_sampling, job.rollout.questions_per_step
+    sampling, questions = job.config.dynamic_sampling, job.rollout.questions_per_step
     share = CHOSEN_SIGNAL_SHARE if sampling.choose else SIGNAL_SHARE
     if job.rollout.max_staleness:
-        return [math.ceil(wanted / max(share, 1 / (1 + sampling.refills)))]
-    missing = [wanted * (1 - share) ** number for number in range(1 + sampling.refills)]
-    return [math.ceil(questions) for questions in missing if questions >= 0.5]
+        return [math.ceil(questions / max(share, 1 / (1 + sampling.refills)))]
+    missing = [questions * (1 - share) ** number for number in range(1 + sampling.refills)]
+    return [math.ceil(count) for count in missing if count >= 0.5]
 
 
 def wait_seconds(job: PlannedJob) -> float:

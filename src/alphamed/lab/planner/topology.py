@@ -72,8 +72,10 @@ def place(job: PlannedJob) -> Topology:
             for place in range(workers)
         ]
         rank, worker = rank + ranks, worker + workers
-    taken = {(seat.node, seat.gpu) for seat in seats}
-    seats += [Seat(node, gpu, "idle") for node in range(len(shares)) for gpu in range(per_node) if (node, gpu) not in taken]
+    occupied = {(seat.node, seat.gpu) for seat in seats}
+    seats += [
+        Seat(node, gpu, "idle") for node in range(len(shares)) for gpu in range(per_node) if (node, gpu) not in occupied
+    ]
     seats.sort(key=lambda seat: (seat.node, seat.gpu))
     # hosts that weights have to travel to
     reached = sum(workers > 0 for _, workers in shares) - (1 if shares[0][1] else 0)
