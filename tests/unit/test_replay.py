@@ -45,19 +45,19 @@ def run_of(tmp_path, reward="correct", truncated="nothing"):
 
 def test_a_step_graded_by_the_same_rules_comes_out_the_same(tmp_path, capsys):
     recorded = run_of(tmp_path)
-    found = regrade(tmp_path, 3)
-    assert found.recorded == (recorded,) and found.differences == ()
-    assert found.now == (recorded,)
+    result = regrade(tmp_path, 3)
+    assert result.recorded == (recorded,) and result.differences == ()
+    assert result.now == (recorded,)
     assert main(tmp_path, 3) == 0
     assert "4 responses to 1 questions graded again, 0 come out differently" in capsys.readouterr().out
 
 
 def test_another_rule_shows_in_rewards_and_advantages(tmp_path, capsys):
     run_of(tmp_path, reward="correct_and_format")  # rewards 1, .1, 0, 0; mean .275
-    found = regrade(tmp_path, 3)
-    assert found.now[0].rewards == (1.0, 0.1, 0.0, 0.0)
-    assert found.now[0].advantages == pytest.approx((0.725, -0.175, -0.275, -0.275))
-    assert [(d.sample_index, d.field) for d in found.differences] == [
+    result = regrade(tmp_path, 3)
+    assert result.now[0].rewards == (1.0, 0.1, 0.0, 0.0)
+    assert result.now[0].advantages == pytest.approx((0.725, -0.175, -0.275, -0.275))
+    assert [(d.sample_index, d.field) for d in result.differences] == [
         (0, "advantage"),
         (1, "reward"),
         (1, "advantage"),
@@ -84,11 +84,11 @@ def test_a_forged_record_is_found(tmp_path):
 
 def test_overrides_say_what_another_reward_gives(tmp_path, capsys):
     run_of(tmp_path)
-    found = regrade(tmp_path, 3, ["reward.name=correct_and_format", "algorithm.advantage=rloo"])
-    assert found.now[0].rewards == (1.0, 0.1, 0.0, 0.0)
-    assert found.now[0].advantages == pytest.approx([4 / 3 * x for x in (0.725, -0.175, -0.275, -0.275)])
+    result = regrade(tmp_path, 3, ["reward.name=correct_and_format", "algorithm.advantage=rloo"])
+    assert result.now[0].rewards == (1.0, 0.1, 0.0, 0.0)
+    assert result.now[0].advantages == pytest.approx([4 / 3 * x for x in (0.725, -0.175, -0.275, -0.275)])
     assert main(tmp_path, 3, ["reward.name=correct_and_format"]) == 1
-    with pytest.raises(ConfigError, match="^rollout.temperature: has no part in --only reward"):
+    with pytest.raises(ConfigError, match="^rollout.temperature: has no effect on --only reward"):
         regrade(tmp_path, 3, ["rollout.temperature=0.5"])
     with pytest.raises(ConfigError, match="'corect' is not a reward; did you mean 'correct'"):
         regrade(tmp_path, 3, ["reward.name=corect"])
@@ -114,22 +114,22 @@ def test_a_function_of_another_trainer_is_refused_here_too(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="set reward.signature=verl"):
         regrade(tmp_path, 3, ["reward.name=ported:score"])
-    found = regrade(tmp_path, 3, ["reward.name=ported:score", "reward.signature=verl"])
-    assert found.now[0].rewards == (1.0, 0.0, 1.0, 0.0)
+    result = regrade(tmp_path, 3, ["reward.name=ported:score", "reward.signature=verl"])
+    assert result.now[0].rewards == (1.0, 0.0, 1.0, 0.0)
 
 
 def test_thinking_is_told_from_the_responses_where_the_model_is_elsewhere(tmp_path):
     group = run_of(tmp_path)
     texts = ["<think>\\boxed{A}</think>\\boxed{B}", "<think>\\boxed{B}</think>\\boxed{A}", "<think>\\boxed{B}", "<think>"]
-    rollouts = tuple(replace(one, text=text) for one, text in zip(group.group.rollouts, texts))
+    rollouts = tuple(replace(rollout, text=text) for rollout, text in zip(group.group.rollouts, texts))
     write_rollouts(
         rollout_path(tmp_path, 3),
         3,
         [replace(group, group=replace(group.group, rollouts=rollouts), letters=("B", "A", None, None))],
     )
     assert regrade(tmp_path, 3).differences == ()
-    found = regrade(tmp_path, 3, ["reward.answer_after=null"])
-    assert [(d.sample_index, d.field, d.now) for d in found.differences if d.field in ("outcome", "letter")] == [
+    result = regrade(tmp_path, 3, ["reward.answer_after=null"])
+    assert [(d.sample_index, d.field, d.now) for d in result.differences if d.field in ("outcome", "letter")] == [
         (2, "outcome", C),
         (2, "letter", "B"),
     ]

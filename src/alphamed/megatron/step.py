@@ -154,8 +154,8 @@ def _run(chunks, micro_batches, layout: Layout, device: torch.device, finish, fo
 
 
 def _idle(present: int, layout: Layout) -> list[MicroBatch]:
-    """Micro-batches that train nothing: the interleaved schedule takes a multiple of the stages. `batching.pack` makes one;
-    a single row that is only scored is none."""
+    """PackedRow-batches that train nothing: the interleaved schedule takes a multiple of the stages. `batching.pack` makes
+    one; a single row that is only scored is none."""
     missing = -present % layout.pipeline if layout.virtual_pipeline else 0
     tokens = layout.token_multiple
     zero, none = torch.zeros(tokens, dtype=torch.int64), torch.zeros(tokens)
