@@ -99,9 +99,6 @@ class ModelSource:
     def plan(self, engines, wire):
         return make_plan(self._shape, ParallelConfig(), engines, wire)
 
-    def make_current(self):
-        pass
-
     def tensors(self):
         own = dict(self.model.named_parameters())
         return ((name, own[name].detach()) for name in hf_shapes(self._shape))

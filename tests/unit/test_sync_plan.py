@@ -6,7 +6,7 @@ import torch
 
 from alphamed.weights.buckets import BLOCK_ROWS, ROW_WORDS, Assembly, digest, pack, unpack
 from alphamed.weights.plan import Bucket, Link, Member, Slice, SyncPlan, in_turns, members
-from alphamed.weights.probe import Difference
+from alphamed.weights.probe import ProbeDifference
 
 
 def link(stage=0, sizes=(3, 4, 2, 9, 1), dtype="float32", bucket_bytes=32, receivers=(0,)):
@@ -152,7 +152,7 @@ def test_digest_sees_a_single_flipped_bit_of_bf16():
 
 # ------------------------------------------------------------------------------------------------------------------- probe
 def test_probe_measures_mean_percentile_and_largest():
-    found = Difference.between([0.0] * 200, [0.01] * 196 + [0.5, 0.25, -1.0, 0.02])
+    found = ProbeDifference.between([0.0] * 200, [0.01] * 196 + [0.5, 0.25, -1.0, 0.02])
     assert found.mean == pytest.approx((1.96 + 1.77) / 200)
     assert (found.p99, found.max) == (0.5, 1.0)  # sorted: ... 0.02, 0.25, 0.5, 1.0; place 198 of 0..199
 
@@ -162,18 +162,18 @@ def test_probe_measures_mean_percentile_and_largest():
 def test_probe_sees_a_single_nan_at_any_place(exact, place):
     engine = [0.0] * 200
     engine[place] = float("nan")
-    assert "nan" in Difference.between([0.0] * 200, engine).problem(exact)
+    assert "nan" in ProbeDifference.between([0.0] * 200, engine).problem(exact)
 
 
 @pytest.mark.parametrize(
     "difference, exact, refused",
     [
-        (Difference(1e-6, 1e-5, 1.9e-4), True, False),
-        (Difference(1e-6, 1e-5, 2.1e-4), True, True),
-        (Difference(0.079, 0.34, 2.0), False, False),
-        (Difference(0.081, 0.1, 0.1), False, True),
-        (Difference(0.01, 0.36, 0.4), False, True),
-        (Difference(float("nan"), float("nan"), float("nan")), True, True),
+        (ProbeDifference(1e-6, 1e-5, 1.9e-4), True, False),
+        (ProbeDifference(1e-6, 1e-5, 2.1e-4), True, True),
+        (ProbeDifference(0.079, 0.34, 2.0), False, False),
+        (ProbeDifference(0.081, 0.1, 0.1), False, True),
+        (ProbeDifference(0.01, 0.36, 0.4), False, True),
+        (ProbeDifference(float("nan"), float("nan"), float("nan")), True, True),
     ],
 )
 def test_probe_limits(difference, exact, refused):

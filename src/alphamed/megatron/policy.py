@@ -135,10 +135,6 @@ class Policy:
         """Take the optimizer's FP32 copies from the parameters again. Needed after parameters were written directly."""
         self.optimizer.reload_model_params()
 
-    def make_current(self) -> None:
-        """Complete the parameters of this rank before they are exported. The optimizer gathers them within its step, so
-        there is nothing to wait for."""
-
 
 class Reference:
     """The frozen starting point: the same layout as the policy's, no gradients, no optimizer. With `parallel.reference:

@@ -34,27 +34,29 @@ def stage_entries(chunks: Sequence[Module], shape: ModelShape) -> list[tuple[Ent
     A tied embedding belongs to the first stage; the last stage's copy occurs with `entry.copy` set.
     """
     parameters = _by_global_name(chunks)
-    found = []
+    present = []
     for entry in entries(shape):
         names = [name for name in entry.megatron if name in parameters]
         assert len(names) <= 1, f"one parameter under two names: {names}"
         if names:
-            found.append((entry, parameters.pop(names[0])))
+            present.append((entry, parameters.pop(names[0])))
     assert not parameters, f"parameters that no {shape.family} table entry names: {sorted(parameters)}"
-    return found
+    return present
 
 
 def _by_global_name(chunks: Sequence[Module]) -> dict[str, Parameter]:
     """Parameters by name, layers counted over the whole model (Megatron counts within a chunk)."""
-    found = {}
+    by_name = {}
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             if name.startswith(LAYER):
                 local, rest = name.removeprefix(LAYER).split(".", 1)
-                name = f"{LAYER}{chunk.decoder.layers[int(local)].layer_number - 1}.{rest}"
-            assert name not in found, f"two chunks of one rank hold {name}"
-            found[name] = parameter
-    return found
+                number = chunk.get_submodule(LAYER + local).layer_number
+                assert isinstance(number, int), f"{name}: its layer has no number"
+                name = f"{LAYER}{number - 1}.{rest}"
+            assert name not in by_name, f"two chunks of one rank hold {name}"
+            by_name[name] = parameter
+    return by_name
 
 
 # ------------------------------------------------------------------------------------------------------------------- in

@@ -115,9 +115,9 @@ class _Export:
         """`value` of every stage, in stage order."""
         if self.layout.pipeline == 1:
             return [value]
-        found = [None] * self.layout.pipeline
-        dist.all_gather_object(found, value, group=self.group)
-        return found
+        gathered = [None] * self.layout.pipeline
+        dist.all_gather_object(gathered, value, group=self.group)
+        return gathered
 
     def prepare(self, dtype: torch.dtype | None) -> None:
         """The first stage's source makes the temporary folder and copies what is not a weight."""
@@ -162,8 +162,8 @@ class _Export:
             file = SINGLE if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
             held = {}
             for name, kind in names:
-                found, tensor = next(tensors)
-                assert found == name, f"planned {name}, got {found}"
+                exported, tensor = next(tensors)
+                assert exported == name, f"planned {name}, got {exported}"
                 if self.failure is None:
                     held[name] = tensor.to("cpu", kind).contiguous()
             if self.failure is None:

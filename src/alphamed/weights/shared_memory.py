@@ -17,14 +17,15 @@ import socket
 import struct
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import wait
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from alphamed.cluster.narrow_store import Store
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +65,7 @@ class Memory:
 class SharedMemorySource:
     """Member 0's end. Waits until all receivers have joined; `slot_bytes`: of the largest bucket."""
 
-    def __init__(
-        self, store: dist.Store, name: str, receivers: int, slot_bytes: int, device: torch.device, deadline_s: float
-    ):
+    def __init__(self, store: Store, name: str, receivers: int, slot_bytes: int, device: torch.device, deadline_s: float):
         self._name = name
         self._written = 0  # buckets so far
         slot_bytes = -(-slot_bytes // PAGE) * PAGE
@@ -90,10 +89,10 @@ class SharedMemorySource:
         self, listener: socket.socket, receivers: int, descriptor: int, slot_bytes: int, end: float
     ) -> tuple[socket.socket, ...]:
         """The sockets of members 1, 2, ... Others of this machine can find the address too: only our own user is let in."""
-        found: dict[int, socket.socket] = {}
-        unnamed: list[socket.socket] = []  # have connected, have not said who they are
-        while missing := [member for member in range(1, 1 + receivers) if member not in found]:
-            ready = wait([listener, *unnamed], _left(end))
+        joined: dict[int, socket.socket] = {}
+        unnamed: list[socket.socket] = []  # have connected, have not sent their number
+        while missing := [member for member in range(1, 1 + receivers) if member not in joined]:
+            ready = _readable([listener, *unnamed], end)
             if not ready:
                 raise PeerTimeout(self._name, missing, "join")
             for peer in ready:
@@ -110,11 +109,11 @@ class SharedMemorySource:
                 with _errors(f"link {self._name}: member {_listed(missing)} could not join"):
                     member = _receive(peer, end)
                     if member in missing:
-                        found[member] = peer
+                        joined[member] = peer
                         socket.send_fds(peer, [NUMBER.pack(slot_bytes)], [descriptor])
                     else:
                         peer.close()
-        return tuple(found[member] for member in sorted(found))
+        return tuple(joined[member] for member in sorted(joined))
 
     def broadcast(self, flat: Tensor, timeout: timedelta) -> Taking:
         """Write a bucket where the one `SLOTS` before lay, when that has been taken by all. `flat` may be reused at once."""
@@ -131,7 +130,7 @@ class SharedMemorySource:
     def await_taken(self, count: int, end: float) -> None:
         """Wait until every receiver has taken the first `count` buckets."""
         while behind := [index for index, taken in enumerate(self._taken) if taken < count]:
-            ready = wait([self._receivers[index] for index in behind], _left(end))
+            ready = _readable([self._receivers[index] for index in behind], end)
             if not ready:
                 raise PeerTimeout(self._name, [1 + index for index in behind], f"take bucket {count - 1}")
             for index in behind:
@@ -156,7 +155,7 @@ class Taking:
 class SharedMemoryReceiver:
     """The end of member `rank`, 1 or later."""
 
-    def __init__(self, store: dist.Store, name: str, rank: int, device: torch.device, deadline_s: float):
+    def __init__(self, store: Store, name: str, rank: int, device: torch.device, deadline_s: float):
         self._name, self._taken = name, 0
         end = time.monotonic() + deadline_s
         store.wait(["address"], timedelta(seconds=deadline_s))
@@ -202,6 +201,13 @@ def _left(end: float) -> float:
     return max(0.001, end - time.monotonic())  # 0 would mean: do not wait, and raise another error
 
 
+def _readable(sockets: Iterable[socket.socket], end: float) -> list[socket.socket]:
+    """Those with something to read, as soon as any has; none at the deadline."""
+    by_descriptor = {each.fileno(): each for each in sockets}
+    ready = wait(by_descriptor, _left(end))
+    return [each for descriptor, each in by_descriptor.items() if descriptor in ready]
+
+
 def _receive(peer: socket.socket, end: float) -> int:
     peer.settimeout(_left(end))
     message = peer.recv(NUMBER.size)
@@ -231,10 +237,11 @@ def _errors(what: str) -> Iterator[None]:
 def _register(memory: Memory, pages: Tensor) -> None:
     """Let CUDA copy from and to these pages directly."""
     runtime = torch.cuda.cudart()
+    assert runtime is not None, "a CUDA device without the CUDA runtime"
     status = runtime.cudaHostRegister(pages.data_ptr(), pages.numel(), 0)
     if int(status):  # and CUDA would report it again, at some later kernel
         raise RuntimeError(
             f"{pages.numel() >> 20} MiB of shared memory could not be registered with CUDA ({status}); set "
             f"sync.transport to gloo"
         )
-    weakref.finalize(memory, lambda kept: runtime.cudaHostUnregister(kept.data_ptr()), pages)
+    weakref.finalize(memory, lambda registered: runtime.cudaHostUnregister(registered.data_ptr()), pages)
