@@ -7,11 +7,12 @@ prefix. Rotary positions are applied here and not by Megatron, because continuat
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -26,9 +27,9 @@ class PackedRow(PackedSeqParams):
     """What the layers need to know of a packed row: its segments in token order, and cosine and sine of the rotary angles
     ([T / context ranks, 1, head_dim / 2]) of the tokens that this rank holds."""
 
-    segments: tuple[Segment, ...] = ()
-    cosine: Tensor | None = None
-    sine: Tensor | None = None
+    segments: tuple[Segment, ...] = field(kw_only=True)
+    cosine: Tensor = field(kw_only=True)
+    sine: Tensor = field(kw_only=True)
 
     @classmethod
     def of(cls, micro: MicroBatch, part: slice, frequencies: Tensor, dtype: torch.dtype) -> PackedRow:
@@ -56,11 +57,21 @@ class SegmentAttention(torch.nn.Module):
     Context ranks hold a part of the row each and exchange it for the whole row of a part of the heads (context.py)."""
 
     def __init__(
-        self, config, layer_number, attn_mask_type, attention_type, cp_comm_type=None, softmax_scale=None, pg_collection=None
+        self,
+        config,
+        layer_number,
+        attn_mask_type,
+        attention_type,
+        cp_comm_type=None,
+        softmax_scale=None,
+        pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__()
         assert config.attention_dropout == 0, f"attention dropout of {config.attention_dropout} is not supported"
-        self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
+        self.context_group = None
+        if config.context_parallel_size > 1:
+            assert pg_collection is not None, "context parallelism needs its process group"
+            self.context_group = pg_collection.cp
         self.scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
 
     def forward(
@@ -75,6 +86,7 @@ class SegmentAttention(torch.nn.Module):
     ) -> Tensor:
         """query [T', 1, heads, d], key and value [T', 1, kv_heads, d] -> [T', 1, heads * d], T' = T / context ranks."""
         row, group = packed_seq_params, self.context_group
+        assert row is not None, "segments are read from a PackedRow, and none was passed"
         q, k = (rotate(x.squeeze(1), row.cosine, row.sine) for x in (query, key))
         v = value.squeeze(1)
         if group is not None:
@@ -112,7 +124,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, segments: tuple[Segment, .
             out.append(attend(qs[None, :n], ks[None, :read], vs[None, :read], mask)[0])
         if lengths:
             rows, longest = len(lengths), max(lengths)
-            own = [pad_sequence(x.split(lengths), batch_first=True) for x in (qs[n:], ks[read:], vs[read:])]
+            own = [pad_sequence([*x.split(lengths)], batch_first=True) for x in (qs[n:], ks[read:], vs[read:])]
             keys, values = (
                 torch.cat([x[:read].expand(rows, *x[:read].shape), y], 1) for x, y in ((ks, own[1]), (vs, own[2]))
             )
@@ -152,8 +164,8 @@ class _Rotate(torch.autograd.Function):
         return _rotated(x, cosine, sine)
 
     @staticmethod
-    def backward(ctx, grad):
-        cosine, sine = ctx.saved_tensors
+    def backward(ctx, *grads):
+        (grad,), (cosine, sine) = grads, ctx.saved_tensors
         return _rotated(grad, cosine, -sine), None, None
 
 

@@ -48,7 +48,7 @@ class _Block(NamedTuple):
         """[T, heads, d] -> [rows, heads, longest, d], 0 where a row is shorter. A view where all rows are equally long."""
         if self.even:
             return x[self.run].unflatten(0, (len(self.lengths), -1)).transpose(1, 2)
-        return pad_sequence(x[self.run].split(self.lengths), batch_first=True).transpose(1, 2)
+        return pad_sequence([*x[self.run].split(self.lengths)], batch_first=True).transpose(1, 2)
 
     def back(self, block: Tensor) -> Tensor:
         """[rows, heads, longest, d] -> [tokens of the run, heads, d]."""
@@ -92,17 +92,17 @@ class _PrefixAttention(torch.autograd.Function):
         out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(*q.shape[:2], 1)  # lse [T, heads, 1] float32
         for queries, keys, causal, merge in _parts(segments):
             block, block_lse = _flash(queries.take(q), keys.take(k), keys.take(v), 0.0, causal, scale=scale)
-            found, found_lse = queries.back(block), queries.back(block_lse[..., None])
+            part, part_lse = queries.back(block), queries.back(block_lse[..., None])
             if merge:
-                found, found_lse = _merged(out[queries.run], lse[queries.run], found, found_lse)
-            out[queries.run], lse[queries.run] = found, found_lse
+                part, part_lse = _merged(out[queries.run], lse[queries.run], part, part_lse)
+            out[queries.run], lse[queries.run] = part, part_lse
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.segments, ctx.scale = segments, scale
         return out
 
     @staticmethod
-    def backward(ctx, grad):
-        q, k, v, out, lse = ctx.saved_tensors
+    def backward(ctx, *grad_outputs):
+        (grad,), (q, k, v, out, lse) = grad_outputs, ctx.saved_tensors
         grads = [torch.zeros(x.shape, dtype=x.dtype) for x in (q, k, v)]
         for queries, keys, causal, _ in _parts(ctx.segments):
             shares = _flash_backward(
@@ -121,7 +121,7 @@ class _PrefixAttention(torch.autograd.Function):
         return *grads, None, None
 
 
-def _merged(one: Tensor, one_lse: Tensor, two: Tensor, two_lse: Tensor) -> tuple[Tensor, Tensor]:
+def _merged(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over two sets of keys from the attention over each. [n, heads, d] and log-sum-exps [n, heads, 1]."""
-    lse = torch.logaddexp(one_lse, two_lse)
-    return one * (one_lse - lse).exp() + two * (two_lse - lse).exp(), lse
+    lse = torch.logaddexp(a_lse, b_lse)
+    return a * (a_lse - lse).exp() + b * (b_lse - lse).exp(), lse

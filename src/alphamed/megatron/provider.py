@@ -148,7 +148,10 @@ def wrap_gradients(config: Config, chunks: list[PolicyModel]) -> list[Distribute
     ]
     megatron = chunks[0].config
     if p.overlap_grad_reduce:
-        megatron.no_sync_func = [w.no_sync for w in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+        functions = [w.no_sync for w in wrapped]
+        megatron.no_sync_func = (  # pyright: ignore[reportAttributeAccessIssue] - the schedules take a list as well
+            functions if len(functions) > 1 else functions[0]
+        )
     megatron.finalize_model_grads_func = _finalize
     return wrapped
 
@@ -172,8 +175,9 @@ def build_optimizer(config: Config, wrapped: list[DistributedDataParallel]) -> C
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
             use_distributed_optimizer=config.parallel.distributed_optimizer,
         ),
-        wrapped,
+        [*wrapped],
     )
+    assert isinstance(optimizer, ChainedOptimizer), f"another version of Megatron-Core: it made a {type(optimizer)}"
     for group in optimizer.param_groups:
         group["weight_decay"] = o.weight_decay * group["wd_mult"]  # which Megatron leaves to its scheduler
         if "fused" in group:  # torch's AdamW: one pass over memory in place of ten
