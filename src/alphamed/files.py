@@ -17,7 +17,7 @@ SURROGATES = "backslashreplace"
 """How texts are encoded: \\udcff in place of a byte ff in the name of a file, an error nowhere."""
 
 
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary neighbour of `path`, then put it in place of `path` in one move.
 
     A process killed at any moment leaves the old file (or none) and at most a `*.partial` neighbour behind.
@@ -25,7 +25,7 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     replace_files({path: write})
 
 
-def replace_files(writers: Mapping[Path, Callable[[Path], None]]) -> None:
+def replace_files(writers: Mapping[Path, Callable[[Path], object]]) -> None:
     """Like `replace_file` for several: none is moved to its place before all are whole, so that a full disk leaves no set
     without its card. Only a kill between two moves can leave new and old files side by side."""
     partials = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in writers}

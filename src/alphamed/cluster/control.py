@@ -83,14 +83,17 @@ class Control:
         name = rank_name(rank)
         if world == 1:
             return cls(group, 0, 1, [], run_dir, heartbeat_timeout_s, abort_after_s, DEADLINE_S + longest_s)
-        listener, key = listen(os.environ.get(ADDRESS_VARIABLE, LOOPBACK)) if rank == 0 else (None, b"")
-        invitation = [(listener.address, key) if listener else None]
-        dist.broadcast_object_list(invitation, src=0, group=group)
-        if listener:
+        invitation: list[Any] = [None]
+        if rank == 0:
+            listener, key = listen(os.environ.get(ADDRESS_VARIABLE, LOOPBACK))
             with listener:
+                invitation[0] = listener.address, key
+                dist.broadcast_object_list(invitation, src=0, group=group)
                 peers = accept(listener, world, own_name=name)
         else:
-            peers = [join(*invitation[0], rank, own_name=name)]
+            dist.broadcast_object_list(invitation, src=0, group=group)
+            address, key = invitation[0]
+            peers = [join(address, key, rank, own_name=name)]
         return cls(group, rank, world, peers, run_dir, heartbeat_timeout_s, abort_after_s, DEADLINE_S + longest_s)
 
     def __init__(
@@ -178,20 +181,22 @@ class Control:
         import torch
         import torch.distributed as dist
 
+        assert tensors is not None or self.rank, "rank 0 has no tensors to share"
+        own = tensors or []
         if self.world == 1:
-            return tensors
-        described = self.from_rank0("shapes of shared tensors", lambda: [(t.shape, t.dtype) for t in tensors])
+            return own
+        described = self.from_rank0("shapes of shared tensors", lambda: [(t.shape, t.dtype) for t in own])
         sizes = [shape.numel() * dtype.itemsize for shape, dtype in described]
         if self.rank == 0:
             flat = torch.cat(
-                [torch.empty(0, dtype=torch.uint8), *(t.contiguous().reshape(-1).view(torch.uint8) for t in tensors)]
+                [torch.empty(0, dtype=torch.uint8), *(t.contiguous().reshape(-1).view(torch.uint8) for t in own)]
             )
         else:
             flat = torch.empty(sum(sizes), dtype=torch.uint8)
         if sum(sizes):
             dist.broadcast(flat, src=0, group=self._group)
         if self.rank == 0:
-            return tensors
+            return own
         # a copy for each: views of bytes at odd offsets cannot become int64
         return (
             [
@@ -227,10 +232,10 @@ class Control:
         try:
             return function()
         except Exception as error:
-            found = failure.of_exception(error, self.name)
-            if found is not error and not found.user_error and self._links.peers:
+            own = failure.of_exception(error, self.name)
+            if own is not error and not own.user_error and self._links.peers:
                 self._links.settle(SETTLE_S)
-            first = self._links.fail(found)
+            first = self._links.fail(own)
             self._delivered.set()
             raise first from error
 
@@ -249,15 +254,15 @@ class Control:
             raise self.failed(str(peer), f"is out of step: at {what!r} where {self.name} is at {turn.what!r}")
         return answer
 
-    def _on_failure(self, found: RunFailed) -> None:
+    def _on_failure(self, first: RunFailed) -> None:
         """Called once, when this rank first learns of a failure."""
-        failure.record(self._run_dir, found)
-        threading.Thread(target=self._abort_unless_delivered, args=(found,), name="control-abort", daemon=True).start()
+        failure.record(self._run_dir, first)
+        threading.Thread(target=self._abort_unless_delivered, args=(first,), name="control-abort", daemon=True).start()
 
-    def _abort_unless_delivered(self, found: RunFailed) -> None:
+    def _abort_unless_delivered(self, first: RunFailed) -> None:
         if self._delivered.wait(self._abort_after_s):
             return
-        print(f"{self.name} is ended, stuck below, after the run failed: {found}", file=sys.stderr)
+        print(f"{self.name} is ended, stuck below, after the run failed: {first}", file=sys.stderr)
         faulthandler.dump_traceback(all_threads=True)
         sys.stderr.flush()
         os._exit(1)

@@ -102,7 +102,8 @@ class Links:
         with self._news:
             first, self._failing = not self._failing, True
             if not first:
-                self._news.wait_for(lambda: self.failure)
+                while self.failure is None:
+                    self._news.wait()
                 return self.failure
         self._on_failure(failure)
         for peer in self.peers.values():
@@ -148,18 +149,19 @@ class Links:
             self._check_silence()
 
     def _receive_all(self, timeout_s: float) -> None:
-        present = {peer.connection: peer for peer in self.peers.values() if not peer.left}
+        present = [peer for peer in self.peers.values() if not peer.left]
         if not present:
             time.sleep(timeout_s)
             return
         try:
-            ready = wait(list(present), timeout_s)
+            ready = wait([peer.connection for peer in present], timeout_s)
         except OSError:  # closed by `close` meanwhile
             return
-        for connection in ready:
-            peer = present[connection]
+        for peer in present:
+            if peer.connection not in ready:
+                continue
             try:
-                self._take(peer, connection.recv())
+                self._take(peer, peer.connection.recv())
             except (EOFError, OSError):
                 if not self._closed:
                     self.fail(RunFailed(str(peer), f"ended without a word{_see(peer)}"))
@@ -218,7 +220,8 @@ def accept(
         while len(peers) < world - 1:
             try:
                 connection = listener.accept()
-                peers.append(Peer(*connection.recv(), connection))
+                rank, name = connection.recv()
+                peers.append(Peer(rank, name, connection))
             except (AuthenticationError, EOFError, ConnectionError):  # a stranger, or one with another key
                 continue
             except OSError:  # closed: it is too late
@@ -240,6 +243,7 @@ def join(address: tuple[str, int], key: bytes, rank: int, timeout_s: float = JOI
     """Another rank's connection to rank 0. Raises RunFailed."""
     try:
         connection = Client(address, family="AF_INET", authkey=key)
+        assert isinstance(connection, Connection)
         connection.send((rank, own_name or f"rank {rank} (pid {os.getpid()})"))
         if not connection.poll(timeout_s):
             raise TimeoutError(f"no answer within {timeout_s:.0f} s")

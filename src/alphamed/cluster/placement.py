@@ -43,8 +43,8 @@ NOT_FOR_ACTORS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECT
 
 RAY_SETTINGS = {
     "RAY_worker_niceness": "0",  # Ray's default of 15 starves an engine wherever anything else runs
-    "RAY_health_check_timeout_ms": "30000",  # a node is given up after 20 failed checks, not 5: on a busy machine
-    "RAY_health_check_failure_threshold": "20",  # Ray's own processes can be slow; deaths of actors are seen at once
+    "RAY_health_check_timeout_ms": "30000",  # a node is declared dead after 20 failed checks, not 5: on a busy machine
+    "RAY_health_check_failure_threshold": "20",  # Ray's own processes can be slow; deaths of actors are noticed at once
 }
 
 
@@ -74,15 +74,15 @@ def start_ray(config: Config) -> None:
     """Bring Ray up, or join the cluster at RAY_ADDRESS, which only a start over several hosts leaves in the environment, and
     wait for the hosts that belong to it. Raises RunFailed where that fails, ConfigError where nothing answers at the address."""
     check_ray_address()
-    shared = dict(namespace=run_id(config.run_dir), log_to_driver=False, logging_level="ERROR")
+    options: dict[str, Any] = dict(namespace=run_id(config.run_dir), log_to_driver=False, logging_level="ERROR")
     address, job = os.environ.get("RAY_ADDRESS"), Job.of_environment()
     if address:
-        options = dict(address=address, **shared)
+        options |= dict(address=address)
     else:
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         slots = job.head.engine_slots if job else config.rollout.engines * config.rollout.tensor_parallel
         gpus = engine_gpus(config, local_ranks)[: slots if job else None]
-        options = dict(
+        options |= dict(
             address="local",
             num_cpus=cores(),
             num_gpus=len(gpus),
@@ -91,7 +91,6 @@ def start_ray(config: Config) -> None:
             object_store_memory=OBJECT_STORE_BYTES,
             _node_ip_address=job.head.address if job else LOOPBACK,
             _temp_dir=_session_folder(),
-            **shared,
         )
     with _environment_of_actors(config, job):
         import ray  # reads its token when it is imported

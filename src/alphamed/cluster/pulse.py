@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from alphamed.cluster.job import HOST_VARIABLE
 
@@ -58,7 +58,7 @@ class Pulse:
     def _ask_actors(self) -> None:
         import ray
 
-        calls = {actor.__ray_ready__.remote(): name for name, actor in self._actors}
+        calls: dict[Any, str] = {actor.__ray_ready__.remote(): name for name, actor in self._actors}
         ready, _ = ray.wait(list(calls), num_returns=len(calls), timeout=BEAT_S - 1) if calls else ([], [])
         for call in ready:
             with contextlib.suppress(Exception):

@@ -87,14 +87,14 @@ def part_of(job: Job, place: Place, config: Config, own: Path, temporary: Path) 
     return Part(tuple(torchrun), worker)
 
 
-def named(given: str, rank: int | None) -> list[str]:
+def named(option: str, rank: int | None) -> list[str]:
     """The hosts of --nodes, among which `rank` is a position. Raises ConfigError."""
-    nodes = given.split(",")
+    nodes = option.split(",")
     for node in nodes:
         if not node.strip():
-            raise ConfigError(f"--nodes: {given!r} leaves a node without a name; give all nodes of the job as A,B,C")
+            raise ConfigError(f"--nodes: {option!r} leaves a node without a name; give all nodes of the job as A,B,C")
         if nodes.count(node) > 1:
-            raise ConfigError(f"--nodes: {given!r} names {node} twice; give every node once")
+            raise ConfigError(f"--nodes: {option!r} names {node} twice; give every node once")
     if rank is None:
         raise ConfigError(f"--node-rank: is missing; give this node's position in --nodes, 0 to {len(nodes) - 1}")
     if not 0 <= rank < len(nodes):
@@ -109,7 +109,7 @@ def run(load: Callable[[], Config], names: Sequence[str], rank: int, port: int, 
     try:
         config = load()
     except ConfigError as error:
-        return _say(RunFailed("", str(error), user_error=True), names, 0, None) if rank == 0 else 2
+        return _report(RunFailed("", str(error), user_error=True), names, 0, None) if rank == 0 else 2
     try:
         token = os.environ.get("RAY_AUTH_TOKEN") or (secrets.token_hex(32) if len(names) == 1 else "")
         if not token:
@@ -127,18 +127,19 @@ def run(load: Callable[[], Config], names: Sequence[str], rank: int, port: int, 
                 return single_host.train(config, _Grace(config, meeting))
             return _Player(config, meeting, job, place).play()
     except (ValueError, RunFailed) as error:
-        found = of_exception(error, host_name(names[rank]))
-        if not (isinstance(error, RunFailed) or found.user_error):
+        failed = of_exception(error, host_name(names[rank]))
+        if not (isinstance(error, RunFailed) or failed.user_error):
             raise
-        return _say(found, names, rank, meeting)
+        return _report(failed, names, rank, meeting)
 
 
-def _say(found: RunFailed, names: Sequence[str], rank: int, meeting: Meeting | None) -> int:
-    lost = found.component.startswith("host ") and not found.user_error
-    if rank and meeting and found.component != host_name(names[0]):
-        return 0  # the first host says it
-    print(f"error: {found}" if found.user_error else f"run failed: {found}", file=sys.stderr)
-    return 2 if found.user_error else EXIT_HOST_LOST if lost else 1
+def _report(failed: RunFailed, names: Sequence[str], rank: int, meeting: Meeting | None) -> int:
+    """Print why the run failed, on one host only; returns the exit code."""
+    lost = failed.component.startswith("host ") and not failed.user_error
+    if rank and meeting and failed.component != host_name(names[0]):
+        return 0  # the first host prints it
+    print(f"error: {failed}" if failed.user_error else f"run failed: {failed}", file=sys.stderr)
+    return 2 if failed.user_error else EXIT_HOST_LOST if lost else 1
 
 
 # ------------------------------------------------------------------------------------------------------------ the beginning
@@ -148,6 +149,7 @@ def _agree(config: Config, meeting: Meeting, validate: Callable[[Config], object
     facts = meeting.gather("what it has", Facts(addresses.own(others), gpus_present() if wants_cuda(config) else 0))
 
     def make() -> Job:
+        assert facts is not None, "only the first host makes the job"
         job = make_job(config, meeting.names, facts)
         validate(config)
         for place in job.places if len(job.places) > 1 else ():
@@ -331,10 +333,10 @@ class _Player:
             return supervise((*into_log, *part.command), of_ray, self.own, self._grace)
         return supervise(part.command, environment, self.own, self._grace)  # which ends what runs beside, too
 
-    def _stop(self, found: RunFailed) -> None:
+    def _stop(self, failed: RunFailed) -> None:
         """A host is lost, or has failed: what runs here ends now. Where it was the first one, nobody prints this."""
         with contextlib.suppress(OSError):
-            failure.record(self.config.run_dir, found)
+            failure.record(self.config.run_dir, failed)
         self._end_supervision()
 
     def _wait_for_the_end(self, serves: bool) -> None:
@@ -358,13 +360,13 @@ class _Player:
                     meeting.gather("its end", ended.status)
                     # stays in the meeting until the first host has said why the run ended
                     self._leave_after_first()
-            return _say(meeting.failure, meeting.names, meeting.rank, meeting) if meeting.failure else 0
+            return _report(meeting.failure, meeting.names, meeting.rank, meeting) if meeting.failure else 0
         meeting.share("the end", lambda: None)
         with contextlib.suppress(RunFailed):
             meeting.gather("its end", ended.status, ENDED_DEADLINE_S)
         if meeting.failure and not (ended.stopped_by and not meeting.failure.component):
             failure.record_end(run_dir, f"failed: {meeting.failure}")
-            return _say(meeting.failure, meeting.names, 0, meeting)
+            return _report(meeting.failure, meeting.names, 0, meeting)
         return single_host.report(run_dir, ended)
 
     def _leave_after_first(self) -> None:

@@ -121,7 +121,7 @@ def start(names: Sequence[str], file: Path, overrides: Sequence[str]) -> int:
     passed = passed_on(os.environ) | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     stopped: list[int] = []
     before = {
-        number: signal.signal(number, lambda got, _: stopped.append(got))
+        number: signal.signal(number, lambda received, _: stopped.append(received))
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     }
     launchers: list[subprocess.Popen] = []
@@ -149,10 +149,11 @@ def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
 def _launch(name: str, order: Order) -> subprocess.Popen:
     ssh = shlex.split(os.environ.get(SSH_VARIABLE, "ssh"))
     command = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(_FIRST_WORDS)}"
-    # a session of its own: a terminal's Ctrl-C reaches this process alone, which ends the others in order
+    # a session of its own: a terminal's Ctrl-C reaches this process alone, which ends the others cleanly
     launcher = subprocess.Popen(
         [*ssh, "-o", "BatchMode=yes", "-T", name, command], stdin=subprocess.PIPE, start_new_session=True
     )
+    assert launcher.stdin is not None
     with contextlib.suppress(BrokenPipeError):
         launcher.stdin.write(json.dumps({slot: getattr(order, slot) for slot in Order.__slots__}).encode() + b"\n")
         launcher.stdin.flush()
@@ -177,7 +178,7 @@ def _wait(names: Sequence[str], launchers: Sequence[subprocess.Popen], stopped: 
         for name, code in zip(names, status, strict=True):
             if code == SSH_FAILED:
                 print(
-                    f"run failed: host {name}: ssh could not start or keep the launcher there; see its words above, and try "
+                    f"run failed: host {name}: ssh could not start or keep the launcher there; see its messages above, and try "
                     f"`ssh {name} true`",
                     file=sys.stderr,
                 )
@@ -188,8 +189,9 @@ def _wait(names: Sequence[str], launchers: Sequence[subprocess.Popen], stopped: 
                 file=sys.stderr,
             )
             return 128 + stopped[0]
-        if None not in status:
-            return status[0] or max(status)
+        codes = [code for code in status if code is not None]
+        if len(codes) == len(launchers):
+            return codes[0] or max(codes)
         time.sleep(0.2)
 
 
@@ -197,7 +199,8 @@ def _end(launchers: Sequence[subprocess.Popen]) -> None:
     """Close their inputs, by which they end; what does not is left to the hosts after the deadline."""
     for launcher in launchers:
         with contextlib.suppress(OSError):
-            launcher.stdin.close()
+            if launcher.stdin:
+                launcher.stdin.close()
     until = time.monotonic() + END_DEADLINE_S
     for launcher in launchers:
         with contextlib.suppress(subprocess.TimeoutExpired):

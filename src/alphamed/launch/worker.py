@@ -76,15 +76,15 @@ def start_of(config: Config, environment: Mapping[str, str]) -> Start:
 
 
 def _find_network() -> None:
-    """What the launcher of several hosts would have found out: this host's address, as the others see it, and its interface.
+    """What the launcher of several hosts would have determined: this host's address, as the others see it, and its interface.
 
-    On the first host MASTER_ADDR may well be a name of the loopback device: what it is, the second host tells through torchrun's
-    store. Raises ConfigError."""
+    On the first host MASTER_ADDR may well be a name of the loopback device: what it is, the second host reports through
+    torchrun's store. Raises ConfigError."""
     if os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1"):
         return
     from datetime import timedelta
 
-    from torch.distributed import TCPStore
+    from alphamed.cluster.narrow_store import TCPStore
 
     master, group = os.environ["MASTER_ADDR"], int(os.environ["GROUP_RANK"])
     store = TCPStore(master, int(os.environ["MASTER_PORT"]), None, False, timeout=timedelta(seconds=NETWORK_DEADLINE_S))

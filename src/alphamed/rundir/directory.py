@@ -20,7 +20,7 @@ from alphamed.errors import ConfigError
 from alphamed.files import replace_json, replace_json_lines, replace_text
 from alphamed.model.shape import resolve
 from alphamed.rundir import provenance
-from alphamed.rundir.metrics import read_rows
+from alphamed.rundir.metrics import read_rows, step_of
 
 CHANGEABLE = (
     "run.name",
@@ -89,14 +89,13 @@ class RunDirectory:
 
     def last_step(self) -> int:
         """The last step in metrics.jsonl, 0 without any."""
-        return max((row["step"] for row in read_rows(self.metrics_file)), default=0)
+        return max(map(step_of, read_rows(self.metrics_file)), default=0)
 
     def drop_after(self, step: int) -> None:
         """Forget the records of steps after `step`: they will be run again. Dumps stay, they are evidence."""
-        rows = read_rows(self.metrics_file)
-        kept = [row for row in rows if row["step"] <= step]
+        earlier = [row for row in read_rows(self.metrics_file) if step_of(row) <= step]
         if self.metrics_file.exists():  # also without dropped rows: half a last line goes
-            replace_json_lines(self.metrics_file, kept)
+            replace_json_lines(self.metrics_file, earlier)
         for folder in (self.rollouts, self.evaluations):
             for file in sorted(folder.glob("step_*")):
                 if _step_of(file) > step:

@@ -111,6 +111,13 @@ BARE_BOX_WORDS = 5
 """A response whose text before its last box holds fewer words reasons no longer. "The answer is" are three."""
 
 
+def step_of(row: Mapping[str, float | None]) -> int:
+    """The training step of a row."""
+    step = row["step"]
+    assert isinstance(step, int), f"a row of metrics without its step: {step!r}"
+    return step
+
+
 def read_rows(path: Path) -> list[dict[str, float | None]]:
     """The steps in a metrics.jsonl, rising; [] where there is none. ConfigError names a line that is no step's."""
     rows = read_json_lines(path)

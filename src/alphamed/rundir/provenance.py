@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from alphamed.cluster import variables
 from alphamed.cluster.hardware import cores, memory_bytes
@@ -245,7 +245,7 @@ def file_entry(file: Path) -> dict[str, Any]:
         return {"path": str(file)} | content_entry(stream)
 
 
-def content_entry(stream: BinaryIO) -> dict[str, Any]:
+def content_entry(stream: io.BufferedIOBase) -> dict[str, Any]:
     """`file_entry` without its path, of a file that is open or in memory."""
     size = stream.seek(0, io.SEEK_END)
     stream.seek(0)

@@ -76,7 +76,7 @@ def read_answers(path: Path) -> tuple[Answers, ...]:
     import pyarrow.compute as pc
 
     table = _read(path, ("group_index", "group_id", "question", "text", "outcome", "letter", "reward", "response_token_ids"))
-    lengths = pc.list_value_length(table["response_token_ids"]).to_pylist()
+    lengths = pc.call_function("list_value_length", [table["response_token_ids"]]).to_pylist()
     rows = zip(table.drop_columns(["response_token_ids"]).to_pylist(), lengths)
     found = []
     for _, members in groupby(rows, key=lambda row: row[0]["group_index"]):

@@ -157,7 +157,7 @@ class Wandb:
 
         offline = self._config.logging.wandb == WandbMode.OFFLINE
         settings = wandb.Settings(
-            mode=str(self._config.logging.wandb),
+            mode="offline" if offline else "online",
             silent=True,
             console="off",
             symlink=False,

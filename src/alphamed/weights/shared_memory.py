@@ -17,7 +17,7 @@ import socket
 import struct
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import wait
@@ -201,11 +201,10 @@ def _left(end: float) -> float:
     return max(0.001, end - time.monotonic())  # 0 would mean: do not wait, and raise another error
 
 
-def _readable(sockets: Iterable[socket.socket], end: float) -> list[socket.socket]:
+def _readable(sockets: Sequence[socket.socket], end: float) -> list[socket.socket]:
     """Those with something to read, as soon as any has; none at the deadline."""
-    by_descriptor = {each.fileno(): each for each in sockets}
-    ready = wait(by_descriptor, _left(end))
-    return [each for descriptor, each in by_descriptor.items() if descriptor in ready]
+    ready = wait(sockets, _left(end))
+    return [candidate for candidate in sockets if candidate in ready]
 
 
 def _receive(peer: socket.socket, end: float) -> int:
