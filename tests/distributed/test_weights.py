@@ -21,8 +21,8 @@ from tiny import tiny_hf
 from alphamed.config.sections import ParallelConfig
 from alphamed.model.shape import read_shape
 from alphamed.weights.buckets import box_of
-from alphamed.weights.plan import Slice
 from alphamed.weights.routes import holders
+from alphamed.weights.sync_plan import Slice
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))

@@ -21,7 +21,7 @@ import json, os, signal, sys, time
 from pathlib import Path
 from alphamed.cluster.control import Control
 from alphamed.errors import RunFailed
-from alphamed.cluster.links import accept, join, listen
+from alphamed.cluster.control_links import accept, join, listen
 from alphamed.errors import ConfigError
 
 rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])

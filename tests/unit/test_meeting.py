@@ -12,14 +12,14 @@ from types import SimpleNamespace
 import pytest
 
 from alphamed.cluster import addresses, placement
+from alphamed.cluster.cluster_job import ClusterHost, ClusterJob
 from alphamed.cluster.failure import stop_requested
-from alphamed.cluster.job import Job, Place
 from alphamed.config.loading import build_config
 from alphamed.config.schema import Config
 from alphamed.errors import ConfigError, RunFailed
 from alphamed.launch import nodes, remote
 from alphamed.launch.meeting import Meeting
-from alphamed.launch.nodes import part_of
+from alphamed.launch.nodes import commands_of
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["localhost", "127.0.0.2", "127.0.0.3"]
@@ -180,12 +180,16 @@ def test_hosts_without_gpus_are_named(started, monkeypatch, capsys):
     assert "cluster.gpus_per_node: 8, host a has 0" in capsys.readouterr().err
 
 
-PLACES = (Place("a", "10.0.0.1", "eth0", 4, 4), Place("b", "10.0.0.2", "eth0", 4, 2), Place("c", "10.0.0.3", "ib0", 0, 8))
+PLACES = (
+    ClusterHost("a", "10.0.0.1", "eth0", 4, 4),
+    ClusterHost("b", "10.0.0.2", "eth0", 4, 2),
+    ClusterHost("c", "10.0.0.3", "ib0", 0, 8),
+)
 
 
 def test_every_host_gets_its_part():
-    job, run = Job(PLACES, 21_000, 22_000), config(cluster={"device": "cuda", "ranks_per_host": 4})
-    head, second, engines = (part_of(job, place, run, Path("own"), Path("tmp")) for place in job.places)
+    job, run = ClusterJob(PLACES, 21_000, 22_000), config(cluster={"device": "cuda", "ranks_per_host": 4})
+    head, second, engines = (commands_of(job, place, run, Path("own"), Path("tmp")) for place in job.places)
     for rank, part in enumerate((head, second)):
         assert {
             "--nnodes=2",
@@ -205,9 +209,9 @@ def test_every_host_gets_its_part():
             "--min-worker-port=0",
         } <= set(command)
     assert engines.serves and not engines.beside and not second.serves
-    on_cpu = part_of(job, job.places[2], config(cluster={"device": "cpu"}), Path("own"), Path("tmp")).command
+    on_cpu = commands_of(job, job.places[2], config(cluster={"device": "cpu"}), Path("own"), Path("tmp")).command
     assert '--resources={"engine_slot": 8}' in on_cpu
-    assert Job.from_json(job.to_json()) == job and job.first_rank("b") == 4
+    assert ClusterJob.from_json(job.to_json()) == job and job.first_rank("b") == 4
 
 
 def test_a_dry_run_shows_what_every_host_would_run():
@@ -271,8 +275,8 @@ def test_a_name_without_an_address_is_named():
 
 
 def test_the_job_travels_in_the_environment():
-    job = Job(PLACES, 1, 2)
-    assert Job.of_environment({"ALPHAMED_JOB": job.to_json()}) == job and Job.of_environment({}) is None
+    job = ClusterJob(PLACES, 1, 2)
+    assert ClusterJob.of_environment({"ALPHAMED_JOB": job.to_json()}) == job and ClusterJob.of_environment({}) is None
     assert json.loads(job.to_json())["places"][2]["interface"] == "ib0" and os.sep not in job.head.name
 
 
@@ -280,9 +284,9 @@ def test_hosts_that_never_join_ray_are_named(monkeypatch):
     nodes_of_ray = [{"Alive": True, "NodeManagerAddress": "10.0.0.1"}, {"Alive": False, "NodeManagerAddress": "10.0.0.3"}]
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(nodes=lambda: nodes_of_ray))
     with pytest.raises(RunFailed) as late:
-        placement.wait_for_hosts(Job(PLACES, 1, 2), 0.1)
+        placement.wait_for_hosts(ClusterJob(PLACES, 1, 2), 0.1)
     assert late.value.component == "host b" and "(missing: b, c); see logs/ray_b.log" in late.value.message
-    placement.wait_for_hosts(Job(PLACES[:1], 1, 2), 0.1)
+    placement.wait_for_hosts(ClusterJob(PLACES[:1], 1, 2), 0.1)
 
 
 def test_a_stop_file_asks_the_run_for_a_checkpoint(tmp_path, monkeypatch):

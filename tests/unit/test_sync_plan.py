@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from alphamed.weights.buckets import BLOCK_ROWS, ROW_WORDS, Assembly, digest, pack, unpack
-from alphamed.weights.plan import Bucket, Link, Member, Slice, SyncPlan, in_turns, members
 from alphamed.weights.probe import ProbeDifference
+from alphamed.weights.sync_plan import Bucket, Link, Member, Slice, SyncPlan, in_turns, members
 
 
 def link(stage=0, sizes=(3, 4, 2, 9, 1), dtype="float32", bucket_bytes=32, receivers=(0,)):

@@ -17,9 +17,9 @@ from alphamed.model.shape import ModelShape
 from alphamed.records import Layout
 from alphamed.weights.buckets import box_of, pack, unpack
 from alphamed.weights.hf_io import hf_parts
-from alphamed.weights.plan import Slice, SyncPlan, Wire, in_turns
 from alphamed.weights.routes import check_sync, gathers, holders, make_plan
 from alphamed.weights.sender import held_parts
+from alphamed.weights.sync_plan import Slice, SyncPlan, Wire, in_turns
 from alphamed.weights.tensors import to_shard
 from alphamed.weights.writer import ParameterWriter
 

@@ -12,7 +12,7 @@ from test_hf_io import megatron_like
 from test_sync_routes import SMALL, engine_like, fill, vllm_parameter
 
 from alphamed.cluster.control import Control
-from alphamed.cluster.links import accept, join, listen
+from alphamed.cluster.control_links import accept, join, listen
 from alphamed.config.loading import build_config
 from alphamed.config.sections import ParallelConfig
 from alphamed.errors import RunFailed
@@ -22,13 +22,13 @@ from alphamed.rollout.failures import Peer
 from alphamed.weights import receiver
 from alphamed.weights.hf_io import hf_parts
 from alphamed.weights.links import GroupChannel
-from alphamed.weights.plan import Link, Slice, SyncPlan, Wire, members
 from alphamed.weights.probe import Probe
 from alphamed.weights.receiver import WeightReceiver
 from alphamed.weights.routes import make_plan
 from alphamed.weights.sender import late_workers
 from alphamed.weights.shared_memory import PeerTimeout, SharedMemoryReceiver
 from alphamed.weights.sync import WeightSync, choose_transport
+from alphamed.weights.sync_plan import Link, Slice, SyncPlan, Wire, members
 
 DEADLINE_S = 900
 

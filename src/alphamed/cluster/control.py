@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from alphamed.cluster import failure
 from alphamed.cluster.addresses import LOOPBACK
-from alphamed.cluster.job import ADDRESS_VARIABLE, HOST_VARIABLE
-from alphamed.cluster.links import Links, Peer, accept, join, listen
+from alphamed.cluster.cluster_job import ADDRESS_VARIABLE, HOST_VARIABLE
+from alphamed.cluster.control_links import LinkPeer, Links, accept, join, listen
 from alphamed.errors import RunFailed
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Control:
         group: ProcessGroup,
         rank: int,
         world: int,
-        peers: list[Peer],
+        peers: list[LinkPeer],
         run_dir: Path,
         heartbeat_timeout_s: float,
         abort_after_s: float,

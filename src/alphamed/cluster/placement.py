@@ -23,9 +23,9 @@ from typing import Any
 
 from alphamed.cluster import quiet_ray
 from alphamed.cluster.addresses import LOOPBACK
+from alphamed.cluster.cluster_job import ClusterHost, ClusterJob
 from alphamed.cluster.environment import SILENT, without_torchrun
 from alphamed.cluster.hardware import cores, gpus_present, wants_cuda
-from alphamed.cluster.job import Job, Place
 from alphamed.cluster.ledger import MAX_TEMPORARY_CHARS, run_id
 from alphamed.config.schema import Config
 from alphamed.errors import ConfigError, RunFailed
@@ -75,7 +75,7 @@ def start_ray(config: Config) -> None:
     wait for the hosts that belong to it. Raises RunFailed where that fails, ConfigError where nothing answers at the address."""
     check_ray_address()
     options: dict[str, Any] = dict(namespace=run_id(config.run_dir), log_to_driver=False, logging_level="ERROR")
-    address, job = os.environ.get("RAY_ADDRESS"), Job.of_environment()
+    address, job = os.environ.get("RAY_ADDRESS"), ClusterJob.of_environment()
     if address:
         options |= dict(address=address)
     else:
@@ -111,7 +111,7 @@ def start_ray(config: Config) -> None:
     _require_room(config, address)
 
 
-def wait_for_hosts(job: Job, deadline_s: float) -> None:
+def wait_for_hosts(job: ClusterJob, deadline_s: float) -> None:
     """Until all hosts of engines are part of Ray. Raises RunFailed naming those that are not, after the deadline."""
     import ray
 
@@ -157,7 +157,7 @@ def beside_rank0() -> Any:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-def worker_command(job: Job, place: Place, on_cuda: bool, temporary: Path) -> list[str]:
+def worker_command(job: ClusterJob, place: ClusterHost, on_cuda: bool, temporary: Path) -> list[str]:
     """Ray on a host of engines, once the head answers: bound to the host's address in the cluster, on ports of its own."""
     room = (
         [f"--num-gpus={place.engine_slots}"]
@@ -215,7 +215,7 @@ def environment_of_ray(config: Config, before: Mapping[str, str], gpus: Sequence
 
 
 @contextlib.contextmanager
-def _environment_of_actors(config: Config, job: Job | None) -> Iterator[None]:
+def _environment_of_actors(config: Config, job: ClusterJob | None) -> Iterator[None]:
     """Ray's processes inherit this process's environment as it stands while they are started."""
     before = dict(os.environ)
     env = environment_of_ray(config, before, engine_gpus(config, int(before.get("LOCAL_WORLD_SIZE", "1"))))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from alphamed.cluster.job import HOST_VARIABLE
+from alphamed.cluster.cluster_job import HOST_VARIABLE
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle

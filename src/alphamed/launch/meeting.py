@@ -19,8 +19,8 @@ from multiprocessing import AuthenticationError
 from typing import Any, Self, TypeVar
 
 from alphamed.cluster import addresses
+from alphamed.cluster.control_links import LinkPeer, Links, accept, join, listen
 from alphamed.cluster.failure import of_exception
-from alphamed.cluster.links import Links, Peer, accept, join, listen
 from alphamed.errors import RunFailed
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ def host_name(name: str) -> str:
 class Meeting:
     """This host's end. A context manager: an exception that leaves it is made known to all."""
 
-    def __init__(self, names: Sequence[str], rank: int, peers: list[Peer], heartbeat_timeout_s: float):
+    def __init__(self, names: Sequence[str], rank: int, peers: list[LinkPeer], heartbeat_timeout_s: float):
         self.names, self.rank = tuple(names), rank
         self._on_lost: Callable[[RunFailed], None] | None = None
         self._links = Links(peers, heartbeat_timeout_s, self._failed)
@@ -119,7 +119,7 @@ class Meeting:
             self._on_lost(failure)
 
 
-def _await(names: Sequence[str], port: int, key: bytes, own: str, deadline_s: float) -> list[Peer]:
+def _await(names: Sequence[str], port: int, key: bytes, own: str, deadline_s: float) -> list[LinkPeer]:
     address = addresses.toward(names[1])
     try:
         listener, _ = listen(address, port, key)
@@ -131,7 +131,7 @@ def _await(names: Sequence[str], port: int, key: bytes, own: str, deadline_s: fl
         return accept(listener, len(names), deadline_s, own, [host_name(name) for name in names])
 
 
-def _reach(first: str, port: int, key: bytes, rank: int, own: str, own_name: str, deadline_s: float) -> Peer:
+def _reach(first: str, port: int, key: bytes, rank: int, own: str, own_name: str, deadline_s: float) -> LinkPeer:
     """The first host may start later than this one."""
     until = time.monotonic() + deadline_s
     address = addresses.resolve(first)

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alphamed.cluster import addresses, failure, variables
+from alphamed.cluster.cluster_job import ADDRESS_VARIABLE, HOST_VARIABLE, VARIABLE, ClusterHost, ClusterJob
 from alphamed.cluster.environment import run_environment, without_torchrun
 from alphamed.cluster.failure import HOSTS_FOLDER, of_exception
 from alphamed.cluster.hardware import gpus_present, trainer_threads, wants_cuda
 from alphamed.cluster.hosts import plan_nodes
-from alphamed.cluster.job import ADDRESS_VARIABLE, HOST_VARIABLE, VARIABLE, Job, Place
 from alphamed.cluster.ledger import run_id
 from alphamed.cluster.placement import environment_of_ray, worker_command
 from alphamed.cluster.processes import TAG
@@ -35,7 +35,7 @@ from alphamed.errors import ConfigError, RunFailed
 from alphamed.launch import single_host
 from alphamed.launch.meeting import Meeting, host_name
 from alphamed.launch.single_host import LAUNCH_FILE, torchrun_command
-from alphamed.launch.supervisor import Ended, supervise
+from alphamed.launch.supervisor import SupervisedExit, supervise
 
 JOB_FILE = "job.json"
 STOP_FILE_VARIABLE = "ALPHAMED_STOP_FILE"
@@ -56,7 +56,7 @@ class Facts:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class HostCommands:
     """What one host runs: `command` to its end and, for as long as that takes, `beside` it. A host that only `serves` ends
     with the first one."""
 
@@ -65,13 +65,13 @@ class Part:
     serves: bool = False
 
 
-def part_of(job: Job, place: Place, config: Config, own: Path, temporary: Path) -> Part:
+def commands_of(job: ClusterJob, place: ClusterHost, config: Config, own: Path, temporary: Path) -> HostCommands:
     """The part of a host (pure)."""
     worker = ()
     if place.engine_slots and place is not job.head:
         worker = tuple(worker_command(job, place, wants_cuda(config), temporary))
     if not place.ranks:
-        return Part(worker, serves=True)
+        return HostCommands(worker, serves=True)
     torchrun = torchrun_command(
         config.run_dir,
         place.ranks,
@@ -84,7 +84,7 @@ def part_of(job: Job, place: Place, config: Config, own: Path, temporary: Path) 
         ),
         own,
     )
-    return Part(tuple(torchrun), worker)
+    return HostCommands(tuple(torchrun), worker)
 
 
 def named(option: str, rank: int | None) -> list[str]:
@@ -143,12 +143,12 @@ def _report(failed: RunFailed, names: Sequence[str], rank: int, meeting: Meeting
 
 
 # ------------------------------------------------------------------------------------------------------------ the beginning
-def _agree(config: Config, meeting: Meeting, validate: Callable[[Config], object]) -> Job:
+def _agree(config: Config, meeting: Meeting, validate: Callable[[Config], object]) -> ClusterJob:
     """The job, checked by the first host before anything starts. Raises ConfigError, DataError or RunFailed."""
     others = [name for name in meeting.names if name != meeting.names[meeting.rank]]
     facts = meeting.gather("what it has", Facts(addresses.own(others), gpus_present() if wants_cuda(config) else 0))
 
-    def make() -> Job:
+    def make() -> ClusterJob:
         assert facts is not None, "only the first host makes the job"
         job = make_job(config, meeting.names, facts)
         validate(config)
@@ -161,7 +161,7 @@ def _agree(config: Config, meeting: Meeting, validate: Callable[[Config], object
     return job
 
 
-def make_job(config: Config, names: Sequence[str], facts: Sequence[Facts]) -> Job:
+def make_job(config: Config, names: Sequence[str], facts: Sequence[Facts]) -> ClusterJob:
     """Raises ConfigError where the hosts do not suffice or are not what the configuration says."""
     gpus = config.cluster.gpus_per_node if wants_cuda(config) else 0
     plan = plan_nodes(config, names, gpus)
@@ -173,14 +173,16 @@ def make_job(config: Config, names: Sequence[str], facts: Sequence[Facts]) -> Jo
                 f"each has, or cluster.device=cpu"
             )
     places = tuple(
-        Place(host.name, by_name[host.name].own.address, by_name[host.name].own.interface, host.ranks, host.engine_slots)
+        ClusterHost(
+            host.name, by_name[host.name].own.address, by_name[host.name].own.interface, host.ranks, host.engine_slots
+        )
         for host in plan.hosts
     )
     ports = addresses.free_ports(places[0].address, 2)
-    return Job(places, *ports)
+    return ClusterJob(places, *ports)
 
 
-def describe(job: Job, place: Place) -> str:
+def describe(job: ClusterJob, place: ClusterHost) -> str:
     """What a host does, in words."""
     first = job.first_rank(place.name)
     last = first + place.ranks - 1
@@ -279,7 +281,7 @@ class _Grace:
 class _Player:
     """A host at its part."""
 
-    def __init__(self, config: Config, meeting: Meeting, job: Job, place: Place):
+    def __init__(self, config: Config, meeting: Meeting, job: ClusterJob, place: ClusterHost):
         self.config, self.meeting, self.job, self.place = config, meeting, job, place
         self.first = meeting.rank == 0
         # beyond the first host a folder for its own lock and records; the ranks write to the run's
@@ -294,7 +296,7 @@ class _Player:
                 (self.own / LAUNCH_FILE).write_text(dump_config(self.config), encoding="utf-8")
                 (self.own / JOB_FILE).write_text(self.job.to_json(), encoding="utf-8")
             temporary = ledger.make_temporary_folder()
-            part = part_of(self.job, self.place, self.config, self.own, temporary)
+            part = commands_of(self.job, self.place, self.config, self.own, temporary)
             self.meeting.share("the start", lambda: None)  # the first host's records are written, old ones are gone
             ended = self._supervise(part, self._environment(temporary))
             self._grace.over = True
@@ -313,7 +315,7 @@ class _Player:
             "OMP_NUM_THREADS": str(trainer_threads(self.config, max(1, place.ranks), wants_cuda(self.config))),
         }
 
-    def _supervise(self, part: Part, environment: dict[str, str]) -> Ended:
+    def _supervise(self, part: HostCommands, environment: dict[str, str]) -> SupervisedExit:
         gpus = range(self.place.ranks, self.place.ranks + self.place.engine_slots)
         of_ray = environment_of_ray(self.config, environment, gpus)
         log = self.config.run_dir / "logs" / f"ray_{self.place.name}.log"
@@ -352,7 +354,7 @@ class _Player:
         if not self._ended.is_set():
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def _end(self, ended: Ended) -> int:
+    def _end(self, ended: SupervisedExit) -> int:
         meeting, run_dir = self.meeting, self.config.run_dir
         if not self.first:
             if meeting.failure is None:

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alphamed.cluster.addresses import FIRST_PORT, LAST_PORT
+from alphamed.cluster.cluster_job import ClusterHost, ClusterJob
 from alphamed.cluster.failure import HOSTS_FOLDER
 from alphamed.cluster.hardware import wants_cuda
 from alphamed.cluster.hosts import NodePlan, plan_nodes
-from alphamed.cluster.job import Job, Place
 from alphamed.cluster.variables import Start, rule_of
 from alphamed.config.choices import Device
 from alphamed.config.loading import load_config
@@ -44,7 +44,7 @@ BATCH_SCRIPT = Path(__file__).resolve().parents[3] / "examples" / "slurm" / "tra
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class LaunchOrder:
     """What one launcher is told. `arguments`: configuration file, then overrides."""
 
     folder: str
@@ -97,11 +97,13 @@ def preview(config: Config, names: Sequence[str], file: Path, overrides: Sequenc
 
 
 def _parts(config: Config, plan: NodePlan) -> list[str]:
-    job = Job(tuple(Place(host.name, host.name, "", host.ranks, host.engine_slots) for host in plan.hosts), 29500, 6379)
+    job = ClusterJob(
+        tuple(ClusterHost(host.name, host.name, "", host.ranks, host.engine_slots) for host in plan.hosts), 29500, 6379
+    )
     lines = ["# Addresses and ports are found when the job starts; each launcher runs, under its supervisor:"]
     for place in job.places:
         own = config.run_dir if place is job.head else config.run_dir / HOSTS_FOLDER / place.name
-        part = nodes.part_of(job, place, config, own, Path("TMPDIR"))
+        part = nodes.commands_of(job, place, config, own, Path("TMPDIR"))
         lines += [f"# {place.name}: {nodes.describe(job, place)}"]
         lines += [shlex.join(command) for command in (part.command, part.beside) if command]
     return lines
@@ -127,7 +129,7 @@ def start(names: Sequence[str], file: Path, overrides: Sequence[str]) -> int:
     launchers: list[subprocess.Popen] = []
     try:
         for rank, name in enumerate(names):
-            order = Order(os.getcwd(), passed, [str(file), *overrides], list(names), rank, port)
+            order = LaunchOrder(os.getcwd(), passed, [str(file), *overrides], list(names), rank, port)
             launchers.append(_launch(name, order))
         return _wait(names, launchers, stopped)
     finally:
@@ -146,7 +148,7 @@ def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _launch(name: str, order: Order) -> subprocess.Popen:
+def _launch(name: str, order: LaunchOrder) -> subprocess.Popen:
     ssh = shlex.split(os.environ.get(SSH_VARIABLE, "ssh"))
     command = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(_FIRST_WORDS)}"
     # a session of its own: a terminal's Ctrl-C reaches this process alone, which ends the others cleanly
@@ -155,7 +157,7 @@ def _launch(name: str, order: Order) -> subprocess.Popen:
     )
     assert launcher.stdin is not None
     with contextlib.suppress(BrokenPipeError):
-        launcher.stdin.write(json.dumps({slot: getattr(order, slot) for slot in Order.__slots__}).encode() + b"\n")
+        launcher.stdin.write(json.dumps({slot: getattr(order, slot) for slot in LaunchOrder.__slots__}).encode() + b"\n")
         launcher.stdin.flush()
     return launcher
 

@@ -26,7 +26,7 @@ Grace = Callable[[signal.Signals], float]
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class SupervisedExit:
     """How the command ended. `status`: exit code, or minus the number of the signal that killed it. `stopped_by`: the
     signal that the supervisor itself was sent, if any."""
 
@@ -35,7 +35,9 @@ class Ended:
     clean_up: CleanUp
 
 
-def supervise(command: Sequence[str], environment: Mapping[str, str], run_dir: Path, grace: Grace | None = None) -> Ended:
+def supervise(
+    command: Sequence[str], environment: Mapping[str, str], run_dir: Path, grace: Grace | None = None
+) -> SupervisedExit:
     """Run `command` with `environment` (which must carry the run's tag) until it ends or a signal says stop.
 
     `grace`: asks the command, upon a signal, to end by itself, and returns the seconds that it gets for that."""
@@ -52,7 +54,7 @@ def supervise(command: Sequence[str], environment: Mapping[str, str], run_dir: P
             watcher.wait()
             done = ledger.clean_up()
             processes.reap()
-    return Ended(status=status, stopped_by=received[0] if received else None, clean_up=done)
+    return SupervisedExit(status=status, stopped_by=received[0] if received else None, clean_up=done)
 
 
 def _wait(child: subprocess.Popen, received: list[signal.Signals], ledger: Ledger, grace: Grace | None) -> int:

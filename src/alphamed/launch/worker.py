@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TextIO
 
 from alphamed.cluster import addresses, failure, placement, variables
+from alphamed.cluster.cluster_job import ADDRESS_VARIABLE
 from alphamed.cluster.environment import enter, run_environment
-from alphamed.cluster.job import ADDRESS_VARIABLE
 from alphamed.cluster.variables import Start
 from alphamed.config.schema import Config
 from alphamed.errors import ConfigError

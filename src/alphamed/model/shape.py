@@ -17,7 +17,7 @@ from typing import Any
 
 from alphamed.config.sections import ParallelConfig, RolloutConfig
 from alphamed.errors import ConfigError
-from alphamed.model.keys import changing, unknown_keys
+from alphamed.model.config_keys import changing, unknown_keys
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 QWEN3_HEAD_DIM = 128  # what transformers takes where config.json is silent

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from alphamed.cluster.cluster_job import ClusterJob
 from alphamed.cluster.failure import ENDED_FILE, recorded
-from alphamed.cluster.job import Job
 from alphamed.cluster.ledger import LOCK_FILE
 from alphamed.cluster.pulse import BEAT_S, PULSE_FILE
 from alphamed.config.loading import load_config
@@ -118,7 +118,7 @@ def _progress(config: Config, rows: list[dict[str, Any]]) -> Iterator[str]:
 def _hosts(run_dir: Path) -> Iterator[str]:
     if (tree := _read(run_dir / JOB_FILE)) is None:
         return
-    for place in Job.from_json(json.dumps(tree)).places:
+    for place in ClusterJob.from_json(json.dumps(tree)).places:
         parts = [
             f"{count} {what}{'s' * (count > 1)}"
             for count, what in ((place.ranks, "rank"), (place.engine_slots, "engine worker"))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from alphamed.weights.plan import Bucket, Slice
+from alphamed.weights.sync_plan import Bucket, Slice
 
 ROW_WORDS, BLOCK_ROWS = 1 << 12, {"cpu": 64, "cuda": 1 << 16}
 """A digest adds up rows of so many words, so many rows at a time: on CPU what stays in its cache, on CUDA enough to fill it."""

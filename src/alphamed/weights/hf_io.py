@@ -22,7 +22,7 @@ from alphamed.model.shape import ModelShape
 from alphamed.model.weight_files import WeightFiles, check_tensor, not_finite
 from alphamed.records import Layout
 from alphamed.weights.cuts import held
-from alphamed.weights.plan import Slice
+from alphamed.weights.sync_plan import Slice
 from alphamed.weights.tensors import all_finite, to_hf, to_shard
 
 LAYER = "decoder.layers."

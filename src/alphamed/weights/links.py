@@ -16,8 +16,8 @@ from torch import Tensor
 
 from alphamed.cluster import narrow_store
 from alphamed.cluster.narrow_store import PrefixStore, Store, TCPStore
-from alphamed.weights.plan import Link
 from alphamed.weights.shared_memory import SharedMemoryReceiver, SharedMemorySource
+from alphamed.weights.sync_plan import Link
 
 
 def host_store(address: str, deadline_s: float) -> tuple[TCPStore, int]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from alphamed.weights import links
 from alphamed.weights.buckets import Assembly, digest, empty_flat, unpack
-from alphamed.weights.plan import Bucket, Link, SyncPlan, in_turns
+from alphamed.weights.sync_plan import Bucket, Link, SyncPlan, in_turns
 from alphamed.weights.tensors import all_finite
 from alphamed.weights.writer import ParameterWriter
 

@@ -23,7 +23,7 @@ from alphamed.errors import ConfigError
 from alphamed.model.families import Entry, Kind, entries, shard_shape
 from alphamed.model.shape import ModelShape
 from alphamed.weights.cuts import held, needed
-from alphamed.weights.plan import ELEMENT_BYTES, Link, Slice, SyncPlan, Wire, members
+from alphamed.weights.sync_plan import ELEMENT_BYTES, Link, Slice, SyncPlan, Wire, members
 
 WIRE_DTYPE = {Dtype.FP32: "float32", Dtype.BF16: "bfloat16"}
 

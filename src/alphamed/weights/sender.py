@@ -15,9 +15,9 @@ from torch import Tensor
 from alphamed.weights import links
 from alphamed.weights.buckets import box_of, digest, pack
 from alphamed.weights.cuts import Box
-from alphamed.weights.plan import Member, Slice, SyncPlan, in_turns
 from alphamed.weights.shared_memory import PeerTimeout
 from alphamed.weights.source import WeightSource
+from alphamed.weights.sync_plan import Member, Slice, SyncPlan, in_turns
 
 Digests = dict[str, list[list[int]]]
 """By link, of each of its buckets."""

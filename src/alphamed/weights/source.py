@@ -9,8 +9,8 @@ from torch import Tensor
 
 from alphamed.model.shape import ModelShape
 from alphamed.weights.hf_io import hf_parts, hf_tensors
-from alphamed.weights.plan import Slice, SyncPlan, Wire
 from alphamed.weights.routes import make_plan, trainer_rank
+from alphamed.weights.sync_plan import Slice, SyncPlan, Wire
 
 if TYPE_CHECKING:
     from alphamed.megatron.policy import Policy

@@ -19,11 +19,11 @@ from alphamed.config.choices import Dtype, Transport
 from alphamed.config.schema import Config
 from alphamed.errors import ConfigError, RunFailed
 from alphamed.weights import links
-from alphamed.weights.plan import SyncPlan, Wire
 from alphamed.weights.probe import Probe, ProbeDifference
 from alphamed.weights.routes import WIRE_DTYPE
 from alphamed.weights.sender import Digests, Sender, late_workers, take_part
 from alphamed.weights.source import WeightSource
+from alphamed.weights.sync_plan import SyncPlan, Wire
 
 if TYPE_CHECKING:
     from alphamed.cluster.control import Control

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from alphamed.weights.plan import Slice
+from alphamed.weights.sync_plan import Slice
 
 
 class _Place(NamedTuple):

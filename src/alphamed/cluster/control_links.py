@@ -27,7 +27,7 @@ SEND_S = 1.0
 LINGER_S = 1.0
 
 
-class Peer:
+class LinkPeer:
     """One end of a connection. `heard_s`: when it last gave a sign of life (monotonic clock)."""
 
     def __init__(self, rank: int, name: str, connection: Connection):
@@ -67,7 +67,7 @@ class Links:
     of: told by a peer, seen as the end or the silence of one, or its own. From then on every wait raises it.
     """
 
-    def __init__(self, peers: list[Peer], timeout_s: float, on_failure: Callable[[RunFailed], None]):
+    def __init__(self, peers: list[LinkPeer], timeout_s: float, on_failure: Callable[[RunFailed], None]):
         self.peers = {peer.rank: peer for peer in peers}
         self.failure: RunFailed | None = None
         self._failing = False  # a failure is being made known
@@ -167,7 +167,7 @@ class Links:
                     self.fail(RunFailed(str(peer), f"ended without a word{_see(peer)}"))
                 self._leave(peer)
 
-    def _take(self, peer: Peer, message: tuple) -> None:
+    def _take(self, peer: LinkPeer, message: tuple) -> None:
         peer.heard_s = time.monotonic()
         match message:
             case ("message", key, value):
@@ -179,7 +179,7 @@ class Links:
             case ("bye",):
                 self._leave(peer)
 
-    def _leave(self, peer: Peer) -> None:
+    def _leave(self, peer: LinkPeer) -> None:
         with self._news:
             peer.left = True
             self._news.notify_all()
@@ -198,7 +198,7 @@ class Links:
                 self._leave(peer)
 
 
-def _see(peer: Peer) -> str:
+def _see(peer: LinkPeer) -> str:
     return f"; its log is {peer.log}" if peer.log else ""
 
 
@@ -211,17 +211,18 @@ def listen(host: str, port: int = 0, key: bytes = b"") -> tuple[Listener, bytes]
 
 def accept(
     listener: Listener, world: int, timeout_s: float = JOIN_DEADLINE_S, own_name: str = "", names: Sequence[str] = ()
-) -> list[Peer]:
+) -> list[LinkPeer]:
     """Wait for all others, which say who they are; `own_name` is what they will call this one. Raises RunFailed naming those
     that did not come, by `names` where they have better ones than their ranks."""
-    peers: list[Peer] = []
+    peers: list[LinkPeer] = []
 
     def take() -> None:
         while len(peers) < world - 1:
             try:
                 connection = listener.accept()
+                assert isinstance(connection, Connection)
                 rank, name = connection.recv()
-                peers.append(Peer(rank, name, connection))
+                peers.append(LinkPeer(rank, name, connection))
             except (AuthenticationError, EOFError, ConnectionError):  # a stranger, or one with another key
                 continue
             except OSError:  # closed: it is too late
@@ -239,7 +240,9 @@ def accept(
     return peers
 
 
-def join(address: tuple[str, int], key: bytes, rank: int, timeout_s: float = JOIN_DEADLINE_S, own_name: str = "") -> Peer:
+def join(
+    address: tuple[str, int], key: bytes, rank: int, timeout_s: float = JOIN_DEADLINE_S, own_name: str = ""
+) -> LinkPeer:
     """Another rank's connection to rank 0. Raises RunFailed."""
     try:
         connection = Client(address, family="AF_INET", authkey=key)
@@ -247,6 +250,6 @@ def join(address: tuple[str, int], key: bytes, rank: int, timeout_s: float = JOI
         connection.send((rank, own_name or f"rank {rank} (pid {os.getpid()})"))
         if not connection.poll(timeout_s):
             raise TimeoutError(f"no answer within {timeout_s:.0f} s")
-        return Peer(0, connection.recv(), connection)
+        return LinkPeer(0, connection.recv(), connection)
     except (OSError, EOFError) as error:
         raise RunFailed("rank 0", f"cannot be reached at {address[0]}:{address[1]} ({error})") from None
