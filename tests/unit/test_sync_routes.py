@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+from shards import holders
 from test_hf_io import IndexedModule, attach, megatron_like
 
 from alphamed.config.loading import build_config
@@ -17,7 +18,7 @@ from alphamed.model.shape import ModelShape
 from alphamed.records import Layout
 from alphamed.weights.buckets import box_of, pack, unpack
 from alphamed.weights.hf_io import hf_parts
-from alphamed.weights.routes import check_sync, gathers, holders, make_plan
+from alphamed.weights.routes import check_sync, gathers, make_plan
 from alphamed.weights.sender import held_parts
 from alphamed.weights.sync_plan import Slice, SyncPlan, Wire, in_turns
 from alphamed.weights.tensors import to_shard

@@ -51,10 +51,10 @@ class Ok:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One exchange. All ranks make the same calls in the same order, so numbers match; `what` tells if they do not."""
+    """One exchange. All ranks make the same calls in the same order, so numbers match; `work` shows where they do not."""
 
     number: int
-    what: str
+    work: str
 
 
 class Control:
@@ -137,41 +137,41 @@ class Control:
         return rank_name(self.rank)
 
     # ------------------------------------------------------------------------------------------------------- agreements
-    def from_rank0(self, what: str, function: Callable[[], T], deadline_s: float | None = None) -> T:
+    def from_rank0(self, work: str, function: Callable[[], T], deadline_s: float | None = None) -> T:
         """Rank 0 calls `function`; every rank gets its (pickled, small) value. Raises RunFailed on all ranks if it
         fails.
 
-        `what` names the work in messages ("rollouts of step 3"). Other ranks wait at most `deadline_s` (by default longer
+        `work` names it in messages ("rollouts of step 3"). Other ranks wait at most `deadline_s` (by default longer
         than any work with a deadline of its own), outside of any collective, and give up early when rank 0 dies or falls
         silent.
         """
-        turn = self._next(what)
+        turn = self._next(work)
         if self.rank == 0:
             value = self._run(function)
             for rank in self._links.peers:
-                self._links.send(rank, turn.number, (what, Ok(value)))
+                self._links.send(rank, turn.number, (work, Ok(value)))
             return value
         return self._expect(0, turn, turn.number, self._deadline_s if deadline_s is None else deadline_s).value
 
-    def on_rank0(self, what: str, function: Callable[[], T], deadline_s: float | None = None) -> T | None:
+    def on_rank0(self, work: str, function: Callable[[], T], deadline_s: float | None = None) -> T | None:
         """Like `from_rank0`, for values that stay on rank 0: the other ranks get None once it has succeeded."""
         values: list[T] = []
-        self.from_rank0(what, lambda: values.append(function()), deadline_s)
+        self.from_rank0(work, lambda: values.append(function()), deadline_s)
         return values[0] if values else None
 
-    def everywhere(self, what: str, function: Callable[[], T], deadline_s: float | None = None) -> T:
+    def everywhere(self, work: str, function: Callable[[], T], deadline_s: float | None = None) -> T:
         """Every rank calls `function` and gets its own value once all have succeeded. Raises RunFailed on all ranks,
         naming the first one that failed."""
-        turn = self._next(what)
+        turn = self._next(work)
         deadline_s = self._deadline_s if deadline_s is None else deadline_s
         value = self._run(function)
         if self.rank == 0:
             for rank in self._links.peers:
                 self._expect(rank, turn, (turn.number, rank), deadline_s)
             for rank in self._links.peers:
-                self._links.send(rank, turn.number, (what, Ok(None)))
+                self._links.send(rank, turn.number, (work, Ok(None)))
         else:
-            self._links.send(0, (turn.number, self.rank), (what, Ok(None)))
+            self._links.send(0, (turn.number, self.rank), (work, Ok(None)))
             self._expect(0, turn, turn.number, deadline_s)
         return value
 
@@ -219,12 +219,12 @@ class Control:
         return first
 
     # ----------------------------------------------------------------------------------------------------------- inside
-    def _next(self, what: str) -> Turn:
+    def _next(self, work: str) -> Turn:
         if self._links.failure:
             self._delivered.set()
             raise self._links.failure
         self._turns += 1
-        return Turn(self._turns, what)
+        return Turn(self._turns, work)
 
     def _run(self, function: Callable[[], T]) -> T:
         """Run this rank's share. Its failure is made known at once: others may be waiting inside it, in a
@@ -242,16 +242,16 @@ class Control:
     def _expect(self, rank: int, turn: Turn, key: Any, deadline_s: float) -> Ok:
         peer = self._links.peers[rank]
         try:
-            what, answer = self._links.receive(rank, key, deadline_s)
+            work, answer = self._links.receive(rank, key, deadline_s)
         except RunFailed:
             self._delivered.set()
             raise
         except TimeoutError:
-            raise self.failed(str(peer), f"{turn.what}: not done within {deadline_s:.0f} s") from None
+            raise self.failed(str(peer), f"{turn.work}: not done within {deadline_s:.0f} s") from None
         except EOFError:
-            raise self.failed(str(peer), f"has ended its part where {self.name} waits for {turn.what}") from None
-        if what != turn.what:
-            raise self.failed(str(peer), f"is out of step: at {what!r} where {self.name} is at {turn.what!r}")
+            raise self.failed(str(peer), f"has ended its part where {self.name} waits for {turn.work}") from None
+        if work != turn.work:
+            raise self.failed(str(peer), f"is out of step: at {work!r} where {self.name} is at {turn.work!r}")
         return answer
 
     def _on_failure(self, first: RunFailed) -> None:

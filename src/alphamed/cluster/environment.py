@@ -12,7 +12,7 @@ from pathlib import Path
 
 from alphamed.cluster.ledger import run_id
 from alphamed.cluster.processes import TAG
-from alphamed.cluster.variables import LAUNCHER, Start, kept
+from alphamed.cluster.variables import LAUNCHER, Start, honoured_only
 from alphamed.config.choices import WandbMode
 from alphamed.config.schema import Config
 
@@ -33,7 +33,7 @@ WANDB = {WandbMode.ONLINE: "online", WandbMode.OFFLINE: "offline", WandbMode.OFF
 def run_environment(config: Config, temporary: Path, start: Start, base: Mapping[str, str] | None = None) -> dict[str, str]:
     """What every process of the run gets, over what `start` honours of `base` (the caller's environment). `temporary` takes
     sockets and scratch files."""
-    env = kept(os.environ if base is None else base, start) | SILENT
+    env = honoured_only(os.environ if base is None else base, start) | SILENT
     env |= {
         TAG: run_id(config.run_dir),
         "TMPDIR": str(temporary),

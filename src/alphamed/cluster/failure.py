@@ -128,11 +128,11 @@ def first_dead(workers: list[DeadWorker]) -> DeadWorker | None:
 
 def verdict(run_dir: Path, agent_status: int) -> RunFailed:
     """Why the run failed, from all that was recorded and how torchrun's agent ended (as subprocess gives it)."""
-    dead, told = first_dead(read_workers(run_dir)), recorded(run_dir)
+    dead, first = first_dead(read_workers(run_dir)), recorded(run_dir)
     if dead and dead.status < 0 and dead.status != -signal.SIGTERM:
         return RunFailed(str(dead), f"was killed by {signal_name(-dead.status)}")
-    if told:
-        return told
+    if first:
+        return first
     if dead:
         how = f"was ended by {signal_name(-dead.status)}" if dead.status < 0 else f"ended with exit code {dead.status}"
         return RunFailed(str(dead), how)

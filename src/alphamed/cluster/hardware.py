@@ -28,13 +28,13 @@ def gpus_present() -> int:
 def gpu_memory_bytes() -> int | None:
     """Memory of the smallest NVIDIA GPU here; None where the driver's tool does not say."""
     try:
-        told = subprocess.run(
+        answer = subprocess.run(
             ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],
             capture_output=True,
             text=True,
             timeout=DRIVER_DEADLINE_S,
         )
-        return min(int(line) for line in told.stdout.split()) << 20
+        return min(int(line) for line in answer.stdout.split()) << 20
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return None
 

@@ -65,9 +65,9 @@ class Lock:
     """Only one start of a run at a time. The kernel lets go of it when the holder dies, however it dies. `what` and `fix`
     say in errors which setting names the folder, and what else to give."""
 
-    def __init__(self, run_dir: Path, what: str = "run", fix: str = "give another run.name"):
+    def __init__(self, run_dir: Path, owner: str = "run", fix: str = "give another run.name"):
         self._path = run_dir / LOCK_FILE
-        self._what, self._fix = what, fix
+        self._owner, self._fix = owner, fix
         self._file = None
 
     def take(self, wait_s: float = 0.0) -> None:
@@ -80,7 +80,7 @@ class Lock:
                 holder = handle.read().strip() or "an unknown process"
                 handle.close()
                 raise ConfigError(
-                    f"{self._what} {self._path.parent}: already running ({holder}); wait for its end, end it, or {self._fix}"
+                    f"{self._owner} {self._path.parent}: already running ({holder}); wait for its end, end it, or {self._fix}"
                 )
             time.sleep(POLL_S)
         handle.truncate(0)
@@ -151,24 +151,24 @@ class Ledger:
         they shared; forget."""
         self._read()
         self.look()
-        kept = {os.getpid(), *_ancestors(os.getpid()), *spare}
-        others = [process for process in self._processes.values() if process.pid not in kept]
-        targets = [process for process in others if not self._serves(process, kept)]
-        found = CleanUp(ended=targets, stuck=processes.end(targets))
-        found.segments = processes.unlink_segments(self._segments)
+        staying = {os.getpid(), *_ancestors(os.getpid()), *spare}
+        others = [process for process in self._processes.values() if process.pid not in staying]
+        targets = [process for process in others if not self._serves(process, staying)]
+        done = CleanUp(ended=targets, stuck=processes.end(targets))
+        done.segments = processes.unlink_segments(self._segments)
         self._keep_actor_logs()
         shutil.rmtree(self._temporary, ignore_errors=True)
         for path in (self._file, self._file.with_suffix(".tmp")):
             path.unlink(missing_ok=True)
         self._processes, self._segments, self._written = {}, set(), ""
-        return found
+        return done
 
-    def _serves(self, process: Process, kept: set[int]) -> bool:
+    def _serves(self, process: Process, staying: set[int]) -> bool:
         """Whether this is the resource tracker of a process that stays. One that was the run's, and has passed to the
         subreaper, carries the tag."""
         return (
             processes.RESOURCE_TRACKER in process.command
-            and process.parent in kept
+            and process.parent in staying
             and not processes.tagged(self._id, {process.pid: process})
         )
 
@@ -182,11 +182,11 @@ class Ledger:
             if path.stat().st_size
         ]
         if printed:
-            kept = self._file.parent / "logs" / "ray"
-            shutil.rmtree(kept, ignore_errors=True)
-            kept.mkdir(parents=True)
+            folder = self._file.parent / "logs" / "ray"
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
             for path in printed:
-                shutil.move(path, kept / path.name)
+                shutil.move(path, folder / path.name)
 
     def make_temporary_folder(self) -> Path:
         """Raises ConfigError where somebody else's file stands in the way."""
@@ -221,10 +221,10 @@ def clean_up_dead_runs(root: Path) -> dict[Path, CleanUp]:
 
 
 def _ancestors(pid: int) -> set[int]:
-    found: set[int] = set()
-    while (process := processes.describe(pid)) and process.parent > 0 and process.parent not in found:
-        found.add(pid := process.parent)
-    return found
+    above: set[int] = set()
+    while (process := processes.describe(pid)) and process.parent > 0 and process.parent not in above:
+        above.add(pid := process.parent)
+    return above
 
 
 def _boot_id() -> str:

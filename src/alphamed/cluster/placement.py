@@ -135,14 +135,14 @@ def _require_room(config: Config, address: str | None) -> None:
     import ray
 
     kind = "GPU" if wants_cuda(config) else ENGINE_SLOT
-    size, wanted = config.rollout.tensor_parallel, config.rollout.engines
+    size, needed = config.rollout.tensor_parallel, config.rollout.engines
     present = [int(node["Resources"].get(kind, 0)) for node in ray.nodes() if node["Alive"]]
-    if sum(room // size for room in present) < wanted:
+    if sum(room // size for room in present) < needed:
         option = "--num-gpus=N" if kind == "GPU" else f"--resources='{{\"{ENGINE_SLOT}\": N}}'"
         where = f" at {address} (RAY_ADDRESS)" if address else ""
         raise RunFailed(
             "",
-            f"rollout.engines: {wanted} engines of {size} workers do not fit Ray{where}, whose hosts have room for "
+            f"rollout.engines: {needed} engines of {size} workers do not fit Ray{where}, whose hosts have room for "
             f"{' + '.join(map(str, present))} workers; lower it, or have more hosts join with `ray start "
             f"--address=... {option}`",
             user_error=True,

@@ -147,16 +147,18 @@ def rule_of(name: str) -> VariableRule | None:
 
 def examine(environment: Mapping[str, str], start: Start) -> list[Variable]:
     """The variables of the table that are set, by name; without those that the start itself has set."""
-    found = []
+    variables = []
     for name in sorted(environment):
         rule = rule_of(name)
         if rule is None or _set_by_start(name, environment[name], rule, start):
             continue
         if rule.refused and environment[name] in ("", "0"):  # unset, to Python
             continue
-        given = Treatment.HONOURED if start in rule.honoured else Treatment.IGNORED
-        found.append(Variable(name, printable(name, environment[name]), Treatment.REFUSED if rule.refused else given, rule))
-    return found
+        treatment = Treatment.HONOURED if start in rule.honoured else Treatment.IGNORED
+        variables.append(
+            Variable(name, printable(name, environment[name]), Treatment.REFUSED if rule.refused else treatment, rule)
+        )
+    return variables
 
 
 def _set_by_start(name: str, value: str, rule: VariableRule, start: Start) -> bool:
@@ -166,7 +168,7 @@ def _set_by_start(name: str, value: str, rule: VariableRule, start: Start) -> bo
     return start == Start.NODES and (name == "RAY_AUTH_TOKEN" or (name, value) == ("RAY_AUTH_MODE", "token"))
 
 
-def kept(environment: Mapping[str, str], start: Start) -> dict[str, str]:
+def honoured_only(environment: Mapping[str, str], start: Start) -> dict[str, str]:
     """The environment without the variables that this start ignores."""
     return {name: value for name, value in environment.items() if (rule := rule_of(name)) is None or start in rule.honoured}
 
@@ -179,43 +181,43 @@ def printable(name: str, value: str) -> str:
     return text if len(text) <= MAX_VALUE_CHARS else text[:MAX_VALUE_CHARS] + "..."
 
 
-def lines(found: list[Variable]) -> list[str]:
+def lines(variables: list[Variable]) -> list[str]:
     """What a start prints: one line for all that are honoured, one for each that is ignored."""
-    honoured = [f"{one.name}={one.value}" for one in found if one.treatment == Treatment.HONOURED]
+    honoured = [f"{variable.name}={variable.value}" for variable in variables if variable.treatment == Treatment.HONOURED]
     return ([f"environment: honoured are {' '.join(honoured)}"] if honoured else []) + [
-        f"environment: {one.name}={one.value} is ignored: {one.rule.why}"
-        for one in found
-        if one.treatment == Treatment.IGNORED
+        f"environment: {variable.name}={variable.value} is ignored: {variable.rule.why}"
+        for variable in variables
+        if variable.treatment == Treatment.IGNORED
     ]
 
 
 def refuse(environment: Mapping[str, str]) -> None:
     """Raises ConfigError for a variable that no run can be started with."""
-    for one in examine(environment, Start.ONE_HOST):
-        if one.treatment == Treatment.REFUSED:
-            raise ConfigError(f"environment: {one.name}={one.value} is refused: {one.rule.why}; unset it")
+    for variable in examine(environment, Start.ONE_HOST):
+        if variable.treatment == Treatment.REFUSED:
+            raise ConfigError(f"environment: {variable.name}={variable.value} is refused: {variable.rule.why}; unset it")
 
 
-def write(run_dir: Path, found: list[Variable]) -> None:
+def write(run_dir: Path, variables: list[Variable]) -> None:
     """Note the variables for provenance.json, without values that are secrets, places or addresses."""
     replace_json(
         run_dir / ENVIRONMENT_FILE,
         [
-            {"name": one.name, "treatment": str(one.treatment)}
-            | ({} if one.rule.private or SECRET.search(one.name) else {"value": one.value})
-            for one in found
+            {"name": variable.name, "treatment": str(variable.treatment)}
+            | ({} if variable.rule.private or SECRET.search(variable.name) else {"value": variable.value})
+            for variable in variables
         ],
     )
 
 
-def settle(run_dir: Path, start: Start, quiet: bool = False, given: Mapping[str, str] = os.environ) -> None:
-    """What a start does with its environment before anything reads it: refuse, note and (unless `quiet`) print. `given`: the
+def settle(run_dir: Path, start: Start, quiet: bool = False, environment: Mapping[str, str] = os.environ) -> None:
+    """What a start does with its environment before anything reads it: refuse, note and (unless `quiet`) print. `environment`: the
     caller's environment, where the start has added to it since."""
-    refuse(given)
-    found = examine(given, start)
-    write(run_dir, found)
+    refuse(environment)
+    variables = examine(environment, start)
+    write(run_dir, variables)
     if not quiet:
-        for line in lines(found):
+        for line in lines(variables):
             print(line, file=sys.stderr)
 
 

@@ -76,23 +76,23 @@ class Meeting:
         """Make a failure known to all hosts, unless there is one already; returns the one that counts."""
         return self._links.fail(failure)
 
-    def gather(self, what: str, value: T, deadline_s: float = ANSWER_DEADLINE_S) -> list[T] | None:
+    def gather(self, subject: str, value: T, deadline_s: float = ANSWER_DEADLINE_S) -> list[T] | None:
         """Every host's value in the order of hosts, on the first host. Raises RunFailed naming a host that is late."""
         if self.rank:
-            self._links.send(0, (what, self.rank), value)
+            self._links.send(0, (subject, self.rank), value)
             return None
-        found = [value]
+        values = [value]
         for rank in range(1, len(self.names)):
-            found.append(self._receive(rank, (what, rank), what, deadline_s))
-        return found
+            values.append(self._receive(rank, (subject, rank), subject, deadline_s))
+        return values
 
-    def share(self, what: str, make: Callable[[], T], deadline_s: float = ANSWER_DEADLINE_S) -> T:
+    def share(self, subject: str, make: Callable[[], T], deadline_s: float = ANSWER_DEADLINE_S) -> T:
         """What the first host makes, on all hosts."""
         if self.rank:
-            return self._receive(0, what, what, deadline_s)
+            return self._receive(0, subject, subject, deadline_s)
         value = make()
         for rank in self._links.peers:
-            self._links.send(rank, what, value)
+            self._links.send(rank, subject, value)
         return value
 
     def has_left(self, rank: int) -> bool:
@@ -106,13 +106,15 @@ class Meeting:
         if self.failure:
             on_lost(self.failure)
 
-    def _receive(self, rank: int, key: Any, what: str, deadline_s: float) -> Any:
+    def _receive(self, rank: int, key: Any, subject: str, deadline_s: float) -> Any:
         try:
             return self._links.receive(rank, key, deadline_s)
         except TimeoutError:
-            raise self.fail(RunFailed(host_name(self.names[rank]), f"{what}: no answer within {deadline_s:.0f} s")) from None
+            raise self.fail(
+                RunFailed(host_name(self.names[rank]), f"{subject}: no answer within {deadline_s:.0f} s")
+            ) from None
         except EOFError:
-            raise self.fail(RunFailed(host_name(self.names[rank]), f"has ended before {what}")) from None
+            raise self.fail(RunFailed(host_name(self.names[rank]), f"has ended before {subject}")) from None
 
     def _failed(self, failure: RunFailed) -> None:
         if self._on_lost:

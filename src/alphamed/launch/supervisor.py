@@ -61,14 +61,14 @@ def _wait(child: subprocess.Popen, received: list[signal.Signals], ledger: Ledge
     """Wait for the child. The first signal is passed on when its grace is over, after a last look at what the run shares now;
     a second one, or the deadline, ends it at once."""
     left_s = STOP_DEADLINE_S
-    asked, grace_s, passed_on = 0, 0.0, False
+    graced, grace_s, passed_on = 0, 0.0, False
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return child.wait(POLL_S)
         processes.reap(keep=child.pid)
-        if asked < len(received) and grace:
+        if graced < len(received) and grace:
             grace_s = min(grace(number) for number in received)
-            asked = len(received)
+            graced = len(received)
         grace_s -= POLL_S
         if received and not passed_on and grace_s <= 0:
             ledger.look()
@@ -83,7 +83,7 @@ def _wait(child: subprocess.Popen, received: list[signal.Signals], ledger: Ledge
 @contextlib.contextmanager
 def _handling(received: list[signal.Signals], numbers: Sequence[signal.Signals]) -> Iterator[None]:
     """Collect the signals that mean stop, in place of dying of them."""
-    before = {number: signal.signal(number, lambda got, _: received.append(signal.Signals(got))) for number in numbers}
+    before = {number: signal.signal(number, lambda number, _: received.append(signal.Signals(number))) for number in numbers}
     try:
         yield
     finally:

@@ -54,13 +54,13 @@ def run_worker(config: Config, train: Callable[[Config], None], validate: Callab
 
 def _prepare(config: Config, rank: int, stack: contextlib.ExitStack, validate: Callable[[Config], object]) -> None:
     """What `alphamed train` would have done before the ranks were started."""
-    given = dict(os.environ)
+    before = dict(os.environ)
     _find_network()
     start = start_of(config, os.environ)
     if rank == 0:
         validate(config)
         temporary = stack.enter_context(owned(config.run_dir)).make_temporary_folder()
-        variables.settle(config.run_dir, start, given=given)
+        variables.settle(config.run_dir, start, environment=before)
     else:
         temporary = Path(tempfile.gettempdir())  # only rank 0 starts what leaves sockets there
     enter(run_environment(config, temporary, start))
@@ -174,9 +174,9 @@ def _fail(run_dir: Path, rank: int, error: Exception, console: TextIO | None) ->
     """Record the failure; its traceback goes to the log. `console`: where the line is printed, for want of a supervisor."""
     traceback.print_exception(error)
     sys.stderr.flush()
-    found = failure.of_exception(error, f"rank {rank} (pid {os.getpid()})")
-    failure.record(run_dir, found)
-    first = failure.recorded(run_dir) or found
+    failed = failure.of_exception(error, f"rank {rank} (pid {os.getpid()})")
+    failure.record(run_dir, failed)
+    first = failure.recorded(run_dir) or failed
     if console is not None:
         report(rank, f"error: {first}" if first.user_error else f"run failed: {first}", console)
     return 2 if first.user_error else 1

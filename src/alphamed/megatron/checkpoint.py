@@ -130,11 +130,11 @@ def _write(folder: Path, policy: Policy) -> None:
     _agree(policy.runtime, "writing a checkpoint", lambda: _raise_write_error(folder, failure))
 
 
-def _read(folder: Path, runtime: Runtime, wanted: dict[str, Any]) -> dict[str, Any]:
-    """What `wanted` names, read from the checkpoint; an error of any rank is raised on all."""
+def _read(folder: Path, runtime: Runtime, contents: dict[str, Any]) -> dict[str, Any]:
+    """What `contents` names, read from the checkpoint; an error of any rank is raised on all."""
     loaded, failure = None, None
     try:
-        loaded = dist_checkpointing.load(wanted, str(folder))
+        loaded = dist_checkpointing.load(contents, str(folder))
     except READ_ERRORS as e:  # untrusted bytes: unpickling may raise anything
         failure = folders.broken(folder, _reason(e))
     _agree(runtime, f"loading {folder}", lambda: _raise(failure))
@@ -281,10 +281,10 @@ def _stored_bytes(policy: Policy) -> int:
 
 
 # -------------------------------------------------------------------------------------------------- errors, all or none
-def _agree(runtime: Runtime, what: str, action: Callable[[], T]) -> T:
+def _agree(runtime: Runtime, work: str, action: Callable[[], T]) -> T:
     """Run `action` on every rank; if it fails anywhere, raise CheckpointError everywhere, naming the first such rank.
     No rank may leave on its own: the others would wait for it in the next collective."""
-    result = _attempt(runtime, what, action)
+    result = _attempt(runtime, work, action)
     failures: list[str | None] = [None] * runtime.world
     failure = str(result) if isinstance(result, CheckpointError) else None
     dist.all_gather_object(failures, failure, group=runtime.cpu_group)
@@ -295,19 +295,19 @@ def _agree(runtime: Runtime, what: str, action: Callable[[], T]) -> T:
     return result
 
 
-def _attempt(runtime: Runtime, what: str, action: Callable[[], T]) -> T | CheckpointError:
+def _attempt(runtime: Runtime, work: str, action: Callable[[], T]) -> T | CheckpointError:
     """What `action` returns, or why it failed on this rank."""
     try:
         return action()
     except CheckpointError as e:
         return e
     except Exception as e:
-        return CheckpointError(f"{what} failed on rank {runtime.rank} ({_reason(e)}); fix the cause and start again")
+        return CheckpointError(f"{work} failed on rank {runtime.rank} ({_reason(e)}); fix the cause and start again")
 
 
-def _on_rank0(runtime: Runtime, what: str, action: Callable[[], Any]) -> None:
+def _on_rank0(runtime: Runtime, work: str, action: Callable[[], Any]) -> None:
     """Run `action` on rank 0; its error is raised on all ranks."""
-    _agree(runtime, what, action if runtime.rank == 0 else lambda: None)
+    _agree(runtime, work, action if runtime.rank == 0 else lambda: None)
 
 
 def _raise(failure: Exception | None) -> None:

@@ -131,10 +131,10 @@ SAME_IN = {"qk_norm": "qwen3", "use_qk_norm": "qwen3", "qk_layernorm": "qwen3"}
 
 
 def changing(tree: Mapping[str, Any], family: str) -> list[tuple[str, str]]:
-    """(key, what it brings) for each key of a config.json that changes the computation in a way that is not implemented."""
+    """(key, what it means) for each key of a config.json that changes the computation in a way that is not implemented."""
     return [
-        (key, what)
-        for key, (what, neutral) in CHANGES.items()
+        (key, meaning)
+        for key, (meaning, neutral) in CHANGES.items()
         if not _empty(tree.get(key)) and tree[key] not in neutral and SAME_IN.get(key) != family
     ]
 

@@ -102,15 +102,15 @@ def entries(shape: ModelShape) -> list[Entry]:
 
     All Hugging Face names of the model occur; a name occurs twice only in the `copy` of a tied embedding.
     """
-    found = [_entry(_EMBEDDING, shape)]
+    rows = [_entry(_EMBEDDING, shape)]
     for layer in range(shape.layers):
-        found += [_entry(row, shape, f"decoder.layers.{layer}.", f"model.layers.{layer}.") for row in FAMILIES[shape.family]]
-    found.append(_entry(_FINAL_NORM, shape))
+        rows += [_entry(row, shape, f"decoder.layers.{layer}.", f"model.layers.{layer}.") for row in FAMILIES[shape.family]]
+    rows.append(_entry(_FINAL_NORM, shape))
     if shape.tied:
-        found.append(_entry(ParameterRow(Kind.VOCAB, _OUTPUT.megatron, _EMBEDDING.hf), shape, copy=True))
+        rows.append(_entry(ParameterRow(Kind.VOCAB, _OUTPUT.megatron, _EMBEDDING.hf), shape, copy=True))
     else:
-        found.append(_entry(_OUTPUT, shape))
-    return found
+        rows.append(_entry(_OUTPUT, shape))
+    return rows
 
 
 def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:

@@ -134,8 +134,8 @@ class _ConfigFile:
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            what = "holds no config.json" if folder.is_dir() else "no such folder"
-            raise ConfigError(f"model.path: {str(folder)!r}: {what}; give a Hugging Face model folder") from None
+            problem = "holds no config.json" if folder.is_dir() else "no such folder"
+            raise ConfigError(f"model.path: {str(folder)!r}: {problem}; give a Hugging Face model folder") from None
         except (OSError, ValueError) as e:
             raise ConfigError(
                 f"model.path: {path} cannot be read ({' '.join(str(e).split())}); fetch the model again"
@@ -210,8 +210,8 @@ def _refuse_unsupported(source: _ConfigFile, family: str) -> None:
         refuse("sliding_window", "is not supported", "choose a model with full attention in every layer")
     if source.get("partial_rotary_factor", 1.0) != 1.0:
         refuse("partial_rotary_factor", "is not supported (only 1.0)", "choose another model")
-    for field, what in changing(source.tree, family):
-        refuse(field, f"means {what}, which the trainer does not compute", "choose another model")
+    for field, meaning in changing(source.tree, family):
+        refuse(field, f"means {meaning}, which the trainer does not compute", "choose another model")
 
 
 def _rope(source: _ConfigFile) -> tuple[float, RopeScaling | None]:
@@ -264,10 +264,10 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig, rollout: RolloutCo
     """
     for field, tensor in (("parallel.tensor", parallel.tensor), ("rollout.tensor_parallel", rollout.tensor_parallel)):
         sizes = {"attention heads": shape.heads, "FFN columns": shape.ffn}
-        for what, size in sizes.items():
+        for parts, size in sizes.items():
             if size % tensor:
                 raise ConfigError(
-                    f"{field}: {tensor} does not divide the model's {size} {what}; choose one of {tensor_sizes(shape)}"
+                    f"{field}: {tensor} does not divide the model's {size} {parts}; choose one of {tensor_sizes(shape)}"
                 )
         if tensor not in tensor_sizes(shape):
             raise ConfigError(

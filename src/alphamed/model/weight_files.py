@@ -171,11 +171,11 @@ def check_weights(folder: Path, shape: ModelShape) -> None:
 
 def check_tensor(files: WeightFiles, name: str, size: tuple[int, ...]) -> None:
     """Refuse a tensor that is missing or not as config.json has it. Raises ConfigError."""
-    found = files.shape(name)
-    if found != size:
+    stored = files.shape(name)
+    if stored != size:
         raise _broken(
             files.folder,
-            f"tensor {name!r} has the shape {list(found)}, config.json means {list(size)}",
+            f"tensor {name!r} has the shape {list(stored)}, config.json means {list(size)}",
             "fix config.json or fetch the model again",
         )
     files.dtype(name)

@@ -211,11 +211,11 @@ def _same_place(was: Any, now: Any) -> bool:
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted name -> value; lists are values."""
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        found |= _leaves(value, name + ".") if isinstance(value, dict) else {name: value}
-    return found
+        leaves |= _leaves(value, name + ".") if isinstance(value, dict) else {name: value}
+    return leaves
 
 
 def _step_of(file: Path) -> int:

@@ -28,12 +28,12 @@ def record(run_dir: Path, step: int | None, by: str, sets: Iterable[tuple[str, s
 
 def sentences(run_dir: Path) -> list[str]:
     """One sentence a set: how often it was looked at and at which steps. ConfigError names a line that is no look."""
-    found: dict[str, list[dict]] = {}
+    rows_of_set: dict[str, list[dict]] = {}
     for number, row in enumerate(read_json_lines(run_dir / LOOKS), start=1):
         if not {"set", "step", "role"} <= row.keys():
             raise ConfigError(f"{run_dir / LOOKS}: line {number} tells of no look (set, step, role); remove it")
-        found.setdefault(row["set"], []).append(row)
-    return [_sentence(name, rows) for name, rows in found.items()]
+        rows_of_set.setdefault(row["set"], []).append(row)
+    return [_sentence(name, rows) for name, rows in rows_of_set.items()]
 
 
 def _sentence(name: str, rows: list[dict]) -> str:
@@ -41,5 +41,5 @@ def _sentence(name: str, rows: list[dict]) -> str:
     word = "step" if len(rows) == 1 else "steps"
     steps = ", ".join("after export" if row["step"] is None else str(row["step"]) for row in rows[:12])
     more = ", ..." if len(rows) > 12 else ""
-    what = "Development set" if rows[-1]["role"] == DEVELOPMENT else "Test set"
-    return f"{what} {name} was looked at {times} ({word} {steps}{more})."
+    kind = "Development set" if rows[-1]["role"] == DEVELOPMENT else "Test set"
+    return f"{kind} {name} was looked at {times} ({word} {steps}{more})."

@@ -195,9 +195,9 @@ def rates(metrics: Mapping[str, float], response_tokens: int) -> dict[str, float
     """Throughput from the step's times (see METRICS); a rate whose time is absent or 0 is left out."""
     generate = metrics.get("time/generate_s", 0.0)
     train = metrics.get("time/update_s", 0.0)
-    found = {}
+    rates = {}
     if generate > 0:
-        found["throughput/generated_tokens_per_s"] = response_tokens / generate
+        rates["throughput/generated_tokens_per_s"] = response_tokens / generate
     if train > 0:
-        found["throughput/trained_tokens_per_s"] = response_tokens / train
-    return found
+        rates["throughput/trained_tokens_per_s"] = response_tokens / train
+    return rates

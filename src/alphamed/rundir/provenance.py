@@ -177,8 +177,8 @@ def _git(folder: Path, *command: str) -> bytes | None:
 @cache
 def packages() -> dict[str, str]:
     """Every installed distribution and its version."""
-    found = {dist.metadata["Name"]: dist.version for dist in metadata.distributions() if dist.metadata["Name"]}
-    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+    versions = {dist.metadata["Name"]: dist.version for dist in metadata.distributions() if dist.metadata["Name"]}
+    return dict(sorted(versions.items(), key=lambda item: item[0].lower()))
 
 
 # ------------------------------------------------------------------------------------------------------------- hardware
@@ -222,10 +222,13 @@ def training_set(data: Sequence[Path]) -> dict[str, Any] | None:
         return None
     if loaded is None:
         return None
-    about, kept = describe(loaded.questions), ("questions", "content_sha256", "sources", *(one.axis for one in ATTRIBUTES))
-    return {key: about[key] for key in kept} | {
+    about, recorded = (
+        describe(loaded.questions),
+        ("questions", "content_sha256", "sources", *(attribute.axis for attribute in ATTRIBUTES)),
+    )
+    return {key: about[key] for key in recorded} | {
         "bad_rows": len(loaded.skipped),
-        "reading": {str(file): one.plain() for file, one in zip(data, loaded.readings)},
+        "reading": {str(file): reading.plain() for file, reading in zip(data, loaded.readings)},
     }
 
 

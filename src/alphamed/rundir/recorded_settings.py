@@ -37,7 +37,7 @@ LIMITS = ("prompt.max_tokens",)
 def require_recorded(config: Config, run_dir: Path) -> None:
     """Raises ConfigError naming the first setting of a run on the rollouts of `run_dir` that would have no effect, because
     these were sampled or graded otherwise. Advantages are computed again, so those of `config` hold."""
-    before, after = (config_leaves(one) for one in (config_of_run(run_dir), config))
+    before, after = (config_leaves(each) for each in (config_of_run(run_dir), config))
     for name in sorted(before.keys() | after.keys()):
         was, now = before.get(name), after.get(name)
         if was == now or name in LIMITS:

@@ -78,10 +78,10 @@ def read_answers(path: Path) -> tuple[Answers, ...]:
     table = _read(path, ("group_index", "group_id", "question", "text", "outcome", "letter", "reward", "response_token_ids"))
     lengths = pc.call_function("list_value_length", [table["response_token_ids"]]).to_pylist()
     rows = zip(table.drop_columns(["response_token_ids"]).to_pylist(), lengths)
-    found = []
+    answers = []
     for _, members in groupby(rows, key=lambda row: row[0]["group_index"]):
         group, tokens = zip(*members)
-        found.append(
+        answers.append(
             Answers(
                 group[0]["group_id"],
                 question_from_json(group[0]["question"]),
@@ -92,20 +92,7 @@ def read_answers(path: Path) -> tuple[Answers, ...]:
                 tokens,
             )
         )
-    return tuple(found)
-
-
-def recorded_step(path: Path) -> int:
-    """The step number that a rollout file carries. RolloutFileError as in `read_rollouts`."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return int((pq.read_schema(path).metadata or {})[b"alphamed.step"])
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise RolloutFileError(
-            f"rollouts {path}: carries no step number ({_one_line(error)}); record the step again"
-        ) from None
+    return tuple(answers)
 
 
 def _read(path: Path, columns: Sequence[str] | None) -> pyarrow.Table:

@@ -60,10 +60,10 @@ class Console:
         self.live = self.stream.isatty()
         self.durations: deque[float] = deque(maxlen=self.RECENT)
 
-    def show(self, step: int, what: str) -> None:
-        """Say what `step` is at: on a terminal each time, in a line that is overwritten later; elsewhere in a line of its own, at
+    def show(self, step: int, activity: str) -> None:
+        """Say activity `step` is at: on a terminal each time, in a line that is overwritten later; elsewhere in a line of its own, at
         most every QUIET_S seconds."""
-        text = f"step {step:>4}/{self.steps}  {what} ..."
+        text = f"step {step:>4}/{self.steps}  {activity} ..."
         if self.live:
             self._put(f"\r\x1b[2K{text}")
         elif self._clock() - self._spoke >= self.QUIET_S:

@@ -107,7 +107,7 @@ def _progress(config: Config, rows: list[dict[str, Any]]) -> Iterator[str]:
         yield f"step     0 of {last}"
         return
     row = rows[-1]
-    seconds = statistics.median(one["time/step_s"] for one in rows[-RECENT_STEPS:])
+    seconds = statistics.median(recent["time/step_s"] for recent in rows[-RECENT_STEPS:])
     left = spoken_time(seconds * max(0, last - row["step"]))
     tokens = row.get("throughput/generated_tokens_per_s")
     speed = f", {tokens:.0f} tokens/s generated" if tokens else ""
@@ -120,8 +120,8 @@ def _hosts(run_dir: Path) -> Iterator[str]:
         return
     for place in ClusterJob.from_json(json.dumps(tree)).places:
         parts = [
-            f"{count} {what}{'s' * (count > 1)}"
-            for count, what in ((place.ranks, "rank"), (place.engine_slots, "engine worker"))
+            f"{count} {kind}{'s' * (count > 1)}"
+            for count, kind in ((place.ranks, "rank"), (place.engine_slots, "engine worker"))
             if count
         ]
         yield f"host     {place.name} ({place.address}): {', '.join(parts)}"

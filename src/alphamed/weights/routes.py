@@ -10,7 +10,6 @@ Imports nothing heavy. Sizes are those of model/shape.py; the ranks' order is th
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -66,22 +65,6 @@ def _stage_of(entry: Entry, shape: ModelShape, pipeline: int, chunks: int) -> in
         return 0 if name.startswith("embedding.") else pipeline - 1
     layers_per_chunk = shape.layers // (pipeline * chunks)
     return int(name.split(".")[2]) // layers_per_chunk % pipeline
-
-
-def holders(shape: ModelShape, parallel: ParallelConfig) -> dict[int, list[Slice]]:
-    """What each rank of the trainer holds of the Hugging Face tensors, in the order of the forward pass. A tied model's
-    output layer, a copy of its embedding, is not among it."""
-    slices_of: dict[int, list[Slice]] = {}
-    for stage, own in enumerate(_stages(shape, parallel)):
-        for tensor_rank in range(parallel.tensor):
-            slices = [
-                Slice(entry.hf[source], entry.shapes[source], *box)
-                for entry in own
-                for source, box in held(entry, parallel.tensor, tensor_rank)
-            ]
-            for data_rank, context_rank in itertools.product(range(parallel.data), range(parallel.context)):
-                slices_of[trainer_rank(parallel, stage, data_rank, tensor_rank, context_rank)] = slices
-    return slices_of
 
 
 def gathers(shape: ModelShape, parallel: ParallelConfig, mode: str) -> tuple[Gather, ...]:

@@ -128,15 +128,15 @@ def held_parts(parts: Iterator[tuple[Slice, Tensor]]) -> Callable[[Slice], Tenso
     for piece, tensor in parts:
         by_name.setdefault(piece.name, []).append((piece, tensor))
 
-    def part(wanted: Slice) -> Tensor:
-        for piece, tensor in by_name.get(wanted.name, ()):
-            if Box(piece.start, piece.shape).meet(Box(wanted.start, wanted.shape)) == (wanted.start, wanted.shape):
+    def part(needed: Slice) -> Tensor:
+        for piece, tensor in by_name.get(needed.name, ()):
+            if Box(piece.start, piece.shape).meet(Box(needed.start, needed.shape)) == (needed.start, needed.shape):
                 return tensor[
                     tuple(
                         slice(start - own, start - own + size)
-                        for start, own, size in zip(wanted.start, piece.start, wanted.shape, strict=True)
+                        for start, own, size in zip(needed.start, piece.start, needed.shape, strict=True)
                     )
                 ]
-        raise AssertionError(f"this rank does not hold {wanted}")
+        raise AssertionError(f"this rank does not hold {needed}")
 
     return part

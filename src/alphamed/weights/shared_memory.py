@@ -40,8 +40,8 @@ NUMBER, CREDENTIALS = struct.Struct("<Q"), struct.Struct("3i")  # the latter: pi
 class PeerTimeout(RuntimeError):
     """Members of a link that did not do their part in time."""
 
-    def __init__(self, link: str, members: Sequence[int], what: str):
-        super().__init__(f"link {link}: member {_listed(members)} did not {what} in time")
+    def __init__(self, link: str, members: Sequence[int], task: str):
+        super().__init__(f"link {link}: member {_listed(members)} did not {task} in time")
         self.link, self.members = link, tuple(members)
 
 
@@ -224,13 +224,13 @@ def _listed(members: Sequence[int]) -> str:
 
 
 @contextmanager
-def _errors(what: str) -> Iterator[None]:
+def _errors(task: str) -> Iterator[None]:
     """A lost or late peer raises RuntimeError, as with torch.distributed."""
     try:
         yield
     except (OSError, EOFError) as error:
         late = isinstance(error, TimeoutError)
-        raise RuntimeError(f"{what} in time" if late else f"{what}: {getattr(error, 'strerror', None) or error}") from error
+        raise RuntimeError(f"{task} in time" if late else f"{task}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _register(memory: Memory, pages: Tensor) -> None:

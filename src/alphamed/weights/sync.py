@@ -224,8 +224,8 @@ class EngineSide:
         deadline_s = plan.deadline_s + GRACE_S  # later than the senders' own, which know who is late
         return self._pool.begin("receive", [dict(version=order.version, deadline_s=deadline_s) for _ in order.engines])
 
-    def end(self, calls: list[Any], what: str, deadline_s: float) -> list[Any]:
-        return self._pool.end(calls, what, deadline_s)
+    def end(self, calls: list[Any], work: str, deadline_s: float) -> list[Any]:
+        return self._pool.end(calls, work, deadline_s)
 
     def confirm(self, order: PushOrder, plan: SyncPlan, sent: dict[int, Digests], received: list[list[Digests]]) -> None:
         """Compare every worker's digests with the senders', then have the engines serve the new version. `sent`: this
