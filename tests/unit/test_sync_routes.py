@@ -18,7 +18,7 @@ from alphamed.model.shape import ModelShape
 from alphamed.records import Layout
 from alphamed.weights.buckets import box_of, pack, unpack
 from alphamed.weights.hf_io import hf_parts
-from alphamed.weights.routes import check_sync, gathers, make_plan
+from alphamed.weights.routes import check_sync, make_plan
 from alphamed.weights.sender import held_parts
 from alphamed.weights.sync_plan import Slice, SyncPlan, Wire, in_turns
 from alphamed.weights.tensors import to_shard
@@ -232,15 +232,6 @@ def test_bytes_per_link_by_hand():
     plan = make_plan(MODELS["Llama-3.1-8B"], ParallelConfig(tensor=4), (2,), DIRECT)
     assert [(link.source, link.receivers) for link in plan.links] == [(0, (0,)), (1, (0,)), (2, (1,)), (3, (1,))]
     assert [link.bytes - plan.links[1].bytes for link in plan.links] == [2 * norms, 0, 2 * norms, 0]
-
-
-def test_gathers_by_hand():
-    parallel = ParallelConfig(tensor=4, pipeline=2, data=3)
-    found = gathers(MODELS["Llama-3.1-8B"], parallel, "gather")
-    assert len(found) == 2 + 32 * 4 and found[0].parameter == "embedding.word_embeddings.weight"
-    assert found[0].ranks == (0, 1, 2, 3) and found[-1].ranks == (12, 13, 14, 15)
-    assert found[0].elements == 128256 * 4096 * 3 // 4
-    assert gathers(MODELS["Llama-3.1-8B"], parallel, "direct") == ()
 
 
 # --------------------------------------------------------------------------------------------------- a small model for real

@@ -11,7 +11,7 @@ import pytest
 
 from alphamed.cluster import placement, variables
 from alphamed.cluster.environment import run_environment
-from alphamed.cluster.variables import Start, Treatment, examine, kept, lines, printable
+from alphamed.cluster.variables import Start, Treatment, examine, honoured_only, lines, printable
 from alphamed.config.loading import build_config
 from alphamed.errors import ConfigError
 from alphamed.launch.worker import start_of
@@ -63,7 +63,7 @@ def config(**sections):
     ],
 )
 def test_which_start_passes_a_variable_on(name, starts):
-    assert {start for start in Start if name in kept({name: "x"}, start)} == starts
+    assert {start for start in Start if name in honoured_only({name: "x"}, start)} == starts
 
 
 def test_a_start_says_what_it_found_in_one_line_each():
@@ -98,7 +98,7 @@ def test_torch_does_not_warn_of_addresses_without_names_unless_it_is_asked_to():
 
 def test_the_token_of_a_job_is_not_spoken_of():
     own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "hunter2"}
-    assert examine(own, Start.NODES) == [] and kept(own, Start.NODES) == own
+    assert examine(own, Start.NODES) == [] and honoured_only(own, Start.NODES) == own
     assert [one.treatment for one in examine(own, Start.ONE_HOST)] == [Treatment.IGNORED] * 2
     assert [one.name for one in examine(own | {"RAY_AUTH_MODE": "disabled"}, Start.NODES)] == ["RAY_AUTH_MODE"]
 

@@ -1,4 +1,4 @@
-"""The plan of a push for any model, trainer layout and engines: who sends what to whom, and what is gathered before (pure).
+"""The plan of a push for any model, trainer layout and engines: who sends what to whom (pure).
 
 gather: the source of a stage (tensor, context and data rank 0) gathers every parameter from its tensor ranks and broadcasts
 whole tensors to all workers: one link per stage. direct: every tensor rank sends what it holds itself. One link joins it with the
@@ -11,7 +11,6 @@ Imports nothing heavy. Sizes are those of model/shape.py; the ranks' order is th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -19,21 +18,12 @@ from alphamed.config.choices import Dtype
 from alphamed.config.schema import Config
 from alphamed.config.sections import ParallelConfig
 from alphamed.errors import ConfigError
-from alphamed.model.families import Entry, Kind, entries, shard_shape
+from alphamed.model.families import Entry, Kind, entries
 from alphamed.model.shape import ModelShape
 from alphamed.weights.cuts import held, needed
 from alphamed.weights.sync_plan import ELEMENT_BYTES, Link, Slice, SyncPlan, Wire, members
 
 WIRE_DTYPE = {Dtype.FP32: "float32", Dtype.BF16: "bfloat16"}
-
-
-@dataclass(frozen=True, slots=True)
-class Gather:
-    """A parameter whose shards are brought together on the first of `ranks` before it is sent."""
-
-    parameter: str
-    ranks: tuple[int, ...]
-    elements: int  # that the first rank receives
 
 
 class _Route(NamedTuple):
@@ -65,20 +55,6 @@ def _stage_of(entry: Entry, shape: ModelShape, pipeline: int, chunks: int) -> in
         return 0 if name.startswith("embedding.") else pipeline - 1
     layers_per_chunk = shape.layers // (pipeline * chunks)
     return int(name.split(".")[2]) // layers_per_chunk % pipeline
-
-
-def gathers(shape: ModelShape, parallel: ParallelConfig, mode: str) -> tuple[Gather, ...]:
-    """The parameters that a push gathers, stage by stage in the order of sending. Stages gather at the same time."""
-    if mode == "direct" or parallel.tensor == 1:
-        return ()
-    gathers = []
-    for stage, own in enumerate(_stages(shape, parallel)):
-        ranks = tuple(trainer_rank(parallel, stage, 0, t) for t in range(parallel.tensor))
-        for entry in own:
-            if entry.kind != Kind.REPLICATED:
-                rows, *rest = shard_shape(entry, parallel.tensor)
-                gathers.append(Gather(entry.megatron[0], ranks, (parallel.tensor - 1) * rows * (rest[0] if rest else 1)))
-    return tuple(gathers)
 
 
 def check_sync(config: Config, shape: ModelShape) -> None:
