@@ -123,7 +123,7 @@ def test_a_silent_host_is_lost_and_named():
         meeting._links.close()
 
     failure, _ = together(first, second)
-    assert failure.component == "host 127.0.0.2" and "has not been heard of" in failure.message and lost == [failure]
+    assert failure.component == "host 127.0.0.2" and "has sent no heartbeat" in failure.message and lost == [failure]
 
 
 # ----------------------------------------------------------------------------------------------------------- what they run

@@ -96,7 +96,7 @@ def interface_of(address: str) -> str:
 
 
 def interface_settings(place: Own, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What tells gloo and NCCL which interface to use, unless the user has."""
+    """The settings that select gloo's and NCCL's interface, unless the user has set them."""
     return {name: environment.get(name) or place.interface for name in CHOSEN_BY_USER}
 
 

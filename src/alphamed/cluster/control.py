@@ -71,8 +71,8 @@ class Control:
     ) -> Self:
         """Connect the ranks of `group`, a CPU (gloo) group of all of them. The first failure is recorded in `run_dir`.
 
-        longest_s: what work with a deadline of its own may take on rank 0; the others wait longer, so that it is rank 0 who
-        says what was late.
+        longest_s: what work with a deadline of its own may take on rank 0; the others wait longer, so that it is rank 0 that
+        names what was late.
 
         A rank whose main thread does not come by within `abort_after_s` of a failure, because it is inside a collective
         that will never end, is ended by its watching thread.
@@ -142,8 +142,8 @@ class Control:
         fails.
 
         `work` names it in messages ("rollouts of step 3"). Other ranks wait at most `deadline_s` (by default longer
-        than any work with a deadline of its own), outside of any collective, and give up early when rank 0 dies or falls
-        silent.
+        than any work with a deadline of its own), outside of any collective, and fail early when rank 0 dies or its heartbeat
+        stops.
         """
         turn = self._next(work)
         if self.rank == 0:
@@ -208,7 +208,7 @@ class Control:
         )
 
     def heard_s(self) -> dict[str, float]:
-        """Seconds since this rank last heard of each rank that it is connected to, by name; 0 for itself."""
+        """Seconds since this rank last heard from each rank that it is connected to, by name; 0 for itself."""
         now = time.monotonic()
         return {self.name: 0.0} | {str(peer): now - peer.heard_s for _, peer in sorted(self._links.peers.items())}
 

@@ -35,7 +35,7 @@ class LinkPeer:
         self.rank, self.name, self.connection = rank, name, connection
         self.log = f"logs/rank_{rank}.log"
         self.heard_s = time.monotonic()
-        self.left = False  # said good-bye
+        self.left = False  # signed off
         self._sending = threading.Lock()
 
     def __str__(self) -> str:
@@ -57,14 +57,14 @@ class LinkPeer:
         try:
             self.connection.send(message)
         except OSError:
-            pass  # it has gone: the receiving side says so, and names it
+            pass  # it has gone: the receiving side reports that, and names it
 
 
 class Links:
     """The connections of one rank and what came over them.
 
     `on_failure` is called once, from the watching thread or from `fail`, with the first failure that this rank learns
-    of: told by a peer, seen as the end or the silence of one, or its own. From then on every wait raises it.
+    of: reported by a peer, the end or a heartbeat timeout of one, or its own. From then on every wait raises it.
     """
 
     def __init__(self, peers: list[LinkPeer], timeout_s: float, on_failure: Callable[[RunFailed], None]):
@@ -86,7 +86,7 @@ class Links:
 
     def receive(self, rank: int, key: Hashable, timeout_s: float) -> Any:
         """Wait for the message with this key from `rank`. Raises the failure of the run, TimeoutError after
-        `timeout_s`, EOFError where that rank has said good-bye."""
+        `timeout_s`, EOFError where that rank has signed off."""
         peer = self.peers[rank]
         with self._news:
             self._news.wait_for(lambda: self.failure or peer.left or key in self._inbox, timeout_s)
@@ -98,7 +98,7 @@ class Links:
 
     def fail(self, failure: RunFailed) -> RunFailed:
         """Make a failure known to all ranks, unless one is known already. Returns the one that counts. The others are
-        told before this rank's own waits end: once they do, it may leave."""
+        informed before this rank's own waits end: once they do, it may leave."""
         with self._news:
             first, self._failing = not self._failing, True
             if not first:
@@ -119,8 +119,8 @@ class Links:
             self._news.wait_for(lambda: self.failure, timeout_s)
 
     def close(self) -> None:
-        """Say good-bye and wait a little for the others': a connection that is closed with unread words in it is reset,
-        and what we said last, perhaps the reason of a failure, would be lost on its way."""
+        """Sign off and wait a little for the others': a connection that is closed with unread data in it is reset,
+        and our last message, perhaps the reason of a failure, would be lost on its way."""
         with self._news:
             self._news.wait_for(lambda: self.failure or not self._failing)
         for peer in self.peers.values():
@@ -164,7 +164,7 @@ class Links:
                 self._take(peer, peer.connection.recv())
             except (EOFError, OSError):
                 if not self._closed:
-                    self.fail(RunFailed(str(peer), f"ended without a word{_see(peer)}"))
+                    self.fail(RunFailed(str(peer), f"ended without a message{_see(peer)}"))
                 self._leave(peer)
 
     def _take(self, peer: LinkPeer, message: tuple) -> None:
@@ -191,8 +191,7 @@ class Links:
                 self.fail(
                     RunFailed(
                         str(peer),
-                        f"has not been heard of for {silent_s:.0f} s (stopped, swapping, "
-                        f"stuck, or its network cut){_see(peer)}",
+                        f"sent no heartbeat for {silent_s:.0f} s (stopped, swapping, stuck, or its network cut){_see(peer)}",
                     )
                 )
                 self._leave(peer)
@@ -212,7 +211,7 @@ def listen(host: str, port: int = 0, key: bytes = b"") -> tuple[Listener, bytes]
 def accept(
     listener: Listener, world: int, timeout_s: float = JOIN_DEADLINE_S, own_name: str = "", names: Sequence[str] = ()
 ) -> list[LinkPeer]:
-    """Wait for all others, which say who they are; `own_name` is what they will call this one. Raises RunFailed naming those
+    """Wait for all others, which send rank and name; `own_name` is what they will call this one. Raises RunFailed naming those
     that did not come, by `names` where they have better ones than their ranks."""
     peers: list[LinkPeer] = []
 

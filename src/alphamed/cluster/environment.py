@@ -1,6 +1,6 @@
-"""The environment of a run's processes: the one place, with placement.py, that says what goes into it.
+"""The environment of a run's processes: the one place, with placement.py, that determines what goes into it.
 
-What the caller has set is kept or left out as cluster.variables says."""
+What the caller has set is kept or left out as cluster.variables defines."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SILENT = {
     "HF_DATASETS_OFFLINE": "1",
     "WANDB_ERROR_REPORTING": "false",
 }
-"""Nothing leaves the machine unless the configuration says so."""
+"""Nothing leaves the machine unless the configuration allows it."""
 WANDB = {WandbMode.ONLINE: "online", WandbMode.OFFLINE: "offline", WandbMode.OFF: "disabled"}
 
 
@@ -58,7 +58,7 @@ def enter(environment: Mapping[str, str]) -> None:
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
     os.environ.update(environment)
-    tempfile.tempdir = None  # Python keeps the temporary folder that it was first asked for
+    tempfile.tempdir = None  # Python keeps the first temporary folder that it determined
 
 
 def without_torchrun(env: Mapping[str, str]) -> dict[str, str]:

@@ -20,17 +20,17 @@ from alphamed.errors import RunFailed
 
 FAILURE_FILE = "failure.json"
 WORKERS_FILE = "workers.json"
-"""What torchrun's agent saw of its workers, written by `cluster.agent` when one of them failed."""
+"""How torchrun's workers ended, written by its agent (`launch.agent`) when one of them failed."""
 HOSTS_FOLDER = "nodes"
 """Below it a folder for each further host's own records."""
 STOP_FILE = "stop"
-"""There while the run is asked to write a checkpoint and end."""
+"""Exists while the run has a request to write a checkpoint and end."""
 ENDED_FILE = "ended.json"
 """How the last start ended; not there while the run lives, nor after a violent death."""
 
 
 class StopRequested(Exception):
-    """The run was asked to write a checkpoint and end, while it waited for something that it can do without."""
+    """The run was asked to write a checkpoint and end, while it waited for something optional."""
 
 
 def of_exception(error: BaseException, component: str) -> RunFailed:
@@ -138,7 +138,7 @@ def verdict(run_dir: Path, agent_status: int) -> RunFailed:
         return RunFailed(str(dead), how)
     if agent_status < 0:
         return RunFailed("torchrun's agent", f"was killed by {signal_name(-agent_status)}")
-    return RunFailed("torchrun's agent", f"ended with exit code {agent_status} and without a word; see the logs")
+    return RunFailed("torchrun's agent", f"ended with exit code {agent_status} without a message; see the logs")
 
 
 def signal_name(number: int) -> str:

@@ -26,7 +26,7 @@ def gpus_present() -> int:
 
 
 def gpu_memory_bytes() -> int | None:
-    """Memory of the smallest NVIDIA GPU here; None where the driver's tool does not say."""
+    """Memory of the smallest NVIDIA GPU here; None where the driver's tool does not report it."""
     try:
         answer = subprocess.run(
             ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],
@@ -40,13 +40,13 @@ def gpu_memory_bytes() -> int | None:
 
 
 def wants_cuda(config: Config) -> bool:
-    """Whether the run will use CUDA: as the configuration says, or as the machine allows."""
+    """Whether the run will use CUDA: as configured, or as the machine allows."""
     return config.cluster.device == Device.CUDA or (config.cluster.device == Device.AUTO and gpus_present() > 0)
 
 
 def this_machine() -> str:
     """Equal for processes that can share memory: of one user, on one kernel, in one network namespace, to which names of Unix
-    sockets belong. Where the system does not tell, equal to nothing."""
+    sockets belong. Where the system does not report it, equal to nothing."""
     try:
         kernel, namespace = Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/net")
     except OSError:

@@ -31,7 +31,7 @@ ACTOR_LOGS = ("worker-*.out", "worker-*.err", "raylet.err", "gcs_server.err")
 
 def run_id(run_dir: Path) -> str:
     """Value of the tag that marks this run's processes. It follows from the directory alone, so that every rank, and
-    every later start, knows it without being told."""
+    every later start, knows it without communication."""
     return hashlib.sha256(f"{os.getuid()}:{run_dir.resolve()}".encode()).hexdigest()[:16]
 
 
@@ -62,8 +62,8 @@ class CleanUp:
 
 
 class Lock:
-    """Only one start of a run at a time. The kernel lets go of it when the holder dies, however it dies. `what` and `fix`
-    say in errors which setting names the folder, and what else to give."""
+    """Only one start of a run at a time. The kernel lets go of it when the holder dies, however it dies. `owner` and `fix`
+    name in errors the setting that gives the folder, and what to change."""
 
     def __init__(self, run_dir: Path, owner: str = "run", fix: str = "give another run.name"):
         self._path = run_dir / LOCK_FILE
@@ -114,8 +114,8 @@ class Ledger:
         self._segments: set[str] = set()
         self._written = ""
 
-    def look(self) -> None:
-        """See what the run owns now; what was seen before and still lives is kept."""
+    def scan(self) -> None:
+        """Determine what the run owns now; what was recorded before and still lives stays."""
         living = processes.everything()
         mine = processes.tagged(self._id, living)
         mine |= processes.descendants((*self._roots, *mine), living)
@@ -129,9 +129,9 @@ class Ledger:
             self._segments |= processes.segments_of(pid, names)
 
     def record(self) -> None:
-        """Look once and write down what the run owns now. Segments stay on the list until they are cleaned up: their
-        last user may be gone before anybody looks again."""
-        self.look()
+        """Scan once and write down what the run owns now. Segments stay on the list until they are cleaned up: their
+        last user may be gone before the next scan."""
+        self.scan()
         text = json.dumps(
             {
                 "boot": _boot_id(),
@@ -150,7 +150,7 @@ class Ledger:
         """End every process of the run but the caller, its ancestors, `spare` and the resource trackers of these; unlink what
         they shared; forget."""
         self._read()
-        self.look()
+        self.scan()
         staying = {os.getpid(), *_ancestors(os.getpid()), *spare}
         others = [process for process in self._processes.values() if process.pid not in staying]
         targets = [process for process in others if not self._serves(process, staying)]
@@ -174,7 +174,7 @@ class Ledger:
 
     def _keep_actor_logs(self) -> None:
         """Move what engines and reward process have printed, which Ray keeps in its session, to `logs/ray`: where they
-        died, it says why."""
+        died, it shows why."""
         printed = [
             path
             for pattern in ACTOR_LOGS
@@ -189,7 +189,7 @@ class Ledger:
                 shutil.move(path, folder / path.name)
 
     def make_temporary_folder(self) -> Path:
-        """Raises ConfigError where somebody else's file stands in the way."""
+        """Raises ConfigError where somebody else's file is in the way."""
         self._temporary.mkdir(mode=0o700, exist_ok=True)
         if self._temporary.is_symlink() or self._temporary.stat().st_uid != os.getuid():
             raise ConfigError(f"temporary folder {self._temporary}: belongs to somebody else; remove it or set TMPDIR")

@@ -31,10 +31,10 @@ def apply() -> None:
 
     makers: list[Any] = [static_tcp_rendezvous, c10d_rendezvous_backend]
     for module in makers:
-        assert hasattr(module, "TCPStore"), "another version of torch: look for where it makes its stores"
+        assert hasattr(module, "TCPStore"), "another version of torch: find where it makes its stores"
         module.TCPStore = store
     handler = dynamic_rendezvous.DynamicRendezvousHandler
-    assert hasattr(handler, "_create_tcp_store_server"), "another version of torch: look for where it makes its stores"
+    assert hasattr(handler, "_create_tcp_store_server"), "another version of torch: find where it makes its stores"
     handler._create_tcp_store_server = _create_tcp_store_server
 
 

@@ -97,7 +97,7 @@ def start_ray(config: Config) -> None:
 
         quiet_ray.apply()
         # In this thread, which stays: the kernel ends Ray's processes with the thread that started them.
-        # Ray gives up by itself, after half a minute for each of its services.
+        # Ray has a deadline of its own, half a minute for each of its services.
         for attempt in range(START_ATTEMPTS):
             try:
                 ray.init(**options)

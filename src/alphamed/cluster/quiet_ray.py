@@ -22,7 +22,7 @@ def apply() -> None:
     """From now on a head that this process starts has no dashboard process."""
     from ray._private.node import Node
 
-    assert hasattr(Node, "start_api_server"), "another version of Ray: look for how it starts its dashboard"
+    assert hasattr(Node, "start_api_server"), "another version of Ray: find how it starts its dashboard"
     Node.start_api_server = _start_no_api_server
 
 

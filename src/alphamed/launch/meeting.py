@@ -96,7 +96,7 @@ class Meeting:
         return value
 
     def has_left(self, rank: int) -> bool:
-        """Whether that host has said good-bye."""
+        """Whether that host has signed off."""
         peer = self._links.peers.get(rank)
         return peer is None or peer.left
 

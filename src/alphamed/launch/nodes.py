@@ -49,7 +49,7 @@ ENDED_DEADLINE_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a host says of itself when all meet."""
+    """What a host reports of itself when all meet."""
 
     own: addresses.Own
     gpus: int
@@ -162,7 +162,7 @@ def _agree(config: Config, meeting: Meeting, validate: Callable[[Config], object
 
 
 def make_job(config: Config, names: Sequence[str], facts: Sequence[Facts]) -> ClusterJob:
-    """Raises ConfigError where the hosts do not suffice or are not what the configuration says."""
+    """Raises ConfigError where the hosts do not suffice or are not what is configured."""
     gpus = config.cluster.gpus_per_node if wants_cuda(config) else 0
     plan = plan_nodes(config, names, gpus)
     by_name = dict(zip(names, facts, strict=True))
@@ -183,7 +183,7 @@ def make_job(config: Config, names: Sequence[str], facts: Sequence[Facts]) -> Cl
 
 
 def describe(job: ClusterJob, place: ClusterHost) -> str:
-    """What a host does, in words."""
+    """What a host does, as text."""
     first = job.first_rank(place.name)
     last = first + place.ranks - 1
     parts = []
@@ -329,7 +329,7 @@ class _Player:
                     part.beside, env=of_ray, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
                 )  # Slurm's signals go to this process's group
         if part.serves:
-            # told to end, `ray start` first waits for its parts, up to half a minute; this shell goes at once, and what it
+            # on SIGTERM `ray start` first waits for its parts, up to half a minute; this shell ends at once, and what it
             # leaves is ended as all that a run leaves
             into_log = ("bash", "-c", '"${@:2}" >>"$1" 2>&1 & wait $!', "-", str(log))
             return supervise((*into_log, *part.command), of_ray, self.own, self._grace)
@@ -342,7 +342,7 @@ class _Player:
         self._end_supervision()
 
     def _wait_for_the_end(self, serves: bool) -> None:
-        """The first host says when its part is over; a host that only serves ends then."""
+        """The first host announces when its part is over; a host that only serves ends then."""
         with contextlib.suppress(RunFailed):
             self.meeting.share("the end", lambda: None, threading.TIMEOUT_MAX)
             self._grace.over = True
@@ -360,7 +360,7 @@ class _Player:
             if meeting.failure is None:
                 with contextlib.suppress(RunFailed):
                     meeting.gather("its end", ended.status)
-                    # stays in the meeting until the first host has said why the run ended
+                    # stays in the meeting until the first host has reported why the run ended
                     self._leave_after_first()
             return _report(meeting.failure, meeting.names, meeting.rank, meeting) if meeting.failure else 0
         meeting.share("the end", lambda: None)

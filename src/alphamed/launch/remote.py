@@ -37,7 +37,7 @@ from alphamed.launch import nodes
 SSH_VARIABLE = "ALPHAMED_SSH"
 """How ssh is called, where `ssh` alone does not do (`ssh -F file -p 2222`)."""
 PASSED_ON = ("TMPDIR", "ALPHAMED_")
-"""Names, or beginnings of them, of variables that the launchers get from here beside those that a run honours."""
+"""Names, or beginnings of them, of variables that the launchers get from here in addition to those that a run honours."""
 SSH_FAILED = 255
 END_DEADLINE_S = 60.0
 BATCH_SCRIPT = Path(__file__).resolve().parents[3] / "examples" / "slurm" / "train.sbatch"
@@ -45,7 +45,7 @@ BATCH_SCRIPT = Path(__file__).resolve().parents[3] / "examples" / "slurm" / "tra
 
 @dataclass(frozen=True, slots=True)
 class LaunchOrder:
-    """What one launcher is told. `arguments`: configuration file, then overrides."""
+    """What one launcher receives. `arguments`: configuration file, then overrides."""
 
     folder: str
     environment: dict[str, str]

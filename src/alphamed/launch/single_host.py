@@ -25,7 +25,7 @@ LAUNCH_FILE = "launch.yaml"
 """The resolved configuration that the ranks read. (config.yaml in the same folder is the run's own record.)"""
 
 START_MARK = "=== started"
-"""First words of every start in a rank's log, which goes on from start to start."""
+"""Begins the part of every start in a rank's log, to which each start appends."""
 
 
 def check_world(config: Config, environment: Mapping[str, str]) -> None:

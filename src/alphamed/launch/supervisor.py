@@ -38,7 +38,7 @@ class SupervisedExit:
 def supervise(
     command: Sequence[str], environment: Mapping[str, str], run_dir: Path, grace: Grace | None = None
 ) -> SupervisedExit:
-    """Run `command` with `environment` (which must carry the run's tag) until it ends or a signal says stop.
+    """Run `command` with `environment` (which must carry the run's tag) until it ends or a signal stops it.
 
     `grace`: asks the command, upon a signal, to end by itself, and returns the seconds that it gets for that."""
     processes.become_subreaper()
@@ -58,7 +58,7 @@ def supervise(
 
 
 def _wait(child: subprocess.Popen, received: list[signal.Signals], ledger: Ledger, grace: Grace | None) -> int:
-    """Wait for the child. The first signal is passed on when its grace is over, after a last look at what the run shares now;
+    """Wait for the child. The first signal is passed on when its grace is over, after a last scan of what the run shares now;
     a second one, or the deadline, ends it at once."""
     left_s = STOP_DEADLINE_S
     graced, grace_s, passed_on = 0, 0.0, False
@@ -71,7 +71,7 @@ def _wait(child: subprocess.Popen, received: list[signal.Signals], ledger: Ledge
             graced = len(received)
         grace_s -= POLL_S
         if received and not passed_on and grace_s <= 0:
-            ledger.look()
+            ledger.scan()
             child.send_signal(signal.SIGTERM)
             passed_on = True
         if passed_on:

@@ -52,7 +52,7 @@ def packed_sequences(micro: MicroBatch) -> PackedSeqParams:
 
 class SegmentAttention(torch.nn.Module):
     """Megatron core attention: within each segment the prefix is causal, every continuation reads the prefix and, causally,
-    itself, and segments behind a stem read that as well. Queries and keys come without rotary positions. Needs a PackedRow.
+    itself, and segments behind a shared prefix read that as well. Queries and keys come without rotary positions. Needs a PackedRow.
 
     Context ranks hold a part of the row each and exchange it for the whole row of a part of the heads (context.py)."""
 
@@ -111,13 +111,13 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, segments: tuple[Segment, .
         ).transpose(1, 2)
 
     out, start = [], 0
-    stems = [x[: segments[0].tokens] for x in (k, v)]
+    shared = [x[: segments[0].tokens] for x in (k, v)]
     for segment in segments:
         n, lengths = segment.prefix, list(segment.continuations)
         qs, ks, vs = (x[start : start + segment.tokens] for x in (q, k, v))
         start += segment.tokens
         if segment.attends_shared_prefix:  # keys and values of what comes before the segment, then its own
-            ks, vs = (torch.cat([stem, x]) for stem, x in zip(stems, (ks, vs)))
+            ks, vs = (torch.cat([prefix, x]) for prefix, x in zip(shared, (ks, vs)))
         read = n + len(ks) - len(qs)  # what each continuation reads besides itself
         if n:
             mask = torch.ones(n, read, dtype=torch.bool, device=q.device).tril(read - n) if read > n else None

@@ -71,7 +71,7 @@ def best(directory: Path) -> Path | None:
 
 def offer_best(directory: Path, step: int, accuracy: float, questions: int, asked: str) -> bool:
     """Mark the checkpoint of `step` as the best where it is complete and more accurate than the one marked. A tie keeps the
-    earlier one; accuracy on other questions (`asked` is their hash) is no measure, and gives way. Returns whether it was
+    earlier one; accuracy on other questions (`asked` is their hash) is not comparable, and is replaced. Returns whether it was
     marked."""
     before = _marked(directory) if best(directory) else None
     better = before is None or before["asked"] != asked or accuracy > before["accuracy"]
@@ -122,7 +122,7 @@ def discard(partial: Path) -> None:
 
 def publish(partial: Path, step: int, contents: Mapping[str, Any], keep: int) -> Path:
     """Complete the folder with its manifest, give it its name, point `latest` to it. Then delete all but the newest
-    `keep` checkpoints up to this step and the best one, and those of later steps: the run went back behind them."""
+    `keep` checkpoints up to this step and the best one, and those of later steps: the run went back to before them."""
     directory = partial.parent
     sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
     _write(partial / MANIFEST, json.dumps({"format": FORMAT, **contents, "files": sizes}, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """Context parallelism: the ranks of a context group hold one part of each packed row each, and in attention all of the row
 for a part of the heads (DeepSpeed-Ulysses, arXiv 2309.14509).
 
-One exchange before and one after attention. In between a rank sees the whole row, so segments, shared prompts and stems mean
+One exchange before and one after attention. In between a rank sees the whole row, so segments, shared prompts and shared prefixes mean
 what they mean on a single rank, and every rank has the same work whatever the row is made of.
 """
 

@@ -110,7 +110,7 @@ class _WeightGradient:
             rows.add_(d_logits.t() @ hidden)
 
     def result(self) -> Tensor | None:
-        """What autograd is given. Megatron's hook wants a gradient of the right shape to know that the weight is done, and
+        """The gradient for autograd. Megatron's hook needs one of the right shape to know that the weight is done, and
         does not read it. A weight that is the embedding as well gets its gradient, and so the hook, from there."""
         if not self.buffered:
             return self.total

@@ -169,7 +169,7 @@ class Reference:
 
 
 class NoReference:
-    """What stands in for the reference where the KL coefficient is 0."""
+    """In place of the reference where the KL coefficient is 0."""
 
     def logprobs(self, batch: Batch) -> Batch:
         return batch

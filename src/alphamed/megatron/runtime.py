@@ -23,7 +23,7 @@ SHARED_DEVICES = "NCCL_MULTI_RANK_GPU_ENABLE"
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """Where this rank stands. `cpu_group` is a gloo group over all ranks, for CPU tensors and small messages."""
+    """This rank's place in the run. `cpu_group` is a gloo group over all ranks, for CPU tensors and small messages."""
 
     layout: Layout
     device: torch.device
@@ -33,7 +33,7 @@ class Runtime:
 
 
 def start(config: Config) -> Runtime:
-    """Join the ranks that torchrun started (or stand alone without torchrun) and build Megatron's process groups.
+    """Join the ranks that torchrun started (or be the only one without torchrun) and build Megatron's process groups.
 
     Default process group: made here unless the caller has made it. Raises ConfigError when the number of ranks does
     not fit the layout or the device is not there.

@@ -140,7 +140,7 @@ def changing(tree: Mapping[str, Any], family: str) -> list[tuple[str, str]]:
 
 
 def unknown_keys(tree: Mapping[str, Any]) -> list[str]:
-    """Keys in no table whose value says something: nobody here knows whether they change the computation."""
+    """Keys in no table whose value is not empty: it is not known whether they change the computation."""
     return sorted(key for key, value in tree.items() if key not in READ | HARMLESS | CHANGES.keys() and not _empty(value))
 
 

@@ -84,7 +84,7 @@ def unread_keys(folder: Path) -> list[str]:
 
 
 def shape_of(tree: dict[str, Any], name: str) -> ModelShape:
-    """The shape that the fields of a config.json describe, without its file; `name` says in errors whose they are."""
+    """The shape that the fields of a config.json describe, without its file; `name` is what errors call it."""
     return _shape_of(_ConfigFile(Path(name) / "config.json", tree))
 
 
@@ -236,7 +236,7 @@ def _rope(source: _ConfigFile) -> tuple[float, RopeScaling | None]:
         raise source.error(
             "rope_scaling",
             old,
-            f"stands beside rope_parameters {new!r} (engines would take the first)",
+            f"is set together with rope_parameters {new!r} (engines would take the first)",
             "remove the one that is not meant",
         )
     if kind == "default":
@@ -312,7 +312,7 @@ def tensor_sizes(shape: ModelShape) -> list[int]:
 
 
 def context_sizes(shape: ModelShape, tensor: int) -> list[int]:
-    """Context-parallel sizes beside `tensor` tensor ranks: attention deals a tensor rank's heads out to context ranks."""
+    """Context-parallel sizes possible with `tensor` tensor ranks: attention deals a tensor rank's heads out to context ranks."""
     return [
         c for c in divisors(shape.heads // tensor) if shape.kv_heads % (tensor * c) == 0 or tensor * c % shape.kv_heads == 0
     ]
@@ -335,7 +335,7 @@ def resolve(path: str, revision: str | None, cache: Path) -> Path:
 
 
 def local_folder(path: str) -> Path | None:
-    """The folder of a model that is on this machine, None for a name that has to be fetched. Nothing is asked of a network.
+    """The folder of a model that is on this machine, None for a name that has to be fetched. No network is used.
     Raises ConfigError for what is neither."""
     if not path.strip():  # Path("") is the current folder
         raise ConfigError(

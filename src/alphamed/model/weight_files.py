@@ -32,7 +32,7 @@ CHUNK = 1 << 24
 
 
 class WeightFiles:
-    """The open weight files of a folder; a context manager. Files are memory-mapped: only slices that are asked for are
+    """The open weight files of a folder; a context manager. Files are memory-mapped: only slices that are used are
     read.
 
     `framework` is safetensors' ("pt" gives torch tensors; "numpy" imports no torch and serves for headers).

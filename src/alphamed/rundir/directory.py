@@ -49,7 +49,7 @@ CHANGEABLE = (
 )
 """Fields and sections that a resume may set again: where and how long it runs, not what it computes."""
 MODEL_PLACE = ("model.path", "model.revision", "model.cache")
-"""Where the model is; what it is, the hashes in provenance.json say."""
+"""Where the model is; the hashes in provenance.json identify it."""
 PLACES = ("model.path", "model.cache", "data.train", "rollout.replay")
 """Settings that hold paths and are compared as such."""
 

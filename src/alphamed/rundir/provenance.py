@@ -117,7 +117,7 @@ def _hash_at(file: Path, inode: int, size: int, changed_ns: int) -> str:
 
 # ----------------------------------------------------------------------------------------------------------------- code
 def git_state(run_dir: Path) -> dict[str, Any] | None:
-    """Commit of the checkout this package runs from, and its uncommitted changes as a patch beside provenance.json.
+    """Commit of the checkout this package runs from, and its uncommitted changes as a patch next to provenance.json.
     None where the package is installed rather than checked out, or git is absent."""
     package, commit, diff = _package(), commit_here(), diff_here()
     if not commit:
@@ -146,7 +146,7 @@ def commit_here() -> str | None:
 
 
 def _commit_of_image() -> str | None:
-    """What docker/Dockerfile wrote beside the sources; it ends in -modified where the checkout had changes."""
+    """What docker/Dockerfile wrote next to the sources; it ends in -modified where the checkout had changes."""
     file = _package().parents[1] / IMAGE_COMMIT_FILE
     return file.read_text(encoding="utf-8").strip() if file.is_file() else None
 
@@ -242,7 +242,7 @@ def _model_files(folder: Path) -> list[Path]:
 
 
 def file_entry(file: Path) -> dict[str, Any]:
-    """Path, size and SHA-256 of a file. `hashed` says of what: `all` bytes, or above FULL_HASH_BYTES the `samples`: the
+    """Path, size and SHA-256 of a file. `hashed` names what was hashed: `all` bytes, or above FULL_HASH_BYTES the `samples`: the
     size as decimal text, then SAMPLES blocks of SAMPLE_BYTES spread evenly from the first byte to the last."""
     with file.open("rb") as stream:
         return {"path": str(file)} | content_entry(stream)

@@ -29,7 +29,7 @@ SAMPLED_BY = (
     "data.shuffle_options",
 )
 """Settings and sections that recorded rewards and rollouts come from: a replay cannot change what is recorded. Temperature
-and staleness also say what distribution the log-probs are of, and whether they need correction."""
+and staleness also determine the distribution of the log-probs, and whether they need correction."""
 LIMITS = ("prompt.max_tokens",)
 """Of those, what only refuses."""
 

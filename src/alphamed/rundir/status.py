@@ -1,4 +1,4 @@
-"""`alphamed status RUN`: where a run stands, whether its parts live, where its logs are, why its last start ended.
+"""`alphamed status RUN`: how far a run is, whether its parts are alive, where its logs are, why its last start ended.
 
 Reads the run directory only, so it works from any machine that sees it, on a live run and on a dead one.
 """
@@ -70,7 +70,7 @@ def is_running(run_dir: Path, pulse: Mapping[str, Any] | None, now: float) -> bo
 
 
 def why_ended(run_dir: Path, pulse: Mapping[str, Any] | None, now: float) -> str:
-    """How the last start ended, in words."""
+    """How the last start ended, as text."""
     ended = _read(run_dir / ENDED_FILE)
     when = f", {spoken_time(now - ended['time'])} ago" if ended else ""
     if (step := finished_step(run_dir)) is not None:

@@ -65,7 +65,7 @@ class Assembly:
 def digest(flat: Tensor) -> Tensor:
     """[2] int64: the sum of the 32-bit words of `flat` and their sum weighted by position (1, 2, ...), modulo 2^64.
 
-    Catches flipped bits, lost and exchanged words. Computed where the tensor lies; a cryptographic hash of 140 GB would take
+    Catches flipped bits, lost and exchanged words. Computed on the tensor's device; a cryptographic hash of 140 GB would take
     a minute.
     """
     words = flat.view(torch.int32)

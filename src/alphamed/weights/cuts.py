@@ -61,7 +61,7 @@ def pieces(entry: Entry, tp_size: int, tp_rank: int) -> list[Piece]:
 
 
 def _window(order: list[Piece], start: int, stop: int) -> list[Piece]:
-    """What of the concatenation of `order` lies in start..stop."""
+    """The part of the concatenation of `order` within start..stop."""
     window, at = [], 0
     for piece in order:
         low, high = max(start, at), min(stop, at + piece.stop - piece.start)

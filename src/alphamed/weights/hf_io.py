@@ -140,7 +140,7 @@ def hf_tensors(
     """Yield (Hugging Face name, tensor) for every tensor of this pipeline stage, in the order of the forward pass.
 
     Tensor ranks must iterate together: each parameter is gathered to tensor rank 0, which gets the tensor, in the
-    parameter's dtype and on its device; the others get None. At most one parameter is held beside the model. A
+    parameter's dtype and on its device; the others get None. At most one parameter is held in addition to the model. A
     replicated parameter is yielded as it is, so do not change it. `tensor_group` may be None without tensor
     parallelism.
     """

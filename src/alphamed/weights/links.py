@@ -48,9 +48,9 @@ class Channel(Protocol):
 
 def open_channel(link: Link, member: int, store: Store, address: str, device: torch.device, deadline_s: float) -> Channel:
     """Join a link as its member 0, the source, or as a receiver, 1 or later. Returns when all have joined (NCCL: at once, it
-    joins at first use). Tensors lie on `device` (gloo: in host memory).
+    joins at first use). Tensors are on `device` (gloo: in host memory).
 
-    `address` is where the store lives: on this machine alone gloo talks over the loopback interface, which needs no route.
+    `address` is the store's: on this machine alone gloo talks over the loopback interface, which needs no route.
     """
     prefixed = PrefixStore(link.name, store)
     if link.transport == "ipc":

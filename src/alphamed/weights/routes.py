@@ -49,7 +49,7 @@ def trainer_rank(parallel: ParallelConfig, stage: int, data_rank: int, tensor_ra
 
 def _stage_of(entry: Entry, shape: ModelShape, pipeline: int, chunks: int) -> int:
     """The pipeline stage that holds a parameter. Chunks of layers are dealt out to the stages in turn, once for each virtual
-    stage; the embedding stands before the first, final norm and output layer after the last."""
+    stage; the embedding belongs to the first stage, final norm and output layer to the last."""
     name = entry.megatron[0]
     if not name.startswith("decoder.layers."):
         return 0 if name.startswith("embedding.") else pipeline - 1

@@ -99,7 +99,7 @@ def take_part(source: WeightSource, mode: str) -> None:
 
 
 class _Gathered:
-    """Slices of the tensors of a collective export, which must be asked for in its order."""
+    """Slices of the tensors of a collective export, which must be taken in its order."""
 
     def __init__(self, tensors: Iterator[tuple[str, Tensor | None]]):
         self._tensors = tensors

@@ -1,4 +1,4 @@
-"""A link within one machine: buckets lie in memory that the source and its receivers map, and none travels through a network.
+"""A link within one machine: buckets are in memory that the source and its receivers map, and none travels through a network.
 
 A Unix socket joins the source with each receiver. It carries the memory's file descriptor, then the number of every bucket
 that has been written and, back, of every one that has been taken. The memory has no name (memfd), so nothing stays behind
@@ -30,10 +30,10 @@ from alphamed.cluster.narrow_store import Store
 log = logging.getLogger(__name__)
 
 SLOTS = 2
-"""Buckets that lie in the memory at a time: one is written while the one before is taken."""
+"""Buckets in the memory at a time: one is written while the one before is taken."""
 PAGE = mmap.PAGESIZE
 BACKLOG = 64
-"""Others that may stand before our own: a full queue would turn those away."""
+"""Connections of other processes that may be queued before our own; a full queue refuses connections."""
 NUMBER, CREDENTIALS = struct.Struct("<Q"), struct.Struct("3i")  # the latter: pid, uid, gid
 
 
@@ -56,7 +56,7 @@ class Memory:
             _register(self, self._bytes)
 
     def slot(self, number: int, like: Tensor) -> Tensor:
-        """Where the bucket of this number lies, in shape and dtype of `like`."""
+        """The place of the bucket of this number, in shape and dtype of `like`."""
         at, size = number % SLOTS * self._slot_bytes, like.numel() * like.element_size()
         assert size <= self._slot_bytes, f"a bucket of {size} bytes in slots of {self._slot_bytes}"
         return self._bytes[at : at + size].view(like.dtype).view(like.shape)
@@ -88,7 +88,7 @@ class SharedMemorySource:
     def _accept(
         self, listener: socket.socket, receivers: int, descriptor: int, slot_bytes: int, end: float
     ) -> tuple[socket.socket, ...]:
-        """The sockets of members 1, 2, ... Others of this machine can find the address too: only our own user is let in."""
+        """The sockets of members 1, 2, ... Other users of this machine can find the address too: only our own is accepted."""
         joined: dict[int, socket.socket] = {}
         unnamed: list[socket.socket] = []  # have connected, have not sent their number
         while missing := [member for member in range(1, 1 + receivers) if member not in joined]:
@@ -102,7 +102,7 @@ class SharedMemorySource:
                     if _user_of(peer) == os.getuid():
                         unnamed.append(peer)
                     else:
-                        log.warning("link %s: a process of user %d was not let in", self._name, _user_of(peer))
+                        log.warning("link %s: a process of user %d was refused", self._name, _user_of(peer))
                         peer.close()
                     continue
                 unnamed.remove(peer)
@@ -116,7 +116,7 @@ class SharedMemorySource:
         return tuple(joined[member] for member in sorted(joined))
 
     def broadcast(self, flat: Tensor, timeout: timedelta) -> Taking:
-        """Write a bucket where the one `SLOTS` before lay, when that has been taken by all. `flat` may be reused at once."""
+        """Write a bucket into the slot of the one `SLOTS` before it, when all have taken that. `flat` may be reused at once."""
         number, end = self._written, time.monotonic() + timeout.total_seconds()
         self.await_taken(number - SLOTS + 1, end)
         self._memory.slot(number, flat).copy_(flat)  # from a GPU: waits until it is there
@@ -193,7 +193,7 @@ class Arrival:
         self._receiver, self._flat = receiver, flat
 
     def wait(self, timeout: timedelta) -> None:
-        """Until it lies in the tensor that was given. Raises RuntimeError. Arrivals of a link are waited for in turn."""
+        """Until it is in the tensor of `broadcast`. Raises RuntimeError. Arrivals of a link are waited for in turn."""
         self._receiver.take(self._flat, time.monotonic() + timeout.total_seconds())
 
 

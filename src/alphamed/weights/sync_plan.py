@@ -170,7 +170,7 @@ class SyncPlan:
         return FLOOR_S + self.bytes / SLOWEST_BYTES_PER_S
 
     def buffer_bytes(self, member: int) -> int:
-        """What a worker holds beside its parameters while it receives: the posted bucket of every link, and the one that is
+        """What a worker holds in addition to its parameters while it receives: the posted bucket of every link, and the one that is
         being loaded."""
         largest = [max(bucket.bytes for bucket in link.buckets()) for link in self.links_to(member)]
         return sum(largest) + max(largest, default=0)
