@@ -6,6 +6,7 @@ whoever comes after a violent death (the guard, the next start) can end by id wh
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -181,11 +182,11 @@ class Ledger:
             for path in self._temporary.glob(f"session_latest/logs/{pattern}")
             if path.stat().st_size
         ]
-        if printed:
-            folder = self._file.parent / "logs" / "ray"
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            for path in printed:
+        folder = self._file.parent / "logs" / "ray"
+        shutil.rmtree(folder, ignore_errors=True)
+        for path in printed:
+            with contextlib.suppress(OSError):  # a full disk: the rest of the clean-up matters more
+                folder.mkdir(parents=True, exist_ok=True)
                 shutil.move(path, folder / path.name)
 
     def make_temporary_folder(self) -> Path:

@@ -20,7 +20,7 @@ from alphamed.errors import ConfigError
 from alphamed.files import replace_json, replace_json_lines, replace_text
 from alphamed.model.shape import resolve
 from alphamed.rundir import provenance
-from alphamed.rundir.metrics import read_rows, step_of
+from alphamed.rundir.metrics import last_step, read_rows, step_of
 
 CHANGEABLE = (
     "run.name",
@@ -89,7 +89,7 @@ class RunDirectory:
 
     def last_step(self) -> int:
         """The last step in metrics.jsonl, 0 without any."""
-        return max(map(step_of, read_rows(self.metrics_file)), default=0)
+        return last_step(read_rows(self.metrics_file))
 
     def drop_after(self, step: int) -> None:
         """Forget the records of steps after `step`: they will be run again. Dumps stay, they are evidence."""

@@ -111,13 +111,6 @@ BARE_BOX_WORDS = 5
 """A response whose text before its last box holds fewer words no longer reasons. "The answer is" are three."""
 
 
-def step_of(row: Mapping[str, float | None]) -> int:
-    """The training step of a row."""
-    step = row["step"]
-    assert isinstance(step, int), f"a row of metrics without its step: {step!r}"
-    return step
-
-
 def read_rows(path: Path) -> list[dict[str, float | None]]:
     """The steps in a metrics.jsonl, rising; [] where there is none. ConfigError names a line that is no step's."""
     rows = read_json_lines(path)
@@ -141,6 +134,18 @@ def read_rows(path: Path) -> list[dict[str, float | None]]:
             raise ConfigError(f"{path}: line {number} holds step {step}, and {why}; remove it")
         last = step
     return rows
+
+
+def step_of(row: Mapping[str, float | None]) -> int:
+    """The step of a row that `read_rows` returned."""
+    step = row["step"]
+    assert step is not None, row
+    return int(step)
+
+
+def last_step(rows: Iterable[Mapping[str, float | None]]) -> int:
+    """The largest step of rows that `read_rows` returned; 0 without any."""
+    return max(map(step_of, rows), default=0)
 
 
 def _is_number(value: object) -> bool:
