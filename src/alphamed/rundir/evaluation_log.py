@@ -1,6 +1,6 @@
 """evaluations.jsonl of a run: a line each time a set of evaluation questions was evaluated, in training or of the exported model.
 
-Choosing by a test set is training on it. The log is never cut back: what a resume does again was looked at twice.
+Choosing by a test set is training on it. The log is never cut back: what a resume does again is recorded twice.
 """
 
 from __future__ import annotations
