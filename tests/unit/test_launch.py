@@ -96,8 +96,8 @@ def test_a_process_that_enters_the_environment_uses_its_temporary_folder(tmp_pat
     monkeypatch.setattr(tempfile, "tempdir", None)
     assert tempfile.gettempdir() == "/tmp"
     monkeypatch.setenv("LEFT_OVER", "1")
-    kept = {name: value for name, value in os.environ.items() if name != "LEFT_OVER"}
-    enter(kept | {"TMPDIR": str(tmp_path)})
+    environment = {name: value for name, value in os.environ.items() if name != "LEFT_OVER"}
+    enter(environment | {"TMPDIR": str(tmp_path)})
     assert tempfile.gettempdir() == str(tmp_path) and "LEFT_OVER" not in os.environ
 
 

@@ -37,13 +37,13 @@ def port() -> int:
 
 def together(*acts):
     """Run each act in a thread; their results, or what they raised, in order."""
-    found = [None] * len(acts)
+    results = [None] * len(acts)
 
     def play(number, act):
         try:
-            found[number] = act()
+            results[number] = act()
         except Exception as error:  # noqa: BLE001 - looked at by the test
-            found[number] = error
+            results[number] = error
 
     threads = [threading.Thread(target=play, args=pair, daemon=True) for pair in enumerate(acts)]
     for thread in threads:
@@ -51,7 +51,7 @@ def together(*acts):
     for thread in threads:
         thread.join(60)
         assert not thread.is_alive()
-    return found
+    return results
 
 
 def test_hosts_exchange_facts_and_get_the_first_ones_decision():
@@ -100,8 +100,8 @@ def test_what_fails_on_one_host_fails_on_all_and_names_it():
             meeting.gather("facts", rank)
             return meeting.share("decision", lambda: None)
 
-    for found in together(*(lambda rank=rank: act(rank) for rank in range(3))):
-        assert str(found) == "cluster.x: is wrong here"
+    for failure in together(*(lambda rank=rank: act(rank) for rank in range(3))):
+        assert str(failure) == "cluster.x: is wrong here"
 
 
 def test_a_silent_host_is_lost_and_named():
@@ -117,25 +117,24 @@ def test_a_silent_host_is_lost_and_named():
             return meeting.failure
 
     def second():
-        meeting = Meeting.join(NAMES[:2], 1, meeting_port, "token", 20, 1000.0)  # its next heartbeat is far away
-        while not lost:
-            time.sleep(0.05)
-        meeting._links.close()
+        with Meeting.join(NAMES[:2], 1, meeting_port, "token", 20, 1000.0):  # its next heartbeat is far away
+            while not lost:
+                time.sleep(0.05)
 
     failure, _ = together(first, second)
-    assert failure.component == "host 127.0.0.2" and "has sent no heartbeat" in failure.message and lost == [failure]
+    assert failure.component == "host 127.0.0.2" and "sent no heartbeat" in failure.message and lost == [failure]
 
 
 # ----------------------------------------------------------------------------------------------------------- what they run
 @pytest.fixture
 def started(monkeypatch):
     """What `nodes.run` begins: checks, and the whole training of a single host."""
-    found = []
+    calls = []
     monkeypatch.setattr(nodes, "gpus_present", lambda: 8)
-    monkeypatch.setattr(nodes.single_host, "train", lambda config, grace: found.append("train") or 0)
+    monkeypatch.setattr(nodes.single_host, "train", lambda config, grace: calls.append("train") or 0)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "token")
-    return found
+    return calls
 
 
 def test_a_run_on_one_host_is_checked_before_it_starts(started):
@@ -238,7 +237,7 @@ def test_a_launcher_that_ssh_has_started_checks_the_run(tmp_path, monkeypatch, c
 
 
 def test_ssh_passes_on_what_such_a_run_honours():
-    given = {
+    environment = {
         "VLLM_ATTENTION_BACKEND": "x",
         "HF_HOME": "/h",
         "ALPHAMED_PYTHON": "p",
@@ -248,7 +247,7 @@ def test_ssh_passes_on_what_such_a_run_honours():
         "HOME": "/home/me",
         "SSH_AUTH_SOCK": "/s",
     }
-    assert sorted(remote.passed_on(given)) == ["ALPHAMED_PYTHON", "HF_HOME", "TMPDIR", "VLLM_ATTENTION_BACKEND"]
+    assert sorted(remote.passed_on(environment)) == ["ALPHAMED_PYTHON", "HF_HOME", "TMPDIR", "VLLM_ATTENTION_BACKEND"]
 
 
 # -------------------------------------------------------------------------------------------------------------- addresses

@@ -121,8 +121,8 @@ def test_a_pulse_is_written_while_it_beats(tmp_path):
             if (tmp_path / "pulse.json").exists():
                 break
             time.sleep(0.05)
-    found = json.loads((tmp_path / "pulse.json").read_text())
-    assert found["activity"] == "step 2" and found["heard"]["rank 0"] - found["heard"]["rank 1"] == pytest.approx(3.0)
+    pulse = json.loads((tmp_path / "pulse.json").read_text())
+    assert pulse["activity"] == "step 2" and pulse["heard"]["rank 0"] - pulse["heard"]["rank 1"] == pytest.approx(3.0)
 
 
 def test_what_is_no_run_is_refused(tmp_path):

@@ -91,10 +91,10 @@ def tile(slices) -> bool:
 
 
 def by_name(slices):
-    found = defaultdict(list)
+    parts = defaultdict(list)
     for part in slices:
-        found[part.name].append(part)
-    return found
+        parts[part.name].append(part)
+    return parts
 
 
 def assert_buckets_sound(plan):
@@ -109,11 +109,11 @@ def stages(model, parallel):
     """The names of each stage: runs of layers dealt out in turn, embedding first, norm and output layer last."""
     chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
     run = model.layers // chunks
-    found = [{"model.embed_tokens.weight"}] + [set() for _ in range(parallel.pipeline - 1)]
-    found[-1] |= {"model.norm.weight", "lm_head.weight"}
+    stages = [{"model.embed_tokens.weight"}] + [set() for _ in range(parallel.pipeline - 1)]
+    stages[-1] |= {"model.norm.weight", "lm_head.weight"}
     for layer in range(model.layers):
-        found[layer // run % parallel.pipeline].add(str(layer))
-    return [lambda name, own=own: name in own or name.split(".")[2] in own for own in found]
+        stages[layer // run % parallel.pipeline].add(str(layer))
+    return [lambda name, own=own: name in own or name.split(".")[2] in own for own in stages]
 
 
 # ------------------------------------------------------------------------------------------------------------- brute force
@@ -168,18 +168,18 @@ def test_direct_stages_send_what_one_stage_would(name):
     for number, parallel in enumerate(layouts(model)):
         engines = (sizes[number % len(sizes)],) * 2
         plan = make_plan(model, parallel, engines, DIRECT)
-        one = make_plan(model, ParallelConfig(tensor=parallel.tensor), engines, DIRECT)
+        single = make_plan(model, ParallelConfig(tensor=parallel.tensor), engines, DIRECT)
         assert_buckets_sound(plan)
-        found, in_stage = defaultdict(list), stages(model, parallel)
+        carried, in_stage = defaultdict(list), stages(model, parallel)
         for link in plan.links:
             stage, rank = divmod(link.source, 2 * parallel.tensor)
             assert stage == link.stage and all(in_stage[stage](name) for name in {part.name for part in link.slices})
-            found[rank, link.receivers] += link.slices
-        assert {key: len(slices) for key, slices in found.items()} == {
-            (link.source, link.receivers): len(link.slices) for link in one.links
+            carried[rank, link.receivers] += link.slices
+        assert {key: len(slices) for key, slices in carried.items()} == {
+            (link.source, link.receivers): len(link.slices) for link in single.links
         }
-        assert all(set(found[link.source, link.receivers]) == set(link.slices) for link in one.links)
-        assert {part.name for link in one.links_to(0) for part in link.slices} == hf_shapes(model).keys()
+        assert all(set(carried[link.source, link.receivers]) == set(link.slices) for link in single.links)
+        assert {part.name for link in single.links_to(0) for part in link.slices} == hf_shapes(model).keys()
 
 
 def contains(held, part):
@@ -201,7 +201,7 @@ def moved(part, start, size):
 def vllm_share(model, size, rank):
     """(start, shape) of what a tensor rank of vLLM holds of every tensor, written down from vLLM's layers: columns or rows
     in equal parts, a KV head on several ranks where there are fewer heads than ranks, the vocabulary in multiples of 64."""
-    found = {}
+    boxes = {}
     padded = (model.vocab + 63) // 64 * 64
     for name, whole in hf_shapes(model).items():
         start, shape = [0] * len(whole), list(whole)
@@ -217,8 +217,8 @@ def vllm_share(model, size, rank):
         elif layer in ("embed_tokens", "lm_head"):
             start[0] = min(padded // size * rank, model.vocab)
             shape[0] = min(padded // size * (rank + 1), model.vocab) - start[0]
-        found[name] = tuple(start), tuple(shape)
-    return found
+        boxes[name] = tuple(start), tuple(shape)
+    return boxes
 
 
 def test_bytes_per_link_by_hand():
@@ -310,11 +310,11 @@ def vllm_parameter(model, truth, size, rank, path, leaf):
     for name in names:
         start, own = vllm_share(model, size, rank)[name]
         shares.append(truth[name][box_of(Slice(name, truth[name].shape, start, own))])
-    found = torch.cat(shares)
+    whole = torch.cat(shares)
     if layer in ("embed_tokens", "lm_head"):
         rows = (model.vocab + 63) // 64 * 64 // size
-        found = torch.cat([found, torch.zeros(rows - len(found), found.shape[1])])
-    return found
+        whole = torch.cat([whole, torch.zeros(rows - len(whole), whole.shape[1])])
+    return whole
 
 
 def test_a_slice_that_never_came_is_noticed():

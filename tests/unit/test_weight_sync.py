@@ -221,10 +221,10 @@ def run_ranks(*syncs):
 
 def three_ranks(pool, controls):
     """Two stages; the second has a tensor rank that does not send."""
-    one, two = weights("a"), weights("b", sizes=(30, 1), seed=1)
-    sources = [Source(one, two), Source(one, two, rank=1, stage=1), Source(one, two, rank=2, stage=1)]
+    first, second = weights("a"), weights("b", sizes=(30, 1), seed=1)
+    sources = [Source(first, second), Source(first, second, rank=1, stage=1), Source(first, second, rank=2, stage=1)]
     return (
-        one | two,
+        first | second,
         sources,
         [WeightSync(config(), source, pool if rank == 0 else None, controls[rank]) for rank, source in enumerate(sources)],
     )
@@ -352,16 +352,16 @@ def test_the_links_are_built_again_when_an_engine_comes(control):
 def test_links_of_unequal_length_come_to_their_ends(ranks):
     """Stage 1 has 1 bucket, stage 0 has 8, the last of which is the largest; a worker takes them in turn."""
     pool, controls = Pool(1, 1), ranks(2)
-    one, two = weights("a", sizes=(9,) * 7 + (16,)), weights("b", sizes=(3,), seed=1)
+    first, second = weights("a", sizes=(9,) * 7 + (16,)), weights("b", sizes=(3,), seed=1)
     syncs = [
-        WeightSync(config(), Source(one, two, rank=rank, stage=rank), pool if rank == 0 else None, controls[rank])
+        WeightSync(config(), Source(first, second, rank=rank, stage=rank), pool if rank == 0 else None, controls[rank])
         for rank in range(2)
     ]
     for version in (1, 2):
         assert run_ranks(*syncs) == [version] * 2
     for engine in pool.workers:
         assert engine[0].order[:3] == ["a0", "b0", "a1"]
-        assert all(torch.equal(engine[0].loaded[name], tensor) for name, tensor in (one | two).items())
+        assert all(torch.equal(engine[0].loaded[name], tensor) for name, tensor in (first | second).items())
 
 
 def test_a_worker_that_takes_nothing_is_named_and_not_one_that_waits_for_it(monkeypatch, control):
