@@ -98,7 +98,7 @@ def build(
     LEVELS; some facts may be asked more often, to complete a group, and fewer are made once none is new. Raises
     ValueError where a level or category does not exist, or where there are not so many facts.
     """
-    check(levels, categories)
+    check(levels, categories, facts)
     parts = {
         name: split_facts(category.facts, f"{seed}/hold out/{name}")
         for name, category in table().items()
@@ -128,10 +128,14 @@ def build(
     )
 
 
-def check(levels: Collection[int] | None, categories: Collection[str] | None) -> None:
-    """Raises ValueError where a level or category does not exist."""
+def check(levels: Collection[int] | None, categories: Collection[str] | None, facts: int | None) -> None:
+    """Raises ValueError where a level or category does not exist, or where the facts make no question."""
     _check("level", levels, LEVELS)
     _check("category", categories, table())
+    if facts is not None and facts < FEWEST_OPTIONS:
+        raise ValueError(
+            f"medfacts: facts: {facts} make no question with {FEWEST_OPTIONS} options; give {FEWEST_OPTIONS} or more"
+        )
 
 
 def _check(field: str, chosen: Collection | None, known: Iterable) -> None:

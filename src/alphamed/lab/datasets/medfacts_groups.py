@@ -73,8 +73,8 @@ class Groups:
         return more <= 1 or any(self._reaches(possible & self._beside[fact], more - 1) for fact in possible)
 
 
-def _exclusive(one: Fact, other: Fact) -> bool:
-    return not one.allows(other.answer) and not other.allows(one.answer)
+def _exclusive(fact: Fact, other: Fact) -> bool:
+    return not fact.allows(other.answer) and not other.allows(fact.answer)
 
 
 def split_facts(facts: Sequence[Fact], key: str) -> tuple[tuple[Fact, ...], tuple[Fact, ...]]:
@@ -93,10 +93,6 @@ def choose(facts: Mapping[str, Sequence[Fact]], count: int, key: str) -> dict[st
     """`count` facts dealt evenly to the categories, at least FEWEST_OPTIONS to each that gets any; each stands in a group of
     the chosen ones. Facts whose subject shares no word with the answer come first. ValueError where a category has not so
     many."""
-    if count < FEWEST_OPTIONS:
-        raise ValueError(
-            f"medfacts: facts: {count} make no question with {FEWEST_OPTIONS} options; give {FEWEST_OPTIONS} or more"
-        )
     names = shuffled(facts, key)[: count // FEWEST_OPTIONS]
     shares = {name: count // len(names) + (place < count % len(names)) for place, name in enumerate(names)}
     chosen = {}
@@ -126,7 +122,7 @@ def _picked(order: Sequence[Fact], count: int) -> tuple[Fact, ...]:
     while len(picked) < min(count, len(order)):
         group: list[Fact] = []
         for fact in order:
-            if fact not in picked and len(picked) + len(group) < count and all(_exclusive(fact, one) for one in group):
+            if fact not in picked and len(picked) + len(group) < count and all(_exclusive(fact, member) for member in group):
                 group.append(fact)
         picked += group
     return tuple(picked) if Groups(picked).stray() is None else ()
