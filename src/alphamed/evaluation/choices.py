@@ -17,6 +17,7 @@ from alphamed.answers.extraction import closed_boxes
 from alphamed.answers.folding import fold
 from alphamed.data.text import normalised_option
 from alphamed.evaluation.score import Share, percent
+from alphamed.records import Outcome, ScoredGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,11 @@ class Entropy:
 
     bits: float
     even_bits: float
+
+    @property
+    def share(self) -> float:
+        """Of the entropy of an even choice; 1 where there is no choice."""
+        return self.bits / self.even_bits if self.even_bits else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +76,23 @@ class Choices:
             "same_choice": self.same,
             "same_choice_chance": self.same_chance,
         }
+
+
+def choices_of_groups(groups: Iterable[ScoredGroup]) -> Choices | None:
+    """The statistics of graded groups; None as `choices`."""
+    return choices(
+        [
+            Response(
+                scored.group.question.id,
+                scored.group.question.options,
+                scored.group.question.answer,
+                rollout.text,
+                letter if outcome in (Outcome.CORRECT, Outcome.WRONG) else None,
+            )
+            for scored in groups
+            for rollout, letter, outcome in zip(scored.group.rollouts, scored.letters, scored.outcomes, strict=True)
+        ]
+    )
 
 
 def choices(responses: Sequence[Response]) -> Choices | None:
