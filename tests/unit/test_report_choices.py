@@ -11,7 +11,7 @@ from alphamed.evaluation.runner import Evaluation, QuestionSet, SetResult, summa
 from alphamed.evaluation.score import score
 from alphamed.files import replace_text
 from alphamed.lab.reports import choices
-from alphamed.lab.reports.report import set_reports, write_report
+from alphamed.lab.reports.report import evaluations, set_reports, write_report
 from alphamed.lab.reports.summary import summary as run_summary
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
 
@@ -72,7 +72,7 @@ def test_a_gain_above_all_blind_policies(run_dir):
     write_train(run_dir, closed)
     evaluate(run_dir, 0, [graded(closed(i), "C") for i in range(200)])
     evaluate(run_dir, 5, half_right(closed))  # 125 of 200
-    (report,) = set_reports(run_dir)
+    (report,) = set_reports(run_dir, evaluations(run_dir))
     assert report.sentences[-1] == (
         "Without reading the question: best constant letter (A) 25.0% [19.5%, 31.4%], was ever a key (fitted on 40 training "
         "questions) 25.0% [19.5%, 31.4%], longest option 25.0% [19.5%, 31.4%], shortest option 25.0% [19.5%, 31.4%], most words "
@@ -94,7 +94,7 @@ def test_a_gain_that_needs_no_question(run_dir):
     write_train(run_dir, leaky)
     evaluate(run_dir, 0, [graded(leaky(i), "C") for i in range(200)])
     evaluate(run_dir, 5, half_right(leaky))
-    (report,) = set_reports(run_dir)
+    (report,) = set_reports(run_dir, evaluations(run_dir))
     assert "was ever a key (fitted on 40 training questions) 100.0% [98.1%, 100.0%]" in report.sentences[-1]
     assert report.sentences[-1].endswith(
         "The share of correct answers (62.5% [55.6%, 68.9%]) is not shown to be above the best of them, so that it shows no "
@@ -105,14 +105,17 @@ def test_a_gain_that_needs_no_question(run_dir):
 def test_without_the_training_files_the_set_itself_is_fitted_on(run_dir):
     evaluate(run_dir, 0, [graded(leaky(i), "C") for i in range(200)])
     evaluate(run_dir, 5, half_right(leaky))
-    assert "was ever a key (fitted on all other questions of the set) 100.0%" in set_reports(run_dir)[0].sentences[-1]
+    assert (
+        "was ever a key (fitted on all other questions of the set) 100.0%"
+        in set_reports(run_dir, evaluations(run_dir))[0].sentences[-1]
+    )
     (run_dir / "train.jsonl").write_text('{"prompt": "no question", "responses": ["x"]}\n')
-    assert "(fitted on all other questions of the set)" in set_reports(run_dir)[0].sentences[-1]
+    assert "(fitted on all other questions of the set)" in set_reports(run_dir, evaluations(run_dir))[0].sentences[-1]
 
 
 def test_one_evaluation_claims_no_gain(run_dir):
     evaluate(run_dir, 0, [graded(closed(i), "C") for i in range(20)])
-    (report,) = set_reports(run_dir)
+    (report,) = set_reports(run_dir, evaluations(run_dir))
     assert report.sentences == () and ("Text and letter agree", "100.0% [83.9%, 100.0%]", "") in report.table
 
 
