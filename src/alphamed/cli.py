@@ -307,11 +307,21 @@ def _worker(options: argparse.Namespace) -> int:
 
 
 def _train_here(config: Config) -> None:
-    """The loop on this rank: torch is imported when its output goes to the rank's log."""
-    from alphamed import train
+    """The loop on this rank: torch is imported when its output goes to the rank's log, and after rank 0 has begun to start the
+    engines."""
+    from alphamed.imports import quick_imports
     from alphamed.lab.hooks import HOOKS
+    from alphamed.rollout.start import EngineStart
 
-    train.main(config, HOOKS)
+    starting = EngineStart(config)
+    try:
+        if os.environ.get("RANK", "0") == "0" and starting.may_be_early:
+            starting.begin()
+        with quick_imports("wandb"):  # Megatron-Core would import it for logs that are never asked of it
+            from alphamed import train
+        train.main(config, HOOKS, starting)
+    finally:
+        starting.stop()
 
 
 def _eval(options: argparse.Namespace) -> int:
