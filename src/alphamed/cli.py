@@ -307,21 +307,15 @@ def _worker(options: argparse.Namespace) -> int:
 
 
 def _train_here(config: Config) -> None:
-    """The loop on this rank: torch is imported when its output goes to the rank's log, and after rank 0 has begun to start the
-    engines."""
+    """The loop on this rank: torch is imported when its output goes to the rank's log, while the engines start."""
     from alphamed.imports import quick_imports
     from alphamed.lab.hooks import HOOKS
-    from alphamed.rollout.start import EngineStart
+    from alphamed.rollout.start import started_early
 
-    starting = EngineStart(config)
-    try:
-        if os.environ.get("RANK", "0") == "0" and starting.may_be_early:
-            starting.begin()
-        with quick_imports("wandb"):  # Megatron-Core would import it for logs that are never asked of it
+    with started_early(config) as engine_start:
+        with quick_imports("wandb"):  # which Megatron-Core imports where it is installed
             from alphamed import train
-        train.main(config, HOOKS, starting)
-    finally:
-        starting.stop()
+        train.main(config, HOOKS, engine_start)
 
 
 def _eval(options: argparse.Namespace) -> int:

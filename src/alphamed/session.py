@@ -131,9 +131,9 @@ class Session:
 
 
 @contextlib.contextmanager
-def open_session(config: Config, hooks: Hooks = Hooks(), starting: EngineStart | None = None) -> Iterator[Session]:
-    """Build this rank's parts, from the last checkpoint where there is one; end all of them on the way out. `starting`: the
-    engines, where they have been begun."""
+def open_session(config: Config, hooks: Hooks = Hooks(), engine_start: EngineStart | None = None) -> Iterator[Session]:
+    """Build this rank's parts, from the last checkpoint where there is one; end all of them on the way out. `engine_start`:
+    where it has begun."""
     with contextlib.ExitStack() as stack:
         here = runtime.start(config)
         stack.callback(runtime.stop, here)
@@ -156,7 +156,7 @@ def open_session(config: Config, hooks: Hooks = Hooks(), starting: EngineStart |
         prompts = PromptBuilder(tokenizer, config.prompt)
         if config.rollout.replay is None:
             run.note("starting the engines ...")
-        engines = _engines(config, starting or EngineStart(config), control, stack)
+        engines = _engines(config, engine_start or EngineStart(config), control, stack)
         if engines:
             pulse.watch(
                 [*((f"engine {one.index}", one.actor) for one in engines.pool.engines), ("reward process", engines.grader)]

@@ -13,13 +13,13 @@ from alphamed.rundir.timing import Timer
 from alphamed.session import open_session
 
 
-def main(config: Config, hooks: Hooks = Hooks(), starting: EngineStart | None = None) -> None:
+def main(config: Config, hooks: Hooks = Hooks(), engine_start: EngineStart | None = None) -> None:
     """Train from where the run directory stands to its last step, then export, evaluate and report. `hooks`: what training could
-    do without, by default nothing. `starting`: the engines, where they have been begun.
+    do without, by default nothing. `engine_start`: where it has begun.
 
     Raises RunFailed on every rank, naming the failed component.
     """
-    with open_session(config, hooks, starting) as session:
+    with open_session(config, hooks, engine_start) as session:
         run, policy, rollouts, sync = session.run, session.policy, session.rollouts, session.sync
         sync.push()  # engines start from the policy, also after a resume
         run.evaluate(session.evaluate)

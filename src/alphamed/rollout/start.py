@@ -1,17 +1,16 @@
 """Ray, the engines and the reward process of a run, started early: before the trainer imports its libraries and builds its
 model, which takes as long.
 
-    starting = EngineStart(config)
-    starting.begin()                # rank 0, as soon as it runs; what fails is raised by `finish`
-    ...
-    pool, grader = starting.finish()
-    ...
-    starting.stop()
+    with started_early(config) as engines:
+        ...                                     # meanwhile; what fails is raised by `finish`
+        pool, grader = engines.finish()         # on rank 0
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from alphamed.answers.thinking import Thinking
@@ -27,6 +26,18 @@ from alphamed.rollout.pool import EnginePool, StartingPool
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
+
+
+@contextlib.contextmanager
+def started_early(config: Config) -> Iterator[EngineStart]:
+    """Begin on rank 0, where the engines need not wait for the trainer; whatever was started has ended when the block ends."""
+    start = EngineStart(config)
+    try:
+        if os.environ.get("RANK", "0") == "0" and start.may_be_early:
+            start.begin()
+        yield start
+    finally:
+        start.stop()
 
 
 class EngineStart:
