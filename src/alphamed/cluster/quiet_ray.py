@@ -23,7 +23,7 @@ def apply() -> None:
     for name in ("start_api_server", "start_monitor", "start_log_monitor"):
         assert hasattr(Node, name), f"another version of Ray: look for what does the work of Node.{name}"
     Node.start_api_server = _start_no_api_server
-    Node.start_monitor = Node.start_log_monitor = lambda node: None
+    Node.start_monitor = Node.start_log_monitor = lambda self: None
 
 
 def _start_no_api_server(node, *, include_dashboard: bool | None, raise_on_failure: bool) -> None:

@@ -251,7 +251,7 @@ def _start_vllm(spec: EngineSpec) -> Any:
         from vllm.v1.engine.async_llm import AsyncLLM
 
     if not spec.cuda:
-        utils.get_mp_context = fork_server.Context
+        utils.get_mp_context = fork_server.Context  # pyright: ignore[reportPrivateImportUsage]  # replaced where it is used
     return AsyncLLM.from_engine_args(_engine_args(spec))
 
 
