@@ -247,11 +247,15 @@ def _engine_processes() -> dict[str, Process]:
 # ------------------------------------------------------------------------------------------ vLLM 0.32 (CPU and CUDA builds)
 def _start_vllm(spec: EngineSpec) -> Any:
     with quick_imports(*(() if spec.cuda else UNUSED_BY_VLLM)):
+        from vllm.model_executor.models import registry
         from vllm.v1.engine import utils
         from vllm.v1.engine.async_llm import AsyncLLM
 
     if not spec.cuda:
         utils.get_mp_context = fork_server.Context  # pyright: ignore[reportPrivateImportUsage]  # replaced where it is used
+        # vLLM looks at a model's class in a process of its own the first time, which imports vLLM once more, lest CUDA be
+        # initialized in this one
+        registry._run_in_subprocess = lambda look: look()
     return AsyncLLM.from_engine_args(_engine_args(spec))
 
 
