@@ -12,6 +12,8 @@ from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
+from alphamed.cluster import processes
+
 PRELOADED = "alphamed.rollout.preloaded"
 LIBRARIES = {"libgomp": ("torch", ("../torch.libs", "lib")), "libtcmalloc": ("vllm", ("libs",))}
 """What vLLM's CPU platform, once it is imported, puts into LD_PRELOAD of the processes that it starts: library -> package, and
@@ -26,7 +28,8 @@ def start() -> None:
 
 
 class Process(ForkServerProcess):
-    """A fork of the server that gets the environment of this process as it is when it is started."""
+    """A fork of the server that gets the environment of this process as it is when it is started, and ends with it: Ray kills
+    the children of an actor that ends, but not their children."""
 
     def start(self) -> None:
         self._environment = dict(os.environ)
@@ -34,6 +37,9 @@ class Process(ForkServerProcess):
 
     def run(self) -> None:
         os.environ.update(self._environment)
+        # the server ends when nobody holds this any more: neither the process that started it nor, by default, a fork
+        os.close(forkserver._forkserver._forkserver_alive_fd)  # pyright: ignore[reportAttributeAccessIssue]  # not in typeshed
+        processes.die_with_parent()
         super().run()
 
 
