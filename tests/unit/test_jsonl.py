@@ -101,7 +101,7 @@ def test_questions_are_written_as_they_were(tmp_path):
 
 def test_logs_and_work_files_of_the_program(tmp_path):
     evaluation_log.record(tmp_path, 3, "training", [(f"set {SEPARATORS}", "test", 5)])
-    assert evaluation_log.sentences(tmp_path) == [f"Test set set {SEPARATORS} was looked at once (step 3)."]
+    assert evaluation_log.sentences(tmp_path) == [f"Test set set {SEPARATORS} was evaluated once (step 3)."]
     append_json(tmp_path / "metrics.jsonl", {"step": 1, "loss": 0.5})
     assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5}]
     append_json(
@@ -136,7 +136,7 @@ def test_half_a_last_line_is_left_out_and_cut_off_by_the_next(tmp_path):
 @pytest.mark.parametrize(
     "line, problem",
     [
-        (b'{"x": 1, "x": 2}', "line 1 is not JSON that can be used: key 'x' stands twice; remove it"),
+        (b'{"x": 1, "x": 2}', "line 1 is not JSON that can be used: key 'x' occurs twice; remove it"),
         (b"[" * 100_000, "line 1 is not JSON that can be used: maximum recursion depth"),
         (b'{"x": "\xe9"}', "line 1 is wrong encoding: byte 0xe9 at byte 8 of the line is not UTF-8; remove it"),
         (b"{", "line 1 is not JSON: Expecting property name enclosed in double quotes at character 2; remove it"),

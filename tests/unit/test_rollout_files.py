@@ -12,7 +12,6 @@ from alphamed.rundir.rollout_files import (
     RolloutFileError,
     read_answers,
     read_rollouts,
-    recorded_step,
     recorded_steps,
     rollout_path,
     write_rollouts,
@@ -74,7 +73,7 @@ def test_groups_come_back_equal_and_in_order(tmp_path):
     read = read_rollouts(path)
     assert read == GROUPS
     assert [list(group.group.question.options) for group in read] == [["A", "B"], ["C", "A", "B"], ["A", "B"]]
-    assert recorded_step(path) == 12 and recorded_steps(tmp_path) == [12]
+    assert pq.read_schema(path).metadata[b"alphamed.step"] == b"12" and recorded_steps(tmp_path) == [12]
     assert isinstance(read[0].outcomes[0], Outcome)
     assert isinstance(read[0].group.rollouts[0].finish_reason, FinishReason)
     assert [file.name for file in path.parent.iterdir()] == [path.name]  # no temporary file stays
@@ -178,10 +177,11 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 def test_answers_are_the_same_groups_without_tokens(tmp_path):
     groups = (scored_group("a", 3), scored_group("b", 6, level=4, source="medqa"))
     write_rollouts(tmp_path / "s.parquet", 7, groups)
-    for found, group in zip(read_answers(tmp_path / "s.parquet"), groups, strict=True):
-        assert (found.group_id, found.question) == (group.group.group_id, group.group.question)
-        assert found.texts == tuple(rollout.text for rollout in group.group.rollouts)
-        assert (found.outcomes, found.letters, found.rewards) == (group.outcomes, group.letters, group.rewards)
-        assert found.tokens == tuple(len(rollout.response_token_ids) for rollout in group.group.rollouts)
+    for answers, group in zip(read_answers(tmp_path / "s.parquet"), groups, strict=True):
+        assert (answers.group_id, answers.question) == (group.group.group_id, group.group.question)
+        assert answers.texts == tuple(rollout.text for rollout in group.group.rollouts)
+        assert (answers.outcomes, answers.letters, answers.rewards) == (group.outcomes, group.letters, group.rewards)
+        assert answers.tokens == tuple(len(rollout.response_token_ids) for rollout in group.group.rollouts)
+        assert answers.truncated == tuple(rollout.finish_reason != "stop" for rollout in group.group.rollouts)
     with pytest.raises(RolloutFileError, match="no such file"):
         read_answers(tmp_path / "absent.parquet")

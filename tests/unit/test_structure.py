@@ -119,6 +119,19 @@ def test_the_linter_finds_nothing():
     assert form.returncode == 0, form.stdout + form.stderr
 
 
+def test_the_type_checker_finds_nothing():
+    """The settings are those of pyproject.toml; the libraries are those of the interpreter that runs this."""
+    pytest.importorskip("basedpyright", reason="basedpyright is not installed (tests/requirements.txt)")
+    run = subprocess.run(
+        [sys.executable, "-m", "basedpyright", "--pythonpath", sys.executable, "src"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
 def test_files_and_functions_stay_short():
     """A file over 400 lines, or a function over 60, asks to be split."""
     long = []

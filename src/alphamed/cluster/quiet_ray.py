@@ -15,20 +15,25 @@ Remove when: Ray's usage module stays silent under RAY_USAGE_STATS_ENABLED=0.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ray._private.node import Node
+
 
 def apply() -> None:
     """From now on a head that this process starts has no dashboard process, and a host neither monitor."""
     from ray._private.node import Node
 
     for name in ("start_api_server", "start_monitor", "start_log_monitor"):
-        assert hasattr(Node, name), f"another version of Ray: look for what does the work of Node.{name}"
+        assert hasattr(Node, name), f"another version of Ray: find what does the work of Node.{name}"
     Node.start_api_server = _start_no_api_server
     Node.start_monitor = Node.start_log_monitor = lambda self: None
 
 
-def _start_no_api_server(node, *, include_dashboard: bool | None, raise_on_failure: bool) -> None:
-    assert not include_dashboard, "a dashboard was asked for"
-    node._webui_url = None
+def _start_no_api_server(self: Node, *, include_dashboard: bool | None, raise_on_failure: bool) -> None:
+    assert not include_dashboard, "this start of Ray wants a dashboard"
+    self._webui_url = None
 
 
 def main() -> None:

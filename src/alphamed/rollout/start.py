@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from alphamed.answers.thinking import Thinking
 from alphamed.cluster import placement
+from alphamed.cluster.cluster_job import ClusterJob
 from alphamed.cluster.hardware import wants_cuda
-from alphamed.cluster.job import Job
 from alphamed.config.schema import Config
 from alphamed.data.prompts import PromptBuilder
 from alphamed.data.tokenizer import load_tokenizer
@@ -56,7 +56,7 @@ class EngineStart:
         """Whether engines take nothing that the trainer must have first: memory of its GPUs, or the time in which the other
         hosts of a run join it."""
         shares_gpus = wants_cuda(self._config) and self._config.cluster.share_gpus
-        alone = Job.of_environment() is None and not os.environ.get("RAY_ADDRESS")
+        alone = ClusterJob.of_environment() is None and not os.environ.get("RAY_ADDRESS")
         return self._config.rollout.replay is None and alone and not shares_gpus
 
     def begin(self) -> None:

@@ -13,12 +13,13 @@ from pathlib import Path
 from alphamed.data.text import word_count
 from alphamed.errors import ConfigError
 from alphamed.files import read_json_lines
-from alphamed.records import FinishReason, Outcome, ScoredGroup
+from alphamed.records import ScoredGroup
+from alphamed.response_stats import ResponseStats
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One column of metrics.jsonl. `unit` is empty for pure numbers; a share lies in 0..1."""
+    """One column of metrics.jsonl. `unit` is empty for pure numbers; a share is in 0..1."""
 
     name: str
     unit: str
@@ -33,7 +34,8 @@ METRICS: Mapping[str, Metric] = _table(
     ("step", "", "number of the step, from 1"),
     ("policy_version", "", "weights that generated the step's rollouts (the oldest, where they differ)"),
     # ------------------------------------------------------------------------------------------- what grading found
-    ("reward/mean", "", "mean reward of the step's responses"),
+    ("reward/mean", "", "mean reward of the step's responses, without the penalty on lengths"),
+    ("reward/length_penalty", "", "mean penalty on lengths (reward.overlong_buffer_tokens), which only advantages hold"),
     ("reward/correct", "share", "responses whose boxed letter is the answer"),
     ("reward/boxed", "share", "responses that ended in time with a readable boxed letter, right or wrong"),
     ("reward/unparseable", "share", "responses that ended in time without a readable boxed letter"),
@@ -83,7 +85,7 @@ METRICS: Mapping[str, Metric] = _table(
     ("batch/shared_fraction", "share", "prompt tokens saved because samples share their prompt"),
     ("batch/dp_imbalance", "", "largest over mean load of the data ranks, less 1"),
     ("batch/row_imbalance", "", "most expensive over mean row of a data rank, less 1: what pipeline stages wait for"),
-    # ------------------------------------------------------------------------------------------- where time goes
+    # ------------------------------------------------------------------------------------------- times
     ("time/step_s", "s", "the whole step, without checkpoint and evaluation"),
     ("time/generate_s", "s", "from the step's first request to its last response; ahead of the policy, the wait for groups"),
     ("time/reward_s", "s", "waiting for grading after the last response (the rest of it runs beside generation)"),
@@ -108,7 +110,7 @@ METRICS: Mapping[str, Metric] = _table(
 MAX_STEP = 10**9
 """No run has more; file names hold them with six digits."""
 BARE_BOX_WORDS = 5
-"""A response whose text before its last box holds fewer words reasons no longer. "The answer is" are three."""
+"""A response whose text before its last box holds fewer words no longer reasons. "The answer is" are three."""
 
 
 def read_rows(path: Path) -> list[dict[str, float | None]]:
@@ -163,31 +165,27 @@ def undeclared(names: Iterable[str]) -> list[str]:
 
 
 def reduce_groups(groups: Sequence[ScoredGroup]) -> dict[str, float]:
-    """What a step's graded groups say. Every sample counts once, every group once; ValueError without any sample."""
+    """The metrics of a step's graded groups. Every sample counts once, every group once; ValueError without any sample."""
     outcomes = [outcome for group in groups for outcome in group.outcomes]
     rollouts = [rollout for group in groups for rollout in group.group.rollouts]
     if not outcomes or len(outcomes) != len(rollouts):
         raise ValueError(
             f"metrics need graded samples: {len(groups)} groups hold {len(rollouts)} rollouts and {len(outcomes)} outcomes"
         )
+    stats = ResponseStats.of_groups(groups)
     rewards = [reward for group in groups for reward in group.rewards]
-    tokens = [len(rollout.response_token_ids) for rollout in rollouts]
-    boxed = [r.text for r, outcome in zip(rollouts, outcomes) if outcome in (Outcome.CORRECT, Outcome.WRONG)]
-
-    def share(*kinds: Outcome) -> float:
-        return sum(outcome in kinds for outcome in outcomes) / len(outcomes)
-
+    bare_boxes = sum(is_bare_box(rollout.text) for rollout, outcome in zip(rollouts, outcomes) if outcome.boxed)
     return {
         "reward/mean": sum(rewards) / len(rewards),
-        "reward/correct": share(Outcome.CORRECT),
-        "reward/boxed": share(Outcome.CORRECT, Outcome.WRONG),
-        "reward/unparseable": share(Outcome.UNPARSEABLE),
-        "reward/truncated": sum(r.finish_reason != FinishReason.STOP for r in rollouts) / len(rollouts),
-        "reward/failed": share(Outcome.TIMEOUT, Outcome.CRASH),
+        "reward/correct": stats.accuracy,
+        "reward/boxed": stats.share(stats.boxed),
+        "reward/unparseable": stats.share(stats.unparseable),
+        "reward/truncated": stats.share(stats.truncated),
+        "reward/failed": stats.share(stats.failed),
         "reward/effective_groups": sum(group.has_signal for group in groups) / len(groups),
-        "reward/bare_box": sum(map(is_bare_box, boxed)) / len(boxed) if boxed else 0.0,
-        "response/tokens_mean": sum(tokens) / len(tokens),
-        "response/tokens_max": float(max(tokens)),
+        "reward/bare_box": bare_boxes / stats.boxed if stats.boxed else 0.0,
+        "response/tokens_mean": stats.tokens_mean,
+        "response/tokens_max": float(stats.tokens_max),
     }
 
 
@@ -200,9 +198,9 @@ def rates(metrics: Mapping[str, float], response_tokens: int) -> dict[str, float
     """Throughput from the step's times (see METRICS); a rate whose time is absent or 0 is left out."""
     generate = metrics.get("time/generate_s", 0.0)
     train = metrics.get("time/update_s", 0.0)
-    found = {}
+    rates = {}
     if generate > 0:
-        found["throughput/generated_tokens_per_s"] = response_tokens / generate
+        rates["throughput/generated_tokens_per_s"] = response_tokens / generate
     if train > 0:
-        found["throughput/trained_tokens_per_s"] = response_tokens / train
-    return found
+        rates["throughput/trained_tokens_per_s"] = response_tokens / train
+    return rates
