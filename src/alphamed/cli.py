@@ -308,11 +308,15 @@ def _worker(options: argparse.Namespace) -> int:
 
 
 def _train_here(config: Config) -> None:
-    """The loop on this rank: torch is imported when its output goes to the rank's log."""
-    from alphamed import train
+    """The loop on this rank: torch is imported when its output goes to the rank's log, while the engines start."""
+    from alphamed.imports import quick_imports
     from alphamed.lab.hooks import HOOKS
+    from alphamed.rollout.start import started_early
 
-    train.main(config, HOOKS)
+    with started_early(config) as engine_start:
+        with quick_imports("wandb"):  # which Megatron-Core imports where it is installed
+            from alphamed import train
+        train.main(config, HOOKS, engine_start)
 
 
 def _eval(options: argparse.Namespace) -> int:
