@@ -76,7 +76,7 @@ class Job:
 
     @property
     def engines(self) -> int:
-        return 0 if self.rollout.replay else self.rollout.engines
+        return self.rollout.engines if self.config.generates else 0
 
     @property
     def gpus(self) -> int:

@@ -103,7 +103,7 @@ def job_here(config: Config, shape: ModelShape) -> Job:
 def _this_machine(config: Config) -> tuple[hardware.Gpu, int]:
     from alphamed.cluster.hardware import cores, memory_bytes
 
-    engines = 0 if config.rollout.replay else config.rollout.engines * config.rollout.tensor_parallel
+    engines = config.rollout.engines * config.rollout.tensor_parallel if config.generates else 0
     processes = config.parallel.world + engines
     return hardware.cpu(cores(), memory_bytes()[0], processes), processes
 
