@@ -18,6 +18,7 @@ from typing import Any
 from alphamed.answers.thinking import Thinking
 from alphamed.config.choices import Device
 from alphamed.config.schema import Config
+from alphamed.config.supervised import SftConfig
 from alphamed.data.example_tokens import ExampleEncoder, load_usable
 from alphamed.data.mcq import RowProblem
 from alphamed.data.overlap import refuse_overlap
@@ -69,7 +70,7 @@ def validate(config: Config, check_plan: Callable[[Config, ModelShape], None]) -
     """Check a run before it starts. A model that has to be fetched is fetched. `check_plan` raises ConfigError for what
     cannot fit (`lab.hooks.refuse_unfit`)."""
     if config.sft is not None:
-        return _validate_supervised(config, check_plan)
+        return _validate_supervised(config, config.sft, check_plan)
     changed = _check_run_dir(config)
     _check_hardware(config)
     check_name(config.reward.name)
@@ -105,7 +106,7 @@ def validate(config: Config, check_plan: Callable[[Config, ModelShape], None]) -
     )
 
 
-def _validate_supervised(config: Config, check_plan: Callable[[Config, ModelShape], None]) -> Checked:
+def _validate_supervised(config: Config, sft: SftConfig, check_plan: Callable[[Config, ModelShape], None]) -> Checked:
     """`validate` of supervised training: examples in place of questions, engines only for evaluations."""
     changed = _check_run_dir(config)
     _check_hardware(config)
@@ -121,9 +122,9 @@ def _validate_supervised(config: Config, check_plan: Callable[[Config, ModelShap
     training = load_usable(config, ExampleEncoder(model.tokenizer, model.prompts, config))
     if not config.evaluation.allow_overlap:
         refuse_overlap([example.question() for example in training.examples], questions)
-    if len(training.examples) < config.sft.prompts_per_step:
+    if len(training.examples) < sft.prompts_per_step:
         raise ConfigError(
-            f"sft.prompts_per_step: {config.sft.prompts_per_step} is more than the {len(training.examples)} examples of "
+            f"sft.prompts_per_step: {sft.prompts_per_step} is more than the {len(training.examples)} examples of "
             f"data.train; lower it or add data"
         )
     notes = [

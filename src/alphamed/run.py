@@ -286,7 +286,8 @@ class Run:
         )
 
     def evaluate(self, begin: Callable[[bool], Callable[[], Evaluation]], last: bool = False) -> bool:
-        """Evaluate if that is due and not written yet. Rank 0 calls `begin(background)`, and what it returns to wait for the result. Returns whether an evaluation began.
+        """Evaluate if that is due and not written yet. Rank 0 calls `begin(background)`, and what it returns to wait for the
+        result. Returns whether an evaluation began.
 
         With evaluation.background one between steps is only begun here: `finish_evaluation` waits for it.
         """

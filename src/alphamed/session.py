@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from alphamed.cluster.pulse import Pulse
 from alphamed.config.choices import AnswerKeys
 from alphamed.config.schema import Config
 from alphamed.data.controls import with_shuffled_keys
-from alphamed.data.example_supply import ExampleSupply
+from alphamed.data.example_supply import ExampleSupply, with_length
 from alphamed.data.example_tokens import ExampleEncoder
 from alphamed.data.prompts import PromptBuilder
 from alphamed.data.sources import load_questions
@@ -145,14 +146,15 @@ def open_session(config: Config, hooks: Hooks = Hooks()) -> Iterator[Session]:
         control = stack.enter_context(
             Control.open(here.cpu_group, config.run_dir, config.cluster.heartbeat_timeout_s, longest_s=config.longest_wait_s)
         )
+        folder = control.from_rank0(
+            "finding the model", lambda: resolve(config.model.path, config.model.revision, config.model.cache)
+        )
+        config = control.from_rank0("the length of the run", partial(with_length, config, folder))
         run = Run.open(config, control, hooks)
         stack.callback(run.close)
         pulse = Pulse(run.dir, control.heard_s, lambda: run.activity)
         if control.rank == 0:
             stack.enter_context(pulse)
-        folder = control.from_rank0(
-            "finding the model", lambda: resolve(config.model.path, config.model.revision, config.model.cache)
-        )
         shape, tokenizer = read_shape(folder), load_tokenizer(folder)
         policy, saved = _policy(config, shape, here, folder, control, run)
         reference = _reference(config, shape, here, folder, control)

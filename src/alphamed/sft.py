@@ -19,7 +19,7 @@ def main(config: Config, hooks: Hooks = Hooks()) -> None:
     Raises RunFailed on every rank, naming the failed component.
     """
     with open_session(config, hooks) as session:
-        run, policy = session.run, session.policy
+        config, run, policy = session.config, session.run, session.policy
         evaluate(session)
         for step in run.steps():
             timer = Timer()

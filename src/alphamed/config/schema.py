@@ -172,7 +172,8 @@ class Config(Section):
         yield from self._rollout_problems()
         if o.min_lr > o.lr:
             yield f"optimizer.min_lr: {o.min_lr} is above optimizer.lr ({o.lr}); lower it"
-        if o.warmup_steps >= self.run.steps and o.warmup_steps:
+        length_known = self.sft is None or self.sft.epochs is None
+        if o.warmup_steps >= self.run.steps and o.warmup_steps and length_known:
             yield f"optimizer.warmup_steps: {o.warmup_steps} leaves no step of {self.run.steps}; lower it below run.steps"
         # a row is rounded up to what context ranks and, with sequence parallelism, tensor ranks can split, and FP8 can take
         room = self.prompt.max_tokens + r.max_response_tokens + self.token_multiple - 1
@@ -284,6 +285,8 @@ class Config(Section):
         if self.sft is None:
             return
         prompts, data = self.sft.prompts_per_step, self.parallel.data
+        if "{response}" not in self.sft.response_format:
+            yield f"sft.response_format: {self.sft.response_format!r} leaves the response out; put {{response}} into it"
         if prompts < data:
             yield (
                 f"sft.prompts_per_step: {prompts} gives {data} data ranks less than one prompt each; raise it to at least "

@@ -37,7 +37,7 @@ def m1k(row: Upstream) -> dict[str, Any]:
 def medreason(row: Upstream) -> dict[str, Any]:
     """UCSC-VLAA/MedReason: options are one text, an option a line; questions without any are open ones."""
     lines = str(row.get("options") or "").splitlines()
-    options = dict(match.groups() for line in lines if (match := _OPTION_LINE.match(line)))
+    options = {match[1]: match[2] for line in lines if (match := _OPTION_LINE.match(line))}
     return {
         "question": row["question"],
         "options": options or None,

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from alphamed.config.loading import changed_config
 from alphamed.config.schema import Config
 from alphamed.data.example_tokens import ExampleEncoder, TokenExample, load_usable
+from alphamed.data.prompts import PromptBuilder
 from alphamed.data.stream import SeededStream
+from alphamed.data.tokenizer import load_tokenizer
 from alphamed.records import StepRollouts, TokenGroup
 
 if TYPE_CHECKING:
@@ -22,6 +27,17 @@ class Control(Protocol):
     def on_rank0(self, what: str, function: Callable[[], T]) -> T | None: ...
 
     def share_tensors(self, tensors: list[Tensor] | None) -> list[Tensor]: ...
+
+
+def with_length(config: Config, folder: Path) -> Config:
+    """The configuration with run.steps in place of sft.epochs, where that is set. Reads data.train; `folder`: the model."""
+    if config.sft is None or config.sft.epochs is None:
+        return config
+    tokenizer = load_tokenizer(folder)
+    encoder = ExampleEncoder(tokenizer, PromptBuilder(tokenizer, config.prompt), config)
+    count = len(load_usable(config, encoder, check=False).examples)
+    steps = math.ceil(config.sft.epochs * count / config.sft.prompts_per_step)
+    return changed_config(config, [f"run.steps={steps}", "sft.epochs=null"])
 
 
 class ExampleSupply:
