@@ -67,13 +67,18 @@ LAYOUTS: Mapping[frozenset[str], Callable[[Upstream], dict[str, Any]]] = {
 
 
 def adapt(row: Upstream) -> Mapping[str, Any]:
-    """The row in the form of examples.py; itself where no layout has its columns. Raises ValueError for a broken one."""
+    """The row in the form of examples.py, without empty cells; itself where no layout has its columns. Raises ValueError for
+    a row of a layout that lacks a part of it."""
+    plain = {name: cell for name, cell in row.items() if cell is not None}
     for columns, adapter in LAYOUTS.items():
-        if columns <= row.keys():
-            try:
-                value = adapter(row)
-            except (KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"not in the layout of {adapter.__name__} ({type(error).__name__}: {error})") from None
-            kept = {name: row[name] for name in ("id",) if name in row}
-            return {name: cell for name, cell in (kept | value).items() if cell is not None}
-    return row
+        if not columns <= row.keys() or "response" in plain or "messages" in plain:
+            continue
+        if empty := sorted(columns - plain.keys()):
+            raise ValueError(f"{empty[0]} is empty")
+        try:
+            value = adapter(row)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not in the layout of {adapter.__name__} ({type(error).__name__}: {error})") from None
+        named = {"id": plain["id"]} if "id" in plain else {}
+        return named | {name: cell for name, cell in value.items() if cell is not None}
+    return plain

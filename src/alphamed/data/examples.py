@@ -99,7 +99,7 @@ def _parse(row: Row, response_format: str, known: Container[str]) -> Example:
     """Raises ValueError with the first problem, as a short phrase."""
     if not isinstance(row.value, Mapping):
         raise ValueError("not an object of keys and values")
-    value = adapt({name: cell for name, cell in row.value.items() if cell is not None})
+    value = adapt(row.value)
     responses, last = _responses(value)
     prompt = _prompt(value, row.where, last)
     if "reasoning" in value:
@@ -122,8 +122,8 @@ def _responses(value: Mapping[str, Any]) -> tuple[list[str], int]:
     if len(fields) > 1:
         raise ValueError(f"has both {fields[0]} and {fields[1]}; keep one")
     if fields and _is_conversation(value[fields[0]]):  # a completion as a list of messages
-        turns = _messages(value[fields[0]], fields[0])
-        if len(turns) != 1 or turns[0]["role"] != "assistant":
+        turns = _messages(value[fields[0]], fields[0], ("assistant",))
+        if len(turns) != 1:
             raise ValueError(f"{fields[0]} is a conversation of {len(turns)} turns, not one assistant turn; give messages")
         return [_text(turns[0]["content"], fields[0])], 0
     if fields:
@@ -173,7 +173,7 @@ def _is_conversation(value: object) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
 
 
-def _messages(value: object, field: str) -> tuple[Message, ...]:
+def _messages(value: object, field: str, first: tuple[str, ...] = ("system", "user")) -> tuple[Message, ...]:
     """A conversation: roles known, turns of user and assistant taking turns, a system prompt first if at all."""
     if not _is_conversation(value):
         raise ValueError(f"{field} is not a list of messages with role and content")
@@ -182,7 +182,7 @@ def _messages(value: object, field: str) -> tuple[Message, ...]:
         role = turn.get("role") if isinstance(turn, Mapping) else None
         if role not in ROLES:
             raise ValueError(f"{field}: role {short(role)} is none of {', '.join(ROLES)}")
-        expected = ("system", "user") if not turns else ("assistant",) if turns[-1]["role"] == "user" else ("user",)
+        expected = first if not turns else ("assistant",) if turns[-1]["role"] == "user" else ("user",)
         if role not in expected:
             raise ValueError(f"{field}: turn {len(turns) + 1} is the {role}'s, not the {expected[-1]}'s")
         content = turn.get("content")
