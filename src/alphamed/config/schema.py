@@ -210,12 +210,13 @@ class Config(Section):
                 f"rollout.{name}: {value} would sample from another distribution than the one the loss uses; "
                 f"set it to {full}"
             )
-        if a.mini_batches > r.questions_per_step or r.questions_per_step % a.mini_batches:
+        sampled = self.sft is None
+        if sampled and (a.mini_batches > r.questions_per_step or r.questions_per_step % a.mini_batches):
             yield (
                 f"algorithm.mini_batches: {a.mini_batches} does not divide rollout.questions_per_step "
                 f"({r.questions_per_step}); choose a divisor"
             )
-        if r.questions_per_step // a.mini_batches < p.data:
+        if sampled and r.questions_per_step // a.mini_batches < p.data:
             yield (
                 f"rollout.questions_per_step: {r.questions_per_step} gives {p.data} data ranks less than one question "
                 f"per update; raise it to at least {p.data * a.mini_batches} or lower parallel.data"
