@@ -1,6 +1,8 @@
 """Examples of supervised training: the forms of rows, public layouts, what is refused, and their token ids."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from tiny import tiny_tokenizer
@@ -126,6 +128,14 @@ def test_sharegpt(tmp_path):
     turns = [{"from": "human", "value": "1?"}, {"from": "gpt", "value": "2."}]
     found = only(tmp_path, {"id": "s", "system": "Be brief.", "conversations": turns})
     assert ([turn["role"] for turn in found.prompt], found.responses, found.id) == (["system", "user"], ("2.",), "s")
+
+
+def test_the_documented_rows_are_read(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "sft.md").read_text()
+    blocks = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "docs.jsonl").write_text("".join(blocks))
+    found = load_examples([tmp_path / "docs.jsonl"]).examples
+    assert [len(example.responses) for example in found] == [2, 1, 1, 1, 2, 1]
 
 
 # ------------------------------------------------------------------------------------------------------------ what is refused
