@@ -71,6 +71,24 @@ def test_reasoning_is_put_where_the_format_says(tmp_path):
     assert only(tmp_path, {"prompt": "1 + 1?", "response": "2"}).responses == ("2",)
 
 
+def test_the_letter_of_the_answer_can_be_boxed(tmp_path):
+    boxed = "{reasoning}\n\n{response} \\boxed{{letter}}"
+    row = {"question": "Which?", "options": {"A": "this", "B": "that"}, "answer": "B", "responses": ["That.", "B"]}
+    assert only(tmp_path, row, boxed).responses == (r"That. \boxed{B}", r"B \boxed{B}")
+    m1k = {"prompt": "Which?", "reasoning": "{response}", "distilled_answer_string": "That", "answer_letter": "B"}
+    assert only(tmp_path, m1k, boxed).responses == ("{response}\n\nThat \\boxed{B}",)  # what rows hold is no format
+    reason = {
+        "dataset_name": "d",
+        "question": "?",
+        "options": "A. Type I\nB. Type II",
+        "reasoning": "r",
+        "answer": "Type II. So",
+    }
+    assert only(tmp_path, reason, "{letter}").responses == ("B",)
+    with pytest.raises(DataError, match="no answer as a letter, which sft.response_format puts into the response"):
+        only(tmp_path, {"prompt": "?", "response": "!"}, boxed)
+
+
 def test_parquet_holds_the_same(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
