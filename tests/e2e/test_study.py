@@ -58,7 +58,7 @@ def test_a_study_runs_to_its_end_and_is_not_repeated(place):
     assert done.returncode == 0, done.stdout + done.stderr
     folder = place.folder / "studies" / "tiny"
     rows = {row["run"]: row for row in csv.DictReader((folder / "results.csv").open())}
-    assert {name: (row["stand"], row["steps"], row["questions:n"]) for name, row in rows.items()} == {
+    assert {name: (row["status"], row["steps"], row["questions:n"]) for name, row in rows.items()} == {
         "s7": ("finished", "2", "6"),
         "s7-random_reward": ("finished", "2", "6"),
         "s7-unchanged": ("finished", "0", "6"),

@@ -73,11 +73,11 @@ def rows(file):
 
 
 def test_informativeness_is_an_axis_beside_levels():
-    found = study({"levels": [[1, 2]], "informativeness": ["all", [1], [3, 4]]})
-    planned = plan_runs(found)
+    loaded = study({"levels": [[1, 2]], "informativeness": ["all", [1], [3, 4]]})
+    planned = plan_runs(loaded)
     assert [run.name for run in planned] == ["own-l1.2-s5", "own-l1.2-i1-s5", "own-l1.2-i3.4-s5"]
     assert [run.axes.get("informativeness") for run in planned] == ["all", (1,), (3, 4)]
-    made = make_sets(found, planned, "test")
+    made = make_sets(loaded, planned, "test")
     # of 12 numbers in a row 0, 1, 6 and 7 are of levels 1 and 2; 0 and 1 are in bin 1, 6 and 7 in bin 3
     assert [len(rows(file)) for file in made] == [20, 10, 10]
     assert [{row["informativeness"] for row in rows(file)} for file in made] == [{1, 3}, {1}, {3}]
@@ -85,8 +85,8 @@ def test_informativeness_is_an_axis_beside_levels():
 
 
 def test_bins_and_sizes_dealt_to_levels_go_together():
-    found = study({"levels": [[1, 2]], "informativeness": [[3]], "sizes": [4]}, per_level=True)
-    made = make_sets(found, plan_runs(found), "test")
+    loaded = study({"levels": [[1, 2]], "informativeness": [[3]], "sizes": [4]}, per_level=True)
+    made = make_sets(loaded, plan_runs(loaded), "test")
     assert [sorted((row["level"], row["informativeness"]) for row in rows(file)) for file in made] == [
         [(1, 3), (1, 3), (2, 3), (2, 3)]
     ]
@@ -102,14 +102,14 @@ def test_results_of_a_study_have_the_axis(capsys):
 def test_names_say_bins():
     assert run_name({"sources": "a", "levels": (6,), "informativeness": (3, 4), "seeds": 1}, None) == "a-l6-i3.4-s1"
     assert run_name({"sources": "a", "levels": "all", "informativeness": "all"}, None) == "a"
-    assert len({one.short for one in ATTRIBUTES} | {"n", "s"}) == 2 + len(ATTRIBUTES)
+    assert len({attribute.short for attribute in ATTRIBUTES} | {"n", "s"}) == 2 + len(ATTRIBUTES)
 
 
 @pytest.mark.parametrize(
     "axes, words",
     [
         ({"informativeness": [[0]]}, "informativeness"),
-        ({"informativeness": [[1], [1]]}, "[1] stands twice"),
+        ({"informativeness": [[1], [1]]}, "[1] is listed twice"),
         ({"informativeness": [[]]}, "informativeness"),
         ({"informativenes": [[1]]}, "did you mean 'informativeness'?"),
     ],
@@ -120,8 +120,8 @@ def test_a_bad_axis_is_refused_in_one_line(capsys, axes, words):
     tree["grids"][0]["axes"] |= axes
     Path("s.yaml").write_text(yaml.safe_dump(tree))
     assert main(["study", "s.yaml", "--dry-run"]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ") and words in told and told.count("\n") == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and words in message and message.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------------------------------ sets
@@ -190,8 +190,8 @@ def test_annotations_that_can_not_be_used_are_one_line(capsys, row, setting, wor
     write("levels.jsonl", [{"id": "q0"} | row])
     Path("recipe.yaml").write_text("sources: [{name: a, path: a.jsonl, levels: levels.jsonl}]\n")
     assert main(["data", "build", "--out", "set.jsonl", "--config", "recipe.yaml", setting]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ") and words in told and told.count("\n") == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and words in message and message.count("\n") == 1
     assert not Path("set.jsonl").exists()
 
 
@@ -309,11 +309,11 @@ def test_a_comparison_shows_accuracy_against_the_mean_bin_and_by_bin(tmp_path):
         trained(tmp_path, "old", None, 0),
     ]
     assert compare(runs, tmp_path / "c.html", False) == 0
-    found = json.loads((tmp_path / "c.json").read_text())
+    numbers = json.loads((tmp_path / "c.json").read_text())
     # (30 x 1 + 10 x 3) / 40; 4 for all that have a bin; an older record has not counted them
-    assert [run["training"]["mean_informativeness"] for run in found["runs"]] == [1.5, 4.0, None]
-    assert found["runs"][0]["training"]["informativeness"] == {"1": 30, "3": 10}
-    first = found["sets"][0]["runs"][0]["by_informativeness"]
+    assert [run["training"]["mean_informativeness"] for run in numbers["runs"]] == [1.5, 4.0, None]
+    assert numbers["runs"][0]["training"]["informativeness"] == {"1": 30, "3": 10}
+    first = numbers["sets"][0]["runs"][0]["by_informativeness"]
     assert {value: (part["n"], part["accuracy"]) for value, part in first.items()} == {"1": (4, 1.0), "3": (4, 0.25)}
     # Wilson: all of 4 gives 1 / (1 + 3.8415 / 4); 1 of 4 as in test_eval_command
     assert first["1"]["interval"] == pytest.approx([0.5101, 1.0], abs=5e-5)
@@ -339,7 +339,7 @@ def test_the_page_of_a_comparison_draws_and_tells_bins(tmp_path):
     assert "run bin 1 bin 3" in page.text and "25.0% [4.6%, 69.9%] n = 4" in page.text
     assert "mean 1.00" in page.text and "mean 4.00" in page.text
     # levels are not known: said once; accuracy against the mean bin, and by bin, is drawn
-    assert page.text.count("No two evaluated runs trained on questions of different mean") == 1
+    assert page.text.count("No two evaluated runs were trained on questions of different mean") == 1
     svgs = (tmp_path / "c.html").read_text().split("<svg")[1:]
     assert sum("1, 3: 25% [4.6%, 69.9%]" in svg for svg in svgs) == 1  # run 1 at bin 3
     assert sum("2, 4: 50%" in svg for svg in svgs) == 1  # run 2 at mean bin 4
@@ -347,8 +347,8 @@ def test_the_page_of_a_comparison_draws_and_tells_bins(tmp_path):
 
 def test_evaluation_questions_of_one_bin_have_no_table(tmp_path):
     run = make_run(tmp_path, "r", before=[C, W], after=[C, C])
-    found = comparison(read_runs([run]))
-    assert list(found["sets"][0]["runs"][0]["by_informativeness"]) == ["none"]
+    numbers = comparison(read_runs([run]))
+    assert list(numbers["sets"][0]["runs"][0]["by_informativeness"]) == ["none"]
     compare([run], tmp_path / "c.html", False)
     assert "of the evaluation question" not in (tmp_path / "c.html").read_text()
     assert (tmp_path / "c.parts.csv").read_text().count("\n") == 1

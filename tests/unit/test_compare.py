@@ -1,4 +1,4 @@
-"""Comparisons: tests of significance by hand and R, the files of runs and of `alphamed eval`, the words, the page."""
+"""Comparisons: tests of significance by hand and R, the files of runs and of `alphamed eval`, the sentences, the page."""
 
 import csv
 import json
@@ -72,8 +72,8 @@ def test_p_is_finite_for_thousands_of_flips():
 
 def test_a_gain_is_split_without_a_rest():
     # boxed 50% -> 100%, among boxed 20% -> 30%: 0.5 x 0.25 by boxing, 0.1 x 0.75 by being right
-    found = split_gain(0.5, 0.1, 1.0, 0.3)
-    assert (found.gain, found.from_boxed, found.from_accuracy_among_boxed) == pytest.approx((0.2, 0.125, 0.075))
+    parts = split_gain(0.5, 0.1, 1.0, 0.3)
+    assert (parts.gain, parts.from_boxed, parts.from_accuracy_among_boxed) == pytest.approx((0.2, 0.125, 0.075))
     assert split_gain(0.0, 0.0, 0.8, 0.4).from_accuracy_among_boxed == 0.0  # nothing was boxed: all is format
 
 
@@ -85,11 +85,11 @@ def test_holm_adjusts_for_the_number_of_tests():
 def test_questions_are_paired_by_what_was_asked(tmp_path):
     first = sets(tmp_path, item("a", C), item("b", W), item("c", C), item("d", U), item("only", C), item("keyed", C))["s"]
     second = sets(tmp_path, item("a", C), item("b", C), item("c", W), item("d", C), item("keyed", W, answer="C"))["s"]
-    found = pair(first, second)
-    assert (found.n, found.left_out, found.gained, found.lost) == (4, 2, ("b", "d"), ("c",))
-    assert found.difference == 0.25 and found.split.gain == 0.25 and found.p == 1.0
+    paired = pair(first, second)
+    assert (paired.n, paired.left_out, paired.gained, paired.lost) == (4, 2, ("b", "d"), ("c",))
+    assert paired.difference == 0.25 and paired.split.gain == 0.25 and paired.p == 1.0
     # boxed 3/4 -> 4/4; among boxed 2/3 -> 3/4: 1/4 x (2/3 + 3/4) / 2
-    assert found.split.from_boxed == pytest.approx(17 / 96)
+    assert paired.split.from_boxed == pytest.approx(17 / 96)
     assert pair(first, answered("s", [])) is None
 
 
@@ -101,18 +101,24 @@ def test_the_interval_of_a_difference_is_agresti_and_mins(tmp_path):
 
 
 def test_several_samples_vote_and_share(tmp_path):
-    one = sets(
+    answered_set = sets(
         tmp_path,
         *(item("a", outcome, letter, sample=j) for j, (outcome, letter) in enumerate([(C, "A"), (C, "A"), (W, "B")])),
         *(item("b", outcome, letter, sample=j) for j, (outcome, letter) in enumerate([(C, "A"), (W, "B"), (U, None)])),
     )["s"]
-    assert (one.n, one.samples, one.accuracy, one.boxed, one.among_boxed) == pytest.approx((2, 6, 0.5, 5 / 6, 0.6))
-    assert one.answers["a"].right and not one.answers["b"].right  # a tie is no answer
+    assert (
+        answered_set.n,
+        answered_set.samples,
+        answered_set.accuracy,
+        answered_set.boxed,
+        answered_set.among_boxed,
+    ) == pytest.approx((2, 6, 0.5, 5 / 6, 0.6))
+    assert answered_set.answers["a"].right and not answered_set.answers["b"].right  # a tie is no answer
 
 
 def test_a_broken_line_of_answers_is_named(tmp_path):
     (tmp_path / "items.jsonl").write_text('{"set": "s", "id": "a"}\n')
-    with pytest.raises(ConfigError, match="items.jsonl: line 1 is no graded answer"):
+    with pytest.raises(ConfigError, match="items.jsonl: line 1 is not a graded answer"):
         read_answered(tmp_path / "items.jsonl")
 
 
@@ -161,7 +167,7 @@ def test_controls_are_known_by_their_configuration(tree, control):
     assert control_of(tree) == control
 
 
-def test_claims_stand_beside_controls(tmp_path):
+def test_gains_are_compared_with_controls(tmp_path):
     runs = read_runs(
         [
             make_run(tmp_path, "true", before=BEFORE, after=BETTER),
@@ -170,21 +176,21 @@ def test_claims_stand_beside_controls(tmp_path):
         ]
     )
     assert [run.control for run in runs] == [None, "random reward", "format-only reward"]
-    found = comparison(runs)
+    numbers = comparison(runs)
     # 40 were right and stay right, 50 became right: 25 points, p = 2 / 2^50; 50/202 -+ 1.96 x 0.03077;
     # boxed 70% -> 95%, among boxed 28.6% -> 47.4%
-    assert found["verdict"] == [
+    assert numbers["verdict"] == [
         "true on wording: +25.0 points [+18.7, +30.8], n = 200, McNemar p = 1.8e-15; +9.5 by boxing more answers, +15.5 by "
-        "being right more often when boxed. More than the control coin (random reward): +20.0 points between them, "
-        "p = 1.8e-12. Not shown to be more than the control boxes (format-only reward): +2.5 points between them, p = "
+        "being correct more often when boxed. More than the control coin (random reward): difference +20.0 points, "
+        "p = 1.8e-12. Not shown to be more than the control boxes (format-only reward): difference +2.5 points, p = "
         "0.062."
     ]
-    assert [(row["first"], row["second"], len(row["gained"]), len(row["lost"])) for row in found["pairs"]] == [
+    assert [(row["first"], row["second"], len(row["gained"]), len(row["lost"])) for row in numbers["pairs"]] == [
         (1, 2, 0, 40),
         (1, 3, 0, 5),
         (2, 3, 35, 0),
     ]
-    assert found["pairs"][1]["p_adjusted"] == 0.0625 and found["pairs"][0]["p_adjusted"] == 3 * 2 * 0.5**40
+    assert numbers["pairs"][1]["p_adjusted"] == 0.0625 and numbers["pairs"][0]["p_adjusted"] == 3 * 2 * 0.5**40
 
 
 def test_runs_without_an_evaluation_are_listed_with_the_reason(tmp_path):
@@ -197,7 +203,7 @@ def test_runs_without_an_evaluation_are_listed_with_the_reason(tmp_path):
     reasons = [run.reason for run in read_runs(paths)]
     assert reasons[0] == "it was not evaluated: evaluation.files is empty"
     assert reasons[1].startswith("it was not evaluated: no evaluation is recorded by step 3")
-    assert reasons[2] == "it has no evaluation after training (evaluation.after); it stands at step 12"
+    assert reasons[2] == "it has no evaluation after training (evaluation.after); its last step is 12"
     assert reasons[3] == "it has no evaluation before training of the same questions (evaluation.before)"
     main(paths, tmp_path / "c.html", False)
     page = Page((tmp_path / "c.html").read_text())
@@ -208,7 +214,7 @@ def test_runs_without_an_evaluation_are_listed_with_the_reason(tmp_path):
     )
 
 
-def test_other_questions_before_are_no_before(tmp_path):
+def test_other_questions_before_are_not_compared(tmp_path):
     run = read_runs([make_run(tmp_path, "resumed", before=[C, W, U], after=[C, W])])[0]
     assert run.before == {} and run.reason.startswith("it has no evaluation before training of the same questions")
 
@@ -222,26 +228,26 @@ def test_the_unchanged_model_is_a_control_with_one_evaluation(tmp_path):
     )
     assert (runs[1].control, runs[1].reason, runs[1].after["wording"].n) == ("unchanged model", None, 200)
     assert comparison(runs)["verdict"][0].endswith(
-        "More than the control as_is (unchanged model): +25.0 points between them, p = 1.8e-15."
+        "More than the control as_is (unchanged model): difference +25.0 points, p = 1.8e-15."
     )
     main([run.path for run in runs], tmp_path / "c.html", False)
-    assert "the model as it was" in Page((tmp_path / "c.html").read_text()).text
+    assert "the model before training" in Page((tmp_path / "c.html").read_text()).text
 
 
-def test_a_before_is_lent_to_runs_of_the_same_model_and_questions(tmp_path):
+def test_a_before_is_shared_with_runs_of_the_same_model_and_questions(tmp_path):
     paths = [
         make_run(tmp_path, "first", before=BEFORE, after=BETTER),
         make_run(tmp_path, "second", after=BETTER),
         make_run(tmp_path, "other", after=BETTER, prompt__max_tokens=99),
     ]
     first, second, other = read_runs(paths)
-    assert second.lent == {"wording": "first"} and second.reason is None and second.before["wording"].n == 200
-    assert first.lent == {} and other.lent == {} and other.reason is not None
+    assert second.before_from == {"wording": "first"} and second.reason is None and second.before["wording"].n == 200
+    assert first.before_from == {} and other.before_from == {} and other.reason is not None
 
 
 def test_training_sets_come_from_provenance_or_what_was_seen(tmp_path):
-    told = {"questions": 1200, "content_sha256": "0", "sources": {"medqa": 1200}, "levels": {"1": 600, "4": 600}}
-    recorded, seen = make_run(tmp_path, "recorded", train=told), make_run(tmp_path, "seen")
+    record = {"questions": 1200, "content_sha256": "0", "sources": {"medqa": 1200}, "levels": {"1": 600, "4": 600}}
+    recorded, seen = make_run(tmp_path, "recorded", train=record), make_run(tmp_path, "seen")
     write_rollouts(rollout_path(seen, 1), 1, [graded("q1", [C, W]), graded("q2", [U, U])])
     first, second = (run.training for run in read_runs([recorded, seen]))
     assert (first.questions, first.mean("levels"), first.seen_only) == (1200, 2.5, False)
@@ -263,25 +269,28 @@ def test_provenance_counts_the_training_questions(tmp_path):
         for i in range(3)
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows) + "not a row\n")
-    found = provenance.training_set([file])
-    assert found["questions"] == 3 and found["levels"] == {"1": 1, "2": 1, "3": 1}
-    assert found["sources"] == {"medqa": 2, "unknown": 1}
+    record = provenance.training_set([file])
+    assert record["questions"] == 3 and record["levels"] == {"1": 1, "2": 1, "3": 1}
+    assert record["sources"] == {"medqa": 2, "unknown": 1}
     file.write_text("")
     assert provenance.training_set([file]) is None and provenance.training_set([]) is None
 
 
-def test_an_evaluation_folder_stands_beside_runs(tmp_path):
+def test_an_evaluation_folder_is_compared_with_runs(tmp_path):
     folder = tmp_path / "evaluated"
     replace_json_lines(folder / "items.jsonl", [item(f"q{i}", C, name="wording") for i in range(3)])
     run = read_runs([folder])[0]
-    assert run.after["wording"].n == 3 and run.reason == "an evaluation of one model, not a run: it has no before"
+    assert (
+        run.after["wording"].n == 3
+        and run.reason == "an evaluation of one model, not a run: it has no evaluation before training"
+    )
     with pytest.raises(ConfigError, match="neither config.yaml .a run. nor items.jsonl"):
         read_runs([tmp_path])
     with pytest.raises(ConfigError, match="is given twice"):
         read_runs([folder, folder])
 
 
-def test_benchmarks_that_move_apart_are_told(tmp_path):
+def test_benchmarks_that_diverge_are_reported(tmp_path):
     run_dir = make_run(tmp_path, "apart", before=BEFORE)
     for step, right in ((0, 5), (12, 25)):
         path = run_dir / "evaluations" / f"step_{step:06d}"
@@ -293,12 +302,12 @@ def test_benchmarks_that_move_apart_are_told(tmp_path):
         rows += [item(f"p{i}", C if i < right else W, name="other") for i in range(30)]
         replace_json_lines(Path(f"{path}.items.jsonl"), rows)
         replace_text(Path(f"{path}.json"), json.dumps({"sets": {name: {"asked": name} for name in ("wording", "other")}}))
-    found = comparison(read_runs([run_dir]))
+    numbers = comparison(read_runs([run_dir]))
     # 20 of 30 gained: 20 / 32 -+ 1.96 sqrt(21 / 32 - 0.625^2) / sqrt(32); 40 of 200 lost: -40 / 202 -+ 1.96 x 0.02847
     assert (
-        "apart moves its benchmarks apart: it gains on other (+66.7 points [+44.6, +80.4], n = 30) and loses on wording "
+        "The benchmarks of apart diverge: it gains on other (+66.7 points [+44.6, +80.4], n = 30) and loses on wording "
         "(-20.0 points [-25.4, -14.2], n = 200)."
-    ) in found["verdict"]
+    ) in numbers["verdict"]
 
 
 # ----------------------------------------------------------------------------------------------------------------- page
@@ -315,9 +324,9 @@ def page(tmp_path, capsys):
     return (tmp_path / "c.html").read_text()
 
 
-def test_the_page_answers_three_questions_and_asks_for_nothing(page):
-    found = Page(page)
-    assert found.addresses == [] and not found.tags & {"script", "img", "i", "b>a", "link", "iframe"}
+def test_the_page_answers_three_questions_and_requests_nothing(page):
+    parsed = Page(page)
+    assert parsed.addresses == [] and not parsed.tags & {"script", "img", "i", "b>a", "link", "iframe"}
     assert "default-src 'none'" in page and "prefers-color-scheme:dark" in page
     for text in (
         "1. Does reinforcement learning alone",
@@ -327,15 +336,15 @@ def test_the_page_answers_three_questions_and_asks_for_nothing(page):
         "mean 6.00",
         "+25.0 points",
         "small on wording: -20.0 points",
-        "It got worse.",
+        "Accuracy fell.",
         "No control is among these runs",
         "+9.5",
         "50 / 0",
         "<script> 100.0%",
     ):
-        assert text in found.text, text
+        assert text in parsed.text, text
     # sizes and levels differ: both are drawn; informativeness is not known
-    assert page.count("No two evaluated runs trained") == page.count("different mean informativeness") == 1
+    assert page.count("No two evaluated runs were trained") == page.count("different mean informativeness") == 1
 
 
 def test_a_damaged_evaluation_is_named(tmp_path):
@@ -346,24 +355,24 @@ def test_a_damaged_evaluation_is_named(tmp_path):
 
 
 def marks(svg, tag):
-    return [(one.get("class"), one) for one in ElementTree.fromstring(svg).findall(f".//{{*}}{tag}")]
+    return [(element.get("class"), element) for element in ElementTree.fromstring(svg).findall(f".//{{*}}{tag}")]
 
 
 def test_gains_are_drawn_to_scale_and_controls_are_grey():
     svg = gain_rows([("<a>", 0.1, 0.0, 0.2, False), ("coin", -0.05, -0.1, 0.0, True)])
-    (first, one), (second, other) = marks(svg, "circle")
+    (first, gain), (second, loss) = marks(svg, "circle")
     zero = next(float(line.get("x1")) for kind, line in marks(svg, "line") if kind == "axis")
     assert (first, second) == ("f0", "f4")
-    assert float(one.get("cx")) - zero == pytest.approx(2 * (zero - float(other.get("cx"))), abs=0.2)
+    assert float(gain.get("cx")) - zero == pytest.approx(2 * (zero - float(loss.get("cx"))), abs=0.2)
 
 
 def test_points_of_equal_x_stand_side_by_side():
     svg = scatter(
         [("1", 300, 0.5, 0.4, 0.6, False), ("2", 300, 0.5, 0.4, 0.6, False), ("3", 1200, 1.0, 0.9, 1.0, True)], "size"
     )
-    (_, one), (_, other), (kind, top) = marks(svg, "circle")
-    assert one.get("cy") == other.get("cy") and one.get("cx") != other.get("cx") and kind == "f4"
-    assert float(top.get("cy")) == pytest.approx(float(one.get("cy")) * 2 - 216, abs=0.2)  # the axis lies at 250 - 34
+    (_, first), (_, second), (kind, top) = marks(svg, "circle")
+    assert first.get("cy") == second.get("cy") and first.get("cx") != second.get("cx") and kind == "f4"
+    assert float(top.get("cy")) == pytest.approx(float(first.get("cy")) * 2 - 216, abs=0.2)  # the axis lies at 250 - 34
 
 
 def test_only_html_is_written(tmp_path):
@@ -375,7 +384,7 @@ def test_only_html_is_written(tmp_path):
 def test_the_numbers_replace_those_of_a_comparison_only(tmp_path, name):
     """A training set may be called so, too."""
     (tmp_path / name).write_text("mine")
-    with pytest.raises(ConfigError, match=f"{name} is there already"):
+    with pytest.raises(ConfigError, match=f"{name} exists already"):
         main([make_run(tmp_path, "a")], tmp_path / "set.html", False)
     assert (tmp_path / name).read_text() == "mine" and not (tmp_path / "set.html").exists()
 
@@ -383,17 +392,30 @@ def test_the_numbers_replace_those_of_a_comparison_only(tmp_path, name):
 def test_answers_without_options_are_compared_by_their_texts(tmp_path):
     """No letter to collapse to, no chance level, and a vote that counts what the boxes say, as `alphamed eval` does."""
 
-    def said(i, j, outcome, letter, text):
+    def graded_item(i, j, outcome, letter, text):
         return item(i, outcome, name="e+free", sample=j, variant="free", text=f"\\boxed{{{text}}}") | {"letter": letter}
 
-    rows = [said(f"q{i}", j, *one) for i in range(20) for j, one in enumerate([(C, "A", "a"), (W, None, f"other {i}")])]
-    rows += [said("last", j, *one) for j, one in enumerate([(C, "A", "a"), (W, None, "Zinc"), (W, None, "zinc.")])]
-    rows += [said("apart", j, *one) for j, one in enumerate([(C, "A", "a"), (C, "A", "a"), (W, None, "x"), (W, None, "y")])]
+    rows = [
+        graded_item(f"q{i}", j, *sample)
+        for i in range(20)
+        for j, sample in enumerate([(C, "A", "a"), (W, None, f"other {i}")])
+    ]
+    rows += [
+        graded_item("last", j, *sample) for j, sample in enumerate([(C, "A", "a"), (W, None, "Zinc"), (W, None, "zinc.")])
+    ]
+    rows += [
+        graded_item("apart", j, *sample)
+        for j, sample in enumerate([(C, "A", "a"), (C, "A", "a"), (W, None, "x"), (W, None, "y")])
+    ]
     folder = tmp_path / "free"
     replace_json_lines(folder / "items.jsonl", rows)
-    found = read_answered(folder / "items.jsonl")["e+free"]
-    assert math.isnan(found.chance) and found.letters[0] == {"A": 23}
-    assert not found.answers["last"].right and found.answers["apart"].right and not found.answers["q0"].right
+    answered_set = read_answered(folder / "items.jsonl")["e+free"]
+    assert math.isnan(answered_set.chance) and answered_set.letters[0] == {"A": 23}
+    assert (
+        not answered_set.answers["last"].right
+        and answered_set.answers["apart"].right
+        and not answered_set.answers["q0"].right
+    )
     assert main([folder], tmp_path / "c.html", False) == 0
 
 
@@ -408,35 +430,38 @@ def test_evaluations_with_another_prompt_or_sampling_are_not_alike(tmp_path):
             {"format": 1, "sets": {}, "asked": {"model": {}, "prompt": asked, "sampling": sampling}},
         )
     pairs = comparison(read_runs([tmp_path / name for name in "abcd"]))["pairs"]
-    assert [(one["first"], one["second"]) for one in pairs if one["alike"]] == [(1, 2)]
+    assert [(row["first"], row["second"]) for row in pairs if row["same_protocol"]] == [(1, 2)]
 
 
 @pytest.mark.parametrize(
-    "file, content, words",
+    "file, content, problem",
     [
         ("evaluations/step_000000.items.jsonl", {"set": "s"}, "line 1 is no graded answer"),
         ("evaluations/step_000000.json", {"sets": []}, "not readable"),
         ("evaluations.jsonl", {"time": "now"}, "line 1 tells of no look"),
     ],
 )
-def test_the_report_names_a_damaged_file(tmp_path, capsys, file, content, words):
+def test_the_report_names_a_damaged_file(tmp_path, capsys, file, content, problem):
     run = make_run(tmp_path, "a", before=[W] * 4, after=[C] * 4)
     (run / file).write_text(json.dumps(content) + "\n")
     assert cli.main(["report", str(run)]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ") and file in told and words in told and told.count("\n") == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and file in message and problem in message and message.count("\n") == 1
 
 
-def test_a_damaged_record_of_training_is_named_and_a_damaged_report_counted_anew(tmp_path):
+def test_a_damaged_record_of_training_is_named_and_a_damaged_report_counted_again(tmp_path):
     run = make_run(tmp_path, "a", before=[W] * 4, after=[C] * 4)
     (run / "report.json").write_text('{"responses": 5, "warnings": 7, "last_step": 12}')
+    assert read_runs([run])[0].warnings == ()
+    older = {"responses": {"questions": {"asked": 3, "sources": {}}}, "warnings": ["a warning"], "last_step": 12}
+    (run / "report.json").write_text(json.dumps(older))
     assert read_runs([run])[0].warnings == ()
     (run / "provenance.json").write_text('{"starts": [], "data": [], "model": [], "train": {"questions": 1}}')
     with pytest.raises(ConfigError, match="provenance.json: train is not readable"):
         read_runs([run])
 
 
-def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
+def test_runs_of_one_name_are_distinguished_by_their_folders(tmp_path):
     folders = [tmp_path / name for name in ("a/x/r", "b/x/r", "b/y/r", "other")]
     for folder in folders:
         replace_json_lines(folder / "items.jsonl", [item("q", C)])

@@ -1,4 +1,4 @@
-"""The card of an exported model: what a run directory says of its training and evaluation, and what the model is not for."""
+"""The card of an exported model: training data, evaluation, warnings, and that it is not for clinical use."""
 
 import json
 
@@ -43,7 +43,7 @@ def written(run_dir, config, step=None):
     return (run_dir / "hf" / "README.md").read_text()
 
 
-def test_the_card_tells_data_evaluation_and_limits(run_dir):
+def test_the_card_has_data_evaluation_and_limits(run_dir):
     run_dir, config = run_dir
     replace_text(run_dir / "provenance.json", json.dumps(RECORD))
     evaluate(run_dir, 0, [W] * 60 + [C] * 10 + [U] * 130)
@@ -56,13 +56,15 @@ def test_the_card_tells_data_evaluation_and_limits(run_dir):
     assert "| informativeness (bins from 1, little, on) | questions |\n|---|---|\n| 2 | 700 |\n| none | 500 |\n" in text
     assert f"| train.jsonl | 12,345 | `{'ab' * 32}` |" in text and "/home/someone" not in text and "/models" not in text
     assert "n = 200" in text and "| Correct answers | 5.0% [2.7%, 9.0%] | 75.0% [68.6%, 80.5%] |" in text
-    assert "looked at 2 times" in text and "12 steps of 256 questions x 8 responses" in text and "c" * 12 in text
+    assert "evaluated 2 times" in text and "12 steps of 256 questions x 8 responses" in text and "c" * 12 in text
 
 
-def test_without_evaluation_nothing_is_claimed(run_dir):
+def test_without_evaluation_no_accuracy_is_reported(run_dir):
     text = written(*run_dir)
-    assert "Not evaluated by this run; nothing is claimed of its accuracy." in text
-    assert "No training file is recorded." in text and "%" not in text.split("## Evaluation")[1].split("## What")[0]
+    assert "Not evaluated by this run; its accuracy is not known." in text
+    assert (
+        "No training file is recorded." in text and "%" not in text.split("## Evaluation")[1].split("## Training results")[0]
+    )
 
 
 def test_a_model_of_an_earlier_step_is_not_credited_with_later_ones(run_dir):
@@ -73,14 +75,14 @@ def test_a_model_of_an_earlier_step_is_not_credited_with_later_ones(run_dir):
     assert "| | step 0 | step 5 |" in text and "step 12" not in text and "trained with" in text and ": 5 steps of" in text
 
 
-def test_the_card_tells_what_the_prompt_and_the_end_of_a_response_need(run_dir):
+def test_the_card_has_the_settings_of_prompt_and_stop_strings(run_dir):
     run_dir, config = run_dir
     assert "Template: chat; at most" in written(run_dir, config)
     config = changed_config(
         config, ["prompt.template_variables={enable_thinking: false, budget: low}", "rollout.stop=['</answer>']"]
     )
     assert (
-        'Template: chat with `enable_thinking: false`, `budget: "low"`, responses also end at `</answer>`; at most'
+        'Template: chat with `enable_thinking: false`, `budget: "low"`, responses also stop at `</answer>`; at most'
         in written(run_dir, config)
     )
 
@@ -92,7 +94,7 @@ def test_warnings_of_the_run_are_on_its_card(run_dir):
         write_rollouts(
             rollout_path(run_dir, step),
             step,
-            [type(one)(one.group, one.outcomes, one.rewards, one.advantages, ("B", "B"), 0.0) for one in groups],
+            [type(group)(group.group, group.outcomes, group.rewards, group.advantages, ("B", "B"), 0.0) for group in groups],
         )
     assert "- Warning. One letter for all questions: in the last 5 recorded steps 100.0% of the answers are B" in written(
         run_dir, config

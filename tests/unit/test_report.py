@@ -112,7 +112,7 @@ class Page(HTMLParser):
 
 
 # ----------------------------------------------------------------------------------------------------------- whole page
-def test_the_page_says_what_was_found(run_dir):
+def test_the_page_has_the_results(run_dir):
     fill(run_dir)
     page = Page(write_report(run_dir).read_text())
     # steps 1..5 of 40 have mean reward 3/40, steps 36..40 38/40
@@ -120,14 +120,14 @@ def test_the_page_says_what_was_found(run_dir):
     assert "The answer format was learnt: the share of boxed answers rose, 35.0% [28.7%, 41.8%]" in page.text
     assert "Knowledge: among boxed answers more are right than before" in page.text
     # of 200 questions 10 were right before (numbers 60..69) and stay right; 140 of the others became right
-    assert "140 became right 10 stayed right 0 no longer right 50 not right either time" in page.text
-    assert "40 of 40 steps" in page.text and "some/model" in page.text and "Where a step's time goes" in page.text
+    assert "140 became correct 10 stayed correct 0 no longer correct 50 wrong both times" in page.text
+    assert "40 of 40 steps" in page.text and "some/model" in page.text and "Time per step" in page.text
     assert "Step 1" in page.text and "Step 40" in page.text
     assert (run_dir / "curves.svg").exists()
 
 
 def test_evaluations_of_other_questions_are_not_compared(run_dir):
-    """A resume may change evaluation.questions: 200 questions before and 4 of them after tell of no change."""
+    """A resume may change evaluation.questions: 200 questions before and 4 of them after show no change."""
     evaluate(run_dir, 0, [W] * 200)
     evaluate(run_dir, 20, [C] * 4)
     page = Page(write_report(run_dir).read_text())
@@ -160,14 +160,14 @@ def collapsed(run_dir):
     """Twelve steps in which every answer is B, and the key A."""
     for step in range(1, 13):
         append_json(run_dir / "metrics.jsonl", row(step))
-        write_rollouts(rollout_path(run_dir, step), step, [one_letter(f"q{k}", step) for k in range(4)])
+        write_rollouts(rollout_path(run_dir, step), step, [always_b(f"q{k}", step) for k in range(4)])
 
 
-def one_letter(name, step):
-    found = graded(name, [W, W], "It is \\boxed{B} " + EVIL.replace("\\boxed{A}", ""))
+def always_b(name, step):
+    group = graded(name, [W, W], "It is \\boxed{B} " + EVIL.replace("\\boxed{A}", ""))
     question = Question(name, "Which?", {"A": "a", "B": "b"}, "A", None, f"source {step % 2}", 1 + step % 2)
     return ScoredGroup(
-        RolloutGroup(name, question, (1,), found.group.rollouts), found.outcomes, found.rewards, found.advantages, ("B", "B")
+        RolloutGroup(name, question, (1,), group.group.rollouts), group.outcomes, group.rewards, group.advantages, ("B", "B")
     )
 
 
@@ -180,18 +180,18 @@ def test_a_collapsed_run_is_called_one(run_dir):
     ) in page.text
     assert "Accuracy by level" in page.text and "Accuracy by source" in page.text and "One letter: B" in page.text
     assert "Answers without reasoning" in page.text and "onerror=alert(2)" in page.text and "script" not in page.tags
-    assert "4 questions asked, 4 of them at more than one step" in page.text
+    assert "4 questions trained on, 4 of them at more than one step" in page.text
     assert any(line.startswith("  Warning. One letter for all questions: ") for line in summary(run_dir))
 
 
-def test_numbers_lie_beside_the_page(run_dir):
+def test_the_numbers_are_in_files(run_dir):
     fill(run_dir)
     write_report(run_dir)
-    found = json.loads((run_dir / "report.json").read_text())
-    assert found["last_step"] == 40 and found["evaluations"]["wording"]["40"]["accuracy"]["count"] == 150
-    first, last = found["responses"]["recorded_steps"]
+    numbers = json.loads((run_dir / "report.json").read_text())
+    assert numbers["last_step"] == 40 and numbers["evaluations"]["wording"]["40"]["accuracy"]["count"] == 150
+    first, last = numbers["responses"]["recorded_steps"]
     assert (first["step"], last["step"], first["responses"], first["correct"], first["boxed"]) == (1, 40, 3, 1, 2)
-    assert found["responses"]["questions"]["asked"] == 2 and found["warnings"] == []
+    assert numbers["responses"]["questions"]["visited"] == 2 and numbers["warnings"] == []
     lines = (run_dir / "report_questions.csv").read_text().splitlines()
     assert lines[1] == "r1,,,,1,1,1,0.3333,0.3333,,0" and len(lines) == 3
 
@@ -204,7 +204,7 @@ def test_a_run_without_rollout_files_says_so_once(run_dir):
     assert json.loads((run_dir / "report.json").read_text())["responses"] is None
 
 
-def test_one_letter_on_an_evaluation_set_is_told(run_dir):
+def test_one_letter_on_an_evaluation_set_is_reported(run_dir):
     evaluate(run_dir, 0, [C] * 30)  # the key is A and so is every answer: no collapse
     assert "One letter" not in Page(write_report(run_dir).read_text()).text
     items = run_dir / "evaluations" / "step_000000.items.jsonl"
@@ -260,7 +260,7 @@ def test_three_evaluations_make_a_curve_with_intervals(run_dir):
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, run_dir, capsys):
-    with pytest.raises(ConfigError, match="holds no config.yaml, so it is no run directory"):
+    with pytest.raises(ConfigError, match="holds no config.yaml, so it is not a run directory"):
         main(tmp_path / "elsewhere")
     assert main(run_dir) == 0 and capsys.readouterr().out == f"{run_dir / 'report.html'}\n"
 
@@ -273,16 +273,16 @@ def test_edges_skip_what_was_not_measured():
 
 
 @pytest.mark.parametrize(
-    "end, said",
+    "end, sentence",
     [
         (0.9, "Mean reward rose: 0.20 in the first 5 steps, 0.90 in the last 5, 4.5 times"),
         (0.1, "Mean reward fell: 0.20"),
-        (0.2, "Mean reward stayed: 0.20"),
+        (0.2, "Mean reward did not change: 0.20"),
     ],
 )
-def test_reward_is_compared_at_both_ends(end, said):
+def test_reward_is_compared_at_both_ends(end, sentence):
     rows = [row(k, **{"reward/mean": 0.2 if k < 6 else end}) for k in range(1, 11)]
-    assert training_sentences(rows)[0].startswith(said)
+    assert training_sentences(rows)[0].startswith(sentence)
 
 
 def test_dropped_groups_are_reported_with_their_length():
@@ -290,20 +290,20 @@ def test_dropped_groups_are_reported_with_their_length():
     rows[1] |= {"staleness/dropped": 1.0, "staleness/dropped_tokens_mean": 700.0}
     rows[2] |= {"staleness/dropped": 3.0, "staleness/dropped_tokens_mean": 300.0}
     assert training_sentences(rows)[-1] == (  # (700 + 3 x 300) / 4
-        "4 groups were dropped because they took longer than rollout.max_staleness steps; their responses held 400 tokens in "
-        "the mean, those trained on 100. rollout.stragglers=wait trains on them."
+        "Groups dropped because they took longer than rollout.max_staleness steps: 4; the mean length of their responses "
+        "was 400 tokens, that of the responses trained on 100. rollout.stragglers=wait trains on them."
     )
 
 
 def test_steps_of_unequal_size_are_reported():
     rows = [row(k, **{"sampling/questions": float(size)}) for k, size in enumerate((8, 8, 3), start=1)]
     assert training_sentences(rows)[-1] == (
-        "Steps held 3 to 8 questions: run.min_steps fitted them to the time that this machine had."
+        "Steps had 3 to 8 questions: run.min_steps adapted their size to the time that was left."
     )
-    assert "Steps held" not in " ".join(training_sentences(rows[:2]))
+    assert "Steps had" not in " ".join(training_sentences(rows[:2]))
 
 
-def test_withering_reasoning_is_said():
+def test_less_reasoning_is_reported():
     rows = [row(k, **{"reward/bare_box": 0.1 if k < 6 else 0.6}) for k in range(1, 11)]
     assert "in the last 5 steps 60.0% of boxed responses have fewer than 5 words" in training_sentences(rows)[1]
     assert len(training_sentences([row(k) for k in range(1, 11)])) == 1
@@ -314,14 +314,14 @@ def test_changes_are_counted_over_common_questions():
     def items(**outcomes):
         return {("s", name): {"id": name, "outcome": outcome} for name, outcome in outcomes.items()}
 
-    found = changes(
+    counts = changes(
         items(a="correct", b="wrong", c="correct", d="unparseable", e="wrong"),
         items(a="correct", b="correct", c="truncated", d="correct", f="correct"),
         "s",
         limit=1,
     )
-    assert (found.stayed_right, found.got_better, found.got_worse, found.stayed_wrong) == (1, 2, 1, 0)
-    assert len(found.better) == 1 and found.worse[0].before["id"] == "c"
+    assert (counts.stayed_correct, counts.got_better, counts.got_worse, counts.stayed_wrong) == (1, 2, 1, 0)
+    assert len(counts.better) == 1 and counts.worse[0].before["id"] == "c"
     assert changes(items(a="correct"), items(b="correct"), "s") is None
     assert changes(items(a="correct"), items(a="correct"), "other") is None
 
@@ -381,16 +381,16 @@ def points(svg):
 
 
 def test_a_line_runs_through_its_values_and_breaks_where_there_is_none():
-    (found, pens) = points(line_chart([1, 2, 3, 4, 5], [Series("", [0.0, 1.0, None, 0.5, 1.0])]))
-    assert len(found) == 4 and pens == 2
-    bottom, top = found[0][1], found[1][1]
-    assert bottom > top and found[2][1] == pytest.approx((bottom + top) / 2, abs=0.11) and found[3][1] == top
-    assert found[1][0] - found[0][0] == pytest.approx((found[3][0] - found[0][0]) / 4, abs=0.11)
+    (drawn, pens) = points(line_chart([1, 2, 3, 4, 5], [Series("", [0.0, 1.0, None, 0.5, 1.0])]))
+    assert len(drawn) == 4 and pens == 2
+    bottom, top = drawn[0][1], drawn[1][1]
+    assert bottom > top and drawn[2][1] == pytest.approx((bottom + top) / 2, abs=0.11) and drawn[3][1] == top
+    assert drawn[1][0] - drawn[0][0] == pytest.approx((drawn[3][0] - drawn[0][0]) / 4, abs=0.11)
 
 
 def test_a_logarithmic_axis_spaces_powers_of_ten_evenly():
-    found, _ = points(line_chart([1, 2, 3, 4], [Series("", [1e-6, 1e-5, 1e-4, 1e-3])], log=True))
-    gaps = [a[1] - b[1] for a, b in zip(found, found[1:])]
+    drawn, _ = points(line_chart([1, 2, 3, 4], [Series("", [1e-6, 1e-5, 1e-4, 1e-3])], log=True))
+    gaps = [a[1] - b[1] for a, b in zip(drawn, drawn[1:])]
     assert gaps == pytest.approx([gaps[0]] * 3, abs=0.11) and gaps[0] > 10
 
 

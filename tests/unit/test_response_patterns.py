@@ -3,7 +3,7 @@
 import pytest
 
 from alphamed.answers.extraction import closed_boxes
-from alphamed.lab.reports.response_patterns import ResponsePattern, repetition, response_patterns, side_by_side
+from alphamed.lab.reports.response_patterns import ResponsePattern, outermost, repetition, response_patterns
 from alphamed.records import Outcome
 
 B, A, S, R = ResponsePattern.BARE, ResponsePattern.AFTERWARDS, ResponsePattern.SEVERAL, ResponsePattern.REPEATS
@@ -30,11 +30,11 @@ def test_closed_boxes_in_the_order_of_their_ends(text, contents):
 
 def test_a_box_in_a_box_is_one():
     boxes = closed_boxes("\\boxed{\\boxed{A}} \\boxed{B}")
-    assert len(boxes) == 3 and len(side_by_side(boxes)) == 2
+    assert len(boxes) == 3 and len(outermost(boxes)) == 2
 
 
 @pytest.mark.parametrize(
-    "text, outcome, found",
+    "text, outcome, patterns",
     [
         ("The answer is \\boxed{A}", Outcome.CORRECT, {B}),  # 3 words before the box
         ("The answer is \\boxed{A}", Outcome.TRUNCATED, set()),  # not a boxed answer
@@ -47,8 +47,8 @@ def test_a_box_in_a_box_is_one():
         ("", Outcome.UNPARSEABLE, set()),
     ],
 )
-def test_habits_are_told_from_the_text(text, outcome, found):
-    assert response_patterns(text, outcome) == found
+def test_patterns_are_found_in_the_text(text, outcome, patterns):
+    assert response_patterns(text, outcome) == patterns
 
 
 def test_repetition_counts_four_grams_that_occurred_before():

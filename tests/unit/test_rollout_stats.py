@@ -4,10 +4,10 @@ from collections import Counter
 
 import pytest
 
-from alphamed.lab.reports.history import Past, history
+from alphamed.lab.reports.history import QuestionHistory, count_questions
 from alphamed.lab.reports.response_patterns import ResponsePattern
-from alphamed.lab.reports.rollout_stats import Count, RolloutStats, together
-from alphamed.lab.reports.watch import collapse, ends, warnings
+from alphamed.lab.reports.rollout_stats import Count, RolloutStats, merged
+from alphamed.lab.reports.watch import collapse, ends, response_warnings
 from alphamed.records import Outcome, Question
 from alphamed.rundir.rollout_files import Answers
 
@@ -31,10 +31,10 @@ def group(name, letters, key="A", *, level=None, source=None, text=LONG + "\\box
 
 
 def count(*groups):
-    found = Count()
+    total = Count()
     for hits, cases in groups:
-        found.add(hits, cases)
-    return found
+        total.add(hits, cases)
+    return total
 
 
 # --------------------------------------------------------------------------------------------------------------- counts
@@ -60,15 +60,15 @@ def test_the_interval_is_wilsons_for_the_effective_cases():
 
 
 def test_merging_counts_is_adding_their_groups():
-    one, other, both = count((1, 4), (3, 4)), count((0, 2)), count((1, 4), (3, 4), (0, 2))
-    one.merge(other)
-    assert one == both and one.effective_cases == both.effective_cases
+    first, second, both = count((1, 4), (3, 4)), count((0, 2)), count((1, 4), (3, 4), (0, 2))
+    first.merge(second)
+    assert first == both and first.effective_cases == both.effective_cases
 
 
-def test_a_step_is_counted_by_level_source_letter_and_habit():
-    tally = RolloutStats()
-    tally.add(3, [group("a", "AABB", level=1, source="medqa"), group("b", ["A", None], "B", level=6)])
-    step = tally.steps[0]
+def test_a_step_is_counted_by_level_source_letter_and_pattern():
+    stats = RolloutStats()
+    stats.add(3, [group("a", "AABB", level=1, source="medqa"), group("b", ["A", None], "B", level=6)])
+    step = stats.steps[0]
     assert (step.step, step.whole.responses, step.whole.correct.hits, step.whole.boxed.hits) == (3, 6, 2, 5)
     assert step.whole.reward == 2.0 and step.whole.tokens == 10 + 3 and step.chance == 6 / 4
     assert step.answers == Counter(A=3, B=2) and step.keys == Counter(A=4, B=1)
@@ -78,29 +78,40 @@ def test_a_step_is_counted_by_level_source_letter_and_habit():
         step.response_patterns[ResponsePattern.BARE].cases == 5
         and step.response_patterns[ResponsePattern.SEVERAL].cases == 6
     )
-    assert {quote.letter for quote in tally.quotes["B"]} == {"B"} and len(tally.quotes["B"]) == 2
-    assert together([step, step]).whole.responses == 12
+    assert {quote.letter for quote in stats.quotes["B"]} == {"B"} and len(stats.quotes["B"]) == 2
+    assert merged([step, step]).whole.responses == 12
 
 
 def test_examples_are_those_of_the_last_step_that_has_any():
-    tally = RolloutStats()
+    stats = RolloutStats()
     for step, text in ((1, "The answer is \\boxed{{{0}}}"), (2, "So \\boxed{{{0}}}"), (3, LONG + "\\boxed{{{0}}}")):
-        tally.add(step, [group("a", "AAAA", text=text)])
-    assert [quote.step for quote in tally.quotes["bare"]] == [2, 2]
+        stats.add(step, [group("a", "AAAA", text=text)])
+    assert [quote.step for quote in stats.quotes["bare"]] == [2, 2]
 
 
 # -------------------------------------------------------------------------------------------------------------- history
 def test_first_solved_and_forgotten():
-    def past(*visits):
-        return Past(None, {}, [(step, right, 8) for step, right in visits])
+    def history_of(*visits):
+        return QuestionHistory(None, {}, [(step, right, 8) for step, right in visits])
 
-    at_once, later, lost, never = past((1, 5)), past((1, 4), (9, 8)), past((2, 8), (5, 3)), past((1, 4), (7, 0))
-    assert [one.first_solved for one in (at_once, later, lost, never)] == [1, 9, 2, None]  # 4 of 8 is not solved
-    assert [one.forgotten for one in (at_once, later, lost, never)] == [False, False, True, False]
-    found = history([at_once, later, lost, never, past((2, 8), (5, 3), (8, 8))])
-    assert (found.asked, found.again, found.at_once, found.later, found.never) == (5, 4, 3, 1, 1)
-    assert (found.forgotten, found.tested) == (1, 2)
-    assert found.first_solved == {1: 1, 2: 2, 9: 1} and found.first_asked == {1: 3, 2: 2}
+    first, later, lost, never = (
+        history_of((1, 5)),
+        history_of((1, 4), (9, 8)),
+        history_of((2, 8), (5, 3)),
+        history_of((1, 4), (7, 0)),
+    )
+    assert [history.first_solved for history in (first, later, lost, never)] == [1, 9, 2, None]  # 4 of 8 is not solved
+    assert [history.forgotten for history in (first, later, lost, never)] == [False, False, True, False]
+    counts = count_questions([first, later, lost, never, history_of((2, 8), (5, 3), (8, 8))])
+    assert (counts.visited, counts.revisited, counts.solved_first, counts.solved_later, counts.never_solved) == (
+        5,
+        4,
+        3,
+        1,
+        1,
+    )
+    assert (counts.forgotten, counts.could_be_forgotten) == (1, 2)
+    assert counts.first_solved_at == {1: 1, 2: 2, 9: 1} and counts.new_at == {1: 3, 2: 2}
 
 
 # ------------------------------------------------------------------------------------------------------------- warnings
@@ -116,46 +127,46 @@ def test_first_solved_and_forgotten():
     ],
 )
 def test_one_letter_is_a_collapse_only_far_beyond_the_keys(answers, keys, letter):
-    found = collapse(Counter(answers), Counter(keys))
-    assert (found and found.letter) == letter
+    collapsed = collapse(Counter(answers), Counter(keys))
+    assert (collapsed and collapsed.letter) == letter
 
 
 def run(steps):
-    """A tally of steps, each a list of letters for four questions with the keys A, B, C and D."""
-    tally = RolloutStats()
+    """The counts of steps, each a list of letters for four questions with the keys A, B, C and D."""
+    stats = RolloutStats()
     for number, letters in enumerate(steps, start=1):
-        tally.add(number, [group(key, letters, key) for key in "ABCD"])
-    return tally.steps
+        stats.add(number, [group(key, letters, key) for key in "ABCD"])
+    return stats.steps
 
 
-def test_a_collapsed_run_is_told_in_plain_words():
-    assert warnings(run(["ABCD"] * 12)) == []
-    said = warnings(run(["ABCD"] * 6 + ["CCCC"] * 6))
-    assert said == [
+def test_a_collapsed_run_is_reported():
+    assert response_warnings(run(["ABCD"] * 12)) == []
+    sentences = response_warnings(run(["ABCD"] * 6 + ["CCCC"] * 6))
+    assert sentences == [
         "One letter for all questions: in the last 5 recorded steps 100.0% of the answers are C, which is the "
-        "key of 25.0% of these questions. What is earned that way is no knowledge."
+        "key of 25.0% of these questions. Rewards earned that way show no knowledge."
     ]
 
 
-def test_boxes_without_knowledge_are_told():
+def test_boxes_without_knowledge_are_reported():
     few = [None, None, None, "A"]
-    said = warnings(run([few] * 8 + ["ABCD"] * 8))
-    assert len(said) == 1 and said[0].startswith("More boxes, not more knowledge: 25.0% [")
-    assert said[0].endswith("Picking letters blindly gives 25.0%.")
+    sentences = response_warnings(run([few] * 8 + ["ABCD"] * 8))
+    assert len(sentences) == 1 and sentences[0].startswith("More boxes, not more knowledge: 25.0% [")
+    assert sentences[0].endswith("Picking letters at random gives 25.0%.")
 
 
 def test_a_short_run_is_judged_by_its_end():
     edge = ends(run(["ABCD"] * 3))
     assert edge.first is None and edge.steps == 3 and edge.last.whole.responses == 48
-    assert warnings(run(["BBBB", "BBBB"])) != [] and warnings([]) == []
+    assert response_warnings(run(["BBBB", "BBBB"])) != [] and response_warnings([]) == []
 
 
-def test_a_habit_that_spread_is_told():
-    tally = RolloutStats()
+def test_a_pattern_that_spread_is_reported():
+    stats = RolloutStats()
     for step in range(1, 11):
         text = LONG + "\\boxed{{{0}}}" + (" or \\boxed{{{0}}}" if step > 5 else "")
-        tally.add(step, [group(key, "ABCD", key, text=text) for key in "ABCD"])
-    assert warnings(tally.steps) == [
+        stats.add(step, [group(key, "ABCD", key, text=text) for key in "ABCD"])
+    assert response_warnings(stats.steps) == [
         "Several boxes: in the last 5 recorded steps 100.0% of responses have more than one "
         "box; the last one counts; in the first 5 it was 0.0%."
     ]

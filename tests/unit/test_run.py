@@ -182,7 +182,7 @@ def test_a_run_writes_its_directory(tmp_path, capsys):
     assert len(json.loads((config.run_dir / "provenance.json").read_text())["starts"]) == 1
     printed = capsys.readouterr().out.splitlines()
     assert printed[3].startswith("step    4/4  reward 0.500  correct  50%  boxed 100%")
-    assert "What was learnt" in printed[4:6] and printed[-1].split()[0] in ("rollouts", "checkpoints")
+    assert "Results" in printed[4:6] and printed[-1].split()[0] in ("rollouts", "checkpoints")
     assert not list(config.run_dir.rglob("*.partial"))
 
 

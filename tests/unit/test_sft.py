@@ -169,7 +169,7 @@ def test_report_card_and_last_words_speak_of_the_loss(tmp_path):
     said = "Loss fell: 2.700 in the first 5 steps, 2.000 in the last 5 (cross entropy, nats per response token)."
     assert f"  {said}" in summary(folder)
     page = write_report(folder).read_text()
-    assert "supervised, 4 prompts a step" in page and "Loss fell" in page and "samples no responses" in page
+    assert "supervised, 4 prompts per step" in page and "Loss fell" in page and "samples no responses" in page
     assert "Mean reward" not in page
     assert json.loads((folder / "report.json").read_text())["sentences"] == [said]
     write_card(folder, config, folder / "hf")

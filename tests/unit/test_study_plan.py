@@ -1,4 +1,4 @@
-"""Studies: which runs a file means, what is refused, what a set is drawn from, resuming, failing runs, Slurm scripts."""
+"""Studies: the runs of a file, what is refused, how sets are drawn, resuming, failing runs, Slurm scripts."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ from alphamed.lab.datasets import build
 from alphamed.lab.study import child, slurm
 from alphamed.lab.study.data import make_sets
 from alphamed.lab.study.grid import plan_runs, run_name
-from alphamed.lab.study.spec import CONTROLS, Control, load_study
+from alphamed.lab.study.spec import CONTROLS, ControlKind, load_study
 
 ROOT = Path(__file__).parents[2]
 BASE = {
@@ -67,9 +67,9 @@ def runs(path):
 
 def refused(capfd, path, *words):
     assert main(["study", str(path), "--dry-run"]) == 2
-    told = capfd.readouterr().err
-    assert told.startswith("error: ") and told.count("\n") == 1
-    assert [word for word in words if word not in told] == [], told
+    message = capfd.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1
+    assert [word for word in words if word not in message] == [], message
     assert not (path.parent / "studies").exists()
 
 
@@ -84,12 +84,17 @@ def own_axes(recipe: dict | None = None, **axes) -> dict:
 
 # ------------------------------------------------------------------------------------------------------------- the grid
 def test_axes_are_crossed(write):
-    found = runs(write(grids=[{"name": "g", "axes": {"seeds": [1, 2], "settings": {"optimizer.lr": [1e-5, 0.0003]}}}]))
-    assert [run.name for run in found] == ["lr1e-05-s1", "lr1e-05-s2", "lr0.0003-s1", "lr0.0003-s2"]
-    assert [(run.config.run.seed, run.config.optimizer.lr) for run in found] == [(1, 1e-5), (2, 1e-5), (1, 3e-4), (2, 3e-4)]
-    assert {run.config.run_dir for run in found} == {Path("studies/s/runs") / run.name for run in found}
-    assert found[2].axes == {"optimizer.lr": 0.0003, "seeds": 1}
-    assert all(run.config.rollout.questions_per_step == 2 for run in found)  # the rest is the base's
+    planned = runs(write(grids=[{"name": "g", "axes": {"seeds": [1, 2], "settings": {"optimizer.lr": [1e-5, 0.0003]}}}]))
+    assert [run.name for run in planned] == ["lr1e-05-s1", "lr1e-05-s2", "lr0.0003-s1", "lr0.0003-s2"]
+    assert [(run.config.run.seed, run.config.optimizer.lr) for run in planned] == [
+        (1, 1e-5),
+        (2, 1e-5),
+        (1, 3e-4),
+        (2, 3e-4),
+    ]
+    assert {run.config.run_dir for run in planned} == {Path("studies/s/runs") / run.name for run in planned}
+    assert planned[2].axes == {"optimizer.lr": 0.0003, "seeds": 1}
+    assert all(run.config.rollout.questions_per_step == 2 for run in planned)  # the rest is the base's
 
 
 def test_settings_of_grid_over_study_over_base(write):
@@ -110,8 +115,10 @@ def test_settings_of_grid_over_study_over_base(write):
 
 def test_the_same_run_in_two_grids_is_one(write):
     shared = {"settings": {"optimizer.lr": [1e-5, 1e-4]}}
-    found = runs(write(grids=[{"name": "a", "axes": shared}, {"name": "b", "axes": {"settings": {"optimizer.lr": [1e-5]}}}]))
-    assert [(run.name, run.grids) for run in found] == [("lr1e-05-s5", ("a", "b")), ("lr0.0001-s5", ("a",))]
+    planned = runs(
+        write(grids=[{"name": "a", "axes": shared}, {"name": "b", "axes": {"settings": {"optimizer.lr": [1e-5]}}}])
+    )
+    assert [(run.name, run.grids) for run in planned] == [("lr1e-05-s5", ("a", "b")), ("lr0.0001-s5", ("a",))]
 
 
 def test_values_that_no_setting_can_have_are_refused(write, capfd):
@@ -122,21 +129,21 @@ def test_values_that_no_setting_can_have_are_refused(write, capfd):
 
 def test_two_runs_of_one_name_are_refused(write, capfd):
     path = write(grids=[{"name": "a"}, {"name": "b", "settings": {"optimizer.lr": 1e-4}}])
-    refused(capfd, path, "grids.b", "s5 is the name of another run of a too", "write what differs as an axis")
+    refused(capfd, path, "grids.b", "s5 is also the name of a run of a", "write what differs as an axis")
 
 
-def test_controls_stand_beside_the_first_values_with_all_seeds(write):
+def test_controls_have_the_first_values_and_all_seeds(write):
     path = write(
         grids=[
             {
                 "name": "g",
                 "axes": {"seeds": [1, 2], "settings": {"optimizer.lr": [1e-5, 1e-4]}},
-                "controls": [str(one) for one in Control],
+                "controls": [str(kind) for kind in ControlKind],
             }
         ]
     )
-    found = [run for run in runs(path) if run.control]
-    assert [run.name for run in found] == [
+    controls = [run for run in runs(path) if run.control]
+    assert [run.name for run in controls] == [
         "lr1e-05-s1-random_reward",
         "lr1e-05-s2-random_reward",
         "lr1e-05-s1-format_reward",
@@ -145,9 +152,9 @@ def test_controls_stand_beside_the_first_values_with_all_seeds(write):
         "lr1e-05-s2-shuffled_keys",
         "lr1e-05-s1-unchanged",
     ]  # one, the exam is the same
-    assert [run.config.reward.name for run in found] == ["random"] * 2 + ["format_only"] * 2 + ["correct"] * 3
-    assert [str(run.config.data.answer_keys) for run in found] == ["given"] * 4 + ["shuffled"] * 2 + ["given"]
-    assert (found[-1].config.run.last_step, found[-1].config.evaluation.before) == (0, True)
+    assert [run.config.reward.name for run in controls] == ["random"] * 2 + ["format_only"] * 2 + ["correct"] * 3
+    assert [str(run.config.data.answer_keys) for run in controls] == ["given"] * 4 + ["shuffled"] * 2 + ["given"]
+    assert (controls[-1].config.run.last_step, controls[-1].config.evaluation.before) == (0, True)
     sampled = write(
         settings={"evaluation.questions": 1}, grids=[{"name": "g", "axes": {"seeds": [1, 2]}, "controls": ["unchanged"]}]
     )
@@ -156,19 +163,19 @@ def test_controls_stand_beside_the_first_values_with_all_seeds(write):
 
 def test_the_unchanged_model_chooses_among_no_checkpoints(write):
     chosen = {"evaluation.development": "questions.jsonl", "evaluation.every": 2, "checkpoint.every": 2}
-    found = runs(write(settings=chosen, grids=[{"name": "g", "controls": ["unchanged"]}]))
-    assert [run.config.evaluation.development for run in found] == [Path("questions.jsonl"), None]
+    planned = runs(write(settings=chosen, grids=[{"name": "g", "controls": ["unchanged"]}]))
+    assert [run.config.evaluation.development for run in planned] == [Path("questions.jsonl"), None]
 
 
 def test_every_control_has_its_preset():
-    assert set(CONTROLS) == set(Control)
+    assert set(CONTROLS) == set(ControlKind)
 
 
 def test_long_names_are_cut_and_stay_apart():
     names = [run_name({"prompt.instruction": "x" * 200 + end}, None) for end in "ab"]
     assert names[0] != names[1] and all(len(name) == 100 for name in names)
     assert (
-        run_name({"sources": "medqa+mine", "sizes": 1200, "levels": (1, 2), "seeds": 3}, Control.UNCHANGED)
+        run_name({"sources": "medqa+mine", "sizes": 1200, "levels": (1, 2), "seeds": 3}, ControlKind.UNCHANGED)
         == "medqa.mine-n1200-l1.2-s3-unchanged"
     )
     assert (
@@ -183,7 +190,7 @@ def test_long_names_are_cut_and_stay_apart():
         ({"grids": []}, ["grids"]),
         ({"gird": 1}, ["gird: unknown key", "did you mean 'grids'?"]),
         ({"base": "nowhere.yaml"}, ["nowhere.yaml", "no such file"]),
-        ({"grids": [{"name": "a"}, {"name": "a"}]}, ["grids: a stands twice"]),
+        ({"grids": [{"name": "a"}, {"name": "a"}]}, ["grids: a is listed twice"]),
         (
             {"grids": [{"name": "a", "axes": {"settings": {"optimizer.lrr": [1]}}}]},
             ["grids.a: run lrr1-s5", "optimizer.lrr: unknown key; did you mean 'lr'?"],
@@ -192,17 +199,17 @@ def test_long_names_are_cut_and_stay_apart():
             {"grids": [{"name": "a", "axes": {"settings": {"optimizer.lr": [1e-5, -1]}}}]},
             ["run lr-1-s5", "optimizer.lr: -1"],
         ),
-        ({"grids": [{"name": "a", "axes": {"seeds": [1, 1]}}]}, ["grids.a.axes.seeds: 1 stands twice"]),
+        ({"grids": [{"name": "a", "axes": {"seeds": [1, 1]}}]}, ["grids.a.axes.seeds: 1 is listed twice"]),
         ({"grids": [{"name": "a", "axes": {"sizes": [10]}}]}, ["grids.a.axes.sizes: needs data"]),
         ({"settings": {"run.seed": 3}}, ["run.seed is the axis seeds"]),
-        ({"grids": [{"name": "a", "settings": {"run.name": "x"}}]}, ["grids.a.settings: run.name is given by the study"]),
+        ({"grids": [{"name": "a", "settings": {"run.name": "x"}}]}, ["grids.a.settings: run.name is set by the study"]),
         ({"grids": [{"name": "a", "controls": ["randm"]}]}, ["grids.0.controls.0", "'randm'"]),
         ({"settings": {"reward.name": "corect"}}, ["did you mean 'correct'?"]),
         ({"data": {}}, ["grids.g.axes.sources: missing"]),
         ({"data": {}, "grids": [{"name": "g", "axes": {"sources": ["owm"]}}]}, ["'owm' is not known", "medqa"]),
         (
             {"data": {"recipe": {"seed": 1}}, "grids": [{"name": "g", "axes": {"sources": ["medqa"]}}]},
-            ["error: data.recipe: seed is what the axes decide"],
+            ["error: data.recipe: seed is set by the axes"],
         ),
         (
             {"data": {"recipe": {"fliter": {}}}, "grids": [{"name": "g", "axes": {"sources": ["medqa"]}}]},
@@ -210,11 +217,11 @@ def test_long_names_are_cut_and_stay_apart():
         ),
         (
             {"data": OWN, "grids": [{"name": "g", "axes": {"sources": ["own+more"], "sizes": [11]}}]},
-            ["11 cannot be dealt evenly to 2 sources; choose a multiple of 2"],
+            ["11 cannot be divided evenly among 2 sources; choose a multiple of 2"],
         ),
         (
             {"data": OWN | {"per_level": True}, "grids": [{"name": "g", "axes": {"sources": ["own"], "sizes": [10]}}]},
-            ["10 cannot be dealt evenly to 1 source x 6 levels; choose a multiple of 6"],
+            ["10 cannot be divided evenly among 1 source x 6 levels; choose a multiple of 6"],
         ),
         (
             {
@@ -243,22 +250,22 @@ def test_long_names_are_cut_and_stay_apart():
         # what the study sets itself, however it is written
         (
             own_axes(settings={"data.train": [["x.jsonl"], ["y.jsonl"]]}),
-            ["grids.g.axes.settings: data.train is what data builds; use the axis sources"],
+            ["grids.g.axes.settings: data.train is set by data; use the axis sources"],
         ),
         (
             own_axes(settings={"data": [{"train": ["x.jsonl"]}, {"train": ["y.jsonl"]}]}),
-            ["axes.settings: data.train is what"],
+            ["axes.settings: data.train is set"],
         ),
-        (own_axes() | {"settings": {"data.train": ["x.jsonl"]}}, ["settings: data.train is what data builds"]),
+        (own_axes() | {"settings": {"data.train": ["x.jsonl"]}}, ["settings: data.train is set by data"]),
         (
             {
                 "data": OWN,
                 "grids": [{"name": "g", "axes": {"sources": ["own"]}, "settings": {"data": {"train": ["x.jsonl"]}}}],
             },
-            ["grids.g.settings: data.train is what data builds"],
+            ["grids.g.settings: data.train is set by data"],
         ),
         ({"settings": {"run": {"seed": 3}}}, ["settings: run.seed is the axis seeds"]),
-        ({"settings": {"run": {"steps": 3, "root": "r"}}}, ["settings: run.root is given by the study; use root"]),
+        ({"settings": {"run": {"steps": 3, "root": "r"}}}, ["settings: run.root is set by the study; use root"]),
         (
             {"grids": [{"name": "a", "axes": {"settings": {"optimizer": [{"lr": 1e-6}], "optimizer.lr": [1e-5]}}}]},
             ["grids.a.axes.settings: optimizer holds optimizer.lr, another axis"],
@@ -268,15 +275,15 @@ def test_long_names_are_cut_and_stay_apart():
             own_axes(informativeness=[[3, 4], [4, 3]]),
             ["axes.informativeness: [4, 3] is [3, 4] in another order; give each value once"],
         ),
-        (own_axes(informativeness=[[1, 1], [1]]), ["axes.informativeness: [1, 1] names one thing twice"]),
+        (own_axes(informativeness=[[1, 1], [1]]), ["axes.informativeness: [1, 1] names a part twice"]),
         (own_axes(levels=[[1, 2], "all", [2, 1]]), ["axes.levels: [2, 1] is [1, 2] in another order"]),
         (own_axes(sources=["own+more", "more+own"]), ['axes.sources: "more+own" is "own+more" in another order']),
-        (own_axes(sources=["own+own"]), ['axes.sources: "own+own" names one thing twice']),
+        (own_axes(sources=["own+own"]), ['axes.sources: "own+own" names a part twice']),
         *(
             (own_axes(**{axis: []}), [f"axes.{axis}: [] leaves no value to run; give at least one, or remove the axis"])
             for axis in ("seeds", "sizes", "levels", "informativeness", "sources")
         ),
-        (own_axes(sizes=[10, 10]), ["axes.sizes: 10 stands twice"]),
+        (own_axes(sizes=[10, 10]), ["axes.sizes: 10 is listed twice"]),
         (
             {
                 "data": OWN,
@@ -320,7 +327,7 @@ def test_long_names_are_cut_and_stay_apart():
         ),
         (
             {"data": {"sources": [OWN["sources"][0]] * 2}, "grids": [{"name": "g", "axes": {"sources": ["own"]}}]},
-            ["error: data.sources: own stands twice"],
+            ["error: data.sources: own is listed twice"],
         ),
         (
             own_axes(recipe={"filter": {"informativeness": [2]}}, informativeness=["all", [1]]),
@@ -372,26 +379,26 @@ def test_sets_are_drawn_by_source_size_level_and_seed(write):
     assert make_sets(study, planned, "test") == [made[0]]  # not what its card says
 
 
-def test_a_set_is_made_anew_where_a_file_of_its_recipe_has_changed(write):
+def test_a_set_is_made_again_where_a_file_of_its_recipe_has_changed(write):
     Path("levels.jsonl").write_text("".join(json.dumps({"id": f"q{i}", "level": 1 + i % 2}) + "\n" for i in range(60)))
     data = {"sources": [{"name": "own", "path": "questions.jsonl", "levels": "levels.jsonl"}]}
     study = load_study(write(data=data, grids=[{"name": "g", "axes": {"sources": ["own"], "levels": [[2]]}}]))
     (run,) = plan_runs(study)
-    assert make_sets(study, [run], "test") == [run.set.file] and make_sets(study, [run], "test") == []
+    assert make_sets(study, [run], "test") == [run.training_set.file] and make_sets(study, [run], "test") == []
     Path("levels.jsonl").write_text("".join(json.dumps({"id": f"q{i}", "level": 1 + (i < 10)}) + "\n" for i in range(60)))
-    assert make_sets(study, [run], "test") == [run.set.file]
-    assert len(run.set.file.read_text().splitlines()) == 10
+    assert make_sets(study, [run], "test") == [run.training_set.file]
+    assert len(run.training_set.file.read_text().splitlines()) == 10
 
 
-def test_a_set_that_can_not_be_made_names_its_run_and_leaves_no_other(write, capfd):
+def test_a_set_that_cannot_be_made_names_its_run_and_leaves_no_other(write, capfd):
     """60 questions, ten of each level: a set of 12 of level 2 cannot be drawn, that of ten can, and is made first."""
     path = write(
         data={"sources": [OWN["sources"][0]], "medfacts": {"facts": 1}},
         grids=[{"name": "g", "axes": {"sources": ["own"], "sizes": [10, 12], "levels": [[2]], "seeds": [1]}}],
     )
     assert main(["study", str(path)]) == 2
-    told = capfd.readouterr().err
-    assert told.startswith("error: run own-n12-l2-s1: ") and told.count("\n") == 1, told
+    message = capfd.readouterr().err
+    assert message.startswith("error: run own-n12-l2-s1: ") and message.count("\n") == 1, message
     assert not Path("studies/s/data").exists()
     # sets of an earlier start stay
     (first,) = runs(
@@ -400,34 +407,34 @@ def test_a_set_that_can_not_be_made_names_its_run_and_leaves_no_other(write, cap
             grids=[{"name": "g", "axes": {"sources": ["own"], "sizes": [10], "levels": [[2]], "seeds": [1]}}],
         )
     )
-    assert make_sets(load_study(other), [first], "test") == [first.set.file]
+    assert make_sets(load_study(other), [first], "test") == [first.training_set.file]
     path = write(
         data={"sources": [OWN["sources"][0]], "medfacts": {"facts": 1}},
         grids=[{"name": "g", "axes": {"sources": ["own"], "sizes": [10, 12], "levels": [[2]], "seeds": [1]}}],
     )
     assert main(["study", str(path)]) == 2
-    assert sorted(Path("studies/s/data").iterdir()) == sorted(build.files_of(first.set.file))
+    assert sorted(Path("studies/s/data").iterdir()) == sorted(build.files_of(first.training_set.file))
     # and so does one that is made again, because its card is damaged: a run may have been trained on it
-    before = first.set.file.read_bytes()
-    build.card_path(first.set.file).write_text("{")
-    assert main(["study", str(path)]) == 2 and first.set.file.read_bytes() == before
+    before = first.training_set.file.read_bytes()
+    build.card_path(first.training_set.file).write_text("{")
+    assert main(["study", str(path)]) == 2 and first.training_set.file.read_bytes() == before
 
 
 def test_another_recipe_is_another_file(write):
     grids = [{"name": "g", "axes": {"sources": ["own"], "sizes": [10]}}]
     (first,) = runs(write(data=OWN, grids=grids))
     (other,) = runs(write(data=OWN | {"recipe": {"drop_repeats": True}}, grids=grids))
-    assert first.name == other.name and first.set.file != other.set.file
+    assert first.name == other.name and first.training_set.file != other.training_set.file
 
 
 # ---------------------------------------------------------------------------------------------------------------- running
 TRAIN = '''
-"""Stands in for `alphamed train` and `compare`: notes that it was asked, then does what the file `behaviour` says."""
+"""Stands in for `alphamed train` and `compare`: records its arguments, then does what the file `behaviour` says."""
 import json, sys, time, yaml
 from pathlib import Path
 verb, config = sys.argv[1], None
-with open("asked", "a") as asked:
-    print(*sys.argv[1:], file=asked)
+with open("commands", "a") as commands:
+    print(*sys.argv[1:], file=commands)
 if verb == "compare":
     Path(sys.argv[-1]).write_text(" ".join(Path(name).name for name in sys.argv[2:-2]))
     sys.exit()
@@ -447,7 +454,7 @@ if behaviour == "slow":
 
 @pytest.fixture
 def trained(write, monkeypatch, tmp_path):
-    """A study of three runs whose trainings are stood in for; returns (study file, set behaviour, what was asked)."""
+    """A study of three runs with a substitute for training; returns (study file, set behaviour, runs started since the last call)."""
     (tmp_path / "train.py").write_text(TRAIN)
     monkeypatch.setattr(child, "alphamed", lambda *words: [sys.executable, str(tmp_path / "train.py"), *words])
     path = write(deadline_s=1980, grids=[{"name": "g", "axes": {"seeds": [1, 2, 3]}}])
@@ -455,30 +462,30 @@ def trained(write, monkeypatch, tmp_path):
     def behave(**behaviour) -> None:
         (tmp_path / "behaviour").write_text(json.dumps(behaviour))
 
-    def asked() -> list[str]:
-        log = tmp_path / "asked"
+    def started() -> list[str]:
+        log = tmp_path / "commands"
         words = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
         log.unlink(missing_ok=True)
         return [Path(line[2]).stem for line in words if line[0] == "train"]
 
     behave()
-    return path, behave, asked
+    return path, behave, started
 
 
 def test_a_failing_run_is_named_and_the_others_go_on(trained, capfd):
-    path, behave, asked = trained
+    path, behave, started = trained
     behave(s2="bad")
     assert main(["study", str(path)]) == 1
-    told = capfd.readouterr()
-    assert asked() == ["s1", "s2", "s3"]
-    assert "run s2 failed: engine 0: was killed by signal 9 (SIGKILL)" in told.err
-    assert told.err.splitlines()[-1] == (
+    printed = capfd.readouterr()
+    assert started() == ["s1", "s2", "s3"]
+    assert "run s2 failed: engine 0: was killed by signal 9 (SIGKILL)" in printed.err
+    assert printed.err.splitlines()[-1] == (
         f"study s: 1 of 3 runs are not finished; `alphamed study {path}` continues them here, "
         f"`alphamed study {path} --slurm` writes their scripts"
     )
     assert Path("studies/s/comparison.html").read_text() == "s1 s3"
     rows = list(csv.DictReader(Path("studies/s/results.csv").open()))
-    assert [(row["run"], row["stand"], row["axis:seeds"]) for row in rows] == [
+    assert [(row["run"], row["status"], row["axis:seeds"]) for row in rows] == [
         ("s1", "finished", "1"),
         ("s2", "new", "2"),
         ("s3", "finished", "3"),
@@ -493,36 +500,36 @@ def test_a_failing_run_is_named_and_the_others_go_on(trained, capfd):
 
 
 def test_what_is_finished_is_not_run_again(trained, capfd):
-    path, behave, asked = trained
+    path, behave, started = trained
     behave(s2="bad")
     main(["study", str(path)])
-    asked()
+    started()
     behave()
     assert main(["study", str(path)]) == 0
-    assert asked() == ["s2"]
+    assert started() == ["s2"]
     assert main(["study", str(path)]) == 0
-    assert asked() == []
+    assert started() == []
 
 
-def test_collecting_starts_nothing_and_names_what_does(trained, capfd):
-    path, behave, asked = trained
+def test_collecting_starts_nothing_and_lists_unfinished_runs(trained, capfd):
+    path, behave, started = trained
     behave(s2="bad", s3="damages")
     main(["study", str(path)])
-    asked(), capfd.readouterr()
+    started(), capfd.readouterr()
     behave()
     Path("studies/s/comparison.html").unlink()
     assert main(["study", str(path), "--collect"]) == 1
-    told = capfd.readouterr()
-    assert asked() == [] and Path("studies/s/comparison.html").read_text() == "s1"
-    assert told.err.splitlines() == [
-        "run s2 is not finished: it has not begun",
+    printed = capfd.readouterr()
+    assert started() == [] and Path("studies/s/comparison.html").read_text() == "s1"
+    assert printed.err.splitlines() == [
+        "run s2 is not finished: it has not started",
         "run s3 failed: studies/s/runs/s3/finished.json: not readable (JSONDecodeError); remove it, and the run is continued",
         f"study s: 2 of 3 runs are not finished; `alphamed study {path}` continues them here, "
         f"`alphamed study {path} --slurm` writes their scripts",
     ]
     Path("studies/s/runs/s3/finished.json").unlink()
     assert main(["study", str(path)]) == 0  # what the line promises
-    assert asked() == ["s2", "s3"]
+    assert started() == ["s2", "s3"]
 
 
 def test_scores_of_other_settings_are_not_collected(trained, capfd):
@@ -538,51 +545,51 @@ def test_scores_of_other_settings_are_not_collected(trained, capfd):
         "run s1 failed: optimizer.lr: 0.001 but the run in studies/s/runs/s1 was started with 1e-06"
         in capfd.readouterr().err
     )
-    assert {row["stand"] for row in json.loads(Path("studies/s/results.json").read_text())} == {"broken"}
+    assert {row["status"] for row in json.loads(Path("studies/s/results.json").read_text())} == {"interrupted"}
 
 
 def test_a_study_is_run_once_at_a_time(trained, capfd):
-    path, _, asked = trained
+    path, _, started = trained
     Path("studies/s").mkdir(parents=True)
     holder = Lock(Path("studies/s"))
     holder.take()
     assert main(["study", str(path)]) == 2
-    assert "studies/s: already running (pid" in capfd.readouterr().err and asked() == []
+    assert "studies/s: already running (pid" in capfd.readouterr().err and started() == []
     holder.release()
 
 
 def test_a_run_made_with_other_settings_is_refused(trained, capfd):
-    path, behave, asked = trained
+    path, behave, started = trained
     assert main(["study", str(path)]) == 0
-    asked()
+    started()
     tree = yaml.safe_load(path.read_text()) | {"settings": {"optimizer.lr": 1e-3}}
     path.write_text(yaml.safe_dump(tree))
     assert main(["study", str(path)]) == 2
     assert "run s1: optimizer.lr: 0.001 but the run in studies/s/runs/s1 was started with 1e-06" in capfd.readouterr().err
-    assert asked() == []
+    assert started() == []
 
 
 def test_a_damaged_run_does_not_end_the_study(trained, capfd):
-    path, behave, asked = trained
+    path, behave, started = trained
     behave(s1="damages")
     assert main(["study", str(path)]) == 1
-    told = capfd.readouterr()
-    assert asked() == ["s1", "s2", "s3"] and "run s1 failed: studies/s/runs/s1/finished.json: not readable" in told.err
+    printed = capfd.readouterr()
+    assert started() == ["s1", "s2", "s3"] and "run s1 failed: studies/s/runs/s1/finished.json: not readable" in printed.err
     assert main(["study", str(path)]) == 2  # what stands there now is refused at once
-    assert asked() == []
+    assert started() == []
 
 
 def test_a_run_past_its_deadline_is_stopped(trained, capfd, monkeypatch):
-    path, behave, asked = trained
+    path, behave, started = trained
     behave(s1="slow")
     path.write_text(path.read_text().replace("deadline_s: 1980", "deadline_s: 8"))
     assert main(["study", str(path)]) == 1
     assert "run s1 failed: took longer than deadline_s (8 s)" in capfd.readouterr().err
-    assert {"s1", "s2", "s3"} == set(asked())
+    assert {"s1", "s2", "s3"} == set(started())
 
 
 def test_a_stopped_study_stops_its_run_and_goes_on_later(trained, capfd):
-    path, behave, asked = trained
+    path, behave, started = trained
     behave(s1="slow")
     log = Path("studies/s/logs/s1.log")
 
@@ -592,14 +599,14 @@ def test_a_stopped_study_stops_its_run_and_goes_on_later(trained, capfd):
 
     threading.Thread(target=stop).start()
     assert main(["study", str(path)]) == 128 + signal.SIGTERM
-    assert "stopped; the same command goes on from here" in capfd.readouterr().err
-    asked()
+    assert "stopped; the same command continues from here" in capfd.readouterr().err
+    started()
     behave()
     assert main(["study", str(path)]) == 0
-    assert asked() == ["s1", "s2", "s3"]
+    assert started() == ["s1", "s2", "s3"]
 
 
-def test_a_real_training_that_can_not_start_is_named(write, capfd):
+def test_a_real_training_that_cannot_start_is_named(write, capfd):
     """The child is the real `alphamed train`: the model does not exist."""
     assert main(["study", str(write())]) == 1
     assert "run s5 failed: model.path: 'no-such-model'" in capfd.readouterr().err
@@ -622,7 +629,7 @@ def test_reasons(tmp_path, text, status, why):
 # ------------------------------------------------------------------------------------------------------------------- slurm
 def test_slurm_scripts_are_bash_that_submits_every_unfinished_run(trained, tmp_path, monkeypatch, capfd):
     """Submitted with an sbatch that notes its arguments: ids chain into the last job's dependency."""
-    path, behave, asked = trained
+    path, behave, started = trained
     behave(s2="bad", s3="bad")
     main(["study", str(path)])
     assert main(["study", str(path), "--slurm"]) == 0
@@ -670,14 +677,20 @@ def test_arms_of_supervised_training(write, monkeypatch, capsys):
     assert planned[1].config.sft.epochs == 2 and planned[2].config.sft is None
     assert planned[2].config.model.path == "studies/s/runs/taught-s2/hf"
     asked = []
-    monkeypatch.setattr(child, "run_child", lambda command, *_: asked.append(command[3:]) or child.Ended(1, 0.0, "tried"))
+    monkeypatch.setattr(
+        child, "run_child", lambda command, *_: asked.append(command[3:]) or child.ChildExit(1, 0.0, "tried")
+    )
     assert main(["study", str(path)]) == 1
     assert [command[0] for command in asked] == ["sft", "sft", "train", "train"]
     assert "taught-s1  2 epochs of 32 prompts, supervised: new" in capsys.readouterr().out
     data = {"sources": [{"name": "mine", "path": "questions.jsonl", "licence": "CC0"}]}
     built = [*STAGES[:1], STAGES[2] | {"axes": {"seeds": [1], "sources": ["mine"]}}]
     planned = runs(write(grids=built, data=data))
-    assert [(run.name, run.set is None) for run in planned] == [("taught-s1", True), ("taught-s2", True), ("mine-s1", False)]
+    assert [(run.name, run.training_set is None) for run in planned] == [
+        ("taught-s1", True),
+        ("taught-s2", True),
+        ("mine-s1", False),
+    ]
 
 
 def test_files_and_sets_are_not_both_what_a_grid_trains_on(write, capsys):
@@ -708,10 +721,10 @@ def test_shipped_studies_are_valid(name, count, monkeypatch):
     """paper: the base asked directly, 3 supervised runs, 3 of RL from one of them; 3 seeds of the mixture and 10 controls; 9
     subsets and 9 controls; 27 of quantity; 66 of difficulty."""
     monkeypatch.chdir(ROOT)
-    found = runs(ROOT / "examples" / "studies" / f"{name}.yaml")
-    assert len({run.name for run in found}) == len(found)
-    assert all((run.set is None) == (run.config.sft is not None) for run in found)
-    assert {run.control for run in found} == {None, *Control}
+    planned = runs(ROOT / "examples" / "studies" / f"{name}.yaml")
+    assert len({run.name for run in planned}) == len(planned)
+    assert all((run.training_set is None) == (run.config.sft is not None) for run in planned)
+    assert {run.control for run in planned} == {None, *ControlKind}
 
 
 def test_the_shipped_small_study_finds_its_questions(tmp_path, monkeypatch):

@@ -141,6 +141,18 @@ def read_rows(path: Path) -> list[dict[str, float | None]]:
     return rows
 
 
+def step_of(row: Mapping[str, float | None]) -> int:
+    """The step of a row that `read_rows` returned."""
+    step = row["step"]
+    assert step is not None, row
+    return int(step)
+
+
+def last_step(rows: Iterable[Mapping[str, float | None]]) -> int:
+    """The largest step of rows that `read_rows` returned; 0 without any."""
+    return max(map(step_of, rows), default=0)
+
+
 def _is_number(value: object) -> bool:
     """Whether it can be a metric: null too, which stands for NaN, but neither true nor a whole number beyond every float."""
     return (

@@ -1,4 +1,4 @@
-"""Axes of charts: round ticks, linear and logarithmic scales, the plane that a chart draws in."""
+"""Axes of charts: round ticks, linear and logarithmic scales, the area in which a chart is drawn."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from dataclasses import dataclass
 
 Value = float | None
 WIDTH, HEIGHT = 480, 250
-LEFT, TOP, BOTTOM = 52, 14, 34  # room for tick labels
+LEFT, TOP, BOTTOM = 52, 14, 34  # margins for tick labels
 
 
 @dataclass(frozen=True, slots=True)
 class Axis:
     ticks: Sequence[float]
-    place: Callable[[float], float]  # value -> y in pixels
+    pixel: Callable[[float], float]  # value -> y in pixels
 
 
 @dataclass(frozen=True, slots=True)
 class Plane:
-    """Where a chart draws: its x values and their places, its y axis, and the pixel where the drawing ends."""
+    """The area of a chart: its x values and their pixels, its y axis, and the pixel at its right edge."""
 
     x: Sequence[float]
-    place: Callable[[float], float]  # x value -> x in pixels
+    pixel: Callable[[float], float]  # x value -> x in pixels
     y: Axis
     end: int
 
@@ -31,7 +31,7 @@ def plane_of(x: Sequence[float], y: Axis, width: int, right: int) -> Plane:
     low, high = min(x, default=0), max(x, default=1)
     if high == low:
         low, high = low - 0.5, high + 0.5
-    pad = 0.5 * (high - low) / max(len(x), 2)  # bars and points stay off the axes
+    pad = 0.5 * (high - low) / max(len(x), 2)  # keeps bars and points off the axes
     scale = (width - right - LEFT) / (high - low + 2 * pad)
     return Plane(x, lambda value: LEFT + (value - low + pad) * scale, y, width - right)
 

@@ -1,5 +1,5 @@
-"""Whole evaluations set against each other: answers read from their files, paired by question, tests adjusted. Pure but for
-the reading.
+"""Whole evaluations compared: answers read from their files, paired by question, p values adjusted. Pure except for
+reading the files.
 
 Both kinds of files are understood: the evaluations of a run (`step_N.items.jsonl`) and those of `alphamed eval`
 (`items.jsonl`), where a question may have several samples.
@@ -26,35 +26,34 @@ BOXED = (Outcome.CORRECT, Outcome.WRONG)
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What a model said to one question of a set, over all samples. `identity` is equal where the same was asked: text,
-    options in their order, key."""
+class AnsweredQuestion:
+    """A model's answers to one question of a set, over all samples. `identity` is equal for the same question: text, options
+    in the same order, key."""
 
     id: str
     identity: tuple[Any, ...]
     key: str
-    options: int  # that were shown; 0: none
+    options: int  # number of options shown; 0 where the variant hides them
     attributes: Mapping[str, int | None]  # field -> value
     outcomes: tuple[Outcome, ...]
     letters: tuple[str | None, ...]
     votes: tuple[str | None, ...]  # what each boxed answer counts as, see `variants.vote_of`
     tokens: int  # of all samples
-    text: str  # of the first sample
     question: str
 
     @property
     def right(self) -> bool:
-        """Whether the question counts as answered right: no other answer is as common among the samples as the key."""
+        """Whether the key is the most common answer among the samples; a tie counts as wrong."""
         others = Counter(vote for vote, outcome in zip(self.votes, self.outcomes) if outcome is Outcome.WRONG)
         return self.outcomes.count(Outcome.CORRECT) > max(others.values(), default=0)
 
 
 @dataclass(frozen=True, slots=True)
 class AnsweredSet:
-    """A set of questions and what one model said to each. Shares are over all samples, intervals count the questions."""
+    """A set of questions with one model's answers. Shares are over all samples, intervals over questions."""
 
     name: str
-    answers: Mapping[str, Answer]
+    answers: Mapping[str, AnsweredQuestion]
     outcomes: Counter[Outcome]
 
     @property
@@ -99,7 +98,7 @@ class AnsweredSet:
 
     @property
     def among_interval(self) -> tuple[float, float]:
-        """For as many questions as have a boxed answer; 0..1 without one."""
+        """Over the questions that have a boxed answer; 0..1 without one."""
         boxed = sum(any(outcome in BOXED for outcome in answer.outcomes) for answer in self.answers.values())
         return wilson(self.among_boxed, boxed) if boxed else (0.0, 1.0)
 
@@ -116,7 +115,7 @@ class AnsweredSet:
 
     def parts(self, attribute: str) -> dict[int | None, AnsweredSet]:
         """Value of an attribute -> the questions that have it, in order, those without one last."""
-        groups: dict[int | None, list[Answer]] = {}
+        groups: dict[int | None, list[AnsweredQuestion]] = {}
         for answer in self.answers.values():
             groups.setdefault(answer.attributes[attribute], []).append(answer)
         return {value: answered(self.name, groups[value]) for value in sorted(groups, key=lambda x: (x is None, x))}
@@ -125,7 +124,7 @@ class AnsweredSet:
 @dataclass(frozen=True, slots=True)
 class Paired:
     """The same questions answered by two models. `gained` are right in the second only, `lost` in the first only;
-    `left_out` counts those that one of them was not asked, or was asked otherwise."""
+    `left_out` counts questions that only one model answered or that differ between the two."""
 
     n: int
     left_out: int
@@ -135,13 +134,13 @@ class Paired:
 
     @property
     def difference(self) -> float:
-        """Share of questions right in the second less that in the first."""
+        """Share of questions right in the second minus that in the first."""
         return (len(self.gained) - len(self.lost)) / self.n
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95% interval of `difference`: Wald's with half a question more in each cell (Agresti and Min 2005), which holds
-        for few flips."""
+        """95% interval of `difference`: Wald's with half a question added to each cell (Agresti and Min 2005), which is
+        valid for few flips too."""
         gained, lost, n = len(self.gained) + 0.5, len(self.lost) + 0.5, self.n + 2
         centre = (gained - lost) / n
         half = Z_95 * math.sqrt((gained + lost) / n - centre**2) / math.sqrt(n)
@@ -152,24 +151,29 @@ class Paired:
         return mcnemar(len(self.gained), len(self.lost))
 
 
-def answered(name: str, answers: Sequence[Answer]) -> AnsweredSet:
+def answered(name: str, answers: Sequence[AnsweredQuestion]) -> AnsweredSet:
     return AnsweredSet(
-        name, {one.id: one for one in answers}, Counter(outcome for one in answers for outcome in one.outcomes)
+        name,
+        {answer.id: answer for answer in answers},
+        Counter(outcome for answer in answers for outcome in answer.outcomes),
     )
 
 
 def pair(first: AnsweredSet, second: AnsweredSet) -> Paired | None:
     """Pair two answered sets by question; None where no question is the same in both."""
-    shared = [i for i, one in first.answers.items() if i in second.answers and one.identity == second.answers[i].identity]
+    shared = [
+        i for i, answer in first.answers.items() if i in second.answers and answer.identity == second.answers[i].identity
+    ]
     if not shared:
         return None
-    old, new = (answered(one.name, [one.answers[i] for i in shared]) for one in (first, second))
-    was, now = ({i: one.answers[i].right for i in shared} for one in (old, new))
+    old, new = (answered(side.name, [side.answers[i] for i in shared]) for side in (first, second))
+    right_before = {i for i, answer in old.answers.items() if answer.right}
+    right_after = {i for i, answer in new.answers.items() if answer.right}
     return Paired(
         len(shared),
         len(first.answers.keys() | second.answers.keys()) - len(shared),
-        tuple(i for i in shared if now[i] and not was[i]),
-        tuple(i for i in shared if was[i] and not now[i]),
+        tuple(i for i in shared if i in right_after and i not in right_before),
+        tuple(i for i in shared if i in right_before and i not in right_after),
         split_gain(old.boxed, old.accuracy, new.boxed, new.accuracy),
     )
 
@@ -178,8 +182,8 @@ def holm(values: Sequence[float]) -> list[float]:
     """The p values of several tests adjusted for their number (Holm 1979), in the order given."""
     order = sorted(range(len(values)), key=lambda i: values[i])
     adjusted, highest = [0.0] * len(values), 0.0
-    for place, i in enumerate(order):
-        highest = max(highest, min(1.0, (len(values) - place) * values[i]))
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(values) - rank) * values[i]))
         adjusted[i] = highest
     return adjusted
 
@@ -187,11 +191,11 @@ def holm(values: Sequence[float]) -> list[float]:
 # -------------------------------------------------------------------------------------------------------------- reading
 def read_answered(path: Path) -> dict[str, AnsweredSet]:
     """Set name -> answers from an items file, in the order of the file; {} where there is none. ConfigError names a line
-    that is no item."""
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    that is not a graded answer."""
+    rows_by_set: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for number, row in enumerate(read_json_lines(path), start=1):
         try:
-            found.setdefault(row["set"], {}).setdefault(row["id"], []).append(
+            rows_by_set.setdefault(row["set"], {}).setdefault(row["id"], []).append(
                 {
                     "outcome": Outcome(row["outcome"]),
                     "letter": row["letter"],
@@ -201,31 +205,33 @@ def read_answered(path: Path) -> dict[str, AnsweredSet]:
                     "options": dict(row["options"]),
                     "answer": row["answer"],
                     "context": row.get("context"),
-                    "attributes": {one.field: row.get(one.field) for one in ATTRIBUTES},
-                    "hidden": bool(row.get("variant")) and VARIANTS[row["variant"]].hides_options,
+                    "attributes": {attribute.field: row.get(attribute.field) for attribute in ATTRIBUTES},
+                    "options_hidden": bool(row.get("variant")) and VARIANTS[row["variant"]].hides_options,
                 }
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
-                f"{path}: line {number} is no graded answer ({type(error).__name__}: {error}); evaluate again"
+                f"{path}: line {number} is not a graded answer ({type(error).__name__}: {error}); evaluate again"
             ) from None
-    return {name: answered(name, [_answer(i, rows) for i, rows in questions.items()]) for name, questions in found.items()}
+    return {
+        name: answered(name, [_answered_question(question_id, rows) for question_id, rows in questions.items()])
+        for name, questions in rows_by_set.items()
+    }
 
 
-def _answer(i: str, rows: Sequence[Mapping[str, Any]]) -> Answer:
+def _answered_question(question_id: str, rows: Sequence[Mapping[str, Any]]) -> AnsweredQuestion:
     first = rows[0]
     identity = (first["question"], first["context"], tuple(first["options"].items()), first["answer"])
     votes = tuple(vote_of(row["letter"], row["text"]) if row["outcome"] in BOXED else None for row in rows)
-    return Answer(
-        i,
+    return AnsweredQuestion(
+        question_id,
         identity,
         first["answer"],
-        0 if first["hidden"] else len(first["options"]),
+        0 if first["options_hidden"] else len(first["options"]),
         first["attributes"],
         tuple(row["outcome"] for row in rows),
         tuple(row["letter"] for row in rows),
         votes,
         sum(row["tokens"] for row in rows),
-        first["text"],
         first["question"],
     )

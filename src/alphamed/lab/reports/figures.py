@@ -1,4 +1,4 @@
-"""Which curves a run's metrics make: one figure per question a reader has, left out where nothing was measured."""
+"""The figures of a run's metrics, each left out where nothing was measured."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from alphamed.lab.reports.plots import Series, Value, line_chart, stacked_bars
+from alphamed.rundir.metrics import step_of
 
-Row = Mapping[str, Value]
+MetricsRow = Mapping[str, Value]
 SMOOTH = 5
 SMOOTH_FROM = 16
-"""Runs of fewer steps are drawn as they are."""
+"""Curves of runs with fewer steps are not smoothed."""
 TIME_PARTS = {
     "generate": ("time/generate_s", 0),
     "grade": ("time/reward_s", 5),
@@ -30,12 +31,12 @@ class Figure:
     wide: bool = False
 
 
-def figures(rows: Sequence[Row]) -> list[Figure]:
+def figures(rows: Sequence[MetricsRow]) -> list[Figure]:
     """All figures of a run, in reading order; `rows` as in metrics.jsonl. Empty without steps."""
     if not rows:
         return []
-    found = [_lines(rows, *spec) for spec in _CURVES]
-    return [figure for figure in [*found, _time(rows)] if figure is not None]
+    curves = [_lines(rows, *spec) for spec in _CURVES]
+    return [figure for figure in [*curves, _time(rows)] if figure is not None]
 
 
 # key, title, caption, {curve name: metric}, unit, top of the axis, logarithmic
@@ -43,7 +44,7 @@ _CURVES: tuple[tuple[str, str, str, dict[str, str], str, Value, bool], ...] = (
     ("reward", "Reward", "Mean reward of a step's responses.", {"": "reward/mean"}, "", None, False),
     (
         "outcomes",
-        "What answers came to",
+        "Outcomes",
         "Shares of a step's responses; correct answers are part of the boxed ones.",
         {
             "boxed": "reward/boxed",
@@ -66,8 +67,8 @@ _CURVES: tuple[tuple[str, str, str, dict[str, str], str, Value, bool], ...] = (
     ),
     (
         "signal",
-        "Questions that teach",
-        "Share of questions whose responses earned different rewards: only these move the policy.",
+        "Questions with reward variance",
+        "Share of questions whose responses have different rewards: only these have a training signal.",
         {"": "reward/effective_groups"},
         "share",
         1.0,
@@ -75,8 +76,8 @@ _CURVES: tuple[tuple[str, str, str, dict[str, str], str, Value, bool], ...] = (
     ),
     (
         "refill",
-        "Groups per kept one",
-        "Groups that were graded for each one that teaches: what replacing the others costs.",
+        "Groups graded per group used",
+        "Groups graded for each one with reward variance: the cost of replacing the others.",
         {"": "sampling/groups_per_kept"},
         "",
         None,
@@ -85,7 +86,7 @@ _CURVES: tuple[tuple[str, str, str, dict[str, str], str, Value, bool], ...] = (
     (
         "staleness",
         "Staleness",
-        "Pushes since the weights that sampled a step's groups.",
+        "Weight updates between the sampling of a step's groups and their training.",
         {"mean": "staleness/mean", "largest": "staleness/max"},
         "",
         None,
@@ -103,7 +104,7 @@ _CURVES: tuple[tuple[str, str, str, dict[str, str], str, Value, bool], ...] = (
     (
         "entropy",
         "Entropy",
-        "Nats per response token; a fall to 0 means that the policy says one thing only.",
+        "Nats per response token; near 0 the policy always gives the same response.",
         {"": "policy/entropy"},
         "",
         None,
@@ -131,14 +132,14 @@ _CURVES: tuple[tuple[str, str, str, dict[str, str], str, Value, bool], ...] = (
     ),
     (
         "logprob_diff",
-        "Trainer against engine",
-        "|log-prob of the trainer - of the engine|, nats per response token.",
+        "Trainer and engine log-probs",
+        "|log-prob of the trainer - log-prob of the engine|, nats per response token.",
         {"mean": "policy/logprob_diff_mean", "max": "policy/logprob_diff_max"},
         "",
         None,
         True,
     ),
-    ("lr", "Learning rate", "Of the update.", {"": "policy/lr"}, "", None, False),
+    ("lr", "Learning rate", "Of each update.", {"": "policy/lr"}, "", None, False),
     (
         "throughput",
         "Throughput",
@@ -150,22 +151,29 @@ _CURVES: tuple[tuple[str, str, str, dict[str, str], str, Value, bool], ...] = (
     ),
     ("memory", "Memory", "Resident memory of rank 0, in GiB.", {"": "memory/rss_bytes"}, "GiB", None, False),
 )
-_DULL_WHEN_ZERO = {"kl", "clip"}
-"""Left out where every value is 0: no reference model, or one update per batch."""
+_OMITTED_WHEN_ZERO = {"kl", "clip"}
+"""Omitted where every value is 0: no reference model, or one update per batch."""
 
 
 def _lines(
-    rows: Sequence[Row], key: str, title: str, caption: str, curves: Mapping[str, str], unit: str, top: Value, log: bool
+    rows: Sequence[MetricsRow],
+    key: str,
+    title: str,
+    caption: str,
+    curves: Mapping[str, str],
+    unit: str,
+    top: Value,
+    log: bool,
 ) -> Figure | None:
     scale = 2.0**-30 if unit == "GiB" else 1.0
     series = [Series(name, [_scaled(row.get(metric), scale) for row in rows]) for name, metric in curves.items()]
-    series = [one for one in series if any(value is not None for value in one.values)]
-    dull = key in _DULL_WHEN_ZERO and not any(value for one in series for value in one.values)
-    if not series or dull:
+    series = [curve for curve in series if any(value is not None for value in curve.values)]
+    all_zero = key in _OMITTED_WHEN_ZERO and not any(value for curve in series for value in curve.values)
+    if not series or all_zero:
         return None
     smooth = SMOOTH if len(rows) >= SMOOTH_FROM and key not in ("lr", "memory") else 1
     return Figure(
-        key, title, caption, line_chart([row["step"] for row in rows], series, unit=unit, smooth=smooth, top=top, log=log)
+        key, title, caption, line_chart([step_of(row) for row in rows], series, unit=unit, smooth=smooth, top=top, log=log)
     )
 
 
@@ -173,17 +181,17 @@ def _scaled(value: Value, scale: float) -> Value:
     return None if value is None else value * scale
 
 
-def _time(rows: Sequence[Row]) -> Figure | None:
+def _time(rows: Sequence[MetricsRow]) -> Figure | None:
     parts = [Series(name, [row.get(metric) for row in rows], colour=colour) for name, (metric, colour) in TIME_PARTS.items()]
     if not any(row.get("time/step_s") for row in rows):
         return None
-    known = [sum(row.get(metric) or 0.0 for metric, _ in TIME_PARTS.values()) for row in rows]
-    rest = [max(0.0, (row.get("time/step_s") or 0.0) - told) for row, told in zip(rows, known)]
+    measured = [sum(row.get(metric) or 0.0 for metric, _ in TIME_PARTS.values()) for row in rows]
+    rest = [max(0.0, (row.get("time/step_s") or 0.0) - known) for row, known in zip(rows, measured)]
     parts = [part for part in parts if any(part.values)]
     return Figure(
         "time",
-        "Where a step's time goes",
-        "Seconds by part; grading is what generation does not hide.",
-        stacked_bars([row["step"] for row in rows], [*parts, Series("other", rest, colour=4)]),
+        "Time per step",
+        "Seconds by part; grading counts only where generation does not overlap it.",
+        stacked_bars([step_of(row) for row in rows], [*parts, Series("other", rest, colour=4)]),
         wide=True,
     )

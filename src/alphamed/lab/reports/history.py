@@ -1,7 +1,7 @@
-"""What became of each question while a run trained on it: when it was first solved, whether it was forgotten. Pure.
+"""The history of each question during a run: when it was first solved, whether it was forgotten. Pure.
 
-A question counts as solved at a step where more than half of its responses are right: with four options one lucky guess
-among eight responses is no news (it happens 9 times in 10).
+A question counts as solved at a step where more than half of its responses are correct: with four options, at least one of
+eight responses is a lucky guess 9 times in 10.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
-class Past:
-    """The visits to one question in order: (step, right responses, responses)."""
+class QuestionHistory:
+    """The visits to one question in order: (step, correct responses, responses)."""
 
     source: str | None
     attributes: Mapping[str, int | None]  # field -> value
@@ -22,59 +22,61 @@ class Past:
     @property
     def first_solved(self) -> int | None:
         """The first step at which it was solved."""
-        return next((step for step, right, total in self.visits if 2 * right > total), None)
+        return next((step for step, correct, total in self.visits if 2 * correct > total), None)
 
     @property
     def solved_last(self) -> bool:
-        _, right, total = self.visits[-1]
-        return 2 * right > total
+        _, correct, total = self.visits[-1]
+        return 2 * correct > total
 
     @property
     def forgotten(self) -> bool:
-        """Solved once, and no longer when it was last asked."""
+        """Solved at some step, but not at the last visit."""
         return self.first_solved is not None and not self.solved_last
 
 
 @dataclass(frozen=True, slots=True)
-class History:
-    """Counts over questions. asked = at_once + later + never; `forgotten` are part of the first two."""
+class QuestionCounts:
+    """Counts over questions. visited = solved_first + solved_later + never_solved; `forgotten` are part of the first two."""
 
-    asked: int
-    again: int  # asked at more than one step
-    at_once: int  # solved when first asked
-    later: int  # solved for the first time at a later visit
-    never: int
+    visited: int
+    revisited: int  # at more than one step
+    solved_first: int  # at the first visit
+    solved_later: int  # for the first time at a later visit
+    never_solved: int
     forgotten: int
-    first_asked: Mapping[int, int]  # step -> questions asked there for the first time
-    first_solved: Mapping[int, int]  # step -> questions solved there for the first time
-    tested: int  # solved, and asked once more at a later step: only these can be forgotten
+    new_at: Mapping[int, int]  # step -> questions visited there for the first time
+    first_solved_at: Mapping[int, int]  # step -> questions solved there for the first time
+    could_be_forgotten: int  # solved, and visited again at a later step
 
 
-def history(pasts: Iterable[Past]) -> History:
-    """Sum up the pasts of a run's questions."""
-    asked = again = at_once = later = never = forgotten = tested = 0
-    first_asked: Counter[int] = Counter()
-    first: Counter[int] = Counter()
-    for past in pasts:
-        asked += 1
-        again += len(past.visits) > 1
-        first_asked[past.visits[0][0]] += 1
-        solved = past.first_solved
+def count_questions(histories: Iterable[QuestionHistory]) -> QuestionCounts:
+    """Counts over the histories of a run's questions."""
+    visited = revisited = solved_first = solved_later = never_solved = forgotten = could_be_forgotten = 0
+    new_at: Counter[int] = Counter()
+    first_solved_at: Counter[int] = Counter()
+    for history in histories:
+        first_visit = history.visits[0][0]
+        visited += 1
+        revisited += len(history.visits) > 1
+        new_at[first_visit] += 1
+        solved = history.first_solved
         if solved is None:
-            never += 1
+            never_solved += 1
             continue
-        first[solved] += 1
-        at_once, later = at_once + (solved == past.visits[0][0]), later + (solved != past.visits[0][0])
-        tested += past.visits[-1][0] > solved
-        forgotten += past.forgotten
-    return History(
-        asked,
-        again,
-        at_once,
-        later,
-        never,
+        first_solved_at[solved] += 1
+        solved_first += solved == first_visit
+        solved_later += solved != first_visit
+        could_be_forgotten += history.visits[-1][0] > solved
+        forgotten += history.forgotten
+    return QuestionCounts(
+        visited,
+        revisited,
+        solved_first,
+        solved_later,
+        never_solved,
         forgotten,
-        dict(sorted(first_asked.items())),
-        dict(sorted(first.items())),
-        tested,
+        dict(sorted(new_at.items())),
+        dict(sorted(first_solved_at.items())),
+        could_be_forgotten,
     )

@@ -1,10 +1,11 @@
-"""The card of an exported model (README.md in its folder): what it was trained on, how it was evaluated, what it is not for.
+"""The card of an exported model (README.md in its folder): training data, evaluation, and what it must not be used for.
 
 Everything in it comes from the run directory: configuration, provenance.json, evaluations and recorded responses.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ from alphamed.config.schema import Config
 from alphamed.data.attributes import ATTRIBUTES, Attribute
 from alphamed.evaluation.score import Score
 from alphamed.files import replace_text
-from alphamed.lab.reports.report import ROWS, evaluations, one_letter, read_set_items, training_sentences
+from alphamed.lab.reports.report import SHARES, collapse_warning, evaluations, read_set_items, training_sentences
 from alphamed.lab.reports.rollout_report import run_stats
-from alphamed.lab.reports.watch import warnings
+from alphamed.lab.reports.watch import response_warnings
 from alphamed.rundir import provenance
-from alphamed.rundir.metrics import read_rows
+from alphamed.rundir.metrics import last_step, read_rows, step_of
 
 NOT_CLINICAL = (
     "**Not for clinical use.** This model answers examination questions for research on training. It has not "
@@ -29,7 +30,7 @@ NOT_CLINICAL = (
 def write_card(run_dir: Path, config: Config, folder: Path, step: int | None = None) -> None:
     """Write README.md into `folder`, a model of the run after `step` (None: its last recorded one)."""
     rows = read_rows(run_dir / "metrics.jsonl")
-    steps = max((int(row["step"]) for row in rows), default=0) if step is None else step
+    steps = last_step(rows) if step is None else step
     replace_text(
         folder / "README.md",
         card(
@@ -38,9 +39,9 @@ def write_card(run_dir: Path, config: Config, folder: Path, step: int | None = N
             config=config,
             steps=steps,
             record=provenance.read(run_dir) or {},
-            scores={at: found for at, found in evaluations(run_dir).items() if at <= steps},
-            sentences=training_sentences([row for row in rows if row["step"] <= steps]),
-            warned=_warned(run_dir, steps),
+            scores=_scores_until(run_dir, steps),
+            sentences=training_sentences([row for row in rows if step_of(row) <= steps]),
+            warnings=_warnings(run_dir, steps),
         ),
     )
 
@@ -54,9 +55,9 @@ def card(
     record: Mapping[str, Any],
     scores: Mapping[int, Mapping[str, Score]],
     sentences: Sequence[str],
-    warned: Sequence[str],
+    warnings: Sequence[str],
 ) -> str:
-    """The card as Markdown. `scores` maps steps to scores by evaluation set."""
+    """The card as Markdown. `scores` maps each step to the scores by evaluation set."""
     method = "sft" if config.sft else "grpo"
     lines = [
         "---",
@@ -71,7 +72,7 @@ def card(
         NOT_CLINICAL,
         "",
         f"{base}, {_training(config, steps)}, learning rate {config.optimizer.lr:g}. The licence of the base model applies; "
-        f"licences of the {'examples' if config.sft else 'questions'} are in the cards of their data sets.",
+        f"the licences of the {'examples' if config.sft else 'questions'} are in the cards of their data sets.",
         "",
         "## Training data",
         "",
@@ -81,23 +82,23 @@ def card(
         "",
         *_evaluation(scores),
         "",
-        "## What training did",
+        "## Training results",
         "",
         *(f"- {text}" for text in sentences),
-        *(f"- Warning. {text}" for text in warned),
+        *(f"- Warning. {text}" for text in warnings),
         "",
         "## Prompt",
         "",
-        "Questions were asked in this form, and the letter in the last `\\boxed{}` was graded:",
+        "Questions have this form, and the letter in the last `\\boxed{}` is graded:",
         "",
         "```",
         f"Question: ...\n\nOptions:\nA: ...\nB: ...\n\n{config.prompt.instruction}",
         "```",
         "",
-        f"Template: {config.prompt.template}{_shots(config)}{_variables(config)}; at most "
-        f"{config.rollout.max_response_tokens} tokens a response.",
+        f"Template: {config.prompt.template}{_shots(config)}{_variables(config)}; "
+        f"at most {config.rollout.max_response_tokens} tokens per response.",
         "",
-        *_made(record),
+        *_provenance(record),
     ]
     return "\n".join(lines) + "\n"
 
@@ -128,9 +129,9 @@ def _data(record: Mapping[str, Any]) -> list[str]:
             "",
             *(
                 line
-                for one in ATTRIBUTES
-                if set(train.get(one.axis, ())) - {"none"}
-                for line in _counted(one, train[one.axis])
+                for attribute in ATTRIBUTES
+                if set(train.get(attribute.axis, ())) - {"none"}
+                for line in _attribute_table(attribute, train[attribute.axis])
             ),
         ]
     else:
@@ -142,14 +143,14 @@ def _data(record: Mapping[str, Any]) -> list[str]:
         "| file | bytes | SHA-256 |",
         "|---|---|---|",
         *(
-            f"| {Path(one['path']).name} | {one['bytes']:,} | `{one['sha256']}`"
-            f"{' (of samples)' * (one['hashed'] != 'all')} |"
-            for one in files
+            f"| {Path(file['path']).name} | {file['bytes']:,} | `{file['sha256']}`"
+            f"{' (of samples)' * (file['hashed'] != 'all')} |"
+            for file in files
         ),
     ]
 
 
-def _counted(attribute: Attribute, counts: Mapping[str, int]) -> list[str]:
+def _attribute_table(attribute: Attribute, counts: Mapping[str, int]) -> list[str]:
     return [
         f"| {attribute.field} ({attribute.scale}) | questions |",
         "|---|---|",
@@ -159,45 +160,50 @@ def _counted(attribute: Attribute, counts: Mapping[str, int]) -> list[str]:
 
 
 def _evaluation(scores: Mapping[int, Mapping[str, Score]]) -> list[str]:
-    """Per set its first and last scores with 95% Wilson intervals, and how often it was looked at."""
-    names = list(dict.fromkeys(name for found in scores.values() for name in found))
+    """First and last scores of each set with 95% Wilson intervals, and how often it was evaluated."""
+    names = list(dict.fromkeys(name for scores_of_step in scores.values() for name in scores_of_step))
     if not names:
-        return ["Not evaluated by this run; nothing is claimed of its accuracy."]
+        return ["Not evaluated by this run; its accuracy is not known."]
     lines = []
     for name in names:
-        steps = [step for step, found in scores.items() if name in found]
+        steps = [step for step, scores_of_step in scores.items() if name in scores_of_step]
         ends = list(dict.fromkeys((steps[0], steps[-1])))
-        first = scores[ends[-1]][name]
+        last = scores[ends[-1]][name]
         lines += [
             f"### {name}",
             "",
-            f"n = {first.n:,}, greedy answers, 95% Wilson intervals; picking letters blindly gives "
-            f"{first.chance:.1%}. The set was looked at {len(steps)} time{'s' * (len(steps) != 1)} during the run.",
+            f"n = {last.n:,}, greedy answers, 95% Wilson intervals; picking letters at random gives "
+            f"{last.chance:.1%}. The set was evaluated {len(steps)} time{'s' * (len(steps) != 1)} during the run.",
             "",
             "| | " + " | ".join(f"step {step}" for step in ends) + " |",
             "|---" * (len(ends) + 1) + "|",
             *(
                 f"| {label} | " + " | ".join(str(getattr(scores[step][name], key)) for step in ends) + " |"
-                for label, key in ROWS.items()
+                for label, key in SHARES.items()
             ),
             "",
         ]
     return lines[:-1]
 
 
-def _warned(run_dir: Path, steps: int) -> list[str]:
-    """What the report would warn of after that many steps."""
-    found = warnings([one for one in run_stats(run_dir).steps if one.step <= steps])
-    scores = {at: names for at, names in evaluations(run_dir).items() if at <= steps}
+def _scores_until(run_dir: Path, step: int) -> dict[int, dict[str, Score]]:
+    return {at: scores for at, scores in evaluations(run_dir).items() if at <= step}
+
+
+def _warnings(run_dir: Path, step: int) -> list[str]:
+    """The warnings of a report on the run up to `step`."""
+    warnings = response_warnings([stats for stats in run_stats(run_dir).steps if stats.step <= step])
+    scores = _scores_until(run_dir, step)
     if not scores:
-        return found
+        return warnings
     last = max(scores)
-    letters = [one_letter(read_set_items(run_dir, last), name, f"on {name} after step {last}") for name in scores[last]]
-    return [*found, *filter(None, letters)]
+    items = read_set_items(run_dir, last)
+    collapses = [collapse_warning(items, name, f"on {name} after step {last}") for name in scores[last]]
+    return [*warnings, *filter(None, collapses)]
 
 
 def _base(config: Config) -> str:
-    """The model that training began with: a hub or package name, or the name of a local folder (not where it lies)."""
+    """The model that training started from: a hub or package name, or the name of a local folder without its path."""
     path = config.model.path
     name = Path(path).name if Path(path).is_dir() or Path(path).is_absolute() else path
     return f"{name}@{config.model.revision}" if config.model.revision else name
@@ -209,13 +215,15 @@ def _shots(config: Config) -> str:
 
 
 def _variables(config: Config) -> str:
-    """The template's variables and the further stop tokens, which whoever uses the model has to set as well."""
-    given = [f"`{name}: {_quoted(value)}`" for name, value in config.prompt.template_variables.items()]
+    """The template's variables and further stop strings, which users of the model have to set too."""
+    variables = [f"`{name}: {_quoted(value)}`" for name, value in config.prompt.template_variables.items()]
     stops = [f"`{text}`" for text in config.rollout.stop]
-    return (f" with {', '.join(given)}" if given else "") + (f", responses also end at {', '.join(stops)}" if stops else "")
+    return (f" with {', '.join(variables)}" if variables else "") + (
+        f", responses also stop at {', '.join(stops)}" if stops else ""
+    )
 
 
-def _made(record: Mapping[str, Any]) -> list[str]:
+def _provenance(record: Mapping[str, Any]) -> list[str]:
     starts = record.get("starts", [])
     if not starts:
         return []
@@ -223,7 +231,7 @@ def _made(record: Mapping[str, Any]) -> list[str]:
     git, version = last.get("git") or {}, last.get("packages", {}).get("alphamed", "unknown")
     commit = f", commit {git['commit'][:12]}" if git.get("commit") else ""
     return [
-        "## Made by",
+        "## Provenance",
         "",
         f"alphamed {version}{commit}, {last['time']}. The run directory has every setting, hash and "
         f"response (config.yaml, provenance.json, rollouts/).",
@@ -231,6 +239,4 @@ def _made(record: Mapping[str, Any]) -> list[str]:
 
 
 def _quoted(text: Any) -> str:
-    import json
-
     return json.dumps(text)

@@ -1,12 +1,13 @@
 """Small charts as SVG text: lines, stacked bars and before/after intervals, readable in light and dark.
 
-Colours are CSS classes (`STYLE`), so that one chart follows the reader's colour scheme inside report.html as well as
-in a file of its own. Nothing is drawn from untrusted text but labels, and those are escaped.
+Colours are CSS classes (`STYLE`), so that a chart follows the reader's colour scheme inside report.html as well as in a file
+of its own. Untrusted text appears in labels only, and these are escaped.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -27,10 +28,10 @@ from alphamed.lab.reports.axes import (
 )
 
 PAGE_STYLE = Path(__file__).with_name("report.css")
-"""Of all pages: reports, comparisons, sets, plans."""
-NAMED, UNNAMED = 92, 16  # room at the right with and without names of curves
+"""The style of all pages: reports, comparisons, data sets, plans."""
+NAMED, UNNAMED = 92, 16  # pixels to the right of the curves, with and without their names
 MAX_HOVERS = 400
-"""Steps with a hover text of their own; longer runs share one among neighbours."""
+"""Hover texts of a chart; in longer runs neighbouring steps share one."""
 
 STYLE = """
 svg{--ink:#1c1c1a;--soft:#64635e;--grid:#e7e6e1;--surface:#fff;
@@ -51,8 +52,8 @@ svg .hover{fill:transparent}svg .hover:hover{fill:var(--soft);fill-opacity:.12}
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One curve: a name, a value per x (None where there is none), where known an interval per x, and a colour 0..5
-    (None: that of its place)."""
+    """One curve: a name, a value per x (None where there is none), optional intervals per x, and a colour 0..5 (None: its index
+    among the curves)."""
 
     name: str
     values: Sequence[Value]
@@ -71,86 +72,85 @@ def line_chart(
     log: bool = False,
     x_title: str = "step",
 ) -> str:
-    """Curves over `x`. With `smooth` > 1 each is drawn faint, and bold as the centred mean of that many points. The y
-    axis starts at 0 (or the lowest value where negative) and ends at `top` where given; `log`: powers of ten."""
-    marks = [value for one in series for value in one.values if value is not None]
-    marks += [end for one in series for interval in one.intervals or () for end in interval]
-    y = log_axis(marks) if log else linear_axis(marks, top)
-    plane = plane_of(x, y, WIDTH, NAMED if any(one.name for one in series) else UNNAMED)
-    place = plane.place
+    """Curves over `x`. With `smooth` > 1 each is drawn thin, and bold as the centred mean of that many points. The y axis
+    starts at 0 (or the lowest value, if negative) and ends at `top` or the highest value; `log`: powers of ten."""
+    drawn = [value for curve in series for value in curve.values if value is not None]
+    drawn += [end for curve in series for interval in curve.intervals or () for end in interval]
+    y = log_axis(drawn) if log else linear_axis(drawn, top)
+    plane = plane_of(x, y, WIDTH, NAMED if any(curve.name for curve in series) else UNNAMED)
     parts = [_frame(plane, unit, x_title)]
     ends: list[tuple[float, int, str]] = []
-    for i, one in _coloured(series):
-        points = [(place(at), None if value is None else y.place(value)) for at, value in zip(x, one.values)]
-        bold = smoothed(one.values, smooth)
-        curve = [(place(at), None if value is None else y.place(value)) for at, value in zip(x, bold)]
+    for i, curve in _coloured(series):
+        points = _points(plane, curve.values)
+        bold = _points(plane, smoothed(curve.values, smooth))
         if smooth > 1:
             parts.append(f'<path class="faint l{i}" d="{_path(points)}"/>')
-        parts.append(f'<path class="line l{i}" d="{_path(curve)}"/>')
-        parts += [_whisker(place(at), y.place(low), y.place(high), i) for at, (low, high) in zip(x, one.intervals or ())]
-        if len(points) <= 3 or one.intervals:
+        parts.append(f'<path class="line l{i}" d="{_path(bold)}"/>')
+        for at, (low, high) in zip(x, curve.intervals or ()):
+            parts.append(_whisker(plane.pixel(at), y.pixel(low), y.pixel(high), i))
+        if len(points) <= 3 or curve.intervals:
             parts += [f'<circle class="f{i}" cx="{px:.1f}" cy="{py:.1f}" r="3.5"/>' for px, py in points if py is not None]
-        last = next((py for _, py in reversed(curve) if py is not None), None)
+        last = next((py for _, py in reversed(bold) if py is not None), None)
         if last is not None:
-            ends.append((last, i, one.name))
+            ends.append((last, i, curve.name))
     parts += _end_labels(plane, ends)
     parts += _hovers(plane, series, unit)
-    return _svg(parts, WIDTH, HEIGHT, ", ".join(one.name for one in series))
+    return _svg(parts, WIDTH, HEIGHT, ", ".join(curve.name for curve in series))
 
 
 def stacked_bars(x: Sequence[float], series: Sequence[Series], *, unit: str = "s", width: int = 2 * WIDTH) -> str:
     """One bar per x, its parts on top of each other in the order of `series`; None counts as 0."""
-    totals = [sum(one.values[k] or 0.0 for one in series) for k in range(len(x))]
+    totals = [sum(part.values[k] or 0.0 for part in series) for k in range(len(x))]
     y = linear_axis(totals, None)
     plane = plane_of(x, y, width, NAMED)
-    thick = min(28.0, max(1.0, (plane.end - LEFT) / max(len(x), 1) * 0.78))
+    bar_width = min(28.0, max(1.0, (plane.end - LEFT) / max(len(x), 1) * 0.78))
     parts = [_frame(plane, unit, "step")]
     for k, at in enumerate(x):
         base = 0.0
-        for i, one in _coloured(series):
-            value = one.values[k] or 0.0
+        for i, part in _coloured(series):
+            value = part.values[k] or 0.0
             if value > 0:
-                upper, lower, left = y.place(base + value), y.place(base), plane.place(at) - thick / 2
+                upper, lower, left = y.pixel(base + value), y.pixel(base), plane.pixel(at) - bar_width / 2
                 parts.append(
-                    f'<rect class="f{i}" x="{left:.1f}" y="{upper:.1f}" width="{thick:.1f}" '
+                    f'<rect class="f{i}" x="{left:.1f}" y="{upper:.1f}" width="{bar_width:.1f}" '
                     f'height="{max(lower - upper - 0.6, 0.2):.1f}"/>'
                 )
             base += value
-    middle, base = [], 0.0
-    for i, one in _coloured(series):  # names stand beside their part of the last bar
-        value = (one.values[-1] or 0.0) if x else 0.0
-        middle.append((y.place(base + value / 2), i, one.name))
+    labels, base = [], 0.0
+    for i, part in _coloured(series):  # names are next to their part of the last bar
+        value = (part.values[-1] or 0.0) if x else 0.0
+        labels.append((y.pixel(base + value / 2), i, part.name))
         base += value
-    parts += _end_labels(plane, middle)
+    parts += _end_labels(plane, labels)
     parts += _hovers(plane, series, unit)
-    return _svg(parts, width, HEIGHT, ", ".join(one.name for one in series))
+    return _svg(parts, width, HEIGHT, ", ".join(part.name for part in series))
 
 
 def _coloured(series: Sequence[Series]) -> list[tuple[int, Series]]:
-    return [(place if one.colour is None else one.colour, one) for place, one in enumerate(series)]
+    return [(index if curve.colour is None else curve.colour, curve) for index, curve in enumerate(series)]
 
 
 def interval_rows(rows: Sequence[tuple[str, Mapping[str, tuple[float, float, float]]]], chance: Value = None) -> str:
-    """Before and after of several shares on one axis 0..100%: `rows` is (label, {"before"|"after": (value, low,
+    """Several shares before and after on one axis 0..100%: `rows` is (label, {"before"|"after": (value, low,
     high)}); `chance` is a dotted line."""
     left, right, row_height, width = 168, 30, 46, 720
     height = row_height * len(rows) + 40
 
-    def place(value: float) -> float:
+    def pixel(value: float) -> float:
         return left + value * (width - left - right)
 
     parts: list[str] = []
     for tick in range(0, 101, 20):
-        at = place(tick / 100)
+        at = pixel(tick / 100)
         parts.append(
             f'<line class="grid" x1="{at}" x2="{at}" y1="6" y2="{height - 30}"/>'
             f'<text x="{at}" y="{height - 12}" text-anchor="middle">{tick}%</text>'
         )
     if chance is not None:
-        at = place(chance)
+        at = pixel(chance)
         parts.append(
             f'<line class="axis" stroke-dasharray="2 4" x1="{at:.1f}" x2="{at:.1f}" y1="6" y2="{height - 30}">'
-            f"<title>picking letters blindly: {100 * chance:.1f}%</title></line>"
+            f"<title>picking letters at random: {100 * chance:.1f}%</title></line>"
         )
     for k, (label, shares) in enumerate(rows):
         middle = 6 + row_height * (k + 0.5)
@@ -159,11 +159,11 @@ def interval_rows(rows: Sequence[tuple[str, Mapping[str, tuple[float, float, flo
             if name in shares:
                 value, low, high = shares[name]
                 at = middle + offset if len(shares) > 1 else middle
-                told = f"{name}: {number(value, 'share')} [{number(low, 'share')}, {number(high, 'share')}]"
+                text = f"{name}: {number(value, 'share')} [{number(low, 'share')}, {number(high, 'share')}]"
                 parts.append(
-                    f'<line class="line l{colour}" x1="{place(low):.1f}" x2="{place(high):.1f}" y1="{at}" '
-                    f'y2="{at}"/><circle class="f{colour}" cx="{place(value):.1f}" cy="{at}" r="5">'
-                    f"<title>{told}</title></circle>"
+                    f'<line class="line l{colour}" x1="{pixel(low):.1f}" x2="{pixel(high):.1f}" y1="{at}" '
+                    f'y2="{at}"/><circle class="f{colour}" cx="{pixel(value):.1f}" cy="{at}" r="5">'
+                    f"<title>{text}</title></circle>"
                 )
     return _svg(parts, width, height, "before and after")
 
@@ -173,15 +173,17 @@ def gain_rows(rows: Sequence[tuple[str, float, float, float, bool]]) -> str:
     it is a control); controls are grey."""
     left, right, row_height, width = 248, 84, 34, 720
     height = row_height * len(rows) + 40
-    ticks = nice_ticks(100 * min([0.0, *(low for _, _, low, _, _ in rows)]), 100 * max([0.05, *(row[3] for row in rows)]))
+    ticks = nice_ticks(
+        100 * min([0.0, *(low for _, _, low, _, _ in rows)]), 100 * max([0.05, *(high for *_, high, _ in rows)])
+    )
     scale = (width - left - right) / (ticks[-1] - ticks[0])
 
-    def place(value: float) -> float:
+    def pixel(value: float) -> float:
         return left + (100 * value - ticks[0]) * scale
 
     parts = []
     for tick in ticks:
-        at = place(tick / 100)
+        at = pixel(tick / 100)
         parts.append(
             f'<line class="{"grid" if tick else "axis"}" x1="{at:.1f}" x2="{at:.1f}" y1="6" y2="{height - 30}"/>'
             f'<text x="{at:.1f}" y="{height - 12}" text-anchor="middle">{f"{tick:+g}" if tick else "0"}</text>'
@@ -191,8 +193,8 @@ def gain_rows(rows: Sequence[tuple[str, float, float, float, bool]]) -> str:
         shown = label if len(label) <= 28 else label[:27] + "…"
         parts.append(
             f'<text class="strong" x="{left - 14}" y="{at + 4}" text-anchor="end">{escape(shown)}</text>'
-            f'<line class="line l{colour}" x1="{place(low):.1f}" x2="{place(high):.1f}" y1="{at}" y2="{at}"/>'
-            f'<circle class="f{colour}" cx="{place(value):.1f}" cy="{at}" r="5"><title>{escape(label)}: '
+            f'<line class="line l{colour}" x1="{pixel(low):.1f}" x2="{pixel(high):.1f}" y1="{at}" y2="{at}"/>'
+            f'<circle class="f{colour}" cx="{pixel(value):.1f}" cy="{at}" r="5"><title>{escape(label)}: '
             f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]</title></circle>"
             f'<text x="{width - right + 14}" y="{at + 4}">{100 * value:+.1f}</text>'
         )
@@ -200,36 +202,37 @@ def gain_rows(rows: Sequence[tuple[str, float, float, float, bool]]) -> str:
 
 
 def scatter(points: Sequence[tuple[str, float, float, float, float, bool]], x_title: str, chance: Value = None) -> str:
-    """Shares with intervals over some number: `points` is (label, x, value, low, high, whether it is a control). Points of
-    equal x stand side by side; `chance` is a dotted line."""
+    """Shares with intervals against `x`: `points` is (label, x, value, low, high, whether it is a control). Points of equal x are
+    drawn side by side; `chance` is a dotted line."""
     y = linear_axis([0.0, 1.0], 1.0)
-    plane = plane_of(sorted({x for _, x, *_ in points}), y, WIDTH, UNNAMED)  # room beside each x, however many stand there
+    plane = plane_of(sorted({x for _, x, *_ in points}), y, WIDTH, UNNAMED)  # points of equal x share its space
     parts = [_frame(plane, "share", x_title)]
     if chance is not None and math.isfinite(chance):
         parts.append(
-            f'<line class="axis" stroke-dasharray="2 4" x1="{LEFT}" x2="{plane.end}" y1="{y.place(chance):.1f}" '
-            f'y2="{y.place(chance):.1f}"/>'
+            f'<line class="axis" stroke-dasharray="2 4" x1="{LEFT}" x2="{plane.end}" y1="{y.pixel(chance):.1f}" '
+            f'y2="{y.pixel(chance):.1f}"/>'
         )
-    seen: dict[float, int] = {}
+    drawn_at: Counter[float] = Counter()
     for label, x, value, low, high, control in points:
-        beside = seen[x] = seen.get(x, -1) + 1
-        at, colour = plane.place(x) + (beside + 1) // 2 * 17 * (1 if beside % 2 else -1), 4 if control else 0
+        k = drawn_at[x]  # the first in the middle, then alternately to the right and left
+        drawn_at[x] += 1
+        at, colour = plane.pixel(x) + (k + 1) // 2 * 17 * (1 if k % 2 else -1), 4 if control else 0
         parts.append(
-            _whisker(at, y.place(low), y.place(high), colour)
-            + f'<circle class="f{colour}" cx="{at:.1f}" cy="{y.place(value):.1f}" r="4.5"><title>{escape(label)}, '
+            _whisker(at, y.pixel(low), y.pixel(high), colour)
+            + f'<circle class="f{colour}" cx="{at:.1f}" cy="{y.pixel(value):.1f}" r="4.5"><title>{escape(label)}, '
             f"{x:g}: {number(value, 'share')} [{number(low, 'share')}, {number(high, 'share')}]</title></circle>"
-            f'<text class="f{colour}" x="{at + 7:.1f}" y="{y.place(value) - 6:.1f}">{escape(label)}</text>'
+            f'<text class="f{colour}" x="{at + 7:.1f}" y="{y.pixel(value) - 6:.1f}">{escape(label)}</text>'
         )
     return _svg(parts, WIDTH, HEIGHT, x_title)
 
 
 def histogram(edges: Sequence[float], counts: Sequence[int], x_title: str) -> str:
-    """Bars between neighbouring edges: counts[k] values lie in edges[k] .. edges[k + 1]."""
+    """Bars between neighbouring edges: counts[k] values are in edges[k] .. edges[k + 1]."""
     y = linear_axis(counts, None)
     plane = plane_of(list(edges), y, WIDTH, UNNAMED)
     parts = [_frame(plane, "", x_title)]
     for low, high, count in zip(edges, edges[1:], counts):
-        left, right, top = plane.place(low), plane.place(high), y.place(count)
+        left, right, top = plane.pixel(low), plane.pixel(high), y.pixel(count)
         parts.append(
             f'<rect class="f0" x="{left + 0.5:.1f}" y="{top:.1f}" width="{max(right - left - 1, 0.5):.1f}" '
             f'height="{HEIGHT - BOTTOM - top:.1f}"><title>{low:g} to {high:g}: {count:,}</title></rect>'
@@ -238,25 +241,25 @@ def histogram(edges: Sequence[float], counts: Sequence[int], x_title: str) -> st
 
 
 def ranked_bars(rows: Sequence[tuple[str, int]], total: int) -> str:
-    """One horizontal bar a row, its count and share of `total` beside; `rows` is (label, count)."""
+    """One horizontal bar per row with its count and share of `total`; `rows` is (label, count)."""
     left, right, row_height = 176, 96, 26
     height, most = row_height * len(rows) + 12, max((count for _, count in rows), default=1)
     parts = []
     for k, (label, count) in enumerate(rows):
-        middle, long = 6 + row_height * (k + 0.5), count / max(most, 1) * (WIDTH - left - right)
+        middle, length = 6 + row_height * (k + 0.5), count / max(most, 1) * (WIDTH - left - right)
         shown = label if len(label) <= 24 else label[:23] + "…"
         parts.append(
             f'<text x="{left - 10}" y="{middle + 4}" text-anchor="end">{escape(shown)}'
             f'<title>{escape(label)}</title></text><rect class="f0" x="{left}" y="{middle - 8}" '
-            f'width="{max(long, 1):.1f}" height="16" rx="2"/>'
-            f'<text x="{left + long + 8:.1f}" y="{middle + 4}"><tspan class="strong">{count:,}</tspan> '
+            f'width="{max(length, 1):.1f}" height="16" rx="2"/>'
+            f'<text x="{left + length + 8:.1f}" y="{middle + 4}"><tspan class="strong">{count:,}</tspan> '
             f"{number(count / max(total, 1), 'share')}</text>"
         )
     return _svg(parts, WIDTH, height, "counts")
 
 
 def sheet(charts: Sequence[tuple[str, str]], title: str, columns: int = 2) -> str:
-    """Charts with titles as one SVG document of its own, as for a README or a slide."""
+    """Charts with titles as one SVG document, for a README or a slide."""
     rows = -(-len(charts) // columns)
     width, height, gap, head = columns * (WIDTH + 24) + 24, 48, 24, 26
     parts = [f'<text class="strong" style="font-size:17px" x="{gap}" y="32">{escape(title)}</text>']
@@ -275,19 +278,19 @@ def sheet(charts: Sequence[tuple[str, str]], title: str, columns: int = 2) -> st
 
 
 def smoothed(values: Sequence[Value], window: int) -> list[Value]:
-    """Mean of the up to `window` values around each place that exist; None where the place itself has none."""
-    half, found = window // 2, []
+    """Centred mean over `window` values, those that are None not counted; None where the value itself is None."""
+    half, means = window // 2, []
     for k, value in enumerate(values):
         near = [v for v in values[max(0, k - half) : k + half + 1] if v is not None]
-        found.append(None if value is None else sum(near) / len(near))
-    return found
+        means.append(None if value is None else sum(near) / len(near))
+    return means
 
 
 # ---------------------------------------------------------------------------------------------------------------- frame
 def _frame(plane: Plane, unit: str, x_title: str) -> str:
     parts = []
     for tick in plane.y.ticks:
-        at = plane.y.place(tick)
+        at = plane.y.pixel(tick)
         kind = "axis" if tick in (0, plane.y.ticks[0]) else "grid"
         parts.append(
             f'<line class="{kind}" x1="{LEFT}" x2="{plane.end}" y1="{at:.1f}" y2="{at:.1f}"/>'
@@ -295,7 +298,7 @@ def _frame(plane: Plane, unit: str, x_title: str) -> str:
         )
     below = HEIGHT - BOTTOM + 19
     parts += [
-        f'<text x="{plane.place(tick):.1f}" y="{below}" text-anchor="middle">{tick}</text>' for tick in _whole_ticks(plane.x)
+        f'<text x="{plane.pixel(tick):.1f}" y="{below}" text-anchor="middle">{tick}</text>' for tick in _whole_ticks(plane.x)
     ]
     parts.append(f'<text x="{LEFT - 7}" y="{below}" text-anchor="end">{escape(x_title)}</text>')
     return "".join(parts)
@@ -311,14 +314,19 @@ def _whole_ticks(x: Sequence[float]) -> list[int]:
 
 
 # ---------------------------------------------------------------------------------------------------------------- marks
+def _points(plane: Plane, values: Sequence[Value]) -> list[tuple[float, Value]]:
+    """Pixels of a curve's values; y is None where there is no value."""
+    return [(plane.pixel(at), None if value is None else plane.y.pixel(value)) for at, value in zip(plane.x, values)]
+
+
 def _path(points: Sequence[tuple[float, Value]]) -> str:
-    """Line segments; a None lifts the pen."""
-    words, down = [], False
+    """Line segments through the points, interrupted where y is None."""
+    commands, drawing = [], False
     for px, py in points:
         if py is not None:
-            words.append(f"{'L' if down else 'M'}{px:.1f} {py:.1f}")
-        down = py is not None
-    return "".join(words)
+            commands.append(f"{'L' if drawing else 'M'}{px:.1f} {py:.1f}")
+        drawing = py is not None
+    return "".join(commands)
 
 
 def _whisker(x: float, low: float, high: float, colour: int) -> str:
@@ -326,35 +334,35 @@ def _whisker(x: float, low: float, high: float, colour: int) -> str:
 
 
 def _end_labels(plane: Plane, ends: Sequence[tuple[float, int, str]]) -> list[str]:
-    """Names beside the curves' ends, pushed apart to 15 pixels and kept above the axis."""
+    """Names at the ends of curves, at least 15 pixels apart and above the axis."""
     ordered = sorted(end for end in ends if end[2])
     lowest = HEIGHT - BOTTOM - 2
-    places: list[float] = []
+    heights: list[float] = []
     for at, _, _ in ordered:
-        places.append(max(at, places[-1] + 15) if places else at)
-    for k in reversed(range(len(places))):
-        places[k] = min(places[k], lowest - 15 * (len(places) - 1 - k))
+        heights.append(max(at, heights[-1] + 15) if heights else at)
+    for k in reversed(range(len(heights))):
+        heights[k] = min(heights[k], lowest - 15 * (len(heights) - 1 - k))
     return [
         f'<text class="f{i}" x="{plane.end + 8}" y="{at + 4:.1f}">{escape(name)}</text>'
-        for at, (_, i, name) in zip(places, ordered)
+        for at, (_, i, name) in zip(heights, ordered)
     ]
 
 
 def _hovers(plane: Plane, series: Sequence[Series], unit: str) -> list[str]:
-    """Invisible columns that tell the numbers of a step under the pointer."""
+    """Invisible columns that show the numbers of a step under the pointer."""
     x = plane.x
     every = max(1, -(-len(x) // MAX_HOVERS))
-    thick = (plane.end - LEFT) / max(len(x), 1) * every
-    found = []
+    column_width = (plane.end - LEFT) / max(len(x), 1) * every
+    columns = []
     for k in range(0, len(x), every):
-        told = "\n".join(
-            f"{one.name or 'value'}: {number(one.values[k], unit)}" for one in series if one.values[k] is not None
+        text = "\n".join(
+            f"{curve.name or 'value'}: {number(curve.values[k], unit)}" for curve in series if curve.values[k] is not None
         )
-        found.append(
-            f'<rect class="hover" x="{plane.place(x[k]) - thick / 2:.1f}" y="{TOP}" width="{thick:.1f}" '
-            f'height="{HEIGHT - TOP - BOTTOM}"><title>step {x[k]:g}\n{escape(told)}</title></rect>'
+        columns.append(
+            f'<rect class="hover" x="{plane.pixel(x[k]) - column_width / 2:.1f}" y="{TOP}" width="{column_width:.1f}" '
+            f'height="{HEIGHT - TOP - BOTTOM}"><title>step {x[k]:g}\n{escape(text)}</title></rect>'
         )
-    return found
+    return columns
 
 
 def _svg(parts: Sequence[str], width: int, height: int, label: str) -> str:

@@ -1,9 +1,9 @@
-"""Patterns of responses that reward can teach in place of medicine: told from the text of one response. Pure, linear time.
+"""Patterns of responses that reward may teach instead of medicine, found in the text of one response. Pure, linear time.
 
 bare       a boxed answer with fewer than 5 words before it: no reasoning
 afterwards reasoning that follows the answer: it cannot have led to it
-several    more than one box side by side: hedging
-repeats    the same words over and over
+several    more than one box, none inside another: hedging
+repeats    the same words again and again
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from alphamed.records import Outcome
 from alphamed.rundir.metrics import is_bare_box
 
 AFTERWARDS_WORDS = 10
-"""A response that goes on for fewer words after its first box has only said good-bye."""
+"""A response with fewer words than this after its first box has only a closing phrase there."""
 NGRAM = 4
 TAIL_WORDS = 300
-"""Only this many last words are searched for repetition: a model that repeats itself does so until the token limit, and
-the bound keeps 100,000 long responses within seconds."""
+"""Only the last TAIL_WORDS words are searched for repetition: a model that repeats itself does so until the token limit, and
+with the bound 100,000 long responses take seconds."""
 LEAST_NGRAMS = 12
 """Shorter texts are too short to repeat themselves."""
 REPEATED = 0.4
-"""Share of repeated word 4-grams from which on a response counts as repeating itself: a judgement, not a measurement."""
+"""The smallest share of repeated word 4-grams at which a response counts as repeating itself: chosen, not measured."""
 
 
 class ResponsePattern(StrEnum):
@@ -35,28 +35,28 @@ class ResponsePattern(StrEnum):
 
 
 def response_patterns(text: str, outcome: Outcome) -> frozenset[ResponsePattern]:
-    """The patterns that a response shows. Only responses that ended in time with a readable box (`metrics` calls them boxed)
+    """The patterns that a response shows. Only responses that ended in time with a readable box (boxed ones, in the metrics)
     can be bare."""
-    found = set()
-    boxes = side_by_side(closed_boxes(text))
+    patterns = set()
+    boxes = outermost(closed_boxes(text))
     if outcome in (Outcome.CORRECT, Outcome.WRONG) and is_bare_box(text):
-        found.add(ResponsePattern.BARE)
-    if boxes and _goes_on(text, *boxes[0]):
-        found.add(ResponsePattern.AFTERWARDS)
+        patterns.add(ResponsePattern.BARE)
+    if boxes and _continues(text, *boxes[0]):
+        patterns.add(ResponsePattern.AFTERWARDS)
     if len(boxes) > 1:
-        found.add(ResponsePattern.SEVERAL)
+        patterns.add(ResponsePattern.SEVERAL)
     if repetition(text) >= REPEATED:
-        found.add(ResponsePattern.REPEATS)
-    return frozenset(found)
+        patterns.add(ResponsePattern.REPEATS)
+    return frozenset(patterns)
 
 
-def side_by_side(boxes: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The boxes that lie in no other one, from left to right; (start, end) of their contents."""
-    found: list[tuple[int, int]] = []
+def outermost(boxes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The boxes that are inside no other box, from left to right; (start, end) of their contents."""
+    outer: list[tuple[int, int]] = []
     for start, end in sorted(boxes):
-        if not found or start > found[-1][1]:
-            found.append((start, end))
-    return found
+        if not outer or start > outer[-1][1]:
+            outer.append((start, end))
+    return outer
 
 
 def repetition(text: str) -> float:
@@ -68,7 +68,7 @@ def repetition(text: str) -> float:
     return 1 - len(set(zip(*(words[k:] for k in range(NGRAM))))) / total
 
 
-def _goes_on(text: str, start: int, end: int) -> bool:
-    """Whether at least AFTERWARDS_WORDS words follow the first box, and more than stand before it."""
+def _continues(text: str, start: int, end: int) -> bool:
+    """Whether at least AFTERWARDS_WORDS words follow the first box, and more than precede it."""
     after = word_count(text[end + 1 :])
-    return after >= AFTERWARDS_WORDS and after > word_count(text[:start]) - 1  # the box itself begins a word
+    return after >= AFTERWARDS_WORDS and after > word_count(text[:start]) - 1  # the box's own start counts as a word

@@ -1,13 +1,15 @@
-"""The part of a run's report that comes from its recorded responses: levels, sources, letters, response patterns, question histories.
+"""The part of a report that comes from recorded responses: levels, sources, letters, response patterns, question histories.
 
-A run without rollout files (logging.rollout_files: false) has none of it; one sentence says so.
+For a run without rollout files (logging.rollout_files: false) one sentence replaces it.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,36 +17,36 @@ from typing import Any
 from alphamed.data.attributes import ATTRIBUTES
 from alphamed.evaluation.score import percent
 from alphamed.lab.reports.figures import SMOOTH, SMOOTH_FROM, Figure
-from alphamed.lab.reports.history import History, history
+from alphamed.lab.reports.history import QuestionCounts, count_questions
 from alphamed.lab.reports.plots import Series, Value, line_chart
-from alphamed.lab.reports.rollout_stats import Part, Quote, RolloutStats, StepStats, together
-from alphamed.lab.reports.watch import PATTERNS, SPOKEN, collapse, ends, warnings, words
+from alphamed.lab.reports.rollout_stats import Quote, ResponseCounts, RolloutStats, StepStats, merged
+from alphamed.lab.reports.watch import PATTERNS, WARNED, collapse, ends, response_warnings, share_text
 from alphamed.rundir.rollout_files import read_answers, recorded_steps, rollout_path
 
 ABSENT = (
     "No responses are recorded (logging.rollout_files: false, or the files were removed), so there are no numbers by "
-    "level, source and question here, and nothing that would show rewards earned without reasoning."
+    "level, source and question here, and no check for rewards earned without reasoning."
 )
 MOST_CURVES = 6
-KINDS = {one.axis: (one.field, one.scale) for one in ATTRIBUTES} | {"sources": ("source", "")}
-"""What responses are told by (`tally.PARTS`) -> its name, and what its numbers mean."""
+KINDS = {attribute.axis: (attribute.field, attribute.scale) for attribute in ATTRIBUTES} | {"sources": ("source", "")}
+"""Kind of `rollout_stats.GROUPINGS` -> its name, and what its numbers mean."""
 QUESTION_COLUMNS = (
     "id",
     "source",
-    *(one.field for one in ATTRIBUTES),
-    "times_asked",
+    *(attribute.field for attribute in ATTRIBUTES),
+    "times_visited",
     "first_step",
     "last_step",
-    "first_share_right",
-    "last_share_right",
+    "first_share_correct",
+    "last_share_correct",
     "first_solved_step",
     "forgotten",
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """A line of a table: its name, then cells as people read them."""
+class TableRow:
+    """A line of a table: its name, then cells as text."""
 
     name: str
     cells: tuple[str, ...]
@@ -53,17 +55,17 @@ class Row:
 @dataclass(frozen=True, slots=True)
 class Table:
     title: str
-    told: str
+    caption: str
     head: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Watched:
-    """Examples of one thing to watch."""
+class PatternExamples:
+    """Responses that show one pattern, or the one letter of a collapsed run."""
 
     title: str
-    told: str
+    caption: str
     quotes: tuple[Quote, ...]
 
 
@@ -72,43 +74,43 @@ class RolloutReport:
     warnings: tuple[str, ...]
     figures: tuple[Figure, ...]
     tables: tuple[Table, ...]
-    watched: tuple[Watched, ...]
-    history: History
+    examples: tuple[PatternExamples, ...]
+    questions: QuestionCounts
     numbers: dict[str, Any]  # for report.json
     questions_csv: str
 
 
 def run_stats(run_dir: Path) -> RolloutStats:
     """All recorded responses of a run, counted; one file is in memory at a time. RolloutFileError for a damaged file."""
-    found = RolloutStats()
+    stats = RolloutStats()
     for step in recorded_steps(run_dir):
-        found.add(step, read_answers(rollout_path(run_dir, step)))
-    return found
+        stats.add(step, read_answers(rollout_path(run_dir, step)))
+    return stats
 
 
 def rollout_report(run_dir: Path) -> RolloutReport | None:
-    """What the report says of recorded responses; None where none are."""
-    found = run_stats(run_dir)
-    if not found.steps:
+    """The report on recorded responses; None where there are none."""
+    stats = run_stats(run_dir)
+    if not stats.steps:
         return None
-    past = history(found.questions.values())
-    said = tuple(warnings(found.steps))
+    questions = count_questions(stats.questions.values())
+    warnings = tuple(response_warnings(stats.steps))
     return RolloutReport(
-        said,
-        tuple(rollout_figures(found.steps, past)),
-        tuple(_tables(found)),
-        tuple(_watched(found)),
-        past,
-        numbers(found, past) | {"warnings": list(said)},
-        questions_csv(found),
+        warnings,
+        tuple(rollout_figures(stats.steps, questions)),
+        tuple(_tables(stats)),
+        tuple(_examples(stats)),
+        questions,
+        numbers(stats, questions) | {"warnings": list(warnings)},
+        questions_csv(stats),
     )
 
 
 # -------------------------------------------------------------------------------------------------------------- figures
-def rollout_figures(steps: Sequence[StepStats], past: History) -> list[Figure]:
-    """Curves over the recorded steps; those that would show one thing only are left out."""
-    x, smooth = [one.step for one in steps], SMOOTH if len(steps) >= SMOOTH_FROM else 1
-    found = []
+def rollout_figures(steps: Sequence[StepStats], questions: QuestionCounts) -> list[Figure]:
+    """Curves over the recorded steps; a chart by level or source is left out where there is only one."""
+    x, smooth = [step.step for step in steps], SMOOTH if len(steps) >= SMOOTH_FROM else 1
+    figures = []
 
     def add(
         key: str,
@@ -119,60 +121,61 @@ def rollout_figures(steps: Sequence[StepStats], past: History) -> list[Figure]:
         top: Value = 1.0,
         smooth: int = smooth,
     ) -> None:
-        found.append(Figure(key, title, caption, line_chart(x, series, unit=unit, smooth=smooth, top=top)))
+        figures.append(Figure(key, title, caption, line_chart(x, series, unit=unit, smooth=smooth, top=top)))
 
-    blind = [one.chance / one.whole.responses if one.whole.responses else None for one in steps]
+    chance = [step.chance / step.whole.responses if step.whole.responses else None for step in steps]
     add(
         "among_boxed",
-        "Right among boxed answers",
-        "What the boxes are worth. Grey: picking letters blindly.",
-        [Series("right", [one.whole.among_boxed.share for one in steps]), Series("blind", blind, colour=4)],
+        "Accuracy among boxed answers",
+        "Correct answers as a share of boxed ones. Grey: picking letters at random.",
+        [Series("correct", [step.whole.among_boxed.share for step in steps]), Series("chance", chance, colour=4)],
     )
     for kind, (word, scale) in KINDS.items():
-        parts = [one.parts[kind] for one in steps]
+        parts = [step.parts[kind] for step in steps]
         if len({name for part in parts for name in part}) > 1:
             add(
                 kind,
                 f"Accuracy by {word}",
-                f"Correct responses to questions of one {word}{scale and f' ({scale})'}.",
+                f"Share of correct responses by {word} of the question{scale and f' ({scale})'}.",
                 _curves(parts),
             )
-    letters = sorted({letter for one in steps for letter in one.answers})
+    letters = sorted({letter for step in steps for letter in step.answers})
     if letters:
         add(
             "letters",
             "Letters answered",
-            "Share of each letter among the boxed answers. The keys are spread " + _spread(together(steps)) + ".",
+            "Share of each letter among the boxed answers. Among the keys: " + _key_shares(merged(steps)) + ".",
             _letter_curves(steps, letters),
         )
-    shares = [Series(str(pattern), [one.response_patterns[pattern].share for one in steps]) for pattern in SPOKEN]
-    if any(value for one in shares for value in one.values):
+    shares = [Series(str(pattern), [step.response_patterns[pattern].share for step in steps]) for pattern in WARNED]
+    if any(value for series in shares for value in series.values):
         add(
             "response_patterns",
             "Response patterns",
-            "Share of responses that reason after their answer, have several boxes, repeat themselves.",
+            "Share of responses that reason after their answer, have several boxes, or repeat themselves.",
             shares,
             top=None,
         )
-    if past.asked:
+    if questions.visited:
         add(
-            "history",
+            "questions",
             "Questions solved",
-            "Questions asked so far and those of them solved at least once: more than half of a group's responses right.",
-            _history_curves(steps, past),
+            "Questions trained on so far and those solved at least once: more than half of a group's responses correct.",
+            _question_curves(steps, questions),
             unit="",
             top=None,
             smooth=1,
         )
-    return found
+    return figures
 
 
-def _curves(parts: Sequence[Mapping[str, Part]]) -> list[Series]:
-    """Accuracy of each name over the steps, the MOST_CURVES - 1 commonest and the others together where there are more."""
+def _curves(parts: Sequence[Mapping[str, ResponseCounts]]) -> list[Series]:
+    """Accuracy of each part over the steps; where there are more than MOST_CURVES, of the MOST_CURVES - 1 largest and of the
+    others together."""
     sizes: dict[str, int] = {}
     for part in parts:
-        for name, one in part.items():
-            sizes[name] = sizes.get(name, 0) + one.responses
+        for name, counts in part.items():
+            sizes[name] = sizes.get(name, 0) + counts.responses
     names = sorted(sizes)
     if len(names) > MOST_CURVES:
         names = sorted(sorted(sizes, key=lambda name: (-sizes[name], name))[: MOST_CURVES - 1])
@@ -185,12 +188,12 @@ def _curves(parts: Sequence[Mapping[str, Part]]) -> list[Series]:
         for k, name in enumerate(names)
     ]
     if len(names) < len(sizes):
-        rest = [[one.correct for name, one in part.items() if name not in names] for part in parts]
+        rest = [[counts.correct for name, counts in part.items() if name not in names] for part in parts]
         series.append(
             Series(
                 "others",
                 [
-                    sum(c.hits for c in counts) / total if (total := sum(c.cases for c in counts)) else None
+                    sum(count.hits for count in counts) / cases if (cases := sum(count.cases for count in counts)) else None
                     for counts in rest
                 ],
                 colour=4,
@@ -199,49 +202,46 @@ def _curves(parts: Sequence[Mapping[str, Part]]) -> list[Series]:
     return series
 
 
-def _colour(place: int) -> int:
-    """Grey, the fifth, is kept for what stands back."""
-    return place if place < 4 else 5 if place == 4 else 4
+def _colour(index: int) -> int:
+    """Colour 4, grey, is used last: it marks what is in the background."""
+    return index if index < 4 else 5 if index == 4 else 4
 
 
 def _letter_curves(steps: Sequence[StepStats], letters: Sequence[str]) -> list[Series]:
     shown = letters if len(letters) <= MOST_CURVES else letters[: MOST_CURVES - 1]
 
-    def share(one: StepStats, chosen: Sequence[str]) -> Value:
-        return sum(one.answers[letter] for letter in chosen) / one.answers.total() if one.answers else None
+    def share(step: StepStats, chosen: Sequence[str]) -> Value:
+        return sum(step.answers[letter] for letter in chosen) / step.answers.total() if step.answers else None
 
-    series = [Series(letter, [share(one, [letter]) for one in steps], colour=_colour(k)) for k, letter in enumerate(shown)]
+    series = [Series(letter, [share(step, [letter]) for step in steps], colour=_colour(k)) for k, letter in enumerate(shown)]
     rest = letters[len(shown) :]
-    return [*series, Series(f"{rest[0]}-{rest[-1]}", [share(one, rest) for one in steps], colour=4)] if rest else series
+    return [*series, Series(f"{rest[0]}-{rest[-1]}", [share(step, rest) for step in steps], colour=4)] if rest else series
 
 
-def _spread(whole: StepStats) -> str:
+def _key_shares(whole: StepStats) -> str:
     return ", ".join(f"{letter} {percent(whole.keys[letter] / whole.keys.total())}" for letter in sorted(whole.keys))
 
 
-def _history_curves(steps: Sequence[StepStats], past: History) -> list[Series]:
-    asked, solved, asked_so_far, solved_so_far = past.first_asked, past.first_solved, 0, 0
-    rows = []
-    for one in steps:
-        asked_so_far, solved_so_far = asked_so_far + asked.get(one.step, 0), solved_so_far + solved.get(one.step, 0)
-        rows.append((float(asked_so_far), float(solved_so_far)))
-    return [Series("asked", [a for a, _ in rows], colour=4), Series("solved", [b for _, b in rows], colour=0)]
+def _question_curves(steps: Sequence[StepStats], questions: QuestionCounts) -> list[Series]:
+    visited = itertools.accumulate(float(questions.new_at.get(step.step, 0)) for step in steps)
+    solved = itertools.accumulate(float(questions.first_solved_at.get(step.step, 0)) for step in steps)
+    return [Series("trained on", list(visited), colour=4), Series("solved", list(solved), colour=0)]
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
-def _tables(found: RolloutStats) -> list[Table]:
-    edge, whole = ends(found.steps), together(found.steps)
-    title = f"first {edge.steps} → last {edge.steps} steps" if edge.first else "all recorded steps"
+def _tables(stats: RolloutStats) -> list[Table]:
+    compared, whole = ends(stats.steps), merged(stats.steps)
+    title = f"first {compared.steps} → last {compared.steps} steps" if compared.first else "all recorded steps"
     tables = []
     for kind, (word, _) in KINDS.items():
         parts = whole.parts[kind]
         if len(parts) > 1:
-            first, last = (edge.first.parts[kind] if edge.first else None), edge.last.parts[kind]
+            first, last = (compared.first.parts[kind] if compared.first else None), compared.last.parts[kind]
             tables.append(
                 Table(
                     f"By {word}",
-                    f"{title}; 95% intervals count the questions, for responses to one question are alike.",
-                    ("", "responses", "reward", "correct", "right among boxed", "tokens"),
+                    f"{title}; 95% intervals allow for the correlation of responses to the same question.",
+                    ("", "responses", "reward", "correct", "correct among boxed", "tokens"),
                     tuple(_part_row(part, parts, first, last) for part in sorted(parts)),
                 )
             )
@@ -249,106 +249,110 @@ def _tables(found: RolloutStats) -> list[Table]:
         Table(
             "Letters",
             "Share among boxed answers and among the keys of the same questions.",
-            ("", "keys", *(("first answers", "last answers") if edge.first else ("answers",))),
-            tuple(_letter_row(letter, whole, edge.first, edge.last) for letter in sorted(whole.answers | whole.keys)),
+            ("", "keys", *(("first answers", "last answers") if compared.first else ("answers",))),
+            tuple(
+                _letter_row(letter, whole, compared.first, compared.last) for letter in sorted(whole.answers | whole.keys)
+            ),
         )
     )
     return tables
 
 
-def _part_row(name: str, whole: Mapping[str, Part], first: Mapping[str, Part] | None, last: Mapping[str, Part]) -> Row:
-    ends_of_it = [part.get(name, Part()) for part in (first, last)] if first is not None else [whole[name]]
+def _part_row(
+    name: str,
+    whole: Mapping[str, ResponseCounts],
+    first: Mapping[str, ResponseCounts] | None,
+    last: Mapping[str, ResponseCounts],
+) -> TableRow:
+    sides = [part.get(name, ResponseCounts()) for part in (first, last)] if first is not None else [whole[name]]
 
-    def cell(show: Callable[[Part], str]) -> str:
-        return " → ".join(show(part) for part in ends_of_it)
+    def cell(show: Callable[[ResponseCounts], str]) -> str:
+        return " → ".join(show(part) for part in sides)
 
-    return Row(
+    return TableRow(
         name,
         (
             f"{whole[name].responses:,}",
             cell(lambda part: _mean(part.reward, part, "{:.2f}")),
-            cell(lambda part: words(part.correct)),
-            cell(lambda part: words(part.among_boxed)),
+            cell(lambda part: share_text(part.correct)),
+            cell(lambda part: share_text(part.among_boxed)),
             cell(lambda part: _mean(part.tokens, part, "{:.0f}")),
         ),
     )
 
 
-def _mean(total: float, part: Part, form: str) -> str:
+def _mean(total: float, part: ResponseCounts, form: str) -> str:
     return form.format(total / part.responses) if part.responses else "-"
 
 
-def _letter_row(letter: str, whole: StepStats, first: StepStats | None, last: StepStats) -> Row:
+def _letter_row(letter: str, whole: StepStats, first: StepStats | None, last: StepStats) -> TableRow:
     def share(step: StepStats) -> str:
         return percent(step.answers[letter] / step.answers.total()) if step.answers else "-"
 
     keys = percent(whole.keys[letter] / whole.keys.total()) if whole.keys else "-"
-    return Row(letter, (keys, *([share(first), share(last)] if first else [share(whole)])))
+    return TableRow(letter, (keys, *([share(first), share(last)] if first else [share(whole)])))
 
 
-def _watched(found: RolloutStats) -> list[Watched]:
+def _examples(stats: RolloutStats) -> list[PatternExamples]:
     """Each pattern with its share at both ends and examples; the collapsed letter where there is one."""
-    edge = ends(found.steps)
-    shown = []
-    if (one := collapse(edge.last.answers, edge.last.keys)) is not None:
-        shown.append(
-            Watched(
-                f"One letter: {one.letter}",
-                f"{percent(one.share)} of the last answers; wrong ones among them:",
-                tuple(found.quotes.get(one.letter, ())),
+    compared = ends(stats.steps)
+    examples = []
+    if (collapsed := collapse(compared.last.answers, compared.last.keys)) is not None:
+        examples.append(
+            PatternExamples(
+                f"One letter: {collapsed.letter}",
+                f"{percent(collapsed.share)} of the answers in the last steps. Wrong answers among them:",
+                tuple(stats.quotes.get(collapsed.letter, ())),
             )
         )
-    for pattern, (title, what) in PATTERNS.items():
-        if quotes := found.quotes.get(pattern):
-            before = f"{percent(edge.first.response_patterns[pattern].share or 0.0)} at first, " if edge.first else ""
-            shown.append(
-                Watched(
-                    title,
-                    f"{before}{percent(edge.last.response_patterns[pattern].share or 0.0)} at last {what}. From step {quotes[0].step}:",
-                    tuple(quotes),
-                )
-            )
-    return shown
+    for pattern, (title, meaning) in PATTERNS.items():
+        if quotes := stats.quotes.get(pattern):
+            caption = f"In the last steps {percent(compared.last.response_patterns[pattern].share or 0.0)} {meaning}"
+            if compared.first:
+                caption += f"; in the first {percent(compared.first.response_patterns[pattern].share or 0.0)}"
+            examples.append(PatternExamples(title, f"{caption}. Examples from step {quotes[0].step}:", tuple(quotes)))
+    return examples
 
 
 # -------------------------------------------------------------------------------------------------------------- numbers
-def numbers(found: RolloutStats, past: History) -> dict[str, Any]:
+def numbers(stats: RolloutStats, questions: QuestionCounts) -> dict[str, Any]:
     """The counts as plain values, for report.json."""
+    histories = stats.questions.values()
     return {
         "recorded_steps": [
             {
-                "step": one.step,
-                **_part_json(one.whole),
-                "chance": one.chance / one.whole.responses,
-                "answers": dict(sorted(one.answers.items())),
-                "keys": dict(sorted(one.keys.items())),
-                "response_patterns": {str(pattern): count.share for pattern, count in one.response_patterns.items()},
+                "step": step.step,
+                **_part_json(step.whole),
+                "chance": step.chance / step.whole.responses,
+                "answers": dict(sorted(step.answers.items())),
+                "keys": dict(sorted(step.keys.items())),
+                "response_patterns": {str(pattern): count.share for pattern, count in step.response_patterns.items()},
                 **{
                     kind: {name: _part_json(part) for name, part in sorted(parts.items())}
-                    for kind, parts in one.parts.items()
+                    for kind, parts in step.parts.items()
                 },
             }
-            for one in found.steps
-            if one.whole.responses
+            for step in stats.steps
+            if step.whole.responses
         ],
         "questions": {
-            "asked": past.asked,
-            "asked_again": past.again,
-            "solved_at_once": past.at_once,
-            "solved_later": past.later,
-            "never_solved": past.never,
-            "could_be_forgotten": past.tested,
-            "forgotten": past.forgotten,
-            "sources": _counted(one.source or "unknown" for one in found.questions.values()),
+            "visited": questions.visited,
+            "revisited": questions.revisited,
+            "solved_first": questions.solved_first,
+            "solved_later": questions.solved_later,
+            "never_solved": questions.never_solved,
+            "could_be_forgotten": questions.could_be_forgotten,
+            "forgotten": questions.forgotten,
+            "sources": _frequencies(history.source or "unknown" for history in histories),
             **{
-                one.axis: _counted(str(past.attributes[one.field] or "none") for past in found.questions.values())
-                for one in ATTRIBUTES
+                attribute.axis: _frequencies(str(history.attributes[attribute.field] or "none") for history in histories)
+                for attribute in ATTRIBUTES
             },
         },
     }
 
 
-def _part_json(part: Part) -> dict[str, Any]:
+def _part_json(part: ResponseCounts) -> dict[str, Any]:
     return {
         "responses": part.responses,
         "reward": part.reward / part.responses,
@@ -360,32 +364,30 @@ def _part_json(part: Part) -> dict[str, Any]:
     }
 
 
-def _counted(values) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for value in values:
-        found[value] = found.get(value, 0) + 1
-    return dict(sorted(found.items()))
+def _frequencies(values: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(values).items()))
 
 
-def questions_csv(found: RolloutStats) -> str:
-    """One line a question, in the order of first visits."""
+def questions_csv(stats: RolloutStats) -> str:
+    """One line per question, in the order of first visits."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(QUESTION_COLUMNS)
-    for name, past in found.questions.items():
-        (first, right, of), (last, last_right, last_of) = past.visits[0], past.visits[-1]
+    for name, history in stats.questions.items():
+        first_step, first_correct, first_total = history.visits[0]
+        last_step, last_correct, last_total = history.visits[-1]
         writer.writerow(
             [
                 name,
-                past.source,
-                *past.attributes.values(),
-                len(past.visits),
-                first,
-                last,
-                f"{right / of:.4f}",
-                f"{last_right / last_of:.4f}",
-                past.first_solved,
-                int(past.forgotten),
+                history.source,
+                *history.attributes.values(),
+                len(history.visits),
+                first_step,
+                last_step,
+                f"{first_correct / first_total:.4f}",
+                f"{last_correct / last_total:.4f}",
+                history.first_solved,
+                int(history.forgotten),
             ]
         )
     return file.getvalue()

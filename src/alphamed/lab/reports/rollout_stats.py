@@ -1,6 +1,6 @@
 """Recorded responses counted in one pass: per step, level, source, letter and pattern, and each question's history. Pure.
 
-The responses to one question resemble each other, so intervals here count questions more than responses: see `Count`.
+The responses to one question are correlated, so intervals use an effective number of responses: see `Count`.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from dataclasses import dataclass, field
 
 from alphamed.data.attributes import ATTRIBUTES, values_of
 from alphamed.evaluation.score import wilson
-from alphamed.lab.reports.history import Past
+from alphamed.lab.reports.history import QuestionHistory
 from alphamed.lab.reports.response_patterns import ResponsePattern, response_patterns
 from alphamed.records import Outcome, Question
 from alphamed.rundir.rollout_files import Answers
 
 QUOTED = 2
-"""Examples kept of each pattern and letter, from the last step that has any, chosen by a hash."""
+"""Examples of each pattern and letter, from the last step that has any, chosen by a hash."""
 
-PARTS = (*(one.axis for one in ATTRIBUTES), "sources")
-"""What responses are counted by, beside all of them together."""
+GROUPINGS = (*(attribute.axis for attribute in ATTRIBUTES), "sources")
+"""What responses are grouped by, in addition to the counts over all of them."""
 
 
 @dataclass(slots=True)
 class Count:
-    """How often something is so among responses that come in groups (those to one question at one step)."""
+    """How many responses (`hits` of `cases`) have a property; responses come in groups, those to one question at one step."""
 
     groups: int = 0
     cases: int = 0
@@ -37,7 +37,7 @@ class Count:
     _mixed: int = 0
 
     def add(self, hits: int, cases: int) -> None:
-        """One group of responses; without cases it does not count."""
+        """Add a group of responses; one without cases is not counted."""
         if cases:
             self.groups, self.cases, self.hits = self.groups + 1, self.cases + cases, self.hits + hits
             self._cases2, self._hits2 = self._cases2 + cases * cases, self._hits2 + hits * hits
@@ -54,26 +54,29 @@ class Count:
 
     @property
     def effective_cases(self) -> float:
-        """How many independent responses would tell as much: cases over the design effect (Kish 1965), which is the
-        variance of the share between groups over that of independent cases; from the number of groups to that of cases.
-        Where all or none are hits the spread tells nothing and each group counts once."""
+        """How many independent responses would give as much information: cases divided by the design effect (Kish 1965), the
+        variance of the share between groups over that of independent cases; at least the number of groups, at most that of
+        cases. Where all or none are hits the variance between groups is no estimate, and each group counts once."""
         share = self.share
         if share is None or share in (0.0, 1.0) or self.groups < 2:
             return float(self.groups)
         between = self._hits2 - 2 * share * self._mixed + share * share * self._cases2
         variance = self.groups / (self.groups - 1) * max(between, 0.0) / self.cases**2
-        alone = share * (1 - share) / self.cases
-        return min(float(self.cases), max(float(self.groups), self.cases * alone / variance if variance else self.cases))
+        independent = share * (1 - share) / self.cases
+        return min(
+            float(self.cases), max(float(self.groups), self.cases * independent / variance if variance else self.cases)
+        )
 
     @property
     def interval(self) -> tuple[float, float]:
         """95% Wilson interval for `effective_cases`; 0..1 without cases."""
-        return wilson(self.share, self.effective_cases) if self.cases else (0.0, 1.0)
+        share = self.share
+        return (0.0, 1.0) if share is None else wilson(share, self.effective_cases)
 
 
 @dataclass(slots=True)
-class Part:
-    """What responses came to, of a step, or of those to questions of one level, bin or source."""
+class ResponseCounts:
+    """Counts and sums over the responses of a step, or over those to questions of one level, bin or source."""
 
     responses: int = 0
     reward: float = 0.0  # sum
@@ -92,7 +95,7 @@ class Part:
         self.correct.add(right, len(group.outcomes))
         self.among_boxed.add(right, boxed)
 
-    def merge(self, other: Part) -> None:
+    def merge(self, other: ResponseCounts) -> None:
         self.responses, self.reward = self.responses + other.responses, self.reward + other.reward
         self.tokens += other.tokens
         for mine, theirs in (
@@ -105,13 +108,13 @@ class Part:
 
 @dataclass(slots=True)
 class StepStats:
-    """The counts of one step, or of several put together. `parts` has them by the kinds of PARTS. `answers` are the letters
-    of boxed responses, `keys` the right letters of the same responses, so that the two can be compared; `chance` is the sum
+    """The counts of one step, or of several merged. `parts` has them by the kinds of GROUPINGS. `answers` are the letters of
+    boxed responses, `keys` the correct letters of the same responses, so that the two can be compared; `chance` is the sum
     over all responses of 1 / options."""
 
     step: int
-    whole: Part = field(default_factory=Part)
-    parts: dict[str, dict[str, Part]] = field(default_factory=lambda: {kind: {} for kind in PARTS})
+    whole: ResponseCounts = field(default_factory=ResponseCounts)
+    parts: dict[str, dict[str, ResponseCounts]] = field(default_factory=lambda: {kind: {} for kind in GROUPINGS})
     answers: Counter[str] = field(default_factory=Counter)
     keys: Counter[str] = field(default_factory=Counter)
     response_patterns: dict[ResponsePattern, Count] = field(
@@ -123,7 +126,7 @@ class StepStats:
         self.whole.merge(other.whole)
         for kind, theirs in other.parts.items():
             for name, part in theirs.items():
-                self.parts[kind].setdefault(name, Part()).merge(part)
+                self.parts[kind].setdefault(name, ResponseCounts()).merge(part)
         self.answers.update(other.answers)
         self.keys.update(other.keys)
         for pattern, count in other.response_patterns.items():
@@ -133,7 +136,7 @@ class StepStats:
 
 @dataclass(frozen=True, slots=True)
 class Quote:
-    """A response as an example of something."""
+    """A response that the report shows as an example."""
 
     step: int
     question: Question
@@ -145,70 +148,76 @@ class Quote:
 
 
 class RolloutStats:
-    """All recorded steps of a run. `quotes` maps a pattern's name or a letter (of wrong answers) to examples."""
+    """Counts over the recorded steps of a run. `quotes` maps a pattern's name or a letter (of wrong answers) to examples."""
 
     def __init__(self) -> None:
         self.steps: list[StepStats] = []
-        self.questions: dict[str, Past] = {}
+        self.questions: dict[str, QuestionHistory] = {}
         self.quotes: dict[str, list[Quote]] = {}
 
     def add(self, step: int, groups: Iterable[Answers]) -> None:
         """Count a step's groups; steps come in order."""
-        found, candidates = StepStats(step), _Candidates(step)
+        stats, candidates = StepStats(step), _Candidates(step)
         for group in groups:
-            question, shown = group.question, Counter()
-            found.whole.add(group)
+            question = group.question
+            stats.whole.add(group)
             for kind, name in parts_of(question).items():
-                found.parts[kind].setdefault(name, Part()).add(group)
-            found.chance += len(group.outcomes) / len(question.options)
-            for j, (text, outcome) in enumerate(zip(group.texts, group.outcomes)):
-                for pattern in response_patterns(text, outcome):
-                    shown[pattern] += 1
-                    candidates.offer(pattern, group, j)
-            boxed = group.outcomes.count(Outcome.CORRECT) + group.outcomes.count(Outcome.WRONG)
-            for pattern in ResponsePattern:  # bare boxes are a share of boxed responses, as in METRICS
-                found.response_patterns[pattern].add(
-                    shown[pattern], boxed if pattern is ResponsePattern.BARE else len(group.outcomes)
-                )
-            self._letters(found, group, candidates)
-            past = self.questions.setdefault(question.id, Past(question.source, values_of(question)))
-            past.visits.append((step, group.outcomes.count(Outcome.CORRECT), len(group.outcomes)))
-        self.steps.append(found)
+                stats.parts[kind].setdefault(name, ResponseCounts()).add(group)
+            stats.chance += len(group.outcomes) / len(question.options)
+            self._patterns(stats, group, candidates)
+            self._letters(stats, group, candidates)
+            history = self.questions.setdefault(question.id, QuestionHistory(question.source, values_of(question)))
+            history.visits.append((step, group.outcomes.count(Outcome.CORRECT), len(group.outcomes)))
+        self.steps.append(stats)
         self.quotes |= candidates.chosen()
 
-    def _letters(self, found: StepStats, group: Answers, candidates: _Candidates) -> None:
+    def _patterns(self, stats: StepStats, group: Answers, candidates: _Candidates) -> None:
+        counts: Counter[ResponsePattern] = Counter()
+        for j, (text, outcome) in enumerate(zip(group.texts, group.outcomes)):
+            for pattern in response_patterns(text, outcome):
+                counts[pattern] += 1
+                candidates.offer(pattern, group, j)
+        boxed = group.outcomes.count(Outcome.CORRECT) + group.outcomes.count(Outcome.WRONG)
+        for pattern in ResponsePattern:  # bare boxes are a share of boxed responses, as in METRICS
+            cases = boxed if pattern is ResponsePattern.BARE else len(group.outcomes)
+            stats.response_patterns[pattern].add(counts[pattern], cases)
+
+    def _letters(self, stats: StepStats, group: Answers, candidates: _Candidates) -> None:
         for j, (letter, outcome) in enumerate(zip(group.letters, group.outcomes)):
             if letter is not None and outcome in (Outcome.CORRECT, Outcome.WRONG):
-                found.answers[letter] += 1
-                found.keys[group.question.answer] += 1
+                stats.answers[letter] += 1
+                stats.keys[group.question.answer] += 1
                 if outcome is Outcome.WRONG:
                     candidates.offer(letter, group, j)
 
 
 def parts_of(question: Question) -> dict[str, str]:
-    """Kind of PARTS -> the name under which a question counts: `level 3`, `no level`."""
-    values = {one.axis: f"{one.unit} {one.of(question)}" if one.of(question) else f"no {one.unit}" for one in ATTRIBUTES}
-    return values | {"sources": question.source or "no source"}
+    """Kind of GROUPINGS -> the part that a question belongs to: `level 3`, `no level`."""
+    parts = {"sources": question.source or "no source"}
+    for attribute in ATTRIBUTES:
+        value = attribute.of(question)
+        parts[attribute.axis] = f"{attribute.unit} {value}" if value else f"no {attribute.unit}"
+    return parts
 
 
-def together(steps: Sequence[StepStats]) -> StepStats:
-    """Several steps as one; its number is that of the last, 0 without any."""
+def merged(steps: Sequence[StepStats]) -> StepStats:
+    """The counts of several steps as those of one; its number is that of the last, 0 without any."""
     total = StepStats(steps[-1].step if steps else 0)
-    for one in steps:
-        total.merge(one)
+    for step in steps:
+        total.merge(step)
     return total
 
 
 class _Candidates:
-    """The examples of one step: of each kind the QUOTED responses with the smallest hashes."""
+    """The examples of one step: of each pattern or letter the QUOTED responses with the smallest hashes."""
 
     def __init__(self, step: int) -> None:
         self.step = step
-        self._found: dict[str, list[tuple[str, str, int, Answers]]] = {}
+        self._responses: dict[str, list[tuple[str, str, int, Answers]]] = {}
 
     def offer(self, kind: str, group: Answers, j: int) -> None:
         digest = hashlib.sha256(f"{group.group_id}/{j}".encode()).hexdigest()
-        self._found.setdefault(str(kind), []).append((digest, group.group_id, j, group))
+        self._responses.setdefault(str(kind), []).append((digest, group.group_id, j, group))
 
     def chosen(self) -> dict[str, list[Quote]]:
         return {
@@ -222,7 +231,7 @@ class _Candidates:
                     group.tokens[j],
                     group.letters[j],
                 )
-                for _, _, j, group in heapq.nsmallest(QUOTED, found, key=lambda one: one[:3])
+                for _, _, j, group in heapq.nsmallest(QUOTED, responses, key=lambda response: response[:3])
             ]
-            for kind, found in self._found.items()
+            for kind, responses in self._responses.items()
         }

@@ -1,6 +1,6 @@
-"""Which model texts a report quotes: answers that got better or worse, and rollouts of the first and the last step.
+"""The responses that a report quotes: answers that got better or worse, and rollouts of the first and the last step.
 
-Quoted answers are chosen by a hash of the question id, never by what they say.
+Quoted answers are chosen by a hash of the question id, never by their content.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Items = Mapping[tuple[str, str], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class AnswerPair:
     """The answers to one evaluation question before and after."""
 
     before: dict[str, Any]
@@ -29,14 +29,14 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """How the answers of a question set changed: counts over all questions, and some of those that moved."""
+    """How the answers of a question set changed: counts over all questions, and some of those that changed."""
 
-    stayed_right: int
+    stayed_correct: int
     got_better: int
     got_worse: int
     stayed_wrong: int
-    better: tuple[Pair, ...]
-    worse: tuple[Pair, ...]
+    better: tuple[AnswerPair, ...]
+    worse: tuple[AnswerPair, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +52,19 @@ class Example:
 
 
 def changes(before: Items, after: Items, name: str, limit: int = 4) -> Changes | None:
-    """Compare the items of one set that both evaluations hold; None without any. "Not right" is any other outcome."""
-    pairs = [Pair(item, after[key]) for key, item in before.items() if key in after and key[0] == name]
+    """Compare the items of one set that both evaluations hold; None where they share none. Any outcome but correct counts as
+    wrong."""
+    pairs = [AnswerPair(item, after[key]) for key, item in before.items() if key in after and key[0] == name]
     if not pairs:
         return None
 
-    def right(item: dict[str, Any]) -> bool:
+    def correct(item: dict[str, Any]) -> bool:
         return item["outcome"] == Outcome.CORRECT
 
     pairs.sort(key=lambda pair: hashlib.sha256(pair.before["id"].encode()).hexdigest())
-    better = [pair for pair in pairs if right(pair.after) and not right(pair.before)]
-    worse = [pair for pair in pairs if right(pair.before) and not right(pair.after)]
-    stayed = sum(right(pair.before) and right(pair.after) for pair in pairs)
+    better = [pair for pair in pairs if correct(pair.after) and not correct(pair.before)]
+    worse = [pair for pair in pairs if correct(pair.before) and not correct(pair.after)]
+    stayed = sum(correct(pair.before) and correct(pair.after) for pair in pairs)
     return Changes(
         stayed,
         len(better),
@@ -81,17 +82,17 @@ def rollout_examples(run_dir: Path, questions: int = 2, samples: int = 4) -> lis
     return [
         _example(step, group, samples)
         for step in chosen
-        for group in _telling(read_rollouts(rollout_path(run_dir, step)), questions)
+        for group in _with_signal_first(read_rollouts(rollout_path(run_dir, step)), questions)
     ]
 
 
 def marked(text: str) -> list[tuple[str, bool]]:
-    """The text in pieces, True for those that are a closed `\\boxed{...}`. Joined they are the text again."""
+    """The text in pieces, True for those that are a closed `\\boxed{...}`. Joined they give the text again."""
     return [(piece, k % 2 == 1) for k, piece in enumerate(_BOX.split(text)) if piece]
 
 
-def _telling(groups: Sequence[ScoredGroup], count: int) -> list[ScoredGroup]:
-    """Questions whose responses differ in reward come first: they are what the step learnt from."""
+def _with_signal_first(groups: Sequence[ScoredGroup], count: int) -> list[ScoredGroup]:
+    """Questions whose responses differ in reward come first: the step learned from these."""
     return sorted(groups, key=lambda group: not group.has_signal)[:count]
 
 

@@ -1,21 +1,23 @@
-"""The last lines on the console: what a run learnt, in the words of its report, and where everything lies."""
+"""The last lines on the console: the results of a run, in the sentences of its report, and its output files."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from alphamed.evaluation.score import verdict
-from alphamed.lab.reports.report import ROWS, evaluations, training_sentences
+from alphamed.evaluation.score import Score, verdict
+from alphamed.lab.reports.report import SHARES, evaluations, training_sentences
 from alphamed.rundir.metrics import read_rows
 
-PLACES = {
+OUTPUT_FILES = {
     "report.html": "the report, for a browser",
     "report.json": "its numbers",
-    "metrics.jsonl": "one line of numbers a step",
-    "rollouts": "every response with its reward, a Parquet file a step",
+    "metrics.jsonl": "the metrics, one line per step",
+    "rollouts": "every response with its reward, one Parquet file per step",
     "evaluations": "answers to the held-out questions",
     "hf": "the trained model, for transformers and vLLM",
-    "checkpoints": "to continue from",
+    "checkpoints": "to resume from",
 }
 
 
@@ -24,29 +26,27 @@ def summary(run_dir: Path) -> list[str]:
     rows = read_rows(run_dir / "metrics.jsonl")
     lines = [
         "",
-        "What was learnt",
+        "Results",
         *(f"  {text}" for text in training_sentences(rows)),
         *(f"  Warning. {text}" for text in _warnings(run_dir)),
     ]
-    found = list(evaluations(run_dir).values())
-    for name in found[-1] if found else ():
-        lines += _set_lines(name, [scores[name] for scores in found if name in scores])
+    scores_by_step = list(evaluations(run_dir).values())
+    for set_name in scores_by_step[-1] if scores_by_step else ():
+        lines += _set_lines(set_name, [scores[set_name] for scores in scores_by_step if set_name in scores])
     lines += ["", f"Output files: {run_dir}"]
-    return lines + [f"  {place:<14} {text}" for place, text in PLACES.items() if (run_dir / place).exists()]
+    return lines + [f"  {name:<14} {text}" for name, text in OUTPUT_FILES.items() if (run_dir / name).exists()]
 
 
 def _warnings(run_dir: Path) -> list[str]:
-    """What the report just written warns of; [] where none was asked for."""
-    import json
-
+    """The warnings of the report that was just written; [] where the configuration asks for none."""
     file = run_dir / "report.json"
     return json.loads(file.read_text(encoding="utf-8"))["warnings"] if file.exists() else []
 
 
-def _set_lines(name: str, scores: list) -> list[str]:
-    before, after = scores[0], scores[-1]
-    lines = ["", f"{name}: {after.n} questions, {'before -> after' if len(scores) > 1 else 'once'} (95% intervals)"]
-    for label, key in ROWS.items():
-        values = [str(getattr(score, key)) for score in ((before, after) if len(scores) > 1 else (after,))]
+def _set_lines(name: str, scores: Sequence[Score]) -> list[str]:
+    before, after, several = scores[0], scores[-1], len(scores) > 1
+    lines = ["", f"{name}: {after.n} questions, {'before -> after' if several else 'evaluated once'} (95% intervals)"]
+    for label, key in SHARES.items():
+        values = [str(getattr(score, key)) for score in ((before, after) if several else (after,))]
         lines.append(f"  {label:<22} {' -> '.join(values)}")
-    return lines + [f"  {text}" for text in (verdict(before, after) if len(scores) > 1 else ())]
+    return lines + [f"  {text}" for text in (verdict(before, after) if several else ())]

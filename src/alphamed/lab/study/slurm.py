@@ -1,4 +1,4 @@
-"""A study as Slurm jobs: one batch script a run, and one that submits them all and then collects what they found."""
+"""A study as Slurm jobs: one batch script per run, and a script that submits them and a last job that collects the results."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ MAX_NODES = 1024
 def scripts(study: Study, study_file: Path, runs: Sequence[PlannedRun], configs: Mapping[str, Path]) -> dict[Path, str]:
     """Path -> text of every script; `configs` holds each run's configuration file. Raises ConfigError.
 
-    Paths count from where the jobs are submitted: the repository, as for examples/slurm/train.sbatch.
+    Paths are relative to the folder where the jobs are submitted: the repository, as for examples/slurm/train.sbatch.
     """
     folder = study.folder / "slurm"
-    body = _launcher()
-    found = {folder / f"{run.name}.sbatch": _script(study, run, body, configs[run.name]) for run in runs}
-    after = {path: _needed(run, runs) for path, run in zip(found, runs)}
-    return found | {folder / "submit.sh": _submit(study, study_file, after)}
+    launcher = _launcher()
+    batch = {folder / f"{run.name}.sbatch": _script(study, run, launcher, configs[run.name]) for run in runs}
+    after = {path: _needed(run, runs) for path, run in zip(batch, runs)}
+    return batch | {folder / "submit.sh": _submit(study, study_file, after)}
 
 
 def _needed(run: PlannedRun, runs: Sequence[PlannedRun]) -> str | None:
-    """The run whose export this one starts from, where that is still to be made."""
+    """The run whose export this one starts from, if that is still to be made."""
     start = Path(run.config.model.path)
     return next((other.name for other in runs if start.is_relative_to(other.config.run_dir)), None)
 
 
 def nodes_of(config: Config, gpus_per_node: int) -> int:
-    """The fewest nodes on which the run's ranks and engines have room. Raises ConfigError where none suffice."""
+    """The smallest number of nodes with room for the run's ranks and engines. Raises ConfigError where MAX_NODES are too few."""
     if not wants_cuda(config):
         return 1
     for count in range(1, MAX_NODES):
@@ -44,12 +44,12 @@ def nodes_of(config: Config, gpus_per_node: int) -> int:
             plan_nodes(config, [f"node{i}" for i in range(count)], gpus_per_node)
             return count
         except ConfigError as error:
-            if "present are" not in str(error):  # too few nodes is the only thing that more of them fix
+            if "present are" not in str(error):  # more nodes help only if there were too few
                 raise
     raise ConfigError(f"parallel: more than {MAX_NODES} nodes of {gpus_per_node} GPUs would be needed; lower it")
 
 
-def _script(study: Study, run: PlannedRun, body: Path, config: Path) -> str:
+def _script(study: Study, run: PlannedRun, launcher: Path, config: Path) -> str:
     gpus = study.slurm.gpus_per_node or run.config.cluster.gpus_per_node
     minutes = max(1, round(study.deadline_s / 60))
     cuda = wants_cuda(run.config)
@@ -65,18 +65,18 @@ def _script(study: Study, run: PlannedRun, body: Path, config: Path) -> str:
         *study.slurm.options,
     ]
     head = "".join(f"#SBATCH {line}\n" for line in lines)
-    return f"#!/usr/bin/env bash\n{head}exec bash {shlex.quote(str(body))} {shlex.quote(str(config))}\n"
+    return f"#!/usr/bin/env bash\n{head}exec bash {shlex.quote(str(launcher))} {shlex.quote(str(config))}\n"
 
 
 def _submit(study: Study, study_file: Path, after: Mapping[Path, str | None]) -> str:
-    """Bash that submits every script, one that starts from another run's export once that has ended well, then a job that
-    collects once all have ended, however they ended."""
+    """Bash that submits every script, then a job that collects the results once all have ended, successfully or not.
+    `after`: script -> the run that must have ended well before it starts."""
     log = study.folder / "logs" / "collect.log"
     collect = shlex.join(["alphamed", "study", str(study_file), "--collect"])
     return "\n".join(
         [
             "#!/usr/bin/env bash",
-            "# Run this where the repository is: paths count from there.",
+            "# Run this in the repository: paths are relative to it.",
             "set -euo pipefail",
             f"mkdir -p {shlex.quote(str(log.parent))}",
             "jobs=",
@@ -97,7 +97,9 @@ def _submit(study: Study, study_file: Path, after: Mapping[Path, str | None]) ->
 
 
 def _launcher() -> Path:
-    body = Path(alphamed.__file__).resolve().parents[2] / "examples" / "slurm" / "train.sbatch"
-    if not body.is_file():
-        raise ConfigError(f"--slurm: {body} is not there; it needs a checkout of the repository, not an installed package")
-    return body.relative_to(Path.cwd()) if body.is_relative_to(Path.cwd()) else body
+    launcher = Path(alphamed.__file__).resolve().parents[2] / "examples" / "slurm" / "train.sbatch"
+    if not launcher.is_file():
+        raise ConfigError(
+            f"--slurm: {launcher} does not exist; --slurm needs a checkout of the repository, not an installed package"
+        )
+    return launcher.relative_to(Path.cwd()) if launcher.is_relative_to(Path.cwd()) else launcher

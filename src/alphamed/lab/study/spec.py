@@ -1,7 +1,7 @@
-"""What a study file says: settings shared by all runs, grids of axes, data, controls; frozen and validated like a run's.
+"""The study file: settings shared by all runs, grids of axes, data, controls; frozen and validated like a run's configuration.
 
-Paths in it count from where the command is given, as in every configuration, but `base` from the study file. `{study}` in a
-setting stands for the study's folder.
+Paths are relative to the current directory, as in every configuration, except `base`, which is relative to the study file.
+`{study}` in a setting is replaced by the study's folder.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from alphamed.errors import ConfigError
 from alphamed.lab.datasets.catalogue import PRESETS
 from alphamed.lab.datasets.recipe import Level, SourceRecipe
 
-DATA_AXES = ("sources", "sizes", *(one.axis for one in ATTRIBUTES))
-"""What training sets differ in, in the order of a run's name."""
+DATA_AXES = ("sources", "sizes", *(attribute.axis for attribute in ATTRIBUTES))
+"""The axes in which training sets differ, in the order of a run's name."""
 All = Literal["all"]
 
 
-class Control(StrEnum):
-    """What a claimed gain is held against."""
+class ControlKind(StrEnum):
+    """The kinds of control runs, with which a gain is compared."""
 
     RANDOM_REWARD = "random_reward"
     FORMAT_REWARD = "format_reward"
@@ -36,12 +36,12 @@ class Control(StrEnum):
 
 MEDFACTS = "medfacts"
 """The source of the shipped questions."""
-CONTROLS: dict[Control, dict[str, Any]] = {
-    Control.RANDOM_REWARD: {"reward.name": "random", "reward.signature": "alphamed", "reward.overlong_buffer_tokens": 0},
-    Control.FORMAT_REWARD: {"reward.name": "format_only", "reward.signature": "alphamed"},
-    Control.SHUFFLED_KEYS: {"data.answer_keys": "shuffled"},
-    # the model as it is, asked with the same prompt and graded by the same grader
-    Control.UNCHANGED: {
+CONTROLS: dict[ControlKind, dict[str, Any]] = {
+    ControlKind.RANDOM_REWARD: {"reward.name": "random", "reward.signature": "alphamed", "reward.overlong_buffer_tokens": 0},
+    ControlKind.FORMAT_REWARD: {"reward.name": "format_only", "reward.signature": "alphamed"},
+    ControlKind.SHUFFLED_KEYS: {"data.answer_keys": "shuffled"},
+    # the model before training, evaluated with the same prompt and grader
+    ControlKind.UNCHANGED: {
         "run.stop_after": 0,
         "evaluation.before": True,
         "evaluation.after": False,
@@ -50,7 +50,7 @@ CONTROLS: dict[Control, dict[str, Any]] = {
         "logging.export_hf": False,
     },
 }
-"""Each preset's settings, over those of the run that it is a control of."""
+"""The settings of each kind, over those of the run that it is a control for."""
 
 
 class Axes(Section):
@@ -67,7 +67,7 @@ class Axes(Section):
 
 
 class Grid(Section):
-    """Every combination of its axes is a run. Of the same run in several grids there is one."""
+    """Every combination of its axes is a run. A run that several grids contain is made once."""
 
     name: DottedName
     label: DottedName | None = None
@@ -77,12 +77,12 @@ class Grid(Section):
     """For the runs of this grid, over those of the study. With `sft` they are supervised (`alphamed sft`)."""
     train: tuple[Path, ...] = ()
     """Files that its runs train on, in place of a set that `data` builds: examples of supervised training."""
-    controls: tuple[Control, ...] = ()
-    """Runs beside the grid's, at the first value of every axis but with all seeds."""
+    controls: tuple[ControlKind, ...] = ()
+    """Added runs at the first value of every axis, with all seeds."""
 
 
 class MedFacts(Section):
-    """The shipped questions, written to {study}/data/medfacts; their source is called `medfacts`."""
+    """The shipped questions, written to {study}/data/medfacts; the name of their source is `medfacts`."""
 
     seed: NonNegative = 0
     levels: Annotated[tuple[Level, ...], Field(min_length=1)] | None = None
@@ -93,31 +93,31 @@ class MedFacts(Section):
 
 class StudyData(Section):
     sources: tuple[SourceRecipe, ...] = ()
-    """Sets that the axis `sources` can name, beside the public ones and presets of `alphamed data sources`."""
+    """Sets that the axis `sources` can name, in addition to the public ones and presets of `alphamed data sources`."""
     medfacts: MedFacts | None = None
     per_level: bool = False
-    """Draw as many questions of each level (of `levels`, or 1 to 6) in place of a set's own mixture."""
+    """Draw the same number of questions of each level (of `levels`, or 1 to 6) instead of a set's own mixture."""
     recipe: dict[str, Any] = {}
     """Further settings of `alphamed data build`: filter, balance, against, overlap, decisions, ..."""
 
     def problems(self) -> Iterator[str]:
-        """Told by the study, whose lines begin with the field."""
+        """One line per problem, beginning with the field; reported by the study."""
         for key in ("sources", "quotas", "size", "seed"):
             if key in self.recipe:
-                yield f"data.recipe: {key} is what the axes decide; remove it"
+                yield f"data.recipe: {key} is set by the axes; remove it"
         if not isinstance(self.filter, Mapping):
             yield f"data.recipe.filter: {self.filter!r} is not valid; it is a section with settings of its own"
         names = [source.name for source in self.sources]
         for name in names:
             if names.count(name) > 1:
-                yield f"data.sources: {name} stands twice; give each set a name of its own"
+                yield f"data.sources: {name} is listed twice; give each set a name of its own"
             if name == MEDFACTS and self.medfacts is not None:
                 yield (
-                    f"data.sources: {name} is the name of the shipped questions (data.medfacts); give yours another one, "
+                    f"data.sources: {name} is the name of the shipped questions (data.medfacts); give yours another name, "
                     f"or remove data.medfacts"
                 )
             if name in PRESETS:
-                yield f"data.sources: {name} is the name of a preset; give yours another one"
+                yield f"data.sources: {name} is the name of a preset; give yours another name"
 
     @property
     def filter(self) -> Any:
@@ -131,7 +131,7 @@ class SlurmSettings(Section):
     """Further #SBATCH lines: --partition=gpu, --account=..."""
 
     def problems(self) -> Iterator[str]:
-        for option in self.options:  # what follows a line break would be a command of the script
+        for option in self.options:  # text after a line break would be run as a command of the script
             if not option.isprintable():
                 yield (
                     f"slurm.options: {option!r} holds a line break or another control character; give every option as an "
@@ -145,12 +145,12 @@ class Study(Section):
     base: Path
     """The configuration that all runs share."""
     settings: dict[str, Any] = {}
-    """Dotted settings over it."""
+    """Dotted settings over those of `base`."""
     data: StudyData | None = None
     """None: data.train of the configuration."""
     grids: tuple[Grid, ...] = Field(min_length=1)
     deadline_s: PositiveFloat = 86_400.0
-    """A run that takes longer is stopped, and counts as failed; it can be continued."""
+    """A run that takes longer is stopped and counts as failed; it can be resumed."""
     slurm: SlurmSettings = SlurmSettings()
 
     @property
@@ -164,7 +164,7 @@ class Study(Section):
         return self
 
     def _problems(self) -> Iterator[str]:
-        if not str(self.root).isprintable():  # it stands in batch scripts
+        if not str(self.root).isprintable():  # it is part of batch scripts
             yield f"root: {str(self.root)!r} holds a line break or another control character; choose another"
         yield from self.slurm.problems()
         if self.data is not None:
@@ -173,7 +173,7 @@ class Study(Section):
         filtered = self.data.filter if self.data else {}
         for grid in self.grids:
             if names.count(grid.name) > 1:
-                yield f"grids: {grid.name} stands twice; give each a name of its own"
+                yield f"grids: {grid.name} is listed twice; give each a name of its own"
             for axis in DATA_AXES:
                 if getattr(grid.axes, axis) and self.data is None:
                     yield f"grids.{grid.name}.axes.{axis}: needs data, which builds the sets; add it or remove the axis"
@@ -184,26 +184,26 @@ class Study(Section):
                 yield f"grids.{grid.name}.train: and axes.{axis} both say what its runs train on; remove one of the two"
             if self.data is not None and not grid.axes.sources and not grid.train:
                 yield f"grids.{grid.name}.axes.sources: missing; name the sets that its runs are trained on"
-            for axis in (one.axis for one in ATTRIBUTES):
+            for axis in (attribute.axis for attribute in ATTRIBUTES):
                 if getattr(grid.axes, axis) and filtered.get(axis):
                     yield (
                         f"data.recipe.filter.{axis}: {filtered[axis]!r} and grids.{grid.name}.axes.{axis} both choose "
                         f"questions; keep one of the two"
                     )
-            yield from self._own(f"grids.{grid.name}.settings", {key: [value] for key, value in grid.settings.items()})
-            yield from self._own(f"grids.{grid.name}.axes.settings", grid.axes.settings)
+            yield from self._reserved(f"grids.{grid.name}.settings", {key: [value] for key, value in grid.settings.items()})
+            yield from self._reserved(f"grids.{grid.name}.axes.settings", grid.axes.settings)
             for key in grid.axes.settings:
                 for other in grid.axes.settings:
                     if other.startswith(f"{key}."):
                         yield f"grids.{grid.name}.axes.settings: {key} holds {other}, another axis; keep one of the two"
-        yield from self._own("settings", {key: [value] for key, value in self.settings.items()})
-        yield from _spelt_otherwise(self.grids)
+        yield from self._reserved("settings", {key: [value] for key, value in self.settings.items()})
+        yield from _repeated_values(self.grids)
 
-    def _own(self, where: str, settings: Mapping[str, Iterable[Any]]) -> Iterator[str]:
-        """What is wrong with settings (key -> its values) that the study gives itself, written dotted or as a section."""
-        own = _OWN | ({"data.train": "is what data builds; use the axis sources, or remove data"} if self.data else {})
+    def _reserved(self, where: str, settings: Mapping[str, Iterable[Any]]) -> Iterator[str]:
+        """Problems with settings (key -> its values) that the study sets itself, written dotted or as a section."""
+        reserved = _RESERVED | ({"data.train": "is set by data; use the axis sources, or remove data"} if self.data else {})
         for key, values in settings.items():
-            for name, fix in own.items():
+            for name, fix in reserved.items():
                 if (
                     key == name
                     or key.startswith(f"{name}.")
@@ -213,9 +213,9 @@ class Study(Section):
                     yield f"{where}: {name} {fix}"
 
 
-_OWN = {
-    "run.name": "is given by the study; remove it",
-    "run.root": "is given by the study; use root",
+_RESERVED = {
+    "run.name": "is set by the study; remove it",
+    "run.root": "is set by the study; use root",
     "run.seed": "is the axis seeds; use that",
 }
 
@@ -228,21 +228,21 @@ def _holds(value: Any, dotted: str) -> bool:
     return True
 
 
-def _spelt_otherwise(grids: Iterable[Grid]) -> Iterator[str]:
-    """Values of the data's axes that name the same things in another order, or one thing twice: each would be a run."""
-    spelt: dict[tuple[str, Any], tuple[str, Any]] = {}
+def _repeated_values(grids: Iterable[Grid]) -> Iterator[str]:
+    """Values of the data axes that name the same set in another order, or one part twice: each would be a run."""
+    first_form: dict[tuple[str, Any], tuple[str, Any]] = {}
     for grid in grids:
         for axis in DATA_AXES:
             where, values = f"grids.{grid.name}.axes.{axis}", getattr(grid.axes, axis)
             for value in values:
-                said = json.dumps(value)
+                text = json.dumps(value)
                 parts = value.split("+") if axis == "sources" else value if isinstance(value, tuple) else (value,)
                 if len(set(parts)) < len(parts):
-                    yield f"{where}: {said} names one thing twice; name it once"
-                grid_name, other = spelt.setdefault((axis, frozenset(parts)), (grid.name, value))
+                    yield f"{where}: {text} names a part twice; name it once"
+                grid_name, other = first_form.setdefault((axis, frozenset(parts)), (grid.name, value))
                 if value != other:
                     fix = "give each value once" if grid_name == grid.name else f"write it as grids.{grid_name} does"
-                    yield f"{where}: {said} is {json.dumps(other)} in another order; {fix}"
+                    yield f"{where}: {text} is {json.dumps(other)} in another order; {fix}"
 
 
 def load_study(path: Path) -> Study:
@@ -252,7 +252,7 @@ def load_study(path: Path) -> Study:
     tree = load_tree(path)
     try:
         json.dumps(tree)
-    except TypeError as error:  # !!binary, !!set: no settings of a run
+    except TypeError as error:  # YAML types !!binary and !!set are not settings of a run
         raise ConfigError(
             f"config {path}: holds a value that is neither text, number, list nor mapping ({error}); write it "
             f"as one of these"
