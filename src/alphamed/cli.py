@@ -239,36 +239,18 @@ def _add_reading(verb: Verb) -> None:
 def _train(options: argparse.Namespace) -> int:
     from alphamed.config.loading import load_config
     from alphamed.errors import ConfigError
-    from alphamed.lab.hooks import validate
-    from alphamed.launch import single_host
 
     config = load_config(options.config, options.overrides)
     if config.sft is not None:
         raise ConfigError(
             "sft: a configuration with this section is for `alphamed sft`; use that verb, or remove the section"
         )
-    checked = validate(config)
-    checked.print_notes()
-    if options.check:
-        print(
-            f"{options.config}: in order; {checked.questions} questions, {checked.evaluation_questions} for "
-            f"evaluation, {checked.shape.parameters:,} parameters, {config.parallel.world} ranks, "
-            f"{config.rollout.engines} engines"
-        )
-        earned = ", ".join(
-            f"{reward:g} for {'an' if kind == 'empty' else 'a'} {kind} answer" for kind, reward in checked.rewards.items()
-        )
-        if earned:
-            print(f"reward {config.reward.name}: {earned}")
-        return 0
-    return single_host.train(config)
+    return _start(config, options)
 
 
 def _sft(options: argparse.Namespace) -> int:
     from alphamed.config.loading import build_config, load_tree
     from alphamed.errors import ConfigError
-    from alphamed.lab.hooks import validate
-    from alphamed.launch import single_host
 
     tree = load_tree(options.config, options.overrides)
     config = build_config(tree if tree.get("sft") is not None else tree | {"sft": {}})
@@ -276,14 +258,18 @@ def _sft(options: argparse.Namespace) -> int:
         raise ConfigError(
             f"sft.epochs: {config.sft.epochs:g} and run.steps: {config.run.steps} both say how long; remove one"
         )
+    return _start(config, options)
+
+
+def _start(config: Config, options: argparse.Namespace) -> int:
+    """Check a run of either kind, and start it on this machine unless only that was asked for."""
+    from alphamed.lab.hooks import validate
+    from alphamed.launch import single_host
+
     checked = validate(config)
     checked.print_notes()
     if options.check:
-        print(
-            f"{options.config}: in order; {checked.questions} examples, {checked.evaluation_questions} questions for "
-            f"evaluation, {checked.shape.parameters:,} parameters, {config.parallel.world} ranks, "
-            f"{config.rollout.engines if config.generates else 0} engines"
-        )
+        print(f"{options.config}: in order; {checked.summary(config)}")
         return 0
     return single_host.train(config)
 
@@ -295,6 +281,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _launch(options: argparse.Namespace) -> int:
+    from alphamed.config.loading import load_config
     from alphamed.errors import ConfigError
     from alphamed.launch import single_host
 
@@ -309,8 +296,7 @@ def _launch(options: argparse.Namespace) -> int:
 
         return remote.main(options)
     if options.nodes is None:
-        return _train(options)
-    from alphamed.config.loading import load_config
+        return _start(load_config(options.config, options.overrides), options)
     from alphamed.lab.hooks import check
     from alphamed.launch import nodes
 

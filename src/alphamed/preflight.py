@@ -51,6 +51,19 @@ class Checked:
     def shape(self) -> ModelShape:
         return self.model.shape
 
+    def summary(self, config: Config) -> str:
+        """What a run would start with, for whoever asked to check only."""
+        trained = "questions" if config.sft is None else "examples"
+        asked = "" if config.sft is None else " questions"
+        lines = [
+            f"{self.questions} {trained}, {self.evaluation_questions}{asked} for evaluation, {self.shape.parameters:,} "
+            f"parameters, {config.parallel.world} ranks, {config.rollout.engines if config.generates else 0} engines"
+        ]
+        earned = ", ".join(
+            f"{reward:g} for {'an' if kind == 'empty' else 'a'} {kind} answer" for kind, reward in self.rewards.items()
+        )
+        return "\n".join([*lines, *([f"reward {config.reward.name}: {earned}"] if earned else [])])
+
     def print_notes(self) -> None:
         """What whoever starts a run should know of its model and data, on stderr."""
         self.model.print_remarks()
