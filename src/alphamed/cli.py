@@ -249,16 +249,9 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _sft(options: argparse.Namespace) -> int:
-    from alphamed.config.loading import build_config, load_tree
-    from alphamed.errors import ConfigError
+    from alphamed.config.loading import load_supervised
 
-    tree = load_tree(options.config, options.overrides)
-    config = build_config(tree if tree.get("sft") is not None else tree | {"sft": {}})
-    if config.sft and config.sft.epochs is not None and (tree.get("run") or {}).get("steps") is not None:
-        raise ConfigError(
-            f"sft.epochs: {config.sft.epochs:g} and run.steps: {config.run.steps} both say how long; remove one"
-        )
-    return _start(config, options)
+    return _start(load_supervised(options.config, options.overrides), options)
 
 
 def _start(config: Config, options: argparse.Namespace) -> int:

@@ -64,7 +64,7 @@ def test_the_loss_falls_and_no_engine_is_started(place, straight):
     assert found[STEPS]["data/epochs"] == pytest.approx(STEPS * 4 / 9)
     assert found[1]["batch/shared_fraction"] > 0
     log = (straight / "logs" / "rank_0.log").read_text()
-    assert "starting the engines" not in log and "vllm" not in log.lower() and "Started a local Ray" not in log
+    assert not [words for words in ("starting the engines", "EngineCore", "Started a local Ray") if words in log]
     assert "Loss fell" in (straight / "report.html").read_text()
     assert "fine-tuned on given responses" in (straight / "hf" / "README.md").read_text()
 

@@ -135,6 +135,11 @@ def test_a_run_by_epochs_can_be_made_longer_and_is_finished_at_its_own_length(tm
 
 
 # -------------------------------------------------------------------------------------------------------------------- plan
+def test_the_plan_says_that_it_simulates_reinforcement_learning_only(start):
+    code, _, error = start("--simulate", verb="plan", cluster={"device": "cpu", "skip_memory_check": True})
+    assert code == 2 and "--simulate: runs reinforcement learning in small" in error
+
+
 def test_the_plan_counts_nothing_that_is_sampled(tmp_path):
     config = config_of(tmp_path, sft={"epochs": 3}, algorithm={"kl_coefficient": 0.1, "mini_batches": 2})
     job, _ = job_of(config, prompt_tokens=100, response_tokens=10)
