@@ -29,8 +29,8 @@ from alphamed.lab.planner.time import step_time
 from alphamed.megatron import runtime as runtimes
 from alphamed.model.shape import ModelShape, shape_of
 from alphamed.planner import hardware
-from alphamed.planner.batch import Micro
-from alphamed.planner.job import Job
+from alphamed.planner.batch import PlannedRow
+from alphamed.planner.job import PlannedJob
 from alphamed.planner.memory import stage_use
 from alphamed.records import TokenGroup
 
@@ -176,10 +176,10 @@ def measure(shape_name: str, precision: str, recompute: str, options: argparse.N
     micros = batch.mini_batches[0].micro_batches
     largest = max(micros, key=lambda micro: len(micro.tokens))
     means = [sum(len(r) for r in g.responses) / SAMPLES for g in groups]
-    job = Job(
+    job = PlannedJob(
         config, shape, hardware.gpu(options.gpu), 1, prompt_tokens=options.prompt, response_tokens=sum(means) / len(means)
     )
-    row = Micro(float(len(largest.tokens)), float(int(largest.mask.sum())), options.prompt + sum(means) / len(means) / 2)
+    row = PlannedRow(float(len(largest.tokens)), float(int(largest.mask.sum())), options.prompt + sum(means) / len(means) / 2)
     causes = stage_use(job, 0, row, len(micros)).causes
     planned = step_time(job)
     medians = {part: statistics.median(found[1:]) for part, found in seconds.items()}

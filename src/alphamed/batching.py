@@ -2,7 +2,7 @@
 
 Invariants of `pack` (tests hold it to each of them):
   - every response of every group is in exactly one micro-batch of exactly one data rank;
-  - the samples of a question stand in one segment behind one copy of their prompt; a group over the token budget is
+  - the samples of a question are in one segment after one copy of their prompt; a group over the token budget is
     split, and only then is its prompt repeated;
   - what all prompts begin with (the stem: system prompt, worked examples) stands once at the head of each row;
   - no micro-batch exceeds the token budget, all data ranks get the same number of micro-batches (an idle one is a dummy
@@ -32,7 +32,7 @@ SHORTEST_STEM = 32
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What is never cut further: some samples of one group behind one copy of their prompt."""
+    """What is never cut further: some samples of one group after one copy of their prompt."""
 
     group: int
     samples: tuple[int, ...]
@@ -70,9 +70,9 @@ def pack(
     for chunk in _chunks(len(groups), mini_batches):
         units = [u for g in chunk for u in _units(groups[g], g, stem, budget, share_prompts)]
         plan = _assign(units, budget, layout.data, layout.pipeline if layout.virtual_pipeline else 1)
-        mine = [_materialise(row, groups, layout.token_multiple) for row in plan[layout.data_rank]]
+        micro_batches = [_materialise(row, groups, layout.token_multiple) for row in plan[layout.data_rank]]
         counts = [_trained_tokens(groups[g], j) for g in chunk for j in range(len(groups[g].responses))]
-        minis.append(MiniBatch(tuple(mine), response_tokens=sum(counts), sequences=len(counts)))
+        minis.append(MiniBatch(tuple(micro_batches), response_tokens=sum(counts), sequences=len(counts)))
         rows += [row for rank in plan for row in rank]
         costs = [[sum(u.cost for u in row) for row in rank] for rank in plan]
         imbalance.append(_excess([sum(rank) for rank in costs]))
@@ -102,7 +102,7 @@ def _trained_tokens(group: TokenGroup, sample: int) -> int:
 
 
 def _excess(costs: Sequence[float]) -> float:
-    """How far the largest lies above the mean, as a share of it; 0 where there is none (a rank of dummies)."""
+    """How far the largest is above the mean, as a share of it; 0 where there is none (a rank of dummies)."""
     return max(costs) * len(costs) / sum(costs) - 1 if any(costs) else 0.0
 
 
@@ -120,9 +120,9 @@ def _stem(groups: Sequence[TokenGroup]) -> int:
     return common if common >= SHORTEST_STEM else 0
 
 
-def _common(one: torch.Tensor, two: torch.Tensor) -> int:
-    n = min(len(one), len(two)) - 1
-    differ = (one[:n] != two[:n]).nonzero()
+def _common(first: torch.Tensor, second: torch.Tensor) -> int:
+    n = min(len(first), len(second)) - 1
+    differ = (first[:n] != second[:n]).nonzero()
     return int(differ[0]) if len(differ) else n
 
 
@@ -152,7 +152,7 @@ def _units(group: TokenGroup, index: int, stem: int, budget: int, share_prompts:
 
 
 def _assign(units: list[Unit], budget: int, ranks: int, multiple: int) -> list[list[list[Unit]]]:
-    """plan[rank][row] = units. As few rows as found, the same number on every rank and a multiple of `multiple`, costs of
+    """plan[rank][row] = units. As few rows as fit, the same number on every rank and a multiple of `multiple`, costs of
     rows and of ranks balanced.
 
     Most expensive first into the cheapest row. Where that row has no room, longest first into the shortest: if that one has none

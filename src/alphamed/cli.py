@@ -36,7 +36,8 @@ class _Parser(argparse.ArgumentParser):
 
         raise ConfigError(f"{message}; see `{self.prog} --help`")
 
-    def parse_known_args(self, args=None, namespace=None):
+    # the stub's overloads differ in the type of the namespace, which is argparse's own here
+    def parse_known_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Notes as `parser` which one the words were for: a verb's own parser ends before those above it."""
         options, rest = super().parse_known_args(args, namespace)
         if not hasattr(options, "parser"):
@@ -116,7 +117,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _find_user_code() -> None:
-    """`module:function` rewards lie where the command is given; the installed `alphamed` script does not look there."""
+    """`module:function` rewards are in the current directory, which is not on the path of the installed `alphamed` script."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
 
@@ -242,9 +243,7 @@ def _train(options: argparse.Namespace) -> int:
 
     config = load_config(options.config, options.overrides)
     if config.sft is not None:
-        raise ConfigError(
-            "sft: a configuration with this section is for `alphamed sft`; use that verb, or remove the section"
-        )
+        raise ConfigError("sft: a configuration with this section is for `alphamed sft`; use that, or remove the section")
     return _start(config, options)
 
 

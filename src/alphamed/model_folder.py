@@ -82,7 +82,7 @@ def require_utf8(setting: str, path: Path) -> None:
 
 
 def remarks_on(folder: Path, config: Config) -> Remarks:
-    """What there is to say about a folder that has been checked, for the records of a run."""
+    """Remarks on a folder that has been checked, for the records of a run."""
     return _with_text(folder, read_shape(folder), config).remarks
 
 
@@ -117,8 +117,8 @@ def _remarks(folder: Path, shape: ModelShape, tokenizer: Tokenizer, prompt: Prom
         )
     if prompt.template == PromptTemplate.RAW:
         return Remarks(tuple(notes))
-    said = template_remarks(tokenizer, prompt)
-    return Remarks((*notes, *said.notes), said.warnings)
+    remarks = template_remarks(tokenizer, prompt)
+    return Remarks((*notes, *remarks.notes), remarks.warnings)
 
 
 def main(path: str, revision: str | None, out: Path | None) -> int:

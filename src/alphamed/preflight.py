@@ -34,7 +34,7 @@ from alphamed.rundir.directory import MODEL_PLACE, check_resume, check_same_mode
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What validation found on its way. `evaluation_questions`: those that will be asked, of all files."""
+    """Results of validation. `evaluation_questions`: those that will be asked, of all files."""
 
     model: ModelFolder
     questions: int
@@ -194,7 +194,7 @@ def _check_names(config: Config, folder: Path) -> None:
 def _check_place(folder: Path) -> None:
     """Whether the run's folder can be made and written: what is missing of it is made under another name and removed."""
     try:
-        present = next(one for one in (folder, *folder.parents) if os.path.lexists(one))
+        present = next(folder_above for folder_above in (folder, *folder.parents) if os.path.lexists(folder_above))
         with tempfile.TemporaryDirectory(prefix=".alphamed-", dir=present) as probe:
             Path(probe, folder.relative_to(present)).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -42,11 +42,16 @@ class Question:
 class FinishReason(StrEnum):
     STOP = "stop"  # the model ended its answer
     LENGTH = "length"  # the token limit cut it
-    ABORT = "abort"  # the engine was told to stop
+    ABORT = "abort"  # the engine was asked to stop
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the response was cut, however it is graded then."""
+        return self != FinishReason.STOP
 
 
 class Outcome(StrEnum):
-    """What grading found. A grader's own failure is TIMEOUT or CRASH, never WRONG."""
+    """The result of grading a response. A grader's own failure is TIMEOUT or CRASH, never WRONG."""
 
     CORRECT = "correct"
     WRONG = "wrong"
@@ -54,6 +59,16 @@ class Outcome(StrEnum):
     TRUNCATED = "truncated"
     TIMEOUT = "timeout"
     CRASH = "crash"
+
+    @property
+    def boxed(self) -> bool:
+        """Whether the response ended in time with a readable answer, right or wrong."""
+        return self in (Outcome.CORRECT, Outcome.WRONG)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the grader failed, so that the response has no reward."""
+        return self in (Outcome.TIMEOUT, Outcome.CRASH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +123,8 @@ class RolloutGroup:
 @dataclass(frozen=True, slots=True)
 class ScoredGroup:
     """A graded group: `outcomes`, `rewards`, `advantages` and `letters` (the extracted answer, None where unparseable)
-    run parallel to `group.rollouts`."""
+    run parallel to `group.rollouts`. Rewards are what the reward function returned; a penalty on lengths is part of the
+    advantages alone."""
 
     group: RolloutGroup
     outcomes: tuple[Outcome, ...]
@@ -150,7 +166,7 @@ class StepRollouts:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Sizes of the trainer's parallel dimensions and where this rank stands in them. Ranks order as Megatron's default
+    """Sizes of the trainer's parallel dimensions and this rank's position in them. Ranks order as Megatron's default
     `tp-cp-ep-dp-pp`: tensor ranks are neighbours, pipeline stages are farthest apart."""
 
     tensor: int = 1
@@ -177,7 +193,7 @@ class Layout:
 
     @property
     def first_replica(self) -> bool:
-        """Whether this rank stands for all that hold the same parameters."""
+        """Whether this rank is the first of those that hold the same parameters."""
         return self.replica == 0
 
     @property
@@ -190,8 +206,8 @@ class Layout:
 @dataclass(frozen=True, slots=True)
 class Segment:
     """A run of packed tokens: a prefix of `prefix` tokens, then continuations, each of which attends to the prefix and to
-    itself. A plain sequence is a segment without continuations. Behind a stem, all its tokens attend to the row's first
-    segment as well: what all prompts of the row begin with (system prompt, worked examples)."""
+    itself. A plain sequence is a segment without continuations. With `attends_shared_prefix` all its tokens attend to the row's
+    first segment as well: what all prompts of the row begin with (system prompt, worked examples)."""
 
     prefix: int
     continuations: tuple[int, ...] = ()

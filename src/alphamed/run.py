@@ -1,4 +1,4 @@
-"""A run: its directory, where it stands (step, cursor, weights version), what is due when, and how it resumes.
+"""A run: its directory, its state (step, cursor, weights version), what is due when, and how it resumes.
 
 Every rank holds a `Run` and calls the same methods in the same order. Files are touched on rank 0 only, inside
 `control.from_rank0`, so that a full disk ends all ranks alike.
@@ -21,13 +21,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 from alphamed.cluster.failure import StopRequested, stop_requested
 from alphamed.cluster.hardware import wants_cuda
 from alphamed.config.choices import WandbMode
 from alphamed.config.schema import Config
-from alphamed.records import Batch, StepRollouts, TokenGroup
+from alphamed.records import Batch, ScoredGroup, StepRollouts, TokenGroup
+from alphamed.reward.shaping import Overlong
 from alphamed.rundir import evaluation_log, metrics as names, provenance
 from alphamed.rundir.directory import RunDirectory
 from alphamed.rundir.dumps import SpikeWatch, dump_batch
@@ -35,22 +36,9 @@ from alphamed.rundir.rollout_files import rollout_path, write_rollouts
 from alphamed.rundir.sinks import Console, JsonLines, Sink, Wandb
 
 if TYPE_CHECKING:
+    from alphamed.cluster.control import Control
     from alphamed.evaluation.runner import Evaluation
     from alphamed.rollout.coordinator import Progress
-
-T = TypeVar("T")
-
-
-class Control(Protocol):
-    """What a run needs of `cluster.control.Control`."""
-
-    rank: int
-
-    def from_rank0(self, what: str, function: Callable[[], T]) -> T: ...
-
-    def on_rank0(self, what: str, function: Callable[[], T]) -> T | None: ...
-
-    def everywhere(self, what: str, function: Callable[[], T]) -> T: ...
 
 
 class Forecast(Protocol):
@@ -61,7 +49,7 @@ class Forecast(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """What a run has done by others and could do without; `lab.hooks.HOOKS` are the program's own."""
+    """Optional work that others do for a run; `lab.hooks.HOOKS` are the program's own."""
 
     forecast: Callable[[Config, Path], Forecast] | None = None
     """Predicts each step, from the configuration and the folder of the initial model."""
@@ -77,7 +65,7 @@ class RunState:
 
     step: int = 0  # steps done
     policy_version: int = 0  # pushes to the engines so far
-    cursor: dict[str, Any] = field(default_factory=dict)  # where the question stream stands
+    cursor: dict[str, Any] = field(default_factory=dict)  # state of the question stream
     wall_s: float = 0.0  # seconds of training so far, over all restarts
 
 
@@ -150,7 +138,7 @@ class Run:
             self._sinks.append(Wandb(self.config, _wandb_id(record), self.note))
 
     def _remarks(self, model: Path | None) -> dict[str, Any]:
-        """What the model's folder gave reason to say, for the record of this start."""
+        """Remarks on the model's folder, for the record of this start."""
         from alphamed.model_folder import remarks_on
 
         return {} if model is None else {"model_remarks": remarks_on(model, self.config).lines()}
@@ -175,8 +163,8 @@ class Run:
         return self.stopped
 
     def show_generation(self, progress: Progress) -> None:
-        """Tell on a terminal how far the running step's generation is; for `LiveRollouts(on_progress=...)`. Raises
-        StopRequested where the run is asked to end: what is generated can be done without."""
+        """Show on a terminal how far the running step's generation is; for `LiveRollouts(on_progress=...)`. Raises
+        StopRequested where the run is asked to end: nothing of the step is needed then."""
         if stop_requested(self.dir):
             raise StopRequested
         self.activity = f"step {self.state.step + 1}, generating, {progress.done} of {progress.total} questions"
@@ -184,7 +172,7 @@ class Run:
             self._console.show(self.state.step + 1, f"generating, {progress.done}/{progress.total} questions")
 
     def show_evaluation(self, progress: Progress) -> None:
-        """Tell how far an evaluation is."""
+        """Show how far an evaluation is."""
         if self._console:
             self._console.show(self.state.step, f"evaluating, {progress.done}/{progress.total} questions")
 
@@ -213,9 +201,9 @@ class Run:
         cursor: Mapping[str, Any] | None = None,
         batch: Batch | None = None,
     ) -> None:
-        """Finish a step: write its metrics and rollouts, tell the progress, dump `batch` if the update was bad.
+        """Finish a step: write its metrics and rollouts, report progress, dump `batch` if the update was bad.
 
-        `stats` is what `Policy.update` and the timers of the loop found; `version` the weights the engines hold now;
+        `stats` are those of `Policy.update` and the loop's timers; `version` the weights the engines hold now;
         `cursor` the question stream's state after this step (rank 0; None keeps the last).
         """
         self.state = RunState(
@@ -234,15 +222,15 @@ class Run:
             )
 
     def _write(self, rollouts: StepRollouts, stats: dict[str, float]) -> str | None:
-        found = self._metrics(rollouts, stats)
+        metrics = self._metrics(rollouts, stats)
         if self.config.logging.rollout_files and rollouts.scored:
             write_rollouts(rollout_path(self.dir, rollouts.step), rollouts.step, rollouts.scored)
         for sink in self._sinks:
-            sink.write(found)
-        for name in set(names.undeclared(found)) - self._warned:
+            sink.write(metrics)
+        for name in set(names.undeclared(metrics)) - self._warned:
             self.note(f"metric {name} is not declared in rundir/metrics.py; add a row")
             self._warned.add(name)
-        return self._spikes.check(found)
+        return self._spikes.check(metrics)
 
     def _metrics(self, rollouts: StepRollouts, stats: dict[str, float]) -> dict[str, float]:
         """All metrics of the step in the order of `METRICS`; what was measured closer to the work wins."""
@@ -250,18 +238,19 @@ class Run:
 
         tokens = sum(len(response) for group in rollouts.groups for response in group.responses)
         step_s = time.monotonic() - self._step_began - stats.get("time/evaluate_s", 0.0)
-        found = {
+        metrics = {
             "time/step_s": step_s,
             "time/wall_s": self.state.wall_s,
             "memory/rss_bytes": psutil.Process().memory_info().rss,
         }
-        found |= names.reduce_groups(rollouts.scored) if rollouts.scored else {}
-        found |= dict(rollouts.metrics) | stats
-        found |= self._forecast.metrics(rollouts.groups) if self._forecast and rollouts.groups else {}
-        found = names.rates(found, tokens) | found
-        found |= {"step": rollouts.step, "policy_version": min(group.policy_version for group in rollouts.groups)}
+        metrics |= names.reduce_groups(rollouts.scored) if rollouts.scored else {}
+        metrics |= length_penalty(rollouts.scored, Overlong.of(self.config))
+        metrics |= dict(rollouts.metrics) | stats
+        metrics |= self._forecast.metrics(rollouts.groups) if self._forecast and rollouts.groups else {}
+        metrics = names.rates(metrics, tokens) | metrics
+        metrics |= {"step": rollouts.step, "policy_version": min(group.policy_version for group in rollouts.groups)}
         order = {name: position for position, name in enumerate(names.METRICS)}
-        return dict(sorted(found.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
+        return dict(sorted(metrics.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
 
     # ------------------------------------------------------------------------------------- checkpoints and evaluations
     def checkpoint(self, save: Callable[[dict[str, Any]], Any], last: bool = False) -> bool:
@@ -311,7 +300,7 @@ class Run:
         if (self._directory.evaluations / f"step_{self.state.step:06d}.json").exists():
             return False
         self.activity = f"evaluating after step {self.state.step}"
-        self.note(f"evaluating after {self.state.step} steps{' beside the next' if background else ' ...'}")
+        self.note(f"evaluating after {self.state.step} steps{' in parallel with the next' if background else ' ...'}")
         self._evaluation = begin(background)
         return True
 
@@ -325,30 +314,34 @@ class Run:
         from alphamed.evaluation.runner import summary, write_evaluation
 
         assert self._directory is not None and self._evaluation is not None
-        found, self._evaluation = self._evaluation(), None
-        self._look(step, found)
-        write_evaluation(self._directory.evaluations, f"step_{step:06d}", step, found)
-        for line in summary(found):
+        evaluation, self._evaluation = self._evaluation(), None
+        self._log_evaluation(step, evaluation)
+        write_evaluation(self._directory.evaluations, f"step_{step:06d}", step, evaluation)
+        for line in summary(evaluation):
             self.note(line)
 
-    def _look(self, step: int, found: Evaluation) -> None:
-        """Log which sets were looked at; by the development set's accuracy, mark the checkpoint of the step as the best."""
+    def _log_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Log which sets were evaluated; by the development set's accuracy, mark the checkpoint of the step as the best."""
         from alphamed.evaluation.runner import asked_hash
         from alphamed.megatron import checkpoint_folder
 
         development = self.config.evaluation.development
         roles = [
-            evaluation_log.DEVELOPMENT if one.questions.file == development else evaluation_log.TEST for one in found.results
+            evaluation_log.DEVELOPMENT if result.questions.file == development else evaluation_log.TEST
+            for result in evaluation.results
         ]
         evaluation_log.record(
-            self.dir, step, "training", [(one.questions.name, role, one.score.n) for one, role in zip(found.results, roles)]
+            self.dir,
+            step,
+            "training",
+            [(result.questions.name, role, result.score.n) for result, role in zip(evaluation.results, roles)],
         )
-        for one, role in zip(found.results, roles):
-            accuracy = one.score.accuracy.value
+        for result, role in zip(evaluation.results, roles):
+            accuracy = result.score.accuracy.value
             if role == evaluation_log.DEVELOPMENT and checkpoint_folder.offer_best(
-                self.checkpoints, step, accuracy, one.score.n, asked_hash(one.questions, found.max_tokens)
+                self.checkpoints, step, accuracy, result.score.n, asked_hash(result.questions, evaluation.max_tokens)
             ):
-                self.note(f"best checkpoint so far: step {step}, {one.score.accuracy} of {one.questions.name}")
+                self.note(f"best checkpoint so far: step {step}, {result.score.accuracy} of {result.questions.name}")
 
     # ------------------------------------------------------------------------------------------------------------ end
     def note(self, text: str) -> None:
@@ -362,10 +355,10 @@ class Run:
         self.close()
         self.control.from_rank0("the report", lambda: self._report(console))
 
-    def _report(self, console: Console) -> None:
+    def _report(self, console: Console | None) -> None:
+        assert self._directory is not None and console is not None
         for line in self._hooks.report(self.config) if self._hooks.report else ():
             console.note(line)
-        assert self._directory is not None
         self._directory.set_finished(self.state.step)
 
     def close(self) -> None:
@@ -373,6 +366,14 @@ class Run:
         sinks, self._sinks = self._sinks, []
         for sink in reversed(sinks):
             sink.close()
+
+
+def length_penalty(groups: Sequence[ScoredGroup], overlong: Overlong) -> dict[str, float]:
+    """The metric of a penalty on lengths, which advantages hold and rewards do not; nothing where there is none."""
+    lengths = [len(rollout.response_token_ids) for scored in groups for rollout in scored.group.rollouts]
+    if not overlong.buffer_tokens or not lengths:
+        return {}
+    return {"reward/length_penalty": sum(map(overlong.penalty, lengths)) / len(lengths)}
 
 
 def _wandb_id(record: Mapping[str, Any]) -> str:

@@ -57,7 +57,7 @@ class Engines:
 
 
 class NoSync:
-    """What stands in for the weight sync where there are no engines: versions count on, nothing is sent."""
+    """Takes the place of the weight sync where there are no engines: versions count on, nothing is sent."""
 
     def __init__(self, version: int) -> None:
         self.version, self.seconds = version, 0.0
@@ -100,18 +100,18 @@ class Session:
     def require_agreement(self, step: int, stats: Mapping[str, float]) -> None:
         """Stop the run, on all ranks, where the engines' log-probs are not the policy's: they hold other weights, or compute
         something else. Replayed rollouts may come from another policy."""
-        found, limit = stats["policy/logprob_diff_mean"], self.config.max_logprob_diff
-        if math.isnan(found):
+        difference, limit = stats["policy/logprob_diff_mean"], self.config.resolved.max_logprob_diff
+        if math.isnan(difference):
             raise RunFailed(
                 "policy",
                 f"step {step}: log-probs of its responses are not finite "
                 f"(policy/logprob_diff_mean); look at its weights and at the step's batch in "
                 f"{self.run.dir / 'dumps'}",
             )
-        if self.config.rollout.replay is None and not found <= limit:
+        if self.config.rollout.replay is None and not difference <= limit:
             raise RunFailed(
                 "rollout engines",
-                f"step {step}: their log-probs differ from the policy's by {found:.3g} in the "
+                f"step {step}: their log-probs differ from the policy's by {difference:.3g} in the "
                 f"mean (policy/logprob_diff_mean), the limit is {limit:g}; look for wrongly loaded weights, or "
                 f"raise sync.max_logprob_diff",
             )
@@ -165,7 +165,10 @@ def open_session(config: Config, hooks: Hooks = Hooks()) -> Iterator[Session]:
         engines = _engines(config, folder, shape, tokenizer, prompts, control, stack)
         if engines:
             pulse.watch(
-                [*((f"engine {one.index}", one.actor) for one in engines.pool.engines), ("reward process", engines.grader)]
+                [
+                    *((f"engine {engine.index}", engine.actor) for engine in engines.pool.engines),
+                    ("reward process", engines.grader),
+                ]
             )
         pace = Pace(config, run.deadline, run.note) if config.sizes_steps and control.rank == 0 else None
         rollouts = _rollouts(config, tokenizer, prompts, engines, control, run, pace)
@@ -189,7 +192,7 @@ def open_session(config: Config, hooks: Hooks = Hooks()) -> Iterator[Session]:
 def _policy(
     config: Config, shape: ModelShape, here: runtime.Runtime, folder: Path, control: Control, run: Run
 ) -> tuple[Policy, dict | None]:
-    """The policy with the weights of the last checkpoint, or of the model's folder, and the state saved beside them."""
+    """The policy with the weights of the last checkpoint, or of the model's folder, and the state saved with them."""
     policy = Policy.build(config, shape, here)
     last = control.from_rank0("finding the last checkpoint", lambda: checkpoint_folder.latest(run.checkpoints))
     if last is not None:
@@ -270,10 +273,10 @@ def _evaluator(
     config: Config, prompts: PromptBuilder, engines: Engines | None, control: Control, run: Run, pace: Pace | None
 ) -> Evaluator | None:
     """On rank 0 of a run that evaluates: what has the evaluation files answered; None elsewhere."""
-    wanted = config.evaluation
+    settings = config.evaluation
     sets = control.on_rank0(
         "loading the evaluation",
-        lambda: load_sets(wanted.all_files, wanted.questions, config.run.seed, config.data.bad_rows, wanted.decisions),
+        lambda: load_sets(settings.all_files, settings.questions, config.run.seed, config.data.bad_rows, settings.decisions),
     )
     if engines is None or not sets:
         return None

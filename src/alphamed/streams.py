@@ -1,10 +1,12 @@
-"""The standard streams of the command line: closed ones, names that are not UTF-8, readers that are gone, full disks."""
+"""Standard streams of the command line: closed streams, file names that are not UTF-8, readers that have exited, full
+disks."""
 
 from __future__ import annotations
 
 import codecs
 import contextlib
 import errno
+import io
 import os
 import select
 import sys
@@ -14,8 +16,8 @@ PRINTED = "alphamed-printed"
 
 
 def secure() -> None:
-    """Closed standard streams (`>&-`) lead nowhere, so that no file that is opened later gets their numbers; file names
-    that are not UTF-8 are printed as the bytes that they are, and what a terminal's encoding lacks as \\xNN."""
+    """Connect closed standard streams (`>&-`) to /dev/null, so that no file opened later gets their descriptors. Print file
+    names that are not UTF-8 as their bytes, and characters that the terminal's encoding lacks as \\xNN."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
@@ -23,13 +25,13 @@ def secure() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
-    if hasattr(sys.stdout, "reconfigure"):
+    if isinstance(sys.stdout, io.TextIOWrapper):
         codecs.register_error(PRINTED, _as_bytes)
-        sys.stdout.reconfigure(errors=PRINTED, line_buffering=True)  # in a file or a pipe lines appear when printed, too
+        sys.stdout.reconfigure(errors=PRINTED, line_buffering=True)  # lines appear at once in files and pipes too
 
 
 def _as_bytes(error: UnicodeError) -> tuple[bytes | str, int]:
-    """Codec error handler: a byte of a file name as that byte, other signs escaped."""
+    """Codec error handler: bytes of file names unchanged, other characters escaped."""
     try:
         return codecs.lookup_error("surrogateescape")(error)
     except UnicodeError:
@@ -37,13 +39,14 @@ def _as_bytes(error: UnicodeError) -> tuple[bytes | str, int]:
 
 
 def report(line: str) -> None:
-    """A line on stderr, if it takes one: the exit code says the same where that is full or gone."""
+    """Print a line on stderr where that is possible; where it is full or closed, the exit code alone reports the failure."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
 
 
 def drop_unwritten() -> None:
-    """What cannot be printed (`> /dev/full`) is not tried again, with a traceback, when the interpreter ends."""
+    """Discard output that cannot be written (`> /dev/full`): the interpreter would try again at exit and print a
+    traceback."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -51,7 +54,8 @@ def drop_unwritten() -> None:
 
 
 def reader_is_gone() -> bool:
-    """Whether nobody reads this process's output any more (`alphamed compare ... | head`); what is left of it is dropped."""
+    """Whether nobody reads this process's output any more (`alphamed compare ... | head`); the rest of the output
+    is then discarded."""
     output = select.poll()
     output.register(sys.stdout.fileno(), 0)
     gone = any(event & select.POLLERR for _, event in output.poll(0))
@@ -61,10 +65,10 @@ def reader_is_gone() -> bool:
 
 
 def place_problem(error: OSError) -> str | None:
-    """One line for a file or folder that cannot be read or written, and for a full disk; None for any other trouble."""
+    """One line for a file or folder that cannot be read or written, and for a full disk; None for any other error."""
     place = f"{error.filename}: " if error.filename is not None else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{place}{error.strerror}; make room and start again"
     if place:
-        return f"{place}{error.strerror}; choose another place, or see to its permissions"
-    return str(error) if error.errno is None else None  # our own words
+        return f"{place}{error.strerror}; choose another path, or fix its permissions"
+    return str(error) if error.errno is None else None  # a message of our own

@@ -12,9 +12,9 @@ from alphamed.config.loading import build_config, load_config
 from alphamed.lab.planner.plan import job_of
 from alphamed.model.shape import shape_of
 from alphamed.planner import parameters
-from alphamed.planner.batch import Micro
+from alphamed.planner.batch import PlannedRow
 from alphamed.planner.hardware import cpu
-from alphamed.planner.job import Job
+from alphamed.planner.job import PlannedJob
 from alphamed.planner.memory import stage_use, static_bytes
 
 pytestmark = pytest.mark.slow
@@ -148,8 +148,8 @@ def measured(tmp_path_factory) -> dict:
 
 def expected(given: dict, found: dict) -> tuple[int, int]:
     """(peak, static) bytes that the plan assumes for what a rank was given."""
-    job = Job(build_config(given["config"]), shape_of(given["model"], "case"), cpu(1, 1 << 40, 1), 1)
-    use = stage_use(job, found["stage"], Micro(found["tokens"], found["responses"], 0.0), found["rows"])
+    job = PlannedJob(build_config(given["config"]), shape_of(given["model"], "case"), cpu(1, 1 << 40, 1), 1)
+    use = stage_use(job, found["stage"], PlannedRow(found["tokens"], found["responses"], 0.0), found["rows"])
     return use.total, sum(static_bytes(job, found["stage"]).values())
 
 

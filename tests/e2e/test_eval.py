@@ -60,7 +60,7 @@ def test_a_folder_is_evaluated_and_nothing_stays_behind(tmp_path):
     assert "e: accuracy 0.0% [0.0%, 27.8%], n = 10" in done.stdout  # random weights box nothing
     found = json.loads((tmp_path / "out" / "results.json").read_text())["benchmarks"]
     assert found["e"]["n"] == found["e+free"]["n"] == 10 and found["e"]["truncated"] + found["e"]["unparseable"] == 1.0
-    items = read_items(tmp_path / "out")
+    items = read_items(tmp_path / "out" / "items.jsonl")
     assert len(items) == 20 and all(len(samples) == 3 for samples in items.values())
     assert all(1 <= item.tokens <= 16 for samples in items.values() for item in samples)
     assert len({item.text for item in items["e", "q0"]}) == 3  # sampled, not the same thrice

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,8 @@ from alphamed.algorithms.advantage import group_advantages
 from alphamed.config.loading import dump_config, load_config
 from alphamed.data.prompts import PromptBuilder
 from alphamed.data.tokenizer import load_tokenizer
-from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
-from alphamed.rollout.tasks import greedy_tasks, training_tasks
+from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, Sampling, ScoredGroup
+from alphamed.rollout.tasks import training_tasks
 from alphamed.rundir.rollout_files import read_rollouts, rollout_path, write_rollouts
 
 pytestmark = pytest.mark.slow
@@ -172,7 +173,10 @@ def test_a_fresh_engine_on_the_exported_folder_says_what_the_trained_one_said(ra
     prompts = PromptBuilder(load_tokenizer(live.folder / "after_two"), chosen.prompt)
     tasks = training_tasks(chosen, 3, [scored.group.question for scored in recorded], prompts)
     assert [task.prompt_token_ids for task in tasks] == [scored.group.prompt_token_ids for scored in recorded]
-    greedy = greedy_tasks("greedy", [scored.group.question for scored in recorded], prompts, 16)
+    greedy = [
+        replace(task, group_id=f"greedy {task.group_id}", sampling=Sampling(1, 0.0, 1.0, -1, 16), evaluation=True)
+        for task in tasks
+    ]
     pool = start_pool(chosen, live.folder / "after_two")
     try:
         fresh, answers = (generate(pool.engines[0], sent, 0) for sent in (tasks, greedy))

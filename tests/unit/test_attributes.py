@@ -15,11 +15,11 @@ from test_study_plan import BASE
 from alphamed.cli import main
 from alphamed.data.attributes import ATTRIBUTES
 from alphamed.data.sources import load_questions
-from alphamed.evaluation.items import Asked, Grading, graded, read_items, row
+from alphamed.evaluation.items import Asked, Grading, graded, read_items, write_items
 from alphamed.evaluation.results import set_result
 from alphamed.evaluation.runner import Evaluation, QuestionSet, SetResult, write_evaluation
 from alphamed.evaluation.score import score
-from alphamed.files import replace_json_lines, replace_text
+from alphamed.files import read_json_lines, replace_json_lines, replace_text
 from alphamed.lab.reports.compare_page import main as compare
 from alphamed.lab.reports.comparison import comparison
 from alphamed.lab.reports.evaluations import read_answered
@@ -43,7 +43,7 @@ def question(i, **more):
 
 
 def write(name, rows):
-    Path(name).write_text("".join(json.dumps(one) + "\n" for one in rows))
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return name
 
 
@@ -181,7 +181,7 @@ def test_annotations_without_informativeness_change_levels_only(suffix):
         (
             {"level": 1},
             "filter.informativeness=[2]",
-            "filter.informativeness: [2] is asked for, but no question carries informativeness; annotate them",
+            "filter.informativeness: [2] is required, but no question has informativeness; annotate them",
         ),
     ],
 )
@@ -197,18 +197,18 @@ def test_annotations_that_can_not_be_used_are_one_line(capsys, row, setting, wor
 
 # ----------------------------------------------------------------------------------------------------------- evaluations
 def scored(name, outcomes, **more):
-    asked = Question(name, f"{name}?", {"A": "a", "B": "b"}, "A", **more)
-    texts = ["so \\boxed{A}" if one == C else "so \\boxed{B}" for one in outcomes]
+    subject = Question(name, f"{name}?", {"A": "a", "B": "b"}, "A", **more)
+    texts = ["so \\boxed{A}" if outcome == C else "so \\boxed{B}" for outcome in outcomes]
     rollouts = tuple(
         Rollout(name, name, j, (1, 2), (-0.5, -0.5), text, FinishReason.STOP, 0) for j, text in enumerate(texts)
     )
-    rewards = tuple(float(one == C) for one in outcomes)
+    rewards = tuple(float(outcome == C) for outcome in outcomes)
     return ScoredGroup(
-        RolloutGroup(name, asked, (1,), rollouts),
+        RolloutGroup(name, subject, (1,), rollouts),
         tuple(outcomes),
         rewards,
         rewards,
-        tuple("A" if one == C else "B" for one in outcomes),
+        tuple("A" if outcome == C else "B" for outcome in outcomes),
     )
 
 
@@ -217,34 +217,35 @@ def test_answers_of_a_run_and_of_eval_carry_the_bin():
     sets = QuestionSet("e", Path("e.jsonl"), (group.group.question,), 1)
     write_evaluation(Path("evaluations"), "step_000000", 0, Evaluation(0, (SetResult(sets, (group,), score([group])),), 1.0))
     of_run = read_answered(Path("evaluations/step_000000.items.jsonl"))["e"].answers["q"]
-    one = graded(Asked("e", None, group.group.question), 0, "\\boxed{A}", FinishReason.STOP, 3, Grading())
-    replace_json_lines(Path("out/items.jsonl"), [row(one)])
+    answer = graded(Asked("e", None, group.group.question), 0, "\\boxed{A}", FinishReason.STOP, 3, Grading())
+    write_items(Path("out/items.jsonl"), [answer])
     of_eval = read_answered(Path("out/items.jsonl"))["e"].answers["q"]
     assert of_run.attributes == of_eval.attributes == {"level": 2, "informativeness": 3}
-    assert read_items(Path("out"))["e", "q"] == [one]
-    old = {key: value for key, value in row(one).items() if key != "informativeness"}  # of an older version
-    replace_json_lines(Path("out/items.jsonl"), [old])
-    assert read_items(Path("out"))["e", "q"][0].asked.question.informativeness is None
+    assert read_items(Path("out/items.jsonl"))["e", "q"] == [answer]
+    (row,) = read_json_lines(Path("out/items.jsonl"))
+    del row["informativeness"]  # as an older version wrote it
+    replace_json_lines(Path("out/items.jsonl"), [row])
+    assert read_items(Path("out/items.jsonl"))["e", "q"][0].asked.question.informativeness is None
 
 
 def test_results_are_told_by_informativeness():
     def answer(i, text, bin_):
-        asked = Asked("e", None, Question(f"q{i}", "?", {"A": "a", "B": "b"}, "A", informativeness=bin_))
-        return [graded(asked, 0, text, FinishReason.STOP, 3, Grading())]
+        item = Asked("e", None, Question(f"q{i}", "?", {"A": "a", "B": "b"}, "A", informativeness=bin_))
+        return [graded(item, 0, text, FinishReason.STOP, 3, Grading())]
 
-    found = set_result([answer(0, "\\boxed{A}", 1), answer(1, "\\boxed{B}", 1), answer(2, "\\boxed{A}", 4)])
-    assert {name: (one["n"], one["accuracy"]) for name, one in found["by_informativeness"].items()} == {
+    result = set_result([answer(0, "\\boxed{A}", 1), answer(1, "\\boxed{B}", 1), answer(2, "\\boxed{A}", 4)])
+    assert {name: (values["n"], values["accuracy"]) for name, values in result["by_informativeness"].items()} == {
         "1": (2, 0.5),
         "4": (1, 1.0),
     }
-    assert found["by_level"] == {}
+    assert result["by_level"] == {}
 
 
 # ------------------------------------------------------------------------------------------------------ runs and reports
 def test_provenance_counts_bins():
     write("train.jsonl", [question(0, informativeness=1), question(1, informativeness=4), question(2)])
-    found = provenance.training_set([Path("train.jsonl")])
-    assert found["informativeness"] == {"1": 1, "4": 1, "none": 1} and found["levels"] == {"none": 3}
+    recorded = provenance.training_set([Path("train.jsonl")])
+    assert recorded["informativeness"] == {"1": 1, "4": 1, "none": 1} and recorded["levels"] == {"none": 3}
 
 
 def test_provenance_says_how_training_files_were_read():
@@ -259,9 +260,9 @@ def test_provenance_says_how_training_files_were_read():
         ],
     )
     write("two.jsonl", [question(3)])
-    found = provenance.training_set([Path("one.jsonl"), Path("two.jsonl")])
-    assert (found["questions"], found["bad_rows"]) == (3, 1)
-    assert found["reading"] == {
+    recorded = provenance.training_set([Path("one.jsonl"), Path("two.jsonl")])
+    assert (recorded["questions"], recorded["bad_rows"]) == (3, 1)
+    assert recorded["reading"] == {
         "one.jsonl": {"keys": {"answer": "index1"}, "labels_removed": 3, "ids_made": 0, "repeats": []},
         "two.jsonl": {"keys": {"answer": "letter"}, "labels_removed": 0, "ids_made": 0, "repeats": []},
     }

@@ -7,6 +7,7 @@ import pytest
 
 from alphamed.config.sections import DynamicSamplingConfig
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
+from alphamed.reward.process import with_advantages
 from alphamed.reward.rules import earns_of
 from alphamed.reward.shaping import Overlong
 from alphamed.rollout.belief import PassRates, signal_chance
@@ -127,14 +128,11 @@ def test_where_too_few_are_likely_the_likeliest_of_the_rest_are_asked():
 def test_no_question_starves():
     """Passed over 4 times in a row, or 2 or 3, a question is asked whatever is believed of it; not all at the same time."""
     names = [f"hopeless{i}" for i in range(20)]
+    stream = Stream([question("good", 3), *(question(name, 6) for name in names)])
     sampler = QuestionSampler(
-        DynamicSamplingConfig(choose=True, max_passes=4, half_life_steps=1e9, search=200),
-        Stream([question("good", 3), *(question(name, 6) for name in names)]),
-        8,
-        1,
+        DynamicSamplingConfig(choose=True, max_passes=4, half_life_steps=1e9, search=200), stream, 8, 1
     )
     passes, found = dict.fromkeys(names, 0), []
-    stream = sampler._stream
     for step in range(400):
         before = stream.at
         (asked,) = sampler.take(1, step)
@@ -198,7 +196,7 @@ def earned(name, *rewards, outcome=WRONG, tokens=1):
 
 
 def rates_of(earns=None, samples=8, **settings):
-    return PassRates(DynamicSamplingConfig(**settings), samples, earns, Overlong(100, 50))
+    return PassRates(DynamicSamplingConfig(**settings), samples, earns)
 
 
 def test_a_group_teaches_where_its_rewards_differ_whatever_is_right():
@@ -225,18 +223,21 @@ def test_many_rewards_that_fade_leave_a_question_nothing_is_known_of():
 
 
 def test_the_length_penalty_is_no_difference_between_answers():
-    """At 75 tokens of 100 with a buffer of 50 half a point is taken off."""
+    """At 75 tokens of 100 with a buffer of 50 half a point is taken off the advantages."""
     rates = rates_of()
     rates.observe([replace(earned("q", *[1.0] * 8), rewards=(1.0,) * 4 + (0.5,) * 4)], 0)
     assert rates.chance(question(), 0) > 0.9  # answers of one token: the difference is the answers'
-    long = earned("long", *[0.5] * 4, tokens=75)
+    long = earned("long", *[1.0] * 4, tokens=75)
     short = earned("long", *[1.0] * 4)
-    group = replace(
-        long,
-        group=replace(long.group, rollouts=long.group.rollouts + short.group.rollouts),
-        rewards=long.rewards + short.rewards,
-        outcomes=(RIGHT,) * 8,
+    group = ScoredGroup(
+        replace(long.group, rollouts=long.group.rollouts + short.group.rollouts),
+        (RIGHT,) * 8,
+        long.rewards + short.rewards,
+        (0.0,) * 8,
+        (None,) * 8,
     )
+    group = with_advantages(group, "dr_grpo", Overlong(100, 50))
+    assert group.advantages == (-0.25,) * 4 + (0.25,) * 4
     rates.observe([group], 0)
     assert rates.chance(question("long"), 0) == pytest.approx(signal_chance(8, 0, 8))
 

@@ -73,17 +73,17 @@ def bundle(out="b.tar.gz", *options) -> Path:
 
 def refused(capfd, arguments, *words):
     assert main(arguments) == 2
-    told = capfd.readouterr().err
-    assert told.startswith("error: ") and told.count("\n") == 1
-    assert [word for word in words if word not in told] == [], told
+    error = capfd.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert [word for word in words if word not in error] == [], error
 
 
 # --------------------------------------------------------------------------------------------------------------- writing
 def test_a_bundle_holds_the_run(run_dir, capfd):
     (run_dir / "eval").mkdir()
     (run_dir / "eval" / "results.json").write_text("{}")
-    found = read_archive(bundle())
-    assert sorted(found.files) == sorted(
+    archive = read_archive(bundle())
+    assert sorted(archive.files) == sorted(
         [
             "config.yaml",
             "provenance.json",
@@ -97,12 +97,12 @@ def test_a_bundle_holds_the_run(run_dir, capfd):
             *(path.name for path in run_dir.glob("*.patch")),
         ]
     )
-    assert found.files["metrics.jsonl"] == (run_dir / "metrics.jsonl").read_bytes()
-    told = found.manifest
-    assert (told["run"], told["step"], told["finished"], told["questions"]) == ("r", 2, True, True)
-    assert told["data"]["data.train.0"]["sha256"] == provenance.file_entry(Path("train.jsonl"))["sha256"]
-    assert [entry["path"] for entry in told["model"]["files"]] == ["config.json"]
-    assert "torch" in told["packages"]
+    assert archive.files["metrics.jsonl"] == (run_dir / "metrics.jsonl").read_bytes()
+    manifest = archive.manifest
+    assert (manifest["run"], manifest["step"], manifest["finished"], manifest["questions"]) == ("r", 2, True, True)
+    assert manifest["data"]["data.train.0"]["sha256"] == provenance.file_entry(Path("train.jsonl"))["sha256"]
+    assert [entry["path"] for entry in manifest["model"]["files"]] == ["config.json"]
+    assert "torch" in manifest["packages"]
 
 
 def test_the_same_run_gives_the_same_bytes(run_dir, tmp_path):
@@ -121,12 +121,12 @@ def test_question_texts_can_be_left_out(run_dir):
     path = bundle("b.tar.gz", "--without-questions")
     everything = gzip.decompress(path.read_bytes())
     assert SECRET.encode() not in everything and b"vitamin" not in everything
-    found = read_archive(path)
-    item = json.loads(found.files["evaluations/step_000002.items.jsonl"])
+    archive = read_archive(path)
+    item = json.loads(archive.files["evaluations/step_000002.items.jsonl"])
     assert list(item) == ["set", "id", "answer", "level", "letter", "outcome", "finish_reason", "tokens"]
     assert item.items() <= ITEM.items()
-    assert not any(name.startswith("data/") or name == "report.html" for name in found.files)
-    assert found.manifest["data"]["evaluation.files.0"]["bytes"] == Path("exam.jsonl").stat().st_size
+    assert not any(name.startswith("data/") or name == "report.html" for name in archive.files)
+    assert archive.manifest["data"]["evaluation.files.0"]["bytes"] == Path("exam.jsonl").stat().st_size
 
 
 def test_flipped_questions_of_a_comparison_are_left_out_but_for_their_ids(run_dir):
@@ -139,8 +139,8 @@ def test_flipped_questions_of_a_comparison_are_left_out_but_for_their_ids(run_di
         "after": [{"outcome": "correct", "letter": "A", "option": "vitamin C"}],
     }
     (run_dir / "eval" / "m").mkdir(parents=True)
-    found = {"benchmarks": {"exam": {"n": 1, "flipped": [flip]}}}
-    (run_dir / "eval" / "m" / "comparison.json").write_text(json.dumps(found))
+    tree = {"benchmarks": {"exam": {"n": 1, "flipped": [flip]}}}
+    (run_dir / "eval" / "m" / "comparison.json").write_text(json.dumps(tree))
     assert SECRET.encode() in read_archive(bundle()).files["eval/m/comparison.json"]
     path = bundle("b.tar.gz", "--without-questions")
     assert b"vitamin" not in gzip.decompress(path.read_bytes())
@@ -168,8 +168,8 @@ def test_a_development_set_is_bundled_and_found_again(run_dir, tmp_path, capfd, 
     (tmp_path / "dev.jsonl").unlink()
     monkeypatch.setattr(reproduce, "_start", lambda config: 0)
     assert main(["reproduce", str(path), "--out", "again"]) == 0
-    found = load_config(Path("again") / reproduce.RUN_CONFIG).evaluation.development
-    assert found.read_text() == Path("exam.jsonl").read_text() and found.is_relative_to("again")
+    development = load_config(Path("again") / reproduce.RUN_CONFIG).evaluation.development
+    assert development.read_text() == Path("exam.jsonl").read_text() and development.is_relative_to("again")
 
 
 def test_bad_input_is_one_line(run_dir, capfd):
@@ -178,7 +178,7 @@ def test_bad_input_is_one_line(run_dir, capfd):
     Path("exam.jsonl").rename("gone.jsonl")
     refused(capfd, ["bundle", "runs/r", "--out", "b.tar.gz"], "evaluation.files", "exam.jsonl is not there")
     Path("train.jsonl").write_text("{}\n")
-    refused(capfd, ["bundle", "runs/r", "--out", "b.tar.gz"], "data.train", "not what runs/r was trained on")
+    refused(capfd, ["bundle", "runs/r", "--out", "b.tar.gz"], "data.train", "not the file that runs/r was trained on")
     assert not Path("b.tar.gz").exists()
 
 
@@ -217,13 +217,13 @@ def read_first(path: Path) -> bytes:
 
 @pytest.mark.parametrize("name", ["../up", "a/../../up", "/etc/cron.d/x", "a/./b", "a\\..\\b", "./x", ".."])
 def test_a_member_that_would_leave_the_folder_is_refused(tmp_path, name):
-    with pytest.raises(ConfigError, match="would be written elsewhere"):
+    with pytest.raises(ConfigError, match="would be written outside"):
         read_archive(forged(tmp_path / "b.tar.gz", (name, b"x")))
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE])
 def test_links_and_devices_are_refused(tmp_path, kind):
-    with pytest.raises(ConfigError, match="'x' is no plain file"):
+    with pytest.raises(ConfigError, match="'x' is not a regular file"):
         read_archive(forged(tmp_path / "b.tar.gz", ("x", b""), kind=kind))
 
 
@@ -305,9 +305,9 @@ def test_a_check_on_the_same_machine_is_in_order(run_dir, capfd):
     path = bundle()
     capfd.readouterr()
     assert main(["reproduce", str(path), "--check"]) == 0
-    told = capfd.readouterr().out
-    assert "run r at step 2" in told and "differs" not in told and "problem" not in told
-    assert "ok: data.train.0: in the bundle" in told and "ok: model: 1 files in model" in told
+    output = capfd.readouterr().out
+    assert "run r at step 2" in output and "differs" not in output and "problem" not in output
+    assert "ok: data.train.0: in the bundle" in output and "ok: model: 1 files in model" in output
     assert not Path("r-reproduced").exists()
 
 
@@ -319,71 +319,82 @@ def test_missing_and_other_files_are_named(run_dir, capfd):
     Path("model/config.json").write_text('{"other": 1}')
     capfd.readouterr()
     assert main(["reproduce", str(path), "--check"]) == 2
-    told = capfd.readouterr()
-    assert "problem: evaluation.files.0: exam.jsonl" in told.out and "neither in the bundle nor at exam.jsonl" in told.out
-    assert "problem: data.train.0: train.jsonl is not the file that the run read" in told.out
-    assert "problem: model: model/config.json is another one" in told.out
-    assert told.err.startswith("error: bundle b.tar.gz: 3 problems (the first: data.train.0")
+    output = capfd.readouterr()
+    assert (
+        "problem: evaluation.files.0: exam.jsonl" in output.out and "neither in the bundle nor at exam.jsonl" in output.out
+    )
+    assert "problem: data.train.0: train.jsonl is not the file that the run read" in output.out
+    assert "problem: model: model/config.json differs" in output.out
+    assert output.err.startswith("error: bundle b.tar.gz: 3 problems (the first: data.train.0")
     Path("kept").mkdir()
     shutil.move("moved.jsonl", "kept/exam.jsonl")
     Path("model").rename("elsewhere")
     Path("elsewhere/config.json").write_text("{}")
     assert main(["reproduce", str(path), "--check", "--data", "kept", "model.path=elsewhere"]) == 2
     assert (
-        "ok: model: 1 files in elsewhere" in (told := capfd.readouterr().out)
-        and "ok: evaluation.files.0: kept/exam.jsonl" in told
+        "ok: model: 1 files in elsewhere" in (output := capfd.readouterr().out)
+        and "ok: evaluation.files.0: kept/exam.jsonl" in output
     )
 
 
 ZEROS = "0" * 64
 
 
-def rename(told, files):
-    told["data"]["data.train.7"] = told["data"].pop("data.train.0")
+def rename(manifest, files):
+    manifest["data"]["data.train.7"] = manifest["data"].pop("data.train.0")
 
 
-def other_model(told, files):
+def other_model(manifest, files):
     files["config.yaml"] = files["config.yaml"].replace(b"path: model", b"path: other")
 
 
 TAMPERED = [
-    (lambda told, files: told["data"].clear(), "data.train.0: train.jsonl of config.yaml is not in the manifest"),
-    (lambda told, files: told["data"].pop("evaluation.files.0"), "evaluation.files.0: exam.jsonl of config.yaml is not in"),
+    (lambda manifest, files: manifest["data"].clear(), "data.train.0: train.jsonl of config.yaml is not in the manifest"),
     (
-        lambda told, files: told["data"]["data.train.0"].update(sha256=ZEROS),
+        lambda manifest, files: manifest["data"].pop("evaluation.files.0"),
+        "evaluation.files.0: exam.jsonl of config.yaml is not in",
+    ),
+    (
+        lambda manifest, files: manifest["data"]["data.train.0"].update(sha256=ZEROS),
         "data.train.0: data/data.train.0.train.jsonl in the bundle is not the file that the run read (another SHA-256)",
     ),
     (
-        lambda told, files: files.update({"data/data.train.0.train.jsonl": b"{}"}),
+        lambda manifest, files: files.update({"data/data.train.0.train.jsonl": b"{}"}),
         "data.train.0: data/data.train.0.train.jsonl in the bundle is not the file",
     ),
     (
-        lambda told, files: told["data"]["data.train.0"].update(file="config.yaml"),
-        "data.train.0: is to be config.yaml in the bundle, where data/data.train.0.train.jsonl belongs",
+        lambda manifest, files: manifest["data"]["data.train.0"].update(file="config.yaml"),
+        "data.train.0: is called config.yaml in the bundle, not data/data.train.0.train.jsonl",
     ),
     (
-        lambda told, files: told["data"]["data.train.0"].update(
+        lambda manifest, files: manifest["data"]["data.train.0"].update(
             file="config.yaml", sha256=hashlib.sha256(files["config.yaml"]).hexdigest()
         ),
-        "data.train.0: is to be config.yaml",
+        "data.train.0: is called config.yaml",
     ),
     (rename, "data.train.0: train.jsonl of config.yaml is not in the manifest"),
     (
-        lambda told, files: told["data"].update({"data.train.7": told["data"]["data.train.0"]}),
-        "data.train.7: is none of the files that config.yaml names",
+        lambda manifest, files: manifest["data"].update({"data.train.7": manifest["data"]["data.train.0"]}),
+        "data.train.7: is not among the files that config.yaml names",
     ),
     (
-        lambda told, files: told["data"]["data.train.0"].update(path="exam.jsonl"),
+        lambda manifest, files: manifest["data"]["data.train.0"].update(path="exam.jsonl"),
         "data.train.0: is exam.jsonl in the manifest and train.jsonl in config.yaml",
     ),
     (other_model, "model: is model in the manifest and other in config.yaml"),
-    (lambda told, files: told["model"].update(path="other"), "model: is other in the manifest and model in config.yaml"),
-    (lambda told, files: told["model"].update(files=[]), "model: the manifest names none of its files"),
     (
-        lambda told, files: told["model"]["files"][0].update(path="weights.json"),
+        lambda manifest, files: manifest["model"].update(path="other"),
+        "model: is other in the manifest and model in config.yaml",
+    ),
+    (lambda manifest, files: manifest["model"].update(files=[]), "model: the manifest names none of its files"),
+    (
+        lambda manifest, files: manifest["model"]["files"][0].update(path="weights.json"),
         "model: its files in the manifest are not those of provenance.json",
     ),
-    (lambda told, files: files.pop("provenance.json"), "model: its files in the manifest are not those of provenance.json"),
+    (
+        lambda manifest, files: files.pop("provenance.json"),
+        "model: its files in the manifest are not those of provenance.json",
+    ),
 ]
 
 
@@ -391,10 +402,10 @@ TAMPERED = [
 def test_a_manifest_that_speaks_of_other_files_than_the_bundle_is_refused(run_dir, capfd, tamper, words):
     """Written again with true hashes of all members: by an attacker, or by mistake. Nothing is said to be in order that is
     not, and nothing is unpacked."""
-    found = read_archive(bundle())
-    told, files = {key: value for key, value in found.manifest.items() if key != "format"}, dict(found.files)
-    tamper(told, files)
-    write_archive(Path("forged.tar.gz"), told, files)
+    archive = read_archive(bundle())
+    manifest, files = {key: value for key, value in archive.manifest.items() if key != "format"}, dict(archive.files)
+    tamper(manifest, files)
+    write_archive(Path("forged.tar.gz"), manifest, files)
     capfd.readouterr()
     assert main(["reproduce", "forged.tar.gz", "--check"]) == 2
     out, err = capfd.readouterr()
@@ -409,9 +420,9 @@ def test_other_versions_are_told_and_not_refused(run_dir, capfd, monkeypatch):
     monkeypatch.setattr(provenance, "packages", lambda: {"torch": "9.9", "numpy": "2.3.5"})
     monkeypatch.setattr(provenance, "commit_here", lambda: "f" * 40)
     assert main(["reproduce", str(path), "--check"]) == 0
-    told = capfd.readouterr().out
-    assert "differs: torch: was" in told and "is 9.9" in told
-    assert "differs: commit: was" in told and "is ffffffffffff" in told
+    output = capfd.readouterr().out
+    assert "differs: torch: was" in output and "is 9.9" in output
+    assert "differs: commit: was" in output and "is ffffffffffff" in output
 
 
 def test_a_reproduction_is_the_run_in_a_folder_of_its_own(run_dir, capfd, monkeypatch):
@@ -454,9 +465,9 @@ def test_a_full_disk_unpacks_nothing(run_dir, capfd, monkeypatch):
 
 def test_a_configuration_without_all_sections_is_unpacked_too(run_dir, monkeypatch):
     """A hand-made one: what it leaves out has its default."""
-    found = read_archive(bundle())
-    told = {key: value for key, value in found.manifest.items() if key not in ("files", "format")}
+    archive = read_archive(bundle())
+    manifest = {key: value for key, value in archive.manifest.items() if key not in ("files", "format")}
     short = b"data: {train: [train.jsonl]}\nmodel: {path: model}\nevaluation: {files: [exam.jsonl]}\n"
-    write_archive(Path("short.tar.gz"), told, dict(found.files) | {"config.yaml": short})
+    write_archive(Path("short.tar.gz"), manifest, dict(archive.files) | {"config.yaml": short})
     monkeypatch.setattr(reproduce, "_start", lambda config: 0)
     assert main(["reproduce", "short.tar.gz", "--out", "again"]) == 0

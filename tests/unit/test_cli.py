@@ -123,14 +123,14 @@ def test_doctor_tells_pypis_apex_from_nvidias(tmp_path, monkeypatch):
     (tmp_path / "apex" / "normalization").mkdir()
     assert "without its CUDA extensions" in doctor._apex().detail
     (tmp_path / "fused_weight_gradient_mlp_cuda.py").touch()
-    assert doctor._apex().state == doctor.State.ACTIVE
+    assert doctor._apex().state == doctor.ComponentState.ACTIVE
 
 
 def test_doctor_says_what_is_missing_for_what():
     lines = doctor.table(
         [
-            doctor.Finding("ray", doctor.State.ABSENT, "not installed", "engines and rewards"),
-            doctor.Finding("CUDA", doctor.State.ABSENT, "no GPU", "GPUs", optional=True),
+            doctor.ComponentCheck("ray", doctor.ComponentState.ABSENT, "not installed", "engines and rewards"),
+            doctor.ComponentCheck("CUDA", doctor.ComponentState.ABSENT, "no GPU", "GPUs", optional=True),
         ]
     )
     assert lines == [

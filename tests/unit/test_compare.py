@@ -26,25 +26,26 @@ from alphamed.rundir.rollout_files import rollout_path, write_rollouts
 C, W, U = Outcome.CORRECT, Outcome.WRONG, Outcome.UNPARSEABLE
 
 
-def item(i, outcome, letter=None, *, name="s", sample=None, level=None, answer="A", **more):
+def item(i, outcome, letter=None, *, name="s", sample=0, level=None, answer="A", **more):
     letter = letter or {"correct": answer, "wrong": "B"}.get(str(outcome))
-    return (
-        {
-            "set": name,
-            "id": i,
-            "question": f"{i}?",
-            "options": {"A": "a", "B": "b", "C": "c", "D": "d"},
-            "answer": answer,
-            "level": level,
-            "letter": letter,
-            "outcome": str(outcome),
-            "finish_reason": "stop",
-            "tokens": 10,
-            "text": "t",
-        }
-        | ({} if sample is None else {"sample": sample})
-        | more
-    )
+    return {
+        "set": name,
+        "benchmark": name.partition("+")[0],
+        "variant": None,
+        "id": i,
+        "sample": sample,
+        "question": f"{i}?",
+        "options": {"A": "a", "B": "b", "C": "c", "D": "d"},
+        "answer": answer,
+        "context": None,
+        "source": None,
+        "level": level,
+        "letter": letter,
+        "outcome": str(outcome),
+        "finish_reason": "stop",
+        "tokens": 10,
+        "text": "t",
+    } | more
 
 
 def sets(tmp_path, *items):
@@ -436,7 +437,7 @@ def test_evaluations_with_another_prompt_or_sampling_are_not_alike(tmp_path):
 @pytest.mark.parametrize(
     "file, content, problem",
     [
-        ("evaluations/step_000000.items.jsonl", {"set": "s"}, "line 1 is no graded answer"),
+        ("evaluations/step_000000.items.jsonl", {"set": "s"}, "line 1 is not a graded answer"),
         ("evaluations/step_000000.json", {"sets": []}, "not readable"),
         ("evaluations.jsonl", {"time": "now"}, "line 1 tells of no look"),
     ],

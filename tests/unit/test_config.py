@@ -74,7 +74,7 @@ def test_the_written_configuration_reads_back_equal(tmp_path):
 @pytest.mark.parametrize(
     "text, problem",
     [
-        ("model: {path: m}\nmodel: {path: n}\n", "stands twice"),
+        ("model: {path: m}\nmodel: {path: n}\n", "is given twice"),
         ("- a\n- b\n", "not a mapping of sections"),
         ("model: {path: m\n", "not valid YAML"),
         ("1: a\n", "is not text"),
@@ -102,20 +102,22 @@ def test_an_override_that_is_none(tmp_path, override, problem):
 
 def test_values_that_follow_from_others():
     config = build_config(SMALL)
-    assert config.max_logprob_diff == 0.15  # bf16 on both sides
+    assert config.resolved.max_logprob_diff == 0.15  # bf16 on both sides
     assert (
-        build_config(SMALL | {"model": {"path": "m", "dtype": "fp32"}, "rollout": {"dtype": "fp32"}}).max_logprob_diff
+        build_config(
+            SMALL | {"model": {"path": "m", "dtype": "fp32"}, "rollout": {"dtype": "fp32"}}
+        ).resolved.max_logprob_diff
         == 1e-3
     )
-    assert config.max_model_tokens == 1024 + 2048 and config.constant_tokens == 2048
-    assert not config.recompute_old_logprobs
-    assert build_config(SMALL | {"algorithm": {"mini_batches": 2}}).recompute_old_logprobs
+    assert config.max_model_tokens == 1024 + 2048 and config.resolved.constant_tokens == 2048
+    assert not config.resolved.recompute_old_logprobs
+    assert build_config(SMALL | {"algorithm": {"mini_batches": 2}}).resolved.recompute_old_logprobs
     assert build_config(SMALL | {"run": {"steps": 10, "stop_after": 4}}).run.last_step == 4
 
 
 def test_importance_correction_is_on_where_samples_may_be_stale():
     def correction(staleness, **algorithm):
-        return build_config(SMALL | {"rollout": {"max_staleness": staleness}, "algorithm": algorithm}).correction
+        return build_config(SMALL | {"rollout": {"max_staleness": staleness}, "algorithm": algorithm}).resolved.correction
 
     assert (correction(0), correction(1), correction(3)) == ("none", "tis", "tis")
     assert (correction(1, correction="none"), correction(0, correction="mis")) == ("none", "mis")
@@ -123,8 +125,8 @@ def test_importance_correction_is_on_where_samples_may_be_stale():
 
 def test_where_samples_may_be_stale_the_policys_own_movement_does_not_stop_the_run():
     exact = {"model": {"path": "m", "dtype": "fp32"}, "rollout": {"dtype": "fp32", "max_staleness": 1}}
-    assert build_config(SMALL | exact).max_logprob_diff == 1.0
-    assert build_config(SMALL | exact | {"sync": {"max_logprob_diff": 0.2}}).max_logprob_diff == 0.2
+    assert build_config(SMALL | exact).resolved.max_logprob_diff == 1.0
+    assert build_config(SMALL | exact | {"sync": {"max_logprob_diff": 0.2}}).resolved.max_logprob_diff == 0.2
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,8 @@ def test_a_set_with_the_same_options_keeps_its_shares():
     agree with the truth as often as chance has it: .55^2 + .35^2 + .1^2 = 435, with 15.7."""
     before = [yes_no_maybe(i, "yes" if i < 550 else "no" if i < 900 else "maybe") for i in range(1000)]
     after = with_shuffled_keys(before, seed=1)
-    found = Counter(q.options[q.answer] for q in after)
-    assert [abs(found[text] - n) < 5 * 15.7 for text, n in (("yes", 550), ("no", 350), ("maybe", 100))] == [True] * 3
+    keys = Counter(q.options[q.answer] for q in after)
+    assert [abs(keys[text] - n) < 5 * 15.7 for text, n in (("yes", 550), ("no", 350), ("maybe", 100))] == [True] * 3
     assert abs(sum(a.answer == b.answer for a, b in zip(before, after)) - 435) < 5 * 15.7
 
 

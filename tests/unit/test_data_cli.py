@@ -37,7 +37,7 @@ def row(i, **changes):
 
 
 def write(name, rows):
-    Path(name).write_text("".join(json.dumps(one) + "\n" for one in rows))
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return name
 
 
@@ -162,10 +162,12 @@ def test_decisions_are_applied_and_recorded():
     write("a.jsonl", [row(i) for i in range(3)] + [row(0, id="twin", answer="B")])
     assert main(["data", "suspects", "--questions", "a.jsonl", "--out", "d.yaml"]) == 0
     tree = yaml.safe_load(Path("d.yaml").read_text())
-    assert (tree["version"], {one["id"] for one in tree["decisions"]}) == (1, {"q0", "twin"})
+    assert (tree["version"], {decision["id"] for decision in tree["decisions"]}) == (1, {"q0", "twin"})
     signed = {"who": "R", "when": "2026-01-31", "why": "textbook"}
-    for one in tree["decisions"]:
-        one |= signed | ({"decision": "quarantine"} if one["id"] == "twin" else {"decision": "fix", "answer": "sign 2"})
+    for decision in tree["decisions"]:
+        decision |= signed | (
+            {"decision": "quarantine"} if decision["id"] == "twin" else {"decision": "fix", "answer": "sign 2"}
+        )
     Path("d.yaml").write_text(yaml.safe_dump(tree | {"version": 2}))
     arguments = ["data", "build", "--from", "a.jsonl", "--decisions", "d.yaml", "--out"]
     assert main([*arguments, "s.jsonl", "decisions_version=2"]) == 0
@@ -186,14 +188,14 @@ def overlapping():
 def test_a_set_that_overlaps_a_benchmark_is_refused_unless_told(capsys):
     arguments = overlapping()
     assert main(arguments) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: 2 questions of the set are in bench too (the first: q7 is x7, exact)")
-    assert told.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: 2 questions of the set are in bench too (the first: q7 is x7, exact)")
+    assert error.count("\n") == 1
     assert files() == ["a.jsonl", "bench.jsonl"]
     assert main([*arguments, "overlap=drop"]) == 0
     assert {q.id for q in load_questions(["s.jsonl"]).questions} == {f"q{i}" for i in range(20)} - {"q7", "q8"}
     assert main([*arguments, "--overwrite", "overlap=flag"]) == 0
-    marked = {one["id"]: one.get("overlaps") for one in map(json.loads, Path("s.jsonl").read_text().splitlines())}
+    marked = {row["id"]: row.get("overlaps") for row in map(json.loads, Path("s.jsonl").read_text().splitlines())}
     assert len(marked) == 20
     assert {k: v for k, v in marked.items() if v} == {"q7": "bench:x7 (exact)", "q8": "bench:x8 (exact)"}
 
@@ -221,7 +223,7 @@ def test_decontaminate_drops_or_flags_and_reports(capsys):
     assert main([*arguments, "--flag"]) == 2 and len(load_questions(["clean.parquet"]).questions) == 18
     assert main([*arguments, "--flag", "--overwrite"]) == 0
     table = pq.read_table("clean.parquet").to_pylist()
-    assert {one["id"] for one in table if one["overlaps"]} == {"q7", "q8"} and len(table) == 20
+    assert {row["id"] for row in table if row["overlaps"]} == {"q7", "q8"} and len(table) == 20
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
@@ -309,7 +311,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(capsys, verb, name):
         ),
         (
             ["build", "--out", "s.jsonl", "--from", "a.jsonl", "--from", "b=a.jsonl"],
-            "question 'q0' stands in a and in b; keep one of the two with drop_repeats=true",
+            "question 'q0' is in a and in b; keep one of the two with drop_repeats=true",
         ),
         (["build", "--out", "s.jsonl", "--from", "a.jsonl", "--against", "nosuch"], "benchmark 'nosuch' is neither known"),
         (["build", "--out", "s.jsonl", "--from", "a.jsonl", "--decisions", "none.yaml"], "none.yaml: no such file"),

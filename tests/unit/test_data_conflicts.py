@@ -15,9 +15,9 @@ TURNED = {"A": "Sign 2.", "B": "sign 1", "C": "sign 3"}
 
 def refused(capsys, *arguments):
     assert main(["data", *arguments]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ") and told.count("\n") == 1
-    return told
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
 
 
 @pytest.mark.parametrize("sources", [["--from", "a.jsonl"], ["--from", "b.jsonl", "--from", "c.jsonl"]])
@@ -48,14 +48,14 @@ def test_a_question_of_two_sources_without_ids_is_kept_once(capsys):
     write("a.jsonl", [plain, plain | {"question": "Other?"}])
     write("b.jsonl", [plain, plain | {"question": "Third?"}])
     arguments = ["build", "--out", "s.jsonl", "--from", "a.jsonl", "--from", "b.jsonl"]
-    assert "stands in a and in b; keep one of the two with drop_repeats=true" in refused(capsys, *arguments)
+    assert "is in a and in b; keep one of the two with drop_repeats=true" in refused(capsys, *arguments)
     assert main(["data", *arguments, "drop_repeats=true"]) == 0
     card = json.loads(Path("s.card.json").read_text())
     assert (card["counts"]["read"], card["counts"]["left_out"]["repeats"], card["counts"]["kept"]) == (4, 1, 3)
     assert "repeats: 1 left out" in card["steps"]
     write("c.jsonl", [row(1), row(2)])
     write("d.jsonl", [row(3, id="q2")])
-    assert "id 'q2' stands in c and in d; give the questions ids of their own" in refused(
+    assert "id 'q2' is in c and in d; give the questions ids of their own" in refused(
         capsys, "build", "--out", "t.jsonl", "--from", "c.jsonl", "--from", "d.jsonl", "drop_repeats=true"
     )
 

@@ -73,11 +73,11 @@ def test_every_step_is_counted_and_the_sum_is_what_was_read(capsys):
         "left_out": {"decisions": 1, "filter": 2, "repeats": 1, "overlap": 1, "balance": 23, "quotas": 12, "size": 3},
     }
     assert len(Path("s.jsonl").read_text().splitlines()) == 7 == 50 - sum(card["counts"]["left_out"].values())
-    told = (
+    sentence = (
         "50 questions read, 43 left out (decisions 1, filter 2, repeats 1, overlap 1, balance 23, quotas 12, size 3), 7 "
         "kept. 1 bad row is in none of these numbers."
     )
-    assert told in page and told in capsys.readouterr().out
+    assert sentence in page and sentence in capsys.readouterr().out
     for step in (
         "decisions: d.yaml version 1: 0 fixed, 1 quarantined and left out, 0 stale, 0 open, 1 on ids that no question has",
         "filter: 2 left out by length",
@@ -124,13 +124,13 @@ def test_what_is_said_of_balance_is_true_of_the_set(count):
     answers = [q.options[q.answer] for q in load_questions(["s.jsonl"]).questions]
     most = max(("no", "yes"), key=answers.count)
     share = answers.count(most) / count
-    (told,) = (step for step in card["steps"] if step.startswith("balance"))
+    (step,) = (step for step in card["steps"] if step.startswith("balance"))
     if count == 20:
-        assert told.startswith("balance: 20 questions of a left out; in the set its commonest answer, '")
-        assert told.endswith("makes up 50.0%, at most the 50.0% asked for")
+        assert step.startswith("balance: 20 questions of a left out; in the set its commonest answer, '")
+        assert step.endswith("makes up 50.0%, at most the 50.0% asked for")
     else:
         assert share > 0.5
-        assert told == (
+        assert step == (
             f"balance: 20 questions of a left out; in the set its commonest answer, '{most}', makes up "
             f"{share:.1%}, which is more than the 50.0% asked for; quotas and size draw after balance"
         )
@@ -146,7 +146,9 @@ def test_balance_of_a_source_that_no_quota_takes():
 def test_a_number_that_no_column_holds_is_a_bad_row(capsys):
     write("a.jsonl", [row(0, informativeness=10**30)])
     assert main(["data", "build", "--from", "a.jsonl", "--out", "s.parquet"]) == 2
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1 and "is not a whole number from 1 to 1000" in told and "a.jsonl:1: informativeness" in told
+    error = capsys.readouterr().err
+    assert (
+        error.count("\n") == 1 and "is not a whole number from 1 to 1000" in error and "a.jsonl:1: informativeness" in error
+    )
     write("a.jsonl", [row(0, informativeness=1000)])
     assert main(["data", "build", "--from", "a.jsonl", "--out", "s.parquet"]) == 0

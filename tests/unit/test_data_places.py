@@ -34,10 +34,7 @@ CLEAN = ["decontaminate", "--train", "a.jsonl", "--against", "bench.jsonl"]
         ),
         ([*BUILD, "--out", "d.jsonl", "--decisions", "d.card.json"], "the card: d.card.json is what decisions reads"),
         (["build", "--config", "c.card.json", "--out", "c.jsonl"], "the card: c.card.json is what --config reads"),
-        (
-            ["build", "--from", "medqa=copy", "--out", "copy/s.jsonl"],
-            "--out: copy/s.jsonl lies in copy, which a source reads",
-        ),
+        (["build", "--from", "medqa=copy", "--out", "copy/s.jsonl"], "--out: copy/s.jsonl is in copy, which a source reads"),
         (["build", "--from", "a.jsonl", "--out", ""], "--out: '.' is not a file that can be written"),
         (["suspects", "--questions", "a.jsonl", "--out", "a.jsonl"], "--out: a.jsonl is what --questions reads"),
         (
@@ -122,7 +119,7 @@ def two_folders():
         ),
         (
             ["build", "--from", "d1/train.jsonl", "--from", "d2/train.jsonl", "--out", "s.jsonl"],
-            "--from: two sources are called train (d1/train.jsonl and d2/train.jsonl); give one of them a name of its own, as "
+            "--from: two sources are called train (d1/train.jsonl and d2/train.jsonl); give one of them another name, as "
             "NAME=PATH",
         ),
         (
@@ -151,8 +148,8 @@ def test_two_files_with_names_of_their_own_are_both_read():
 def test_bad_rows_are_counted_in_words(capsys):
     write("a.jsonl", [row(0), {"id": "x"}])
     assert main(["data", "build", "--from", "a.jsonl", "--out", "s.jsonl", "bad_rows=skip"]) == 0
-    told = capsys.readouterr().out
-    assert "a: 1 of 1 from a.jsonl, 1 bad row left out" in told and "\n\n" not in told
+    output = capsys.readouterr().out
+    assert "a: 1 of 1 from a.jsonl, 1 bad row left out" in output and "\n\n" not in output
     write("a.jsonl", [row(0), {"id": "x"}, {"id": "y"}])
     assert main(["data", "build", "--from", "a.jsonl", "--out", "t.jsonl"]) == 2
     assert "; 1 more bad row; fix the data" in capsys.readouterr().err
@@ -192,7 +189,7 @@ def test_what_is_there_is_replaced_with_overwrite_only(capsys, arguments, made):
         Path(name).write_text('{"sha256": 0, "findings": []}')
         assert main(["data", *arguments]) == 2
         assert capsys.readouterr().err.endswith(
-            f": {name} is there already; choose another name, or replace it with --overwrite\n"
+            f": {name} exists already; choose another name, or replace it with --overwrite\n"
         )
-        assert [one for one in files() if one in made] == [name] and Path(name).read_text().startswith('{"sha256": 0')
+        assert [file for file in files() if file in made] == [name] and Path(name).read_text().startswith('{"sha256": 0')
     assert main(["data", *arguments, "--overwrite"]) == 0 and set(made) <= set(files())

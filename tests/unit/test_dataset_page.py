@@ -86,8 +86,8 @@ def test_bars_tell_counts_and_shares():
 def test_the_last_bar_of_lengths_holds_the_longest():
     questions = [question(i) for i in range(199)] + [question(199, stem="word " * 5000)]
     svg = next(figure.svg for figure in set_figures(questions) if figure.key == "words")
-    told = [int(count) for count in re.findall(r"<title>[\d.]+ to [\d.]+: (\d+)</title>", svg)]
-    assert sum(told) == 200 and told[-1] == 1
+    counts = [int(count) for count in re.findall(r"<title>[\d.]+ to [\d.]+: (\d+)</title>", svg)]
+    assert sum(counts) == 200 and counts[-1] == 1
 
 
 def test_examples_take_turns_between_sources():
@@ -119,14 +119,14 @@ def test_the_page_is_one_safe_file_and_its_numbers_are_json(tmp_path, capsys):
         }
         for i in range(60)
     ] + [{"id": "bad"}]
-    (tmp_path / "set.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    (tmp_path / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["data", "inspect", str(tmp_path / "set.jsonl")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "set.html")
     page = (tmp_path / "set.html").read_text()
-    found = Tags()
-    found.feed(page)
-    assert not found.tags & {"script", "img", "iframe", "object", "link", "form"}
-    assert not found.attributes & {"src", "onerror", "onclick"}
+    tags = Tags()
+    tags.feed(page)
+    assert not tags.tags & {"script", "img", "iframe", "object", "link", "form"}
+    assert not tags.attributes & {"src", "onerror", "onclick"}
     assert "default-src 'none'" in page and "{{ 7*7 }}" in page and "prefers-color-scheme:dark" in page
     numbers = json.loads((tmp_path / "set.json").read_text())
     assert numbers["questions"] == 60 and numbers["levels"] == {str(level): 10 for level in range(1, 7)}

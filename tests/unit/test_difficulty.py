@@ -87,7 +87,7 @@ def write(name, rows):
 def engines(tmp_path, monkeypatch):
     """In place of the engines: question qI gets its first I samples right, the next ends without a box, the rest say B."""
     monkeypatch.chdir(tmp_path)
-    asked, limits = [], {"dies_after": None}
+    sent, limits = [], {"dies_after": None}
 
     def says(question, j):
         right = int(question.id[1:])
@@ -95,9 +95,9 @@ def engines(tmp_path, monkeypatch):
 
     def answer(tasks):
         for task in tasks:
-            if len(asked) == limits["dies_after"]:
+            if len(sent) == limits["dies_after"]:
                 raise KeyboardInterrupt
-            asked.append(task)
+            sent.append(task)
             texts = [says(task.question, j) for j in range(task.sampling.n)]
             rollouts = tuple(
                 Rollout(task.group_id, task.question.id, j, tuple(range(len(text.split()))), (), text, FinishReason.STOP, 0)
@@ -113,7 +113,7 @@ def engines(tmp_path, monkeypatch):
             )
 
     monkeypatch.setattr(answers, "answering", lambda config, model: contextlib.nullcontext(answer))
-    return asked, limits
+    return sent, limits
 
 
 def annotate(model, *rest, questions="q.jsonl", out="out.jsonl"):
@@ -139,10 +139,10 @@ def annotate(model, *rest, questions="q.jsonl", out="out.jsonl"):
 def test_questions_get_their_columns(model, engines, capsys, suffix):
     write("q.jsonl", rows(6))
     assert annotate(model, out=f"out.{suffix}") == 0
-    asked, _ = engines
-    assert {(task.sampling.n, task.sampling.temperature) for task in asked} == {(5, 1.0)}
-    found = load_questions([f"out.{suffix}"]).questions
-    assert [(q.id, q.level) for q in found] == [("q0", 6), ("q1", 5), ("q2", 4), ("q3", 3), ("q4", 2), ("q5", 1)]
+    tasks, _ = engines
+    assert {(task.sampling.n, task.sampling.temperature) for task in tasks} == {(5, 1.0)}
+    questions = load_questions([f"out.{suffix}"]).questions
+    assert [(q.id, q.level) for q in questions] == [("q0", 6), ("q1", 5), ("q2", 4), ("q3", 3), ("q4", 2), ("q5", 1)]
     import pandas
 
     table = pandas.read_json("out.jsonl", lines=True) if suffix == "jsonl" else pandas.read_parquet("out.parquet")
@@ -153,55 +153,55 @@ def test_questions_get_their_columns(model, engines, capsys, suffix):
     tokenizer = load_tokenizer(model)
     lengths = [len(tokenizer.encode(row["question"].strip())) for row in rows(6)]
     assert list(table["question_tokens"]) == lengths and lengths[0] < 50 < 200 < lengths[5]
-    assert [q.informativeness for q in found] == [1 + (n >= 50) + (n >= 100) + (n >= 200) for n in lengths]
+    assert [q.informativeness for q in questions] == [1 + (n >= 50) + (n >= 100) + (n >= 200) for n in lengths]
     assert "6 questions, pass rate 50.0%; L1 1, L2 1, L3 1, L4 1, L5 1, L6 1" in capsys.readouterr().out
 
 
 def test_a_killed_annotation_repeats_no_finished_question(model, engines, capsys):
     write("q.jsonl", rows(6))
-    asked, limits = engines
+    tasks, limits = engines
     limits["dies_after"] = 4
     assert annotate(model) == 130 and not Path("out.jsonl").exists()
     shard = Path("out.jsonl.work/shard-1-of-1.jsonl")
     with shard.open("a") as lines:
         lines.write('{"id": "q4", "cont')  # the kill came in the middle of a line
-    first, limits["dies_after"] = [task.question.id for task in asked], None
-    asked.clear()
+    first, limits["dies_after"] = [task.question.id for task in tasks], None
+    tasks.clear()
     assert annotate(model) == 0
-    assert sorted(first + [task.question.id for task in asked]) == [f"q{i}" for i in range(6)]
+    assert sorted(first + [task.question.id for task in tasks]) == [f"q{i}" for i in range(6)]
     assert len(load_questions(["out.jsonl"]).questions) == 6 == len(shard.read_text().splitlines())
 
 
 def test_shards_share_the_questions_and_the_last_one_writes(model, engines, capsys):
     write("q.jsonl", rows(6))
-    asked, _ = engines
+    tasks, _ = engines
     parts = {i: [f"q{n}" for n in range(6) if shard_of(Question(f"q{n}", "?", {}, "A"), 2) == i] for i in (1, 2)}
     assert all(parts.values()) and sorted(parts[1] + parts[2]) == [f"q{n}" for n in range(6)]
     assert annotate(model, "--shard", "1/2") == 0 and not Path("out.jsonl").exists()
-    assert [task.question.id for task in asked] == parts[1]
+    assert [task.question.id for task in tasks] == parts[1]
     assert f"{len(parts[1])} of 6 questions are annotated" in capsys.readouterr().out
-    asked.clear()
+    tasks.clear()
     assert annotate(model, "--shard", "2/2") == 0 and Path("out.jsonl").exists()
-    assert [task.question.id for task in asked] == parts[2]
+    assert [task.question.id for task in tasks] == parts[2]
 
 
 def test_another_measure_of_informativeness_asks_nothing_again(model, engines, monkeypatch):
     monkeypatch.setitem(INFORMATIVENESS, "options", lambda question, tokens: len(question.options))
     write("q.jsonl", rows(2))
-    asked, _ = engines
+    tasks, _ = engines
     assert annotate(model) == 0
-    asked.clear()
-    assert annotate(model, "--informativeness", "options") == 2 and asked == []  # the set is there
-    assert annotate(model, "--informativeness", "options", "--overwrite") == 0 and asked == []
+    tasks.clear()
+    assert annotate(model, "--informativeness", "options") == 2 and tasks == []  # the set is there
+    assert annotate(model, "--informativeness", "options", "--overwrite") == 0 and tasks == []
     assert [q.informativeness for q in load_questions(["out.jsonl"]).questions] == [2, 2]
 
 
 def test_a_question_with_another_text_is_asked_anew(model, engines):
-    asked, _ = engines
+    tasks, _ = engines
     annotate(model, questions=write("q.jsonl", rows(3)))
-    asked.clear()
+    tasks.clear()
     annotate(model, "--overwrite", questions=write("q.jsonl", [rows(3)[0], rows(3)[1] | {"question": "Other?"}, rows(3)[2]]))
-    assert [task.question.id for task in asked] == ["q1"]
+    assert [task.question.id for task in tasks] == ["q1"]
 
 
 def test_build_filters_by_informativeness_and_keeps_it(model, engines):
@@ -220,7 +220,7 @@ def test_build_filters_by_informativeness_and_keeps_it(model, engines):
         (["--samples", "0"], "--samples: 0 is no number of samples; give 1 or more"),
         (
             ["--temperature", "0"],
-            "--temperature: 0 gives every answer alike, which measures no difficulty; give one above 0",
+            "--temperature: 0 makes all answers the same, which measures no difficulty; give one above 0",
         ),
         (["--temperature", "-1"], "--temperature: -1.0 is not between 0 and 10"),
         (["--temperature", "inf"], "--temperature: inf is not between 0 and 10"),
@@ -247,16 +247,16 @@ def test_other_settings_do_not_mix(model, engines, capsys):
 def test_outcomes_of_the_grader_that_are_no_answer_are_no_right_ones():
     from alphamed.lab.datasets.difficulty import Annotated
 
-    one = Annotated(
+    annotation = Annotated(
         "q",
         "",
-        tuple(map(str, (Outcome.CORRECT, Outcome.TRUNCATED, Outcome.UNPARSEABLE, Outcome.WRONG))),
+        (Outcome.CORRECT, Outcome.TRUNCATED, Outcome.UNPARSEABLE, Outcome.WRONG),
         ("A", "A", None, "B"),
         (4, 16, 3, 5),
         9,
         (True, True, False, False),
     )
-    assert one.columns("m") == {
+    assert annotation.columns("m") == {
         "pass_rate": 0.25,
         "samples": 4,
         "unparsed": 0.25,
@@ -265,7 +265,7 @@ def test_outcomes_of_the_grader_that_are_no_answer_are_no_right_ones():
         "question_tokens": 9,
         "annotated_by": "m",
     }
-    assert one.level == 5  # 0.25 is nearest to 0.2
+    assert annotation.level == 5  # 0.25 is nearest to 0.2
 
 
 def test_a_cut_answer_that_is_graded_all_the_same_counts_as_truncated():
@@ -276,8 +276,10 @@ def test_a_cut_answer_that_is_graded_all_the_same_counts_as_truncated():
     ends = (FinishReason.LENGTH, FinishReason.STOP)
     rollouts = tuple(Rollout("g", "q", j, (1, 2), (), "\\boxed{A}", end, 0) for j, end in enumerate(ends))
     right = (Outcome.CORRECT,) * 2
-    found = annotated(ScoredGroup(RolloutGroup("g", question, (1,), rollouts), right, (1.0, 1.0), (0.0, 0.0), ("A", "A")), 9)
-    columns = found.columns("m")
+    annotation = annotated(
+        ScoredGroup(RolloutGroup("g", question, (1,), rollouts), right, (1.0, 1.0), (0.0, 0.0), ("A", "A")), 9
+    )
+    columns = annotation.columns("m")
     assert (columns["pass_rate"], columns["truncated"]) == (1.0, 0.5)
 
 

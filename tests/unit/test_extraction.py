@@ -9,7 +9,7 @@ import pytest
 
 from alphamed.answers import extraction, folding
 from alphamed.answers.extraction import extract_answer
-from alphamed.answers.folding import fold, fold_signs
+from alphamed.answers.folding import fold, fold_characters
 
 VITAMINS = {
     "A": "Vitamin A",
@@ -383,14 +383,16 @@ def test_each_sign_is_folded_to_its_plain_form_and_so_in_options_and_boxes(plain
     assert fold(f"x{sign}y") == f"x{plain}y" == fold(f"x{plain}y")
     typeset, typed = {"A": f"one{sign}two", "B": "other"}, {"A": f"one{plain}two", "B": "other"}
     for options in (typeset, typed):
-        for said in (typeset, typed):
-            assert extract_answer(f"\\boxed{{A: {said['A']}}}", options) == "A"
-            assert extract_answer(f"\\boxed{{B: {said['A']}}}", options) is None
+        for texts in (typeset, typed):
+            assert extract_answer(f"\\boxed{{A: {texts['A']}}}", options) == "A"
+            assert extract_answer(f"\\boxed{{B: {texts['A']}}}", options) is None
 
 
 def test_folding_twice_is_folding_once():
     everything = " x ".join(map(chr, (*range(0xD800), *range(0xE000, 0x3_0000))))
-    assert fold(fold(everything)) == fold(everything) and fold_signs(fold_signs(everything)) == fold_signs(everything)
+    assert fold(fold(everything)) == fold(everything) and fold_characters(fold_characters(everything)) == fold_characters(
+        everything
+    )
 
 
 @pytest.mark.parametrize(

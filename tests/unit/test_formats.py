@@ -49,9 +49,11 @@ READERS = {
     "set": source,
     "benchmark": benchmark,
     "levels": levels,
-    "decisions": lambda file, _: [f"{one.id}={one.decision}" for one in read_decisions(file).decisions],
+    "decisions": lambda file, _: [f"{decision.id}={decision.decision}" for decision in read_decisions(file).decisions],
     "shots": shots,
-    "recipe": lambda file, _: [f"{one.name}={one.answer}" for one in validated(BuildRecipe, load_tree(file)).sources],
+    "recipe": lambda file, _: [
+        f"{source.name}={source.answer}" for source in validated(BuildRecipe, load_tree(file)).sources
+    ],
 }
 
 
@@ -63,8 +65,8 @@ def test_an_example_of_the_page_is_read(reader, name, result, language, content,
     else:
         Path(name).write_text(content, encoding="utf-8")
     kind, _, of = reader.partition(":")
-    found, expected = READERS[kind](Path(name), of), result.split()
-    assert len(found) == len(expected) and all(map(fnmatch.fnmatchcase, found, expected)), found
+    lines, expected = READERS[kind](Path(name), of), result.split()
+    assert len(lines) == len(expected) and all(map(fnmatch.fnmatchcase, lines, expected)), lines
 
 
 def test_every_example_is_marked():

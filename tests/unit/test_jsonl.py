@@ -136,7 +136,7 @@ def test_half_a_last_line_is_left_out_and_cut_off_by_the_next(tmp_path):
 @pytest.mark.parametrize(
     "line, problem",
     [
-        (b'{"x": 1, "x": 2}', "line 1 is not JSON that can be used: key 'x' stands twice; remove it"),
+        (b'{"x": 1, "x": 2}', "line 1 is not JSON that can be used: key 'x' occurs twice; remove it"),
         (b"[" * 100_000, "line 1 is not JSON that can be used: maximum recursion depth"),
         (b'{"x": "\xe9"}', "line 1 is wrong encoding: byte 0xe9 at byte 8 of the line is not UTF-8; remove it"),
         (b"{", "line 1 is not JSON: Expecting property name enclosed in double quotes at character 2; remove it"),

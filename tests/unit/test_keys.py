@@ -10,7 +10,7 @@ import pytest
 from alphamed.config.choices import BadRows
 from alphamed.data import adapters
 from alphamed.data.keys import AnswerForm, form_of
-from alphamed.data.mcq import Row, check_questions
+from alphamed.data.mcq import RawRow, check_questions
 from alphamed.data.reading import interpret
 from alphamed.data.sources import load_questions
 from alphamed.errors import DataError
@@ -22,15 +22,15 @@ FOUR = ["Aortic", "Pulmonary", "Mitral", "Tricuspid"]
 def rows(keys, options=FOUR, field="answer"):
     """One row a key, in a file called F."""
     return [
-        Row("F", i, {"id": f"q{i}", "question": f"Which valve is number {i}?", "options": options, field: key})
+        RawRow("F", i, {"id": f"q{i}", "question": f"Which valve is number {i}?", "options": options, field: key})
         for i, key in enumerate(keys, start=1)
     ]
 
 
 def read(keys, declared=None, **changes):
     """The right texts of the good rows, the problems of the others."""
-    found, _ = interpret(rows(keys, **changes), declared)
-    questions, problems = check_questions(found)
+    interpreted, _ = interpret(rows(keys, **changes), declared)
+    questions, problems = check_questions(interpreted)
     return [q.options[q.answer] for q in questions], [f"{p.line}: {p.problem}" for p in problems]
 
 
@@ -67,11 +67,13 @@ def test_every_form_is_found(keys):
 def test_numbers_that_both_bases_fit_are_refused_with_what_decides(keys, either):
     with pytest.raises(DataError) as error:
         read(keys)
-    told = str(error.value)
-    assert told.startswith(
+    message = str(error.value)
+    assert message.startswith(
         "F: its keys (answer) can be numbers from 0 or numbers from 1, and nothing in the file says which (F:1: "
     )
-    assert f"is option {either}); declare their form: FILE:index or FILE:index1 with --from" in told and "\n" not in told
+    assert (
+        f"is option {either}); declare their form: FILE:index or FILE:index1 with --from" in message and "\n" not in message
+    )
     from_0, from_1 = read(keys, AnswerForm.INDEX), read(keys, AnswerForm.INDEX1)
     assert (
         from_0[1] == from_1[1] == []
@@ -82,8 +84,8 @@ def test_numbers_that_both_bases_fit_are_refused_with_what_decides(keys, either)
 
 def test_a_row_with_more_options_can_decide():
     """4 of 5 options fits both bases; 3 of 3 counts from 1, so that the whole file does."""
-    found, reading = interpret(rows([4], list("vwxyz")) + rows([3], list("xyz")))
-    assert [row.value["answer"] for row in found] == ["D", "C"] and reading.forms == {"answer": AnswerForm.INDEX1}
+    interpreted, reading = interpret(rows([4], list("vwxyz")) + rows([3], list("xyz")))
+    assert [row.value["answer"] for row in interpreted] == ["D", "C"] and reading.forms == {"answer": AnswerForm.INDEX1}
 
 
 @pytest.mark.parametrize(
@@ -106,7 +108,7 @@ def test_two_forms_in_one_file_are_refused_and_a_declared_one_makes_bad_rows_of_
         read(keys)
     assert str(error.value).startswith(
         words
-    ) and "correct the file, or, to have keys of other forms as bad rows, declare their form: FILE:" in str(error.value)
+    ) and "correct the file, or, to treat keys of other forms as bad rows, declare their form: FILE:" in str(error.value)
 
 
 def test_with_a_declared_form_keys_of_another_one_are_bad_rows():
@@ -180,7 +182,9 @@ def test_texts_that_differ_by_signs_alone_are_matched_as_they_stand():
 
 # -------------------------------------------------------------------------------------------------- several fields
 def stated(**fields):
-    return Row("F", 1, {"id": "q1", "question": "Which?", "options": {"A": "Spleen", "B": "Liver", "C": "Thymus"}} | fields)
+    return RawRow(
+        "F", 1, {"id": "q1", "question": "Which?", "options": {"A": "Spleen", "B": "Liver", "C": "Thymus"}} | fields
+    )
 
 
 def test_fields_that_agree_decide_for_each_other():
@@ -207,11 +211,11 @@ def test_fields_that_agree_decide_for_each_other():
 )
 def test_fields_that_contradict_each_other_are_a_bad_row(fields, words):
     """A text that no row of the file has among its options is no key: the field is not read."""
-    found, _ = interpret([stated(**fields)])
-    _, problems = check_questions(found)
+    interpreted, _ = interpret([stated(**fields)])
+    _, problems = check_questions(interpreted)
     assert [p.problem for p in problems] == ([words] if words else [])
-    found, _ = interpret([stated(**fields), replace(stated(answer="Liver", answer_idx="B"), line=2)])
-    _, problems = check_questions([found[0]])
+    interpreted, _ = interpret([stated(**fields), replace(stated(answer="Liver", answer_idx="B"), line=2)])
+    _, problems = check_questions([interpreted[0]])
     assert [p.problem for p in problems] == [
         words or "answer 'Heart' is not among the options A, B, C (keys are texts of options)"
     ]
@@ -233,22 +237,22 @@ def medmcqa(cop, i=1):
     "cops, right", [((1, 4, 2), ["Aortic", "Tricuspid", "Pulmonary"]), ((0, 3, 2), ["Aortic", "Tricuspid", "Mitral"])]
 )
 def test_medmcqa_of_its_authors_and_of_the_hub(cops, right):
-    found, reading = interpret(Row("F", i, medmcqa(cop, i)) for i, cop in enumerate(cops))
-    questions, problems = check_questions(found)
+    interpreted, reading = interpret(RawRow("F", i, medmcqa(cop, i)) for i, cop in enumerate(cops))
+    questions, problems = check_questions(interpreted)
     assert [q.options[q.answer] for q in questions] == right and problems == []
     assert reading.forms["cop"] == (AnswerForm.INDEX1 if 4 in cops else AnswerForm.INDEX)
 
 
 def test_the_pinned_copy_of_the_hub_is_known_to_count_from_0_and_checked():
     assert SOURCES["medmcqa"].answer == AnswerForm.INDEX
-    found, _ = interpret([Row("F", 1, medmcqa(2))], AnswerForm.INDEX)
-    assert found[0].value["answer"] == "C"
+    interpreted, _ = interpret([RawRow("F", 1, medmcqa(2))], AnswerForm.INDEX)
+    assert interpreted[0].value["answer"] == "C"
     with pytest.raises(DataError, match="cop of the file holds numbers from 1"):
-        interpret([Row("F", 1, medmcqa(4))], AnswerForm.INDEX)
+        interpret([RawRow("F", 1, medmcqa(4))], AnswerForm.INDEX)
 
 
 def headqa(right, numbers=(1, 2, 3, 4)):
-    return Row(
+    return RawRow(
         "F",
         1,
         adapters.headqa(
@@ -288,8 +292,8 @@ def test_mmlu_pros_letter_and_index_count_what_is_no_option_too(index, letter, r
         "answer_index": index,
         "category": "health",
     }
-    found, _ = interpret([Row("F", 1, adapters.mmlu_pro_medical(row))])
-    (question,), _ = check_questions(found)
+    interpreted, _ = interpret([RawRow("F", 1, adapters.mmlu_pro_medical(row))])
+    (question,), _ = check_questions(interpreted)
     assert question.options == {"A": "Tibia", "B": "Femur", "C": "Ulna"} and question.options[question.answer] == right
 
 
@@ -301,7 +305,7 @@ def test_mmlu_pros_contradiction_and_a_key_to_no_option():
             "options": ["Tibia", "N/A", "Femur"],
             "category": "health",
         } | changes
-        _, problems = check_questions(interpret([Row("F", 1, adapters.mmlu_pro_medical(row))])[0])
+        _, problems = check_questions(interpret([RawRow("F", 1, adapters.mmlu_pro_medical(row))])[0])
         return problems[0].problem
 
     assert "contradict each other (answer_index 0 is option A, answer 'C' is option C)" in problem(

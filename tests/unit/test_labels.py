@@ -8,7 +8,7 @@ import pytest
 from alphamed.cli import main
 from alphamed.data.keys import AnswerForm
 from alphamed.data.labels import without_labels
-from alphamed.data.mcq import Row, check_questions
+from alphamed.data.mcq import RawRow, check_questions
 from alphamed.data.reading import interpret
 from alphamed.data.sources import load_questions
 from alphamed.errors import DataError
@@ -135,13 +135,13 @@ def row(i, **changes):
 
 @pytest.mark.parametrize("answer, form", [("B", None), ("B) Liver", None), ("liver", None), (2, AnswerForm.INDEX1)])
 def test_keys_of_labelled_options(answer, form):
-    found, reading = interpret([Row("F", 1, row(1, answer=answer))], form)
-    (question,), _ = check_questions(found)
+    interpreted, reading = interpret([RawRow("F", 1, row(1, answer=answer))], form)
+    (question,), _ = check_questions(interpreted)
     assert question.options == PLAIN and question.answer == "B" and reading.labels_removed == 1
 
 
 def write(path, rows):
-    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
@@ -149,14 +149,14 @@ def test_removed_labels_are_counted_in_card_and_inspection(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "a.jsonl", [row(1), row(2, options=["x", "y", "z"]), row(3)])
     assert main(["data", "build", "--from", "a.jsonl", "--out", "s.jsonl"]) == 0
-    told = "labels of options (A., (B), 3) ...) removed from 2 questions"
+    note = "labels of options (A., (B), 3) ...) removed from 2 questions"
     card = json.loads((tmp_path / "s.card.json").read_text())
-    assert card["sources"]["a"]["reading"]["labels_removed"] == 2 and told in (tmp_path / "s.card.md").read_text()
-    assert told in capsys.readouterr().out
+    assert card["sources"]["a"]["reading"]["labels_removed"] == 2 and note in (tmp_path / "s.card.md").read_text()
+    assert note in capsys.readouterr().out
     assert main(["data", "inspect", "a.jsonl"]) == 0
     numbers = json.loads((tmp_path / "a.json").read_text())
-    assert numbers["reading"]["labels_removed"] == 2 and told in (tmp_path / "a.html").read_text()
-    assert any(told in one["told"] for one in numbers["findings"])
+    assert numbers["reading"]["labels_removed"] == 2 and note in (tmp_path / "a.html").read_text()
+    assert any(note in finding["text"] for finding in numbers["findings"])
 
 
 # ------------------------------------------------------------------------------------------------------------------ ids
@@ -182,10 +182,10 @@ def test_ids_are_made_from_the_content_wherever_a_row_stands(tmp_path):
 
 
 def test_a_source_is_part_of_a_made_id_and_an_id_of_its_own_is_kept():
-    found, _ = interpret([Row("F", 1, MEDQA_ROW | {"source": "my set/x"})])
-    assert found[0].value["id"] == f"my_set-{BILE}"
-    found, reading = interpret([Row("F", 1, MEDQA_ROW | {"id": "own"})])
-    assert found[0].value["id"] == "own" and reading.ids_made == 0
+    interpreted, _ = interpret([RawRow("F", 1, MEDQA_ROW | {"source": "my set/x"})])
+    assert interpreted[0].value["id"] == f"my_set-{BILE}"
+    interpreted, reading = interpret([RawRow("F", 1, MEDQA_ROW | {"id": "own"})])
+    assert interpreted[0].value["id"] == "own" and reading.ids_made == 0
 
 
 def test_another_key_is_another_id_and_the_same_content_is_reported(tmp_path, monkeypatch, capsys):
@@ -210,8 +210,8 @@ def test_another_key_is_another_id_and_the_same_content_is_reported(tmp_path, mo
 
 
 def test_a_row_without_id_among_rows_with_ids_is_a_bad_one():
-    found, reading = interpret([Row("F", 1, row(1)), Row("F", 2, row(2) | {"id": None})])
-    assert [p.problem for p in check_questions(found)[1]] == ["no id"] and reading.ids_made == 0
+    interpreted, reading = interpret([RawRow("F", 1, row(1)), RawRow("F", 2, row(2) | {"id": None})])
+    assert [p.problem for p in check_questions(interpreted)[1]] == ["no id"] and reading.ids_made == 0
 
 
 # -------------------------------------------------------------------------------------------------- what is no options
@@ -230,7 +230,7 @@ def test_options_that_stand_in_the_question_alone_are_refused_with_what_to_do(tm
     for name in (str(file), f"medxpertqa={file}"):
         with pytest.raises(
             DataError,
-            match="no options: they stand in the text of the question; take them out of it and give them as "
+            match="no options: they are in the text of the question; take them out of it and give them as "
             r"options \(letter -> text\)",
         ):
             load_benchmark(name)
@@ -240,7 +240,7 @@ def test_options_that_stand_in_the_question_alone_are_refused_with_what_to_do(tm
 
 @pytest.mark.parametrize("count, problem", [(26, None), (27, "27 options, at most 26 can have a letter")])
 def test_a_list_of_more_options_than_letters(count, problem):
-    found, _ = interpret([Row("F", 1, row(1, options=[f"finding {i}" for i in range(count)], answer="finding 25"))])
-    questions, problems = check_questions(found)
+    interpreted, _ = interpret([RawRow("F", 1, row(1, options=[f"finding {i}" for i in range(count)], answer="finding 25"))])
+    questions, problems = check_questions(interpreted)
     assert [p.problem for p in problems] == ([problem] if problem else [])
     assert [(len(q.options), q.answer) for q in questions] == ([] if problem else [(26, "Z")])

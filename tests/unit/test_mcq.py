@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from alphamed.data.mcq import QuestionError, Row, RowProblem, check_questions, parse_question
+from alphamed.data.mcq import QuestionError, RawRow, RowProblem, check_questions, parse_question
 
 GOOD = {
     "id": "q1",
@@ -112,11 +112,11 @@ def test_long_values_are_cut_and_kept_on_one_line():
 
 def test_check_questions_splits_good_from_bad_and_finds_duplicate_ids():
     rows = [
-        Row("f", 1, GOOD),
-        Row("f", 2, problem="not JSON"),
-        Row("f", 3, GOOD | {"id": "q2", "answer": "Z"}),
-        Row("g", 1, GOOD | {"id": "q2"}),
-        Row("g", 2, GOOD),
+        RawRow("f", 1, GOOD),
+        RawRow("f", 2, problem="not JSON"),
+        RawRow("f", 3, GOOD | {"id": "q2", "answer": "Z"}),
+        RawRow("g", 1, GOOD | {"id": "q2"}),
+        RawRow("g", 2, GOOD),
     ]
     questions, problems = check_questions(rows)
     assert [q.id for q in questions] == ["q1", "q2"]  # the q2 of g counts: the one before it was bad

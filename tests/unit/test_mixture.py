@@ -7,18 +7,18 @@ import pytest
 from alphamed.config.loading import validated
 from alphamed.data.describe import length_words
 from alphamed.errors import ConfigError, DataError
-from alphamed.lab.datasets.mixture import Item, balanced, drawn, filtered, largest_cap, mixed, relettered, shuffled
+from alphamed.lab.datasets.mixture import PoolItem, balanced, drawn, filtered, largest_cap, mixed, relettered, shuffled
 from alphamed.lab.datasets.recipe import BalanceRecipe, BuildRecipe, FilterRecipe, QuotaRecipe, Short
 from alphamed.records import Question
 
 
 def item(i, origin="s", level=None, options=("w", "x", "y", "z"), answer="A", stem="Why", source=None, context=None):
     lettered = dict(zip("ABCDEFGHIJ", options))
-    return Item(Question(f"{origin}{i}", stem, lettered, answer, context, source or origin, level), origin, "MIT")
+    return PoolItem(Question(f"{origin}{i}", stem, lettered, answer, context, source or origin, level), origin, "MIT")
 
 
 def ids(items):
-    return [one.question.id for one in items]
+    return [item.question.id for item in items]
 
 
 # ------------------------------------------------------------------------------------------------------------- filters
@@ -46,8 +46,8 @@ def test_filters_and_their_reasons(settings, kept, reasons):
         item(3, stem="See the image of this poor man"),
         item(4, "t", level=3, options=("a", "b")),
     ]
-    found, dropped = filtered(items, FilterRecipe(**settings))
-    assert (ids(found), dict(dropped)) == (kept, reasons)
+    passing, dropped = filtered(items, FilterRecipe(**settings))
+    assert (ids(passing), dict(dropped)) == (kept, reasons)
 
 
 # ------------------------------------------------------------------------------------------------------------- balance
@@ -76,19 +76,19 @@ def test_balance_cuts_the_commonest_answer_of_one_source_only():
     answers = ["A"] * 75 + ["B"] * 20 + ["C"] * 5
     items = [item(i, "p", options=options, answer=a) for i, a in enumerate(answers)]
     others = [item(i, "m", options=options, answer="A") for i in range(10)]
-    found, left_out = balanced([*items, *others], BalanceRecipe(source="p", max_share=0.5), seed=1)
-    counts = Counter(one.question.answer for one in found if one.origin == "p")
+    balanced_items, left_out = balanced([*items, *others], BalanceRecipe(source="p", max_share=0.5), seed=1)
+    counts = Counter(item.question.answer for item in balanced_items if item.origin == "p")
     assert (counts, left_out) == ({"A": 25, "B": 20, "C": 5}, 50)
-    assert sum(one.origin == "m" for one in found) == 10
+    assert sum(item.origin == "m" for item in balanced_items) == 10
 
 
 def test_balance_goes_by_text_not_by_letter():
     items = [item(i, "p", options=("yes", "no"), answer="A") for i in range(6)]
     items += [item(i + 6, "p", options=("no", "yes"), answer="B") for i in range(2)]
     items += [item(i + 8, "p", options=("no", "yes"), answer="A") for i in range(4)]
-    found, left_out = balanced(items, BalanceRecipe(source="p", max_share=0.5), seed=0)
+    balanced_items, left_out = balanced(items, BalanceRecipe(source="p", max_share=0.5), seed=0)
     assert left_out == 4
-    assert Counter(one.question.options[one.question.answer] for one in found) == {"yes": 4, "no": 4}
+    assert Counter(item.question.options[item.question.answer] for item in balanced_items) == {"yes": 4, "no": 4}
 
 
 def test_balance_that_can_not_be_had_is_refused():
@@ -103,10 +103,10 @@ def pool():
 
 def test_quotas_by_count_and_by_level():
     quotas = [QuotaRecipe(source="a", per_level=3), QuotaRecipe(source="b", count=7)]
-    found, missing = mixed(pool(), quotas, 5, Short.REFUSE)
+    chosen, missing = mixed(pool(), quotas, 5, Short.REFUSE)
     assert missing == []
-    assert Counter(one.question.level for one in found if one.origin == "a") == dict.fromkeys(range(1, 7), 3)
-    assert sum(one.origin == "b" for one in found) == 7 and len(found) == 25
+    assert Counter(item.question.level for item in chosen if item.origin == "a") == dict.fromkeys(range(1, 7), 3)
+    assert sum(item.origin == "b" for item in chosen) == 7 and len(chosen) == 25
 
 
 def test_a_smaller_quota_takes_a_part_of_a_larger_one_and_file_order_does_not_count():
@@ -119,16 +119,16 @@ def test_a_smaller_quota_takes_a_part_of_a_larger_one_and_file_order_does_not_co
 
 
 def test_a_source_without_a_quota_is_left_out():
-    found, _ = mixed(pool(), [QuotaRecipe(source="b", count=2)], 0, Short.REFUSE)
-    assert {one.origin for one in found} == {"b"}
+    chosen, _ = mixed(pool(), [QuotaRecipe(source="b", count=2)], 0, Short.REFUSE)
+    assert {item.origin for item in chosen} == {"b"}
 
 
 def test_what_is_short_is_refused_or_told():
     quotas = [QuotaRecipe(source="a", per_level=11, levels=(1, 2)), QuotaRecipe(source="b", count=40)]
     with pytest.raises(DataError, match=r"a level 1: 10 of 11, a level 2: 10 of 11\)"):
         mixed(pool(), quotas, 0, Short.REFUSE)
-    found, missing = mixed(pool(), quotas, 0, Short.TAKE)
-    assert len(found) == 60 and missing == ["a level 1: 10 of 11", "a level 2: 10 of 11"]
+    chosen, missing = mixed(pool(), quotas, 0, Short.TAKE)
+    assert len(chosen) == 60 and missing == ["a level 1: 10 of 11", "a level 2: 10 of 11"]
 
 
 def test_quotas_by_level_without_levels_say_what_to_do():
@@ -137,8 +137,8 @@ def test_quotas_by_level_without_levels_say_what_to_do():
 
 
 def test_size_keeps_the_order():
-    found = drawn(pool(), 30, 1)
-    assert len(found) == 30 and [one for one in ids(pool()) if one in set(ids(found))] == ids(found)
+    chosen = drawn(pool(), 30, 1)
+    assert len(chosen) == 30 and [name for name in ids(pool()) if name in set(ids(chosen))] == ids(chosen)
     assert drawn(pool(), None, 1) == pool() == drawn(pool(), 100, 1)
 
 
@@ -151,15 +151,17 @@ def test_the_order_depends_on_seed_and_ids_alone():
 def test_new_letters_keep_the_right_text_and_are_dealt_evenly():
     items = [item(i, answer="B") for i in range(40)]
     items += [item(i, "five", options=tuple("vwxyz"), answer="E") for i in range(10)]
-    found, as_they_were = relettered(items, 2)
-    assert as_they_were == 0
-    assert [one.question.options[one.question.answer] for one in found] == ["x"] * 40 + ["z"] * 10
+    lettered, unchanged = relettered(items, 2)
+    assert unchanged == 0
+    assert [item.question.options[item.question.answer] for item in lettered] == ["x"] * 40 + ["z"] * 10
     assert all(
-        sorted(new.question.options.values()) == sorted(old.question.options.values()) for new, old in zip(found, items)
+        sorted(new.question.options.values()) == sorted(old.question.options.values()) for new, old in zip(lettered, items)
     )
-    assert Counter(one.question.answer for one in found[:40]) == dict.fromkeys("ABCD", 10)
-    assert Counter(one.question.answer for one in found[40:]) == dict.fromkeys("ABCDE", 2)
-    assert any(list(new.question.options.values()) != list(old.question.options.values()) for new, old in zip(found, items))
+    assert Counter(item.question.answer for item in lettered[:40]) == dict.fromkeys("ABCD", 10)
+    assert Counter(item.question.answer for item in lettered[40:]) == dict.fromkeys("ABCDE", 2)
+    assert any(
+        list(new.question.options.values()) != list(old.question.options.values()) for new, old in zip(lettered, items)
+    )
 
 
 def test_options_that_refer_to_others_stay():
@@ -172,7 +174,7 @@ def test_options_that_refer_to_others_stay():
     "tree, words",
     [
         ({"sources": []}, "sources: [] is not valid"),
-        ({"sources": [{"name": "a"}, {"name": "a"}]}, "a stands twice"),
+        ({"sources": [{"name": "a"}, {"name": "a"}]}, "a occurs twice"),
         ({"sources": [{"name": "a", "pth": "x"}]}, "sources.0.pth: unknown key; did you mean 'path'?"),
         ({"sources": [{"name": "a"}], "filtr": {}}, "filtr: unknown key; did you mean 'filter'?"),
         ({"sources": [{"name": "a"}], "quotas": [{"source": "b", "count": 1}]}, "quotas: 'b' is none of the sources a"),

@@ -178,7 +178,7 @@ def test_settings_that_the_folder_can_not_serve(folder, capsys):
     refused_everywhere(
         folder,
         capsys,
-        "'enable_thinking' is no variable",
+        "'enable_thinking' is not a variable",
         but=("model",),
         prompt={"template_variables": {"enable_thinking": False}},
     )
@@ -192,12 +192,12 @@ def test_a_check_prints_what_there_is_to_say_and_a_run_records_it(folder, capsys
     template = (folder / "chat_template.jinja").read_text().replace("message['content']", "message['content'] | trim")
     (folder / "chat_template.jinja").write_text("Hello.\n" + template)
     expected = [
-        "warning: the chat template drops or changes leading blanks, trailing blanks of a message",
+        "warning: the chat template drops or changes leading white space, trailing white space of a message",
         "note: config.json holds keys of which it is not known here whether they change the model: z_loss",
         "note: the tokenizer has 510 ids, the model 509: prompts that would hold one of the last 1 are refused",
         "note: the chat template ends a turn with '<|im_end|>', which the folder's files do not name as an end token; "
         "it ends responses too",
-        "note: the chat template writes a text of its own before the first message: 'Hello.'",
+        "note: the chat template writes text before the first message: 'Hello.'",
     ]
     for name, command in commands(folder).items():
         if name in ("train", "model"):

@@ -59,7 +59,7 @@ def ours(case, key="A"):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['kind']}: {case['text'][:40]}")
 def test_both_scorers_say_what_the_label_says(case):
     item = ours(case)
-    assert (item.letter if item.boxed else None) == case["ours"]
+    assert (item.letter if item.outcome.boxed else None) == case["ours"]
     assert harness_filter(case["text"]) == (case["harness"] or FALLBACK)
     assert bool(case.get("why")) == (case["ours"] != case["harness"]), "a reason is for a disagreement"
 

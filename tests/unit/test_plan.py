@@ -21,7 +21,7 @@ from alphamed.lab.planner.time import decay_scale, step_time
 from alphamed.lab.planner.topology import axis_groups, context_bytes, coordinates, place
 from alphamed.planner.batch import batch_of, in_flight
 from alphamed.planner.hardware import gpu
-from alphamed.planner.job import Job
+from alphamed.planner.job import PlannedJob
 from alphamed.planner.legality import layout_problems
 from alphamed.planner.memory import _receiving_bytes, engine_cache, layer_bytes, stage_use, static_bytes, trainer_use
 from alphamed.planner.parameters import buffer_elements, count, layers_of, stage_parameters
@@ -45,7 +45,7 @@ def config_of(name: str = LLAMA_8B, /, **sections) -> Config:
     return build_config(tree)
 
 
-def job(name: str = LLAMA_8B, /, **sections) -> Job:
+def job(name: str = LLAMA_8B, /, **sections) -> PlannedJob:
     return job_of(config_of(name, **sections))[0]
 
 
@@ -81,10 +81,14 @@ def test_ranks_hold_every_parameter_once(name):
         if pipeline == 1 and virtual > 1 or shape.layers % (pipeline * virtual):
             continue
         stages = stage_parameters(shape, tensor, pipeline, virtual)
-        held = [one for stage in stages for chunk in stage for one in chunk]
-        whole = sum(one.elements * (1 if one.kind == "replicated" else tensor) for one in held if not one.copy)
+        parameters = [parameter for stage in stages for chunk in stage for parameter in chunk]
+        whole = sum(
+            parameter.elements * (1 if parameter.kind == "replicated" else tensor)
+            for parameter in parameters
+            if not parameter.copy
+        )
         assert whole == shape.parameters, (tensor, pipeline, virtual)  # these vocabularies divide by 2
-        assert sum(one.copy for one in held) == (shape.tied and pipeline > 1)
+        assert sum(parameter.copy for parameter in parameters) == (shape.tied and pipeline > 1)
         layers = [
             layer
             for stage in range(pipeline)
@@ -96,22 +100,22 @@ def test_ranks_hold_every_parameter_once(name):
 
 @pytest.mark.parametrize(("tensor", "pipeline", "engine"), [(1, 1, 1), (4, 4, 4), (8, 2, 2), (2, 4, 8)])
 def test_room_for_a_direct_push_is_what_the_sync_plan_takes(tensor, pipeline, engine):
-    one = job(
+    planned = job(
         LLAMA_70B,
         parallel={"tensor": tensor, "pipeline": pipeline},
         rollout={"tensor_parallel": engine},
         sync={"mode": "direct"},
     )
-    wire = Wire("direct", "nccl", "bfloat16", one.config.sync.bucket_bytes)
-    plan = routes.make_plan(one.shape, one.parallel, (engine,), wire)
+    wire = Wire("direct", "nccl", "bfloat16", planned.config.sync.bucket_bytes)
+    plan = routes.make_plan(planned.shape, planned.parallel, (engine,), wire)
     largest = max(plan.buffer_bytes(worker) for worker in range(engine))
-    assert 0.85 * _receiving_bytes(one) < largest <= _receiving_bytes(one)  # buckets end between tensors
+    assert 0.85 * _receiving_bytes(planned) < largest <= _receiving_bytes(planned)  # buckets end between tensors
 
 
 def test_vocabulary_is_padded_to_the_tensor_ranks_and_buffers_to_their_alignment():
     shape = replace(shapes()[LLAMA_8B], layers=1, hidden=8, ffn=6, heads=2, kv_heads=2, head_dim=4, vocab=509)
     (chunk,) = stage_parameters(shape, 2, 1, 1)[0]
-    by_name = {one.names[0]: one.shape for one in chunk}
+    by_name = {parameter.names[0]: parameter.shape for parameter in chunk}
     assert by_name["embedding.word_embeddings.weight"] == (255, 8)
     assert by_name["decoder.layers.0.self_attention.linear_qkv.weight"] == (12, 8)
     assert by_name["decoder.layers.0.mlp.linear_fc2.weight"] == (8, 3)
@@ -124,20 +128,20 @@ def test_vocabulary_is_padded_to_the_tensor_ranks_and_buffers_to_their_alignment
 # --------------------------------------------------------------------------------------------------------------- memory
 def test_static_memory_by_hand():
     # 8B over 4 tensor ranks: norms (65 x 4096) whole, everything else cut; 2 data ranks share the optimizer's state
-    found = static_bytes(job(parallel={"tensor": 4, "data": 2, "sequence": True}, algorithm={"kl_coefficient": 0.1}), 0)
+    causes = static_bytes(job(parallel={"tensor": 4, "data": 2, "sequence": True}, algorithm={"kl_coefficient": 0.1}), 0)
     held = (8_030_261_248 - 65 * 4096) // 4 + 65 * 4096
-    assert found == {"weights": 2 * held, "gradients": 4 * held, "optimizer": 12 * held // 2, "reference": 2 * held}
+    assert causes == {"weights": 2 * held, "gradients": 4 * held, "optimizer": 12 * held // 2, "reference": 2 * held}
 
 
 def test_activations_of_a_layer_by_hand():
     # 8B, TP 4 with sequence parallelism, answers that share no prompt, bf16, bytes per token:
     # input, residual, two normalised inputs 4 x 4096 x 2 / 4 = 8192, two norm factors 8; qkv (4096 + 2 x 1024) x 2,
     # rotated q and k (4096 + 1024) x 2, output 4096 x 2, log-sum-exps 32 x 4; gate, up, product 3 x 14336 x 2
-    one = job(parallel={"tensor": 4, "sequence": True, "share_prompts": False})
+    planned = job(parallel={"tensor": 4, "sequence": True, "share_prompts": False})
     attention, mlp = (6144 + 5120 + 4096) * 2 + 128, 3 * 14336 * 2
-    assert layer_bytes(one, "none") == (8192 + 8 + (attention + mlp) / 4, 2048)
-    assert layer_bytes(one, "selective")[0] == 8192 + 8 + (attention - 5120 * 2 + mlp) / 4
-    assert layer_bytes(one, "full") == (2048, 2048)
+    assert layer_bytes(planned, "none") == (8192 + 8 + (attention + mlp) / 4, 2048)
+    assert layer_bytes(planned, "selective")[0] == 8192 + 8 + (attention - 5120 * 2 + mlp) / 4
+    assert layer_bytes(planned, "full") == (2048, 2048)
 
 
 def test_a_offloaded_reference_by_hand():
@@ -150,7 +154,7 @@ def test_a_offloaded_reference_by_hand():
         for place in ("resident", "offloaded")
     )
     held = 2 * ((8_030_261_248 - 65 * 4096) // 4 + 65 * 4096)
-    before, after = (stage_use(one, 0).causes for one in (resident, swapped))
+    before, after = (stage_use(planned, 0).causes for planned in (resident, swapped))
     assert before["reference"] == held and after["reference"] == 0
     assert {**before, "reference": 0} == after
     # full recompute keeps 32 inputs of 16,384 x 2,048 bytes: the reference and its output layer need more than an update
@@ -167,11 +171,11 @@ def test_a_offloaded_reference_by_hand():
 
 
 def test_chunks_of_their_own_accord_are_planned():
-    one = job(parallel={"micro_batch_tokens": 16384})
-    whole = replace(one, config=changed_config(one.config, ["parallel.logprob_chunk_tokens=0"]))
+    planned = job(parallel={"micro_batch_tokens": 16384})
+    whole = replace(planned, config=changed_config(planned.config, ["parallel.logprob_chunk_tokens=0"]))
     logits = 128256 * 6  # FP32, and their gradient in bf16, of a token
-    assert stage_use(whole, 0).causes["logits"] - stage_use(one, 0).causes["logits"] == (16384 - 2048) * logits
-    assert step_time(one).update > step_time(whole).update
+    assert stage_use(whole, 0).causes["logits"] - stage_use(planned, 0).causes["logits"] == (16384 - 2048) * logits
+    assert step_time(planned).update > step_time(whole).update
 
 
 @pytest.mark.parametrize(
@@ -179,16 +183,16 @@ def test_chunks_of_their_own_accord_are_planned():
 )
 def test_micro_batches_in_flight(virtual, stage, expected):
     # 1F1B: as many as stages follow. Interleaved: 2 (stages behind) + (chunks - 1) stages chunks before the first backward
-    one = job(parallel={"pipeline": 4, "virtual_pipeline": virtual})
-    assert in_flight(one, stage, rows=64) == expected
-    assert in_flight(one, stage, rows=1) <= 1
+    planned = job(parallel={"pipeline": 4, "virtual_pipeline": virtual})
+    assert in_flight(planned, stage, rows=64) == expected
+    assert in_flight(planned, stage, rows=1) <= 1
 
 
 def test_kv_cache_by_hand():
-    one = job(rollout={"tensor_parallel": 2, "kv_cache_bytes": 4 << 30})
-    found = engine_cache(one)
-    assert found.token_bytes == 2 * 32 * 4 * 128 * 2  # keys and values, layers, 4 of 8 heads, bf16
-    assert found.tokens == (2 << 30) // 65536 == 32768 and found.full_sequences == 32768 // 3072
+    planned = job(rollout={"tensor_parallel": 2, "kv_cache_bytes": 4 << 30})
+    cache = engine_cache(planned)
+    assert cache.token_bytes == 2 * 32 * 4 * 128 * 2  # keys and values, layers, 4 of 8 heads, bf16
+    assert cache.tokens == (2 << 30) // 65536 == 32768 and cache.full_sequences == 32768 // 3072
 
 
 def test_fp8_copies_and_the_reference_double_what_layers_hold():
@@ -200,28 +204,32 @@ def test_fp8_copies_and_the_reference_double_what_layers_hold():
 
 # ---------------------------------------------------------------------------------------------------- batch and topology
 def test_batch_arithmetic_by_hand():
-    one = job(
+    planned = job(
         rollout={"questions_per_step": 64, "samples_per_question": 4, "max_response_tokens": 400},
         prompt={"max_tokens": 404},
         parallel={"data": 2, "micro_batch_tokens": 2000, "pipeline": 2},
         algorithm={"mini_batches": 2},
     )
-    found = batch_of(one)  # expected: 101 prompt, 100 response tokens
-    assert found.trained_tokens == 64 * (100 + 400)
-    assert found.rows == math.ceil(32000 / 2 / 2 / (2000 * 0.92)) == 5 and found.micro.tokens == 1600
-    assert found.shared_fraction == 1 - 500 / 800 and found.bubble == 1 / 6
+    batch = batch_of(planned)  # expected: 101 prompt, 100 response tokens
+    assert batch.trained_tokens == 64 * (100 + 400)
+    assert batch.rows == math.ceil(32000 / 2 / 2 / (2000 * 0.92)) == 5 and batch.micro.tokens == 1600
+    assert batch.shared_fraction == 1 - 500 / 800 and batch.bubble == 1 / 6
+
+
+def nodes_of(topology) -> dict[str, set[int]]:
+    return {role: {seat.node for seat in topology.seats if seat.role == role} for role in ("trainer", "engine")}
 
 
 def test_ranks_and_engines_have_their_places():
-    one = replace(
+    planned = replace(
         job(
             parallel={"tensor": 2, "pipeline": 2, "data": 2, "sequence": True}, rollout={"engines": 2, "tensor_parallel": 2}
         ),
         gpus_per_node=4,
     )
-    topology = place(one)
+    topology = place(planned)
     seats = {(seat.node, seat.gpu): seat for seat in topology.seats}
-    assert len(seats) == 12 and topology.trainer_nodes == 2 and topology.engine_nodes == 1
+    assert len(seats) == 12 and nodes_of(topology) == {"trainer": {0, 1}, "engine": {2}}
     assert [(seats[1, g].rank, seats[1, g].tensor, seats[1, g].data, seats[1, g].pipeline) for g in range(4)] == [
         (4, 0, 0, 1),
         (5, 1, 0, 1),
@@ -230,8 +238,8 @@ def test_ranks_and_engines_have_their_places():
     ]
     assert [(seats[2, g].engine, seats[2, g].worker) for g in range(4)] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert seats[0, 0].layers == ((0, 15),) and seats[1, 0].layers == ((16, 31),)
-    assert axis_groups(one.parallel)["data"] == [[0, 2], [1, 3], [4, 6], [5, 7]]
-    assert axis_groups(one.parallel)["pipeline"] == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert axis_groups(planned.parallel)["data"] == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert axis_groups(planned.parallel)["pipeline"] == [[0, 4], [1, 5], [2, 6], [3, 7]]
     kinds = {group.kind: group for group in topology.groups}
     assert kinds["tensor"].within_node and kinds["data"].within_node and not kinds["pipeline"].within_node
     # a broadcast crosses to the one engine node once: 8.03 billion parameters in bf16
@@ -240,41 +248,43 @@ def test_ranks_and_engines_have_their_places():
 
 def test_engines_may_have_the_gpus_that_ranks_leave_on_their_hosts():
     """4 + 4 on each of two hosts of 8: an engine of 4 on each, weights cross once, to the second."""
-    one = job(
+    planned = job(
         parallel={"tensor": 4, "data": 2},
         rollout={"engines": 2, "tensor_parallel": 4},
         cluster={"ranks_per_host": 4, "nodes": 2},
     )
-    topology = place(one)
+    topology = place(planned)
     seats = {(seat.node, seat.gpu): seat for seat in topology.seats}
-    assert len(seats) == 16 and (topology.trainer_nodes, topology.engine_nodes) == (2, 0)
+    assert len(seats) == 16 and nodes_of(topology) == {"trainer": {0, 1}, "engine": {0, 1}}
     assert [seats[1, gpu].rank for gpu in range(4)] == [4, 5, 6, 7] and seats[1, 0].data == 1
     assert [(seats[node, gpu].engine, seats[node, gpu].worker) for node in (0, 1) for gpu in range(4, 8)] == [
         (engine, worker) for engine in (0, 1) for worker in range(4)
     ]
     kinds = {group.kind: group for group in topology.groups}
     assert kinds["tensor"].within_node and not kinds["data"].within_node
-    assert kinds["weight sync"].leaving == 2 * 8_030_261_248 and not layout_problems(one)
-    crowded = replace(one, nodes=1)
+    assert kinds["weight sync"].leaving == 2 * 8_030_261_248 and not layout_problems(planned)
+    crowded = replace(planned, nodes=1)
     assert [problem.text for problem in layout_problems(crowded)] == [
         "cluster.nodes: 8 trainer ranks, 4 on a host, and 2 engines need 2 nodes of 8 GPUs, there are 1"
     ]
 
 
 def test_context_ranks_stand_between_tensor_and_data_ranks():
-    one = job(parallel={"tensor": 2, "context": 2, "pipeline": 2, "data": 2, "sequence": True})
-    assert [coordinates(rank, one.parallel) for rank in (1, 2, 4, 13)] == [
+    planned = job(parallel={"tensor": 2, "context": 2, "pipeline": 2, "data": 2, "sequence": True})
+    assert [coordinates(rank, planned.parallel) for rank in (1, 2, 4, 13)] == [
         (1, 0, 0, 0),
         (0, 1, 0, 0),
         (0, 0, 1, 0),
         (1, 0, 1, 1),
     ]  # (tensor, context, data, pipeline)
-    groups = axis_groups(one.parallel)
+    groups = axis_groups(planned.parallel)
     assert groups["context"][:3] == [[0, 2], [1, 3], [4, 6]]
     assert groups["data"] == [[0, 2, 4, 6], [1, 3, 5, 7], [8, 10, 12, 14], [9, 11, 13, 15]]
     assert [
         group.source
-        for group in routes.make_plan(one.shape, one.parallel, (2,), Wire("gather", "nccl", "bfloat16", 1 << 28)).links
+        for group in routes.make_plan(
+            planned.shape, planned.parallel, (2,), Wire("gather", "nccl", "bfloat16", 1 << 28)
+        ).links
     ] == [0, 8]
 
 
@@ -283,19 +293,22 @@ def test_a_context_rank_has_a_part_of_a_row_and_of_the_optimizer():
         job(parallel={"context": context, "micro_batch_tokens": tokens, "recompute": "selective"})
         for context, tokens in ((1, 4096), (2, 8192))
     )
-    one, two = (stage_use(each, 0).causes for each in (alone, shared))
-    assert {cause: one[cause] for cause in ("activations", "logits", "weights", "gradients")} == {
-        cause: two[cause] for cause in ("activations", "logits", "weights", "gradients")
+    alone_causes, shared_causes = (stage_use(each, 0).causes for each in (alone, shared))
+    assert {cause: alone_causes[cause] for cause in ("activations", "logits", "weights", "gradients")} == {
+        cause: shared_causes[cause] for cause in ("activations", "logits", "weights", "gradients")
     }
-    assert one["optimizer"] == 2 * two["optimizer"]
+    assert alone_causes["optimizer"] == 2 * shared_causes["optimizer"]
 
 
 def test_what_context_ranks_exchange_and_keep():
     """Llama-3.1-8B has 32 query and 8 key and value heads of 128: 4096 and 1024 elements a token, 2 bytes each."""
     alone, shared, many = (job(parallel={"context": context}) for context in (1, 2, 16))
     # rotated q and k beside the fused qkv; or q, k and v as exchanged in place of it, and the output once more
-    kept = [layer_bytes(one, Recompute.NONE)[0] - layer_bytes(one, Recompute.SELECTIVE)[0] for one in (alone, shared, many)]
-    assert kept == [2 * (4096 + 1024), 2 * 4096, 2 * (4096 + 2 * 1024)]  # 16 ranks: 8 more copies of k and of v
+    differences = [
+        layer_bytes(planned, Recompute.NONE)[0] - layer_bytes(planned, Recompute.SELECTIVE)[0]
+        for planned in (alone, shared, many)
+    ]
+    assert differences == [2 * (4096 + 1024), 2 * 4096, 2 * (4096 + 2 * 1024)]  # 16 ranks: 8 more copies of k and of v
     row = batch_of(shared).micro.tokens
     # 2 ranks hold half a row each, and send half of their heads' q, k, v and outputs to the other
     assert context_bytes(shared, batch_of(shared)) == pytest.approx(row / 2 * (4096 + 1024 + 1024 + 4096) / 2 * 2)
@@ -308,10 +321,35 @@ def test_one_node_is_shared_and_what_is_left_idles():
 
 
 # ----------------------------------------------------------------------------------------------------------------- time
-def test_the_efficiencies_are_those_that_two_published_steps_give():
-    found = published.fit(replace(GPU, matmul=0.3, decode_s=2e-3, handover=1e9, sync=1e9, other_s=1))
+def test_the_published_70b_step_by_hand():
+    """NeMo-RL 0.3, Llama-3.1-70B on 64 H100: 147 s, of which generation 84, update 28, log-probs 18 (the latter two with the
+    hand-over of the GPUs), weight sync 14. Tensor 4 x pipeline 4 x data 4: 20 layers a stage, the last with norm and output."""
+    time = step_time(published.steps()["70b"].job)
+    matrices = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672
+    stage = 20 * (matrices + 2 * 8192) + 8192 + 8192 * 128256
+    rank = 20 * (matrices / 4 + 2 * 8192) + 8192 + 8192 * 128256 / 4
+    assert time.sync == pytest.approx(2 * stage / 2.595e9) == pytest.approx(14, rel=0.01)
+    # FP32 masters and two moments of a quarter of the rank's parameters, to the host and back
+    assert time.handover == pytest.approx(2 * 12 * rank / 4 / 1.814e9, rel=1e-4)
+    assert time.other == 147 - 84 - 28 - 18 - 14
+    assert time.generate == pytest.approx(84, rel=0.01)
+    assert time.update + time.logprobs + time.handover == pytest.approx(28 + 18, rel=0.01)
+    assert time.total == pytest.approx(147, rel=0.01)
+
+
+def test_fitting_recovers_the_efficiencies_that_steps_were_made_with(monkeypatch):
+    chosen = replace(GPU, matmul=0.35, decode_s=7e-3, handover=2.5e9, sync=1.7e9, other_s=4.0)
+    made = {}
+    for key in published.CALIBRATION:
+        step = published.steps()[key]
+        time = step_time(step.job, chosen)
+        parts = time.parts() | {"update": time.update + time.handover}
+        del parts["other"], parts["handover"]
+        made[key] = replace(step, seconds=time.total, parts=parts)
+    monkeypatch.setattr(published, "steps", lambda: made)
+    fitted = published.fit(GPU)
     for name in ("matmul", "decode_s", "handover", "sync", "other_s"):
-        assert getattr(found, name) == pytest.approx(getattr(GPU, name), rel=0.01), name
+        assert getattr(fitted, name) == pytest.approx(getattr(chosen, name), rel=1e-3), name
 
 
 def test_unseen_published_steps_are_met_within_a_fifth():
@@ -321,6 +359,16 @@ def test_unseen_published_steps_are_met_within_a_fifth():
     }
     assert len(unseen) == 3
     assert all(0.8 < ratio < 1.2 for ratio in unseen.values()), unseen
+
+
+# the same layouts with other lengths in NeMo-RL 0.4, from that release's performance summary; no fit has used them
+@pytest.mark.parametrize(
+    ("key", "tokens", "seconds"),
+    [("8b", 1060, 97.7), ("8b one off", 1129, 74.6), ("32b", 3206, 393), ("32b one off", 3207, 215)],
+)
+def test_steps_of_an_earlier_release_are_met_within_a_fifth(key, tokens, seconds):
+    earlier = replace(published.steps()[key].job, response_tokens=tokens - published.PROMPT_TOKENS)
+    assert 0.8 < step_time(earlier).total / seconds < 1.2
 
 
 def test_the_documented_table_is_the_models():
@@ -336,7 +384,7 @@ def test_lengths_cut_at_a_limit_have_the_mean_that_was_asked_for():
 
 def test_update_time_of_one_gpu_by_hand():
     # two rows of 3,600 tokens in all; 6 FLOPs per parameter and token in matrices, 12 q per pair, 6 H V per response token
-    one = job(
+    planned = job(
         rollout={"questions_per_step": 4, "samples_per_question": 4, "max_response_tokens": 400},
         prompt={"max_tokens": 404},
         parallel={"micro_batch_tokens": 2000},
@@ -345,19 +393,19 @@ def test_update_time_of_one_gpu_by_hand():
     matrices = 32 * (4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336)
     flops = tokens * (6 * matrices + 12 * 32 * 4096 * context) + 6 * responses * 4096 * 128256
     adam = 8_030_261_248 * (30 + 8) / (3.35e12 * GPU.memory)
-    assert step_time(one).model_flops == pytest.approx(flops)
-    assert step_time(one).update == pytest.approx(flops / (989.4e12 * GPU.matmul) + adam)
+    assert step_time(planned).model_flops == pytest.approx(flops)
+    assert step_time(planned).update == pytest.approx(flops / (989.4e12 * GPU.matmul) + adam)
 
 
 # -------------------------------------------------------------------------------------------------------------- recipes
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_fit_the_nodes_that_they_name(path):
-    found = load_config(path)
-    plan = make_plan(*job_of(found))
+    recipe = load_config(path)
+    plan = make_plan(*job_of(recipe))
     assert plan.fits, plan.problems
-    assert plan.found.topology.nodes == found.cluster.nodes and f"{found.cluster.nodes}node" in path.stem
-    assert found.run.name == path.stem and found.model.fp8 == path.stem.endswith("_fp8")
-    assert {"trainer", "engine"} == {seat.role for seat in plan.found.topology.seats}  # no GPU idles
+    assert plan.assessment.topology.nodes == recipe.cluster.nodes and f"{recipe.cluster.nodes}node" in path.stem
+    assert recipe.run.name == path.stem and recipe.model.fp8 == path.stem.endswith("_fp8")
+    assert {"trainer", "engine"} == {seat.role for seat in plan.assessment.topology.seats}  # no GPU idles
 
 
 def test_there_is_a_recipe_for_every_model_and_cluster():
@@ -425,7 +473,7 @@ def test_illegal_settings_come_with_the_nearest_that_fit(sections, field, fix):
         "parallel": {"recompute": "full"} | sections.get("parallel", {}),
     }
     plan = make_plan(job(**wide))
-    assert not plan.fits and plan.found is None
+    assert not plan.fits and plan.assessment is None
     assert plan.problems[0].text.startswith(field) and plan.problems[0].fix == (fix,)
     assert make_plan(job_of(changed_config(config_of(**wide), [fix]))[0]).fits
 
@@ -463,11 +511,11 @@ def test_every_printed_mend_changes_something_and_leads_to_a_legal_plan(name, ov
     assert not plan.fits
     fixes = [problem.fix for problem in plan.problems if problem.fix]
     changes = advice.fixes(plan)
-    assert len(fixes) == 1 if plan.found is None else changes
+    assert len(fixes) == 1 if plan.assessment is None else changes
     for fix in (*fixes, *(change.overrides for change in changes)):
         fixed = changed_config(config, fix)
         assert fixed != config
-        assert make_plan(*job_of(fixed)).found is not None, fix
+        assert make_plan(*job_of(fixed)).assessment is not None, fix
     for change in changes:
         assert make_plan(*job_of(changed_config(config, change.overrides))).fits, change
 
@@ -510,60 +558,60 @@ def test_a_cache_that_is_too_small_is_told_the_least_size():
 
 
 def test_advice_keeps_ranks_that_talk_in_every_layer_within_a_node():
-    one = job_of(load_config(ROOT / "examples" / "recipes" / "llama31_70b_8nodes.yaml"))[0]
-    for overrides in advice.neighbours(one, 64):
-        p = changed_config(one.config, overrides).parallel if "parallel.context=2" in overrides else one.parallel
+    planned = job_of(load_config(ROOT / "examples" / "recipes" / "llama31_70b_8nodes.yaml"))[0]
+    for overrides in advice.neighbours(planned, 64):
+        p = changed_config(planned.config, overrides).parallel if "parallel.context=2" in overrides else planned.parallel
         assert p.tensor * p.context <= 8, overrides
-    assert all(cut["tensor"] * cut["context"] <= 8 for cut in layouts(one, 64))
-    assert any(cut["context"] == 8 for cut in layouts(one, 64))
+    assert all(cut["tensor"] * cut["context"] <= 8 for cut in layouts(planned, 64))
+    assert any(cut["context"] == 8 for cut in layouts(planned, 64))
 
 
 def test_a_row_that_is_too_long_for_tensor_ranks_is_shared_by_context_ranks():
     """140,000 tokens in a row: full recomputation keeps 32 inputs of 4,096 x 2 bytes of each, 36.7 GB, beside 48 GB of
     weights and gradients."""
-    one = job(
+    planned = job(
         parallel={"tensor": 1, "data": 8, "micro_batch_tokens": 140000, "recompute": "full"},
         rollout={"max_response_tokens": 120000, "engines": 8},
         cluster={"nodes": 2},
     )
-    plan = make_plan(one)
-    assert not plan.fits and plan.found
-    shared = changed_config(one.config, ["parallel.context=8", "parallel.data=1", "rollout.step_deadline_s=100000"])
+    plan = make_plan(planned)
+    assert not plan.fits and plan.assessment
+    shared = changed_config(planned.config, ["parallel.context=8", "parallel.data=1", "rollout.step_deadline_s=100000"])
     assert make_plan(job_of(shared)[0]).fits
-    assert all(make_plan(job_of(changed_config(one.config, change.overrides))[0]).fits for change in advice.fixes(plan))
+    assert all(make_plan(job_of(changed_config(planned.config, change.overrides))[0]).fits for change in advice.fixes(plan))
     assert advice.fixes(plan)
 
 
 def test_what_is_too_large_comes_with_changes_that_make_it_fit():
-    one = job(
+    planned = job(
         LLAMA_70B,
         parallel={"tensor": 8, "pipeline": 4, "sequence": True, "micro_batch_tokens": 16384},
         rollout={"engines": 2, "tensor_parallel": 8},
     )
-    plan = make_plan(one)
+    plan = make_plan(planned)
     assert not plan.fits and "activations" in plan.problems[0].text
-    found = advice.fixes(plan)
-    assert found
-    for change in found:
-        fixed = make_plan(replace(one, config=changed_config(one.config, change.overrides)))
-        assert fixed.fits and fixed.found.time.total == change.seconds
+    changes = advice.fixes(plan)
+    assert changes
+    for change in changes:
+        fixed = make_plan(replace(planned, config=changed_config(planned.config, change.overrides)))
+        assert fixed.fits and fixed.assessment.time.total == change.seconds
 
 
 def test_advice_holds_when_it_is_followed():
-    one = job_of(load_config(ROOT / "examples" / "recipes" / "llama31_70b_8nodes.yaml"))[0]
-    plan = make_plan(one)
-    found = advice.faster(plan)
-    assert len(found) == 2
-    for change in found:
-        other = make_plan(replace(one, config=changed_config(one.config, change.overrides)))
-        assert other.fits and other.found.time.total == change.seconds < plan.found.time.total
+    planned = job_of(load_config(ROOT / "examples" / "recipes" / "llama31_70b_8nodes.yaml"))[0]
+    plan = make_plan(planned)
+    changes = advice.faster(plan)
+    assert len(changes) == 2
+    for change in changes:
+        other = make_plan(replace(planned, config=changed_config(planned.config, change.overrides)))
+        assert other.fits and other.assessment.time.total == change.seconds < plan.assessment.time.total
         assert other.job.gpus <= plan.job.gpus
-        assert other.found.batch.samples == plan.found.batch.samples  # what is trained stays
+        assert other.assessment.batch.samples == plan.assessment.batch.samples  # what is trained stays
 
 
 def test_fullest_stage_is_the_one_reported():
-    one = job(LLAMA_70B, parallel={"tensor": 8, "pipeline": 4, "sequence": True, "recompute": "full"})
-    assert trainer_use(one).total == max(stage_use(one, stage).total for stage in range(4))
+    planned = job(LLAMA_70B, parallel={"tensor": 8, "pipeline": 4, "sequence": True, "recompute": "full"})
+    assert trainer_use(planned).total == max(stage_use(planned, stage).total for stage in range(4))
 
 
 def test_gpus_have_names():
@@ -607,11 +655,11 @@ def test_trainer_and_engine_on_one_gpu_must_fit_together():
     ].overrides == ("rollout.gpu_memory_utilization=0.2",)
     fitting = make_plan(job(QWEN_3B, **SHARED | {"parallel": SMALL}, rollout={"gpu_memory_utilization": 0.15}))
     assert fitting.fits, fitting.problems
-    assert [(seat.node, seat.gpu, seat.role) for seat in fitting.found.topology.seats] == [
+    assert [(seat.node, seat.gpu, seat.role) for seat in fitting.assessment.topology.seats] == [
         (0, 0, "trainer"),
         (0, 0, "engine"),
     ]
-    assert fitting.job.gpus == 1 and fitting.found.topology.nodes == 1
+    assert fitting.job.gpus == 1 and fitting.assessment.topology.nodes == 1
 
 
 def test_shared_gpus_are_those_of_one_node():
@@ -653,14 +701,16 @@ def test_a_run_that_is_too_large_for_its_nodes_shrinks_no_more_than_it_must(node
         rollout={"tensor_parallel": 8, "engines": engines},
     )
     (problem,) = [
-        one for one in make_plan(large).problems if one.text.startswith("cluster.nodes: 128 trainer ranks and 8 engines")
+        problem
+        for problem in make_plan(large).problems
+        if problem.text.startswith("cluster.nodes: 128 trainer ranks and 8 engines")
     ]
     assert problem.fix == fix
 
 
 def test_shared_memory_does_not_reach_to_another_machine():
-    one = job(QWEN_3B, cluster={"device": "cuda", "gpus_per_node": 2}, sync={"transport": "ipc"})
-    assert not [problem for problem in make_plan(one).problems if "ipc" in problem.text]
+    planned = job(QWEN_3B, cluster={"device": "cuda", "gpus_per_node": 2}, sync={"transport": "ipc"})
+    assert not [problem for problem in make_plan(planned).problems if "ipc" in problem.text]
     two = make_plan(job(QWEN_3B, cluster={"device": "cuda", "gpus_per_node": 1}, sync={"transport": "ipc"}))
     assert "sync.transport: ipc needs one machine, 1 trainer ranks and 1 engines of 1 GPUs need several of 1 GPUs" in str(
         two.problems[0]
@@ -671,8 +721,8 @@ def test_mends_are_not_told_twice():
     large = load_config(
         ROOT / "examples" / "recipes" / "llama31_8b_1node_shared.yaml", ["parallel.tensor=2", "parallel.data=4"]
     )
-    told = [frozenset(one.overrides) for one in advice.fixes(make_plan(*job_of(large)))]
-    assert len(told) == len(set(told)) > 0
+    changes = [frozenset(change.overrides) for change in advice.fixes(make_plan(*job_of(large)))]
+    assert len(changes) == len(set(changes)) > 0
 
 
 def test_without_cuda_sharing_changes_nothing():

@@ -22,9 +22,9 @@ RECIPE = str(ROOT / "examples" / "recipes" / "llama31_8b_1node.yaml")
 def test_a_plan_that_fits(tmp_path, capsys):
     files = tmp_path / "plan.json", tmp_path / "plan.html"
     assert main(["plan", "--config", RECIPE, "--json", str(files[0]), "--html", str(files[1])]) == 0
-    said = capsys.readouterr().out
-    assert "8,030,261,248 parameters" in said and said.rstrip().endswith("It fits.")
-    assert all(len(line) <= 140 for line in said.splitlines())
+    output = capsys.readouterr().out
+    assert "8,030,261,248 parameters" in output and output.rstrip().endswith("It fits.")
+    assert all(len(line) <= 140 for line in output.splitlines())
     tree = json.loads(files[0].read_text())
     assert tree["fits"] and set(tree["step"]["seconds"]) == {"generate", "logprobs", "update", "sync", "other", "total"}
     page = files[1].read_text()
@@ -35,8 +35,8 @@ def test_a_plan_that_fits(tmp_path, capsys):
 
 def test_what_does_not_fit_exits_with_1(capsys):
     assert main(["plan", "--config", RECIPE, "parallel.tensor=1", "parallel.sequence=false"]) == 1
-    said = capsys.readouterr().out
-    assert "PROBLEM  trainer" in said and "FITS " in said and said.rstrip().endswith("It does not fit.")
+    output = capsys.readouterr().out
+    assert "PROBLEM  trainer" in output and "FITS " in output and output.rstrip().endswith("It does not fit.")
 
 
 def test_an_illegal_layout_exits_with_1_and_names_the_nearest(tmp_path, capsys):
@@ -64,8 +64,8 @@ def test_an_illegal_layout_exits_with_1_and_names_the_nearest(tmp_path, capsys):
 def test_bad_input_exits_with_2_in_one_line(arguments, tmp_path, capsys):
     written = tmp_path / "plan.json"
     assert main(["plan", "--config", RECIPE, "--json", str(written), f"model.cache={tmp_path}", *arguments]) == 2
-    told = capsys.readouterr()
-    assert told.out == "" and told.err.startswith("error: ") and told.err.count("\n") == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
     assert not written.exists()
 
 
@@ -171,8 +171,8 @@ def test_a_mistake_in_an_option_is_one_line_before_anything_is_planned(arguments
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("alphamed.lab.planner.main.make_plan", None)
     assert main(["plan", "--config", RECIPE, *arguments]) == 2
-    told = capsys.readouterr()
-    assert told.out == "" and told.err.count("\n") == 1 and all(word in told.err for word in words), told.err
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and all(word in captured.err for word in words), captured.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -205,5 +205,5 @@ def test_building_ranks_prints_its_result_and_no_warnings():
 def test_what_nothing_mends_is_said_on_paper_too(tmp_path, capsys):
     written = tmp_path / "p.html"  # 70 billion parameters, 18 bytes each, and a node of 640 GB
     assert main(["plan", "--config", RECIPE, "--html", str(written), "model.path=meta-llama/Llama-3.1-70B-Instruct"]) == 1
-    said = "It does not fit, and no settings that do were found within these nodes."
-    assert capsys.readouterr().out.rstrip().endswith(said) and said in written.read_text()
+    verdict = "It does not fit, and no settings that do were found within these nodes."
+    assert capsys.readouterr().out.rstrip().endswith(verdict) and verdict in written.read_text()

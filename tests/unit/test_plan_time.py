@@ -57,10 +57,10 @@ def test_rounds_of_a_step(sampling, staleness, expected):
 
 
 def test_every_round_is_generated_after_the_one_before():
-    one = job(dynamic_sampling={"refills": 1})
+    planned = job(dynamic_sampling={"refills": 1})
     assert step_time(job()).generate == pytest.approx(generated(8, 8), rel=1e-6)
-    assert step_time(one).generate == pytest.approx(generated(8, 8) + generated(4, 8), rel=1e-6)
-    assert wait_seconds(one) == pytest.approx(generated(8, 8), rel=1e-6)  # each round has the deadline to itself
+    assert step_time(planned).generate == pytest.approx(generated(8, 8) + generated(4, 8), rel=1e-6)
+    assert wait_seconds(planned) == pytest.approx(generated(8, 8), rel=1e-6)  # each round has the deadline to itself
 
 
 # --------------------------------------------------------------------------------------------------------------- overlap
@@ -76,8 +76,8 @@ def test_generation_ahead_overlaps_training():
 
 @pytest.mark.parametrize("cluster", [{"device": "cuda", "share_gpus": True, "gpus_per_node": 1}, {"device": "cpu"}])
 def test_nothing_overlaps_on_shared_devices(cluster):
-    found = [step_time(job(cluster=cluster, rollout={"questions_per_step": 8, "max_staleness": k})).total for k in (0, 1)]
-    assert found[0] == found[1]
+    seconds = [step_time(job(cluster=cluster, rollout={"questions_per_step": 8, "max_staleness": k})).total for k in (0, 1)]
+    assert seconds[0] == seconds[1]
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluations
@@ -94,15 +94,15 @@ def test_evaluations_are_in_the_hours_of_a_run(tmp_path, every, background, betw
         "every": every,
         "background": background,
     }
-    one = job(run={"steps": 10}, evaluation=evaluation, checkpoint={"every": 0})
-    plan = make_plan(one)
-    found, seconds = plan.found.evaluations, generated(200, 1)
-    assert one.evaluation_questions == (200,) and found.seconds == pytest.approx(seconds, rel=1e-6)
-    assert (found.ends, found.between) == (2, between)
+    planned = job(run={"steps": 10}, evaluation=evaluation, checkpoint={"every": 0})
+    plan = make_plan(planned)
+    counted, seconds = plan.assessment.evaluations, generated(200, 1)
+    assert planned.evaluation_questions == (200,) and counted.seconds == pytest.approx(seconds, rel=1e-6)
+    assert (counted.ends, counted.between) == (2, between)
     # beside a step the engines have the time of its training to spare
-    beside = max(0.0, seconds - plan.found.time.training) if background else seconds
-    assert found.total == pytest.approx(2 * seconds + between * beside, rel=1e-6)
-    assert hours(plan) * 3600 == pytest.approx(10 * plan.found.time.total + plan.checkpoint.save_s + found.total)
+    beside = max(0.0, seconds - plan.assessment.time.training) if background else seconds
+    assert counted.total == pytest.approx(2 * seconds + between * beside, rel=1e-6)
+    assert hours(plan) * 3600 == pytest.approx(10 * plan.assessment.time.total + plan.checkpoint.save_s + counted.total)
 
 
 def test_questions_are_counted_where_they_can_be(tmp_path):

@@ -36,7 +36,8 @@ KINDS = ("chatml", "llama3", "sentencepiece")
 def test_the_chat_prompt_is_the_papers_text_in_the_models_template(tokenizers):
     builder = PromptBuilder(tokenizers["chatml"], PromptConfig())
     assert builder.text(SCURVY) == f"<|im_start|>user\n{ASKED}<|im_end|>\n<|im_start|>assistant\n"
-    assert builder.render(SCURVY) == tuple(tokenizers["chatml"].chat([{"role": "user", "content": ASKED}]))
+    chat = tokenizers["chatml"].chat_text([{"role": "user", "content": ASKED}])
+    assert builder.render(SCURVY) == tuple(tokenizers["chatml"].encode(chat))
 
 
 def test_system_shots_and_context_stand_where_they_belong(tokenizers):
@@ -149,8 +150,8 @@ def test_lengths_count_the_worst_order_of_the_options(tmp_path):
     sizes = [len(builder.render(q)) for q in turned]
     assert len(set(sizes)) > 1  # order does matter here
     smallest = turned[sizes.index(min(sizes))]
-    found = PromptBuilder(tokenizer, PromptConfig(max_tokens=min(sizes))).check_lengths([smallest])
-    assert [prompt.tokens for prompt in found] == [max(sizes)]
+    too_long = PromptBuilder(tokenizer, PromptConfig(max_tokens=min(sizes))).check_lengths([smallest])
+    assert [prompt.tokens for prompt in too_long] == [max(sizes)]
 
 
 def test_a_question_that_can_not_be_made_harmless_is_named(tmp_path):

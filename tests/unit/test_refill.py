@@ -6,11 +6,11 @@ import pytest
 
 from alphamed.config.sections import DynamicSamplingConfig
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
+from alphamed.reward.process import with_advantages
 from alphamed.reward.shaping import Overlong
 from alphamed.rollout.choice import QuestionSampler
 from alphamed.rollout.refill import BatchSlots, GroupCounts, has_reward_variance
 
-NO_PENALTY = Overlong(100, 0)
 RIGHT, WRONG = Outcome.CORRECT, Outcome.WRONG
 
 
@@ -43,29 +43,27 @@ def names(groups):
 
 # ------------------------------------------------------------------------------------------------------------ which teach
 def test_all_right_and_all_wrong_teach_nothing():
-    assert has_reward_variance(mixed("q"), NO_PENALTY)
-    assert not has_reward_variance(wrong("q"), NO_PENALTY) and not has_reward_variance(
-        graded("q", [RIGHT, RIGHT]), NO_PENALTY
-    )
+    assert has_reward_variance(mixed("q"))
+    assert not has_reward_variance(wrong("q")) and not has_reward_variance(graded("q", [RIGHT, RIGHT]))
 
 
 def test_partial_rewards_count_and_failed_gradings_do_not():
-    assert has_reward_variance(graded("q", [WRONG, Outcome.UNPARSEABLE], rewards=[0.1, 0.0]), NO_PENALTY)
-    assert not has_reward_variance(graded("q", [RIGHT, Outcome.CRASH, Outcome.TIMEOUT], rewards=[1.0, 0.0, 0.0]), NO_PENALTY)
-    assert not has_reward_variance(graded("q", [Outcome.CRASH, Outcome.CRASH]), NO_PENALTY)
+    assert has_reward_variance(graded("q", [WRONG, Outcome.UNPARSEABLE], rewards=[0.1, 0.0]))
+    assert not has_reward_variance(graded("q", [RIGHT, Outcome.CRASH, Outcome.TIMEOUT], rewards=[1.0, 0.0, 0.0]))
+    assert not has_reward_variance(graded("q", [Outcome.CRASH, Outcome.CRASH]))
 
 
 def test_lengths_alone_teach_nothing():
-    """Limit 10, buffer 3: 8, 9 and 10 tokens cost 1/3, 2/3 and 1."""
-    assert not has_reward_variance(
-        graded("q", [RIGHT] * 3, rewards=[1 - 1 / 3, 1 - 2 / 3, 0.0], lengths=[8, 9, 10]), Overlong(10, 3)
-    )
-    assert has_reward_variance(graded("q", [RIGHT, WRONG], rewards=[0.0, 0.0], lengths=[10, 7]), Overlong(10, 3))
+    """Limit 10, buffer 3: 8, 9 and 10 tokens cost 1/3, 2/3 and 1, and those of 10 and 7 end up worth the same."""
+    long, uneven = graded("q", [RIGHT] * 3, lengths=[8, 9, 10]), graded("q", [RIGHT, WRONG], lengths=[10, 7])
+    long, uneven = (with_advantages(scored, "dr_grpo", Overlong(10, 3)) for scored in (long, uneven))
+    assert long.advantages == pytest.approx((1 / 3, 0, -1 / 3)) and not has_reward_variance(long)
+    assert uneven.advantages == (0.0, 0.0) and has_reward_variance(uneven)
 
 
 # ----------------------------------------------------------------------------------------------------------------- places
 def test_without_refills_every_group_stays():
-    places, asked = BatchSlots(2, 0, NO_PENALTY), []
+    places, asked = BatchSlots(2, 0), []
     for missing in places.rounds():
         asked.append(missing)
         places.fill([wrong("a"), mixed("b")])
@@ -83,7 +81,7 @@ def test_without_refills_every_group_stays():
 
 def test_groups_that_teach_nothing_are_replaced_in_their_places():
     rounds = iter([[wrong("a"), mixed("b"), wrong("c")], [mixed("d"), wrong("e")], [mixed("f")]])
-    places, asked = BatchSlots(3, 9, NO_PENALTY), []
+    places, asked = BatchSlots(3, 9), []
     for missing in places.rounds():
         asked.append(missing)
         places.fill(next(rounds))
@@ -100,19 +98,19 @@ def test_groups_that_teach_nothing_are_replaced_in_their_places():
 
 
 def test_past_the_bound_what_was_dropped_last_fills_the_step():
-    places, rounds = BatchSlots(2, 1, NO_PENALTY), iter([[wrong("a"), mixed("b")], [wrong("c")]])
+    places, rounds = BatchSlots(2, 1), iter([[wrong("a"), mixed("b")], [wrong("c")]])
     for _ in places.rounds():
         places.fill(next(rounds))
     assert names(places.groups) == ["c", "b"]
-    assert places.counts.refill_limit_reached and (places.counts.kept, places.counts.dropped) == (1, 2)
+    assert places.counts.refill_limit_reached and (places.counts.usable, places.counts.dropped) == (1, 2)
 
 
 def test_stale_groups_count_as_generated_and_not_as_kept():
     counts = GroupCounts()
-    counts.count(mixed("a"), kept=True)
-    counts.count(mixed("b"), kept=True, stale=True)
+    counts.count(mixed("a"), usable=True)
+    counts.count(mixed("b"), usable=True, stale=True)
     counts.count(wrong("c"))
-    assert (counts.graded, counts.kept, counts.dropped, counts.stale) == (3, 1, 1, 1)
+    assert (counts.graded, counts.usable, counts.dropped, counts.stale) == (3, 1, 1, 1)
     assert counts.metrics(0)["sampling/groups_per_kept"] == 3.0
 
 
@@ -147,7 +145,7 @@ def generated_per_kept(choose, annotated, steps=STEPS, seed=5):
     graded_groups = kept = hits = 0
     asked_of = dict.fromkeys(rates, 0)
     for step in range(1, steps + 1):
-        places = BatchSlots(PER_STEP, 9, NO_PENALTY)
+        places = BatchSlots(PER_STEP, 9)
         for missing in places.rounds():
             groups = [
                 graded(q.id, [RIGHT if rng.random() < rates[q.id] else WRONG for _ in range(SAMPLES)])
@@ -157,7 +155,7 @@ def generated_per_kept(choose, annotated, steps=STEPS, seed=5):
             sampler.observe(groups, step)
             for scored in groups:
                 asked_of[scored.group.question.id] += 1
-        graded_groups, kept = graded_groups + places.counts.graded, kept + places.counts.kept
+        graded_groups, kept = graded_groups + places.counts.graded, kept + places.counts.usable
         hits += places.counts.refill_limit_reached
     return graded_groups / kept, hits, asked_of
 

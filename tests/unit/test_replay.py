@@ -45,19 +45,19 @@ def run_of(tmp_path, reward="correct", truncated="nothing"):
 
 def test_a_step_graded_by_the_same_rules_comes_out_the_same(tmp_path, capsys):
     recorded = run_of(tmp_path)
-    found = regrade(tmp_path, 3)
-    assert found.recorded == (recorded,) and found.differences == ()
-    assert found.now == (recorded,)
+    result = regrade(tmp_path, 3)
+    assert result.recorded == (recorded,) and result.differences == ()
+    assert result.now == (recorded,)
     assert main(tmp_path, 3) == 0
     assert "4 responses to 1 questions graded again, 0 come out differently" in capsys.readouterr().out
 
 
 def test_another_rule_shows_in_rewards_and_advantages(tmp_path, capsys):
     run_of(tmp_path, reward="correct_and_format")  # rewards 1, .1, 0, 0; mean .275
-    found = regrade(tmp_path, 3)
-    assert found.now[0].rewards == (1.0, 0.1, 0.0, 0.0)
-    assert found.now[0].advantages == pytest.approx((0.725, -0.175, -0.275, -0.275))
-    assert [(d.sample_index, d.field) for d in found.differences] == [
+    result = regrade(tmp_path, 3)
+    assert result.now[0].rewards == (1.0, 0.1, 0.0, 0.0)
+    assert result.now[0].advantages == pytest.approx((0.725, -0.175, -0.275, -0.275))
+    assert [(d.sample_index, d.field) for d in result.differences] == [
         (0, "advantage"),
         (1, "reward"),
         (1, "advantage"),
@@ -84,14 +84,28 @@ def test_a_forged_record_is_found(tmp_path):
 
 def test_overrides_say_what_another_reward_gives(tmp_path, capsys):
     run_of(tmp_path)
-    found = regrade(tmp_path, 3, ["reward.name=correct_and_format", "algorithm.advantage=rloo"])
-    assert found.now[0].rewards == (1.0, 0.1, 0.0, 0.0)
-    assert found.now[0].advantages == pytest.approx([4 / 3 * x for x in (0.725, -0.175, -0.275, -0.275)])
+    result = regrade(tmp_path, 3, ["reward.name=correct_and_format", "algorithm.advantage=rloo"])
+    assert result.now[0].rewards == (1.0, 0.1, 0.0, 0.0)
+    assert result.now[0].advantages == pytest.approx([4 / 3 * x for x in (0.725, -0.175, -0.275, -0.275)])
     assert main(tmp_path, 3, ["reward.name=correct_and_format"]) == 1
-    with pytest.raises(ConfigError, match="^rollout.temperature: has no part in --only reward"):
+    with pytest.raises(ConfigError, match="^rollout.temperature: has no effect on --only reward"):
         regrade(tmp_path, 3, ["rollout.temperature=0.5"])
     with pytest.raises(ConfigError, match="'corect' is not a reward; did you mean 'correct'"):
         regrade(tmp_path, 3, ["reward.name=corect"])
+
+
+def test_a_penalty_on_lengths_shows_in_advantages_alone(tmp_path):
+    """A buffer as long as the limit, 2,048: 1,024 tokens cost a half, 2 tokens 1/1024."""
+    group = run_of(tmp_path)
+    long = replace(group.group.rollouts[0], response_token_ids=(1,) * 1024, logprobs=(-0.5,) * 1024)
+    group = replace(group, group=replace(group.group, rollouts=(long, *group.group.rollouts[1:])))
+    write_rollouts(rollout_path(tmp_path, 3), 3, [group])
+    found = regrade(tmp_path, 3, ["reward.overlong_buffer_tokens=2048"])  # the first response is compared as 1 - 1/2
+    assert found.now[0].rewards == group.rewards
+    assert {difference.field for difference in found.differences} == {"advantage"}
+    half, little = 0.5, 2 / 2048
+    mean = (half - 3 * little) / 4
+    assert found.now[0].advantages == pytest.approx((half - mean, *[-little - mean] * 3))
 
 
 def test_a_function_of_another_trainer_is_refused_here_too(tmp_path, monkeypatch):
@@ -100,22 +114,22 @@ def test_a_function_of_another_trainer_is_refused_here_too(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="set reward.signature=verl"):
         regrade(tmp_path, 3, ["reward.name=ported:score"])
-    found = regrade(tmp_path, 3, ["reward.name=ported:score", "reward.signature=verl"])
-    assert found.now[0].rewards == (1.0, 0.0, 1.0, 0.0)
+    result = regrade(tmp_path, 3, ["reward.name=ported:score", "reward.signature=verl"])
+    assert result.now[0].rewards == (1.0, 0.0, 1.0, 0.0)
 
 
 def test_thinking_is_told_from_the_responses_where_the_model_is_elsewhere(tmp_path):
     group = run_of(tmp_path)
     texts = ["<think>\\boxed{A}</think>\\boxed{B}", "<think>\\boxed{B}</think>\\boxed{A}", "<think>\\boxed{B}", "<think>"]
-    rollouts = tuple(replace(one, text=text) for one, text in zip(group.group.rollouts, texts))
+    rollouts = tuple(replace(rollout, text=text) for rollout, text in zip(group.group.rollouts, texts))
     write_rollouts(
         rollout_path(tmp_path, 3),
         3,
         [replace(group, group=replace(group.group, rollouts=rollouts), letters=("B", "A", None, None))],
     )
     assert regrade(tmp_path, 3).differences == ()
-    found = regrade(tmp_path, 3, ["reward.answer_after=null"])
-    assert [(d.sample_index, d.field, d.now) for d in found.differences if d.field in ("outcome", "letter")] == [
+    result = regrade(tmp_path, 3, ["reward.answer_after=null"])
+    assert [(d.sample_index, d.field, d.now) for d in result.differences if d.field in ("outcome", "letter")] == [
         (2, "outcome", C),
         (2, "letter", "B"),
     ]
@@ -131,7 +145,6 @@ def test_thinking_is_told_from_the_responses_where_the_model_is_elsewhere(tmp_pa
             ".*set it back .*--only reward reward.name=format_only`",
         ),
         ("reward.truncated=grade", "reward.truncated: 'grade', .* given with 'nothing'"),
-        ("reward.overlong_buffer_tokens=9", "reward.overlong_buffer_tokens: 9, .* given with 0"),
         ("reward.answer_after=null", "reward.answer_after: None, .* given with 'auto'"),
         ("data.answer_keys=shuffled", "data.answer_keys: 'shuffled', .* given with 'given'"),
         ("rollout.temperature=0.5", "rollout.temperature: 0.5, but the rollouts in .* were sampled with 1.0.*set it back"),
@@ -153,6 +166,7 @@ def test_a_replay_refuses_what_would_have_no_effect(tmp_path, setting, message):
     "setting",
     [
         "algorithm.advantage=rloo",
+        "reward.overlong_buffer_tokens=9",
         "algorithm.loss=gspo",
         "algorithm.kl_coefficient=0.1",
         "parallel.tensor=2",

@@ -10,6 +10,7 @@ import pytest
 
 from alphamed.config.loading import build_config, dump_config
 from alphamed.errors import ConfigError
+from alphamed.evaluation.items import Asked, GradedAnswer
 from alphamed.evaluation.runner import Evaluation, QuestionSet, SetResult, write_evaluation
 from alphamed.evaluation.score import score
 from alphamed.files import append_json, replace_text
@@ -312,7 +313,18 @@ def test_less_reasoning_is_reported():
 # -------------------------------------------------------------------------------------------------------------- samples
 def test_changes_are_counted_over_common_questions():
     def items(**outcomes):
-        return {("s", name): {"id": name, "outcome": outcome} for name, outcome in outcomes.items()}
+        return {
+            ("s", name): GradedAnswer(
+                Asked("s", None, Question(name, "?", {"A": "a", "B": "b"}, "A")),
+                0,
+                "",
+                FinishReason.STOP,
+                1,
+                None,
+                Outcome(outcome),
+            )
+            for name, outcome in outcomes.items()
+        }
 
     counts = changes(
         items(a="correct", b="wrong", c="correct", d="unparseable", e="wrong"),
@@ -321,7 +333,7 @@ def test_changes_are_counted_over_common_questions():
         limit=1,
     )
     assert (counts.stayed_correct, counts.got_better, counts.got_worse, counts.stayed_wrong) == (1, 2, 1, 0)
-    assert len(counts.better) == 1 and counts.worse[0].before["id"] == "c"
+    assert len(counts.better) == 1 and counts.worse[0].before.asked.question.id == "c"
     assert changes(items(a="correct"), items(b="correct"), "s") is None
     assert changes(items(a="correct"), items(a="correct"), "other") is None
 

@@ -62,8 +62,8 @@ def test_what_can_not_be_run_again_is_said(run_dir):
 
 @pytest.mark.parametrize("change, same", [(0.0, True), (0.4e-4, True), (2e-4, False)])
 def test_rounding_is_no_difference(change, same):
-    lines, found = compare(ROW, ROW | {"policy/grad_norm": 0.5 * (1 + change)})
-    assert found is same
+    lines, agree = compare(ROW, ROW | {"policy/grad_norm": 0.5 * (1 + change)})
+    assert agree is same
     assert ("differs" in next(line for line in lines if "grad_norm" in line)) is not same
 
 

@@ -19,7 +19,8 @@ from alphamed.config.sections import RewardConfig
 from alphamed.errors import ConfigError, RunFailed
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup
 from alphamed.reward.grader import GraderDied, GraderPool, RewardTimeout
-from alphamed.reward.process import GradingFailed, RewardProcess, advantages
+from alphamed.reward.process import GradingFailed, RewardProcess, scored_group
+from alphamed.reward.rules import Graded
 
 QUESTION = Question("q1", "Which?", {"A": "this", "B": "that"}, "A")
 RIGHT, WRONG, NONE = r"\boxed{A}", r"\boxed{B}", "?"
@@ -68,6 +69,11 @@ def test_truncated_follows_the_configuration():
 
 def test_failed_samples_teach_nothing():
     outcomes = (Outcome.CORRECT, Outcome.CRASH, Outcome.WRONG, Outcome.TIMEOUT)
+
+    def advantages(outcomes, rewards, kind):
+        graded = [Graded(outcome, reward, None) for outcome, reward in zip(outcomes, rewards)]
+        return scored_group(group_of(*[RIGHT] * len(graded)), graded, kind).advantages
+
     assert advantages(outcomes, (1.0, 0.0, 0.0, 0.0), "dr_grpo") == (0.5, 0.0, -0.5, 0.0)
     assert advantages(outcomes[:2], (1.0, 0.0), "grpo") == (0.0, 0.0)  # one sample has nothing to be compared with
     assert advantages((outcomes[1], outcomes[3]), (0.0, 0.0), "grpo") == (0.0, 0.0)

@@ -12,7 +12,6 @@ from alphamed.rundir.rollout_files import (
     RolloutFileError,
     read_answers,
     read_rollouts,
-    recorded_step,
     recorded_steps,
     rollout_path,
     write_rollouts,
@@ -74,7 +73,7 @@ def test_groups_come_back_equal_and_in_order(tmp_path):
     read = read_rollouts(path)
     assert read == GROUPS
     assert [list(group.group.question.options) for group in read] == [["A", "B"], ["C", "A", "B"], ["A", "B"]]
-    assert recorded_step(path) == 12 and recorded_steps(tmp_path) == [12]
+    assert pq.read_schema(path).metadata[b"alphamed.step"] == b"12" and recorded_steps(tmp_path) == [12]
     assert isinstance(read[0].outcomes[0], Outcome)
     assert isinstance(read[0].group.rollouts[0].finish_reason, FinishReason)
     assert [file.name for file in path.parent.iterdir()] == [path.name]  # no temporary file stays
@@ -183,5 +182,6 @@ def test_answers_are_the_same_groups_without_tokens(tmp_path):
         assert found.texts == tuple(rollout.text for rollout in group.group.rollouts)
         assert (found.outcomes, found.letters, found.rewards) == (group.outcomes, group.letters, group.rewards)
         assert found.tokens == tuple(len(rollout.response_token_ids) for rollout in group.group.rollouts)
+        assert found.truncated == tuple(rollout.finish_reason != "stop" for rollout in group.group.rollouts)
     with pytest.raises(RolloutFileError, match="no such file"):
         read_answers(tmp_path / "absent.parquet")

@@ -7,12 +7,12 @@ import torch
 
 from alphamed.cluster.control import Control
 from alphamed.cluster.failure import StopRequested
-from alphamed.config.loading import build_config
+from alphamed.config.loading import build_config, changed_config
 from alphamed.errors import RunFailed
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, Sampling, ScoredGroup
 from alphamed.rollout.coordinator import Progress
-from alphamed.rollout.pipeline import LiveRollouts, ReplayedRollouts, flatten, to_token_group, unflatten
-from alphamed.rollout.tasks import greedy_tasks, training_tasks
+from alphamed.rollout.pipeline import LiveRollouts, ReplayedRollouts, flatten, unflatten
+from alphamed.rollout.tasks import training_tasks
 from alphamed.rundir.rollout_files import rollout_path, write_rollouts
 
 
@@ -97,7 +97,8 @@ def test_tensors_hold_ragged_groups_exactly():
 
 
 def test_one_group_alone():
-    assert [r.tolist() for r in to_token_group(scored("q", ["ab", "c"])).responses] == [[97, 98], [99]]
+    (group,) = unflatten(flatten([scored("q", ["ab", "c"])]))
+    assert [r.tolist() for r in group.responses] == [[97, 98], [99]]
 
 
 def test_training_tasks_carry_the_configured_sampling_and_unique_ids():
@@ -120,12 +121,6 @@ def test_deterministic_seeds_depend_on_run_step_question_and_place_only():
     assert len(set(seeds(3) + seeds(4))) == 6
     # sha256("r\x1fq1\x1f0\x1f3"), first 8 bytes, shifted right by 2
     assert seeds(3)[0] == 4319078618276629925
-
-
-def test_greedy_tasks_for_evaluation():
-    (task,) = greedy_tasks("before", [question("q1")], Prompts(), 5)
-    assert task.group_id == "before:0:q1"
-    assert task.sampling == Sampling(n=1, temperature=0.0, top_p=1.0, top_k=-1, max_tokens=5) and task.evaluation
 
 
 class FakeCoordinator:
@@ -208,3 +203,13 @@ def test_a_replay_computes_the_advantages_of_its_own_configuration(tmp_path, con
     found = ReplayedRollouts(config(kind, replay=tmp_path / "old"), control).next(1)
     assert found.scored[0].advantages == pytest.approx(advantages, abs=1e-5)
     assert found.groups[0].advantages.tolist() == pytest.approx(advantages, abs=1e-5)
+
+
+def test_a_replay_applies_the_length_penalty_of_its_own_configuration(tmp_path, control):
+    """Limit 8, buffer 4: responses of 4, 6 and 8 tokens get 0, -1/2 and -1; recorded without a buffer."""
+    recorded = replace(scored("q", ["a" * 4, "b" * 6, "c" * 8]), rewards=(1.0, 1.0, 0.0))
+    write_rollouts(rollout_path(tmp_path / "old", 1), 1, [recorded])
+    replayed = changed_config(config("dr_grpo", replay=tmp_path / "old"), ["reward.overlong_buffer_tokens=4"])
+    (group,) = ReplayedRollouts(replayed, control).next(1).scored
+    assert group.rewards == (1.0, 1.0, 0.0)
+    assert group.advantages == pytest.approx((1 - 1 / 6, 0.5 - 1 / 6, -1 - 1 / 6))

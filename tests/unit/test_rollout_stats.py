@@ -27,6 +27,7 @@ def group(name, letters, key="A", *, level=None, source=None, text=LONG + "\\box
         tuple(letters),
         tuple(float(o is C) for o in outcomes),
         tuple(range(1, len(letters) + 1)),
+        (False,) * len(letters),
     )
 
 

@@ -1,5 +1,6 @@
-"""A run directory through fresh start, steps, kills and resumes, driven by one rank without engines or a model."""
+"""A run directory through fresh start, steps, kills and resumes, driven by the loop on one rank without engines or a model."""
 
+import contextlib
 import io
 import json
 import math
@@ -7,7 +8,11 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +24,11 @@ from alphamed.evaluation.runner import Evaluation, QuestionSet, SetResult
 from alphamed.evaluation.score import score
 from alphamed.files import append_json, read_json_lines, replace_text
 from alphamed.lab.hooks import HOOKS
+from alphamed.megatron.policy import NoReference
 from alphamed.records import (
     Batch,
     FinishReason,
+    Layout,
     MiniBatch,
     Outcome,
     Question,
@@ -38,6 +45,8 @@ from alphamed.rundir.metrics import undeclared
 from alphamed.rundir.provenance import record_start
 from alphamed.rundir.rollout_files import read_rollouts, recorded_steps
 from alphamed.rundir.sinks import Console, JsonLines, Wandb, spoken_time
+from alphamed.session import NoSync, Session
+from alphamed.train import train as train_loop
 
 
 class Alone:
@@ -77,7 +86,7 @@ def config_of(root, **sections):
         "data": {"train": [str(root / "train.jsonl")]},
         "run": {"root": str(root), "name": "r", "steps": 4},
         "rollout": {"questions_per_step": 1, "samples_per_question": 2, "max_response_tokens": 8},
-        "logging": {"wandb": "off", "report": False},
+        "logging": {"wandb": "off", "report": False, "export_hf": False},
         "checkpoint": {"every": 2},
     }
     for name, values in sections.items():
@@ -86,10 +95,11 @@ def config_of(root, **sections):
 
 
 def rollouts_of(step):
+    """Two responses to one question, as the step's rollouts."""
     question = Question("q", "?", {"A": "a", "B": "b"}, "A")
     samples = tuple(Rollout("g", "q", j, (1, 2, 3), (-0.5,) * 3, "\\boxed{A}", FinishReason.STOP, step) for j in range(2))
     scored = ScoredGroup(
-        RolloutGroup("g", question, (9,), samples),
+        RolloutGroup("g", question, (8, 9), samples),
         (Outcome.CORRECT, Outcome.WRONG),
         (1.0, 0.0),
         (1.0, -1.0),
@@ -97,7 +107,7 @@ def rollouts_of(step):
         0.125,
     )
     tokens = TokenGroup(
-        torch.tensor([9]),
+        torch.tensor([8, 9]),
         (torch.tensor([1, 2, 3]),) * 2,
         (torch.full((3,), -0.5),) * 2,
         torch.tensor([1.0, -1.0]),
@@ -106,25 +116,79 @@ def rollouts_of(step):
     return StepRollouts(step, (tokens,), (scored,), {"time/generate_s": 2.0})
 
 
-STATS = {"policy/loss": 0.5, "policy/grad_norm": 1.0, "time/update_s": 2.0, "time/logprobs_s": 1.0}
+STATS = {"policy/loss": 0.5, "policy/grad_norm": 1.0, "policy/logprob_diff_mean": 0.01, "time/update_s": 2.0}
 
 
-def train(config, stop_after=99, saved=None):
-    """The loop as train.py writes it; returns the states that checkpoints were given."""
+class Killed(Exception):
+    """What ends a run between two steps."""
+
+
+class Rollouts:
+    """The rollouts of `rollouts_of`, until the run is killed."""
+
+    def __init__(self, kill_after):
+        self._kill_after, self._step = kill_after, 0
+
+    def next(self, step):
+        if step > self._kill_after:
+            raise Killed
+        self._step = step
+        return rollouts_of(step)
+
+    def state(self):
+        return {"taken": self._step}
+
+
+class StillPolicy:
+    """A policy without weights, whose updates all give STATS."""
+
+    layout = Layout()
+
+    def update(self, batch):
+        assert batch.mini_batches[0].sequences == 2
+        return dict(STATS)
+
+    def require_finite(self):
+        pass
+
+
+@dataclass(frozen=True)
+class RecordedSession(Session):
+    """A session that notes the states that checkpoints are given, and has `begin` evaluate."""
+
+    begin: Callable[..., Any] = None
+    states: list[dict] = field(default_factory=list)
+
+    def save_checkpoint(self, state):
+        self.states.append(state)
+
+    def evaluate(self, background):
+        return self.begin(background)
+
+
+def train(config, stop_after=99, saved=None, begin=None):
+    """The loop of train.py over a run without engines or a model; returns the states that checkpoints were given."""
     run = Run.open(config, Alone(), HOOKS)
-    states = []
     try:
         run.begin(saved)
-        for step in run.steps():
-            run.record(rollouts_of(step), STATS, version=step + 1, cursor={"taken": step})
-            run.checkpoint(states.append)
-            if step == stop_after:
-                return states
-        run.checkpoint(states.append, last=True)
-        run.finish()
+        session = RecordedSession(
+            config,
+            Alone(),
+            run,
+            StillPolicy(),
+            NoReference(),
+            Rollouts(stop_after),
+            NoSync(max(0, run.state.policy_version - 1)),
+            Path(config.model.path),
+            None,
+            HOOKS,
+            begin and partial(begin, run),
+        )
+        with contextlib.suppress(Killed):
+            train_loop(session)
     finally:
         run.close()
-    return states
+    return session.states
 
 
 def lines(config):
@@ -447,30 +511,15 @@ def test_evaluations_run_when_due_and_only_once(tmp_path):
     )
     ran, ended = [], []
 
-    def loop(saved):
-        run = Run.open(config, Alone())
-        run.begin(saved)
+    def begin(run, background):
+        ran.append((run.state.step, background))
+        return lambda: ended.append(run.state.step) or evaluation()
 
-        def begin(background):
-            ran.append((run.state.step, background))
-            return lambda: ended.append(run.state.step) or evaluation()
-
-        states = []
-        run.evaluate(begin)
-        for step in run.steps():
-            run.finish_evaluation()
-            run.record(rollouts_of(step), STATS, version=step)
-            run.evaluate(begin)
-            run.checkpoint(states.append)
-        run.evaluate(begin, last=True)
-        run.close()
-        return states
-
-    states = loop(None)
+    states = train(config, begin=begin)
     assert ran == [(0, False), (3, True), (4, False)] and ended == [0, 3, 4]  # 3's while step 4 was made, not recorded
     names = sorted(path.name for path in (config.run_dir / "evaluations").iterdir())
     assert names == [f"step_00000{step}.{end}" for step in (0, 3, 4) for end in ("items.jsonl", "json")]
-    loop(states[0])  # again from step 2: 3 and 4 are new, 0 stays
+    train(config, saved=states[0], begin=begin)  # again from step 2: 3 and 4 are new, 0 stays
     assert [step for step, _ in ran] == [0, 3, 4, 3, 4]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from alphamed.config.choices import BadRows
+from alphamed.evaluation.items import read_items
 from alphamed.evaluation.runner import (
     Evaluation,
     QuestionSet,
@@ -16,7 +17,6 @@ from alphamed.evaluation.runner import (
     begin_evaluation,
     evaluate_within,
     load_sets,
-    read_items,
     read_scores,
     summary,
     within,
@@ -210,8 +210,8 @@ def test_evaluation_keeps_order_and_reads_back(tmp_path):
     assert path.name == "step_000020.json"
     assert read_scores(path) == {"one": found.results[0].score, "two": found.results[1].score}
     items = read_items(tmp_path / "step_000020.items.jsonl")
-    assert len(items) == 7 and items["two", "q3"]["outcome"] == "wrong"
-    assert items["one", "q0"]["text"] == "<b>\\boxed{A}"
+    assert len(items) == 7 and [answer.outcome for answer in items["two", "q3"]] == [W]
+    assert items["one", "q0"][0].text == "<b>\\boxed{A}" and items["one", "q0"][0].asked.question == QUESTIONS[0]
 
 
 def test_missing_answers_are_an_error():

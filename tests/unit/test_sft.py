@@ -1,27 +1,32 @@
-"""`alphamed sft` before and around its loop: what is checked, what is refused, lengths, plan, report; and the loop's order."""
+"""`alphamed sft` before and around its loop: what is checked, what is refused, lengths, plan, report; and the loop on
+real parts in this process."""
 
-import contextlib
 import json
+import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
-from test_train import Called
+from safetensors.torch import load_file
 from tiny import tiny_hf
 
 from alphamed import sft
 from alphamed.cli import main
+from alphamed.cluster.failure import request_stop
 from alphamed.config.loading import build_config, dump_config
+from alphamed.data.tokenizer import load_tokenizer
 from alphamed.errors import ConfigError
-from alphamed.files import replace_json, replace_text
+from alphamed.files import read_json_lines, replace_json, replace_text
 from alphamed.lab.planner.plan import job_of, make_plan
 from alphamed.lab.planner.time import step_time
 from alphamed.lab.reports.model_card import write_card
 from alphamed.lab.reports.report import write_report
 from alphamed.lab.reports.summary import summary
+from alphamed.megatron.checkpoint_folder import latest
 from alphamed.planner.batch import batch_of
-from alphamed.rundir.directory import check_resume, is_finished
+from alphamed.rundir.directory import check_resume, finished_step, is_finished
+from alphamed.session import open_session
 
 
 @pytest.fixture(scope="module")
@@ -150,8 +155,8 @@ def test_the_plan_counts_nothing_that_is_sampled(tmp_path):
     time = step_time(job)
     assert time.generate == time.sync == time.logprobs == 0 < time.update
     plan = make_plan(job)
-    assert plan.found.engine is None and "reference" not in plan.found.trainer.causes
-    assert plan.found.trainer.causes["sync buckets"] == 0
+    assert plan.assessment.engine is None and "reference" not in plan.assessment.trainer.causes
+    assert plan.assessment.trainer.causes["sync buckets"] == 0
 
 
 def test_the_plan_counts_engines_for_evaluations(tmp_path):
@@ -160,7 +165,7 @@ def test_the_plan_counts_engines_for_evaluations(tmp_path):
     job, _ = job_of(config)
     plan = make_plan(job)
     assert (job.engines, job.gpus) == (1, 2)
-    assert plan.found.engine is not None and plan.found.evaluations.questions == 1
+    assert plan.assessment.engine is not None and plan.assessment.evaluations.questions == 1
     assert step_time(job).generate == 0
 
 
@@ -183,38 +188,86 @@ def test_report_card_and_last_words_speak_of_the_loss(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------- the loop
-def session_of(calls, due=(), **run):
-    return SimpleNamespace(
-        config=build_config({"model": {"path": "m"}, "data": {"train": ["t"]}, "sft": {}, "logging": {"export_hf": True}}),
-        run=Called(calls, evaluation_due=lambda last=False: last if due == "last" else bool(due), **run),
-        policy=Called(calls, layout=None),
-        rollouts=Called(calls, next=lambda step: SimpleNamespace(groups=())),
-        sync=Called(calls, version=0),
-        cursor=lambda: None,
-        save_checkpoint=None,
-        evaluate=None,
-        export=lambda: calls.append("export"),
-    )
+@pytest.fixture
+def whole(tmp_path, model):
+    """A function: the configuration of a run of six steps by epochs, in this process, with further sections."""
+    rows = [{"prompt": f"{i}?", "responses": [r"\boxed{A}", r" \boxed{A}"]} for i in range(5)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def config(name, **sections):
+        tree = {
+            "run": {"root": str(tmp_path), "name": name},
+            "model": {"path": str(model), "dtype": "fp32"},
+            "data": {"train": [str(tmp_path / "train.jsonl")]},
+            "sft": {"prompts_per_step": 2, "epochs": 2.4},
+            "prompt": {"max_tokens": 100},
+            "rollout": {"max_response_tokens": 16, "temperature": 0.5},
+            "optimizer": {"lr": 1e-2, "schedule": "cosine", "warmup_steps": 1},
+            "parallel": {"micro_batch_tokens": 256},
+            "checkpoint": {"every": 2},
+            "logging": {"wandb": "off", "report": False},
+            "cluster": {"device": "cpu"},
+        }
+        return build_config({section: tree.get(section, {}) | sections.get(section, {}) for section in tree | sections})
+
+    return config
 
 
-@pytest.mark.parametrize(
-    "due, stopped, expected",
-    [
-        ((), False, ["update", "finish_evaluation", "record", "require_finite", "checkpoint", "checkpoint", "export", "finish"]),
-        ((), True, ["update", "finish_evaluation", "record", "require_finite", "checkpoint", "checkpoint"]),
-        (
-            "last",
-            False,
-            ["update", "finish_evaluation", "record", "require_finite", "checkpoint", "checkpoint", "push", "evaluate", "export"]
-            + ["finish"],
-        ),
-    ],
-)  # fmt: skip
-def test_the_order_of_a_run(monkeypatch, due, stopped, expected):
-    """A bad step is on the disk before the run ends, engines get weights before they are asked, a stopped run is not finished."""
-    calls: list[str] = []
-    session = session_of(calls, due, steps=lambda: iter([1]), stop_asked=lambda: stopped)
-    monkeypatch.setattr(sft, "open_session", lambda *_: contextlib.nullcontext(session))
-    monkeypatch.setattr(sft, "pack", lambda *_args, **_named: None)
-    sft.main(session.config)
-    assert calls == expected
+def recorded(config):
+    return {row["step"]: row for row in read_json_lines(config.run_dir / "metrics.jsonl")}
+
+
+def test_a_run_in_two_parts_is_the_run_in_one(whole):
+    """Loss, gradients, learning rate, place in the data and the exported weights; the second part begins at a checkpoint with
+    one step lost, as after a kill."""
+    once, twice = whole("once"), whole("twice")
+    sft.main(once)
+    sft.main(whole("twice", run={"stop_after": 3}, logging={"export_hf": False}))
+    shutil.rmtree(twice.run_dir / "checkpoints" / "step_000003")
+    sft.main(twice)
+    one, two = recorded(once), recorded(twice)
+    assert list(one) == list(two) == [1, 2, 3, 4, 5, 6] and finished_step(twice.run_dir) == 6
+    for step, row in one.items():
+        for name in ("policy/loss", "policy/grad_norm", "policy/lr", "data/epochs"):
+            assert two[step][name] == pytest.approx(row[name], rel=1e-6), f"step {step}: {name}"
+    assert one[6]["policy/loss"] < one[1]["policy/loss"] - 1 and one[6]["data/epochs"] == pytest.approx(2.4)
+    assert not [name for name in one[1] if name.startswith(("reward/", "policy/ratio", "policy/kl", "time/sync"))]
+    weights = [load_file(config.run_dir / "hf" / "model.safetensors") for config in (once, twice)]
+    assert weights[0].keys() == weights[1].keys()
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-6, atol=1e-7)
+
+
+def test_the_first_loss_is_transformers(whole, model):
+    """Cross entropy of the step's responses at temperature 1, whatever rollout.temperature is, their end tokens included."""
+    from transformers import AutoModelForCausalLM
+
+    config = whole("first", run={"stop_after": 1}, sft={"prompts_per_step": 5}, optimizer={"warmup_steps": 0})
+    sft.main(config)
+    tokenizer, total, count = load_tokenizer(model), 0.0, 0
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    for i in range(5):
+        prompt = tokenizer.chat([{"role": "user", "content": f"{i}?"}])
+        for response in (r"\boxed{A}<|im_end|>", r" \boxed{A}<|im_end|>"):
+            ids = torch.tensor([[*prompt, *tokenizer.encode(response)]])
+            labels = torch.where(torch.arange(ids.shape[1])[None] < len(prompt), -100, ids)
+            trained = int((labels != -100).sum())
+            total, count = total + network(ids, labels=labels).loss.item() * trained, count + trained
+    assert recorded(config)[1]["policy/loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_run_that_is_asked_to_stop_writes_a_checkpoint_and_is_not_finished(whole):
+    config = whole("stopped")
+    with open_session(config) as session:
+        take = session.rollouts.next
+
+        def stopping(step):
+            if step == 3:
+                request_stop(config.run_dir)
+            return take(step)
+
+        session.rollouts.next = stopping
+        sft.train(session)
+    assert list(recorded(config)) == [1, 2, 3] and finished_step(config.run_dir) is None
+    assert latest(config.run_dir / "checkpoints").name == "step_000003"
+    assert not (config.run_dir / "hf").exists()

@@ -33,13 +33,17 @@ def job(name: str, *overrides: str):
 def test_every_recipe_can_be_cut(path, tmp_path):
     full = job(path.stem)
     small = simulate.small_config(full.config, full.shape, tmp_path)
-    p, kept = small.parallel, full.config.parallel
-    assert [p.tensor, p.pipeline, p.data] == [min(2, n) for n in (kept.tensor, kept.pipeline, kept.data)]
+    p, recipe = small.parallel, full.config.parallel
+    assert [p.tensor, p.pipeline, p.data] == [min(2, n) for n in (recipe.tensor, recipe.pipeline, recipe.data)]
     assert small.rollout.engines == 2 and small.run.steps == 2 and not small.model.fp8
-    assert (p.sequence, p.recompute, p.overlap_grad_reduce) == (kept.sequence, kept.recompute, kept.overlap_grad_reduce)
+    assert (p.sequence, p.recompute, p.overlap_grad_reduce) == (
+        recipe.sequence,
+        recipe.recompute,
+        recipe.overlap_grad_reduce,
+    )
     assert small.algorithm.kl_coefficient == full.config.algorithm.kl_coefficient
     layers = p.pipeline * (p.virtual_pipeline or 1)
-    shape = miniature.miniature(full.shape, kept, max(2, layers), small.max_model_tokens)
+    shape = miniature.miniature(full.shape, recipe, max(2, layers), small.max_model_tokens)
     check_layout(shape, p, small.rollout)
     check_context(shape, small.max_model_tokens)
 
@@ -86,8 +90,8 @@ def test_a_child_that_takes_too_long_is_ended(tmp_path):
 
 def test_a_child_that_fails_is_quoted(tmp_path):
     child = simulate.Child(tmp_path, time.monotonic() + LIMIT_S)
-    said = child.run("train", "--config", "absent.yaml")
-    assert "exit code 2" in said and "absent.yaml: no such file" in said
+    output = child.run("train", "--config", "absent.yaml")
+    assert "exit code 2" in output and "absent.yaml: no such file" in output
 
 
 @pytest.fixture

@@ -44,8 +44,8 @@ BAD_LINES = [
     (b'{"id": "q1", ', "not JSON: Expecting property name enclosed in double quotes at character 14"),
     (b"question,answer", "not JSON: Expecting value at character 1"),
     ('{"id": "é"}'.encode("latin-1"), "wrong encoding: byte 0xe9 at byte 9 of the line is not UTF-8"),
-    (b'{"id": "q", "id": "r"}', "not JSON that can be used: key 'id' stands twice"),
-    (b'{"options": {"A": "x", "A": "y"}}', "not JSON that can be used: key 'A' stands twice"),
+    (b'{"id": "q", "id": "r"}', "not JSON that can be used: key 'id' occurs twice"),
+    (b'{"options": {"A": "x", "A": "y"}}', "not JSON that can be used: key 'A' occurs twice"),
     (b"[" * 100_000, "not JSON that can be used: maximum recursion depth exceeded"),
     (b"[1]", "not an object of keys and values but a list"),
     (b'{"id": "q"}', "no question"),
@@ -56,12 +56,12 @@ def test_every_bad_row_is_listed_with_its_line(tmp_path):
     file = write(tmp_path / "x.jsonl", row(1), b"", *(line for line, _ in BAD_LINES), row(2), row(1))
     with pytest.raises(DataError) as error:
         load_questions([file])
-    found = [(p.file, p.line, p.problem) for p in error.value.problems]
+    problems = [(p.file, p.line, p.problem) for p in error.value.problems]
     duplicate = (str(file), 12, f"duplicate id 'q1', first at {file}:1")
-    assert [f[:2] for f in found] == [(str(file), line) for line in (3, 4, 5, 6, 7, 8, 9, 10, 12)]
-    for (_, _, problem), (_, expected) in zip(found, BAD_LINES):
+    assert [f[:2] for f in problems] == [(str(file), line) for line in (3, 4, 5, 6, 7, 8, 9, 10, 12)]
+    for (_, _, problem), (_, expected) in zip(problems, BAD_LINES):
         assert problem.startswith(expected)  # the recursion message goes on, differently between Python versions
-    assert found[-1] == duplicate
+    assert problems[-1] == duplicate
     assert str(error.value) == (
         f"{file}:3: {BAD_LINES[0][1]}; 8 more bad rows; fix the data, or leave bad rows out "
         "with data.bad_rows=skip (--bad-rows skip on the command line)"
@@ -178,7 +178,7 @@ def test_bad_parquet_rows_are_named_by_number(tmp_path):
     loaded = load_questions([file], BadRows.SKIP)
     assert [q.id for q in loaded.questions] == ["q0"]
     assert [(p.line, p.problem) for p in loaded.skipped] == [
-        (2, "options cannot be used: key 'A' stands twice"),
+        (2, "options cannot be used: key 'A' occurs twice"),
         (3, "wrong encoding: question is not UTF-8"),
         (4, "no answer"),
         (5, "options cannot be used: Expecting value: line 1 column 1 (char 0)"),

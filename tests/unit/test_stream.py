@@ -93,8 +93,8 @@ def test_the_answer_is_at_every_letter_equally_often():
 
 def test_all_orders_of_three_options_come_up_equally_often():
     """1,200 draws of 6 orders: 200 each, standard deviation 12.9; 5 deviations are allowed."""
-    asked = question(1, "A", A="y", B="n", C="m")
-    orders = Counter("".join(shuffle_options(asked, 1, epoch).options.values()) for epoch in range(1200))
+    original = question(1, "A", A="y", B="n", C="m")
+    orders = Counter("".join(shuffle_options(original, 1, epoch).options.values()) for epoch in range(1200))
     assert len(orders) == 6 and all(abs(n - 200) < 5 * 13 for n in orders.values()), orders
 
 
@@ -172,9 +172,9 @@ def test_the_stream_letters_anew_every_epoch_and_only_when_asked():
     ],
 )
 def test_options_that_speak_of_others_stay_where_they_are(text):
-    asked = question(1, A="red", B="green", C="blue", D=text)
-    assert refers_to_options(asked)
-    assert all(shuffle_options(asked, 1, epoch) is asked for epoch in range(5))
+    original = question(1, A="red", B="green", C="blue", D=text)
+    assert refers_to_options(original)
+    assert all(shuffle_options(original, 1, epoch) is original for epoch in range(5))
 
 
 @pytest.mark.parametrize(

@@ -39,12 +39,12 @@ OTHER = {"A": "Glucagon", "B": "Insulin", "C": "Leptin", "D": "Ghrelin"}
     ],
 )
 def test_duplicates_with_conflicting_keys(second, conflict):
-    found = suspects([question("a"), second, question("c", "D", stem="Which enzyme comes from the kidney?")], {})
-    assert set(found) == ({"a", "b"} if conflict else set())
+    decisions = suspects([question("a"), second, question("c", "D", stem="Which enzyme comes from the kidney?")], {})
+    assert set(decisions) == ({"a", "b"} if conflict else set())
     if conflict:
-        evidence = found["a"].evidence[0]
+        evidence = decisions["a"].evidence[0]
         assert (evidence["kind"], evidence["other"], evidence["key"]) == ("conflict", "b", "Insulin")
-        assert found["a"].decision == Verdict.OPEN and found["a"].fingerprint == fingerprint(question("a"))
+        assert decisions["a"].decision == Verdict.OPEN and decisions["a"].fingerprint == fingerprint(question("a"))
 
 
 # ---------------------------------------------------------------------------------------------------------- agreements
@@ -84,8 +84,8 @@ def test_models_are_named_by_row_file_or_folder(tmp_path):
     (tmp_path / "qwen").mkdir()
     (tmp_path / "qwen" / "items.jsonl").write_text(json.dumps(row) + "\n\n")
     (tmp_path / "llama.items.jsonl").write_text(json.dumps(row | {"model": "llama-8b"}) + "\n" + json.dumps(row) + "\n")
-    found = read_models([tmp_path / "qwen" / "items.jsonl", tmp_path / "llama.items.jsonl"])
-    assert {name: len(items) for name, items in found.items()} == {"qwen": 1, "llama-8b": 1, "llama.items": 1}
+    answers = read_models([tmp_path / "qwen" / "items.jsonl", tmp_path / "llama.items.jsonl"])
+    assert {name: len(items) for name, items in answers.items()} == {"qwen": 1, "llama-8b": 1, "llama.items": 1}
 
 
 @pytest.mark.parametrize(
@@ -195,9 +195,9 @@ def test_decisions_on_questions_that_are_not_there_are_counted(tmp_path):
     ]
     for name in ("d.yaml", "e.yaml"):
         (tmp_path / name).write_text(dump_tree({"version": 1, "decisions": tree}))
-    questions, told = apply_files([question("a"), question("z")], [tmp_path / "d.yaml", tmp_path / "e.yaml"])
+    questions, summaries = apply_files([question("a"), question("z")], [tmp_path / "d.yaml", tmp_path / "e.yaml"])
     assert [q.id for q in questions] == ["z"]
-    assert [(one["quarantined"], one["open"], one["absent"]) for one in told] == [(1, 0, 2), (0, 0, 2)]
+    assert [(summary["quarantined"], summary["open"], summary["absent"]) for summary in summaries] == [(1, 0, 2), (0, 0, 2)]
 
 
 def test_a_fix_that_names_no_option_is_refused():
@@ -225,7 +225,7 @@ def test_mistakes_in_decisions(tmp_path, change, word):
 def test_a_file_is_asked_for_by_version(tmp_path):
     (tmp_path / "d.yaml").write_text(dump_tree({"version": 3, "decisions": []}))
     assert read_decisions(tmp_path / "d.yaml", 3).version == 3
-    with pytest.raises(ConfigError, match="has version 3, 2 is asked for"):
+    with pytest.raises(ConfigError, match="has version 3, 2 is required"):
         read_decisions(tmp_path / "d.yaml", 2)
 
 
@@ -234,12 +234,12 @@ def test_new_suspects_join_a_file_and_leave_what_is_decided(tmp_path):
     first = suspects([question("a"), question("b", "B")], {})
     path.write_text(merged(path, first))
     tree = load_tree(path)
-    assert (tree["version"], [one["id"] for one in tree["decisions"]]) == (1, ["a", "b"])
+    assert (tree["version"], [decision["id"] for decision in tree["decisions"]]) == (1, ["a", "b"])
     tree["decisions"][0] |= {"decision": "keep"} | SIGNED
     path.write_text(dump_tree(tree))
     assert load_tree(path)["version"] == 1
     path.write_text(merged(path, suspects([question("a"), question("b", "B"), question("c", "C")], {})))
-    found = validated(Decisions, load_tree(path))
-    assert found.version == 2
-    assert {one.id: str(one.decision) for one in found.decisions} == {"a": "keep", "b": "open", "c": "open"}
+    content = validated(Decisions, load_tree(path))
+    assert content.version == 2
+    assert {decision.id: str(decision.decision) for decision in content.decisions} == {"a": "keep", "b": "open", "c": "open"}
     assert merged(path, {}) == path.read_text()  # nothing new: the same version

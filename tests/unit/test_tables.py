@@ -100,14 +100,14 @@ def save(name, rows=tuple(ROWS)):
     return Path(name)
 
 
-def told(questions):
+def rows_of(questions):
     return [(q.id, q.question, dict(q.options), q.answer, q.context, q.level) for q in questions]
 
 
-def stripped(found):
+def stripped(questions):
     return [
         (i, question, {letter: text.strip() for letter, text in options.items()}, *rest)
-        for i, question, options, *rest in found
+        for i, question, options, *rest in questions
     ]
 
 
@@ -116,15 +116,18 @@ def stripped(found):
 def test_every_container_gives_the_same_questions_by_every_way(name):
     """U+2028 counts as white space at the end of a text, so that one option would be empty: it is left out here."""
     rows = [row for row in ROWS if row["options"]["A"].strip()]
-    found = [one for one in stripped(FOUND) if one[2]["A"]]
+    expected = [row for row in stripped(FOUND) if row[2]["A"]]
     save(name, rows)
-    assert told(load_questions([name]).questions) == found
-    assert told(load_benchmark(name).questions) == found and load_benchmark(name).name == Path(name).name.partition(".")[0]
-    assert told(load_benchmark(f"medqa={name}").questions) == found
+    assert rows_of(load_questions([name]).questions) == expected
+    assert (
+        rows_of(load_benchmark(name).questions) == expected
+        and load_benchmark(name).name == Path(name).name.partition(".")[0]
+    )
+    assert rows_of(load_benchmark(f"medqa={name}").questions) == expected
     (evaluated,) = load_sets([Path(name)], None, 0, BadRows.REFUSE)
-    assert sorted(told(evaluated.questions)) == sorted(found) and evaluated.name == Path(name).name.partition(".")[0]
+    assert sorted(rows_of(evaluated.questions)) == sorted(expected) and evaluated.name == Path(name).name.partition(".")[0]
     assert main(["data", "build", "--out", "out.jsonl", "--from", name, "shuffle=false"]) == 0
-    assert told(load_questions(["out.jsonl"]).questions) == found
+    assert rows_of(load_questions(["out.jsonl"]).questions) == expected
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -253,7 +256,7 @@ def test_the_authors_file_of_pubmedqa_is_read():
             "hub.json: not JSON: Unterminated string starting at at character 22 (the file seems "
             "cut off); give an array of rows",
         ),
-        ('{"101": {"Q": "x"}, "101": {}}', "hub.json: not JSON that can be used: key '101' stands twice; give"),
+        ('{"101": {"Q": "x"}, "101": {}}', "hub.json: not JSON that can be used: key '101' occurs twice; give"),
         ('[{"a": 1}]', "hub.json: rows are not in the layout of pubmedqa1000 (no 'pubid'); its columns are 'a'"),
         (
             '["a"]',
@@ -300,9 +303,9 @@ OPTIONS = b'"{""A"": ""x"", ""B"": ""y""}"'
         ("x.csv", "\ufeffid,question".encode("utf-16"), "x.csv: is UTF-16; save it as UTF-8"),
         ("x.jsonl", json.dumps(ROWS[0]).encode("utf-16"), "x.jsonl: is UTF-16; save it as UTF-8"),
         ("x.json", json.dumps(ROWS[0]).encode("utf-16"), "x.json: is UTF-16; save it as UTF-8"),
-        ("x.jsonl.gz", b"plain", "x.jsonl.gz: cannot be read (not a whole gzip file: Not a gzipped file"),
-        ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000)[:-12], "x.jsonl.gz: cannot be read (not a whole gzip file: "),
-        ("x.csv.gz", gzip.compress(HEAD)[:-4], "x.csv.gz: cannot be read (not a whole gzip file: "),
+        ("x.jsonl.gz", b"plain", "x.jsonl.gz: cannot be read (not a complete gzip file: Not a gzipped file"),
+        ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000)[:-12], "x.jsonl.gz: cannot be read (not a complete gzip file: "),
+        ("x.csv.gz", gzip.compress(HEAD)[:-4], "x.csv.gz: cannot be read (not a complete gzip file: "),
         ("x.parquet.gz", b"", "x.parquet.gz: .gz is not supported; give .jsonl, .json,"),
     ],
 )

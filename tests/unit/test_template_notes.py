@@ -80,11 +80,11 @@ def test_further_tokens_that_end_a_response(tmp_path):
 
 
 def test_a_turn_that_ends_with_no_token_is_warned_about(tmp_path):
-    found = remarks(tmp_path, PLAIN)
-    (warning,) = found.warnings
+    result = remarks(tmp_path, PLAIN)
+    (warning,) = result.warnings
     assert "ends an assistant's turn with '\\nUSER: '" in warning and "only '<|im_end|>' ends a response" in warning
-    assert found.notes == (
-        "the chat template writes a text of its own before the first message: 'A chat between a student and a teacher.'",
+    assert result.notes == (
+        "the chat template writes text before the first message: 'A chat between a student and a teacher.'",
     )
 
 
@@ -114,15 +114,15 @@ def test_a_turn_that_ends_with_no_token_is_warned_about(tmp_path):
     ),
 )
 def test_what_a_template_adds_is_noted(tmp_path, template, prompt, expected):
-    found = remarks(tmp_path, template, **prompt)
-    assert found.warnings == () and len(found.notes) == len(expected), found
-    assert all(part in note for part, note in zip(expected, found.notes))
+    result = remarks(tmp_path, template, **prompt)
+    assert result.warnings == () and len(result.notes) == len(expected), result
+    assert all(part in note for part, note in zip(expected, result.notes))
 
 
 @pytest.mark.parametrize(
     "change, words",
     (
-        ("| trim", ["leading blanks", "trailing blanks"]),
+        ("| trim", ["leading white space", "trailing white space"]),
         ("| e", ["the characters < > &"]),
         ("| upper", ["drops or changes capital letters, characters beyond ASCII of"]),
         ("| replace('\\n\\n', '\\n')", ["empty lines"]),
@@ -132,16 +132,16 @@ def test_what_a_template_adds_is_noted(tmp_path, template, prompt, expected):
 )
 def test_what_a_template_changes_is_warned_about(tmp_path, change, words):
     template = CHATML.replace("message['content']", f"(message['content'] {change})")
-    found = remarks(tmp_path, template)
-    assert bool(found.warnings) == bool(words)
+    result = remarks(tmp_path, template)
+    assert bool(result.warnings) == bool(words)
     for word in words:
-        assert word in found.warnings[0]
+        assert word in result.warnings[0]
 
 
 def test_a_template_of_llama_3_trims(tmp_path):
-    found = template_remarks(load_tokenizer(llama3_folder(tmp_path)), PromptConfig())
-    assert found.warnings == ("the chat template drops or changes leading blanks, trailing blanks of a message",)
-    assert found.notes == () and "trim" in LLAMA3
+    result = template_remarks(load_tokenizer(llama3_folder(tmp_path)), PromptConfig())
+    assert result.warnings == ("the chat template drops or changes leading white space, trailing white space of a message",)
+    assert result.notes == () and "trim" in LLAMA3
 
 
 # ------------------------------------------------------------------------------------------------------- what it leaves out
@@ -183,11 +183,11 @@ def test_variables_reach_the_template_as_in_transformers(tmp_path):
 @pytest.mark.parametrize(
     "template, variables, words",
     (
-        (THINKING, {"enable_thinkin": False}, ("'enable_thinkin' is no variable", "it has: enable_thinking")),
-        (CHATML, {"enable_thinking": False}, ("'enable_thinking' is no variable", "it has: none")),
-        (DATED, {"day": "1"}, ("'day' is no variable",)),
-        (CHATML, {"messages": "x"}, ("'messages' is no variable",)),
-        (DATED, {"strftime_now": "x"}, ("'strftime_now' is no variable",)),
+        (THINKING, {"enable_thinkin": False}, ("'enable_thinkin' is not a variable", "it has: enable_thinking")),
+        (CHATML, {"enable_thinking": False}, ("'enable_thinking' is not a variable", "it has: none")),
+        (DATED, {"day": "1"}, ("'day' is not a variable",)),
+        (CHATML, {"messages": "x"}, ("'messages' is not a variable",)),
+        (DATED, {"strftime_now": "x"}, ("'strftime_now' is not a variable",)),
         (THINKING, {"range": 1}, ("'range'",)),
     ),
 )

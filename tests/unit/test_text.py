@@ -1,4 +1,4 @@
-"""How texts are compared and counted: signs that look alike, and scripts without blanks between words."""
+"""How texts are compared and counted: signs that look alike, and scripts without spaces between words."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from alphamed.cli import main
 from alphamed.data.mcq import QuestionError, parse_question
 from alphamed.data.text import content_length, content_words, normalised, normalised_option, option_set, word_count, words
-from alphamed.lab.datasets.decontaminate import Rule, find_hits
+from alphamed.lab.datasets.decontaminate import MatchRule, find_hits
 from alphamed.lab.datasets.matching import similar_pairs
 from alphamed.lab.datasets.suspects import suspects
 from alphamed.lab.reports.response_patterns import ResponsePattern, repetition, response_patterns
@@ -44,15 +44,15 @@ def test_options_without_words_are_compared_as_signs():
 def test_a_typeset_copy_is_contamination_a_repeat_and_a_conflict(tmp_path, monkeypatch):
     stem = "Which is Hashimoto's - the auto-immune one?"
     typeset = "Which is Hashimoto\u2019s \u2013 the auto\u2011immune\u200b one?"
-    one, other = question("a", stem, TYPED), question("b", typeset, TYPESET)
-    assert [hit.rule for hit in find_hits([one], {"x": [other]})] == [Rule.EXACT]
-    assert suspects([one, question("c", typeset, TYPESET, "B")], {}).keys() == {"a", "c"}
+    first, second = question("a", stem, TYPED), question("b", typeset, TYPESET)
+    assert [hit.rule for hit in find_hits([first], {"x": [second]})] == [MatchRule.EXACT]
+    assert suspects([first, question("c", typeset, TYPESET, "B")], {}).keys() == {"a", "c"}
     monkeypatch.chdir(tmp_path)
-    rows = [{"id": q.id, "question": q.question, "options": dict(q.options), "answer": "A"} for q in (one, other)]
+    rows = [{"id": q.id, "question": q.question, "options": dict(q.options), "answer": "A"} for q in (first, second)]
     Path("x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["data", "build", "--out", "o.jsonl", "--from", "x.jsonl", "drop_repeats=true"]) == 0
-    (kept,) = Path("o.jsonl").read_text(encoding="utf-8").splitlines()
-    assert json.loads(kept)["options"] == dict(one.options)  # what is written is as it was read
+    (line,) = Path("o.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["options"] == dict(first.options)  # what is written is as it was read
 
 
 ROW = {"id": "q", "question": "Which?", "options": {"A": "x", "B": "y"}, "answer": "A"}
@@ -81,7 +81,7 @@ def test_options_that_differ_by_a_raised_digit_are_two():
     assert dict(parse_question(ROW | {"options": options}, "f:1").options) == options
 
 
-# ---------------------------------------------------------------------------------------------- scripts without blanks
+# ---------------------------------------------------------------------------------------------- scripts without spaces
 @pytest.mark.parametrize(
     "text, expected",
     [
@@ -143,9 +143,9 @@ OTHER = [
 def test_reworded_questions_are_found_and_others_with_the_same_template_are_not():
     """All with one answer, so that the stems alone decide. By hand: which pairs ask the same."""
     train = [
-        question(f"{kind}{i}", one, ("甲", f"乙{kind}{i}"))
+        question(f"{kind}{i}", stem, ("甲", f"乙{kind}{i}"))
         for kind, pairs in (("same", SAME), ("other", OTHER))
-        for i, (one, _) in enumerate(pairs)
+        for i, (stem, _) in enumerate(pairs)
     ]
     bench = [
         question(f"{kind}{i}", other, ("甲", f"丙{kind}{i}"))
@@ -199,8 +199,8 @@ def test_length_filters_count_characters_and_say_so(settings, kept, tmp_path, mo
     Path("x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["data", "build", "--out", "o.jsonl", "--from", "x.jsonl", settings]) == 0
     assert sorted(json.loads(line)["id"] for line in Path("o.jsonl").read_text().split("\n")[:-1]) == kept
-    told = "words: 2 questions in a script without blanks between words; there characters are counted as words"
-    assert told in capsys.readouterr().out and told in Path("o.card.md").read_text()
+    note = "words: 2 questions in a script without spaces between words; there characters are counted as words"
+    assert note in capsys.readouterr().out and note in Path("o.card.md").read_text()
 
 
 def test_a_chinese_response_that_reasons_is_no_bare_box():

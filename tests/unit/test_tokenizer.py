@@ -56,7 +56,7 @@ def test_a_fast_tokenizer_agrees_with_transformers(folders, name):
         assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
         assert [*ours.bos_ids, *ours.encode(text)] == theirs(text)["input_ids"]
     ids = theirs.apply_chat_template(TALK, add_generation_prompt=True, return_dict=False)
-    assert ours.chat(TALK) == ids
+    assert ours.encode(ours.chat_text(TALK)) == ids
     for skip in (True, False):
         assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip)
 
@@ -131,7 +131,7 @@ def test_a_sentencepiece_model_agrees_with_its_library(folders):
         assert ours.encode(text) == theirs.encode(text)
         assert ours.decode(ours.encode(text)) == text
     start, end = size, size + 1
-    assert ours.chat([{"role": "user", "content": "yes"}]) == [
+    assert ours.encode(ours.chat_text([{"role": "user", "content": "yes"}])) == [
         start,
         *theirs.encode("user\nyes"),
         end,
@@ -256,7 +256,7 @@ def test_chat_without_a_template_says_what_to_do(tmp_path):
     tokenizer = load_tokenizer(bpe_folder(tmp_path, None))
     assert not tokenizer.has_chat_template
     with pytest.raises(ConfigError, match="set prompt.template=raw"):
-        tokenizer.chat(TALK)
+        tokenizer.chat_text(TALK)
 
 
 @pytest.mark.parametrize(
@@ -272,13 +272,15 @@ def test_chat_without_a_template_says_what_to_do(tmp_path):
 def test_a_template_that_fails_is_one_line(tmp_path, template):
     tokenizer = load_tokenizer(bpe_folder(tmp_path, template))
     with pytest.raises(ConfigError, match="refuses this conversation .*; remove prompt.system or prompt.shots, or set"):
-        tokenizer.chat(TALK)
+        tokenizer.chat_text(TALK)
 
 
 def test_loading_and_encoding_import_neither_torch_nor_transformers(folders):
     code = (
         "import sys; from alphamed.data.tokenizer import load_tokenizer\n"
-        "for folder in sys.argv[1:]: load_tokenizer(folder).chat([{'role': 'user', 'content': 'x'}])\n"
+        "for folder in sys.argv[1:]:\n"
+        "    tokenizer = load_tokenizer(folder)\n"
+        "    tokenizer.encode(tokenizer.chat_text([{'role': 'user', 'content': 'x'}]))\n"
         "print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run(

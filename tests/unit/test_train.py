@@ -1,85 +1,148 @@
-"""Where a step goes wrong, what went wrong is on the disk before the run ends, and no checkpoint holds it."""
+"""The loop on real parts: a tiny policy trained on recorded rollouts in this process. What goes wrong in a step is on the disk
+before the run ends, and no checkpoint holds it."""
 
-import contextlib
-from pathlib import Path
-from types import SimpleNamespace
+import math
+from dataclasses import replace
 
 import pytest
+from tiny import tiny_hf
 
 from alphamed import train
+from alphamed.cluster.failure import request_stop
 from alphamed.config.loading import build_config
 from alphamed.errors import RunFailed
-from alphamed.session import Session
+from alphamed.files import read_json_lines
+from alphamed.megatron.checkpoint_folder import latest
+from alphamed.megatron.policy import UpdateError
+from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
+from alphamed.rollout.pipeline import ReplayedRollouts
+from alphamed.rundir.directory import finished_step
+from alphamed.rundir.rollout_files import rollout_path, write_rollouts
+from alphamed.session import open_session
 
-CONFIG = build_config({"model": {"path": "m"}, "data": {"train": ["t.jsonl"]}})
-
-
-class Called:
-    """Any part of a session: notes which of its methods are called, raises in those it was told to."""
-
-    def __init__(self, calls: list[str], fails: tuple[str, ...] = (), **values):
-        self._calls, self._fails = calls, fails
-        self.__dict__ |= values
-
-    def __getattr__(self, name):
-        def method(*_args, **_named):
-            self._calls.append(name)
-            if name in self._fails:
-                raise RuntimeError(name)
-            return {}
-
-        return method
+STEPS = 3
+UNIFORM = -math.log(509)
+"""About what a random model of 509 tokens gives any of them."""
 
 
-@pytest.mark.parametrize("check", ["require_finite", "require_agreement"])
-def test_a_bad_step_is_recorded_and_makes_no_checkpoint(monkeypatch, check):
-    calls: list[str] = []
-    run = Called(calls, steps=lambda: iter([1, 2]))
-    rollouts = Called(calls, next=lambda step: SimpleNamespace(groups=()))
-    session = Called(
-        calls,
-        (check,),
-        run=run,
-        rollouts=rollouts,
-        policy=Called(calls, (check,), layout=None),
-        reference=Called(calls),
-        sync=Called(calls),
+def group(step, place, logprob=UNIFORM):
+    """Two responses of random-looking tokens, a right and a wrong one."""
+    name, question = f"{step}:{place}", Question(f"q{place}", "?", {"A": "a", "B": "b"}, "A")
+    rollouts = tuple(
+        Rollout(name, question.id, j, (5 + j, 6 + step, 7), (logprob,) * 3, "text", FinishReason.STOP, step)
+        for j in range(2)
     )
-    monkeypatch.setattr(train, "open_session", lambda *_: contextlib.nullcontext(session))
-    monkeypatch.setattr(train, "pack", lambda *_args, **_named: None)
-    with pytest.raises(RuntimeError, match=check):
-        train.main(CONFIG)
-    assert calls.index("update") < calls.index("record") < calls.index(check)
-    assert "checkpoint" not in calls and calls.count("update") == 1
-
-
-def test_a_run_that_is_asked_to_stop_writes_a_checkpoint_and_is_not_finished(monkeypatch):
-    calls: list[str] = []
-    run = Called(calls, steps=lambda: iter([1, 2]), stop_asked=lambda: True)
-    session = Called(
-        calls,
-        run=run,
-        rollouts=Called(calls, next=lambda step: None),
-        policy=Called(calls, layout=None),
-        reference=Called(calls),
-        sync=Called(calls),
+    outcomes = (Outcome.CORRECT, Outcome.WRONG)
+    return ScoredGroup(
+        RolloutGroup(name, question, (3, 4, 8 + place), rollouts), outcomes, (1.0, 0.0), (1.0, -1.0), ("A", "B")
     )
-    monkeypatch.setattr(train, "open_session", lambda *_: contextlib.nullcontext(session))
-    train.main(CONFIG)
-    assert calls == ["push", "evaluate", "checkpoint"]
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A function: the configuration of a run on the recorded rollouts of three steps, with further sections."""
+    model = tiny_hf(tmp_path / "model", layers=1)
+    (tmp_path / "train.jsonl").touch()
+    for step in range(1, STEPS + 1):
+        write_rollouts(rollout_path(tmp_path / "recorded", step), step, [group(step, place) for place in range(2)])
+
+    def config(**sections):
+        tree = {
+            "model": {"path": str(model), "dtype": "fp32"},
+            "data": {"train": [str(tmp_path / "train.jsonl")]},
+            "run": {"root": str(tmp_path), "name": "r", "steps": STEPS},
+            "prompt": {"max_tokens": 16},
+            "rollout": {
+                "questions_per_step": 2,
+                "samples_per_question": 2,
+                "max_response_tokens": 8,
+                "dtype": "fp32",
+                "replay": str(tmp_path / "recorded"),
+            },
+            "parallel": {"micro_batch_tokens": 64},
+            "checkpoint": {"every": 1},
+            "logging": {"wandb": "off", "report": False, "export_hf": False},
+            "cluster": {"device": "cpu"},
+        }
+        return build_config({name: tree.get(name, {}) | sections.get(name, {}) for name in tree | sections})
+
+    return config
+
+
+def recorded(config):
+    return {row["step"]: row for row in read_json_lines(config.run_dir / "metrics.jsonl")}
+
+
+def test_every_step_is_recorded_and_becomes_a_checkpoint(start):
+    config = start()
+    train.main(config)
+    rows = recorded(config)
+    assert list(rows) == [1, 2, 3] and finished_step(config.run_dir) == STEPS
+    assert latest(config.run_dir / "checkpoints").name == "step_000003"
+    assert all(row["reward/mean"] == 0.5 and math.isfinite(row["policy/loss"]) for row in rows.values())
+    assert {"time/logprobs_s", "time/update_s", "time/sync_s", "time/evaluate_s"} <= rows[1].keys()
+    assert rows[3]["policy/grad_norm"] > 0
+
+
+def spoil(config, step):
+    """Record rollouts of the step whose log-probs are no numbers."""
+    path = rollout_path(config.rollout.replay, step)
+    write_rollouts(path, step, [group(step, place, math.nan) for place in range(2)])
 
 
 @pytest.mark.parametrize(
-    "found, component, words",
+    "settings, error, words",
+    [
+        ({}, RunFailed, r"step 2: log-probs of its responses are not finite"),
+        (
+            {"algorithm": {"correction": "tis"}, "optimizer": {"max_skipped_steps": 0}},
+            UpdateError,
+            r"training step 2: the gradient was not finite in 1 updates in a row",
+        ),
+    ],
+)
+def test_a_bad_step_is_recorded_and_makes_no_checkpoint(start, settings, error, words):
+    """Log-probs that are no numbers show in their difference; a correction by them spoils the gradient, too."""
+    config = start(**settings)
+    spoil(config, 2)
+    with pytest.raises(error, match=words):
+        train.main(config)
+    rows = recorded(config)
+    assert list(rows) == [1, 2] and rows[2]["policy/logprob_diff_mean"] is None
+    assert latest(config.run_dir / "checkpoints").name == "step_000001"
+    assert finished_step(config.run_dir) is None
+
+
+def test_a_run_that_is_asked_to_stop_writes_a_checkpoint_and_is_not_finished(start, monkeypatch):
+    """Asked while the rollouts of step 2 are on their way, which are then given up; the next start goes on with that step."""
+    config = start(checkpoint={"every": 0})
+    next_of = ReplayedRollouts.next
+
+    def stopped(rollouts, step):
+        if step == 2:
+            request_stop(config.run_dir)
+            return None
+        return next_of(rollouts, step)
+
+    monkeypatch.setattr(ReplayedRollouts, "next", stopped)
+    train.main(config)
+    assert list(recorded(config)) == [1] and finished_step(config.run_dir) is None
+    assert latest(config.run_dir / "checkpoints").name == "step_000001"
+
+
+@pytest.mark.parametrize(
+    "difference, component, words",
     [
         (0.2, "rollout engines", "the limit is 0.15"),
         (float("inf"), "rollout engines", "inf"),
         (float("nan"), "policy", "not finite"),  # which is no news of the engines
     ],
 )
-def test_log_probs_that_differ_stop_the_run(found, component, words):
-    session = SimpleNamespace(config=CONFIG, run=SimpleNamespace(dir=Path("runs/r")))
-    with pytest.raises(RunFailed, match=words) as stopped:
-        Session.require_agreement(session, 3, {"policy/logprob_diff_mean": found})
-    assert stopped.value.component == component
-    Session.require_agreement(session, 3, {"policy/logprob_diff_mean": 0.15})
+def test_log_probs_that_differ_stop_the_run(start, difference, component, words):
+    with open_session(start()) as session:
+        live = start(rollout={"replay": None, "dtype": "bf16"})
+        session = replace(session, config=live)
+        with pytest.raises(RunFailed, match=words) as stopped:
+            session.require_agreement(3, {"policy/logprob_diff_mean": difference})
+        assert stopped.value.component == component
+        session.require_agreement(3, {"policy/logprob_diff_mean": 0.15})

@@ -90,7 +90,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def told(questions):
+def rows_of(questions):
     return {q.id: (q.options[q.answer], len(q.options), q.source, q.context) for q in questions}
 
 
@@ -101,7 +101,7 @@ def test_every_row_loads_by_its_hub_name_from_a_repository_of_the_same_layout(tm
     folder = hub_folder(tmp_path / "repository", source.config, source.split, LAYOUTS[source.adapt])
     rows, _ = interpret(read_upstream(replace(source, hub=str(folder)), None), source.answer)
     questions, problems = check_questions(rows)
-    assert told(questions) == EXPECTED[source.adapt]
+    assert rows_of(questions) == EXPECTED[source.adapt]
     if source.adapt is adapters.medmcqa:  # the question without a public key
         assert [p.problem for p in problems] == ["cop -1 is not among the options A, B, C, D (keys are numbers from 0)"]
     else:
@@ -306,8 +306,8 @@ def test_without_a_hub_only_a_cached_copy_of_the_pinned_revision_will_do(monkeyp
     place = tmp_path / "cache" / "Idavidrein___gpqa" / "gpqa_main" / "0.0.0" / cached
     shutil.copytree(source, place)
     (place / "parquet-train.arrow").rename(place / "gpqa-train.arrow")
-    told = json.loads((place / "dataset_info.json").read_text())
-    (place / "dataset_info.json").write_text(json.dumps(told | {"dataset_name": "gpqa", "config_name": "gpqa_main"}))
+    info = json.loads((place / "dataset_info.json").read_text())
+    (place / "dataset_info.json").write_text(json.dumps(info | {"dataset_name": "gpqa", "config_name": "gpqa_main"}))
     if refused:
         with pytest.raises(DataError, match=refused):
             load_benchmark("gpqa")
@@ -335,15 +335,15 @@ def test_what_counts_as_a_network(monkeypatch, proxies, listens, reachable):
 
 
 def test_the_hub_is_asked_for_the_pinned_revision(monkeypatch):
-    asked = {}
+    arguments = {}
 
     def load(path, config, split, revision):
-        asked.update(path=path, config=config, split=split, revision=revision)
+        arguments.update(path=path, config=config, split=split, revision=revision)
         return list(layouts.GPQA)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert len(load_benchmark("gpqa").questions) == 4
-    assert asked == {
+    assert arguments == {
         "path": "Idavidrein/gpqa",
         "config": "gpqa_main",
         "split": "train",

@@ -17,7 +17,7 @@ from alphamed.config.sections import ParallelConfig
 from alphamed.errors import ConfigError, RunFailed
 from alphamed.model.families import hf_shapes
 from alphamed.records import Layout
-from alphamed.rollout.failures import Peer
+from alphamed.rollout.failures import ActorProcess
 from alphamed.weights import receiver
 from alphamed.weights.hf_io import hf_parts
 from alphamed.weights.links import GroupChannel
@@ -113,7 +113,7 @@ class Pool:
         self.tensor_parallel, self.address, self.epoch, self.version = tensor_parallel, "127.0.0.1", 1, 0
         self.on_this_machine = True
         self.workers = [[Worker(rank) for rank in range(size)] for size in tensor_parallel]
-        self.engines = [SimpleNamespace(peer=Peer(f"engine {i}")) for i in range(len(tensor_parallel))]
+        self.engines = [SimpleNamespace(peer=ActorProcess(f"engine {i}")) for i in range(len(tensor_parallel))]
         self.scores, self.committed = scores, []
         self._threads = ThreadPoolExecutor(8)
 

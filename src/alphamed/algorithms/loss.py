@@ -1,6 +1,6 @@
 """Policy losses, KL estimators and token weights: pure functions of packed [T] tensors.
 
-Conventions. T are the label positions of one packed row. `sequence` says which response a label belongs to, -1 where it
+Conventions. T are the label positions of one packed row. `sequence` holds the response that a label belongs to, -1 where it
 belongs to none (prompt, padding); what the other tensors hold there is ignored, NaN included. Log-probs are natural
 logarithms of the sampling distribution. A loss comes back as an unnormalised sum over tokens, each times its weight:
 
@@ -124,7 +124,7 @@ def kl_penalty(logprobs: Float[Tensor, " T"], reference_logprobs: Float[Tensor, 
       k3  exp(d) - d - 1      unbiased, never negative; GRPO's choice (2402.03300, eq. 4). Its gradient is that of
                               KL(reference || pi)
 
-    d is cut to +-20 in k3. Positions outside the responses are not looked at: sum with `weighted_sum`.
+    d is cut to +-20 in k3. Positions outside the responses are not read: sum with `weighted_sum`.
     """
     difference = reference_logprobs.detach() - logprobs
     if kind == "k1":
@@ -175,7 +175,7 @@ def normalizer(aggregation: str, response_tokens: int, sequences: int) -> int:
 
 
 def weighted_sum(values: Float[Tensor, " T"], weights: Float[Tensor, " T"]) -> Float[Tensor, ""]:
-    """Sum of values x weights; where the weight is 0 the value is not looked at and gets a gradient of exactly 0."""
+    """Sum of values x weights; where the weight is 0 the value is not read and gets a gradient of exactly 0."""
     return (torch.where(weights != 0, values, 0.0) * weights).sum()
 
 

@@ -1,11 +1,11 @@
 r"""Read the boxed answer letter out of a response: strict, pure, linear in the length of the text.
 
-Which box. The `\boxed{...}` that opens last among those that close decides; white space may stand before its brace. Of
-nested boxes that is the inner one; a later box that never closes is no box. `\{` and `\}` are characters, not braces.
+Which box. The `\boxed{...}` that opens last among those that close decides; white space may precede its brace. Of
+nested boxes that is the inner one; a later box that never closes does not count. `\{` and `\}` are characters, not braces.
 
-What it says. Signs are folded (folding.py: full-width forms, quotes, dashes, what is not seen), then `$...$`, `\text{}`,
+Its content. Characters are folded (folding.py: full-width forms, quotes, dashes, invisible ones), then `$...$`, `\text{}`,
 `\textbf{}`, `\mathbf{}`, `\mathrm{}`, pairs of () [] {} (also `\{ \}`, `\( \)`, `\[ \]`) and a trailing `.`, `)` or `:` are
-peeled off. What remains must be one letter of the question, in either case, or that letter, a separator and the option's own
+removed. What remains must be one letter of the question, in either case, or that letter, a separator and the option's own
 text (case, the amount of white space, double quotes at the ends and the forms that folding.py knows do not count). All else
 is no answer:
 
@@ -18,9 +18,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from alphamed.answers.folding import fold, fold_signs
+from alphamed.answers.folding import fold, fold_characters
 
-# What the search for boxes looks at, in this order: the start of a box, an escaped brace, an escaped backslash (unless
+# What the search for boxes matches, in this order: the start of a box, an escaped brace, an escaped backslash (unless
 # it belongs to `\\boxed`, which a model writes that escapes its own output), a brace.
 _MARK = re.compile(r"(?P<box>\\boxed\s*\{)|\\[{}]|\\\\(?!boxed)|(?P<brace>[{}])")
 _WRAPPER = re.compile(r"\\(?:textbf|text|mathbf|mathrm)\s*(?=\{)")
@@ -28,7 +28,7 @@ _ESCAPED = re.compile(r"\\(?=[()\[\]{}%&#_])")  # LaTeX writes `50\%`
 _CLOSES = {"(": ")", "[": "]", "{": "}"}
 _TRAILING = ".):"
 _SEPARATORS = ".):,;-=\u3001"
-_SURPLUS = 1_000  # no box is so much longer than an option and only says it
+_SURPLUS = 1_000  # a box that is so much longer than every option does not just repeat one
 _MAX_SEPARATORS = 3  # as in `C.) - text`; a bound keeps the reading linear
 
 
@@ -57,9 +57,9 @@ def _last_box(text: str) -> str | None:
 def closed_boxes(text: str) -> list[tuple[int, int]]:
     """(start, end) of the content of every box that closes, in the order of their ends. One pass: every brace is pushed
     and popped at most once."""
-    found: list[tuple[int, int]] = []
+    boxes: list[tuple[int, int]] = []
     open_braces: list[int] = []  # where the content of a box starts, or -1 for a brace that opens no box
-    first = text.find("\\boxed")  # no brace before it closes a box; most of a response stands before it
+    first = text.find("\\boxed")  # no brace before it closes a box; most of a response precedes it
     for mark in _MARK.finditer(text, first) if first >= 0 else ():
         if mark["box"]:
             open_braces.append(mark.end())
@@ -68,8 +68,8 @@ def closed_boxes(text: str) -> list[tuple[int, int]]:
         elif mark["brace"] and open_braces:
             opened = open_braces.pop()
             if opened >= 0:
-                found.append((opened, mark.start()))
-    return found
+                boxes.append((opened, mark.start()))
+    return boxes
 
 
 def _read(content: str, options: Mapping[str, str]) -> str | None:
@@ -96,7 +96,7 @@ def _letter(character: str, options: Mapping[str, str]) -> str | None:
 
 
 def _states_own_text(text: str, head_end: int, letter: str, options: Mapping[str, str]) -> bool:
-    """Whether `text`, a head of `head_end` characters that states `letter`, goes on with a separator and the letter's
+    """Whether `text`, a head of `head_end` characters that states `letter`, continues with a separator and the letter's
     own option text, or what follows the letter in it where the option carries its own ("B. Liver").
 
     The separators are taken off one by one and the first reading that is any option's text decides: "D: -5" names the
@@ -123,7 +123,7 @@ def _states_own_text(text: str, head_end: int, letter: str, options: Mapping[str
 
 
 def _without_label(option: str, letter: str) -> str | None:
-    """An option's text, as it is compared, behind the letter that it carries itself ("B. Liver"); None without one."""
+    """An option's text, as it is compared, after the letter that it carries itself ("B. Liver"); None without one."""
     head, rest = _fold(option).strip()[:1], _fold(option).strip()[1:].lstrip()
     return _canonical(rest[1:]) if head.casefold() == letter.casefold() and rest[:1] in ".):" and rest[:1] else None
 
@@ -141,8 +141,8 @@ def _bare(text: str) -> str:
 
 
 def _fold(text: str) -> str:
-    """Signs folded, wrapper commands cut to their braces, escaped signs to signs, `$$` to `$`."""
-    return _ESCAPED.sub("", _WRAPPER.sub("", fold_signs(text))).replace("$$", "$")
+    """Characters folded, wrapper commands cut to their braces, escapes removed, `$$` to `$`."""
+    return _ESCAPED.sub("", _WRAPPER.sub("", fold_characters(text))).replace("$$", "$")
 
 
 def _partners(text: str) -> dict[int, int]:

@@ -1,9 +1,9 @@
-"""How texts are compared: one folding of signs that look alike or are not seen at all. Standard library only.
+"""How texts are compared: one folding of characters that look alike or are invisible. Standard library only.
 
-Folded are quotes (curly, low, angled, primes), dashes and minus signs, spaces of every width, signs without width
-(zero-width spaces and joiners, soft hyphens, byte order marks, marks of direction), full-width forms, ligatures and the
-other compatibility forms of Unicode, and accents written as signs of their own. It is done on both sides of a comparison
-and nowhere else: what a model is shown, and what is written, stays as it was but for white space at the ends.
+Folded are quotes (curly, low, angled, primes), dashes and minus signs, spaces of every width, characters without width
+(zero-width spaces and joiners, soft hyphens, byte order marks, direction marks), full-width forms, ligatures and the
+other compatibility forms of Unicode, and accents written as separate characters. Both sides of a comparison are folded,
+and nothing else is: what a model is shown, and what is written, is unchanged except for white space at the ends.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ _UNSEEN = (
     *range(0xFFF9, 0xFFFC),
     *range(0xE0000, 0xE01F0),
 )
-_SIGNS: dict[int, str | None] = (
+_REPLACEMENTS: dict[int, str | None] = (
     {0xFF01 + i: chr(0x21 + i) for i in range(94)}  # U+FF01..U+FF5E are `!`..`~`
     | {ord(other): sign for sign, others in _ALIKE.items() for other in others}
     | dict.fromkeys(_UNSEEN)
 )
-# All that can change: signs beyond ASCII, and the letter before one where there are accents. Ordering the accents of a long
-# run of nothing but accents takes time by the square of its length: it is cut in pieces.
+# All that can change: characters beyond ASCII, and the letter before an accent. Ordering the accents in a long run of
+# accents takes time quadratic in its length: runs are cut into pieces.
 _FOREIGN, _ACCENT = re.compile(r"[^\x00-\x7f]{1,400}"), re.compile("[\u0300-\u036f]")
 _FOREIGN_WITH_LETTER = re.compile(rf"[\x00-\x7f]?{_FOREIGN.pattern}")
 
 
-def fold_signs(text: str) -> str:
-    """`text` with plain quotes, dashes and full-width forms, without what is not seen. Every letter stays the one it is."""
-    return text if text.isascii() else _FOREIGN.sub(lambda piece: piece[0].translate(_SIGNS), text)
+def fold_characters(text: str) -> str:
+    """`text` with plain quotes, dashes and full-width forms, without invisible characters. No letter becomes another."""
+    return text if text.isascii() else _FOREIGN.sub(lambda piece: piece[0].translate(_REPLACEMENTS), text)
 
 
 def fold(text: str) -> str:
@@ -63,5 +63,5 @@ def fold(text: str) -> str:
 
 
 def _folded(piece: re.Match[str]) -> str:
-    """Signs twice: a few compatibility forms are made of such signs."""
-    return unicodedata.normalize("NFKC", piece[0].translate(_SIGNS)).translate(_SIGNS)
+    """Translated twice: a few compatibility forms consist of such characters."""
+    return unicodedata.normalize("NFKC", piece[0].translate(_REPLACEMENTS)).translate(_REPLACEMENTS)

@@ -18,13 +18,13 @@ SAMPLE = Question("sample", "Which organ makes bile?", {"A": "Liver", "B": "Sple
 
 
 class Tokens(Protocol):
-    """What is asked of a tokenizer (`data.tokenizer.Tokenizer`)."""
+    """What is needed of a tokenizer (`data.tokenizer.Tokenizer`)."""
 
     def writes(self, text: str) -> bool: ...
 
 
-class Prompts(Protocol):
-    """What is asked of a prompt builder (`data.prompts.PromptBuilder`)."""
+class PromptRenderer(Protocol):
+    """What is needed of a prompt builder (`data.prompts.PromptBuilder`)."""
 
     def text(self, question: Question) -> str: ...
 
@@ -38,7 +38,7 @@ class Thinking:
     opened: bool = False
 
     @classmethod
-    def of(cls, setting: str | None, tokenizer: Tokens, prompts: Prompts) -> Thinking:
+    def of(cls, setting: str | None, tokenizer: Tokens, prompts: PromptRenderer) -> Thinking:
         """What `reward.answer_after` means for a model and its prompts."""
         end = end_of_thinking(setting, tokenizer)
         begin = begin_of(end)
@@ -70,7 +70,7 @@ class Thinking:
 
 
 def end_of_thinking(setting: str | None, tokenizer: Tokens) -> str:
-    """The text of `reward.answer_after`; "" where nothing is to be cut off."""
+    """The text of `reward.answer_after`; "" where the whole response is the answer."""
     if setting == AUTO:
         return THINK_END if tokenizer.writes(THINK_END) else ""
     return setting or ""

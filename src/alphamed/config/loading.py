@@ -15,7 +15,7 @@ from alphamed.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
 MAX_NODES = 1_000_000
-"""Values in one file. A few hundred bytes of aliases can stand for billions, and configurations come from others, too."""
+"""Values in one file. A few hundred bytes of aliases can expand to billions, and configurations come from others, too."""
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -37,25 +37,25 @@ def load_supervised(path: str | Path, overrides: list[str] | tuple[str, ...] = (
     return config
 
 
-def load_tree(path: str | Path, overrides: list[str] | tuple[str, ...] = (), what: str = "config") -> dict[str, Any]:
-    """The mapping in one YAML file (`what` messages call it) with overrides in it, not validated. Raises ConfigError."""
+def load_tree(path: str | Path, overrides: list[str] | tuple[str, ...] = (), kind: str = "config") -> dict[str, Any]:
+    """The mapping in one YAML file (messages call it a `kind`) with overrides in it, not validated. Raises ConfigError."""
     path = Path(path)
     if path.is_fifo() and path.resolve().exists():  # one with a name would be waited for; `<(command)` has none
-        raise ConfigError(f"{what} {path}: is a named pipe, not a file; save what it gives in a file and name that")
+        raise ConfigError(f"{kind} {path}: is a named pipe, not a file; save what it gives in a file and name that")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{what} {path}: no such file; give the path of a YAML file") from None
+        raise ConfigError(f"{kind} {path}: no such file; give the path of a YAML file") from None
     except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{what} {path}: cannot be read ({e}); give a UTF-8 YAML file") from None
+        raise ConfigError(f"{kind} {path}: cannot be read ({e}); give a UTF-8 YAML file") from None
     try:
         tree = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as e:
-        raise ConfigError(f"{what} {path}: not valid YAML ({_one_line(e)}); fix the syntax") from None
+        raise ConfigError(f"{kind} {path}: not valid YAML ({_one_line(e)}); fix the syntax") from None
     except RecursionError:
-        raise ConfigError(f"{what} {path}: is nested too deep; see examples/") from None
+        raise ConfigError(f"{kind} {path}: is nested too deep; see examples/") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{what} {path}: holds {_kind(tree)}, not a mapping of sections; see examples/")
+        raise ConfigError(f"{kind} {path}: holds {_kind(tree)}, not a mapping of sections; see examples/")
     for item in overrides:
         override(tree, item)
     return tree
@@ -113,7 +113,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_document(self, node):
         if _written_out(node, {}) > MAX_NODES:
-            raise ConfigError(f"its aliases (*name) stand for more than {MAX_NODES:,} values; write fewer")
+            raise ConfigError(f"its aliases (*name) expand to more than {MAX_NODES:,} values; write fewer")
         return super().construct_document(node)
 
     def construct_mapping(self, node, deep=False):
@@ -123,7 +123,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, str):
                 raise ConfigError(f"line {key_node.start_mark.line + 1}: key {key!r} is not text; put it in quotes")
             if key in seen:
-                raise ConfigError(f"line {key_node.start_mark.line + 1}: key {key!r} stands twice; keep one")
+                raise ConfigError(f"line {key_node.start_mark.line + 1}: key {key!r} is given twice; keep one")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -135,7 +135,7 @@ def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
         parts = (
             node.value
             if isinstance(node, yaml.SequenceNode)
-            else ([one for pair in node.value for one in pair] if isinstance(node, yaml.MappingNode) else [])
+            else ([value_node for pair in node.value for value_node in pair] if isinstance(node, yaml.MappingNode) else [])
         )
         known[id(node)] = 1 + sum(_written_out(part, known) for part in parts)
     return known[id(node)]
@@ -204,16 +204,19 @@ def _explain(error: ValidationError, root: type[BaseModel], tree: Any) -> str:
         return f"{where}: missing; give a value"
     if not where:  # a check across fields names its own field
         return _message(first)
-    # where one of several kinds of value may stand, each says what it takes
-    wanted = dict.fromkeys(_message(one) for one in errors if _place(one, tree) == place)
-    told = ", or ".join(one.removeprefix("it takes ") if number else one for number, one in enumerate(wanted))
-    return f"{where}: {_short(first.get('input'))} is not valid; {told[0].lower()}{told[1:]}"
+    # where one of several kinds of value is allowed, each has its message
+    messages = dict.fromkeys(_message(error) for error in errors if _place(error, tree) == place)
+    text = ", or ".join(message.removeprefix("it takes ") if i else message for i, message in enumerate(messages))
+    return f"{where}: {_short(first.get('input'))} is not valid; {text[0].lower()}{text[1:]}"
 
 
 def _place(error: Any, tree: Any) -> tuple[str | int, ...]:
-    """Where in `tree` an error is. Pydantic puts names of its types in between where several kinds of value may stand."""
-    *parents, last = error["loc"] or (None,)
-    place, at = [], tree
+    """Where in `tree` an error is. Pydantic puts names of its types in between where several kinds of value are allowed."""
+    if not error["loc"]:
+        return ()
+    *parents, last = error["loc"]
+    place: list[str | int] = []
+    at = tree
     for part in parents:
         try:
             at = at[part]
@@ -273,7 +276,7 @@ def _section(annotation: Any) -> Any:
     """The section that an annotation holds: itself, or an item of a list or an optional one."""
     if hasattr(annotation, "model_fields"):
         return annotation
-    return next((found for part in get_args(annotation) if (found := _section(part))), None)
+    return next((section for part in get_args(annotation) if (section := _section(part))), None)
 
 
 def _short(value: Any) -> str:

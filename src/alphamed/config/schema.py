@@ -1,4 +1,4 @@
-"""A run's configuration as a whole: frozen, nested, validated. `config_file.load_config` reads one YAML file and dotted
+"""A run's configuration as a whole: frozen, nested, validated. `loading.load_config` reads one YAML file and dotted
 overrides into it.
 
 Checks across fields report what is wrong and never rewrite a value; what follows from other values is a property. A user's
@@ -19,14 +19,13 @@ from alphamed.config.choices import (
     AnswerKeys,
     Correction,
     Device,
-    Dtype,
     KlEstimator,
-    OldLogprobs,
     ReferencePlace,
     RewardSignature,
     SyncMode,
     Transport,
 )
+from alphamed.config.resolved import Resolved
 from alphamed.config.sections import (
     MAX_GPUS,
     AlgorithmConfig,
@@ -88,15 +87,9 @@ class Config(Section):
         return self.rollout.temperature if self.sft is None else 1.0
 
     @property
-    def max_logprob_diff(self) -> float:
-        exact = self.model.dtype == self.rollout.dtype == Dtype.FP32
-        rounded = 0.3 if self.model.fp8 else 0.15
-        return self.sync.max_logprob_diff or (1.0 if self.rollout.max_staleness else 1e-3 if exact else rounded)
-
-    @property
-    def correction(self) -> Correction:
-        chosen = self.algorithm.correction
-        return chosen if chosen != Correction.AUTO else Correction.TIS if self.rollout.max_staleness else Correction.NONE
+    def resolved(self) -> Resolved:
+        """What settings that are left to the program come to."""
+        return Resolved(self)
 
     @property
     def max_model_tokens(self) -> int:
@@ -105,7 +98,7 @@ class Config(Section):
 
     @property
     def longest_response(self) -> str:
-        """The setting that `max_model_tokens` comes from, beside prompt.max_tokens."""
+        """The setting that `max_model_tokens` comes from, in addition to prompt.max_tokens."""
         longer = (self.evaluation.max_response_tokens or 0) > self.rollout.max_response_tokens
         return f"{'evaluation' if longer else 'rollout'}.max_response_tokens"
 
@@ -134,14 +127,6 @@ class Config(Section):
         r, evaluation = self.rollout, self.evaluation
         rounds = max(1 + self.dynamic_sampling.refills, len(evaluation.all_files))
         return max(r.start_deadline_s, rounds * r.step_deadline_s)
-
-    @property
-    def recompute_old_logprobs(self) -> bool:
-        return self.algorithm.old_logprobs == OldLogprobs.RECOMPUTE or self.algorithm.mini_batches > 1
-
-    @property
-    def constant_tokens(self) -> int:
-        return self.algorithm.constant_tokens or self.rollout.max_response_tokens
 
     # -------------------------------------------------------------------------------------------- checks across fields
     @model_validator(mode="after")
@@ -237,7 +222,7 @@ class Config(Section):
                 f"reward.overlong_buffer_tokens: {self.reward.overlong_buffer_tokens} exceeds "
                 f"rollout.max_response_tokens ({r.max_response_tokens}); lower it"
             )
-        if self.correction in (Correction.MIS, Correction.MIS_SEQUENCE) and a.correction_floor >= a.correction_cap:
+        if self.resolved.correction in (Correction.MIS, Correction.MIS_SEQUENCE) and a.correction_floor >= a.correction_cap:
             yield (
                 f"algorithm.correction_floor: {a.correction_floor} is not below algorithm.correction_cap "
                 f"({a.correction_cap}); lower it"

@@ -1,6 +1,6 @@
 """The sections of a run's configuration: every knob with its type, limits, default and meaning.
 
-Defaults live on the fields and nowhere else. Checks across sections, and what follows from several of them, are in `config`.
+Defaults live on the fields and nowhere else. Checks across sections, and what follows from several of them, are in `schema`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class RunConfig(Section):
     steps: Positive = 100
     """Length of the whole run; learning-rate schedules end here."""
     stop_after: NonNegative | None = None
-    """End after this step although `steps` says more: a run in parts, with the schedule of the whole. 0: evaluate the
+    """End after this step although `steps` is larger: a run in parts, with the schedule of the whole. 0: evaluate the
     unchanged model and end, a control."""
     time_limit_s: PositiveFloat | None = None
     """No step begins later than this many seconds after the run (or its resume) started."""
@@ -121,7 +121,7 @@ class DataConfig(Section):
     bad_rows: BadRows = BadRows.REFUSE
     levels: LevelsConfig = LevelsConfig()
     answer_keys: AnswerKeys = AnswerKeys.GIVEN
-    """`shuffled`: every training question gets a key that says nothing about the truth, the same one in every epoch (a
+    """`shuffled`: every training question gets a key unrelated to the truth, the same one in every epoch (a
     control; evaluation keys are never touched)."""
     shuffle_options: bool = True
     """Give the options new letters every epoch, so that a letter cannot be learnt in place of an answer."""
@@ -172,7 +172,7 @@ class RolloutConfig(Section):
     """Pushes by which the weights that sampled a response may be older than those it trains. 0: generation and training take
     turns. Above: engines work this many steps ahead while the policy trains."""
     on_push: OnPush = OnPush.KEEP
-    """What becomes of requests that a push finds under way (max_staleness > 0): they end first (`wait`), go on with the new
+    """What becomes of requests that are under way at a push (max_staleness > 0): they end first (`wait`), go on with the new
     weights (`keep`), or begin again (`abort`)."""
     stragglers: Stragglers = Stragglers.WAIT
     """What becomes of groups that take longer than max_staleness steps, those with the longest answers: a step that would make
@@ -189,7 +189,7 @@ class DynamicSamplingConfig(Section):
     """Rounds in which the groups of a step that carry no signal are replaced by others; 9 is DAPO's limit. Ahead of the policy
     (rollout.max_staleness > 0) as many groups as that many whole rounds. Places still empty then keep what was dropped."""
     choose: bool = False
-    """Pass over questions that are unlikely to teach, by their level and by what this run has seen of them."""
+    """Skip questions that are unlikely to give a signal, by their level and by what this run has seen of them."""
     half_life_steps: PositiveFloat = 30.0
     """Steps after which an observation counts half, for the policy has changed."""
     annotation_weight: NonNegativeFloat = 5.0
@@ -197,7 +197,7 @@ class DynamicSamplingConfig(Section):
     max_passes: Positive = 10
     """Times in a row that a question can be skipped at most; then it is asked whatever is believed of it."""
     search: Positive = 10
-    """Questions looked at for one round of questions, at most, as a multiple of rollout.questions_per_step."""
+    """Questions considered for one round of questions, at most, as a multiple of rollout.questions_per_step."""
 
     @property
     def active(self) -> bool:
@@ -335,7 +335,7 @@ class CheckpointConfig(Section):
 class EvaluationConfig(Section):
     files: tuple[Path, ...] = ()
     development: Path | None = None
-    """A further file, by whose accuracy the best checkpoint is chosen and kept beside the newest ones; never a test set."""
+    """A further file, by whose accuracy the best checkpoint is chosen and kept in addition to the newest ones; never a test set."""
     questions: Positive | None = None
     """At most this many questions of each file, by seed."""
     decisions: tuple[Path, ...] = ()
@@ -346,13 +346,13 @@ class EvaluationConfig(Section):
     after: bool = False
     every: NonNegative = 0
     background: bool | None = None
-    """Those of `every` go on beside the next step, on what its own questions leave of the engines, and end before the next
+    """Those of `every` run in parallel with the next step, on what its own questions leave of the engines, and end before the next
     push. None: where engines have GPUs of their own; on shared ones, and on shared cores, it takes longer. Never with
     rollout.deterministic, for what an engine works on at once shows in the last bits."""
     max_response_tokens: Positive | None = None
     """None: rollout.max_response_tokens."""
     time_limit_s: PositiveFloat | None = None
-    """Of an evaluation of all sets that nothing goes on beside: where the first questions show that it would take longer, fewer
+    """Of an evaluation of all sets that nothing runs in parallel with: where the first questions show that it would take longer, fewer
     are asked, the same ones in all evaluations of the run."""
 
     @property
@@ -375,13 +375,13 @@ class ClusterConfig(Section):
     gpus_per_node: Count = 8
     ranks_per_host: Count | None = None
     """Trainer ranks on a host of several; None: as many as it has GPUs. With GPUs left over, engines take those. Hosts without
-    GPUs need it: nothing else says how much a CPU can hold."""
+    GPUs need it: how much a CPU can hold is known from nowhere else."""
     gpu: str = "h100-80g"
     """What `alphamed plan` assumes: a100-80g, h100-80g, h200-141g, b200-180g."""
     nodes: Count | None = None
     """How many the run may take, for `alphamed plan`; None: as many as it needs."""
     skip_memory_check: bool = False
-    """Start although the plan says that memory does not suffice."""
+    """Start although memory does not suffice by the plan."""
     share_gpus: bool = False
     """Engines compute on the GPUs of the trainer's ranks, and both keep their memory all the time: for small models on few
     GPUs. An engine takes `rollout.gpu_memory_utilization` of a GPU. No effect on CPU, where all share the cores."""

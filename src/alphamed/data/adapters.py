@@ -1,10 +1,10 @@
 """Rows of public question sets -> rows of the schema (`mcq.py`): one small function per layout.
 
-An adapter takes an upstream row and returns a row with the schema's fields, or None where the row is no part of the set
-(another subject). Options may be a list still, and the answer the `Keys` that the row states: what form they have is found
-from the whole file (`keys.py`), never assumed here. A set without ids gets none: they are made from the content. Nothing
-is checked that the schema checks: a missing or wrong value becomes a reported bad row there. A broken layout shows as
-KeyError or TypeError, which the reader reports as a wrong schema.
+An adapter takes an upstream row and returns a row with the schema's fields, or None where the row does not belong to the set
+(another subject). Options may still be a list, and the answer the `Keys` that the row states: their form is inferred from
+the whole file (`keys.py`), never assumed here. Sets without ids get ids from the content, elsewhere. What the schema checks
+is not checked here: a missing or wrong value becomes a reported bad row there. A broken layout raises KeyError or TypeError,
+which the reader reports as a wrong schema.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def openlife(row: Upstream) -> dict[str, Any]:
 
 
 def headqa(row: Upstream) -> dict[str, Any] | None:
-    """HEAD-QA; questions that ask about an image are left out, since a text model cannot see it. Options have numbers of
-    their own (`aid`), which say how `ra` counts."""
+    """HEAD-QA; questions that ask about an image are left out, since a text model cannot see it. Options have their
+    own numbers (`aid`), which show how `ra` counts."""
     if row.get("image"):
         return None
     numbers = [int(answer["aid"]) for answer in row["answers"]]
@@ -135,7 +135,7 @@ def gpqa_medical(row: Upstream) -> dict[str, Any] | None:
 
 
 def medxpertqa(row: Upstream) -> dict[str, Any]:
-    """MedXpertQA Text: ten options; reasoning and understanding are told apart by source. Copies for benchmark harnesses
+    """MedXpertQA Text: ten options; reasoning and understanding are distinguished by source. Copies for benchmark harnesses
     have the options in the question alone, which the schema's check refuses."""
     options = row.get("options")
     return {
@@ -160,5 +160,5 @@ def mmlu_medical(row: Upstream) -> dict[str, Any] | None:
 
 
 def schema(row: Any) -> Any:
-    """A row that is in the schema already."""
+    """A row that is already in the schema."""
     return row

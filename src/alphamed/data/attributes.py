@@ -1,6 +1,7 @@
 """The annotated attributes of a question: what sets are filtered, varied and counted by, and answers grouped by.
 
-A further one is a field of `Question` that rows carry, a filter in lab/datasets/recipe.py, an axis in lab/study/spec.py and a line here.
+Another attribute takes a field of `Question` that rows carry, a filter in lab/datasets/recipe.py, an axis in
+lab/study/spec.py and a line here.
 """
 
 from __future__ import annotations
@@ -42,4 +43,4 @@ ATTRIBUTES = (
 
 def values_of(question: Question) -> dict[str, int | None]:
     """Field -> value of every attribute, as rows have them."""
-    return {one.field: one.of(question) for one in ATTRIBUTES}
+    return {attribute.field: attribute.of(question) for attribute in ATTRIBUTES}

@@ -10,10 +10,10 @@ from typing import Any, TypedDict
 
 from alphamed.errors import ConfigError
 
-# Some templates (Llama 3.2) write today's date into the prompt, which would make a resumed run see other prompts than
-# the first start. The date stands still at Llama 3.1's own default.
+# Some templates (Llama 3.2) write today's date into the prompt, which would give a resumed run other prompts than the
+# first start. The date is fixed at Llama 3.1's own default.
 TEMPLATE_DATE = date(2024, 7, 26)
-GIVEN = frozenset(
+RESERVED = frozenset(
     {
         "messages",
         "add_generation_prompt",
@@ -27,7 +27,7 @@ GIVEN = frozenset(
         "cls_token",
     }
 )
-"""Variables that are not the user's to set."""
+"""Variables that users cannot set."""
 
 
 class Message(TypedDict):
@@ -58,7 +58,7 @@ class ChatTemplate:
                 f"model.path: the chat template of {folder} is broken in line {e.lineno} ({e.message}); fix or remove it"
             ) from None
         self._folder = folder
-        self.variables = frozenset(meta.find_undeclared_variables(tree) - GIVEN)
+        self.variables = frozenset(meta.find_undeclared_variables(tree) - RESERVED)
         """Names that a user can set; unset ones are undefined."""
         self.writes_date = any(name.name == "strftime_now" for name in tree.find_all(nodes.Name))
 
@@ -76,7 +76,7 @@ class ChatTemplate:
                 tools=None,
                 documents=None,
             )
-        except Exception as e:  # the template is the model author's program
+        except Exception as e:  # templates are code of the model's author
             raise ConfigError(
                 f"prompt: the chat template of {self._folder} refuses this conversation "
                 f"({' '.join(str(e).split())}); remove prompt.system or prompt.shots, or set "

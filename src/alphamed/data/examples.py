@@ -17,7 +17,7 @@ from typing import Any
 from alphamed.config.choices import BadRows
 from alphamed.data.chat_template import Message
 from alphamed.data.distilled import adapt
-from alphamed.data.mcq import QuestionError, Row, RowProblem, parse_question, short
+from alphamed.data.mcq import QuestionError, RawRow, RowProblem, parse_question, short
 from alphamed.data.tables import rows
 from alphamed.data.text import counted
 from alphamed.errors import DataError
@@ -95,7 +95,7 @@ def usable(examples: Iterable[Example], problems: Sequence[RowProblem], bad_rows
 
 
 # ------------------------------------------------------------------------------------------------------------- one row
-def _parse(row: Row, response_format: str, known: Container[str]) -> Example:
+def _parse(row: RawRow, response_format: str, known: Container[str]) -> Example:
     """Raises ValueError with the first problem, as a short phrase."""
     if not isinstance(row.value, Mapping):
         raise ValueError("not an object of keys and values")

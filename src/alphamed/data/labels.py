@@ -1,8 +1,8 @@
-"""Labels that option texts carry themselves ("A. Spleen", "(B) Liver", "3) Thymus"), and texts that begin so by chance.
+"""Labels that option texts carry themselves ("A. Spleen", "(B) Liver", "3) Thymus"), and texts that only look so by chance.
 
-Letters and numbers begin innocent texts too: "C. difficile", "E. coli", "1.5 mg", "A: T". So labels count only where every
-option of a question has one and they follow the options' order; then they are removed. Where labels of the question's own
-letters stand at other places (an earlier shuffle left "C. Thymus" as option A), or only some options carry theirs, a prompt
+Letters and numbers begin ordinary texts too: "C. difficile", "E. coli", "1.5 mg", "A: T". So labels count only where every
+option of a question has one and they follow the options' order; then they are removed. Where labels with the question's own
+letters are at other positions (an earlier shuffle left "C. Thymus" as option A), or only some options carry theirs, a prompt
 would name two letters for one text: such a row is refused. All other texts stay as they are.
 """
 
@@ -27,17 +27,18 @@ _LABEL = re.compile(
     re.VERBOSE,
 )
 FEWEST = {"paren": (1, 1), "paired": (2, 2), "dot": (None, 3), "number": (None, 3)}
-"""Style -> how many labels are no chance where not all options have one: (of which one stands at a wrong place, all at their
-own). No text begins with "b)" by chance, few with "(R)"; "C. albicans", "A: T" and "1. day" do: None, in any number."""
+"""Style -> from how many labels on they are no coincidence where not all options have one: (where one is at a wrong
+position, where all are at their own). No text begins with "b)" by chance, few with "(R)"; "C. albicans", "A: T" and "1. day"
+do: None, in any number."""
 ROMAN = ("i", "ii", "iii", "iv", "v", "vi", "vii", "viii", "ix", "x")
 _CIRCLED = {0x2460 + i: f"({i + 1})" for i in range(20)}
 _NUMBERS = re.compile(r"(?:[(]\d+[)][\s,\u3001]*)+")
-LONGEST = 40  # characters of a label as it stands
+LONGEST = 40  # characters of a label
 
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """What a text begins with: the place that it names (from 0; the number 0 is -1), its style, and the text behind it."""
+    """What a text begins with: the place that it names (from 0; the number 0 is -1), its style, and the text after it."""
 
     name: str
     place: int
@@ -47,7 +48,7 @@ class Label:
 
 
 def label_of(text: str) -> Label | None:
-    """The label as it reads when full-width forms, signs without width and circled digits are written plainly."""
+    """The label after folding full-width forms, characters without width and circled digits."""
     plain = fold(text.translate(_CIRCLED))
     match = _LABEL.match(plain)
     if match is None:
@@ -84,8 +85,8 @@ def without_labels(options: Mapping[str, str]) -> tuple[dict[str, str], bool, st
 def _labels(options: Mapping[str, str]) -> dict[str, Label]:
     """Letter -> label of the options that have one. Numbers count from 0 where one of them is 0; i, ii, iii are Roman where
     all are."""
-    found = {letter: label_of(text) for letter, text in options.items()}
-    labels = {letter: label for letter, label in found.items() if label is not None}
+    parsed = {letter: label_of(text) for letter, text in options.items()}
+    labels = {letter: label for letter, label in parsed.items() if label is not None}
     names = [label.name.lower() for label in labels.values()]
     if any(len(name) > 1 and not name.isdecimal() for name in names):
         return (
@@ -99,7 +100,7 @@ def _labels(options: Mapping[str, str]) -> dict[str, Label]:
 
 
 def _are_texts(bare: Mapping[str, str]) -> bool:
-    """Whether what is left still tells the options apart: of "1. day" and "2. day" the number is what is meant."""
+    """Whether the remaining texts still differ: in "1. day" and "2. day" the number is the meaning."""
     texts = {" ".join(text.split()) for text in bare.values()}
     return len(texts) == len(bare) and all(any(map(str.isalnum, text)) or len(text) < 4 for text in texts)
 
@@ -107,7 +108,8 @@ def _are_texts(bare: Mapping[str, str]) -> bool:
 def _problem(
     options: Mapping[str, str], labels: Mapping[str, Label], places: Mapping[str, int], in_order: bool
 ) -> str | None:
-    """Why labels that are not one for each option in order make a question unusable; None where they may be chance."""
+    """Why labels that are not one for each option in order make a question unusable; None where they may be a
+    coincidence."""
     distinct = {label.place for label in labels.values()}
     if len(distinct) < len(labels) or max(distinct) >= len(options):
         return None  # S. aureus, E. coli: not the letters of these options

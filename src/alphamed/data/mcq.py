@@ -13,12 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from alphamed.answers.folding import fold_signs
+from alphamed.answers.folding import fold_characters
 from alphamed.records import Question
 
 LEVELS = range(1, 7)
 BINS = range(1, 1001)
-"""Of informativeness. More than anyone will tell apart: a number beyond it is a mistake, and must fit a column of a file."""
+"""Of informativeness. Far more than anyone will distinguish: a larger number is a mistake."""
 MIN_OPTIONS = 2
 MAX_OPTIONS = len(string.ascii_uppercase)
 _OPTIONS_IN_TEXT = re.compile(r"(?s)(?:^|\W)\(?A[).:]\s.*\W\(?B[).:]\s")
@@ -26,7 +26,7 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell them (\ud800),
 
 
 class QuestionError(ValueError):
-    """One row is not a question. `problem` says why in a short phrase, the message puts the place in front of it."""
+    """One row is not a question. `problem` says why in a short phrase, the message puts the place before it."""
 
     def __init__(self, where: str, problem: str):
         super().__init__(where, problem)
@@ -49,12 +49,12 @@ class RowProblem:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class RawRow:
     """A row as read: its place and its value, or, where it could not even be read, the `problem`."""
 
     file: str
     line: int
-    value: object = None
+    value: Any = None
     problem: str | None = None
 
     @property
@@ -64,7 +64,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class NoKey:
-    """Stands for the answer of a row whose key names none of its options, and says why."""
+    """In place of the answer of a row whose key names none of its options; `problem` says why."""
 
     problem: str
 
@@ -86,7 +86,7 @@ def parse_question(row: object, where: str) -> Question:
     )
 
 
-def check_questions(rows: Iterable[Row]) -> tuple[list[Question], list[RowProblem]]:
+def check_questions(rows: Iterable[RawRow]) -> tuple[list[Question], list[RowProblem]]:
     """Parse all rows and split them into questions and problems. An id that an earlier good row has is a problem."""
     questions: list[Question] = []
     problems: list[RowProblem] = []
@@ -108,14 +108,14 @@ def check_questions(rows: Iterable[Row]) -> tuple[list[Question], list[RowProble
 
 
 def short(value: object, limit: int = 60) -> str:
-    """`value` as it would be typed, on one line, cut to `limit` characters."""
+    """`value` as Python writes it, on one line, cut to `limit` characters."""
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 # ----------------------------------------------------------------------------------------------------------- the checks
 def _problems(row: object) -> Iterator[str]:
-    """What is wrong with a row, first things first: each check may rely on the ones before it."""
+    """What is wrong with a row, in order: each check may rely on the ones before it."""
     if not isinstance(row, Mapping):
         yield f"not an object of keys and values but {_kind(row)}"
         return
@@ -142,7 +142,7 @@ def _text_problems(row: Mapping[str, Any], key: str, optional: bool = False) -> 
             yield f"no {key}"
     elif not isinstance(value, str):
         yield f"{key} is {_kind(value)}, not text"
-    elif not fold_signs(value).strip() and not optional:
+    elif not fold_characters(value).strip() and not optional:
         yield f"{key} is empty"
     elif _LONE_SURROGATE.search(value):
         yield f"{key} holds half a surrogate pair, which is not valid Unicode"
@@ -151,8 +151,7 @@ def _text_problems(row: Mapping[str, Any], key: str, optional: bool = False) -> 
 def _options_problems(options: object, question: str) -> Iterator[str]:
     if options is None:
         yield (
-            "no options: they stand in the text of the question; take them out of it and give them as options (letter -> "
-            "text)"
+            "no options: they are in the text of the question; take them out of it and give them as options (letter -> text)"
             if _OPTIONS_IN_TEXT.search(question)
             else "no options"
         )
@@ -172,11 +171,11 @@ def _options_problems(options: object, question: str) -> Iterator[str]:
     for letter, text in options.items():
         if not isinstance(text, str):
             yield f"option {letter} is {_kind(text)}, not text"
-        if not fold_signs(text).strip():  # signs without width are nothing that can be chosen
+        if not fold_characters(text).strip():  # a text without visible characters cannot be chosen
             yield f"option {letter} is empty"
         if _LONE_SURROGATE.search(text):
             yield f"option {letter} holds half a surrogate pair, which is not valid Unicode"
-        same = " ".join(fold_signs(text).split())  # case counts: genotypes `Aa` and `aa` differ
+        same = " ".join(fold_characters(text).split())  # case counts: genotypes `Aa` and `aa` differ
         if same in first_letter:
             yield f"options {first_letter[same]} and {letter} are the same: {short(same)}"
         first_letter[same] = letter

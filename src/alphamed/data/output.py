@@ -17,7 +17,7 @@ from alphamed.records import Question
 
 ROW_GROUP = 50_000
 Extra = Mapping[str, Any]
-Writer = Callable[[Path], None]
+Writer = Callable[[Path], object]
 
 
 def question_row(question: Question) -> dict[str, Any]:
@@ -51,10 +51,10 @@ def check_suffix(out: Path) -> None:
 
 
 def check_places(outputs: Mapping[str, Path | None], inputs: Mapping[str, Iterable[Path | None]], overwrite: bool) -> None:
-    """Raises ConfigError where an output is no name of a file, or the same file as an input or another output, or is in a
-    folder that is read, or, without `overwrite`, is there already. What names them in the message is their key; None stands
-    for what is not given. To be called before anything is read, so that no mistake costs a file or an hour."""
-    taken: dict[Path, str] = {}
+    """Raises ConfigError where an output cannot be a file, is the same file as an input or another output, is in a folder
+    that is read, or, without `overwrite`, exists already. Keys are the names that messages use; None: not given. To be
+    called before anything is read, so that no mistake costs a file or an hour."""
+    written: dict[Path, str] = {}
     read = {path.resolve(): (name, path) for name, paths in inputs.items() for path in paths if path is not None}
     for name, path in outputs.items():
         if path is None:
@@ -65,34 +65,37 @@ def check_places(outputs: Mapping[str, Path | None], inputs: Mapping[str, Iterab
         if place in read:
             raise ConfigError(f"{name}: {path} is what {read[place][0]} reads; choose another file")
         if folder := next((place for place in place.parents if place in read and place.is_dir()), None):
-            raise ConfigError(
-                f"{name}: {path} lies in {read[folder][1]}, which {read[folder][0]} reads; choose another place"
-            )
-        if place in taken:
-            raise ConfigError(f"{name}: {path} is what {taken[place]} writes; choose another file")
-        taken[place] = name
-    if not overwrite and (there := next(((name, path) for name, path in outputs.items() if path and path.exists()), None)):
-        raise ConfigError(f"{there[0]}: {there[1]} is there already; choose another name, or replace it with --overwrite")
+            raise ConfigError(f"{name}: {path} is in {read[folder][1]}, which {read[folder][0]} reads; choose another place")
+        if place in written:
+            raise ConfigError(f"{name}: {path} is what {written[place]} writes; choose another file")
+        written[place] = name
+    if not overwrite and (
+        existing := next(((name, path) for name, path in outputs.items() if path and path.exists()), None)
+    ):
+        raise ConfigError(
+            f"{existing[0]}: {existing[1]} exists already; choose another name, or replace it with --overwrite"
+        )
 
 
 def beside(path: Path, suffix: str) -> Path:
-    """The neighbour of `path` with another suffix; what names no file stays as it is, for `check_places` to refuse."""
+    """The neighbour of `path` with another suffix; a path without a file name is returned unchanged, for `check_places` to
+    refuse."""
     return path.with_suffix(suffix) if path.name else path
 
 
 def write_all(writers: Mapping[Path, Writer]) -> None:
-    """Fill all files, then put them in their places. DataError where the disk or its permissions do not let them be
-    written; nothing is left then."""
+    """Write all files, then move them into place. Raises DataError where the disk is full or permissions are missing;
+    nothing is left then."""
     with _disk_errors(", ".join(map(str, writers))):
         replace_files(writers)
 
 
 def text_writer(text: str) -> Writer:
-    return lambda path: path.write_text(text, encoding="utf-8", errors=SURROGATES) and None
+    return lambda path: path.write_text(text, encoding="utf-8", errors=SURROGATES)
 
 
 def json_writer(value: Any) -> Writer:
-    return lambda path: path.write_bytes(jsonl.encode(value, indent=2) + b"\n") and None
+    return lambda path: path.write_bytes(jsonl.encode(value, indent=2) + b"\n")
 
 
 def content_sha256(questions: Iterable[Question]) -> str:
@@ -120,8 +123,8 @@ def _write_jsonl(path: Path, rows: Iterable[Extra]) -> None:
 
 
 def _write_parquet(path: Path, rows: Sequence[Extra]) -> None:
-    """Options become a struct with a field per letter, null where a question has no such letter: what `datasets`, pandas
-    and our own reader take."""
+    """Options become a struct with a field per letter, null where a question has no such letter: which `datasets`, pandas
+    and our own reader accept."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

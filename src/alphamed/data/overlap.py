@@ -1,4 +1,4 @@
-"""Refuses questions that are in training and evaluation alike."""
+"""Refuses questions that are in both training and evaluation."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from alphamed.records import Question
 
 
 def refuse_overlap(training: Sequence[Question], evaluation: Sequence[Question]) -> None:
-    """Refuse questions that are the same but for case, punctuation and letters; reworded ones are `alphamed data
-    decontaminate`'s to find."""
+    """Refuse questions that are the same up to case, punctuation and letters; finding reworded ones is left to `alphamed
+    data decontaminate`."""
     trained = {_content(question): question.id for question in training}
     both = [question for question in evaluation if _content(question) in trained]
     if both:

@@ -1,7 +1,7 @@
 """From the rows of one file to rows of the schema: letters for lists of options, labels removed, keys as letters, ids made.
 
-All readers of questions pass through `interpret`, so that a file means the same as a source, a benchmark and training data.
-What was found and done is recorded in a `Reading`: cards, results and provenance carry it.
+All readers of questions use `interpret`, so that a file means the same as a source, as a benchmark and as training data.
+What was inferred and changed is recorded in a `Reading`, which cards, results and provenance contain.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from alphamed.data.keys import MEANING, AnswerForm, Keyed, keys_of, read_keys
 from alphamed.data.labels import without_labels
-from alphamed.data.mcq import NoKey, QuestionError, Row, parse_question
+from alphamed.data.mcq import NoKey, QuestionError, RawRow, parse_question
 from alphamed.data.text import counted, fingerprint
 
 LETTERS = string.ascii_uppercase
@@ -41,25 +41,25 @@ class Reading:
         }
 
     def notes(self) -> list[str]:
-        """In words, what is not plainly the schema."""
-        found = []
+        """A line for each deviation from the schema."""
+        lines = []
         if set(self.forms.values()) - {AnswerForm.LETTER}:
-            found.append(f"keys read as {', '.join(f'{MEANING[form]} ({name})' for name, form in self.forms.items())}")
+            lines.append(f"keys read as {', '.join(f'{MEANING[form]} ({name})' for name, form in self.forms.items())}")
         if self.labels_removed:
-            found.append(f"labels of options (A., (B), 3) ...) removed from {counted(self.labels_removed, 'question')}")
+            lines.append(f"labels of options (A., (B), 3) ...) removed from {counted(self.labels_removed, 'question')}")
         if self.ids_made:
-            found.append(f"ids made from the content of {counted(self.ids_made, 'question')}, none had one")
+            lines.append(f"ids made from the content of {counted(self.ids_made, 'question')}, none had one")
         if self.repeats:
-            found.append(
+            lines.append(
                 f"{counted(len(self.repeats), 'question')} of the same content as an earlier one (the first: "
                 f"{self.repeats[0]}); drop_repeats=true of `alphamed data build` leaves them out"
             )
-        return found
+        return lines
 
 
-def interpret(rows: Iterable[Row], declared: AnswerForm | None = None) -> tuple[list[Row], Reading]:
+def interpret(rows: Iterable[RawRow], declared: AnswerForm | None = None) -> tuple[list[RawRow], Reading]:
     """The rows of one file as rows of the schema, and how they were read; what cannot be a question has its problem.
-    `declared` is the form of its keys where the user says it. Raises DataError where the form cannot be told."""
+    `declared` is the form of its keys where the user declares it. Raises DataError where the form cannot be inferred."""
     rows = list(rows)
     values = {
         place: dict(row.value) for place, row in enumerate(rows) if row.problem is None and isinstance(row.value, Mapping)
@@ -78,18 +78,19 @@ def interpret(rows: Iterable[Row], declared: AnswerForm | None = None) -> tuple[
         listed = isinstance(value["options"], list)
         keyed[place] = Keyed(rows[place], texts, bare, not listed, keys_of(value))
     letters, forms = read_keys(list(keyed.values()), declared)
-    for (place, one), letter in zip(keyed.items(), letters, strict=True):
-        values[place] |= _options(one, letter)
+    for (place, keyed_row), letter in zip(keyed.items(), letters, strict=True):
+        values[place] |= _options(keyed_row, letter)
     made, repeats = _make_ids(rows, values)
-    found = [
+    interpreted = [
         replace(row, value=values[place]) if place in values and row.problem is None else row
         for place, row in enumerate(rows)
     ]
-    return found, Reading(forms, labelled, made, repeats)
+    return interpreted, Reading(forms, labelled, made, repeats)
 
 
 def _texts(options: Any) -> dict[str, str | None] | None:
-    """Letter -> text of options whose keys can be read; None where the schema's check will say what is wrong with them."""
+    """Letter -> text of options whose keys can be read; None where the schema's check will report what is wrong with
+    them."""
     if isinstance(options, list) and len(options) <= len(LETTERS):
         options = dict(zip(LETTERS, options))
     elif isinstance(options, Mapping):  # Arrow fills letters that a row does not have with None
@@ -102,21 +103,21 @@ def _texts(options: Any) -> dict[str, str | None] | None:
 
 
 def _unread(value: Mapping[str, Any]) -> Any:
-    """What stands for the key of a row whose options cannot be used: they are the problem."""
+    """A placeholder for the key of a row whose options cannot be used: the options are reported, not the key."""
     return "?" if keys_of(value).stated else None
 
 
-def _options(one: Keyed, letter: str | NoKey) -> dict[str, Any]:
-    """`options` and `answer` of the schema: places of a list that hold no option are closed up."""
-    kept = [old for old, text in one.texts.items() if text is not None]
-    new = dict(zip(kept, LETTERS))
+def _options(row: Keyed, letter: str | NoKey) -> dict[str, Any]:
+    """`options` and `answer` of the schema: positions of a list without an option are closed up."""
+    filled = [old for old, text in row.texts.items() if text is not None]
+    new = dict(zip(filled, LETTERS))
     return {
-        "options": {new[old]: one.bare[old] for old in kept},
+        "options": {new[old]: row.bare[old] for old in filled},
         "answer": new[letter] if isinstance(letter, str) else letter,
     }
 
 
-def _make_ids(rows: list[Row], values: Mapping[int, dict[str, Any]]) -> tuple[int, tuple[str, ...]]:
+def _make_ids(rows: list[RawRow], values: Mapping[int, dict[str, Any]]) -> tuple[int, tuple[str, ...]]:
     """Give the rows of a file that has no ids ids of their content; returns how many, and which rows repeat an earlier one:
     the second copy's id ends in -2, the third's in -3."""
     if any(value.get("id") is not None for value in values.values()):
@@ -126,7 +127,7 @@ def _make_ids(rows: list[Row], values: Mapping[int, dict[str, Any]]) -> tuple[in
     repeats = []
     for place, value in values.items():
         row = rows[place]
-        value["id"] = f"row {row.line}"  # of a row that is no question: its problem is reported, not its id
+        value["id"] = f"row {row.line}"  # for rows that are no question: their problem is reported, not their id
         if row.problem is not None:
             continue
         try:

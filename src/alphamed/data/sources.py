@@ -10,7 +10,7 @@ from typing import Any
 
 from alphamed.config.choices import BadRows
 from alphamed.data.keys import KEY_FIELDS, AnswerForm
-from alphamed.data.mcq import Row, RowProblem, check_questions
+from alphamed.data.mcq import RawRow, RowProblem, check_questions
 from alphamed.data.reading import Reading, interpret
 from alphamed.data.tables import KINDS, check_file, columns, kind_of, rows
 from alphamed.data.text import counted
@@ -43,7 +43,7 @@ def load_questions(
     for file in files:
         check_file(file)
     read = [interpret(read_rows(file), answer) for file in files]
-    questions, problems = check_questions(row for found, _ in read for row in found)
+    questions, problems = check_questions(row for file_rows, _ in read for row in file_rows)
     if problems and bad_rows == BadRows.REFUSE:
         others = f"; {counted(len(problems) - 1, 'more bad row')}" if len(problems) > 1 else ""
         raise DataError(
@@ -60,7 +60,7 @@ def load_questions(
     return LoadedQuestions(tuple(questions), tuple(problems), tuple(reading for _, reading in read))
 
 
-def read_rows(file: Path) -> Iterator[Row]:
+def read_rows(file: Path) -> Iterator[RawRow]:
     """The rows of one file in the schema's form, unchecked. Raises DataError where it cannot be read."""
     check_file(file)
     if kind_of(file) in (".jsonl", ".json"):
@@ -89,8 +89,8 @@ def _refuse_repeats(files: Sequence[Path]) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------- tables of columns
-def _from_table(row: Row) -> Row:
-    """What a table cannot say, or says in more than one way, as JSON would say it."""
+def _from_table(row: RawRow) -> RawRow:
+    """A row of a table in the form that JSON would give it, where tables are ambiguous."""
     value: dict[str, Any] = dict(row.value)
     try:
         value["options"] = _options(value["options"])
@@ -98,7 +98,7 @@ def _from_table(row: Row) -> Row:
         return replace(row, problem=f"options cannot be used: {error}")
     for name in ("level", "informativeness"):
         number = value.get(name)
-        if isinstance(number, float):  # pandas stores a column of whole numbers with gaps as floats, the gaps as NaN
+        if isinstance(number, float):  # pandas stores whole numbers with gaps as floats, the gaps as NaN
             value[name] = None if number != number else int(number) if number.is_integer() else number
     return replace(row, value=value)
 

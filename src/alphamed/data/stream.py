@@ -1,4 +1,4 @@
-"""The endless, seeded order in which training meets its questions, and new letters for their options every epoch.
+"""The endless, seeded order in which training sees its questions, with new letters for their options every epoch.
 
 Order and letters are sorted hashes of (seed, epoch, id), so they need no generator state, do not depend on file order
 or Python version, and any position can be returned to exactly.
@@ -15,7 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from alphamed.errors import DataError
 from alphamed.records import Question
 
-# Options that speak of other options by place ("all of the above", "both A and B", "none") lose their sense elsewhere.
+# Options that refer to other options by position ("all of the above", "both A and B", "none") lose their meaning elsewhere.
 # One match leaves the whole question in its order; a false alarm ("hepatitis B and C") costs only that.
 _OTHERS = r"above|previous|preceding|foregoing|following|these|those|them|other|options?|answers?|choices?|statements?"
 _LETTER = r"""(?: (?-i: \b[A-J]\b ) | ["'(][a-j]["')] )"""
@@ -44,7 +44,7 @@ Item = TypeVar("Item", bound=WithId)
 
 
 class SeededStream(Generic[Item]):
-    """An endless stream: every epoch meets every item once, in an order of its own.
+    """An endless stream: every epoch yields every item once, in its own order.
 
     `take(n)` may cross epochs, so a small data set can give the same item twice in one step. `kind` is the items' name in
     messages.
@@ -80,11 +80,11 @@ class SeededStream(Generic[Item]):
         return self._epoch + self._position / len(self._order)
 
     def state(self) -> dict[str, Any]:
-        """Where the stream stands: JSON-ready, a few hundred bytes."""
+        """The position in the stream as JSON values, a few hundred bytes."""
         return {"epoch": self._epoch, "position": self._position, "seed": self._seed, "fingerprint": self._fingerprint}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state()` was taken. Raises DataError where the items or the seed are others."""
+        """Continue where `state()` was taken. Raises DataError where the items or the seed differ."""
         if state["fingerprint"] != self._fingerprint:
             raise DataError(
                 f"data.train: these {len(self._items)} {self._kind}s are not the ones that the run was "
@@ -122,9 +122,9 @@ class QuestionStream(SeededStream[Question]):
     def _deal_places(self) -> dict[str, int]:
         """Question id -> where its answer goes this epoch, for the questions that may be relettered.
 
-        Among n neighbours with n options the answer is at every place once. So a step holds every letter about equally
-        often, and always boxing the same one cannot pay: with letters drawn at random the few questions of a small step
-        often favour one, and a run that follows such accidents ends by boxing a single letter.
+        Among n neighbours with n options the answer is at every position once. So a step holds every letter about equally
+        often, and always boxing the same one earns nothing: with letters drawn at random the few questions of a small step
+        often favour one, and a run that follows such accidents ends up boxing a single letter.
         """
         dealt: dict[str, int] = {}
         decks: dict[int, list[int]] = {}
@@ -148,7 +148,7 @@ def shuffle_options(question: Question, seed: int, epoch: int, place: int | None
     """The question with its option texts in an order that depends on (seed, epoch, id) and `place` alone.
 
     Letters stay A, B, C ...; the answer follows its text, to the letter number `place` (from 0) where that is given. A
-    question whose options refer to others is left as it is.
+    question whose options refer to others is left unchanged.
     """
     if refers_to_options(question):
         return question
@@ -165,7 +165,7 @@ def shuffle_options(question: Question, seed: int, epoch: int, place: int | None
 
 
 def refers_to_options(question: Question) -> bool:
-    """Whether an option (or the question itself) speaks of options by their place; in doubt, yes."""
+    """Whether an option (or the question itself) refers to options by their position; in doubt, yes."""
     return bool(_STEM_REFERS.search(question.question)) or any(map(_REFERS.search, question.options.values()))
 
 

@@ -1,8 +1,8 @@
-"""Files of rows in any container -> plain rows, as they stand there: JSON lines, JSON, CSV, TSV (each also packed with
+"""Files of rows in any container -> plain rows, unchanged: JSON lines, JSON, CSV, TSV (each also packed with
 gzip) and Parquet.
 
-Every question file is read here, whoever asks: training, evaluation, benchmarks, `alphamed data` and local copies of public
-sets. What a row means is not known here (sources.py, upstream.py).
+All question files are read here: those of training, evaluation, benchmarks, `alphamed data` and local copies of public sets.
+What a row means is decided elsewhere (sources.py, upstream.py).
 
 CSV and TSV hold texts alone. They are read by the csv module and never by pandas, to which the options "None", "NA" and
 "null" are missing values. An empty cell is a missing value, nothing else is.
@@ -18,10 +18,10 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from alphamed import jsonl
-from alphamed.data.mcq import Row, short
+from alphamed.data.mcq import RawRow, short
 from alphamed.errors import DataError
 
 KINDS = ".jsonl, .json, .csv, .tsv (each also with .gz) or .parquet"
@@ -34,7 +34,7 @@ _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def kind_of(file: str | Path) -> str:
-    """`.jsonl` of `x.jsonl` and of `X.JSONL.GZ`; empty where the name is that of no container."""
+    """`.jsonl` of `x.jsonl` and of `X.JSONL.GZ`; empty where the suffix is that of no container."""
     name = Path(file).name.lower()
     packed = name.endswith(".gz")
     suffix = Path(name.removesuffix(".gz")).suffix
@@ -47,7 +47,7 @@ def bare_name(file: str | Path) -> str:
     return Path(path.stem).stem if path.suffix.lower() == ".gz" and kind_of(path) else path.stem
 
 
-def rows(file: Path) -> Iterator[Row]:
+def rows(file: Path) -> Iterator[RawRow]:
     """The rows of one file, unchecked; one that cannot be read has a `problem`. DataError where the file cannot be read, or
     holds none."""
     check_file(file)
@@ -63,7 +63,7 @@ def rows(file: Path) -> Iterator[Row]:
 
 
 def check_file(file: Path) -> None:
-    """Raises DataError where `file` is no regular file, or by its name no container that can be read."""
+    """Raises DataError where `file` is not a regular file, or its suffix is not that of a container."""
     if file.is_dir():
         raise DataError(f"{file}: is a folder; name the files in it ({KINDS})")
     if not file.exists():
@@ -71,7 +71,7 @@ def check_file(file: Path) -> None:
     try:
         jsonl.require_regular(file)
     except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}); save what it gives in a file and name that") from None
+        raise DataError(f"{file}: cannot be read ({error.strerror}); save its content in a file and name that") from None
     if not kind_of(file):
         raise DataError(f"{file}: {file.suffix or 'a name without suffix'} is not supported; give {KINDS}")
 
@@ -83,14 +83,14 @@ def columns(file: Path) -> list[str] | None:
     if kind_of(file) == ".parquet":
         return _parquet_names(file)
     if kind_of(file) in (".csv", ".tsv"):
-        next(rows(file))  # says what is wrong with the file
+        next(rows(file))  # raises the error of a broken file
         with jsonl.opened(file) as stream:
             return [name for name in _header(file, next(_records(file, stream))) if name]
     return next((list(row.value) for row in rows(file) if isinstance(row.value, Mapping)), None)
 
 
 # ----------------------------------------------------------------------------------------------------------------- JSON
-def _json_lines(file: Path) -> Iterator[Row]:
+def _json_lines(file: Path) -> Iterator[RawRow]:
     """One row a line. Lines are cut as bytes, so that a badly encoded one is reported and the others still count."""
     for number, line in enumerate(jsonl.byte_lines(file), start=1):
         if number == 1:
@@ -98,12 +98,12 @@ def _json_lines(file: Path) -> Iterator[Row]:
         if jsonl.is_blank(line):
             continue
         try:
-            yield Row(str(file), number, jsonl.parse(line))
+            yield RawRow(str(file), number, jsonl.parse(line))
         except ValueError as problem:
-            yield Row(str(file), number, problem=str(problem))
+            yield RawRow(str(file), number, problem=str(problem))
 
 
-def _json(file: Path) -> Iterator[Row]:
+def _json(file: Path) -> Iterator[RawRow]:
     """An array of rows, an object of rows (each row's key is its `id`, unless it has one), or JSON lines under this name."""
     with jsonl.opened(file) as stream:
         content = stream.read()
@@ -112,7 +112,7 @@ def _json(file: Path) -> Iterator[Row]:
     try:
         tree = jsonl.parse(content) if content else []
     except ValueError as problem:
-        if _is_json(content.partition(b"\n")[0]):  # the first line is a value of its own
+        if _is_json(content.partition(b"\n")[0]):  # the first line alone is a value
             yield from _json_lines(file)
             return
         raise DataError(
@@ -121,7 +121,7 @@ def _json(file: Path) -> Iterator[Row]:
     if isinstance(tree, dict) and tree and all(isinstance(value, dict) for value in tree.values()):
         tree = [value if value.get("id") is not None else value | {"id": key} for key, value in tree.items()]
     for number, row in enumerate(tree if isinstance(tree, list) else [tree], start=1):
-        yield Row(str(file), number, row)
+        yield RawRow(str(file), number, row)
 
 
 def _is_json(line: bytes) -> bool:
@@ -144,7 +144,7 @@ def _refuse_utf16(file: Path, content: bytes) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ CSV, TSV
-def _delimited(file: Path) -> Iterator[Row]:
+def _delimited(file: Path) -> Iterator[RawRow]:
     """One row a record; the first names the columns. `line` is where a record begins."""
     csv.field_size_limit(sys.maxsize >> 32)  # of a cell; the module's own limit is 128 KiB
     with jsonl.opened(file) as stream:
@@ -163,7 +163,7 @@ def _delimited(file: Path) -> Iterator[Row]:
             ) from None
 
 
-def _records(file: Path, stream: BinaryIO) -> Any:
+def _records(file: Path, stream: jsonl.ByteStream) -> Any:
     """The csv module's reader. A byte that is not UTF-8 becomes half a surrogate pair (0xdc00 + byte)."""
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     return csv.reader(text, "excel-tab" if kind_of(file) == ".tsv" else "excel", strict=True)
@@ -179,24 +179,24 @@ def _header(file: Path, names: Sequence[str]) -> list[str]:
     return names
 
 
-def _record(file: Path, line: int, names: Sequence[str], cells: Sequence[str]) -> Row:
+def _record(file: Path, line: int, names: Sequence[str], cells: Sequence[str]) -> RawRow:
     if len(cells) != len(names):
-        return Row(str(file), line, problem=f"{len(cells)} cells in a table of {len(names)} columns")
+        return RawRow(str(file), line, problem=f"{len(cells)} cells in a table of {len(names)} columns")
     for name, cell in zip(names, cells):
         if wrong := next((character for character in cell if "\udc80" <= character <= "\udcff"), None):
-            return Row(
+            return RawRow(
                 str(file),
                 line,
                 problem=f"wrong encoding: byte 0x{ord(wrong) - 0xDC00:02x} in {name or 'a cell'} is not UTF-8",
             )
     try:
-        return Row(str(file), line, from_cells(dict(zip(names, cells))))
+        return RawRow(str(file), line, from_cells(dict(zip(names, cells))))
     except ValueError as error:
-        return Row(str(file), line, problem=str(error))
+        return RawRow(str(file), line, problem=str(error))
 
 
 def from_cells(cells: Mapping[str, str | None]) -> dict[str, Any]:
-    """A row of texts as the row it stands for: nothing for an empty cell, lists, objects and whole numbers in the columns
+    """The row that a row of texts represents: None for an empty cell, lists, objects and whole numbers in the columns
     that hold them. ValueError names a list or an object that cannot be read."""
     row: dict[str, Any] = {name: cell for name, cell in cells.items() if name}
     for name, cell in row.items():
@@ -231,7 +231,7 @@ def _whole(cell: str) -> int | str:
 
 
 # -------------------------------------------------------------------------------------------------------------- Parquet
-def _parquet(file: Path) -> Iterator[Row]:
+def _parquet(file: Path) -> Iterator[RawRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -241,7 +241,7 @@ def _parquet(file: Path) -> Iterator[Row]:
             for batch in table.iter_batches(batch_size=10_000):
                 for value, problem in _parquet_rows(batch):
                     number += 1
-                    yield Row(str(file), number, value, problem)
+                    yield RawRow(str(file), number, value, problem)
     except (pa.ArrowException, OSError) as error:
         raise _no_parquet(file, error) from None
 
@@ -275,7 +275,7 @@ def _no_parquet(file: Path, error: Exception) -> DataError:
     return DataError(f"{file}: not a readable Parquet file ({short(str(error), 100)}); write it again")
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {
     ".jsonl": _json_lines,
     ".json": _json,
     ".csv": _delimited,

@@ -1,7 +1,7 @@
-"""What a chat template does to a conversation besides laying it out: found by rendering probes and comparing.
+"""What a chat template does to a conversation besides formatting it, detected by rendering probes and comparing.
 
-What it adds is a note, what it changes in a message's text a warning. What it leaves out of a configuration's own messages
-is refused (`prompts.PromptBuilder`).
+Text that it adds becomes a note, a change to a message's text a warning. A template that drops a message of the
+configuration is refused (`prompts.PromptBuilder`).
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from alphamed.errors import ConfigError
 
 CASE = "capital letters"
 PROBES: Mapping[str, str] = {
-    "leading blanks": "\n   Which one",
-    "trailing blanks": "Which one   \n",
-    "several blanks in a row": "Which   one",
+    "leading white space": "\n   Which one",
+    "trailing white space": "Which one   \n",
+    "several spaces in a row": "Which   one",
     "empty lines": "Which\n\n\none",
     "the characters < > & \" '": "p < 0.05 & \"q\" > 'r'",
     CASE: "Which ONE",
     "characters beyond ASCII": "5 µg ≥ 3 µg",
     "backslashes and braces": "in\\boxed{A}",
-    "what stands before </think>": "Which </think> one",
+    "text before </think>": "Which </think> one",
 }
 """What a template may change -> a text that shows it. None has a control token."""
 MAX_SHOWN = 200
@@ -46,19 +46,19 @@ class Remarks:
 def template_remarks(tokenizer: Tokenizer, prompt: PromptConfig) -> Remarks:
     """What the chat template adds to the conversations of this configuration and changes in their questions."""
     notes, warnings = [], []
-    changed = [what for what in PROBES if not _kept(tokenizer, prompt, what)]
+    changed = [name for name in PROBES if not _is_unchanged(tokenizer, prompt, name)]
     if changed:
         warnings.append(f"the chat template drops or changes {', '.join(changed)} of a message")
     if tokenizer.turn_end is None:
-        what = _shown(tokenizer.after_content()) if tokenizer.after_content() else "nothing that could be found"
+        end = _shown(tokenizer.after_content()) if tokenizer.after_content() else "nothing that could be detected"
         ends = ", ".join(repr(tokenizer.decode([i], skip_special=False)) for i in tokenizer.stop_ids())
         warnings.append(
-            f"the chat template ends an assistant's turn with {what}, which is no control token: only {ends} "
+            f"the chat template ends an assistant's turn with {end}, which is no control token: only {ends} "
             f"ends a response; name another token in rollout.stop if the model writes one"
         )
     before, opening = _added(tokenizer, prompt)
     if before:
-        notes.append(f"the chat template writes a text of its own before the first message: {_shown(before)}")
+        notes.append(f"the chat template writes text before the first message: {_shown(before)}")
     if opening:
         notes.append(f"the chat template begins every response with {_shown(opening)}, which belongs to the prompt")
     for name, value in prompt.template_variables.items():
@@ -81,10 +81,10 @@ def _same_without(tokenizer: Tokenizer, prompt: PromptConfig, name: str) -> bool
     return all(_render(tokenizer, prompt, part) == _render(tokenizer, plain, part) for part in (talk[:1], talk))
 
 
-def _kept(tokenizer: Tokenizer, prompt: PromptConfig, what: str) -> bool:
-    """Whether a message comes through as it is, as far as `what` goes."""
-    probe, text = _plain(tokenizer, PROBES[what]), _render(tokenizer, prompt, [PROBES[what]])
-    return probe in text if what == CASE else probe.lower() in text.lower()
+def _is_unchanged(tokenizer: Tokenizer, prompt: PromptConfig, name: str) -> bool:
+    """Whether a message comes through as it is, as far as the probe of that name shows."""
+    probe, text = _plain(tokenizer, PROBES[name]), _render(tokenizer, prompt, [PROBES[name]])
+    return probe in text if name == CASE else probe.lower() in text.lower()
 
 
 def _added(tokenizer: Tokenizer, prompt: PromptConfig) -> tuple[str, str]:
@@ -96,12 +96,12 @@ def _added(tokenizer: Tokenizer, prompt: PromptConfig) -> tuple[str, str]:
         return "", ""
     between, after = text.partition(first)[2].partition(answer)[0], text.partition(last)[2]
     start = tokenizer.without_control(text.partition(prompt.system or first)[0])
-    wrap = tokenizer.without_control(text.partition(answer)[2].partition(last)[0])  # stands before any user's message
+    wrap = tokenizer.without_control(text.partition(answer)[2].partition(last)[0])  # precedes every message of a user
     if not prompt.system:
         start = start[: len(start) - _common(start[::-1], wrap[::-1])]
-    said = re.sub(r"^\s*(system|user|human)\b:?\s*", "", start)
+    preamble = re.sub(r"^\s*(system|user|human)\b:?\s*", "", start)
     opening = after[_common(after, between) :]
-    return said.strip(), opening.strip()
+    return preamble.strip(), opening.strip()
 
 
 def _render(tokenizer: Tokenizer, prompt: PromptConfig, contents: Sequence[str]) -> str:
@@ -119,13 +119,13 @@ def _render(tokenizer: Tokenizer, prompt: PromptConfig, contents: Sequence[str])
 
 
 def _plain(tokenizer: Tokenizer, text: str) -> str:
-    """As a question's text reaches the template."""
+    """The text as the template gets it in a question."""
     return tokenizer.plain(text)
 
 
-def _common(one: str, other: str) -> int:
-    """Number of characters with which both begin."""
-    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+def _common(first: str, second: str) -> int:
+    """Length of the common prefix."""
+    return next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
 
 
 def _shown(text: str) -> str:

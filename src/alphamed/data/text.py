@@ -1,8 +1,8 @@
 """How texts of questions are compared: normalised forms, words, and the fingerprint that names one version of a question.
-Also counts in words.
+Also counts as text.
 
-Chinese, Japanese, Thai, Lao, Khmer and Burmese put no blanks between words: there a character (with the marks on it) stands
-for a word, so that stems are compared by characters and pairs of neighbours. A text may mix both kinds of script.
+Chinese, Japanese, Thai, Lao, Khmer and Burmese put no spaces between words: there a character (with its marks) counts as
+a word, so that stems are compared by characters and pairs of neighbours. A text may mix both kinds of script.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _of(kinds: str, *blocks: tuple[int, int]) -> str:
     )
 
 
-_FAR = re.compile("[\u0e00-\u1fff\u2e80-\U0003fffd]")  # where such scripts are: quick to look for in other texts
+_FAR = re.compile("[\u0e00-\u1fff\u2e80-\U0003fffd]")  # where such scripts are: a quick test for other texts
 
 
 _BLOCKS = (
@@ -48,7 +48,7 @@ _BETWEEN = re.compile(f"(?<=[{_UNSPACED}{_MARKS}]) (?=[{_UNSPACED}])")
 STEM_LETTERS = 6
 """Words are compared by their first letters: hypertension and hypertensive agree, and no stemmer has to know medicine."""
 
-# What a rewording changes without changing what is asked. Negations and numbers are kept: they change the answer.
+# Words that a rewording changes without changing the question. Negations and numbers are kept: they change the answer.
 STOP_WORDS = frozenset(
     """
 a an the of in on at to for from by with as and or is are was were be been being has have had do does did it its this that
@@ -56,7 +56,7 @@ these those which what who whom whose when where how there he she his her him th
 would will can could may might should one all you your
 """.split()
 )
-# The same in Chinese and Japanese. They are looked for in the text: no blank says where a word ends.
+# The same in Chinese and Japanese. They are searched in the text, since no space marks where a word ends.
 _STOP_PHRASES = re.compile(
     "|".join(
         sorted(
@@ -73,14 +73,14 @@ _STOP_PHRASES = re.compile(
 
 
 def normalised(text: str) -> str:
-    """The words of a text in lower case, one space between (none between characters of scripts without blanks): punctuation,
+    """The words of a text in lower case, one space between (none between characters of scripts without spaces): punctuation,
     case, accents' encodings and white space do not count."""
     text = " ".join(words(text))
     return _BETWEEN.sub("", text) if is_unspaced(text) else text
 
 
 def words(text: str) -> list[str]:
-    """Words in their order; of scripts without blanks single characters."""
+    """Words in their order; of scripts without spaces single characters."""
     return _words(fold(text))
 
 
@@ -89,24 +89,24 @@ def _words(folded: str) -> list[str]:
 
 
 def is_unspaced(text: str) -> bool:
-    """Whether a text has characters of a script that puts no blanks between words."""
+    """Whether a text has characters of a script that puts no spaces between words."""
     return not text.isascii() and _FAR.search(text) is not None and _CHARACTER.search(text) is not None
 
 
 def pieces(text: str) -> list[str]:
-    """What stands between blanks; of scripts without blanks single characters, and no punctuation alone."""
+    """Pieces between spaces; of scripts without spaces single characters, and no punctuation alone."""
     if not is_unspaced(text):
         return text.split()
     return [piece for piece in _PIECE.findall(text) if any(map(str.isalnum, piece))]
 
 
 def word_count(text: str) -> int:
-    """Words as people count them, at blanks; of scripts without blanks every character counts as one."""
+    """Words as people count them, separated by spaces; of scripts without spaces every character counts as one."""
     return len(pieces(text))
 
 
 def content_words(text: str) -> list[str]:
-    """Words without stop words, cut to STEM_LETTERS; of scripts without blanks characters without those of stop phrases."""
+    """Words without stop words, cut to STEM_LETTERS; of scripts without spaces characters without those of stop phrases."""
     text = fold(text)
     if is_unspaced(text):
         text = _STOP_PHRASES.sub(" ", text)
@@ -114,7 +114,7 @@ def content_words(text: str) -> list[str]:
 
 
 def content_length(content: Sequence[str]) -> float:
-    """How long a stem of these content words is, in words: a character counts half, as words of two are usual."""
+    """Length in words of a stem with these content words: a character counts half, as words of two characters are usual."""
     if "".join(content).isascii():
         return len(content)
     return len(content) - sum(map(is_unspaced, content)) / 2
@@ -131,11 +131,11 @@ def option_set(options: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def fingerprint(question: Question) -> str:
-    """16 hex digits that name what is asked and which text is right, whatever the letters and the id are."""
+    """16 hex digits that identify the question and its right text, independent of letters and id."""
     content = [question.question, question.context, sorted(question.options.values()), question.options[question.answer]]
     return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
 def counted(number: int, noun: str) -> str:
-    """A number of things in words: 1 bad row, 2 bad rows."""
+    """A number with its noun: 1 bad row, 2 bad rows."""
     return f"{number:,} {noun}{'s' * (number != 1)}"

@@ -27,24 +27,35 @@ _FIX = "give a folder with tokenizer.json or a SentencePiece tokenizer.model"
 
 
 class Backend(Protocol):
-    """What the two libraries have in common."""
+    """The interface of the two libraries."""
 
-    size: int  # one more than the largest id
-    control: Mapping[str, int]  # texts that are read as one control id
-    exact: bool  # only they are: no normalisation makes a control token of another text
-    special: Mapping[str, str]  # bos_token, eos_token ... -> their texts
-    bos_ids: tuple[int, ...]  # what stands in front of a plain text
+    size: int
+    """One more than the largest id."""
+    exact: bool
+    """Only the texts of `control` become control tokens: no normalisation makes one of another text."""
+    bos_ids: tuple[int, ...]
+    """Put before a plain text."""
+
+    @property
+    def control(self) -> Mapping[str, int]:
+        """Texts that are read as one control id."""
+        ...
+
+    @property
+    def special(self) -> Mapping[str, str]:
+        """bos_token, eos_token ... -> their texts."""
+        ...
 
     def token_id(self, token: str) -> int | None: ...
     def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: Sequence[int], skip_special: bool, kept: Collection[int] = ()) -> str: ...
+    def decode(self, ids: Sequence[int], skip_special: bool, keep_ids: Collection[int] = ()) -> str: ...
 
 
 class Tokenizer:
     """The tokenizer of a model folder.
 
     `vocab` is one more than the largest token id, `model_vocab` the number of ids that the model has (config.json's
-    vocab_size, None without that file), `bos_ids` what the model expects in front of a plain text (often nothing); a chat
+    vocab_size, None without that file), `bos_ids` what the model expects before a plain text (often nothing); a chat
     template writes its own. `eos_ids` are all ids that end an answer: `named_eos_ids`, those that the folder's files name,
     and `turn_end`, the token that the chat template writes right after an assistant's content (None where it writes none).
     """
@@ -59,7 +70,7 @@ class Tokenizer:
         unknown = backend.token_id(backend.special.get("unk_token", ""))  # may stand for any odd character
         self._control_ids = frozenset(backend.control.values()) - {unknown}
         self._control_text = _any_of(backend.control)
-        self._kept: frozenset[int] = frozenset()
+        self._kept_ids: frozenset[int] = frozenset()
         self.turn_end = self._turn_end()
         self.named_eos_ids = _eos_ids(folder, backend)
         ends = (*self.named_eos_ids, *(() if self.turn_end is None else (self.turn_end,)))
@@ -91,26 +102,26 @@ class Tokenizer:
         return tuple(dict.fromkeys((*self.eos_ids, *more)))
 
     def require_known(self, ids: Sequence[int]) -> None:
-        """Raises ConfigError where a prompt holds an id that the model has not."""
+        """Raises ConfigError where a prompt holds an id that the model does not have."""
         self._require_known(ids, "is in the prompt")
 
-    def _require_known(self, ids: Sequence[int], what: str) -> Sequence[int]:
+    def _require_known(self, ids: Sequence[int], role: str) -> Sequence[int]:
         if self.model_vocab is not None and ids and (largest := max(ids)) >= self.model_vocab:
             token = self.decode([largest], skip_special=False)
             raise ConfigError(
-                f"model.path: {self.folder}: token {token!r}, id {largest}, {what}, but config.json has a "
+                f"model.path: {self.folder}: token {token!r}, id {largest}, {role}, but config.json has a "
                 f"vocab_size of {self.model_vocab}; resize the model's embeddings, or take the tokenizer and "
                 f"chat template that belong to it"
             )
         return ids
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; control tokens written in it become their ids, nothing is put in front or behind."""
+        """Token ids of `text`; control tokens written in it become their ids, nothing is added before or after."""
         return self._backend.encode(text)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of `ids`. Ids beyond the vocabulary (padded columns) have no text."""
-        return self._backend.decode([i for i in ids if 0 <= i < self.vocab], skip_special, self._kept)
+        return self._backend.decode([i for i in ids if 0 <= i < self.vocab], skip_special, self._kept_ids)
 
     def writes(self, text: str) -> bool:
         """Whether `text` is one of the control tokens, or in the chat template."""
@@ -118,7 +129,7 @@ class Tokenizer:
 
     def keep(self, text: str) -> None:
         """From now on `decode` leaves the control tokens in place that `text` holds: those around a model's thinking."""
-        self._kept |= {i for token, i in self._backend.control.items() if token in text}
+        self._kept_ids |= {i for token, i in self._backend.control.items() if token in text}
 
     def chat_text(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> str:
         """The conversation as text, up to where the assistant's next answer begins. `variables`: prompt.template_variables.
@@ -132,14 +143,10 @@ class Tokenizer:
         if unused := sorted(set(variables or ()) - self._template.variables):
             known = ", ".join(sorted(self._template.variables)) or "none"
             raise ConfigError(
-                f"prompt.template_variables: {unused[0]!r} is no variable of the chat template of "
+                f"prompt.template_variables: {unused[0]!r} is not a variable of the chat template of "
                 f"{self.folder}; it has: {known}"
             )
         return self._template.render(messages, self._backend.special, variables)
-
-    def chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of `chat_text(messages)`."""
-        return self.encode(self.chat_text(messages))
 
     def after_content(self) -> str:
         """What the chat template writes between an assistant's content and the next user's; empty without a template, or
@@ -160,8 +167,8 @@ class Tokenizer:
 
     def _turn_end(self) -> int | None:
         match = self._control_text.match(self.after_content().lstrip())
-        found = self._backend.control[match[0]] if match else None
-        return found if found in self._control_ids else None
+        token = self._backend.control[match[0]] if match else None
+        return token if token in self._control_ids else None
 
     def hidden_in(self, text: str) -> str | None:
         """The first control token in `text` that steers and is no text of the model's own (`<|im_end|>`, not `<think>`)."""
@@ -173,17 +180,17 @@ class Tokenizer:
         return self._control_text.sub("", text)
 
     def plain(self, text: str) -> str:
-        """`text` with a blank set into every control token (`<|im_end|>` -> `< |im_end|>`), so none is read as such.
+        """`text` with a space inserted into every control token (`<|im_end|>` -> `< |im_end|>`), so none is read as such.
 
         Ordinary text comes back unchanged. Raises ValueError where a control token would still be read, which takes a
         tokenizer whose normalisation makes one of other characters.
         """
         text = self._control_text.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
         if self._backend.exact and not self._control_text.search(text):
-            return text  # the usual way; encoding every question once more would double the time of a start
-        if found := self._control_ids.intersection(self.encode(text)):
+            return text  # the usual case; encoding every question once more would double the time of a start
+        if control_ids := self._control_ids.intersection(self.encode(text)):
             raise ValueError(
-                f"text is read as control token {self.decode([min(found)], skip_special=False)!r} by the "
+                f"text is read as control token {self.decode([min(control_ids)], skip_special=False)!r} by the "
                 f"tokenizer of {self.folder}; reword it"
             )
         return text
@@ -192,7 +199,7 @@ class Tokenizer:
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a local model folder: tokenizer.json if there is one, else a SentencePiece model.
 
-    Never asks the network. Raises ConfigError (a ValueError) where there is no tokenizer, it is broken, or it names no
+    Never uses the network. Raises ConfigError (a ValueError) where there is no tokenizer, it is broken, or it names no
     end-of-text token.
     """
     folder = Path(folder)
@@ -205,9 +212,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     models = [path for path in sorted(folder.glob("*.model")) if path.is_file()]
     named = [path for path in models if path.name == "tokenizer.model"] or models
     if len(named) != 1:
-        found = f"{len(named)} .model files and no tokenizer.model" if named else "no tokenizer"
-        raise ConfigError(f"model.path: {folder} holds {found}; {_FIX}")
-    add_bos = settings.get("add_bos_token", True)  # Llama's default; a tokenizer.json says it itself
+        content = f"{len(named)} .model files and no tokenizer.model" if named else "no tokenizer"
+        raise ConfigError(f"model.path: {folder} holds {content}; {_FIX}")
+    add_bos = settings.get("add_bos_token", True)  # Llama's default; tokenizer.json has its own rule
     backend = SentencePieceBackend(named[0], special, _added_tokens(folder, settings), add_bos)
     return Tokenizer(folder, backend, settings)
 
@@ -249,12 +256,12 @@ class FastBackend:
     def encode(self, text: str) -> list[int]:
         return self._core.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Sequence[int], skip_special: bool, kept: Collection[int] = ()) -> str:
-        left = [i for i in ids if i not in self._special or i in kept] if skip_special else ids
-        return self._core.decode(left, skip_special_tokens=False)
+    def decode(self, ids: Sequence[int], skip_special: bool, keep_ids: Collection[int] = ()) -> str:
+        shown = [i for i in ids if i not in self._special or i in keep_ids] if skip_special else ids
+        return self._core.decode(shown, skip_special_tokens=False)
 
     def _ids_in_front(self) -> tuple[int, ...]:
-        """What the file's post-processor puts in front of a text (it may also put an end token behind it)."""
+        """What the file's post-processor puts before a text (it may also put an end token after it)."""
         encoded = self._core.encode("a", add_special_tokens=True)
         marked = itertools.takewhile(lambda pair: pair[1], zip(encoded.ids, encoded.special_tokens_mask))
         return tuple(i for i, _ in marked)
@@ -263,7 +270,7 @@ class FastBackend:
 class SentencePieceBackend:
     """A SentencePiece model, with the control tokens that a Hugging Face folder may add to it.
 
-    Text between two control tokens is encoded by itself, so each such piece gets the model's dummy blank in front, as
+    Text between two control tokens is encoded by itself, so each such piece gets the model's dummy prefix space, as
     in transformers with `legacy`.
     """
 
@@ -306,13 +313,13 @@ class SentencePieceBackend:
             ids += [self.control[part]] if i % 2 else self._core.encode(part)  # odd parts are the control tokens
         return ids
 
-    def decode(self, ids: Sequence[int], skip_special: bool, kept: Collection[int] = ()) -> str:
+    def decode(self, ids: Sequence[int], skip_special: bool, keep_ids: Collection[int] = ()) -> str:
         parts: list[str] = []
         run: list[int] = []
         for i in ids:
             if i not in self._text_of:
                 run.append(i)
-            elif not skip_special or i in kept:
+            elif not skip_special or i in keep_ids:
                 parts += [self._core.decode(run), self._text_of[i]]
                 run = []
         return "".join([*parts, self._core.decode(run)])
@@ -330,7 +337,7 @@ def _eos_ids(folder: Path, backend: Backend) -> tuple[int, ...]:
                 continue
             if type(i) is not int or not 0 <= i < backend.size:
                 raise ConfigError(
-                    f"model.path: eos_token_id {i!r} in {folder / name} is no id of its tokenizer "
+                    f"model.path: eos_token_id {i!r} in {folder / name} is not an id of its tokenizer "
                     f"(0..{backend.size - 1}); fix the file"
                 )
             ids.append(i)
@@ -344,8 +351,8 @@ def _model_vocab(folder: Path) -> int | None:
 
 def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
     """bos_token and so on of a settings file; each is text or an object with `content`."""
-    found = {name: settings.get(name) for name in SPECIAL_NAMES}
-    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in found.items()}
+    values = {name: settings.get(name) for name in SPECIAL_NAMES}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 

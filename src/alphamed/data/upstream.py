@@ -1,7 +1,7 @@
-"""Question sets as upstream publishes them: where each lies, and reading it from the hub or from a local copy.
+"""Question sets as upstream publishes them: where each is, and reading it from the hub or from a local copy.
 
 `datasets` reads a hub name at a pinned revision, or a local folder in the layout of the hub. A single file is read as every
-question file is (tables.py); one that has the schema's own columns is read as such.
+question file is (tables.py); one that has the schema's columns is read as such.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ from urllib.request import getproxies
 
 from alphamed.data.adapters import Adapter
 from alphamed.data.keys import AnswerForm
-from alphamed.data.mcq import Row, short
+from alphamed.data.mcq import RawRow, short
 from alphamed.data.sources import COLUMNS, read_rows
 from alphamed.data.tables import check_file, columns, from_cells, rows
 from alphamed.errors import DataError
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-CONNECT_S = 5.0  # for a connection to the hub; a slower one is no network to fetch a set over
+CONNECT_S = 5.0  # for a connection to the hub; a slower one is too slow to fetch a set
 SCHEMA_COLUMNS = COLUMNS[:4]
-"""What tells a file of the schema from one of the hub's layouts. A file of the user's own needs no `id`."""
+"""The columns that distinguish a file of the schema from one of the hub's layouts. A file of the user's own needs no
+`id`."""
 
 
 @dataclass(frozen=True, slots=True)
 class QuestionSource:
-    """One set of questions upstream: a row of data, told apart from others by `adapt` alone.
+    """One set of questions upstream: a row of data; only `adapt` is code.
 
-    `revision` is a commit of the hub's repository; None where none could be confirmed, then the newest is read and the card
-    says so. `expected` counts the questions that `adapt` keeps."""
+    `revision` is a commit of the hub's repository; None where none could be confirmed; then the newest is read and the card
+    notes it. `expected` counts the questions that `adapt` keeps."""
 
     name: str
     hub: str
@@ -47,16 +48,16 @@ class QuestionSource:
     letters: str = "ABCD"
     """The most letters that a question of the set has."""
     context: bool = False
-    """Whether questions come with an abstract or a vignette of their own."""
+    """Whether questions come with their own abstract or vignette."""
     note: str = ""
     answer: AnswerForm | None = None
     """The form of the keys at `revision` where it is known and they are numbers. Copies may count otherwise: there the form
-    is found from the values."""
+    is inferred from the values."""
 
 
-def read_upstream(source: QuestionSource, local: Path | None, revision: str | None = None) -> Iterator[Row]:
+def read_upstream(source: QuestionSource, local: Path | None, revision: str | None = None) -> Iterator[RawRow]:
     """Rows of the schema, from the hub or from a local copy: a folder in the hub's layout, or one file in the hub's or in
-    the schema's layout. DataError where the whole set cannot be read; a row that cannot is a Row with a problem."""
+    the schema's layout. DataError where the whole set cannot be read; one bad row is a RawRow with a `problem`."""
     if local is not None and _has_schema(local):
         yield from read_rows(local)
         return
@@ -70,23 +71,26 @@ def read_upstream(source: QuestionSource, local: Path | None, revision: str | No
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             if first:  # the layout, not one odd row
                 raise DataError(
-                    f"{row.file}: rows are not in the layout of {source.name} ({_told(error)}); "
+                    f"{row.file}: rows are not in the layout of {source.name} ({_error_text(error)}); "
                     f"{_shown(row.value)}: give the set as upstream publishes it, or in the schema "
                     f"({', '.join(SCHEMA_COLUMNS)})"
                 ) from None
-            value, row = None, Row(row.file, row.line, problem=f"not in the layout of {source.name} ({_told(error)})")
+            value, row = (
+                None,
+                RawRow(row.file, row.line, problem=f"not in the layout of {source.name} ({_error_text(error)})"),
+            )
             yield row
         first = False
         if value is not None:
-            yield Row(row.file, row.line, value)
+            yield RawRow(row.file, row.line, value)
 
 
-def _upstream_rows(source: QuestionSource, local: Path | None, revision: str | None) -> Iterable[Row]:
+def _upstream_rows(source: QuestionSource, local: Path | None, revision: str | None) -> Iterable[RawRow]:
     """The rows as upstream has them, each with its place."""
     if local is not None and not local.is_dir():
         return rows(local)
     place = str(local) if local is not None else f"{source.hub}@{revision or source.revision or 'newest'}"
-    return (Row(place, number, row) for number, row in enumerate(_load(source, local, revision), start=1))
+    return (RawRow(place, number, row) for number, row in enumerate(_load(source, local, revision), start=1))
 
 
 def _shown(row: object) -> str:
@@ -95,7 +99,7 @@ def _shown(row: object) -> str:
     return f"its columns are {short(', '.join(map(str, row)), 200)}"
 
 
-def _told(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return f"no {error.args[0]!r}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
 
 
@@ -107,7 +111,7 @@ def _has_schema(local: Path) -> bool:
         return False
     check_file(local)
     names = columns(local)
-    return names is None or set(SCHEMA_COLUMNS) <= set(names)  # None: the schema's reader says what is wrong
+    return names is None or set(SCHEMA_COLUMNS) <= set(names)  # None: the schema's reader reports the error
 
 
 def _load(source: QuestionSource, local: Path | None, revision: str | None) -> Iterable[Any]:
@@ -120,40 +124,40 @@ def _load(source: QuestionSource, local: Path | None, revision: str | None) -> I
             with _quiet():
                 return _as_texts(datasets.load_dataset(str(local), source.config, split=source.split), str(local), source)
         with _quiet(), _no_retries_without_network(source.hub):
-            at = {"revision": revision or source.revision}
-            found = datasets.load_dataset(source.hub, source.config, split=source.split, **at)
-            _require_commit(found, source, at["revision"])
-            return _as_texts(found, source.hub, source, **at)
+            commit = revision or source.revision
+            dataset = datasets.load_dataset(source.hub, source.config, split=source.split, revision=commit)
+            _require_commit(dataset, source, commit)
+            return _as_texts(dataset, source.hub, source, commit)
     except DataError:
         raise
     except Exception as error:  # the library's many errors all mean "not loaded"
         raise DataError(_not_loaded(source, local, revision, error)) from None
 
 
-def _as_texts(found: Any, path: str, source: QuestionSource, **settings: Any) -> Iterable[Any]:
+def _as_texts(dataset: Any, path: str, source: QuestionSource, revision: str | None = None) -> Iterable[Any]:
     """The rows of what `datasets` has loaded. A set kept as CSV is loaded once more with all columns as texts: `datasets`
     reads it with pandas, to which "None", "NA" and "null" are missing values and an option "5.0" a number."""
     import datasets
 
-    if getattr(found, "builder_name", None) != "csv":
-        return found
-    texts = datasets.Features({name: datasets.Value("string") for name in found.column_names})
+    if getattr(dataset, "builder_name", None) != "csv":
+        return dataset
+    texts = datasets.Features({name: datasets.Value("string") for name in dataset.column_names})
     try:
-        found = datasets.load_dataset(
-            path, source.config, split=source.split, features=texts, keep_default_na=False, **settings
+        dataset = datasets.load_dataset(
+            path, source.config, split=source.split, features=texts, keep_default_na=False, revision=revision
         )
     except (OSError, ValueError):  # no network, and a cache that another program has filled: as it reads them
-        return found
-    return [from_cells(row) for row in found]
+        return dataset
+    return [from_cells(row) for row in dataset]
 
 
-def _require_commit(found: Any, source: QuestionSource, revision: str | None) -> None:
+def _require_commit(dataset: Any, source: QuestionSource, revision: str | None) -> None:
     """Where the hub cannot be asked, `datasets` takes the newest copy of its cache, whatever its revision (load.py,
-    CachedDatasetModuleFactory). Copies lie in folders named by their commit."""
+    CachedDatasetModuleFactory). Copies are in folders named by their commit."""
     if revision is None or not COMMIT.fullmatch(revision) or Path(source.hub).exists():
         return
-    held = {Path(file["filename"]).parent.name for file in getattr(found, "cache_files", ())}
-    if others := {commit for commit in held if COMMIT.fullmatch(commit)} - {revision}:
+    cached = {Path(file["filename"]).parent.name for file in getattr(dataset, "cache_files", ())}
+    if others := {commit for commit in cached if COMMIT.fullmatch(commit)} - {revision}:
         raise DataError(
             f"{source.name}: {source.hub} at revision {revision} cannot be loaded from the hub, and the cache holds "
             f"revision {min(others)}; connect to the hub, or give a local copy ({source.name}=PATH)"
@@ -162,7 +166,7 @@ def _require_commit(found: Any, source: QuestionSource, revision: str | None) ->
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What the libraries print of progress, warnings and retries is held back: what goes wrong is told in one line."""
+    """Suppress the libraries' progress bars, warnings and messages on retries: an error is reported in one line."""
     import datasets
     from huggingface_hub.utils import logging as hub_logging
 
@@ -182,15 +186,15 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _no_retries_without_network(hub: str) -> Iterator[None]:
-    """Where the hub's host is plainly not there, its libraries work offline for this call: they take what is in their cache,
-    or give up at once in place of six tries over half a minute."""
-    import datasets
+    """Where the hub's host cannot be reached, its libraries work offline for this call: they use their cache, or give up at
+    once instead of trying six times over half a minute."""
+    from datasets import config
     from huggingface_hub import constants
 
     if Path(hub).exists() or _reachable(constants.ENDPOINT):
         yield
         return
-    places = (datasets.config, constants)  # both read their variable of the environment at import only
+    places: tuple[Any, ...] = (config, constants)  # both read their variable of the environment at import only
     before = [place.HF_HUB_OFFLINE for place in places]
     for place in places:
         place.HF_HUB_OFFLINE = True
@@ -206,7 +210,7 @@ def _no_retries_without_network(hub: str) -> Iterator[None]:
 
 
 def _reachable(address: str) -> bool:
-    """Whether something takes connections at a web address. Behind a proxy only the proxy can know: taken for granted."""
+    """Whether something takes connections at a web address. Behind a proxy only the proxy knows: assumed."""
     parts = urlsplit(address)
     if parts.scheme in getproxies() or "all" in getproxies():
         return True
@@ -223,14 +227,14 @@ def _not_loaded(source: QuestionSource, local: Path | None, revision: str | None
     cause = error
     while cause.__cause__ is not None:  # "an error occurred while generating the dataset" hides what went wrong
         cause = cause.__cause__
-    told = f"{type(cause).__name__}: {short(' '.join(str(cause).split()), 160)}"
+    reason = f"{type(cause).__name__}: {short(' '.join(str(cause).split()), 160)}"
     if local is not None:
         return (
-            f"{local}: cannot be read as {source.name}, split {source.split} ({told}); give a whole copy of the hub's "
+            f"{local}: cannot be read as {source.name}, split {source.split} ({reason}); give a whole copy of the hub's "
             f"folder, or name one file in it"
         )
     at = revision or source.revision
     return (
-        f"{source.name}: {source.hub}{f' at revision {at}' if at else ''} cannot be loaded from the hub ({told}); "
+        f"{source.name}: {source.hub}{f' at revision {at}' if at else ''} cannot be loaded from the hub ({reason}); "
         f"check network, access and revision, or give a local copy ({source.name}=PATH)"
     )

@@ -40,7 +40,7 @@ WAITING_PER_PLACE = 2
 """Questions given to the engines at once, for each that they can work on: none of them ever idles, and a hundred thousand
 prompts need not lie in the coordinator."""
 ENGINES_FOLDER = "engines"
-TOLD_EVERY_S = 10.0
+REPORT_EVERY_S = 10.0
 
 
 class Feed(Protocol):
@@ -144,23 +144,24 @@ def stream(coordinator: Feed, tasks: Iterable[GenerationTask], window: int, dead
             last = time.monotonic()  # what the caller does with them is not the engines' time
 
 
-class Told:
-    """Says on stderr how far a long job is, every few seconds and at its end."""
+class ProgressReporter:
+    """Reports on stderr how far a long job is, every few seconds and at its end."""
 
-    def __init__(self, what: str, total: int, already: int = 0):
-        self._what, self._total, self._already = what, total, already
+    def __init__(self, job: str, total: int, already: int = 0):
+        self._job, self._total, self._already = job, total, already
         self._done, self._began, self._last = 0, time.monotonic(), 0.0
 
-    def one_more(self) -> None:
+    def advance(self) -> None:
+        """One more question is done."""
         self._done += 1
         now = time.monotonic()
-        if now - self._last < TOLD_EVERY_S and self._done + self._already < self._total:
+        if now - self._last < REPORT_EVERY_S and self._done + self._already < self._total:
             return
         self._last = now
         rate = self._done / max(now - self._began, 1e-9)
         left = (self._total - self._already - self._done) / rate
         print(
-            f"{self._what}: {self._already + self._done:,}/{self._total:,} questions, {rate:.2g} a second, "
+            f"{self._job}: {self._already + self._done:,}/{self._total:,} questions, {rate:.2g} a second, "
             f"{left / 60:.0f} min left",
             file=sys.stderr,
             flush=True,

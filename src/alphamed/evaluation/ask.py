@@ -32,7 +32,7 @@ def asked_sets(
         if variant not in VARIANTS:
             raise ConfigError(f"--variants: {variant!r} is not known; choose from {', '.join(VARIANTS)}")
     if len(set(names)) < len(names):
-        raise ConfigError(f"--benchmarks: {next(n for n in names if names.count(n) > 1)!r} stands twice; give each once")
+        raise ConfigError(f"--benchmarks: {next(n for n in names if names.count(n) > 1)!r} is given twice; give each once")
     for name in names:
         check_name(name)  # all of them, before the first is fetched
     asked: list[Asked] = []
@@ -42,7 +42,7 @@ def asked_sets(
         if loaded.name in sets:  # two files of the same name
             loaded = replace(loaded, name=name)
         questions, decisions = _chosen(loaded, config)
-        about = {
+        origin = {
             "place": loaded.place,
             "expected": loaded.source.expected if loaded.source else None,
             "available": len(loaded.questions),
@@ -59,11 +59,11 @@ def asked_sets(
                     f"{loaded.name}: none of its {len(questions)} questions has a variant {variant}; leave it out"
                 )
             asked += changed
-            sets[changed[0].set] = about | {
+            sets[changed[0].set] = origin | {
                 "benchmark": loaded.name,
                 "variant": variant,
                 "without_variant": len(questions) - len(changed),
-                "ids": [one.question.id for one in changed],
+                "ids": [item.question.id for item in changed],
             }
     return asked, sets
 
@@ -72,11 +72,11 @@ def _chosen(loaded: LoadedBenchmark, config: Config) -> tuple[list[Question], li
     """The questions that decisions leave, at most evaluation.questions of them, by seed and id as in training."""
     from alphamed.data.decisions import apply_files
 
-    wanted = config.evaluation
-    questions, applied = apply_files(loaded.questions, wanted.decisions)
+    settings = config.evaluation
+    questions, applied = apply_files(loaded.questions, settings.decisions)
     if not questions:
         raise DataError(f"{loaded.name}: evaluation.decisions leave none of its {len(loaded.questions)} questions; fix them")
-    ids = {q.id for q in sorted(questions, key=lambda q: draw(config.run.seed, q.id))[: wanted.questions]}
+    ids = {q.id for q in sorted(questions, key=lambda q: draw(config.run.seed, q.id))[: settings.questions]}
     return [q for q in questions if q.id in ids], list(applied)
 
 
@@ -92,7 +92,7 @@ def refuse_trained_on(asked: Sequence[Asked], trained_on: Sequence[Path]) -> Non
     files = [file for file in trained_on if file.is_file()]
     if files:
         trained = load_questions(files, BadRows.SKIP).questions
-        refuse_overlap(trained, [one.question for one in asked if one.variant is None])
+        refuse_overlap(trained, [item.question for item in asked if item.variant is None])
 
 
 def trained_on(model: Path) -> tuple[Path, ...]:

@@ -140,7 +140,7 @@ BENCHMARKS = {
 @dataclass(frozen=True, slots=True)
 class LoadedBenchmark:
     """The questions of a benchmark. `complaint` says in words where they are not what was expected; whoever reports a score
-    prints it beside."""
+    prints it, too."""
 
     name: str
     source: QuestionSource | None  # None for a file of the user's own
@@ -153,7 +153,7 @@ class LoadedBenchmark:
 
 def load_benchmark(name: str, bad_rows: BadRows = BadRows.REFUSE) -> LoadedBenchmark:
     """A benchmark by NAME (from the hub), NAME=PATH (a local copy, in the hub's layout or in the schema), or a file of the
-    schema; :FORM behind a path declares the form of its keys. DataError where it cannot be read, or has bad rows that are
+    schema; :FORM after a path declares the form of its keys. DataError where it cannot be read, or has bad rows that are
     not to be skipped."""
     check_name(name)
     place, answer = form_of(name)
@@ -174,7 +174,7 @@ def load_benchmarks(names: Sequence[str], bad_rows: BadRows = BadRows.REFUSE) ->
 
 
 def check_names(names: Sequence[str]) -> None:
-    """`check_name` for all; two of one name are refused too, since what is found is kept by name. Raises DataError."""
+    """`check_name` for all; two of one name are refused too, since results are stored by name. Raises DataError."""
     first: dict[str, str] = {}
     for name in names:
         check_name(name)
@@ -235,12 +235,12 @@ def _refuse_bad_rows(problems: Sequence[RowProblem], bad_rows: BadRows) -> None:
 
 
 def _complaint(problems, source: QuestionSource | None = None, questions=()) -> str | None:
-    told = []
+    complaints = []
     if source and source.expected is not None and len(questions) != source.expected:
-        told.append(f"{len(questions):,} questions, {source.expected:,} were expected")
+        complaints.append(f"{len(questions):,} questions, {source.expected:,} were expected")
     most = max((len(question.options) for question in questions), default=0)
     if source and most > len(source.letters):
-        told.append(f"{most} options in a question, at most {len(source.letters)} were expected")
+        complaints.append(f"{most} options in a question, at most {len(source.letters)} were expected")
     if problems:
-        told.append(f"{counted(len(problems), 'bad row')} left out (the first: {problems[0]})")
-    return "; ".join(told) or None
+        complaints.append(f"{counted(len(problems), 'bad row')} left out (the first: {problems[0]})")
+    return "; ".join(complaints) or None

@@ -16,16 +16,16 @@ from alphamed.errors import ConfigError
 
 if TYPE_CHECKING:
     from alphamed.evaluation.answers import Prompted
-    from alphamed.evaluation.items import Asked, Item, Key
+    from alphamed.evaluation.items import Asked, GradedAnswer, Key
 
 NOT_GIVEN = {"samples": 1, "top_p": 1.0}
 """Defaults of options that have one."""
 UNUSED = "unused.jsonl"
-"""Stands for data.train where no configuration is given: an evaluation trains on nothing."""
+"""Takes the place of data.train where there is no configuration: an evaluation trains on nothing."""
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class EvaluationRequest:
     """One start of `alphamed eval`, its input read and checked."""
 
     config: Config  # of the engines
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--bad-rows",
-        choices=[str(one) for one in BadRows],
+        choices=[str(choice) for choice in BadRows],
         help="what to do with rows that are no questions: refuse, or "
         "skip and give their number with the result (default: data.bad_rows, refuse)",
     )
@@ -90,7 +90,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="FOLDER", help="a model folder, for instance RUN/hf, or a hub name (default: model.path)")
     add("--config", type=Path, metavar="FILE", help="YAML file of a run: prompt, engines, evaluation.files")
     add("--max-tokens", type=int, metavar="N", help="limit of a response (default: as in the configuration)")
-    add("--template", choices=[str(one) for one in PromptTemplate], help="chat or raw prompts (default: prompt.template)")
+    add(
+        "--template",
+        choices=[str(template) for template in PromptTemplate],
+        help="chat or raw prompts (default: prompt.template)",
+    )
     add("--shots", type=Path, metavar="FILE", help="JSONL of worked examples: question, options, response")
     add("overrides", nargs="*", metavar="key=value", help="last: dotted settings over the configuration")
 
@@ -98,7 +102,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Returns the exit code. Raises ConfigError or DataError for a mistake in the input, before anything is started."""
     from alphamed.evaluation.place import held
-    from alphamed.evaluation.regrade import regrade, require_evaluation, told
+    from alphamed.evaluation.regrade import regrade, report, require_evaluation
 
     if options.against:
         require_evaluation("--against", options.against)
@@ -107,8 +111,8 @@ def main(options: argparse.Namespace) -> int:
         require_evaluation("--regrade", options.regrade)
         with held(options.regrade, "--regrade"):
             regrade(options.regrade)
-            return told(options.regrade, options.against)
-    return _evaluate(_wanted(options), options.against)
+            return report(options.regrade, options.against)
+    return _evaluate(_request(options), options.against)
 
 
 def _refuse_with_regrade(options: argparse.Namespace) -> None:
@@ -128,13 +132,13 @@ def _refuse_with_regrade(options: argparse.Namespace) -> None:
         "temperature",
         "top_p",
     ):
-        if (given := getattr(options, name)) is not False and given not in (None, [], NOT_GIVEN.get(name)):
+        if (value := getattr(options, name)) is not False and value not in (None, [], NOT_GIVEN.get(name)):
             shown = "key=value" if name == "overrides" else f"--{name.replace('_', '-')}"
             raise ConfigError(f"--regrade: grades what is there, {shown} has no part in it; leave it out")
 
 
 # --------------------------------------------------------------------------------------------------------------- input
-def _wanted(options: argparse.Namespace) -> Wanted:
+def _request(options: argparse.Namespace) -> EvaluationRequest:
     from alphamed.evaluation import ask
     from alphamed.evaluation.answers import engine_tree
     from alphamed.evaluation.place import check_free
@@ -159,7 +163,7 @@ def _wanted(options: argparse.Namespace) -> Wanted:
     limit = options.max_tokens or config.evaluation.max_response_tokens or config.rollout.max_response_tokens
     out = _out(options, config)
     check_free(out, options.overwrite)
-    return Wanted(
+    return EvaluationRequest(
         engine_tree(config, out, options.samples, limit),
         out,
         tuple(asked),
@@ -174,14 +178,14 @@ def _wanted(options: argparse.Namespace) -> Wanted:
     )
 
 
-def _split(given: Sequence[str]) -> tuple[list[str], list[str]]:
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Names and overrides: `--benchmarks medqa=copy rollout.dtype=fp32` takes all that follows it."""
 
     def is_override(item: str) -> bool:
         section, dot, _ = item.partition("=")[0].partition(".")
         return "=" in item and bool(dot) and section in Config.model_fields
 
-    return [item for item in given if not is_override(item)], [item for item in given if is_override(item)]
+    return [item for item in arguments if not is_override(item)], [item for item in arguments if is_override(item)]
 
 
 def config_of(options: argparse.Namespace, overrides: Sequence[str]) -> Config:
@@ -190,6 +194,7 @@ def config_of(options: argparse.Namespace, overrides: Sequence[str]) -> Config:
 
     if options.max_tokens is not None and options.max_tokens < 1:
         raise ConfigError(f"--max-tokens: {options.max_tokens} leaves no room for an answer; give 1 or more")
+    tree: dict[str, Any]
     if options.config:
         tree = load_tree(options.config)
     elif options.model is None:
@@ -256,104 +261,107 @@ def _out(options: argparse.Namespace, config: Config) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
-def _evaluate(wanted: Wanted, against: Path | None) -> int:
-    """Check the model, then answer, grade and tell while no other start can change the folder; returns the exit code."""
+def _evaluate(request: EvaluationRequest, against: Path | None) -> int:
+    """Check the model, then answer, grade and report while no other start can change the folder; returns the exit code."""
     from alphamed.evaluation import ask, settings
     from alphamed.evaluation.answers import Prompted
     from alphamed.evaluation.place import held
-    from alphamed.evaluation.regrade import told
+    from alphamed.evaluation.regrade import report
 
-    config = wanted.config
-    model = Prompted(config, (asked.shown for asked in wanted.asked))
+    config = request.config
+    model = Prompted(config, (asked.shown for asked in request.asked))
     if not config.evaluation.allow_overlap:
-        ask.refuse_trained_on(wanted.asked, wanted.trained_on)
-    how = settings.asked(config, model.folder, wanted.samples, wanted.temperature, wanted.top_p, wanted.max_tokens)
-    with held(wanted.out):
-        return _answer(wanted, model, how) or told(wanted.out, against)
+        ask.refuse_trained_on(request.asked, request.trained_on)
+    asked_how = settings.asked(config, model.folder, request.samples, request.temperature, request.top_p, request.max_tokens)
+    with held(request.out):
+        return _answer(request, model, asked_how) or report(request.out, against)
 
 
-def _answer(wanted: Wanted, model: Prompted, how: Mapping[str, Any]) -> int:
+def _answer(request: EvaluationRequest, model: Prompted, asked_how: Mapping[str, Any]) -> int:
     """Ask what has no answer yet; returns the exit code."""
     from alphamed.errors import RunFailed
     from alphamed.evaluation import settings
-    from alphamed.evaluation.items import Grading, finished, read_items, regraded
+    from alphamed.evaluation.items import ITEMS, Grading, finished, read_items, regraded
     from alphamed.evaluation.regrade import remove
 
-    grading = Grading(wanted.config.reward.truncated, model.thinking)
-    if wanted.overwrite and settings.difference(wanted.out, how) is not None:
-        remove(wanted.out)
-    settings.require_same(wanted.out, how)
-    found = read_items(wanted.out)
-    if found and settings.read(wanted.out) is None:
+    grading = Grading(request.config.reward.truncated, model.thinking)
+    if request.overwrite and settings.difference(request.out, asked_how) is not None:
+        remove(request.out)
+    settings.require_same(request.out, asked_how)
+    answered = read_items(request.out / ITEMS)
+    if answered and settings.read(request.out) is None:
         raise ConfigError(
-            f"--out: {wanted.out} holds answers without their settings ({settings.SETTINGS}); choose another folder"
+            f"--out: {request.out} holds answers without their settings ({settings.SETTINGS}); choose another folder"
         )
-    kept = finished(wanted.asked, found, wanted.samples, grading)
-    _require_same_sets(wanted, found, kept)
-    settings.write(wanted.out, str(model.folder), how, grading.json(), wanted.sets, wanted.command)
-    todo = [asked for asked in wanted.asked if asked.key not in kept]
-    if kept:
-        print(f"{wanted.out}: {len(kept):,} of {len(wanted.asked):,} questions are answered already", file=sys.stderr)
-    others = {key: [regraded(item, grading) for item in items] for key, items in found.items()}
-    _write(wanted.out, others | kept, dropped={asked.key for asked in todo})
+    complete = finished(request.asked, answered, request.samples, grading)
+    _require_same_sets(request, answered, complete)
+    settings.write(request.out, str(model.folder), asked_how, grading.json(), request.sets, request.command)
+    todo = [asked for asked in request.asked if asked.key not in complete]
+    if complete:
+        print(f"{request.out}: {len(complete):,} of {len(request.asked):,} questions are answered already", file=sys.stderr)
+    others = {key: [regraded(answer, grading) for answer in answers] for key, answers in answered.items()}
+    _write(request.out, others | complete, dropped={asked.key for asked in todo})
     try:
-        _generate(wanted, model, todo)
+        _generate(request, model, todo)
     except RunFailed as error:
         print(f"{'error' if error.user_error else 'evaluation failed'}: {error}", file=sys.stderr)
         return 2 if error.user_error else 1
     return 0
 
 
-def _require_same_sets(wanted: Wanted, found: Mapping[Key, Sequence[Item]], kept: Mapping[Key, Sequence[Item]]) -> None:
+def _require_same_sets(
+    request: EvaluationRequest,
+    answered: Mapping[Key, Sequence[GradedAnswer]],
+    complete: Mapping[Key, Sequence[GradedAnswer]],
+) -> None:
     """Raises ConfigError where a file of the same name would take the place of answered questions that it does not hold."""
     from alphamed.evaluation import settings
 
-    before = (settings.read(wanted.out) or {"sets": {}})["sets"]
-    answered, shared = {name for name, _ in found}, {name for name, _ in kept}
-    for name, about in wanted.sets.items():
+    before = (settings.read(request.out) or {"sets": {}})["sets"]
+    sets_answered, sets_shared = {name for name, _ in answered}, {name for name, _ in complete}
+    for name, origin in request.sets.items():
         place = before.get(name, {}).get("place")
-        if name in answered - shared and place != about["place"]:
+        if name in sets_answered - sets_shared and place != origin["place"]:
             raise ConfigError(
-                f"--out: {wanted.out} holds {name} of {place}, which shares no question with {about['place']}; "
+                f"--out: {request.out} holds {name} of {place}, which shares no question with {origin['place']}; "
                 f"choose another folder, or give the file another name"
             )
 
 
-def _generate(wanted: Wanted, model: Any, todo: Sequence[Asked]) -> None:
-    """Answer the questions and add each one's items to the file as it is done."""
-    from alphamed.evaluation.answers import Told, answering
-    from alphamed.evaluation.items import ITEMS, Grading, graded, row
-    from alphamed.files import append_json_lines
+def _generate(request: EvaluationRequest, model: Any, todo: Sequence[Asked]) -> None:
+    """Answer the questions and add the graded answers to each one to the file as soon as they are there."""
+    from alphamed.evaluation.answers import ProgressReporter, answering
+    from alphamed.evaluation.items import ITEMS, Grading, append_items, graded
     from alphamed.hashing import stable_hash
     from alphamed.records import GenerationTask, Sampling
 
     if not todo:
         return
     by_id = {f"evaluation/{asked.set}/{asked.question.id}": asked for asked in todo}
-    config, grading = wanted.config, Grading(wanted.config.reward.truncated, model.thinking)
-    told = Told("evaluation", len(wanted.asked), len(wanted.asked) - len(todo))
+    config, grading = request.config, Grading(request.config.reward.truncated, model.thinking)
+    progress = ProgressReporter("evaluation", len(request.asked), len(request.asked) - len(todo))
 
     def task(name: str, asked: Asked) -> GenerationTask:
-        seed = stable_hash(config.run.seed, name) % 2**31 if config.rollout.deterministic and wanted.temperature else None
-        sampling = Sampling(wanted.samples, wanted.temperature, wanted.top_p, -1, wanted.max_tokens, seed)
+        seed = stable_hash(config.run.seed, name) % 2**31 if config.rollout.deterministic and request.temperature else None
+        sampling = Sampling(request.samples, request.temperature, request.top_p, -1, request.max_tokens, seed)
         return GenerationTask(name, asked.shown, tuple(model.prompts.render(asked.shown)), sampling)
 
-    _log_look(wanted, model.folder, todo)
+    _log_evaluation(request, model.folder, todo)
     with answering(config, model) as answer:
         for scored in answer(task(name, asked) for name, asked in by_id.items()):
             group, asked = scored.group, by_id[scored.group.group_id]
-            append_json_lines(
-                wanted.out / ITEMS,
+            append_items(
+                request.out / ITEMS,
                 [
-                    row(graded(asked, j, one.text, one.finish_reason, len(one.response_token_ids), grading))
-                    for j, one in enumerate(group.rollouts)
+                    graded(asked, j, rollout.text, rollout.finish_reason, len(rollout.response_token_ids), grading)
+                    for j, rollout in enumerate(group.rollouts)
                 ],
             )
-            told.one_more()
+            progress.advance()
 
 
-def _log_look(wanted: Wanted, model: Path, todo: Sequence[Asked]) -> None:
-    """Where the model is the export of a run, the run's log of looks gets a line a set."""
+def _log_evaluation(request: EvaluationRequest, model: Path, todo: Sequence[Asked]) -> None:
+    """Where the model is the export of a run, the run's evaluation log gets a line a set."""
     from alphamed.rundir import evaluation_log
 
     if model.name.startswith("hf") and (model.parent / "config.yaml").is_file():
@@ -363,11 +371,10 @@ def _log_look(wanted: Wanted, model: Path, todo: Sequence[Asked]) -> None:
         )
 
 
-def _write(out: Path, items: Mapping[Key, Sequence[Item]], dropped: set[Key]) -> None:
-    """The items without those that are to be made again, whole lines only."""
-    from alphamed.evaluation.items import ITEMS, row
-    from alphamed.files import replace_json_lines
+def _write(out: Path, answers: Mapping[Key, Sequence[GradedAnswer]], dropped: set[Key]) -> None:
+    """The answers without those that are to be generated again, whole lines only."""
+    from alphamed.evaluation.items import ITEMS, write_items
 
-    kept = [row(item) for key, of_question in items.items() if key not in dropped for item in of_question]
-    if kept or (out / ITEMS).exists():
-        replace_json_lines(out / ITEMS, kept)
+    remaining = [answer for key, of_question in answers.items() if key not in dropped for answer in of_question]
+    if remaining or (out / ITEMS).exists():
+        write_items(out / ITEMS, remaining)

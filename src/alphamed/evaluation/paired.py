@@ -8,15 +8,14 @@ because what both get right or wrong does not blur it.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alphamed.evaluation.items import Item
+from alphamed.evaluation.items import GradedAnswer, stats_of
 from alphamed.evaluation.sampling import vote
 
-Sets = Mapping[str, Mapping[str, Sequence[Item]]]
+Sets = Mapping[str, Mapping[str, Sequence[GradedAnswer]]]
 """Set -> question id -> its items in the order of samples."""
 
 
@@ -53,13 +52,15 @@ def split_gain(boxed_before: float, accuracy_before: float, boxed_after: float, 
     )
 
 
-def right(items: Sequence[Item]) -> bool:
+def right(items: Sequence[GradedAnswer]) -> bool:
     """Whether a question counts as solved: the only sample is right, or the majority vote is, with no other as strong."""
     return vote([item.vote for item in items], items[0].asked.question.answer) == 1.0
 
 
-def compare_sets(before: Mapping[str, Sequence[Item]], after: Mapping[str, Sequence[Item]]) -> dict[str, Any]:
-    """The comparison of two answered sets (question id -> its items). Questions that stand in one of them only, or with
+def compare_sets(
+    before: Mapping[str, Sequence[GradedAnswer]], after: Mapping[str, Sequence[GradedAnswer]]
+) -> dict[str, Any]:
+    """The comparison of two answered sets (question id -> its items). Questions that are in one of them only, or with
     another text or key, are left out and counted. ValueError where none is left."""
     shared = [i for i in before if i in after and _alike(before[i][0], after[i][0])]
     if not shared:
@@ -95,43 +96,43 @@ def compare(before: Sets, after: Sets) -> dict[str, dict[str, Any]]:
     }
 
 
-def line(name: str, found: Mapping[str, Any]) -> str:
+def line(name: str, comparison: Mapping[str, Any]) -> str:
     """One line for the terminal."""
     return (
-        f"{name} (n = {found['n']:,}): {100 * found['before']['accuracy']:.1f}% -> "
-        f"{100 * found['after']['accuracy']:.1f}%, {100 * found['gain']:+.1f} points = "
-        f"{100 * found['gain_from_boxed']:+.1f} boxed more often "
-        f"{100 * found['gain_from_accuracy_among_boxed']:+.1f} right among boxed; {found['gained']} gained, "
-        f"{found['lost']} lost, McNemar p = {found['p_mcnemar']:.3g}"
-        + (f"; {found['left_out']} questions are not in both" if found["left_out"] else "")
+        f"{name} (n = {comparison['n']:,}): {100 * comparison['before']['accuracy']:.1f}% -> "
+        f"{100 * comparison['after']['accuracy']:.1f}%, {100 * comparison['gain']:+.1f} points = "
+        f"{100 * comparison['gain_from_boxed']:+.1f} boxed more often "
+        f"{100 * comparison['gain_from_accuracy_among_boxed']:+.1f} right among boxed; {comparison['gained']} gained, "
+        f"{comparison['lost']} lost, McNemar p = {comparison['p_mcnemar']:.3g}"
+        + (f"; {comparison['left_out']} questions are not in both" if comparison["left_out"] else "")
     )
 
 
-def _alike(one: Item, other: Item) -> bool:
+def _alike(first: GradedAnswer, second: GradedAnswer) -> bool:
     """Whether two items answer the same question with the same key. A variant may have changed letters and options."""
-    a, b = one.asked.question, other.asked.question
-    same_key = a.options[a.answer] == b.options[b.answer] or one.asked.variant != other.asked.variant
+    a, b = first.asked.question, second.asked.question
+    same_key = a.options[a.answer] == b.options[b.answer] or first.asked.variant != second.asked.variant
     return same_key and (a.question, a.context) == (b.question, b.context)
 
 
-def _rates(answers: Sequence[Sequence[Item]]) -> tuple[float, float]:
+def _rates(answers: Sequence[Sequence[GradedAnswer]]) -> tuple[float, float]:
     """(boxed share, accuracy) over all samples."""
-    items = [item for of_question in answers for item in of_question]
-    return statistics.fmean(item.boxed for item in items), statistics.fmean(item.right for item in items)
+    stats = stats_of(answer for of_question in answers for answer in of_question)
+    return stats.share(stats.boxed), stats.accuracy
 
 
-def _flip(i: str, before: Sequence[Item], after: Sequence[Item], way: str) -> dict[str, Any]:
+def _flip(i: str, before: Sequence[GradedAnswer], after: Sequence[GradedAnswer], way: str) -> dict[str, Any]:
     question = after[0].asked.question
     return {
         "id": i,
         "way": way,
         "question": question.question,
         "answer": question.options[question.answer],
-        "before": [_said(item) for item in before],
-        "after": [_said(item) for item in after],
+        "before": [_answer(item) for item in before],
+        "after": [_answer(item) for item in after],
     }
 
 
-def _said(item: Item) -> dict[str, Any]:
+def _answer(item: GradedAnswer) -> dict[str, Any]:
     options = item.asked.question.options
     return {"outcome": str(item.outcome), "letter": item.letter, "option": options.get(item.letter or "")}

@@ -16,30 +16,31 @@ from typing import Any
 
 from alphamed.data.attributes import ATTRIBUTES
 from alphamed.data.text import counted
-from alphamed.evaluation.items import Item
+from alphamed.evaluation.items import GradedAnswer, stats_of
 from alphamed.evaluation.sampling import bootstrap_mean, bootstrap_mean_of_means, pass_at_k, shown_ks, vote
 from alphamed.evaluation.score import wilson
-from alphamed.records import Outcome
 
-Answers = Sequence[Sequence[Item]]
-"""Per question of a set its items in the order of samples; as many of each."""
+Answers = Sequence[Sequence[GradedAnswer]]
+"""Per question of a set its graded answers in the order of samples; as many of each."""
 
 
 def set_result(answers: Answers) -> dict[str, Any]:
     """The result of one set. ValueError without questions or with unequal numbers of samples."""
     samples = _samples(answers)
-    found = _shares(answers) | {"samples": samples, "tokens": _lengths(answers)}
+    result = _shares(answers) | {"samples": samples, "tokens": _lengths(answers)}
     if samples > 1:
-        found |= _of_samples(answers, samples)
-    found["by_source"] = _parts(answers, lambda item: item.asked.question.source)
-    for one in ATTRIBUTES:
-        found[f"by_{one.field}"] = _parts(answers, lambda item, one=one: one.of(item.asked.question))
-    return found
+        result |= _of_samples(answers, samples)
+    result["by_source"] = _parts(answers, lambda item: item.asked.question.source)
+    for attribute in ATTRIBUTES:
+        result[f"by_{attribute.field}"] = _parts(
+            answers, lambda item, attribute=attribute: attribute.of(item.asked.question)
+        )
+    return result
 
 
 def mean_result(sets: Mapping[str, Answers], seed: int = 0) -> dict[str, Any] | None:
     """The mean accuracy over benchmarks, each with the same weight; None for fewer than two. Two intervals (bootstrap, 95%):
-    `questions` says how it would move with other questions, `runs` (None for single samples) with other samples of these."""
+    `questions` shows how it would move with other questions, `runs` (None for single samples) with other samples of these."""
     if len(sets) < 2:
         return None
     means = [[_mean(items) for items in answers] for answers in sets.values()]
@@ -54,23 +55,23 @@ def mean_result(sets: Mapping[str, Answers], seed: int = 0) -> dict[str, Any] | 
     }
 
 
-def line(name: str, found: Mapping[str, Any]) -> str:
+def line(name: str, result: Mapping[str, Any]) -> str:
     """One line for the terminal."""
-    left_out = len(found.get("bad_rows") or ())
+    left_out = len(result.get("bad_rows") or ())
     rows = f" ({counted(left_out, 'bad row')} left out)" if left_out else ""
-    told = (
-        f"{name}: accuracy {_percent(found['accuracy'])} [{_percent(found['ci_low'])}, {_percent(found['ci_high'])}], "
-        f"n = {found['n']:,}{rows}, boxed {_percent(found['boxed'])}, right among boxed "
-        f"{_percent(found['accuracy_among_boxed'])}, unparseable {_percent(found['unparseable'])}, truncated "
-        f"{_percent(found['truncated'])}, {found['tokens']['mean']:.0f} tokens"
+    text = (
+        f"{name}: accuracy {_percent(result['accuracy'])} [{_percent(result['ci_low'])}, {_percent(result['ci_high'])}], "
+        f"n = {result['n']:,}{rows}, boxed {_percent(result['boxed'])}, right among boxed "
+        f"{_percent(result['accuracy_among_boxed'])}, unparseable {_percent(result['unparseable'])}, truncated "
+        f"{_percent(result['truncated'])}, {result['tokens']['mean']:.0f} tokens"
     )
-    if found["samples"] > 1:
-        last = found["samples"]
-        told += (
-            f"; {last} samples: majority {_percent(found['majority']['accuracy'])}, pass@{last} "
-            f"{_percent(found['pass_at_k'][str(last)])}"
+    if result["samples"] > 1:
+        last = result["samples"]
+        text += (
+            f"; {last} samples: majority {_percent(result['majority']['accuracy'])}, pass@{last} "
+            f"{_percent(result['pass_at_k'][str(last)])}"
         )
-    return told
+    return text
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
@@ -82,21 +83,17 @@ def _samples(answers: Answers) -> int:
 
 
 def _shares(answers: Answers) -> dict[str, Any]:
-    items = [item for of_question in answers for item in of_question]
-    n, right = len(answers), sum(item.right for item in items)
-    boxed = sum(item.boxed for item in items)
-    accuracy = right / len(items)
-    low, high = wilson(accuracy, n)
-    share = {kind: sum(item.outcome == kind for item in items) / len(items) for kind in Outcome}
+    stats = stats_of(answer for of_question in answers for answer in of_question)
+    low, high = wilson(stats.accuracy, len(answers))
     return {
-        "n": n,
-        "accuracy": accuracy,
+        "n": len(answers),
+        "accuracy": stats.accuracy,
         "ci_low": low,
         "ci_high": high,
-        "unparseable": share[Outcome.UNPARSEABLE],
-        "truncated": sum(item.cut for item in items) / len(items),
-        "boxed": boxed / len(items),
-        "accuracy_among_boxed": right / boxed if boxed else None,
+        "unparseable": stats.share(stats.unparseable),
+        "truncated": stats.share(stats.truncated),
+        "boxed": stats.share(stats.boxed),
+        "accuracy_among_boxed": stats.accuracy_among_boxed,
         "chance": _chance(answers),
     }
 
@@ -104,9 +101,9 @@ def _shares(answers: Answers) -> dict[str, Any]:
 def _chance(answers: Answers) -> float | None:
     """What picking letters blindly gives; None where no options are shown."""
     asked = [of_question[0].asked for of_question in answers]
-    if not all(one.shown.options for one in asked):
+    if not all(item.shown.options for item in asked):
         return None
-    return statistics.fmean(1 / len(one.question.options) for one in asked)
+    return statistics.fmean(1 / len(item.question.options) for item in asked)
 
 
 def _lengths(answers: Answers) -> dict[str, float]:
@@ -136,18 +133,18 @@ def _run_accuracies(answers: Answers) -> list[float]:
     return [statistics.fmean(items[j].right for items in answers) for j in range(_samples(answers))]
 
 
-def _mean(items: Sequence[Item]) -> float:
+def _mean(items: Sequence[GradedAnswer]) -> float:
     return statistics.fmean(item.right for item in items)
 
 
-def _parts(answers: Answers, part: Callable[[Item], Any]) -> dict[str, dict[str, Any]]:
+def _parts(answers: Answers, part: Callable[[GradedAnswer], Any]) -> dict[str, dict[str, Any]]:
     """Shares of each source or level; {} where no question has one."""
-    groups: dict[Any, list[Sequence[Item]]] = {}
+    groups: dict[Any, list[Sequence[GradedAnswer]]] = {}
     for items in answers:
         groups.setdefault(part(items[0]), []).append(items)
     if set(groups) == {None}:
         return {}
-    ordered = sorted(groups.items(), key=lambda one: (one[0] is None, str(one[0])))
+    ordered = sorted(groups.items(), key=lambda group: (group[0] is None, str(group[0])))
     return {"none" if name is None else str(name): _shares(of_part) for name, of_part in ordered}
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from alphamed.config.choices import BadRows
-from alphamed.data.attributes import values_of
 from alphamed.errors import ConfigError
+from alphamed.evaluation.items import ITEMS, of_group, write_items
 from alphamed.evaluation.score import Score, Share, percent, score
-from alphamed.files import read_json_lines, replace_json, replace_json_lines
+from alphamed.files import replace_json
 from alphamed.records import GenerationTask, Question, Sampling, ScoredGroup
 
 Begin = Callable[[str, Sequence[GenerationTask]], Callable[[], Sequence[ScoredGroup]]]
@@ -22,10 +22,8 @@ Begin = Callable[[str, Sequence[GenerationTask]], Callable[[], Sequence[ScoredGr
 TRIAL = 24
 """Questions of a set that are answered first where time is limited: one batch of a laptop's engine."""
 LEAST_ASKED = 2 * TRIAL
-"""Of a set, however slow the machine is: fewer say nothing about a model."""
+"""Of a set, however slow the machine is: fewer are too few to compare models."""
 SHARES = ("boxed", "accuracy", "accuracy_among_boxed", "truncated", "failed")
-ITEM_KEYS = {"set", "id", "question", "options", "answer", "letter", "outcome", "text"}
-"""What readers of graded answers rely on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +54,7 @@ class Evaluation:
     policy_version: int
     results: tuple[SetResult, ...]
     seconds: float
-    """From its beginning until it was asked for and done; in the background the step beside it is in them."""
+    """From its beginning until it was waited for and done; in the background that includes the step in parallel."""
     max_tokens: int | None = None
     """Limit of a response."""
 
@@ -127,9 +125,9 @@ def begin_evaluation(
     return finish
 
 
-def within(one: QuestionSet, count: int, seed: int) -> QuestionSet:
+def within(questions: QuestionSet, count: int, seed: int) -> QuestionSet:
     """The set with `count` of its questions at most, by seed: a part of any larger choice."""
-    return replace(one, questions=choose(one.questions, count, seed, ())[0])
+    return replace(questions, questions=choose(questions.questions, count, seed, ())[0])
 
 
 def affordable(wanted: int, tried: int, seconds: float, limit_s: float) -> int:
@@ -146,27 +144,30 @@ def evaluate_within(
     note: Callable[[str], None],
 ) -> Evaluation:
     """Evaluate as many questions as there is time for. The first TRIAL of each set show how long they take; each set has a part
-    of `limit_s` by its size. `note` says what is left out. The results hold the questions that were asked."""
-    results, seconds, total = [], 0.0, sum(len(one.questions) for one in sets)
-    for one in sets:
-        trial = within(one, TRIAL, seed)
+    of `limit_s` by its size. `note` reports what is left out. The results hold the questions that were asked."""
+    results: list[SetResult] = []
+    evaluations: list[Evaluation] = []
+    total = sum(len(questions.questions) for questions in sets)
+    for questions in sets:
+        trial = within(questions, TRIAL, seed)
         first = evaluate(trial)
-        wanted, tried = len(one.questions), len(trial.questions)
-        chosen = within(one, affordable(wanted, tried, first.seconds, limit_s * wanted / total), seed)
+        wanted, tried = len(questions.questions), len(trial.questions)
+        chosen = within(questions, affordable(wanted, tried, first.seconds, limit_s * wanted / total), seed)
         left_out = wanted - len(chosen.questions)
         if left_out:
             note(
-                f"evaluation.time_limit_s: {tried} questions of {one.name} took {first.seconds:.0f} s; {len(chosen.questions)} of "
-                f"{wanted} are asked in this run, {left_out} are left out"
+                f"evaluation.time_limit_s: {tried} questions of {questions.name} took {first.seconds:.0f} s; "
+                f"{len(chosen.questions)} of {wanted} are asked in this run, {left_out} are left out"
             )
-        known = {question.id for question in trial.questions}
-        rest = replace(one, questions=tuple(question for question in chosen.questions if question.id not in known))
+        answered = {question.id for question in trial.questions}
+        rest = replace(chosen, questions=tuple(question for question in chosen.questions if question.id not in answered))
         parts = [first, *([evaluate(rest)] if rest.questions else [])]
         groups = {group.group.question.id: group for part in parts for result in part.results for group in result.groups}
         ordered = tuple(groups[question.id] for question in chosen.questions)
         results.append(SetResult(chosen, ordered, score(ordered)))
-        seconds += sum(part.seconds for part in parts)
-    return Evaluation(first.policy_version, tuple(results), seconds, first.max_tokens)
+        evaluations += parts
+    seconds = sum(evaluation.seconds for evaluation in evaluations)
+    return Evaluation(evaluations[0].policy_version, tuple(results), seconds, evaluations[0].max_tokens)
 
 
 def _result(questions: QuestionSet, tasks: Sequence[GenerationTask], answers: Sequence[ScoredGroup]) -> SetResult:
@@ -193,12 +194,10 @@ def summary(evaluation: Evaluation) -> list[str]:
 
 # ---------------------------------------------------------------------------------------------------------------- files
 def write_evaluation(folder: Path, name: str, step: int, evaluation: Evaluation) -> Path:
-    """Write NAME.items.jsonl (one object an answer), then NAME.json (the scores), and return the latter's path: where
+    """Write NAME.items.jsonl (the graded answers), then NAME.json (the scores), and return the latter's path: where
     it is, the evaluation is whole."""
-    replace_json_lines(
-        folder / f"{name}.items.jsonl",
-        [_item(result.questions.name, group) for result in evaluation.results for group in result.groups],
-    )
+    groups = [(result.questions.name, group) for result in evaluation.results for group in result.groups]
+    write_items(folder / f"{name}.{ITEMS}", [answer for group in groups for answer in of_group(*group)])
     path = folder / f"{name}.json"
     replace_json(
         path,
@@ -253,43 +252,13 @@ def asked_before(run_dir: Path) -> dict[str, int]:
     """Set name -> how many questions the last evaluation in a run directory asked; {} where there is none."""
     files = sorted((run_dir / "evaluations").glob("step_*.json"))
     files = [file for file in files if file.stem.removeprefix("step_").isdecimal()]
-    return {name: found.n for name, found in read_scores(files[-1]).items()} if files else {}
+    return {name: score.n for name, score in read_scores(files[-1]).items()} if files else {}
 
 
-def read_items(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """(set name, question id) -> item from a step_N.items.jsonl; {} where there is none. ConfigError names a line that is no
-    item."""
-    found = {}
-    for number, row in enumerate(read_json_lines(path), start=1):
-        if missing := ITEM_KEYS - row.keys():
-            raise ConfigError(
-                f"{path}: line {number} is no graded answer ({', '.join(sorted(missing))} missing); evaluate again"
-            )
-        found[row["set"], row["id"]] = row
-    return found
-
-
-def _item(name: str, scored: ScoredGroup) -> dict[str, Any]:
-    question, rollout = scored.group.question, scored.group.rollouts[0]
-    return {
-        "set": name,
-        "id": question.id,
-        "question": question.question,
-        "options": dict(question.options),
-        "answer": question.answer,
-        **values_of(question),
-        "letter": scored.letters[0],
-        "outcome": str(scored.outcomes[0]),
-        "finish_reason": str(rollout.finish_reason),
-        "tokens": len(rollout.response_token_ids),
-        "text": rollout.text,
-    }
-
-
-def score_json(found: Score) -> dict[str, Any]:
+def score_json(score: Score) -> dict[str, Any]:
     """A score as it is written: each share with its counts and interval."""
-    return {"n": found.n, "tokens_mean": found.tokens_mean, "tokens_max": found.tokens_max, "chance": found.chance} | {
-        key: _share_json(getattr(found, key)) for key in SHARES
+    return {"n": score.n, "tokens_mean": score.tokens_mean, "tokens_max": score.tokens_max, "chance": score.chance} | {
+        key: _share_json(getattr(score, key)) for key in SHARES
     }
 
 
@@ -302,5 +271,5 @@ def asked_hash(questions: QuestionSet, max_tokens: int | None) -> str:
     """What is asked, and in how many tokens: scores with different ones cannot be compared."""
     import json
 
-    told = [[q.id, q.question, q.context, dict(q.options), q.answer] for q in questions.questions]
-    return hashlib.sha256(json.dumps([max_tokens, told]).encode()).hexdigest()
+    contents = [[q.id, q.question, q.context, dict(q.options), q.answer] for q in questions.questions]
+    return hashlib.sha256(json.dumps([max_tokens, contents]).encode()).hexdigest()

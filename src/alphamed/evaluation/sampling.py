@@ -1,4 +1,4 @@
-"""What several samples of a question say together: majority vote, pass@k, runs and their bootstrap intervals. Pure."""
+"""Several samples of a question taken together: majority vote, pass@k, runs and their bootstrap intervals. Pure."""
 
 from __future__ import annotations
 

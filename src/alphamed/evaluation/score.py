@@ -1,4 +1,4 @@
-"""What an evaluation found, with 95% intervals, and what may be said of a before and an after.
+"""The scores of an evaluation with 95% intervals, and the conclusions that a before and an after allow.
 
 An answer is *boxed* when the response ended in time with a readable letter in its box, right or wrong. So
 accuracy = boxed rate x accuracy among boxed answers: the first factor is format, only the second can be knowledge.
@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from alphamed.records import FinishReason, Outcome, ScoredGroup
+from alphamed.records import ScoredGroup
+from alphamed.response_stats import ResponseStats
 
 Z_95 = 1.959963984540054
 """97.5% quantile of the normal distribution."""
@@ -77,24 +78,20 @@ class Change(StrEnum):
 
 def score(groups: Sequence[ScoredGroup]) -> Score:
     """Score graded responses; every response counts once. ValueError without any."""
-    outcomes = [outcome for group in groups for outcome in group.outcomes]
-    cut = sum(rollout.finish_reason != FinishReason.STOP for group in groups for rollout in group.group.rollouts)
-    lengths = [len(rollout.response_token_ids) for group in groups for rollout in group.group.rollouts]
-    if not outcomes:
+    stats = ResponseStats.of_groups(groups)
+    n = stats.responses
+    if not n:
         raise ValueError("an evaluation without graded responses has no score; give it questions")
-    n, count = len(outcomes), {kind: outcomes.count(kind) for kind in Outcome}
-    boxed = count[Outcome.CORRECT] + count[Outcome.WRONG]
-    chance = sum(len(group.outcomes) / len(group.group.question.options) for group in groups) / n
     return Score(
         n,
-        Share(boxed, n),
-        Share(count[Outcome.CORRECT], n),
-        Share(count[Outcome.CORRECT], boxed),
-        Share(cut, n),
-        Share(count[Outcome.TIMEOUT] + count[Outcome.CRASH], n),
-        sum(lengths) / n,
-        max(lengths),
-        chance,
+        boxed=Share(stats.boxed, n),
+        accuracy=Share(stats.correct, n),
+        accuracy_among_boxed=Share(stats.correct, stats.boxed),
+        truncated=Share(stats.truncated, n),
+        failed=Share(stats.failed, n),
+        tokens_mean=stats.tokens_mean,
+        tokens_max=stats.tokens_max,
+        chance=sum(len(group.outcomes) / len(group.group.question.options) for group in groups) / n,
     )
 
 
@@ -110,7 +107,7 @@ def change(before: Share, after: Share) -> Change:
 
 
 def verdict(before: Score, after: Score) -> list[str]:
-    """What two evaluations of the same questions allow one to say, in sentences.
+    """The conclusions that two evaluations of the same questions allow, in sentences.
 
     A risen boxed rate is called format. Knowledge is spoken of only where accuracy among boxed answers rose outside its
     interval, and not by leaving the harder questions unboxed; a rise that the boxed rate alone explains is called that.
@@ -133,12 +130,12 @@ def verdict(before: Score, after: Score) -> list[str]:
 
 
 def _format(before: Share, after: Share) -> str:
-    moved, found = _moved(before, after), change(before, after)
+    moved, trend = _moved(before, after), change(before, after)
     return {
         Change.ROSE: f"The answer format was learnt: the share of boxed answers rose, {moved}.",
         Change.FELL: f"The answer format was lost in part: the share of boxed answers fell, {moved}.",
         Change.OPEN: f"The share of boxed answers did not move outside its interval: {moved}.",
-    }[found]
+    }[trend]
 
 
 def _knowledge(before: Score, after: Score, accuracy: Change, among: Change) -> str:

@@ -1,6 +1,6 @@
 """What an evaluation was asked: model, prompt, sampling. Written as evaluation.json before the first answer.
 
-A folder holds one such evaluation: answers that were made otherwise cannot stand beside one another in a score, so a start
+A folder holds one such evaluation: answers that were generated differently cannot be part of one score, so a start
 with other settings is refused. More benchmarks and variants may be added to it at any time.
 """
 
@@ -44,26 +44,30 @@ def read(folder: Path) -> dict[str, Any] | None:
     """The settings of an evaluation's folder, None where it has none. ConfigError where they cannot be read."""
     path = folder / SETTINGS
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["format"] != FORMAT or not isinstance(found["asked"], Mapping) or not isinstance(found["sets"], Mapping):
-            raise ValueError(f"format {found['format']}, this version reads {FORMAT}")
-        _require(found)
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if (
+            settings["format"] != FORMAT
+            or not isinstance(settings["asked"], Mapping)
+            or not isinstance(settings["sets"], Mapping)
+        ):
+            raise ValueError(f"format {settings['format']}, this version reads {FORMAT}")
+        _require(settings)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{path}: not the settings of an evaluation ({type(error).__name__}: {error}); give a folder of `alphamed eval`"
         ) from None
-    return found
+    return settings
 
 
-def _require(found: Mapping[str, Any]) -> None:
+def _require(settings: Mapping[str, Any]) -> None:
     """Raises KeyError, TypeError or ValueError where something is missing that readers rely on."""
-    missing = {"model", "prompt", "sampling"} - found["asked"].keys()
-    missing |= {"samples", "temperature", "max_tokens"} - found["asked"].get("sampling", {}).keys()
-    for about in found["sets"].values():
-        _require_grading(found["grading"])
-        missing |= {"ids", "benchmark", "variant", "complaint"} - about.keys()
+    missing = {"model", "prompt", "sampling"} - settings["asked"].keys()
+    missing |= {"samples", "temperature", "max_tokens"} - settings["asked"].get("sampling", {}).keys()
+    for of_set in settings["sets"].values():
+        _require_grading(settings["grading"])
+        missing |= {"ids", "benchmark", "variant", "complaint"} - of_set.keys()
     if missing:
         raise ValueError(f"{', '.join(sorted(missing))} missing")
 
@@ -78,7 +82,7 @@ def _require_grading(grading: Mapping[str, Any]) -> None:
 def write(
     folder: Path, model: str, asked_now: Mapping[str, Any], grading: Mapping[str, Any], sets: Mapping[str, Any], command: str
 ) -> None:
-    """`sets`: name -> where its questions are from and what is to be said about them. Sets of earlier starts stay."""
+    """`sets`: name -> where its questions are from, with remarks on them. Sets of earlier starts stay."""
     before = read(folder)
     replace_json(
         folder / SETTINGS,
@@ -95,9 +99,9 @@ def write(
 
 def require_same(folder: Path, asked_now: Mapping[str, Any]) -> None:
     """Raises ConfigError naming the first setting in which the folder's evaluation differs from this one."""
-    if (told := difference(folder, asked_now)) is not None:
+    if (changed := difference(folder, asked_now)) is not None:
         raise ConfigError(
-            f"--out: {folder} holds an evaluation with {told}; choose another folder, or replace it with --overwrite"
+            f"--out: {folder} holds an evaluation with {changed}; choose another folder, or replace it with --overwrite"
         )
 
 
@@ -114,15 +118,15 @@ def difference(folder: Path, asked_now: Mapping[str, Any]) -> str | None:
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return found
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return leaves
 
 
 def label(folder: Path) -> str:
     """A name for a model's evaluation that no other folder has: runs/a/hf and runs/b/hf are two models. The folder's own
-    name, its parent's where that says nothing ("hf", "hf-best"), and six digits of the whole path."""
+    name, its parent's where that is not specific ("hf", "hf-best"), and six digits of the whole path."""
     folder = folder.resolve()
     name = f"{folder.parent.name}-{folder.name}" if folder.name.startswith("hf") else folder.name
     return f"{name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:6]}"

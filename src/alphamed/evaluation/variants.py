@@ -23,7 +23,7 @@ from alphamed.hashing import draw
 from alphamed.records import Question
 
 NONE = "None of the other options"
-"""Not "of the above": it may stand first."""
+"""Not "of the above": it may be the first option."""
 # "Which of the following is true?" asks of its options; "... is the most likely diagnosis?" can be answered without.
 _ASKS_OF_OPTIONS = re.compile(r"\bexcept\b|\b(?:in)?correct\b|\b(?:true|false|right|wrong)\b|\bstatements?\b", re.IGNORECASE)
 
@@ -63,11 +63,11 @@ def one_removed(question: Question, seed: int) -> Question | None:
     if len(wrong) < 2 or refers_to_options(question):
         return None
     gone = min(wrong, key=lambda letter: draw(seed, "removed", question.id, letter))
-    kept = [letter for letter in question.options if letter != gone]
+    remaining = [letter for letter in question.options if letter != gone]
     return replace(
         question,
-        options=dict(zip(string.ascii_uppercase, (question.options[letter] for letter in kept))),
-        answer=string.ascii_uppercase[kept.index(question.answer)],
+        options=dict(zip(string.ascii_uppercase, (question.options[letter] for letter in remaining))),
+        answer=string.ascii_uppercase[remaining.index(question.answer)],
     )
 
 
@@ -88,7 +88,7 @@ def free_letter(text: str, options: Mapping[str, str]) -> str | None:
     """The option that a response without options means, None where its last box holds none of them.
 
     Normalised texts are compared (case, punctuation and white space do not count): an option that equals the box, else the
-    one option whose words stand in the box in one piece ("\\boxed{start metformin}" means "Metformin"), the longest where
+    one option whose words are in the box in one piece ("\\boxed{start metformin}" means "Metformin"), the longest where
     one option holds another. Two different options in one box are no answer. It is a crude measure, to be read as such:
     synonyms ("acetylsalicylic acid" for "Aspirin") count as wrong, and so does a shortened answer.
     """
@@ -98,17 +98,17 @@ def free_letter(text: str, options: Mapping[str, str]) -> str | None:
     for letter, option in options.items():
         if normalised_option(option) == normalised_option(content):
             return letter
-    found = {
+    contained = {
         letter: tuple(words(option))
         for letter, option in options.items()
         if words(option) and _holds(tuple(words(content)), tuple(words(option)))
     }
-    longest = [letter for letter, option in found.items() if all(_holds(option, other) for other in found.values())]
+    longest = [letter for letter, option in contained.items() if all(_holds(option, other) for other in contained.values())]
     return longest[0] if len(longest) == 1 else None
 
 
 def vote_of(letter: str | None, text: str) -> str:
-    """What a boxed answer counts as in a majority vote: its letter, or what the box says where that is no option."""
+    """What a boxed answer counts as in a majority vote: its letter, or the content of the box where that is no option."""
     return letter or f"={normalised_option(boxed_text(text) or '')}"
 
 

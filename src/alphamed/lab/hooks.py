@@ -1,6 +1,6 @@
-"""What the core lets the lab do: refuse what cannot fit before a run starts, forecast its steps, report on it when it ends.
+"""Hooks that the core gets from the lab: refuse runs that cannot fit, forecast their steps, report on them at the end.
 
-`cli.py` hands these over; the core imports nothing of the lab.
+`cli.py` passes them to the core, which imports nothing from the lab.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ def validate(config: Config) -> Checked:
 
 
 def check(config: Config) -> None:
-    """`validate`, with what there is to say about model and data printed."""
+    """`validate`, and print its notes on model and data."""
     validate(config).print_notes()
 
 
 def refuse_unfit(config: Config, shape: ModelShape) -> None:
-    """Raises ConfigError for what cannot fit into memory or its deadlines, with the GPUs that are here in place of those that
-    the configuration names."""
+    """Raises ConfigError for what cannot fit into memory or its deadlines, computed with the GPUs of this machine
+    in place of those that the configuration names."""
     from alphamed.lab.planner.advice import fixes
     from alphamed.lab.planner.plan import job_here, make_plan
 
@@ -36,21 +36,22 @@ def refuse_unfit(config: Config, shape: ModelShape) -> None:
         return
     plan = make_plan(job_here(config, shape))
     if plan.problems:
-        near = next((f"; {' '.join(one.overrides)} would fit" for one in fixes(plan)), "")
+        near = next((f"; {' '.join(fix.overrides)} would fit" for fix in fixes(plan)), "")
         raise ConfigError(
-            f"{plan.problems[0]}{near}; see `alphamed plan`, or set cluster.skip_memory_check=true to start all the same"
+            f"{plan.problems[0]}{near}; see `alphamed plan`, or set cluster.skip_memory_check=true to start anyway"
         )
 
 
 def forecast(config: Config, model: Path) -> Forecast:
-    """What the plan predicts of each step, beside what is measured."""
+    """The plan's predictions for each step, which a run records next to its measurements."""
     from alphamed.lab.planner.forecast import PlanForecast
 
     return PlanForecast(config, model)
 
 
 def report(config: Config) -> list[str]:
-    """Write report.html and report.json of a run, where it wants them; returns what it learnt, in lines for the console."""
+    """Write report.html and report.json of a run, where its configuration asks for them; returns a summary as
+    lines for the console."""
     from alphamed.lab.reports.report import write_report
     from alphamed.lab.reports.summary import summary
 

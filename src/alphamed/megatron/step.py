@@ -67,10 +67,12 @@ def micro_loss(
     rollout, sequence = micro.rollout_logprobs[mask], micro.sequence[mask]
     # Without recomputed ones this is the first update of the step: the old policy is the current one, the ratio 1.
     old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs[mask]
-    weights = token_weights(sequence, a.aggregation, config.constant_tokens)
+    weights = token_weights(sequence, a.aggregation, config.resolved.constant_tokens)
     correction, cut = None, logprobs.new_zeros(())
-    if config.correction != Correction.NONE:
-        correction, cut = importance_weights(old, rollout, sequence, config.correction, a.correction_floor, a.correction_cap)
+    if config.resolved.correction != Correction.NONE:
+        correction, cut = importance_weights(
+            old, rollout, sequence, config.resolved.correction, a.correction_floor, a.correction_cap
+        )
     terms = policy_loss(
         logprobs, old, micro.advantages[mask], weights, sequence, a.loss, a.clip_low, a.clip_high, correction
     )
@@ -166,8 +168,8 @@ def _run(chunks, micro_batches, layout: Layout, device: torch.device, finish, fo
 
 
 def _idle(present: int, layout: Layout) -> list[MicroBatch]:
-    """Micro-batches that train nothing: the interleaved schedule takes a multiple of the stages. `batching.pack` makes one;
-    a single row that is only scored is none."""
+    """PackedRow-batches that train nothing: the interleaved schedule takes a multiple of the stages. `batching.pack` makes
+    one; a single row that is only scored is none."""
     missing = -present % layout.pipeline if layout.virtual_pipeline else 0
     tokens = layout.token_multiple
     zero, none = torch.zeros(tokens, dtype=torch.int64), torch.zeros(tokens)

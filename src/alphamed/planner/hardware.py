@@ -1,4 +1,4 @@
-"""What a GPU offers: memory, arithmetic, bandwidths. Numbers of the makers' data sheets, dense, without sparsity."""
+"""What a GPU offers: memory, arithmetic, bandwidths. Numbers of the vendors' data sheets, without sparsity."""
 
 from __future__ import annotations
 
@@ -65,5 +65,5 @@ def cpu(cores: int, memory_bytes: int, sharers: int) -> Gpu:
 
 def with_memory(memory_bytes: int) -> Gpu:
     """The GPU of the table whose memory is nearest to what a driver reports, with that memory."""
-    nearest = min(_GPUS, key=lambda one: abs(one.memory_bytes - memory_bytes))
+    nearest = min(_GPUS, key=lambda device: abs(device.memory_bytes - memory_bytes))
     return replace(nearest, memory_bytes=memory_bytes)

@@ -1,4 +1,4 @@
-"""What a plan is made for: configuration, model shape, machines, and the lengths that text is expected to have."""
+"""What a plan is made for: configuration, model shape, machines, and the expected lengths of texts."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ instruction-tuned model on medical questions takes 300 to 600 tokens of the usua
 
 
 @dataclass(frozen=True)
-class Job:
-    """`colocated`: engines use the trainer's GPUs, in turn with it. `overlapped`: the next batch is generated while the
+class PlannedJob:
+    """`colocated`: engines use the trainer's GPUs, taking turns with it. `overlapped`: the next batch is generated while the
     trainer updates, whatever the configuration says."""
 
     config: Config
@@ -40,20 +40,20 @@ class Job:
 
     @property
     def shared(self) -> bool:
-        """Whether engines compute on the trainer's GPUs: in turn with it, or beside it in the same memory."""
+        """Whether engines compute on the trainer's GPUs: taking turns with it, or at the same time in the same memory."""
         return self.colocated or (self.config.cluster.share_gpus and not self.gpu.is_cpu)
 
     @property
     def overlaps(self) -> bool:
-        """Whether the next steps are generated while the trainer updates. On shared GPUs and cores each slows the other by what
-        it takes itself, so that nothing is gained."""
+        """Whether the next steps are generated while the trainer updates. On shared GPUs and cores each slows the other
+        down by as much, so that nothing is gained."""
         return self.overlapped or (
             not self.supervised and self.rollout.max_staleness > 0 and not self.shared and not self.gpu.is_cpu
         )
 
     @property
     def sync_over_gloo(self) -> bool:
-        """Whether weights leave GPUs for the network by host memory."""
+        """Whether weights go from GPUs to the network through host memory."""
         return self.config.sync.transport == Transport.GLOO and not self.gpu.is_cpu and not self.colocated
 
     @property
@@ -131,4 +131,4 @@ class Job:
     @property
     def logprob_passes(self) -> int:
         """Forward passes over the batch besides the update: old log-probs, the reference's."""
-        return 0 if self.supervised else int(self.config.recompute_old_logprobs) + int(self.reference)
+        return 0 if self.supervised else int(self.config.resolved.recompute_old_logprobs) + int(self.reference)

@@ -1,4 +1,4 @@
-"""What is illegal or does not fit, each with the nearest legal setting. Whatever Megatron or vLLM would refuse at start."""
+"""What is illegal or does not fit, each with the nearest legal setting: all that Megatron or vLLM would refuse at start."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from alphamed.config.schema import Config
 from alphamed.errors import ConfigError
 from alphamed.model.shape import check_context, check_layout, context_sizes, divisors, tensor_sizes
 from alphamed.planner.hardware import GIB
-from alphamed.planner.job import Job
+from alphamed.planner.job import PlannedJob
 from alphamed.planner.memory import BLOCK_TOKENS, EngineCache, Use, free_for_engine
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One line: what is wrong, and what to set instead (`fix`: overrides for the command line, where one is known; those of
-    this module are first thoughts, which search.py tries out)."""
+    this module are first guesses, which search.py tries)."""
 
     text: str
     fix: tuple[str, ...] = ()
@@ -29,12 +29,12 @@ class Problem:
         return self.text + (f"; try {' '.join(self.fix)}" if self.fix else "")
 
 
-def layout_problems(job: Job) -> list[Problem]:
+def layout_problems(job: PlannedJob) -> list[Problem]:
     """Problems of the layout itself. Where there are any, memory and time cannot be computed."""
     return list(_layout_problems(job))
 
 
-def _layout_problems(job: Job) -> Iterator[Problem]:
+def _layout_problems(job: PlannedJob) -> Iterator[Problem]:
     p, r, s = job.parallel, job.rollout, job.shape
     for field, value, allowed in (
         ("parallel.tensor", p.tensor, tensor_sizes(s)),
@@ -42,7 +42,7 @@ def _layout_problems(job: Job) -> Iterator[Problem]:
         ("parallel.context", p.context, context_sizes(s, p.tensor)),
         ("parallel.pipeline", p.pipeline, divisors(s.layers)),
     ):
-        if value not in allowed:  # check_layout looks at them in the same order
+        if value not in allowed:  # check_layout checks them in the same order
             yield Problem(_refusal(job), (f"{field}={nearest(value, allowed)}",))
             return
     if s.layers // p.pipeline % job.virtual:
@@ -68,7 +68,7 @@ def _layout_problems(job: Job) -> Iterator[Problem]:
         )
 
 
-def _cpu_engine_problems(job: Job) -> Iterator[Problem]:
+def _cpu_engine_problems(job: PlannedJob) -> Iterator[Problem]:
     """What an engine on this machine's CPU refuses: sizes of heads, more tensor ranks than cores, cores that are not here."""
     from alphamed.cluster.hardware import cores
     from alphamed.rollout.spec import engine_specs
@@ -82,17 +82,17 @@ def _cpu_engine_problems(job: Job) -> Iterator[Problem]:
         yield Problem(str(error).removesuffix("; lower it"), fix)
 
 
-def _shorter(job: Job) -> tuple[str, ...]:
-    """The longest response, or where it has no room at all the prompt, cut to what the model's positions leave."""
+def _shorter(job: PlannedJob) -> tuple[str, ...]:
+    """The longest response, or where no room remains for one the prompt, cut to what the model's positions allow."""
     positions, c = job.shape.max_positions, job.config
-    left = positions - c.prompt.max_tokens
-    if left > 0:
-        return (f"{c.longest_response}={left}",)
-    left = positions - (c.max_model_tokens - c.prompt.max_tokens)
-    return (f"prompt.max_tokens={left}",) if left > 0 else ()
+    room = positions - c.prompt.max_tokens
+    if room > 0:
+        return (f"{c.longest_response}={room}",)
+    room = positions - (c.max_model_tokens - c.prompt.max_tokens)
+    return (f"prompt.max_tokens={room}",) if room > 0 else ()
 
 
-def _node_problems(job: Job) -> Iterator[Problem]:
+def _node_problems(job: PlannedJob) -> Iterator[Problem]:
     p, r, per_node = job.parallel, job.rollout, job.gpus_per_node
     if p.tensor > per_node:
         yield Problem(
@@ -106,13 +106,13 @@ def _node_problems(job: Job) -> Iterator[Problem]:
             (f"rollout.tensor_parallel={nearest(r.tensor_parallel, allowed)}",),
         )
         return
-    wanted = 0 if job.colocated else job.engines * r.tensor_parallel
+    engine_gpus = 0 if job.colocated else job.engines * r.tensor_parallel
     if job.shared and not job.colocated:
         if refusal := nccl_on_shared_gpus(job.config):
             yield Problem(refusal, ("sync.transport=auto",))
-        if max(p.world, wanted) > per_node:
+        if max(p.world, engine_gpus) > per_node:
             yield Problem(
-                f"cluster.share_gpus: {p.world} trainer ranks and {wanted} engine workers share the GPUs of one node, "
+                f"cluster.share_gpus: {p.world} trainer ranks and {engine_gpus} engine workers share the GPUs of one node, "
                 f"it has {per_node}",
                 ("cluster.share_gpus=false",),
             )
@@ -120,7 +120,7 @@ def _node_problems(job: Job) -> Iterator[Problem]:
     if job.config.cluster.ranks_per_host and not job.gpu.is_cpu:
         yield from _dealt_problems(job)
         return
-    if p.world + wanted <= per_node:
+    if p.world + engine_gpus <= per_node:
         return
     if job.engines and job.config.sync.transport == Transport.IPC:
         yield Problem(
@@ -135,7 +135,7 @@ def _node_problems(job: Job) -> Iterator[Problem]:
             (f"parallel.data={max(1, near)}",),
         )
         return
-    trainer, engine = -(-p.world // per_node), -(-wanted // per_node)
+    trainer, engine = -(-p.world // per_node), -(-engine_gpus // per_node)
     if job.nodes is not None and trainer + engine > job.nodes:
         yield Problem(
             f"cluster.nodes: {p.world} trainer ranks and {job.engines} engines of {r.tensor_parallel} GPUs need "
@@ -159,7 +159,7 @@ def nccl_on_shared_gpus(config: Config) -> str | None:
     )
 
 
-def _dealt_problems(job: Job) -> Iterator[Problem]:
+def _dealt_problems(job: PlannedJob) -> Iterator[Problem]:
     """Where `cluster.ranks_per_host` leaves GPUs of the trainer's hosts to engines."""
     try:
         shares = deal(job.config, 0 if job.colocated else job.engines, job.gpus_per_node, mixed=True, share=False)
@@ -173,7 +173,7 @@ def _dealt_problems(job: Job) -> Iterator[Problem]:
         )
 
 
-def _shrunk(job: Job) -> tuple[str, ...]:
+def _shrunk(job: PlannedJob) -> tuple[str, ...]:
     """Fewer engines, then fewer data ranks, until the nodes suffice."""
     assert job.nodes is not None
     p, r, per_node = job.parallel, job.rollout, job.gpus_per_node
@@ -191,25 +191,25 @@ def _shrunk(job: Job) -> tuple[str, ...]:
     return (f"parallel.data={data}", *fewer)
 
 
-def engines_within(job: Job, world: int, tensor: int) -> int:
-    """How many engines of `tensor` GPUs the nodes of a run have room for beside a trainer of `world` ranks: on the rest of
-    its only node, or on nodes of their own."""
+def engines_within(job: PlannedJob, world: int, tensor: int) -> int:
+    """How many engines of `tensor` GPUs the nodes of a run have room for besides a trainer of `world` ranks: on the rest of
+    its only node, or on separate nodes."""
     per_node = job.gpus_per_node
     if job.shared and not job.colocated:
         return per_node // tensor if world <= per_node else 0
-    beside = (per_node - world) // tensor if world < per_node else 0
+    same_node = (per_node - world) // tensor if world < per_node else 0
     if job.nodes is None:
-        return max(job.engines, beside)
-    return max(beside, (job.nodes - -(-world // per_node)) * per_node // tensor)
+        return max(job.engines, same_node)
+    return max(same_node, (job.nodes - -(-world // per_node)) * per_node // tensor)
 
 
-def memory_problems(job: Job, uses: list[Use], cache: EngineCache | None) -> list[Problem]:
+def memory_problems(job: PlannedJob, uses: list[Use], cache: EngineCache | None) -> list[Problem]:
     """What does not fit, without a fix (advice.py looks for one)."""
-    found = []
+    problems = []
     for use in uses:
         if not use.fits:
             largest = max(use.causes, key=lambda cause: use.causes[cause])
-            found.append(
+            problems.append(
                 Problem(
                     f"{use.role} ({use.where}): needs {use.total / GIB:.1f} GiB, {use.limit / GIB:.1f} GiB can "
                     f"be used of {job.gpu.name}; the largest part is {largest}, "
@@ -221,18 +221,18 @@ def memory_problems(job: Job, uses: list[Use], cache: EngineCache | None) -> lis
         and not job.gpu.is_cpu
         and job.rollout.gpu_memory_utilization * job.gpu.memory_bytes > free_for_engine(job)
     ):
-        found.append(
+        problems.append(
             Problem(
                 f"rollout.gpu_memory_utilization: {job.rollout.gpu_memory_utilization:g} of {job.gpu.name} is more "
                 f"than the {free_for_engine(job) / GIB:.1f} GiB that a CUDA context and NCCL leave free when an "
                 f"engine starts; lower it to at most {most_utilization(job):g}"
             )
         )
-    if job.shared and not job.colocated and len(uses) == 2 and not found:
+    if job.shared and not job.colocated and len(uses) == 2 and not problems:
         # an engine fills its share with its cache; where the cache's size is given vLLM still wants all of the share free
         trainer, engine = uses
         if trainer.total + engine.limit > trainer.limit:
-            found.append(
+            problems.append(
                 Problem(
                     f"cluster.share_gpus: the trainer needs {trainer.total / GIB:.1f} GiB of a GPU, "
                     f"rollout.gpu_memory_utilization keeps {engine.limit / GIB:.1f} GiB of it for an engine, "
@@ -243,7 +243,7 @@ def memory_problems(job: Job, uses: list[Use], cache: EngineCache | None) -> lis
         ranks = {"trainer": job.parallel.world, "engine": job.engines * job.rollout.tensor_parallel}
         together = sum(use.total * ranks[use.role] for use in uses)
         if together > job.gpu.memory_bytes:
-            found.append(
+            problems.append(
                 Problem(
                     f"parallel: {ranks['trainer']} trainer ranks and {ranks['engine']} engine workers need "
                     f"{together / GIB:.1f} GiB together, this machine has "
@@ -251,22 +251,22 @@ def memory_problems(job: Job, uses: list[Use], cache: EngineCache | None) -> lis
                 )
             )
     if cache is not None and cache.full_sequences < 1 and all(use.fits for use in uses if use.role == "engine"):
-        found.append(
+        problems.append(
             Problem(
                 f"rollout.kv_cache_bytes: the KV cache holds {cache.tokens} tokens, a prompt with the longest "
                 f"response takes {job.config.max_model_tokens}; raise it to at least "
                 f"{least_cache_bytes(job, cache)}"
             )
         )
-    return found
+    return problems
 
 
-def most_utilization(job: Job) -> float:
+def most_utilization(job: PlannedJob) -> float:
     """The largest rollout.gpu_memory_utilization, in hundredths, with which an engine starts on a GPU of its own."""
     return 100 * free_for_engine(job) // job.gpu.memory_bytes / 100
 
 
-def least_cache_bytes(job: Job, cache: EngineCache) -> int:
+def least_cache_bytes(job: PlannedJob, cache: EngineCache) -> int:
     """rollout.kv_cache_bytes that hold a prompt with the longest response, in whole blocks, on all GPUs of an engine."""
     blocks = -(-job.config.max_model_tokens // BLOCK_TOKENS)
     return blocks * BLOCK_TOKENS * cache.token_bytes * job.rollout.tensor_parallel
@@ -275,10 +275,10 @@ def least_cache_bytes(job: Job, cache: EngineCache) -> int:
 # --------------------------------------------------------------------------------------------------------- legal values
 def nearest(value: int, allowed: list[int]) -> int:
     """The closest allowed value by ratio; the larger of two."""
-    return min(allowed, key=lambda one: (max(one, value) / min(one, value), -one))
+    return min(allowed, key=lambda size: (max(size, value) / min(size, value), -size))
 
 
-def _refusal(job: Job) -> str:
+def _refusal(job: PlannedJob) -> str:
     try:
         check_layout(job.shape, job.parallel, job.rollout)
     except ConfigError as error:

@@ -15,8 +15,8 @@ buffer (core/distributed/param_and_grad_buffer.py)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """A parameter as one rank holds it. `names` has more than one where Transformer Engine calls it otherwise."""
+class LocalParameter:
+    """A parameter as one rank holds it. `names` has more than one where Transformer Engine uses another name."""
 
     names: tuple[str, ...]
     hf: tuple[str, ...]
@@ -34,7 +34,7 @@ class Held:
         return len(self.shape) == 2 and self.kind != Kind.VOCAB
 
 
-Chunks = tuple[tuple[Held, ...], ...]
+Chunks = tuple[tuple[LocalParameter, ...], ...]
 """What one rank holds, by model chunk."""
 
 
@@ -42,19 +42,21 @@ Chunks = tuple[tuple[Held, ...], ...]
 def stage_parameters(shape: ModelShape, tensor: int, pipeline: int, virtual: int) -> tuple[Chunks, ...]:
     """[pipeline stage][model chunk] -> parameters, in the order of the forward pass, with layers numbered from 0 within the
     whole model. Every tensor and data rank of a stage holds the same shapes. The layers must divide."""
-    stages: list[list[list[Held]]] = [[[] for _ in range(virtual)] for _ in range(pipeline)]
+    stages: list[list[list[LocalParameter]]] = [[[] for _ in range(virtual)] for _ in range(pipeline)]
     per_chunk = shape.layers // (pipeline * virtual)
     for entry in entries(shape):
         if entry.copy and pipeline == 1:
             continue  # a tied model on one stage has one embedding
         stage, chunk = _place(entry, per_chunk, pipeline, virtual)
-        stages[stage][chunk].append(Held(entry.megatron, entry.hf, shard_shape(entry, tensor), entry.kind, entry.copy))
+        stages[stage][chunk].append(
+            LocalParameter(entry.megatron, entry.hf, shard_shape(entry, tensor), entry.kind, entry.copy)
+        )
     return tuple(tuple(tuple(chunk) for chunk in chunks) for chunks in stages)
 
 
 def count(chunks: Chunks) -> int:
     """Parameters of a rank, padding columns of the vocabulary included, as Megatron allocates them."""
-    return sum(held.elements for chunk in chunks for held in chunk)
+    return sum(parameter.elements for chunk in chunks for parameter in chunk)
 
 
 def buffer_elements(chunks: Chunks, data: int, distributed_optimizer: bool) -> int:
@@ -62,12 +64,12 @@ def buffer_elements(chunks: Chunks, data: int, distributed_optimizer: bool) -> i
     first stage's into more buckets, each padded: less than 1,000 elements more."""
     total = 0
     for chunk in chunks:
-        at = 0
-        for held in reversed(chunk):
+        offset = 0
+        for parameter in reversed(chunk):
             if distributed_optimizer:
-                at = _up(at, ALIGN_PARAMETER)
-            at += held.elements
-        total += _up(at, math.lcm(data, ALIGN_BUCKET)) if distributed_optimizer else at
+                offset = _round_up(offset, ALIGN_PARAMETER)
+            offset += parameter.elements
+        total += _round_up(offset, math.lcm(data, ALIGN_BUCKET)) if distributed_optimizer else offset
     return total
 
 
@@ -84,7 +86,9 @@ class StageSize:
 def stage_size(shape: ModelShape, tensor: int, pipeline: int, virtual: int, stage: int) -> StageSize:
     """The sums over `stage_parameters`, which a search over layouts asks for again and again."""
     chunks = stage_parameters(shape, tensor, pipeline, virtual)[stage]
-    return StageSize(count(chunks), linear_elements(chunks), max(held.elements for chunk in chunks for held in chunk))
+    return StageSize(
+        count(chunks), linear_elements(chunks), max(parameter.elements for chunk in chunks for parameter in chunk)
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -111,10 +115,10 @@ def _place(entry: Entry, per_chunk: int, pipeline: int, virtual: int) -> tuple[i
     return (0, 0) if first else (pipeline - 1, virtual - 1)
 
 
-def _up(number: int, multiple: int) -> int:
+def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
 def linear_elements(chunks: Chunks) -> int:
     """Of the layers' matrices."""
-    return sum(held.elements for chunk in chunks for held in chunk if held.is_linear)
+    return sum(parameter.elements for chunk in chunks for parameter in chunk if parameter.is_linear)

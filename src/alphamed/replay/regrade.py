@@ -1,4 +1,4 @@
-"""Take one recorded step of a run apart: grade its responses again by today's rules, or run its update again."""
+"""Grade the responses of one recorded step again, by the current rules: `replay --only reward`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
-    """A sample whose grading is not what was recorded. `field`: outcome, letter, reward or advantage."""
+class GradingDifference:
+    """A sample whose grading differs from the record. `field`: outcome, letter, reward or advantage."""
 
     question_id: str
     group_id: str
@@ -38,28 +38,28 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Regraded:
-    """A step graded again: the recorded groups, the same responses with today's grading, and where the two differ."""
+    """A step graded again: the recorded groups, the same responses with the current grading, and where the two differ."""
 
     recorded: tuple[ScoredGroup, ...]
     now: tuple[ScoredGroup, ...]
-    differences: tuple[Difference, ...]
+    differences: tuple[GradingDifference, ...]
 
 
 def main(run_dir: Path, step: int, overrides: Sequence[str] = ()) -> int:
     """`alphamed replay RUN --step N --only reward [key=value ...]`: 0 where the step comes out as recorded, 1 where
     it does not."""
-    found = regrade(run_dir, step, overrides)
-    samples = sum(len(group.outcomes) for group in found.recorded)
-    touched = {(d.group_id, d.sample_index) for d in found.differences}
+    result = regrade(run_dir, step, overrides)
+    samples = sum(len(group.outcomes) for group in result.recorded)
+    touched = {(d.group_id, d.sample_index) for d in result.differences}
     print(
-        f"step {step} of {run_dir}: {samples} responses to {len(found.recorded)} questions graded again, "
+        f"step {step} of {run_dir}: {samples} responses to {len(result.recorded)} questions graded again, "
         f"{len(touched)} come out differently"
     )
-    for difference in found.differences[:SHOWN]:
+    for difference in result.differences[:SHOWN]:
         print(f"  {difference}")
-    if len(found.differences) > SHOWN:
-        print(f"  and {len(found.differences) - SHOWN} more differences")
-    return 1 if found.differences else 0
+    if len(result.differences) > SHOWN:
+        print(f"  and {len(result.differences) - SHOWN} more differences")
+    return 1 if result.differences else 0
 
 
 def regrade(run_dir: Path, step: int, overrides: Sequence[str] = ()) -> Regraded:
@@ -68,7 +68,7 @@ def regrade(run_dir: Path, step: int, overrides: Sequence[str] = ()) -> Regraded
     Raises ConfigError for a folder that is no run, a step that is not recorded, or a reward that cannot be used.
     """
     config = changed_config(config_of_run(run_dir), tuple(overrides))
-    _require_graded_by(overrides)
+    _require_grading_settings(overrides)
     path = rollout_path(run_dir, step)
     if not path.exists():
         steps = recorded_steps(run_dir)
@@ -79,18 +79,18 @@ def regrade(run_dir: Path, step: int, overrides: Sequence[str] = ()) -> Regraded
     return Regraded(recorded, now, tuple(difference for pair in zip(recorded, now) for difference in _compare(*pair)))
 
 
-def _require_graded_by(overrides: Sequence[str]) -> None:
-    """Raises ConfigError for an override that grading knows nothing of."""
+def _require_grading_settings(overrides: Sequence[str]) -> None:
+    """Raises ConfigError for an override that does not affect grading."""
     for item in overrides:
         name = item.partition("=")[0]
         if not name.startswith("reward.") and name not in ("algorithm.advantage", "run.seed"):
             raise ConfigError(
-                f"{name}: has no part in --only reward, which grades what is recorded; leave it out, or use --only update"
+                f"{name}: has no effect on --only reward, which grades recorded responses; leave it out, or use --only update"
             )
 
 
 def _grade(groups: tuple[ScoredGroup, ...], config: Config) -> tuple[ScoredGroup, ...]:
-    from alphamed.reward.process import scored_group, shaped
+    from alphamed.reward.process import scored_group
     from alphamed.reward.rules import grade_rollout, opened_rule, try_rule
     from alphamed.reward.shaping import Overlong
 
@@ -98,17 +98,16 @@ def _grade(groups: tuple[ScoredGroup, ...], config: Config) -> tuple[ScoredGroup
     with opened_rule(config.reward, config.prompt, config.run.seed) as rule:
         try_rule(rule, groups[0].group.question, thinking)
         for scored in groups:
-            found = [
+            graded = [
                 grade_rollout(scored.group.question, rollout, rule, config.reward.truncated, thinking)
                 for rollout in scored.group.rollouts
             ]
-            found = shaped(found, scored.group.rollouts, Overlong.of(config))
-            regraded.append(scored_group(scored.group, found, str(config.algorithm.advantage)))
+            regraded.append(scored_group(scored.group, graded, str(config.algorithm.advantage), Overlong.of(config)))
     return tuple(regraded)
 
 
 def _thinking(groups: Sequence[ScoredGroup], config: Config) -> Thinking:
-    """What `reward.answer_after` means for the run's model; where that is not on this machine, what the responses say."""
+    """What `reward.answer_after` means for the run's model; where that is not on this machine, what the responses show."""
     from alphamed.data.prompts import PromptBuilder
     from alphamed.data.tokenizer import load_tokenizer
 
@@ -121,18 +120,18 @@ def _thinking(groups: Sequence[ScoredGroup], config: Config) -> Thinking:
     return Thinking.of(config.reward.answer_after, tokenizer, PromptBuilder(tokenizer, config.prompt))
 
 
-def _compare(recorded: ScoredGroup, now: ScoredGroup) -> Iterator[Difference]:
+def _compare(recorded: ScoredGroup, now: ScoredGroup) -> Iterator[GradingDifference]:
     fields = {
         "outcome": (recorded.outcomes, now.outcomes),
         "letter": (recorded.letters, now.letters),
         "reward": (recorded.rewards, now.rewards),
         "advantage": (recorded.advantages, now.advantages),
     }
-    for place, rollout in enumerate(recorded.group.rollouts):
+    for index, rollout in enumerate(recorded.group.rollouts):
         for name, (before, after) in fields.items():
-            if not _same(before[place], after[place]):
-                yield Difference(
-                    rollout.question_id, rollout.group_id, rollout.sample_index, name, before[place], after[place]
+            if not _same(before[index], after[index]):
+                yield GradingDifference(
+                    rollout.question_id, rollout.group_id, rollout.sample_index, name, before[index], after[index]
                 )
 
 

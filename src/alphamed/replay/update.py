@@ -1,14 +1,14 @@
 """Run the update of one recorded step again, from the checkpoint before it, on the recorded rollouts: `replay --only update`.
 
-It is an ordinary training run without engines in a directory of its own, `RUN/replays/step_000012`, so whatever layout, loss
-or learning rate is given with overrides can be compared with the recorded step on identical data.
+It is an ordinary training run without engines in its own directory, `RUN/replays/step_000012`. Overrides of layout, loss or
+learning rate are thus compared with the recorded step on identical data.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from alphamed.config.loading import build_config, load_config
@@ -51,7 +51,7 @@ def main(run_dir: Path, step: int, overrides: Sequence[str], validate: Callable[
 
 def replay_config(run_dir: Path, step: int, overrides: Sequence[str] = ()) -> Config:
     """The run's configuration, its rollouts replayed, ending after `step`. Raises ConfigError."""
-    config = load_config(run_dir / "config.yaml", overrides)
+    config = load_config(run_dir / "config.yaml", tuple(overrides))
     tree = config.model_dump(mode="json")
     tree["run"] |= {"root": str(run_dir / "replays"), "name": f"step_{step:06d}", "stop_after": step, "time_limit_s": None}
     tree["rollout"] |= {"replay": str(run_dir)}
@@ -63,16 +63,16 @@ def replay_config(run_dir: Path, step: int, overrides: Sequence[str] = ()) -> Co
 
 
 def prepare(run_dir: Path, step: int, scratch: Path) -> None:
-    """A fresh run directory that holds the checkpoint of the step before (none for step 1: the model's own weights).
+    """A fresh run directory that holds the checkpoint of the previous step (none for step 1: the model's own weights).
 
     Raises ConfigError where that checkpoint or the step's rollouts do not exist.
     """
     if not rollout_path(run_dir, step).is_file():
         raise ConfigError(f"--step: no rollouts of step {step} in {run_dir / 'rollouts'}; name a recorded step")
     before = run_dir / "checkpoints" / f"step_{step - 1:06d}"
-    kept = sorted(int(path.name.removeprefix("step_")) for path in before.parent.glob("step_*"))
-    if step > 1 and step - 1 not in kept:
-        possible = ", ".join(str(n + 1) for n in [0, *kept] if rollout_path(run_dir, n + 1).is_file())
+    saved_steps = sorted(int(path.name.removeprefix("step_")) for path in before.parent.glob("step_*"))
+    if step > 1 and step - 1 not in saved_steps:
+        possible = ", ".join(str(n + 1) for n in [0, *saved_steps] if rollout_path(run_dir, n + 1).is_file())
         raise ConfigError(
             f"--step: {step} needs the checkpoint of step {step - 1}, which is not kept; steps that can be run "
             f"again: {possible} (checkpoint.every and checkpoint.keep decide)"
@@ -84,14 +84,14 @@ def prepare(run_dir: Path, step: int, scratch: Path) -> None:
         (scratch / "checkpoints" / "latest").write_text(before.name + "\n", encoding="utf-8")
 
 
-def recorded_metrics(run_dir: Path, step: int) -> dict[str, float]:
+def recorded_metrics(run_dir: Path, step: int) -> dict[str, float | None]:
     for row in read_rows(run_dir / "metrics.jsonl"):
         if row["step"] == step:
             return row
     raise ConfigError(f"--step: {run_dir / 'metrics.jsonl'} holds no step {step}; name a recorded step")
 
 
-def compare(recorded: dict[str, float], now: dict[str, float]) -> tuple[list[str], bool]:
+def compare(recorded: Mapping[str, float | None], now: Mapping[str, float | None]) -> tuple[list[str], bool]:
     """A table of the update's metrics, and whether all of them agree."""
     lines, same = [f"  {'':<28}{'recorded':>16}{'now':>16}"], True
     for name in COMPARED:

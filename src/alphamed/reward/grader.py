@@ -6,7 +6,7 @@ What may happen to a call, and what it is taken for:
   an exception, a result that is no        RewardCrash with the traceback
     finite number
   the process crashes or exits             RewardCrash with the stack, where the interpreter could write one
-  somebody else kills the process          GraderDied: not the function's doing, so the run must end and say so
+  another process kills it                 GraderDied: not the function's fault, so the run must end with an error
     (SIGKILL, SIGTERM, ...; the kernel
     too, when memory runs out)
 """
@@ -65,7 +65,7 @@ class Grader:
     """One process with the user's function loaded. Not safe for threads: one call at a time."""
 
     def __init__(self, function: str, signature: str, search_path: Sequence[str]):
-        """Start the process and load the function, which is called as `signature` says. Raises ConfigError where it cannot
+        """Start the process and load the function, which is called by its `signature`. Raises ConfigError where it cannot
         be used."""
         self._function = function
         self._crash = tempfile.TemporaryFile()  # has no name: nothing is left behind
@@ -118,15 +118,16 @@ class Grader:
 
     @property
     def killed_by(self) -> int | None:
-        """The signal with which somebody else killed the process, if that happened."""
+        """The signal with which another process killed it, if that happened."""
         status = self._process.poll()
-        killed = status is not None and status < 0 and -status not in _CRASH_SIGNALS and not self._ended
-        return -status if killed else None
+        if status is None or status >= 0 or -status in _CRASH_SIGNALS or self._ended:
+            return None
+        return -status
 
-    def death(self) -> GraderDied:
+    def death(self, signal_number: int) -> GraderDied:
         """The error for a grader that was killed from outside."""
         return GraderDied(
-            f"grader (pid {self.pid}) of reward function {self._function}", f"was killed by {signal_name(self.killed_by)}"
+            f"grader (pid {self.pid}) of reward function {self._function}", f"was killed by {signal_name(signal_number)}"
         )
 
     def kill(self) -> None:
@@ -166,12 +167,12 @@ class Grader:
         except subprocess.TimeoutExpired:  # closed the socket, yet lives
             self.kill()
             return RewardCrash(f"the process of reward function {self._function} closed its connection")
-        if self.killed_by:
-            return self.death()
-        how = f"died of {signal_name(-status)}" if status < 0 else f"exited with code {status}"
+        if number := self.killed_by:
+            return self.death(number)
+        ending = f"died of {signal_name(-status)}" if status < 0 else f"exited with code {status}"
         stack = self._stack()
         self.kill()
-        return RewardCrash(f"the process of reward function {self._function} {how}{stack}")
+        return RewardCrash(f"the process of reward function {self._function} {ending}{stack}")
 
     def _stack(self) -> str:
         """What the child wrote down when it crashed or was about to run out of time, on lines of its own."""
@@ -229,8 +230,8 @@ class GraderPool:
         """Raise GraderDied where a grader, busy or idle, was killed from outside."""
         with self._lock:
             for grader in self._graders:
-                if grader.killed_by:
-                    raise grader.death()
+                if number := grader.killed_by:
+                    raise grader.death(number)
 
     @property
     def pids(self) -> list[int]:
@@ -253,7 +254,7 @@ class GraderPool:
 
     def _start(self) -> Grader:
         grader = self._starter.submit(Grader, self.function, self._signature, self._search_path).result()
-        with self._lock:  # forget the dead, except those that `check_alive` has to tell of
+        with self._lock:  # forget the dead, except those that `check_alive` has to report
             self._graders = {old for old in self._graders if old.alive or old.killed_by} | {grader}
         return grader
 

@@ -41,7 +41,7 @@ def main(socket_fd: int, crash_fd: int, parent: int) -> None:
 
 def _load(stream: Any, request: dict[str, Any]) -> Binding | None:
     """Import the function named in the first request and report how that went: `problem` is None where it can be called,
-    `place` says whether its place is in doubt."""
+    `place`: whether its place is in doubt."""
     sys.path[:0] = [entry for entry in request["search_path"] if entry not in sys.path]
     module_name, _, function_name = request["function"].partition(":")
     try:

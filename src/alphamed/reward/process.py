@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from alphamed.answers.thinking import Thinking
 from alphamed.cluster.placement import beside_rank0
@@ -34,12 +34,11 @@ from alphamed.errors import RunFailed
 from alphamed.records import Outcome, Question, Rollout, RolloutGroup, ScoredGroup
 from alphamed.reward.grader import GraderPool
 from alphamed.reward.rules import Graded, Rule, correct, grade_rollout, resolve_rule
-from alphamed.reward.shaping import Overlong
+from alphamed.reward.shaping import NO_PENALTY, Overlong
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
-FAILED = (Outcome.TIMEOUT, Outcome.CRASH)
 _log = logging.getLogger(__name__)
 
 
@@ -59,7 +58,8 @@ def start(config: Config, thinking: Thinking = Thinking()) -> ActorHandle:
     """
     import ray
 
-    actor = ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=beside_rank0())(RewardProcess)
+    # Ray's types do not have the methods of a handle
+    actor: Any = ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=beside_rank0())(RewardProcess)
     step_samples = config.rollout.questions_per_step * config.rollout.samples_per_question
     return actor.remote(
         config.reward,
@@ -82,13 +82,14 @@ class RewardProcess:
         advantage: str,
         step_samples: int,
         search_path: Sequence[str] = (),
-        overlong: Overlong = Overlong(0, 0),
+        overlong: Overlong = NO_PENALTY,
         seed: int = 0,
         prompt: PromptConfig = PromptConfig(),
         thinking: Thinking = Thinking(),
     ):
         self._reward, self._advantage, self._search_path, self._overlong = reward, advantage, search_path, overlong
         self._seed, self._prompt, self._thinking = seed, prompt, thinking
+        self._step_samples = step_samples
         self._recent: deque[Outcome] = deque(maxlen=step_samples)
         self._first_problem: str | None = None
         self._failure: RunFailed | None = None
@@ -112,6 +113,7 @@ class RewardProcess:
         await self.check()
         loop = asyncio.get_running_loop()
         rule = correct if evaluation else self._rule
+        assert rule is not None, "`ready` has not loaded the reward"
         jobs = [
             loop.run_in_executor(self._threads, self._grade_one, group.question, rollout, rule) for rollout in group.rollouts
         ]
@@ -123,8 +125,8 @@ class RewardProcess:
         if not evaluation:
             self._count(graded)
             await self.check()
-            graded = shaped(graded, group.rollouts, self._overlong)
-        return scored_group(group, graded, self._advantage, time.monotonic() - started)
+        overlong = NO_PENALTY if evaluation else self._overlong
+        return scored_group(group, graded, self._advantage, overlong, time.monotonic() - started)
 
     async def check(self) -> None:
         """Raise what has stopped grading, also where a grader was killed while it had nothing to do."""
@@ -164,44 +166,44 @@ class RewardProcess:
     def _count(self, graded: Sequence[Graded]) -> None:
         for sample in graded:
             self._recent.append(sample.outcome)
-            if sample.outcome in FAILED and self._first_problem is None:
+            if sample.outcome.failed and self._first_problem is None:
                 self._first_problem = sample.problem
                 _log.warning("reward function %s failed for the first time:\n%s", self._reward.name, sample.problem)
-        timeouts, crashes = (self._recent.count(outcome) for outcome in FAILED)
-        if self._failure is None and (timeouts + crashes) / self._recent.maxlen > self._reward.max_failure_share:
+        timeouts, crashes = (self._recent.count(outcome) for outcome in (Outcome.TIMEOUT, Outcome.CRASH))
+        if self._failure is None and (timeouts + crashes) / self._step_samples > self._reward.max_failure_share:
             self._failure = GradingFailed(
                 f"reward function {self._reward.name}",
                 f"failed for {timeouts + crashes} of the last {len(self._recent)} samples ({crashes} crashes, "
                 f"{timeouts} time-outs; reward.max_failure_share allows {self._reward.max_failure_share:.1%} of a "
-                f"step's {self._recent.maxlen}). The first failure:\n{self._first_problem}",
+                f"step's {self._step_samples}). The first failure:\n{self._first_problem}",
             )
 
 
-def shaped(graded: Sequence[Graded], rollouts: Sequence[Rollout], overlong: Overlong) -> list[Graded]:
-    """The samples with the penalty on their lengths in the reward; a failed grading keeps its meaningless 0."""
-    return [
-        one if one.outcome in FAILED else replace(one, reward=one.reward + overlong.penalty(len(r.response_token_ids)))
-        for one, r in zip(graded, rollouts, strict=True)
-    ]
-
-
-def scored_group(group: RolloutGroup, graded: Sequence[Graded], advantage: str, grading_s: float = 0.0) -> ScoredGroup:
-    """A group with what grading found and the advantages that follow."""
-    outcomes, rewards = tuple(g.outcome for g in graded), tuple(g.reward for g in graded)
-    return ScoredGroup(
-        group, outcomes, rewards, advantages(outcomes, rewards, advantage), tuple(g.letter for g in graded), grading_s
+def scored_group(
+    group: RolloutGroup, graded: Sequence[Graded], advantage: str, overlong: Overlong = NO_PENALTY, grading_s: float = 0.0
+) -> ScoredGroup:
+    """A group with its grading and the advantages that follow from it."""
+    scored = ScoredGroup(
+        group,
+        outcomes=tuple(sample.outcome for sample in graded),
+        rewards=tuple(sample.reward for sample in graded),
+        advantages=(0.0,) * len(graded),
+        letters=tuple(sample.letter for sample in graded),
+        grading_s=grading_s,
     )
+    return with_advantages(scored, advantage, overlong)
 
 
-def advantages(outcomes: Sequence[Outcome], rewards: Sequence[float], kind: str) -> tuple[float, ...]:
-    """Advantages of one group's samples. Those that could not be graded get 0 and do not count for the others."""
+def with_advantages(scored: ScoredGroup, kind: str, overlong: Overlong) -> ScoredGroup:
+    """The group with advantages computed from its rewards and the penalty on the lengths of its responses. Samples that could
+    not be graded get 0 and do not count for the others."""
     import torch
 
     from alphamed.algorithms.advantage import group_advantages
 
-    known = [i for i, outcome in enumerate(outcomes) if outcome not in FAILED]
-    values = torch.tensor([rewards[i] for i in known], dtype=torch.float64)
-    result = [0.0] * len(outcomes)
-    for i, advantage in zip(known, group_advantages(values, [0] * len(known), kind).tolist(), strict=True):
-        result[i] = advantage
-    return tuple(result)
+    graded = [i for i, outcome in enumerate(scored.outcomes) if not outcome.failed]
+    lengths = [len(rollout.response_token_ids) for rollout in scored.group.rollouts]
+    shaped = [scored.rewards[i] + overlong.penalty(lengths[i]) for i in graded]
+    values = group_advantages(torch.tensor(shaped, dtype=torch.float64), [0] * len(shaped), kind).tolist()
+    advantages = dict(zip(graded, values, strict=True))
+    return replace(scored, advantages=tuple(advantages.get(i, 0.0) for i in range(len(scored.outcomes))))

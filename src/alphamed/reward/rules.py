@@ -36,13 +36,13 @@ def correct_and_format(question: Question, text: str, letter: str | None) -> flo
 
 
 def format_only(question: Question, text: str, letter: str | None) -> float:
-    """1 for stating a letter, right or wrong: a control, which teaches the box and nothing else."""
+    """1 for stating a letter, right or wrong: a control, from which only the box can be learnt."""
     return float(letter is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class CoinToss:
-    """The reward `random`: 1 or 0 with equal chance whatever the response says, a control that carries no signal. (Random
+    """The reward `random`: 1 or 0 with equal chance whatever the response is, a control that carries no signal. (Random
     rewards are known to lift some base models: "Spurious Rewards", 2506.10947, which uses the same chance.)
 
     The toss follows from the run's seed, the group and the number of the sample. The group's id holds step, place and
@@ -108,7 +108,7 @@ def grade(
     A response that did not end by itself (token limit, abort) is TRUNCATED and earns 0 without asking the rule; with
     `truncated=grade` it is graded like any other. One whose thinking did not end is UNPARSEABLE. A user's function that
     fails gives TIMEOUT or CRASH; GraderDied is passed on. A coin is tossed for every response: truncated ones too, or it
-    would teach to end in time.
+    would reward ending in time.
     """
     answer_text = thinking.answer(text) or ""
     letter = extract_answer(answer_text, question.options)
@@ -145,7 +145,7 @@ def resolve_rule(
     prompt: PromptConfig = PromptConfig(),
 ) -> Rule:
     """The reward called `name`: a built-in, or a user's `module:function` as a pool of grader processes (close it when
-    done; its processes end with it in any case). `seed` is the run's, for `random`; `signature` says with which arguments a
+    done; its processes end with it in any case). `seed` is the run's, for `random`; `signature` decides with which arguments a
     user's function is called, and `prompt` what the model is asked with, for TRL's.
 
     A user's module is looked for in the current directory, on `search_path` (None: this process's) and on PYTHONPATH,
@@ -204,7 +204,7 @@ def try_rule(rule: Rule, question: Question = SAMPLE, thinking: Thinking = Think
     """The rewards of a right, a wrong and an empty response to a question, before anything depends on them. Raises
     ConfigError, in one line, where the function fails for one of them."""
     wrong = next(letter for letter in question.options if letter != question.answer)
-    found: dict[str, float] = {}
+    rewards: dict[str, float] = {}
     for kind, text in (
         ("right", thinking.example(f"The answer is \\boxed{{{question.answer}}}")),
         ("wrong", thinking.example(f"The answer is \\boxed{{{wrong}}}")),
@@ -218,8 +218,8 @@ def try_rule(rule: Rule, question: Question = SAMPLE, thinking: Thinking = Think
                 f"reward.name: {rule.function!r} was tried on {answer} to question {question.id!r} and "
                 f"failed: {_one_line(graded.problem)}; fix it before it grades a run"
             )
-        found |= {kind: graded.reward}
-    return found
+        rewards |= {kind: graded.reward}
+    return rewards
 
 
 def _one_line(problem: str) -> str:

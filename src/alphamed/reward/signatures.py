@@ -11,7 +11,10 @@ import math
 import numbers
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from alphamed.data.chat_template import Message
 
 Arguments = dict[str, Any]
 """Name -> value, JSON-able."""
@@ -26,7 +29,7 @@ class Call:
     text: str
     letter: str | None
     answer_text: str
-    prompt: Sequence[Mapping[str, str]] | str
+    prompt: Sequence[Message] | str
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +78,11 @@ def _score(value: Any) -> Any:
 
 # --------------------------------------------------------------------------------------------------------------------- TRL
 def _trl(call: Call) -> Arguments:
-    chat = not isinstance(call.prompt, str)
-    completion = [{"role": "assistant", "content": call.text}] if chat else call.text
-    prompt = [dict(message) for message in call.prompt] if chat else call.prompt
+    if isinstance(call.prompt, str):
+        prompt, completion = call.prompt, call.text
+    else:
+        prompt = [dict(message) for message in call.prompt]
+        completion = [{"role": "assistant", "content": call.text}]
     return {"prompts": [prompt], "completions": [completion]} | {
         name: [dict(value) if isinstance(value, Mapping) else value] for name, value in call.question.items()
     }
@@ -130,7 +135,7 @@ SIGNATURES: dict[str, Signature] = {
 
 
 class Refused(Exception):
-    """A function that cannot be called with the arguments there are; the message says what it takes and what there is."""
+    """A function that cannot be called with the arguments there are; the message names what it takes and what there is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,24 +190,24 @@ def _sorted_out(parameters: Collection[inspect.Parameter], known: Collection[str
     named: list[str] = []
     unknown: list[str] = []
     rest = False
-    for one in parameters:
-        if one.kind == one.VAR_KEYWORD:
+    for parameter in parameters:
+        if parameter.kind == parameter.VAR_KEYWORD:
             rest = True
-        elif one.kind == one.VAR_POSITIONAL:
+        elif parameter.kind == parameter.VAR_POSITIONAL:
             continue
-        elif one.name not in known:
-            if one.default is one.empty:
-                unknown.append(one.name)
-        elif one.kind == one.POSITIONAL_ONLY:
-            positional.append(one.name)
+        elif parameter.name not in known:
+            if parameter.default is parameter.empty:
+                unknown.append(parameter.name)
+        elif parameter.kind == parameter.POSITIONAL_ONLY:
+            positional.append(parameter.name)
         else:
-            named.append(one.name)
+            named.append(parameter.name)
     return positional, [name for name in known if name not in positional] if rest else named, unknown
 
 
 def _looks_like(parameters: Collection[inspect.Parameter], signature: str) -> bool:
     """Whether the parameters are named as those of another signature: all that need a value, and one at least."""
     positional, named, unknown = _sorted_out(
-        [one for one in parameters if one.kind != one.VAR_KEYWORD], SIGNATURES[signature].meanings
+        [parameter for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD], SIGNATURES[signature].meanings
     )
     return not unknown and bool(positional or named)

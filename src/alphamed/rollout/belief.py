@@ -17,18 +17,15 @@ from typing import Any
 
 from alphamed.config.sections import DynamicSamplingConfig
 from alphamed.hashing import stable_hash
-from alphamed.records import Outcome, Question, ScoredGroup
-from alphamed.reward.shaping import Overlong
-from alphamed.rollout.refill import earned
+from alphamed.records import Question, ScoredGroup
+from alphamed.response_stats import ResponseStats
+from alphamed.rollout.refill import graded_rewards
 
 JEFFREYS = 0.5
 LEVELS = 6
-FAILED = (Outcome.TIMEOUT, Outcome.CRASH)
 MAX_REWARDS = 8
 """Different rewards of a question that are kept, the commonest ones. With more the chance that all of a group are the same
 is next to nothing."""
-DIGITS = 6
-"""To which rewards are compared: taking the length penalty off again leaves rounding errors."""
 
 
 @dataclass(slots=True)
@@ -46,21 +43,14 @@ class Evidence:
 
 class PassRates:
     """The beliefs of a run whose groups hold `samples` answers. `earns`: what a right and what a wrong answer earns; None
-    where the reward does not follow from that, so that levels say nothing of it."""
+    where the reward does not follow from that, so that levels carry no information about it."""
 
-    def __init__(
-        self,
-        config: DynamicSamplingConfig,
-        samples: int,
-        earns: tuple[float, float] | None = (1.0, 0.0),
-        overlong: Overlong = Overlong(0, 0),
-    ):
+    def __init__(self, config: DynamicSamplingConfig, samples: int, earns: tuple[float, float] | None = (1.0, 0.0)):
         self._half_life, self._annotation, self._samples = config.half_life_steps, config.annotation_weight, samples
-        self._earns, self._overlong = earns, overlong
-        self._max_passes = config.max_passes
+        self._earns, self._max_passes = earns, config.max_passes
         self._evidence: dict[str, Evidence] = {}
         self.of_unknown = signal_chance(0.0, 0.0, samples)
-        """Chance that a group teaches whose question nothing is known of."""
+        """Chance that the group of an unknown question has a signal."""
 
     def chance(self, question: Question, step: int) -> float:
         """Chance that the rewards of a group asked in `step` differ."""
@@ -69,9 +59,9 @@ class PassRates:
 
     def _rewards(self, question: Question, step: int) -> tuple[dict[float, float], float]:
         """Reward -> samples that earned it, and all samples, with the weight that they have in `step`."""
-        found = self._evidence.get(question.id, Evidence())
-        fade = self._fade(step - found.step)
-        rewards, graded = {reward: fade * count for reward, count in found.rewards.items()}, fade * found.graded
+        evidence = self._evidence.get(question.id, Evidence())
+        fade = self._fade(step - evidence.step)
+        rewards, graded = {reward: fade * count for reward, count in evidence.rewards.items()}, fade * evidence.graded
         if self._earns:
             for reward, count in zip(self._earns, self._annotated(question, step)):
                 rewards[reward] = rewards.get(reward, 0.0) + count
@@ -81,9 +71,9 @@ class PassRates:
     def counts(self, question: Question, step: int) -> tuple[float, float]:
         """Right and wrong samples of the question, with the weight that they have in `step`."""
         right, wrong = self._annotated(question, step)
-        if found := self._evidence.get(question.id):
-            fade = self._fade(step - found.step)
-            right, wrong = right + fade * found.right, wrong + fade * found.wrong
+        if evidence := self._evidence.get(question.id):
+            fade = self._fade(step - evidence.step)
+            right, wrong = right + fade * evidence.right, wrong + fade * evidence.wrong
         return right, wrong
 
     def _annotated(self, question: Question, step: int) -> tuple[float, float]:
@@ -94,32 +84,39 @@ class PassRates:
         return share * weight, (1 - share) * weight
 
     def observe(self, groups: Sequence[ScoredGroup], step: int) -> None:
-        """Take in groups graded in `step`. An answer is right or it is not; those that could not be graded say nothing."""
+        """Take in groups graded in `step`. An answer is right or it is not; those that could not be graded do not count."""
         for scored in groups:
-            found = self._evidence.setdefault(scored.group.question.id, Evidence())
-            fade = self._fade(step - found.step)
-            right = sum(outcome == Outcome.CORRECT for outcome in scored.outcomes)
-            wrong = sum(outcome not in (Outcome.CORRECT, *FAILED) for outcome in scored.outcomes)
-            found.right, found.wrong, found.step = fade * found.right + right, fade * found.wrong + wrong, step
-            rewards = Counter({reward: fade * count for reward, count in found.rewards.items()})
-            rewards.update(round(reward, DIGITS) + 0.0 for reward in earned(scored, self._overlong))  # + 0.0: -0.0 is 0
-            found.rewards, found.graded = dict(rewards.most_common(MAX_REWARDS)), fade * found.graded + right + wrong
+            evidence = self._evidence.setdefault(scored.group.question.id, Evidence())
+            fade = self._fade(step - evidence.step)
+            stats = ResponseStats.of_groups([scored])
+            right, wrong = stats.correct, stats.responses - stats.correct - stats.failed
+            evidence.right, evidence.wrong, evidence.step = (
+                fade * evidence.right + right,
+                fade * evidence.wrong + wrong,
+                step,
+            )
+            rewards = Counter({reward: fade * count for reward, count in evidence.rewards.items()})
+            rewards.update(graded_rewards(scored))
+            evidence.rewards, evidence.graded = (
+                dict(rewards.most_common(MAX_REWARDS)),
+                fade * evidence.graded + right + wrong,
+            )
 
     def is_due(self, question_id: str) -> bool:
         """Whether the question was skipped too often to be skipped again: `max_passes` times, or some less (down to
         half), drawn for each question and each time, so that those skipped together are not all due together."""
-        found = self._evidence.get(question_id)
-        if not found:
+        evidence = self._evidence.get(question_id)
+        if not evidence:
             return False
-        earlier = stable_hash("due", question_id, found.step) % (self._max_passes // 2 + 1)
-        return found.passes >= self._max_passes - earlier
+        earlier = stable_hash("due", question_id, evidence.step) % (self._max_passes // 2 + 1)
+        return evidence.passes >= self._max_passes - earlier
 
     def note_pass(self, question_id: str) -> None:
         self._evidence.setdefault(question_id, Evidence()).passes += 1
 
     def note_asked(self, question_id: str) -> None:
-        if found := self._evidence.get(question_id):
-            found.passes = 0
+        if evidence := self._evidence.get(question_id):
+            evidence.passes = 0
 
     def _fade(self, steps: int) -> float:
         return 0.5 ** (steps / self._half_life)
@@ -127,8 +124,15 @@ class PassRates:
     def state(self) -> dict[str, Any]:
         """JSON-ready: about 100 bytes for each question that was asked or skipped, some more where rewards are many."""
         return {
-            id: [one.right, one.wrong, one.step, one.passes, list(map(list, one.rewards.items())), one.graded]
-            for id, one in self._evidence.items()
+            id: [
+                evidence.right,
+                evidence.wrong,
+                evidence.step,
+                evidence.passes,
+                list(map(list, evidence.rewards.items())),
+                evidence.graded,
+            ]
+            for id, evidence in self._evidence.items()
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:

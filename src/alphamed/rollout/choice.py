@@ -1,8 +1,8 @@
-"""Which questions are asked next: those of the stream in its order, without those that are unlikely to teach.
+"""Which questions are asked next: those of the stream in its order, without those that are unlikely to give a signal.
 
 The stream gives the order, and with it the epochs, the letters of options and any curriculum; here questions are only
-skipped. A group teaches where its rewards differ, whatever the reward is. A question is asked at once if its group is
-at least as likely to teach as that of a question nothing is known of, or if it was skipped `max_passes` times in a row
+skipped. A group has a signal where its rewards differ, whatever the reward is. A question is asked at once if its group is
+at least as likely to have one as that of an unknown question, or if it was skipped `max_passes` times in a row
 (some sooner), so that none starves. Where a search does not find enough of these, the likeliest of the others are asked.
 """
 
@@ -14,7 +14,6 @@ from typing import Any
 from alphamed.config.choices import LevelsFrom
 from alphamed.config.sections import DynamicSamplingConfig, LevelsConfig
 from alphamed.records import Question, ScoredGroup
-from alphamed.reward.shaping import Overlong
 from alphamed.rollout.belief import PassRates
 from alphamed.rollout.curriculum import Curriculum, Stream
 
@@ -32,11 +31,10 @@ class QuestionSampler:
         levels: LevelsConfig = LevelsConfig(),
         seed: int = 0,
         earns: tuple[float, float] | None = (1.0, 0.0),
-        overlong: Overlong = Overlong(0, 0),
     ):
         self._config, self._stream = config, stream
         self._look_at = config.search * per_step
-        self._rates = PassRates(config, samples, earns, overlong)
+        self._rates = PassRates(config, samples, earns)
         self._curriculum = Curriculum(levels, stream, self._rates, seed) if levels.schedule else None
         self._observes = config.choose or (self._curriculum is not None and levels.by == LevelsFrom.OBSERVED)
         self.skipped = 0
@@ -86,9 +84,9 @@ class QuestionSampler:
 
     def state(self) -> dict[str, Any]:
         """Place in the stream and beliefs, JSON-ready."""
-        found = {"stream": self._stream.state()}
-        found |= {"pass_rates": self._rates.state()} if self._observes else {}
-        return found | {"curriculum": self._curriculum.state()} if self._curriculum else found
+        state = {"stream": self._stream.state()}
+        state |= {"pass_rates": self._rates.state()} if self._observes else {}
+        return state | {"curriculum": self._curriculum.state()} if self._curriculum else state
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue where `state()` was taken; without beliefs in it (choosing was off) with none."""

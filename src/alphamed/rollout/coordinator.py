@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from alphamed.cluster.placement import beside_rank0
 from alphamed.config.schema import Config
 from alphamed.errors import RunFailed
 from alphamed.records import GenerationTask, ScoredGroup
-from alphamed.rollout.failures import Overdue, Peer, ask, gather
+from alphamed.rollout.failures import ActorProcess, Overdue, ask, gather
 from alphamed.rollout.pool import Engine, EnginePool
 
 if TYPE_CHECKING:
@@ -45,6 +45,12 @@ class Progress:
     reward_s: float  # from there to the last group graded: what grading adds to the step
     groups: tuple[ScoredGroup, ...] | None = None
 
+    @property
+    def all_groups(self) -> tuple[ScoredGroup, ...]:
+        """The groups of a job that is done."""
+        assert self.groups is not None, f"{self.done} of {self.total} groups are done"
+        return self.groups
+
 
 @dataclass(frozen=True, slots=True)
 class Arrivals:
@@ -63,7 +69,7 @@ class Priority(IntEnum):
 
 
 @dataclass
-class Job:
+class RolloutJob:
     """The tasks of one step, or of one evaluation; or a feed, which gets more of them as it goes."""
 
     key: str
@@ -71,7 +77,7 @@ class Job:
     version: int
     feed: bool = False
     priority: Priority = Priority.FOREGROUND
-    awaited: float | None = None  # since when somebody waits for its end
+    awaited: float | None = None  # since when its end is waited for
     began: float = field(default_factory=time.monotonic)
     generated_at: float = 0.0
     response_tokens: int = 0
@@ -118,7 +124,7 @@ class Job:
         return Arrivals(tuple(scored.values()), tokens)
 
     def left_s(self, deadline_s: float) -> float:
-        """Until the job is overdue, from when its end is waited for: one in the background may have stood still before."""
+        """Until the job is overdue, from when its end is waited for: one in the background may not have run before."""
         assert self.awaited is not None, f"{self.key}: nobody waits for it"
         return max(0.0, self.awaited + deadline_s - time.monotonic())
 
@@ -138,10 +144,10 @@ class RolloutCoordinator:
 
     def __init__(self, engines: Sequence[Engine], grader: ActorHandle, grader_pid: int, concurrent: int, deadline_s: float):
         self._engines = tuple(engines)
-        self._grader, self._grading = grader, Peer(GRADER, grader_pid)
+        self._grader, self._grading = grader, ActorProcess(GRADER, grader_pid)
         self._concurrent, self._deadline_s = concurrent, deadline_s
         self._load = {engine.index: 0 for engine in self._engines}
-        self._jobs: dict[str, Job] = {}
+        self._jobs: dict[str, RolloutJob] = {}
 
     async def start(self) -> int:
         """Returns the id of this process."""
@@ -151,7 +157,7 @@ class RolloutCoordinator:
     async def submit(self, key: str, tasks: Sequence[GenerationTask], version: int, background: bool = False) -> None:
         """Begin a job. `key` ("step 3") names it in `collect` and in errors."""
         assert key not in self._jobs, f"{key} was submitted before"
-        job = self._jobs[key] = Job(key, {}, version, priority=Priority.HELD if background else Priority.FOREGROUND)
+        job = self._jobs[key] = RolloutJob(key, {}, version, priority=Priority.HELD if background else Priority.FOREGROUND)
         if not tasks:
             job.over.set()
         self._begin(job, tasks)
@@ -159,11 +165,11 @@ class RolloutCoordinator:
     async def feed(self, key: str, tasks: Sequence[GenerationTask], version: int) -> None:
         """Add tasks to the feed `key`, to be answered with weights of `version` or newer ones. A feed has no end but a
         failure; `deliver` hands its groups out as they come."""
-        job = self._jobs.setdefault(key, Job(key, {}, version, feed=True))
+        job = self._jobs.setdefault(key, RolloutJob(key, {}, version, feed=True))
         job.version = version
         self._begin(job, tasks)
 
-    def _begin(self, job: Job, tasks: Sequence[GenerationTask]) -> None:
+    def _begin(self, job: RolloutJob, tasks: Sequence[GenerationTask]) -> None:
         numbers = job.add(tasks)
         if job.priority == Priority.FOREGROUND:
             self._promote(Priority.BACKGROUND)
@@ -174,12 +180,12 @@ class RolloutCoordinator:
         for _ in range(min(len(numbers), len(self._engines) * self._concurrent)):
             self._spawn(job, self._serve_each(job, left))
 
-    async def _serve_each(self, job: Job, numbers: Iterator[int]) -> None:
+    async def _serve_each(self, job: RolloutJob, numbers: Iterator[int]) -> None:
         for number in numbers:
             await self._serve(job, number)
 
     def _promote(self, priority: Priority) -> None:
-        """Jobs that stand lower rise to this."""
+        """Raise jobs of a lower priority to this."""
         for job in self._jobs.values():
             job.priority = max(job.priority, priority)
         self._freed.set()
@@ -199,7 +205,7 @@ class RolloutCoordinator:
         return job.drain()
 
     async def collect(self, key: str, timeout_s: float) -> Progress:
-        """Wait at most `timeout_s` for the job's end and say how far it is. Raises RunFailed where an engine or the reward
+        """Wait at most `timeout_s` for the job's end and return how far it is. Raises RunFailed where an engine or the reward
         process failed, Overdue past the deadline."""
         job = self._jobs[key]
         await self._check_grader(job)
@@ -220,7 +226,7 @@ class RolloutCoordinator:
             raise job.failure
         return progress
 
-    async def _check_grader(self, job: Job) -> None:
+    async def _check_grader(self, job: RolloutJob) -> None:
         """Notice a reward process that died with nothing to grade."""
         try:
             async with asyncio.timeout(GRADER_DEADLINE_S):
@@ -231,7 +237,7 @@ class RolloutCoordinator:
             self._end(job, failure)
 
     # ---------------------------------------------------------------------------------------------------------- the work
-    async def _serve(self, job: Job, index: int) -> None:
+    async def _serve(self, job: RolloutJob, index: int) -> None:
         """One task's way: wait for an engine (first come, first served), be answered, be graded."""
         task = job.tasks[index]
         engine = await self._reserve(job, task.sampling.n)
@@ -252,7 +258,7 @@ class RolloutCoordinator:
         if not job.places and not job.feed:
             self._end(job)
 
-    async def _reserve(self, job: Job, samples: int) -> Engine:
+    async def _reserve(self, job: RolloutJob, samples: int) -> Engine:
         """The least loaded engine, as soon as it can take `samples` more."""
         while True:
             engine = min(self._engines, key=lambda engine: self._load[engine.index])
@@ -267,7 +273,7 @@ class RolloutCoordinator:
             self._freed.clear()
             await self._freed.wait()
 
-    def _may_begin(self, job: Job) -> bool:
+    def _may_begin(self, job: RolloutJob) -> bool:
         """Whether a job in the background may take what is free: no task of another waits for it."""
         return job.priority == Priority.BACKGROUND and not any(
             other.queued and not other.over.is_set()
@@ -275,13 +281,13 @@ class RolloutCoordinator:
             if other.priority == Priority.FOREGROUND
         )
 
-    def _spawn(self, job: Job, coroutine) -> None:
+    def _spawn(self, job: RolloutJob, coroutine) -> None:
         """Run a part of a job; the first failure ends the job."""
         task = asyncio.create_task(coroutine)
         job.work.add(task)
         task.add_done_callback(lambda done: self._part_ended(job, done))
 
-    def _part_ended(self, job: Job, task: asyncio.Task) -> None:
+    def _part_ended(self, job: RolloutJob, task: asyncio.Task) -> None:
         job.work.discard(task)
         if not task.cancelled() and (error := task.exception()):
             self._end(
@@ -291,7 +297,7 @@ class RolloutCoordinator:
                 else RunFailed(f"rollout coordinator (pid {os.getpid()})", f"{job.key}: {type(error).__name__}: {error}"),
             )
 
-    def _end(self, job: Job, failure: RunFailed | None = None) -> None:
+    def _end(self, job: RolloutJob, failure: RunFailed | None = None) -> None:
         if not job.over.is_set():
             job.failure = failure
             job.over.set()
@@ -305,7 +311,7 @@ class RolloutCoordinator:
 class Coordinator:
     """Rank 0's handle."""
 
-    def __init__(self, actor: ActorHandle, peer: Peer, pool: EnginePool):
+    def __init__(self, actor: ActorHandle, peer: ActorProcess, pool: EnginePool):
         self._actor, self.peer, self._pool = actor, peer, pool
 
     @classmethod
@@ -314,14 +320,13 @@ class Coordinator:
         reward function cannot be loaded."""
         import ray
 
-        (grader_pid,) = gather([grader.ready.remote()], [Peer(GRADER)], "starting", START_DEADLINE_S)
-        actor = (
-            ray.remote(RolloutCoordinator)
-            .options(num_cpus=0, max_restarts=0, max_concurrency=1_000, scheduling_strategy=beside_rank0())
-            .remote(pool.engines, grader, grader_pid, config.rollout.max_concurrent_requests, config.rollout.step_deadline_s)
+        (grader_pid,) = gather([grader.ready.remote()], [ActorProcess(GRADER)], "starting", START_DEADLINE_S)
+        remote: Any = ray.remote(RolloutCoordinator)  # Ray's types do not have the methods of a handle
+        actor = remote.options(num_cpus=0, max_restarts=0, max_concurrency=1_000, scheduling_strategy=beside_rank0()).remote(
+            pool.engines, grader, grader_pid, config.rollout.max_concurrent_requests, config.rollout.step_deadline_s
         )
-        (pid,) = gather([actor.start.remote()], [Peer("rollout coordinator")], "starting", START_DEADLINE_S)
-        return cls(actor, Peer("rollout coordinator", pid), pool)
+        (pid,) = gather([actor.start.remote()], [ActorProcess("rollout coordinator")], "starting", START_DEADLINE_S)
+        return cls(actor, ActorProcess("rollout coordinator", pid), pool)
 
     def run(
         self, key: str, tasks: Sequence[GenerationTask], on_progress: Callable[[Progress], None] | None = None
@@ -358,5 +363,5 @@ class Coordinator:
         `run` does, and Overdue where none came within `left_s`."""
         return self._ask(self._actor.deliver.remote(key, POLL_S if wait else 0.0, left_s), f"collecting {key}")
 
-    def _ask(self, reference, what: str):
-        return gather([reference], [self.peer], what, ANSWER_DEADLINE_S)[0]
+    def _ask(self, reference, action: str):
+        return gather([reference], [self.peer], action, ANSWER_DEADLINE_S)[0]

@@ -18,9 +18,9 @@ from alphamed.records import Question
 from alphamed.rollout.belief import JEFFREYS, LEVELS, PassRates
 
 SAMPLES = LEVELS - 1
-"""A level says how many of so many samples are right: 1 is all of them, 6 none."""
+"""A level counts how many of so many samples are right: 1 is all of them, 6 none."""
 LOOK_AT = 200
-"""Questions looked at for each one asked, at most; then those that came nearest to being asked are."""
+"""Questions considered for each one asked, at most; then those that came nearest to being asked are."""
 DRAWS = 2**62
 
 
@@ -85,9 +85,9 @@ class Curriculum:
         """What was asked since the last call."""
         if not self._asked:
             return {}
-        found = {"sampling/level_mean": self._levels / self._asked, "sampling/level_skipped": float(self._passed)}
+        metrics = {"sampling/level_mean": self._levels / self._asked, "sampling/level_skipped": float(self._passed)}
         self._asked, self._levels, self._passed = 0, 0.0, 0
-        return found
+        return metrics
 
     def state(self) -> dict[str, Any]:
         return {"walked": self._walked}

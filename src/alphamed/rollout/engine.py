@@ -1,6 +1,6 @@
 """A vLLM engine as a Ray actor: answers tasks with the weights of one policy version, and takes new weights.
 
-Runs in a process of its own; `pool.py` starts it. All that depends on vLLM's version stands in the last section.
+Runs in a process of its own; `pool.py` starts it. All that depends on vLLM's version is in the last section.
 """
 
 from __future__ import annotations
@@ -99,8 +99,7 @@ class RolloutEngine:
         while True:
             if self._spec.asynchronous:
                 await self._while_alive(self._serving.wait())
-            self._require(version)
-            begun = self._version
+            begun = self._require(version)
             output = await self._run(task.prompt_token_ids, params)
             if all(completion.finish_reason != FinishReason.ABORT for completion in output.outputs):
                 break  # else a push came: the whole group begins again, short answers not favoured
@@ -111,7 +110,8 @@ class RolloutEngine:
         """Log-probs (temperature 1) of tokens[1:], each given the tokens before it."""
         self._require(version)
         output = await self._run(tokens, _scoring_params())
-        return [place[token].logprob for token, place in zip(tokens[1:], output.prompt_logprobs[1:], strict=True)]
+        places = [place for place in output.prompt_logprobs or () if place is not None]  # the first token has none
+        return [place[token].logprob for token, place in zip(tokens[1:], places, strict=True)]
 
     async def _run(self, prompt: Sequence[int], params: SamplingParams) -> RequestOutput:
         self._running += 1
@@ -143,13 +143,15 @@ class RolloutEngine:
         ends = frozenset(self._spec.eos_ids)
         return self._tokenizer.decode(list(itertools.takewhile(lambda token: token not in ends, ids)))
 
-    def _require(self, version: int) -> None:
+    def _require(self, version: int) -> int:
+        """The version of the weights that the engine holds. Raises EngineDied, or StaleEngine where they are older."""
         if self._death.done():
             raise EngineDied(self._component(), f"{self._death.result()} ended")
-        newer = self._spec.asynchronous and self._version is not None and self._version > version
-        if self._version != version and not newer:
-            held = "no complete weights" if self._version is None else f"version {self._version}"
+        current = self._version
+        if current is None or current != version and not (self._spec.asynchronous and current > version):
+            held = "no complete weights" if current is None else f"version {current}"
             raise StaleEngine(self._component(), f"was asked to answer with policy version {version} but holds {held}")
+        return current
 
     # --------------------------------------------------------------------------------------------------------- weights
     async def join(self, **rendezvous: Any) -> None:
@@ -157,7 +159,7 @@ class RolloutEngine:
         await self.call_workers("alphamed_join", **rendezvous)
 
     async def pause(self) -> None:
-        """Serve nothing from here to `commit`. Requests under way end first, are frozen, or aborted, as `on_push` says."""
+        """Serve nothing from here to `commit`. Requests under way end first, are frozen, or aborted, by `on_push`."""
         self._version = self._pushed = None
         self._serving.clear()
         if self._spec.on_push == "wait":
@@ -219,7 +221,7 @@ class RolloutEngine:
 
 
 def _leave_torchrun() -> None:
-    """Where somebody else's torchrun started Ray, its variables came along; torch would take this for a trainer's rank."""
+    """A torchrun that started Ray leaves its variables here, by which torch would take this process for a trainer's rank."""
     for name in list(os.environ):
         if LAUNCHER.matches(name):
             del os.environ[name]
@@ -229,8 +231,8 @@ def _root_cause() -> str | None:
     """The first error that vLLM's processes have logged. They write where this process writes: to files, under Ray."""
     for descriptor in (1, 2):
         log = Path(f"/proc/self/fd/{descriptor}").resolve()
-        if log.is_file() and (found := re.search(r"\b\w+(?:Error|Exception): .+", log.read_text(errors="replace"))):
-            return found[0]
+        if log.is_file() and (match := re.search(r"\b\w+(?:Error|Exception): .+", log.read_text(errors="replace"))):
+            return match[0]
     return None
 
 

@@ -21,7 +21,7 @@ class ActorDied(RunFailed):
 
 
 class EngineDied(RunFailed):
-    """A process of an engine's, other than its actor, is gone. The message says which one."""
+    """A process of an engine's, other than its actor, is gone. The message names it."""
 
 
 class StaleEngine(RunFailed):
@@ -33,7 +33,7 @@ class Overdue(RunFailed):
 
 
 @dataclass(frozen=True, slots=True)
-class Peer:
+class ActorProcess:
     """An actor as errors call it: `name` ("engine 0", "reward process") and the id of its process."""
 
     name: str
@@ -43,32 +43,32 @@ class Peer:
         return f"{self.name} (pid {self.pid})" if self.pid else self.name
 
 
-def explain(error: Exception, peer: Peer, what: str) -> RunFailed:
-    """The failure behind an error that Ray raised for a call of `peer` while it was doing `what`."""
+def explain(error: Exception, peer: ActorProcess, action: str) -> RunFailed:
+    """The failure that caused an error of Ray's for a call of `peer`. `action`: what the call was for, in messages."""
     from ray.exceptions import RayActorError, RayTaskError
 
     if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
         error = error.cause
     if isinstance(error, RayActorError):
         reason = str(error).strip().splitlines()[-1] if "creation task" in str(error) else "its process died"
-        return ActorDied(str(peer), f"{what} failed: {reason}")
-    found = of_exception(error, str(peer))
-    if found is error or found.user_error:
-        return found
-    return RunFailed(found.component, f"{what} failed: {found.message}")
+        return ActorDied(str(peer), f"{action} failed: {reason}")
+    failure = of_exception(error, str(peer))
+    if failure is error or failure.user_error:
+        return failure
+    return RunFailed(failure.component, f"{action} failed: {failure.message}")
 
 
-async def ask(reference: Awaitable[T], peer: Peer, what: str) -> T:
+async def ask(reference: Awaitable[T], peer: ActorProcess, action: str) -> T:
     """Await the answer of an actor; failures name it."""
     from ray.exceptions import RayError
 
     try:
         return await reference
     except RayError as error:
-        raise explain(error, peer, what) from None
+        raise explain(error, peer, action) from None
 
 
-def gather(references: Sequence[ObjectRef], peers: Sequence[Peer], what: str, deadline_s: float) -> list[Any]:
+def gather(references: Sequence[ObjectRef], peers: Sequence[ActorProcess], action: str, deadline_s: float) -> list[Any]:
     """The answers of several actors in order, within `deadline_s` seconds. The first failure ends the wait."""
     import ray
     from ray.exceptions import RayError
@@ -78,11 +78,11 @@ def gather(references: Sequence[ObjectRef], peers: Sequence[Peer], what: str, de
     while waiting:
         ready, _ = ray.wait(list(waiting), timeout=max(0.0, end - time.monotonic()))
         if not ready:
-            raise Overdue(", ".join(map(str, waiting.values())), f"{what} was not done after {deadline_s:.0f} s")
+            raise Overdue(", ".join(map(str, waiting.values())), f"{action} was not done after {deadline_s:.0f} s")
         for reference in ready:
             peer = waiting.pop(reference)
             try:
                 ray.get(reference)
             except RayError as error:
-                raise explain(error, peer, what) from None
+                raise explain(error, peer, action) from None
     return ray.get(list(references))

@@ -22,12 +22,16 @@ def step_questions(wanted: int, unit: int, question_s: float, left_s: float, ste
 class Pace:
     """Sizes the steps of a run that has a time limit and wants run.min_steps steps at least: by how much of the evaluation
     before the first step there was time for, then by the time that the step before took. `deadline`: after which no step
-    begins; `note` says what is left out, and why."""
+    begins; `note` reports what is left out, and why."""
 
     def __init__(
-        self, config: Config, deadline: float, note: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+        self,
+        config: Config,
+        deadline: float | None,
+        note: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
     ):
-        assert config.sizes_steps and config.run.min_steps, "run.min_steps and run.time_limit_s are not set"
+        assert config.run.min_steps is not None and deadline is not None, "run.min_steps or run.time_limit_s is not set"
         self._wanted, self._steps = config.rollout.questions_per_step, min(config.run.min_steps, config.run.last_step)
         self._unit = config.algorithm.mini_batches * config.parallel.data
         self._deadline, self._note, self._clock = deadline, note, clock

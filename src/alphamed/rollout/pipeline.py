@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from alphamed.cluster.failure import StopRequested
@@ -39,6 +37,10 @@ class LiveRollouts:
         on_progress: Callable[[Progress], None] | None = None,
         pace: Pace | None = None,
     ):
+        self._control = control
+        self._supply: SyncRollouts | AsyncRollouts | None = None  # on rank 0 alone
+        if coordinator is None:
+            return
         r = config.rollout
         sampler = QuestionSampler(
             config.dynamic_sampling,
@@ -48,34 +50,40 @@ class LiveRollouts:
             config.data.levels,
             config.run.seed,
             earns_of(config.reward.name),
-            Overlong.of(config),
         )
-        kind = AsyncRollouts if r.max_staleness else SyncRollouts
-        self._supply = kind(config, sampler, prompts, coordinator, on_progress, pace)
-        self._control = control
+        if r.max_staleness:
+            self._supply = AsyncRollouts(config, sampler, prompts, coordinator, on_progress)
+        else:
+            self._supply = SyncRollouts(config, sampler, prompts, coordinator, on_progress, pace)
 
     def next(self, step: int) -> StepRollouts | None:
         """The graded rollouts of the next questions; None where the run was asked to stop meanwhile. No rank waits in a
         collective while they are generated."""
-        found: list[Gathered] = []
+        gathered = Gathered((), {})  # rank 0's; the texts stay there
 
         def gather() -> bool:
-            with contextlib.suppress(StopRequested):
-                found.append(self._supply.gather(step))
-                return True
-            return False
+            nonlocal gathered
+            try:
+                gathered = self._rank0().gather(step)
+            except StopRequested:
+                return False
+            return True
 
         if not self._control.from_rank0(f"the rollouts of step {step}", gather):
             return None
-        scored = found[0].groups if found else ()
-        return StepRollouts(step, share_groups(scored, self._control), scored, found[0].metrics if found else {})
+        return StepRollouts(step, share_groups(gathered.groups, self._control), gathered.groups, gathered.metrics)
 
     def state(self) -> dict[str, Any]:
-        """Rank 0's place in the questions, what it believes of them, and what is under way."""
-        return self._supply.state()
+        """Rank 0's place in the questions, what is known of them, and what is under way."""
+        return self._rank0().state()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._supply.load_state(state)
+        """Continue on rank 0 where `state()` was taken."""
+        self._rank0().load_state(state)
+
+    def _rank0(self) -> SyncRollouts | AsyncRollouts:
+        assert self._supply is not None, "only rank 0 takes groups from the engines"
+        return self._supply
 
 
 class ReplayedRollouts:
@@ -84,7 +92,7 @@ class ReplayedRollouts:
     def __init__(self, config: Config, control: Control):
         assert config.rollout.replay is not None, "rollout.replay names no run to replay"
         self._run_dir, self._control = config.rollout.replay, control
-        self._advantage = str(config.algorithm.advantage)
+        self._advantage, self._overlong = str(config.algorithm.advantage), Overlong.of(config)
 
     def next(self, step: int) -> StepRollouts:
         """The rollouts recorded for this step. Raises RunFailed (a user's error) where there are none."""
@@ -92,19 +100,17 @@ class ReplayedRollouts:
         return StepRollouts(step, share_groups(recorded, self._control), tuple(recorded))
 
     def _read(self, step: int) -> Sequence[ScoredGroup]:
-        from alphamed.reward.process import advantages
+        from alphamed.reward.process import with_advantages
         from alphamed.rundir.rollout_files import read_rollouts, rollout_path
 
-        return [
-            replace(scored, advantages=advantages(scored.outcomes, scored.rewards, self._advantage))
-            for scored in read_rollouts(rollout_path(self._run_dir, step))
-        ]
+        groups = read_rollouts(rollout_path(self._run_dir, step))
+        return [with_advantages(scored, self._advantage, self._overlong) for scored in groups]
 
     def state(self) -> dict[str, Any]:
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Nothing to restore: the step number says it all."""
+        """Nothing to restore: the step number is all of it."""
 
 
 # ----------------------------------------------------------------------------------------------------------------- sharing
@@ -119,22 +125,22 @@ def flatten(scored: Sequence[ScoredGroup]) -> list[Tensor]:
     (int64); log-probs, advantages (float32)."""
     import torch
 
-    rollouts = [rollout for one in scored for rollout in one.group.rollouts]
+    rollouts = [rollout for group in scored for rollout in group.group.rollouts]
     groups = [
         (
-            len(one.group.rollouts),
-            len(one.group.prompt_token_ids),
-            min(rollout.policy_version for rollout in one.group.rollouts),
+            len(group.group.rollouts),
+            len(group.group.prompt_token_ids),
+            min(rollout.policy_version for rollout in group.group.rollouts),
         )
-        for one in scored
+        for group in scored
     ]
     return [
         torch.tensor(groups, dtype=torch.int64),
         torch.tensor([len(rollout.response_token_ids) for rollout in rollouts], dtype=torch.int64),
-        torch.tensor([token for one in scored for token in one.group.prompt_token_ids], dtype=torch.int64),
+        torch.tensor([token for group in scored for token in group.group.prompt_token_ids], dtype=torch.int64),
         torch.tensor([token for rollout in rollouts for token in rollout.response_token_ids], dtype=torch.int64),
         torch.tensor([value for rollout in rollouts for value in rollout.logprobs], dtype=torch.float32),
-        torch.tensor([value for one in scored for value in one.advantages], dtype=torch.float32),
+        torch.tensor([value for group in scored for value in group.advantages], dtype=torch.float32),
     ]
 
 
@@ -160,8 +166,3 @@ def unflatten(tensors: Sequence[Tensor]) -> tuple[TokenGroup, ...]:
         )
         for version, prompt, advantage, own in per_group
     )
-
-
-def to_token_group(scored: ScoredGroup) -> TokenGroup:
-    """What training needs of one scored group."""
-    return unflatten(flatten([scored]))[0]

@@ -13,7 +13,7 @@ from alphamed.config.schema import Config
 from alphamed.errors import RunFailed
 from alphamed.model.shape import ModelShape
 from alphamed.rollout.engine import RolloutEngine
-from alphamed.rollout.failures import Peer, gather
+from alphamed.rollout.failures import ActorProcess, gather
 from alphamed.rollout.spec import EngineSpec, engine_environment, engine_specs
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ STOP_DEADLINE_S = 20.0
 
 @dataclass(frozen=True)
 class Engine:
-    """A started engine. `machine`: as `this_machine` says there. `processes`: ids by name, its actor's included."""
+    """A started engine. `machine`: what `this_machine` returns there. `processes`: ids by name, its actor's included."""
 
     index: int
     actor: ActorHandle
@@ -34,8 +34,8 @@ class Engine:
     processes: Mapping[str, int]
 
     @property
-    def peer(self) -> Peer:
-        return Peer(f"engine {self.index}", self.processes["actor"])
+    def peer(self) -> ActorProcess:
+        return ActorProcess(f"engine {self.index}", self.processes["actor"])
 
 
 class EnginePool:
@@ -64,7 +64,10 @@ class EnginePool:
         actors = [_place(spec) for spec in specs]
         try:
             started = gather(
-                [actor.start.remote() for actor in actors], [Peer(spec.name) for spec in specs], "starting vLLM", deadline_s
+                [actor.start.remote() for actor in actors],
+                [ActorProcess(spec.name) for spec in specs],
+                "starting vLLM",
+                deadline_s,
             )
         except RunFailed:
             for actor in actors:
@@ -92,29 +95,30 @@ class EnginePool:
         """Call a method of every engine, with its own arguments, without waiting."""
         return [getattr(engine.actor, method).remote(**own) for engine, own in zip(self.engines, arguments, strict=True)]
 
-    def end(self, calls: Sequence[ObjectRef], what: str, deadline_s: float) -> list[Any]:
+    def end(self, calls: Sequence[ObjectRef], action: str, deadline_s: float) -> list[Any]:
         """The answers to `begin`, in the order of the engines. Raises RunFailed naming the engine that failed or is late."""
-        return gather(calls, [engine.peer for engine in self.engines], what, deadline_s)
+        return gather(calls, [engine.peer for engine in self.engines], action, deadline_s)
 
-    def call(self, method: str, arguments: Sequence[Mapping[str, Any]], what: str, deadline_s: float) -> list[Any]:
-        return self.end(self.begin(method, arguments), what, deadline_s)
+    def call(self, method: str, arguments: Sequence[Mapping[str, Any]], action: str, deadline_s: float) -> list[Any]:
+        return self.end(self.begin(method, arguments), action, deadline_s)
 
     def stop(self) -> None:
         """End the engines cleanly; what does not go is killed."""
         import ray
 
-        calls = [engine.actor.stop.remote() for engine in self.engines]
+        calls: list[Any] = [engine.actor.stop.remote() for engine in self.engines]
         ray.wait(calls, num_returns=len(calls), timeout=STOP_DEADLINE_S)
         for engine in self.engines:
             ray.kill(engine.actor)
 
 
 def _place(spec: EngineSpec) -> ActorHandle:
-    """Create the actor where its GPUs are. Engines on CPU share the node's cores as their specs say, so Ray counts none of
+    """Create the actor where its GPUs are. Engines on CPU share the node's cores by their specs, so Ray counts none of
     these: they take the slots that their host has for them."""
     import ray
 
-    actor = ray.remote(RolloutEngine).options(
+    remote: Any = ray.remote(RolloutEngine)  # Ray's types do not have the methods of a handle
+    actor = remote.options(
         num_cpus=0,
         num_gpus=spec.tensor_parallel if spec.cuda else 0,
         resources=None if spec.cuda else {ENGINE_SLOT: spec.tensor_parallel},

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from alphamed.records import Outcome, ScoredGroup
-from alphamed.reward.shaping import Overlong
-
-EQUAL = 1e-9
-"""Rewards that differ by less are the same: taking the length penalty off again leaves rounding errors."""
+from alphamed.records import ScoredGroup
 
 
-def earned(scored: ScoredGroup, overlong: Overlong) -> list[float]:
-    """The rewards of the group's answers, the penalty on lengths left aside, without those that could not be graded."""
-    return [
-        reward - overlong.penalty(len(rollout.response_token_ids))
-        for reward, outcome, rollout in zip(scored.rewards, scored.outcomes, scored.group.rollouts, strict=True)
-        if outcome not in (Outcome.TIMEOUT, Outcome.CRASH)
-    ]
+def graded_rewards(scored: ScoredGroup) -> list[float]:
+    """The rewards of the group's responses, without those that could not be graded."""
+    return [reward for reward, outcome in zip(scored.rewards, scored.outcomes, strict=True) if not outcome.failed]
 
 
-def has_reward_variance(scored: ScoredGroup, overlong: Overlong) -> bool:
-    """Whether the rewards of the group differ, the penalty on lengths left aside: a group that is all right or all wrong
-    says nothing about answers, however long these are."""
-    rewards = earned(scored, overlong)
-    return bool(rewards) and max(rewards) - min(rewards) > EQUAL
+def has_reward_variance(scored: ScoredGroup) -> bool:
+    """Whether the rewards of the group differ. A group that is all right or all wrong carries no signal about answers, however
+    long these are."""
+    return len(set(graded_rewards(scored))) > 1
 
 
 @dataclass(slots=True)
@@ -34,22 +25,22 @@ class GroupCounts:
 
     asked: int = 0
     graded: int = 0
-    kept: int = 0  # they teach, or are trained on because nothing is replaced
+    usable: int = 0  # with a signal, or trained on because nothing is replaced
     dropped: int = 0  # they carry no signal
-    stale: int = 0  # sampled with weights that are too old; found so when graded or later
+    stale: int = 0  # sampled with weights that are too old when graded or later
     stale_tokens: int = 0  # of the responses of these
     stale_responses: int = 0
     refill_limit_reached: bool = False  # the step went on with groups that carry no signal
     rewards: float = 0.0  # sum over the graded groups of their mean rewards
 
-    def count(self, scored: ScoredGroup, *, kept: bool = False, stale: bool = False) -> None:
+    def count(self, scored: ScoredGroup, *, usable: bool = False, stale: bool = False) -> None:
         """Count a group that was graded now."""
         self.graded += 1
         self.rewards += sum(scored.rewards) / len(scored.rewards)
         if stale:
             self.drop_stale(scored)
-        self.kept += kept and not stale
-        self.dropped += not (kept or stale)
+        self.usable += usable and not stale
+        self.dropped += not (usable or stale)
 
     def drop_stale(self, scored: ScoredGroup) -> None:
         """Count a group that is too old to be trained on."""
@@ -57,57 +48,56 @@ class GroupCounts:
         self.stale_tokens += sum(len(rollout.response_token_ids) for rollout in scored.group.rollouts)
         self.stale_responses += len(scored.group.rollouts)
 
-    def stale_metrics(self, trained: Sequence[ScoredGroup]) -> Mapping[str, float]:
-        """What was dropped as too old, beside the groups that the step trains on."""
+    def stale_metrics(self, trained: Sequence[ScoredGroup]) -> dict[str, float]:
+        """What was dropped as too old, relative to the groups that the step trains on."""
         tokens = sum(len(rollout.response_token_ids) for scored in trained for rollout in scored.group.rollouts)
-        found = {
+        metrics = {
             "staleness/dropped": float(self.stale),
             "staleness/dropped_share": self.stale / (self.stale + len(trained)),
             "staleness/dropped_tokens_share": self.stale_tokens / max(1, self.stale_tokens + tokens),
         }
         if self.stale:
-            found["staleness/dropped_tokens_mean"] = self.stale_tokens / self.stale_responses
-        return found
+            metrics["staleness/dropped_tokens_mean"] = self.stale_tokens / self.stale_responses
+        return metrics
 
-    def metrics(self, skipped: int) -> Mapping[str, float]:
-        found = {
+    def metrics(self, skipped: int) -> dict[str, float]:
+        metrics: dict[str, float] = {
             "sampling/asked": self.asked,
-            "sampling/kept": self.kept,
+            "sampling/kept": self.usable,
             "sampling/dropped": self.dropped,
             "sampling/refill_limit_reached": float(self.refill_limit_reached),
             "sampling/skipped": skipped,
         }
         if self.graded:
-            found["sampling/reward_mean"] = self.rewards / self.graded
-        if self.kept:
-            found["sampling/groups_per_kept"] = self.graded / self.kept
-        return found
+            metrics["sampling/reward_mean"] = self.rewards / self.graded
+        if self.usable:
+            metrics["sampling/groups_per_kept"] = self.graded / self.usable
+        return metrics
 
 
 def must_wait(step: int, limit: int, wanted: int, share: float, ready: Sequence[int], unfinished: Sequence[int]) -> bool:
     """Whether a step that took its `wanted` groups now would leave unfinished ones that no later step can take in time.
 
     A group is known by the step it was asked in, and must be trained on at most `limit` steps later. `ready`: of those that
-    can be taken, oldest first; `unfinished`: of those still awaited, of which `share` are expected to teach. For each age, the
+    can be taken, oldest first; `unfinished`: of those still awaited, of which `share` are expected to have a signal. For each age, the
     groups at least that old must have room in the steps that may still take them.
     """
     left = ready[wanted:]
-    for asked in range(step - limit, step):
-        awaited = sum(one <= asked for one in unfinished)
-        room = wanted * (asked + limit - step)
-        if awaited and sum(one <= asked for one in left) + share * awaited > room:
+    for step_asked in range(step - limit, step):
+        awaited = sum(asked <= step_asked for asked in unfinished)
+        room = wanted * (step_asked + limit - step)
+        if awaited and sum(asked <= step_asked for asked in left) + share * awaited > room:
             return True
     return False
 
 
 class BatchSlots:
-    """The places of a step. Each holds the group that was put there last; those without one that teaches are open, and are
+    """The places of a step. Each holds the group that was put there last; those without one that has a signal are open, and are
     filled again for at most `refills` rounds. So groups that carry no signal and stay at the end are spread over the step."""
 
-    def __init__(self, wanted: int, refills: int, overlong: Overlong):
+    def __init__(self, wanted: int, refills: int):
         self._groups: list[ScoredGroup | None] = [None] * wanted
-        self._refills, self._overlong = refills, overlong
-        self._rounds = 0
+        self._refills, self._rounds = refills, 0
         self.counts = GroupCounts()
 
     def rounds(self) -> Iterator[int]:
@@ -122,16 +112,17 @@ class BatchSlots:
         self._rounds += 1
         for place, scored in zip(self._open(), groups, strict=True):
             self._groups[place] = scored
-            self.counts.count(scored, kept=not self._refills or has_reward_variance(scored, self._overlong))
+            self.counts.count(scored, usable=not self._refills or has_reward_variance(scored))
 
     def _open(self) -> list[int]:
         return [
             place
             for place, scored in enumerate(self._groups)
-            if scored is None or (self._refills and not has_reward_variance(scored, self._overlong))
+            if scored is None or (self._refills and not has_reward_variance(scored))
         ]
 
     @property
     def groups(self) -> tuple[ScoredGroup, ...]:
-        assert None not in self._groups, "a round is still to come"
-        return tuple(self._groups)
+        groups = tuple(scored for scored in self._groups if scored is not None)
+        assert len(groups) == len(self._groups), "a round is still to come"
+        return groups

@@ -1,4 +1,4 @@
-"""What each engine is told: sizes, dtype, cores and environment, all derived from the configuration (pure)."""
+"""The settings of each engine: sizes, dtype, cores and environment, all derived from the configuration (pure)."""
 
 from __future__ import annotations
 
@@ -91,21 +91,21 @@ def engine_specs(config: Config, folder: Path, shape: ModelShape, eos_ids: tuple
 
 
 def engine_cores(config: Config) -> tuple[tuple[int, ...], ...]:
-    """Cores of each tensor rank of an engine on CPU: as `cluster.engine_cores` says ("0-1", "0,2|1,3"), else all cores,
+    """Cores of each tensor rank of an engine on CPU: as in `cluster.engine_cores` ("0-1", "0,2|1,3"), else all cores,
     dealt out evenly. Raises ConfigError."""
-    given, ranks = config.cluster.engine_cores, config.rollout.tensor_parallel
-    if given is None:
+    setting, ranks = config.cluster.engine_cores, config.rollout.tensor_parallel
+    if setting is None:
         present = cores()
         if present < ranks:
             raise ConfigError(f"rollout.tensor_parallel: {ranks} needs as many cores, {present} present; lower it")
         return tuple(tuple(sorted(os.sched_getaffinity(0))[rank::ranks]) for rank in range(ranks))
-    lists = given.split("|")
+    lists = setting.split("|")
     if len(lists) != ranks:
         raise ConfigError(
-            f"cluster.engine_cores: {given!r} holds {len(lists)} lists, rollout.tensor_parallel is {ranks}; "
+            f"cluster.engine_cores: {setting!r} holds {len(lists)} lists, rollout.tensor_parallel is {ranks}; "
             f"give one list for each, separated by |"
         )
-    return tuple(_core_list(text, given) for text in lists)
+    return tuple(_core_list(text, setting) for text in lists)
 
 
 def _threads(config: Config, bound: tuple[tuple[int, ...], ...]) -> int:
@@ -115,20 +115,20 @@ def _threads(config: Config, bound: tuple[tuple[int, ...], ...]) -> int:
     return max(map(len, bound), default=0)
 
 
-def _core_list(text: str, given: str) -> tuple[int, ...]:
-    found: list[int] = []
+def _core_list(text: str, setting: str) -> tuple[int, ...]:
+    cores: list[int] = []
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
         if not first.isdecimal() or not (last or first).isdecimal() or int(last or first) < int(first):
-            raise ConfigError(f"cluster.engine_cores: {given!r} is no list of cores; write it like 0-3 or 0,2|1,3")
-        found += range(int(first), int(last or first) + 1)
-    absent = sorted(set(found) - os.sched_getaffinity(0))
+            raise ConfigError(f"cluster.engine_cores: {setting!r} is no list of cores; write it like 0-3 or 0,2|1,3")
+        cores += range(int(first), int(last or first) + 1)
+    absent = sorted(set(cores) - os.sched_getaffinity(0))
     if absent:
         raise ConfigError(
-            f"cluster.engine_cores: {given!r} names core {absent[0]}, which this machine does not offer; "
+            f"cluster.engine_cores: {setting!r} names core {absent[0]}, which this machine does not offer; "
             f"choose from {', '.join(map(str, sorted(os.sched_getaffinity(0))))}"
         )
-    return tuple(found)
+    return tuple(cores)
 
 
 def _cpu_cache_bytes(config: Config, shape: ModelShape, sequences: int) -> int:
@@ -136,8 +136,8 @@ def _cpu_cache_bytes(config: Config, shape: ModelShape, sequences: int) -> int:
     element = 4 if config.rollout.dtype == Dtype.FP32 else 2
     token = 2 * shape.layers * shape.kv_heads * shape.head_dim * element
     limit = int(memory_bytes()[0] * MAX_CPU_CACHE_SHARE) // config.rollout.engines
-    one = token * config.max_model_tokens
-    return max(one, min(sequences * one, limit)) + (64 << 20)
+    sequence_bytes = token * config.max_model_tokens
+    return max(sequence_bytes, min(sequences * sequence_bytes, limit)) + (64 << 20)
 
 
 def engine_environment(spec: EngineSpec) -> dict[str, str]:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from alphamed.config.choices import Stragglers
 from alphamed.config.schema import Config
 from alphamed.records import Question, ScoredGroup
-from alphamed.reward.shaping import Overlong
 from alphamed.rollout.choice import QuestionSampler
 from alphamed.rollout.failures import Overdue
 from alphamed.rollout.refill import BatchSlots, GroupCounts, has_reward_variance, must_wait
@@ -52,24 +51,28 @@ class SyncRollouts:
         self._coordinator, self._on_progress, self._pace = coordinator, on_progress, pace
 
     def gather(self, step: int) -> Gathered:
-        """The groups of a step. Raises RunFailed naming what kept them from coming."""
+        """The groups of a step. Raises RunFailed naming what kept them from coming.
+
+        Without dynamic sampling and curriculum there is one round, of all questions of the step, and the sampler gives those
+        that come next in the stream."""
         c = self._config
-        wanted = self._pace.questions(step) if self._pace else c.rollout.questions_per_step
-        places = BatchSlots(wanted, c.dynamic_sampling.refills, Overlong.of(c))
+        questions = self._pace.questions(step) if self._pace else c.rollout.questions_per_step
+        slots = BatchSlots(questions, c.dynamic_sampling.refills)
         skipped, rounds = self._sampler.skipped, []
-        for missing in places.rounds():
-            first = places.counts.asked - missing
+        for missing in slots.rounds():
+            first = slots.counts.asked - missing
             tasks = training_tasks(c, step, self._sampler.take(missing, step), self._prompts, first)
             key = f"step {step}" if not rounds else f"step {step}, refill {len(rounds)}"
             rounds.append(self._coordinator.run(key, tasks, self._on_progress))
-            places.fill(rounds[-1].groups)
-            self._sampler.observe(rounds[-1].groups, step)
+            groups = rounds[-1].all_groups
+            slots.fill(groups)
+            self._sampler.observe(groups, step)
         metrics = _metrics(rounds) | self._sampler.level_metrics()
         if c.dynamic_sampling.active:
-            metrics |= places.counts.metrics(self._sampler.skipped - skipped)
+            metrics |= slots.counts.metrics(self._sampler.skipped - skipped)
         if self._pace:
-            metrics["sampling/questions"] = float(wanted)
-        return Gathered(places.groups, metrics)
+            metrics["sampling/questions"] = float(questions)
+        return Gathered(slots.groups, metrics)
 
     def state(self) -> dict[str, Any]:
         return self._sampler.state()
@@ -90,8 +93,8 @@ def _metrics(rounds: Sequence[Progress]) -> dict[str, float]:
 class AsyncRollouts:
     """Groups made up to `max_staleness` steps before they are trained on.
 
-    When a step begins, groups for it and the `max_staleness` steps after it are ready or asked for, counted by how many of
-    late taught something. The step takes those asked first that are ready. With `rollout.stragglers: wait` it waits as long as
+    When a step begins, groups for it and the `max_staleness` steps after it are ready or asked for, counted by how many had a
+    signal recently. The step takes those asked first that are ready. With `rollout.stragglers: wait` it waits as long as
     a group would become too old in the steps after it (`refill.must_wait`); with `drop` it does not while others are ready, and
     a group whose weights are more than `max_staleness` pushes old is dropped and counted. What was asked but not trained on
     is part of the state, and is asked first after a resume.
@@ -104,18 +107,16 @@ class AsyncRollouts:
         prompts: Prompts,
         coordinator: Coordinator,
         on_progress: Callable[[Progress], None] | None,
-        pace: None = None,
     ):
         self._config, self._sampler, self._prompts = config, sampler, prompts
         self._coordinator, self._on_progress = coordinator, on_progress
-        self._overlong = Overlong.of(config)
         self._asked: dict[str, Question] = {}  # by group id, in the order asked: not graded yet
         self._ready: dict[str, ScoredGroup] = {}  # graded, not trained on
         self._spare: dict[str, ScoredGroup] = {}  # of this step, without a signal
         self._order: dict[str, tuple[int, int]] = {}  # of all of these: the step it was asked in, a running number
         self._again: list[Question] = []  # to be asked first, after a resume
         self._numbers = 0
-        self._share = 1.0  # of the groups that teach, recently
+        self._share = 1.0  # of the groups that have a signal, recently
         self._began = time.monotonic()  # of the last step's gathering
 
     # ------------------------------------------------------------------------------------------------------------- a step
@@ -139,7 +140,7 @@ class AsyncRollouts:
         groups = self._take(counts)
         elapsed, self._began = time.monotonic() - self._began, time.monotonic()
         if counts.graded:
-            self._share += (counts.kept / counts.graded - self._share) / 2
+            self._share += (counts.usable / counts.graded - self._share) / 2
         return Gathered(
             groups,
             self._metrics(
@@ -173,13 +174,13 @@ class AsyncRollouts:
         for scored in arrivals.groups:
             name = scored.group.group_id
             del self._asked[name]
-            kept = not self._config.dynamic_sampling.refills or has_reward_variance(scored, self._overlong)
+            usable = not self._config.dynamic_sampling.refills or has_reward_variance(scored)
             stale = self._staleness(scored) > self._config.rollout.max_staleness
-            counts.count(scored, kept=kept, stale=stale)
+            counts.count(scored, usable=usable, stale=stale)
             if stale:
                 del self._order[name]
             else:
-                (self._ready if kept else self._spare)[name] = scored
+                (self._ready if usable else self._spare)[name] = scored
         if self._on_progress:
             self._on_progress(self._progress())
         return arrivals.response_tokens
@@ -195,7 +196,7 @@ class AsyncRollouts:
         return self._coordinator.version - min(rollout.policy_version for rollout in scored.group.rollouts)
 
     def _teaching_share(self) -> float:
-        """Of the groups under way, how many are expected to teach."""
+        """Of the groups under way, the share expected to have a signal."""
         return max(self._share, 1 / (1 + self._config.dynamic_sampling.refills))
 
     def _enough(self, step: int, counts: GroupCounts) -> bool:
@@ -224,7 +225,7 @@ class AsyncRollouts:
         )
 
     def _take(self, counts: GroupCounts) -> tuple[ScoredGroup, ...]:
-        """The groups asked first, of those that teach; where the bound was hit others take the places left."""
+        """The groups asked first, of those with a signal; where the limit on refills was reached others take the places left."""
         wanted = self._config.rollout.questions_per_step
         ready = sorted(self._ready, key=self._order.__getitem__)[:wanted]
         spare = sorted(self._spare, key=self._order.__getitem__)[: wanted - len(ready)]
@@ -248,21 +249,24 @@ class AsyncRollouts:
         self, groups: Sequence[ScoredGroup], counts: GroupCounts, waited_s: float, tokens_per_s: float, skipped: int
     ) -> dict[str, float]:
         ages = [self._staleness(scored) for scored in groups]
-        found = {
+        metrics = {
             "time/generate_s": waited_s,
             "throughput/generated_tokens_per_s": tokens_per_s,
             "staleness/mean": sum(ages) / len(ages),
             "staleness/max": float(max(ages)),
             **counts.stale_metrics(groups),
         } | self._sampler.level_metrics()
-        return found | counts.metrics(skipped) if self._config.dynamic_sampling.active else found
+        return metrics | counts.metrics(skipped) if self._config.dynamic_sampling.active else metrics
 
     # -------------------------------------------------------------------------------------------------------------- resume
     def state(self) -> dict[str, Any]:
-        """Beside the sampler's: the questions under way as they were asked, some 500 bytes each."""
+        """The sampler's, and the questions under way as they were asked, some 500 bytes each."""
         waiting = self._asked | {name: scored.group.question for name, scored in self._ready.items()}
         questions = [waiting[name] for name in sorted(waiting, key=self._order.__getitem__)] + self._again
-        return self._sampler.state() | {"under_way": [question_json(one) for one in questions], "share": self._share}
+        return self._sampler.state() | {
+            "under_way": [question_json(question) for question in questions],
+            "share": self._share,
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._sampler.load_state(state)

@@ -41,12 +41,3 @@ def training_tasks(
             )
         )
     return tuple(tasks)
-
-
-def greedy_tasks(key: str, questions: Sequence[Question], prompts: Prompts, max_tokens: int) -> tuple[GenerationTask, ...]:
-    """One greedy answer to each question, for evaluation."""
-    sampling = Sampling(n=1, temperature=0.0, top_p=1.0, top_k=-1, max_tokens=max_tokens)
-    return tuple(
-        GenerationTask(f"{key}:{place}:{question.id}", question, tuple(prompts.render(question)), sampling, evaluation=True)
-        for place, question in enumerate(questions)
-    )

@@ -13,7 +13,8 @@ from pathlib import Path
 from alphamed.data.text import word_count
 from alphamed.errors import ConfigError
 from alphamed.files import read_json_lines
-from alphamed.records import FinishReason, Outcome, ScoredGroup
+from alphamed.records import ScoredGroup
+from alphamed.response_stats import ResponseStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,8 @@ METRICS: Mapping[str, Metric] = _table(
     ("step", "", "number of the step, from 1"),
     ("policy_version", "", "weights that generated the step's rollouts (the oldest, where they differ)"),
     # ------------------------------------------------------------------------------------------- what grading found
-    ("reward/mean", "", "mean reward of the step's responses"),
+    ("reward/mean", "", "mean reward of the step's responses, without the penalty on lengths"),
+    ("reward/length_penalty", "", "mean penalty on lengths (reward.overlong_buffer_tokens), which only advantages hold"),
     ("reward/correct", "share", "responses whose boxed letter is the answer"),
     ("reward/boxed", "share", "responses that ended in time with a readable boxed letter, right or wrong"),
     ("reward/unparseable", "share", "responses that ended in time without a readable boxed letter"),
@@ -175,24 +177,20 @@ def reduce_groups(groups: Sequence[ScoredGroup]) -> dict[str, float]:
         raise ValueError(
             f"metrics need graded samples: {len(groups)} groups hold {len(rollouts)} rollouts and {len(outcomes)} outcomes"
         )
+    stats = ResponseStats.of_groups(groups)
     rewards = [reward for group in groups for reward in group.rewards]
-    tokens = [len(rollout.response_token_ids) for rollout in rollouts]
-    boxed = [r.text for r, outcome in zip(rollouts, outcomes) if outcome in (Outcome.CORRECT, Outcome.WRONG)]
-
-    def share(*kinds: Outcome) -> float:
-        return sum(outcome in kinds for outcome in outcomes) / len(outcomes)
-
+    bare_boxes = sum(is_bare_box(rollout.text) for rollout, outcome in zip(rollouts, outcomes) if outcome.boxed)
     return {
         "reward/mean": sum(rewards) / len(rewards),
-        "reward/correct": share(Outcome.CORRECT),
-        "reward/boxed": share(Outcome.CORRECT, Outcome.WRONG),
-        "reward/unparseable": share(Outcome.UNPARSEABLE),
-        "reward/truncated": sum(r.finish_reason != FinishReason.STOP for r in rollouts) / len(rollouts),
-        "reward/failed": share(Outcome.TIMEOUT, Outcome.CRASH),
+        "reward/correct": stats.accuracy,
+        "reward/boxed": stats.share(stats.boxed),
+        "reward/unparseable": stats.share(stats.unparseable),
+        "reward/truncated": stats.share(stats.truncated),
+        "reward/failed": stats.share(stats.failed),
         "reward/effective_groups": sum(group.has_signal for group in groups) / len(groups),
-        "reward/bare_box": sum(map(is_bare_box, boxed)) / len(boxed) if boxed else 0.0,
-        "response/tokens_mean": sum(tokens) / len(tokens),
-        "response/tokens_max": float(max(tokens)),
+        "reward/bare_box": bare_boxes / stats.boxed if stats.boxed else 0.0,
+        "response/tokens_mean": stats.tokens_mean,
+        "response/tokens_max": float(stats.tokens_max),
     }
 
 

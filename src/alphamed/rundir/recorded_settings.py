@@ -9,14 +9,7 @@ from alphamed.config.schema import Config
 from alphamed.errors import ConfigError
 from alphamed.rundir.directory import config_leaves, config_of_run
 
-GRADED_BY = (
-    "reward.name",
-    "reward.signature",
-    "reward.truncated",
-    "reward.answer_after",
-    "reward.overlong_buffer_tokens",
-    "data.answer_keys",
-)
+GRADED_BY = ("reward.name", "reward.signature", "reward.truncated", "reward.answer_after", "data.answer_keys")
 SAMPLED_BY = (
     "rollout.temperature",
     "rollout.questions_per_step",

@@ -1,7 +1,8 @@
 """A step's graded groups as one Parquet file, and back: what replay trains on and what the report quotes.
 
 One row per response, in the order of the groups. Values come back bit for bit: ids as int32, log-probs as float32 (what
-engines compute in; a Python float that is none is rounded to it), rewards and advantages as float64.
+engines compute in; a Python float that is none is rounded to it), rewards and advantages as float64. A penalty on lengths is
+part of the advantages, not of the rewards.
 """
 
 from __future__ import annotations
@@ -16,11 +17,23 @@ from typing import TYPE_CHECKING, Any
 from alphamed.errors import ConfigError
 from alphamed.files import replace_file
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
+from alphamed.response_stats import ResponseStats
 
 if TYPE_CHECKING:
     import pyarrow
 
 SCHEMA_VERSION = 1
+ANSWER_COLUMNS = (
+    "group_index",
+    "group_id",
+    "question",
+    "text",
+    "finish_reason",
+    "outcome",
+    "letter",
+    "reward",
+    "response_token_ids",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +47,11 @@ class Answers:
     letters: tuple[str | None, ...]
     rewards: tuple[float, ...]
     tokens: tuple[int, ...]  # length of each response
+    truncated: tuple[bool, ...]  # whether the token limit cut it
+
+    @property
+    def stats(self) -> ResponseStats:
+        return ResponseStats.of(zip(self.outcomes, self.tokens, self.truncated, strict=True))
 
 
 class RolloutFileError(ConfigError):
@@ -75,8 +93,8 @@ def read_answers(path: Path) -> tuple[Answers, ...]:
     """What `read_rollouts` reads, but for tokens and log-probs: several times faster. RolloutFileError as there."""
     import pyarrow.compute as pc
 
-    table = _read(path, ("group_index", "group_id", "question", "text", "outcome", "letter", "reward", "response_token_ids"))
-    lengths = pc.list_value_length(table["response_token_ids"]).to_pylist()
+    table = _read(path, ANSWER_COLUMNS)
+    lengths = pc.call_function("list_value_length", [table["response_token_ids"]]).to_pylist()
     rows = zip(table.drop_columns(["response_token_ids"]).to_pylist(), lengths)
     found = []
     for _, members in groupby(rows, key=lambda row: row[0]["group_index"]):
@@ -90,22 +108,10 @@ def read_answers(path: Path) -> tuple[Answers, ...]:
                 tuple(row["letter"] for row in group),
                 tuple(row["reward"] for row in group),
                 tokens,
+                tuple(FinishReason(row["finish_reason"]).truncated for row in group),
             )
         )
     return tuple(found)
-
-
-def recorded_step(path: Path) -> int:
-    """The step number that a rollout file carries. RolloutFileError as in `read_rollouts`."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return int((pq.read_schema(path).metadata or {})[b"alphamed.step"])
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise RolloutFileError(
-            f"rollouts {path}: carries no step number ({_one_line(error)}); record the step again"
-        ) from None
 
 
 def _read(path: Path, columns: Sequence[str] | None) -> pyarrow.Table:

@@ -1,4 +1,4 @@
-"""Archives with the same bytes for the same content, and reading of archives that somebody else has made.
+"""Archives that are byte-identical for identical content, and the reading of archives from untrusted sources.
 
 The first member, manifest.json, names every other one with size and SHA-256; nothing else is read, and nothing is written
 before all of it has been checked.
@@ -27,28 +27,29 @@ MAX_BYTES = 2 << 30
 """Unpacked, and held in memory. A bundle holds questions and answers, no weights: 10,000 answers of 2,000 tokens are
 0.1 GB."""
 MAX_STREAM = MAX_BYTES + (256 << 20)
-"""Unpacked with tar's own headers, which are read whole before they can be judged."""
+"""Unpacked, with tar's headers, which are read completely before they can be checked."""
 COMPRESSION = 6
 CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """What was read: the manifest's own entries, and the content of every file by its name."""
+    """An archive in memory: the manifest's own entries, and the content of every file by its name."""
 
     manifest: Mapping[str, Any]
     files: Mapping[str, bytes]
 
 
-def write_archive(path: Path, told: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
-    """Write a .tar.gz with `told` as its manifest. No times, owners, names of machines or order of arrival are in it."""
+def write_archive(path: Path, entries: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+    """Write a .tar.gz with `entries` in its manifest. It contains no times, owners or machine names, and its order is
+    fixed."""
     listed = {
         name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         for name, content in sorted(files.items())
     }
     manifest = (
         json.dumps(
-            {"format": FORMAT, **told, "files": listed}, ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False
+            {"format": FORMAT, **entries, "files": listed}, ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False
         ).encode()
         + b"\n"
     )
@@ -70,10 +71,10 @@ def read_archive(path: Path) -> Archive:
         with gzip.open(path) as unpacked:
             packed = _Limited(path, unpacked)
             with tarfile.open(fileobj=packed, mode="r|") as tar:
-                found = _read(path, tar)
-            while packed.read(CHUNK):  # at the end gzip's own checksum, which the manifest needs
+                archive = _read(path, tar)
+            while packed.read(CHUNK):  # to gzip's checksum at the end
                 pass
-            return found
+            return archive
     except FileNotFoundError:
         raise ConfigError(f"bundle {path}: no such file; give a .tar.gz made by `alphamed bundle`") from None
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, OSError) as error:
@@ -82,20 +83,20 @@ def read_archive(path: Path) -> Archive:
         ) from None
 
 
-class _Limited:
+class _Limited(io.BufferedIOBase):
     """A stream that ends with ConfigError after MAX_STREAM bytes: a megabyte of gzip can hold a gigabyte."""
 
     def __init__(self, path: Path, stream: gzip.GzipFile):
-        self._path, self._stream, self._left = path, stream, MAX_STREAM
+        self._path, self._stream, self._remaining = path, stream, MAX_STREAM
 
-    def read(self, size: int) -> bytes:
-        found = self._stream.read(size)
-        self._left -= len(found)
-        if self._left < 0:
+    def read(self, size: int | None = -1) -> bytes:
+        data = self._stream.read(size)
+        self._remaining -= len(data)
+        if self._remaining < 0:
             raise ConfigError(
                 f"bundle {self._path}: unpacks to more than {MAX_STREAM:,} bytes; do not use it, fetch it again"
             )
-        return found
+        return data
 
 
 def _read(path: Path, tar: tarfile.TarFile) -> Archive:
@@ -104,30 +105,30 @@ def _read(path: Path, tar: tarfile.TarFile) -> Archive:
         raise ConfigError(f"bundle {path}: does not begin with {MANIFEST}; give a .tar.gz made by `alphamed bundle`")
     manifest = _manifest(path, _content(tar, first))
     listed = manifest.pop("files")
-    found: dict[str, bytes] = {}
+    contents: dict[str, bytes] = {}
     total = 0
     while (member := tar.next()) is not None:
-        problem = _member_problem(member, listed, found)
+        problem = _member_problem(member, listed, contents)
         total += member.size
         if problem is None and total > MAX_BYTES:
             problem = f"makes the content larger than {MAX_BYTES >> 30} GiB"
         if problem is None:
-            found[member.name] = _content(tar, member)
-            if hashlib.sha256(found[member.name]).hexdigest() != listed[member.name]["sha256"]:
+            contents[member.name] = _content(tar, member)
+            if hashlib.sha256(contents[member.name]).hexdigest() != listed[member.name]["sha256"]:
                 problem = "is not what the manifest says (another SHA-256)"
         if problem:
             raise ConfigError(f"bundle {path}: {member.name[:200]!r} {problem}; do not use it, fetch it again")
-    if missing := sorted(listed.keys() - found.keys()):
+    if missing := sorted(listed.keys() - contents.keys()):
         raise ConfigError(
             f"bundle {path}: {missing[0]} is missing"
             f"{f', and {len(missing) - 1} more' if missing[1:] else ''}; fetch it again"
         )
-    return Archive(manifest, found)
+    return Archive(manifest, contents)
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     stream = tar.extractfile(member)
-    assert stream is not None, f"{member.name} is no regular file"
+    assert stream is not None, f"{member.name} is not a regular file"
     parts = []
     while part := stream.read(CHUNK):
         parts.append(part)
@@ -139,7 +140,7 @@ def _manifest(path: Path, content: bytes) -> dict[str, Any]:
         tree = json.loads(content)
         names = tree["files"]
         well_formed = tree["format"] == FORMAT and all(
-            isinstance(one["bytes"], int) and isinstance(one["sha256"], str) for one in names.values()
+            isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str) for entry in names.values()
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"bundle {path}: {MANIFEST} is damaged ({type(error).__name__}); fetch it again") from None
@@ -150,18 +151,18 @@ def _manifest(path: Path, content: bytes) -> dict[str, Any]:
     return tree
 
 
-def _member_problem(member: tarfile.TarInfo, listed: Mapping[str, Any], found: Mapping[str, bytes]) -> str | None:
+def _member_problem(member: tarfile.TarInfo, listed: Mapping[str, Any], contents: Mapping[str, bytes]) -> str | None:
     """What is wrong with a member before it is read."""
     place = PurePosixPath(member.name)
     if not member.isreg():
-        return "is no plain file"
+        return "is not a regular file"
     if place.is_absolute() or ".." in place.parts or "\\" in member.name or str(place) != member.name:
-        return "would be written elsewhere than below the bundle's folder"
+        return "would be written outside the bundle's folder"
     if not member.name.isprintable():
         return "has a name that cannot be written"
     if member.name not in listed:
         return "is not in the manifest"
-    if member.name in found:
+    if member.name in contents:
         return "is there twice"
     if member.size != listed[member.name]["bytes"]:
         return f"has {member.size} bytes, the manifest says {listed[member.name]['bytes']}"

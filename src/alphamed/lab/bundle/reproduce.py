@@ -43,7 +43,7 @@ DATA_ENTRY = r"^(data\.train|evaluation\.(files|decisions|development))\.[0-9]{1
 
 
 class FileEntry(Section):
-    """What a manifest records of a file: `hashed` says of what the SHA-256 is (provenance.file_entry)."""
+    """The record of a file in a manifest; `hashed`: what the SHA-256 is of (provenance.file_entry)."""
 
     path: str
     bytes: NonNegative
@@ -62,7 +62,7 @@ class ModelEntry(Section):
 
 
 class Manifest(Section):
-    """The manifest's own entries: somebody else wrote them."""
+    """The manifest without its list of files, validated: it comes from somebody else."""
 
     format: int
     run: str
@@ -80,101 +80,103 @@ class Manifest(Section):
 
 @dataclass
 class Findings:
-    """What a check found. `problems` keep the run from being the same one, `differences` may change its numbers."""
+    """Results of a check. `problems`: the run would not be the same one; `differences` may change its numbers."""
 
-    in_order: list[str] = field(default_factory=list)
+    matching: list[str] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     data: dict[str, Path] = field(default_factory=dict)
-    """Entry of the manifest's data -> the file here that has its content, where the bundle does not hold it."""
+    """Entry of the manifest's data -> the local file with its content, where the bundle does not hold it."""
 
 
 def main(bundle: Path, out: Path | None, data: Path | None, check: bool, overrides: Sequence[str] = ()) -> int:
-    """Check, and unless `check` only checks, unpack to `out` (default: NAME-reproduced) and train. Returns the exit code: 2
-    where something is missing or other than recorded."""
+    """Check, and unless `check` is set, unpack to `out` (default: NAME-reproduced) and train. Returns the exit code: 2
+    where something is missing or differs from the record."""
     archive = read_archive(bundle)
-    told, recorded = _manifest(bundle, archive), _recorded(bundle, archive)
+    manifest, recorded = _manifest(bundle, archive), _recorded(bundle, archive)
     config = _overridden(archive, overrides)
-    found = inspect(told, archive, recorded, data, config.model.path, fetch=None if check else lambda: _fetched(config))
+    findings = inspect(
+        manifest, archive, recorded, data, config.model.path, fetch=None if check else lambda: _fetched(config)
+    )
     out = out or Path(f"{config.run.name}-reproduced")
-    print(f"{bundle}: run {config.run.name} at step {told.step}, {len(archive.files)} files, all as listed")
-    for mark, lines in (("ok", found.in_order), ("differs", found.differences), ("problem", found.problems)):
+    print(f"{bundle}: run {config.run.name} at step {manifest.step}, {len(archive.files)} files, all as listed")
+    for mark, lines in (("ok", findings.matching), ("differs", findings.differences), ("problem", findings.problems)):
         for line in lines:
             print(f"  {mark}: {line}")
-    if found.problems:
+    if findings.problems:
         raise ConfigError(
-            f"bundle {bundle}: {len(found.problems)} problem{'s' * (len(found.problems) > 1)} (the first: "
-            f"{found.problems[0]})"
+            f"bundle {bundle}: {len(findings.problems)} problem{'s' * (len(findings.problems) > 1)} (the first: "
+            f"{findings.problems[0]})"
         )
     if check:
         return 0
-    return _start(unpack(told, archive, found, out, overrides))
+    return _start(unpack(manifest, archive, findings, out, overrides))
 
 
 # ------------------------------------------------------------------------------------------------------------- checking
 def inspect(
-    told: Manifest,
+    manifest: Manifest,
     archive: Archive,
     recorded: Config,
     data: Path | None,
     model: str,
     fetch: Callable[[], Path] | None = None,
 ) -> Findings:
-    """Hold what the manifest records against the bundle's own configuration and this machine. `data`: a folder to look for
+    """Compare the manifest with the bundle's own configuration and with this machine. `data`: a folder to look for
     question files in; `model`: the run's model.path with overrides; `fetch` brings it here, else only a model that is here
     is checked."""
-    found = Findings()
-    _check_manifest(found, told, recorded, archive)
-    doubted = {problem.partition(": ")[0] for problem in found.problems}
-    for name, entry in told.data.items():
+    findings = Findings()
+    _check_manifest(findings, manifest, recorded, archive)
+    doubted = {problem.partition(": ")[0] for problem in findings.problems}
+    for name, entry in manifest.data.items():
         if name not in doubted:
-            _check_data(found, name, entry, archive, data)
+            _check_data(findings, name, entry, archive, data)
     if "model" not in doubted:
-        _check_model(found, told.model, model, fetch)
-    here = provenance.packages()
+        _check_model(findings, manifest.model, model, fetch)
+    installed = provenance.packages()
     for package in COMPARED:
-        then, now = told.packages.get(package), here.get(package)
+        then, now = manifest.packages.get(package), installed.get(package)
         if then != now:
-            found.differences.append(f"{package}: was {then or 'not installed'}, is {now or 'not installed'}")
-    if told.python != platform.python_version():
-        found.differences.append(f"Python: was {told.python}, is {platform.python_version()}")
+            findings.differences.append(f"{package}: was {then or 'not installed'}, is {now or 'not installed'}")
+    if manifest.python != platform.python_version():
+        findings.differences.append(f"Python: was {manifest.python}, is {platform.python_version()}")
     commit, diff = provenance.commit_here(), provenance.diff_here()
-    if commit != told.git:
-        found.differences.append(f"commit: was {(told.git or 'not known')[:12]}, is {(commit or 'not known')[:12]}")
-    if told.diff_sha256 != (hashlib.sha256(diff).hexdigest() if diff else None):
-        found.differences.append(
-            f"uncommitted changes: were {'a patch, see the bundle' if told.diff_sha256 else 'none'}, "
+    if commit != manifest.git:
+        findings.differences.append(f"commit: was {(manifest.git or 'not known')[:12]}, is {(commit or 'not known')[:12]}")
+    if manifest.diff_sha256 != (hashlib.sha256(diff).hexdigest() if diff else None):
+        findings.differences.append(
+            f"uncommitted changes: were {'a patch, see the bundle' if manifest.diff_sha256 else 'none'}, "
             f"are {'others' if diff else 'none'}"
         )
-    return found
+    return findings
 
 
-def _check_manifest(found: Findings, told: Manifest, recorded: Config, archive: Archive) -> None:
-    """Whether the manifest speaks of what the bundle's configuration names, of all of it and of nothing else: whoever writes
-    a manifest could leave out what is not to be checked."""
+def _check_manifest(findings: Findings, manifest: Manifest, recorded: Config, archive: Archive) -> None:
+    """The manifest must list exactly the files that the bundle's configuration names: whoever writes a manifest could leave
+    out files to avoid the check."""
     named = data_files(recorded)
     for name, path in named.items():
-        if name not in told.data:
-            found.problems.append(f"{name}: {path} of {CONFIG} is not in the manifest; fetch the bundle again")
-    for name, entry in told.data.items():
+        if name not in manifest.data:
+            findings.problems.append(f"{name}: {path} of {CONFIG} is not in the manifest; fetch the bundle again")
+    for name, entry in manifest.data.items():
         if name not in named:
-            found.problems.append(f"{name}: is none of the files that {CONFIG} names; fetch the bundle again")
+            findings.problems.append(f"{name}: is not among the files that {CONFIG} names; fetch the bundle again")
         elif entry.path != str(named[name]):
-            found.problems.append(
+            findings.problems.append(
                 f"{name}: is {entry.path} in the manifest and {named[name]} in {CONFIG}; fetch the bundle again"
             )
         elif entry.file != (file := data_name(name, named[name])):
-            found.problems.append(f"{name}: is to be {entry.file} in the bundle, where {file} belongs; fetch it again")
-    if told.model.path != recorded.model.path:
-        found.problems.append(
-            f"model: is {told.model.path} in the manifest and {recorded.model.path} in {CONFIG}; fetch the bundle again"
+            findings.problems.append(f"{name}: is called {entry.file} in the bundle, not {file}; fetch it again")
+    if manifest.model.path != recorded.model.path:
+        findings.problems.append(
+            f"model: is {manifest.model.path} in the manifest and {recorded.model.path} in {CONFIG}; fetch the bundle again"
         )
-    if not told.model.files:
-        found.problems.append(
-            "model: the manifest names none of its files, so that any model would do; fetch the bundle again"
+    if not manifest.model.files:
+        findings.problems.append(
+            "model: the manifest names none of its files, so that any model would pass; fetch the bundle again"
         )
-    elif {(Path(entry.path).name, entry.sha256) for entry in told.model.files} != _model_record(archive):
-        found.problems.append(f"model: its files in the manifest are not those of {PROVENANCE}; fetch the bundle again")
+    elif {(Path(entry.path).name, entry.sha256) for entry in manifest.model.files} != _model_record(archive):
+        findings.problems.append(f"model: its files in the manifest are not those of {PROVENANCE}; fetch the bundle again")
 
 
 def _model_record(archive: Archive) -> set[tuple[str, str]] | None:
@@ -185,46 +187,46 @@ def _model_record(archive: Archive) -> set[tuple[str, str]] | None:
         return None
 
 
-def _check_data(found: Findings, name: str, entry: DataEntry, archive: Archive, folder: Path | None) -> None:
+def _check_data(findings: Findings, name: str, entry: DataEntry, archive: Archive, folder: Path | None) -> None:
     if (content := archive.files.get(entry.file)) is not None:
         if provenance.content_entry(io.BytesIO(content))["sha256"] == entry.sha256:
-            found.in_order.append(f"{name}: in the bundle")
+            findings.matching.append(f"{name}: in the bundle")
         else:
-            found.problems.append(
+            findings.problems.append(
                 f"{name}: {entry.file} in the bundle is not the file that the run read (another SHA-256); "
                 f"fetch the bundle again"
             )
         return
     path = Path(entry.path)
     places = [folder / path.name, folder / Path(entry.file).name] if folder else [path]
-    here = next((place for place in places if place.is_file()), None)
-    if here is None:
-        found.problems.append(
+    local = next((place for place in places if place.is_file()), None)
+    if local is None:
+        findings.problems.append(
             f"{name}: {path.name} (SHA-256 {entry.sha256[:12]}) is neither in the bundle nor at "
             f"{places[0]}; put it there or name its folder with --data"
         )
-    elif provenance.file_entry(here)["sha256"] != entry.sha256:
-        found.problems.append(f"{name}: {here} is not the file that the run read (another SHA-256); find that one")
+    elif provenance.file_entry(local)["sha256"] != entry.sha256:
+        findings.problems.append(f"{name}: {local} is not the file that the run read (another SHA-256); give that file")
     else:
-        found.in_order.append(f"{name}: {here}")
-        found.data[name] = here
+        findings.matching.append(f"{name}: {local}")
+        findings.data[name] = local
 
 
-def _check_model(found: Findings, told: ModelEntry, path: str, fetch: Callable[[], Path] | None) -> None:
+def _check_model(findings: Findings, recorded: ModelEntry, path: str, fetch: Callable[[], Path] | None) -> None:
     folder = Path(path)
     if not folder.is_dir():
         if fetch is None:
-            found.in_order.append(f"model: {path} is not a folder here; it is fetched and checked at the start")
+            findings.matching.append(f"model: {path} is not a folder here; it is fetched and checked at the start")
             return
         folder = fetch()
-    for entry in told.files:
+    for entry in recorded.files:
         file = folder / PurePath(entry.path).name
         if not file.is_file():
-            found.problems.append(f"model: {file} is missing; give the same model")
+            findings.problems.append(f"model: {file} is missing; give the same model")
         elif provenance.file_entry(file)["sha256"] != entry.sha256:
-            found.problems.append(f"model: {file} is another one (SHA-256); give the same model")
-    if not any(problem.startswith("model") for problem in found.problems):
-        found.in_order.append(f"model: {len(told.files)} files in {folder}")
+            findings.problems.append(f"model: {file} differs (SHA-256); give the same model")
+    if not any(problem.startswith("model") for problem in findings.problems):
+        findings.matching.append(f"model: {len(recorded.files)} files in {folder}")
 
 
 def _fetched(config: Config) -> Path:
@@ -266,13 +268,13 @@ def _tree(archive: Archive) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------------------- starting
-def unpack(told: Manifest, archive: Archive, found: Findings, out: Path, overrides: Sequence[str] = ()) -> Path:
-    """Put the bundle's files below `out`/bundle, and a configuration beside it whose run writes to `out`/runs; returns the
-    configuration's path. All of it or nothing. Raises ConfigError where `out` holds another run."""
+def unpack(manifest: Manifest, archive: Archive, findings: Findings, out: Path, overrides: Sequence[str] = ()) -> Path:
+    """Put the bundle's files into `out`/bundle, and next to it a configuration whose run writes to `out`/runs; returns the
+    configuration's path. Either all is written or nothing. Raises ConfigError where `out` holds another run."""
     tree = build_config(_tree(archive)).model_dump(mode="json")  # with every section
-    for name, entry in told.data.items():
-        _put_file(tree, name, found.data.get(name) or out / "bundle" / entry.file)
-    # A colleague's folders and account are not this machine's.
+    for name, entry in manifest.data.items():
+        _put_file(tree, name, findings.data.get(name) or out / "bundle" / entry.file)
+    # Folders and accounts of the machine that made the bundle.
     tree["run"] |= {"root": str(out / "runs")}
     tree["model"].pop("cache", None)
     if tree["logging"]["wandb"] == WandbMode.ONLINE:
@@ -288,33 +290,33 @@ def unpack(told: Manifest, archive: Archive, found: Findings, out: Path, overrid
             raise ConfigError(
                 f"--out: {out} holds the reproduction of another bundle, or with other settings; name a new folder"
             )
-        return config  # taken up again: the run goes on from its checkpoint
-    draft = out.with_name(f".{out.name}.{os.getpid()}.partial")
+        return config  # the run continues from its checkpoint
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         for name, content in archive.files.items():
-            path = draft / "bundle" / name
+            path = partial / "bundle" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        (draft / "bundle" / "manifest.json").write_text(json.dumps(archive.manifest, indent=2), encoding="utf-8")
-        (draft / RUN_CONFIG).write_text(text, encoding="utf-8")
-        os.rename(draft, out)
+        (partial / "bundle" / "manifest.json").write_text(json.dumps(archive.manifest, indent=2), encoding="utf-8")
+        (partial / RUN_CONFIG).write_text(text, encoding="utf-8")
+        os.rename(partial, out)
     except OSError as error:
         raise DataError(
             f"--out: {out} cannot be written ({error.strerror or error}); free space or choose another place. "
             f"Nothing was left half-written"
         ) from None
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     return config
 
 
 def _put_file(tree: dict[str, Any], name: str, file: Path) -> None:
-    """Let the setting that `name` speaks of (data.train.0: the first of data.train) name `file`."""
+    """Set the path that `name` refers to (data.train.0: the first of data.train) to `file`."""
     section, key, number = name.split(".")
     files = tree[section][key]
     listed = isinstance(files, list)
     if files is None or int(number) >= (len(files) if listed else 1):
-        raise ConfigError(f"bundle: {name} is none of its configuration's files; fetch it again")
+        raise ConfigError(f"bundle: {name} is not among its configuration's files; fetch it again")
     if listed:
         files[int(number)] = str(file)
     else:

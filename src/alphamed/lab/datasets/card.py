@@ -7,15 +7,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from alphamed.data.text import counted
-from alphamed.lab.datasets.mixture import Item
+from alphamed.lab.datasets.mixture import PoolItem
 
 
-def licences(items: Iterable[Item]) -> dict[str, dict[str, int]]:
+def licences(items: Iterable[PoolItem]) -> dict[str, dict[str, int]]:
     """Source of the recipe -> licence -> number of questions."""
-    found: dict[str, Counter[str]] = {}
+    by_source: dict[str, Counter[str]] = {}
     for item in items:
-        found.setdefault(item.origin, Counter())[item.licence] += 1
-    return {name: dict(counts.most_common()) for name, counts in found.items()}
+        by_source.setdefault(item.origin, Counter())[item.licence] += 1
+    return {name: dict(counts.most_common()) for name, counts in by_source.items()}
 
 
 def markdown(card: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """The public training sets by name, one row each, and the named mixtures of AlphaMed as presets.
 
-Revisions are commits that several public projects load these sets at. Counts are of what the adapter keeps. Adding a set: a
-row here and, for a new layout, a function in adapters.py.
+Revisions are commits that several public projects load these sets at. Counts are of the rows that the adapter keeps. Adding
+a set: a row here and, for a new layout, a function in adapters.py.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _small(source: str) -> dict[str, Any]:
 
 
 # Liu et al., arXiv 2505.17952: sizes and composition. Levels come from `alphamed data difficulty` (five samples of
-# Llama-3.1-8B-Instruct a question) and are given as `levels` of a source, or stand in a local file.
+# Llama-3.1-8B-Instruct a question) and are given as `levels` of a source, or are in a local file.
 PRESETS: dict[str, dict[str, Any]] = {
     "alphamed19k": {
         "sources": [{"name": "medqa"}, {"name": "medmcqa"}],

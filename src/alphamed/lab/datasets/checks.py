@@ -32,7 +32,7 @@ class Finding:
     """Something to know of a set. `serious` findings spoil training or scores, the others explain them."""
 
     title: str
-    told: str
+    text: str
     count: int
     examples: tuple[str, ...] = ()
     serious: bool = False
@@ -42,7 +42,7 @@ def check_set(
     questions: Sequence[Question], bad_rows: Sequence[RowProblem] = (), reading: Reading = Reading()
 ) -> list[Finding]:
     """All findings, serious ones first."""
-    found = [
+    findings = [
         *_rows(bad_rows),
         *_read(reading, len(questions)),
         *_repeats(questions),
@@ -53,7 +53,7 @@ def check_set(
         *_images(questions),
         *_references(questions),
     ]
-    return sorted(found, key=lambda finding: not finding.serious)
+    return sorted(findings, key=lambda finding: not finding.serious)
 
 
 def _rows(bad_rows: Sequence[RowProblem]) -> Iterator[Finding]:
@@ -93,16 +93,16 @@ def _repeats(questions: Sequence[Question]) -> Iterator[Finding]:
 
 
 def _conflicts(questions: Sequence[Question]) -> Iterator[Finding]:
-    found = suspects(questions, {})
-    if found:
+    conflicts = suspects(questions, {})
+    if conflicts:
         pairs = [
-            f"{name}: {one.evidence[0]['key']} / {one.evidence[0]['other']}: {one.evidence[0]['other_key']}"
-            for name, one in list(found.items())[:EXAMPLES]
+            f"{name}: {decision.evidence[0]['key']} / {decision.evidence[0]['other']}: {decision.evidence[0]['other_key']}"
+            for name, decision in list(conflicts.items())[:EXAMPLES]
         ]
         yield Finding(
             "Conflicting keys",
             "The same question has different keys; `alphamed data suspects` lists them for a decision.",
-            len(found),
+            len(conflicts),
             tuple(pairs),
             serious=True,
         )
@@ -158,24 +158,24 @@ def _longest(questions: Sequence[Question]) -> Iterator[Finding]:
 
 
 def _images(questions: Sequence[Question]) -> Iterator[Finding]:
-    found = [q.id for q in questions if _IMAGE.search(q.question)]
-    if found:
+    ids = [q.id for q in questions if _IMAGE.search(q.question)]
+    if ids:
         yield Finding(
             "Images that are not there",
             "The stem may speak of a picture; a filter.exclude pattern leaves such questions out.",
-            len(found),
-            _some(found),
+            len(ids),
+            _some(ids),
         )
 
 
 def _references(questions: Sequence[Question]) -> Iterator[Finding]:
-    found = [q.id for q in questions if refers_to_options(q)]
-    if found:
+    ids = [q.id for q in questions if refers_to_options(q)]
+    if ids:
         yield Finding(
             "Options that refer to options",
             "“All of the above”, “both A and C”: shuffling leaves their order as it is.",
-            len(found),
-            _some(found),
+            len(ids),
+            _some(ids),
         )
 
 

@@ -19,7 +19,7 @@ Verb = Callable[..., argparse.ArgumentParser]
 
 
 def add_verbs(parser: argparse.ArgumentParser) -> None:
-    """Hang the verbs below `alphamed data`."""
+    """Add the verbs of `alphamed data`."""
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=type(parser))
 
     def verb(name: str, run, text: str) -> argparse.ArgumentParser:
@@ -99,13 +99,13 @@ def _add_checks(verb: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _overwrite(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--overwrite", action="store_true", help="replace what is there (default: refuse)")
+    sub.add_argument("--overwrite", action="store_true", help="replace existing files (default: refuse)")
 
 
 def _bad_rows(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--bad-rows",
-        choices=[str(one) for one in BadRows],
+        choices=[str(choice) for choice in BadRows],
         default=str(BadRows.REFUSE),
         help="what to do with rows that are no questions (default: refuse)",
     )
@@ -121,8 +121,8 @@ def _build(options: argparse.Namespace) -> int:
 
     recipe = validated(BuildRecipe, recipe_tree(options))
     build.check(recipe, options.out, options.config, options.overwrite)
-    built = build.build(recipe)
-    card = build.write(built, recipe, options.out, options.command)
+    pool = build.build(recipe)
+    card = build.write(pool, recipe, options.out, options.command)
     print(f"{options.out}: {card['set']['questions']:,} questions")
     for name, source in card["sources"].items():
         bad = f", {counted(source['bad_rows'], 'bad row')} left out" if source["bad_rows"] else ""
@@ -149,9 +149,9 @@ def recipe_tree(options: argparse.Namespace) -> dict[str, Any]:
     if options.preset and options.preset not in PRESETS:
         raise ConfigError(f"--preset: {options.preset!r} is not known; choose from {', '.join(PRESETS)}")
     tree = copy.deepcopy(PRESETS[options.preset]) if options.preset else load_tree(options.config) if options.config else {}
-    given: dict[str, str] = {}
+    earlier: dict[str, str] = {}
     for text in options.sources:
-        _add_source(tree.setdefault("sources", []), text, given)
+        _add_source(tree.setdefault("sources", []), text, earlier)
     for key, more in (("against", options.against), ("decisions", options.decisions)):
         if more:
             tree[key] = [*tree.get(key, []), *more]
@@ -162,9 +162,9 @@ def recipe_tree(options: argparse.Namespace) -> dict[str, Any]:
     return tree
 
 
-def _add_source(sources: list[dict[str, Any]], text: str, given: dict[str, str]) -> None:
-    """Add what one --from says, or give a source of the recipe its path. `given` has what the ones before it said, by name:
-    a second one of a name would take the place of the first."""
+def _add_source(sources: list[dict[str, Any]], text: str, earlier: dict[str, str]) -> None:
+    """Add the source of one --from, or set the path of a source of the recipe. `earlier`: name -> text of the previous ones;
+    a second source of the same name would replace the first."""
     from alphamed.data.keys import form_of
     from alphamed.data.tables import bare_name, kind_of
     from alphamed.lab.datasets.catalogue import SOURCES
@@ -177,14 +177,15 @@ def _add_source(sources: list[dict[str, Any]], text: str, given: dict[str, str])
         raise ConfigError(
             f"--from: {text!r} is neither a known set ({', '.join(SOURCES)}) nor a file; give NAME, NAME=PATH or FILE"
         )
-    source = next((one for one in sources if one.get("name") == name), None)
-    by_file_name = not equals and path and source is not None and source.get("path")
-    if name in given or by_file_name:
+    source = next((entry for entry in sources if entry.get("name") == name), None)
+    same_name = earlier.get(name)
+    if same_name is None and source is not None and path and not equals:  # a file named like a source of the recipe
+        same_name = source.get("path")
+    if same_name:
         raise ConfigError(
-            f"--from: two sources are called {name} ({given.get(name) or source['path']} and {text}); give "
-            f"one of them a name of its own, as NAME=PATH"
+            f"--from: two sources are called {name} ({same_name} and {text}); give one of them another name, as NAME=PATH"
         )
-    given[name] = text
+    earlier[name] = text
     if source is None:
         sources.append(source := {"name": name, "path": path or None})
     elif path:
@@ -211,38 +212,39 @@ def _decontaminate(options: argparse.Namespace) -> int:
         raise ConfigError(f"--similarity: {options.similarity} is not between 0 and 1; give for instance 0.6")
     train = load_questions([options.train], BadRows(options.bad_rows))
     benchmarks = load_benchmarks(options.against, BadRows(options.bad_rows))
-    by_name = {one.name: one.questions for one in benchmarks}
+    by_name = {benchmark.name: benchmark.questions for benchmark in benchmarks}
     hits = find_hits(train.questions, by_name, options.similarity)
-    told: dict[str, list[str]] = {}
+    overlaps: dict[str, list[str]] = {}
     for hit in hits:
-        told.setdefault(hit.train.id, []).append(f"{hit.benchmark}:{hit.against.id} ({hit.rule})")
-    kept = [q for q in train.questions if options.flag or q.id not in told]
-    if not kept:
+        overlaps.setdefault(hit.train.id, []).append(f"{hit.benchmark}:{hit.against.id} ({hit.rule})")
+    remaining = [q for q in train.questions if options.flag or q.id not in overlaps]
+    if not remaining:
         raise ConfigError(
             f"--train: all {len(train.questions)} questions of {options.train} are in the benchmarks; nothing "
             f"is left to write"
         )
-    extras = [{"overlaps": "; ".join(told[q.id])} if q.id in told else {} for q in kept]
-    found = report(train.questions, by_name, hits, options.similarity)
-    found |= {
+    extras = [{"overlaps": "; ".join(overlaps[q.id])} if q.id in overlaps else {} for q in remaining]
+    evidence = report(train.questions, by_name, hits, options.similarity)
+    evidence |= {
         "action": "flag" if options.flag else "drop",
         "command": options.command,
         "train_file": str(options.train),
-        "complaints": {one.name: one.complaint for one in benchmarks if one.complaint},
+        "complaints": {benchmark.name: benchmark.complaint for benchmark in benchmarks if benchmark.complaint},
         "bad_rows": [str(problem) for problem in train.skipped],
-        "reading": {"train": train.readings[0].plain()} | {one.name: one.reading.plain() for one in benchmarks},
+        "reading": {"train": train.readings[0].plain()}
+        | {benchmark.name: benchmark.reading.plain() for benchmark in benchmarks},
     }
-    write_all({options.out: question_writer(options.out, kept, extras), options.report: json_writer(found)})
-    _print_reading({str(options.train): train.readings[0]} | {one.name: one.reading for one in benchmarks})
-    for one in benchmarks:
-        counts = found["benchmarks"][one.name]
+    write_all({options.out: question_writer(options.out, remaining, extras), options.report: json_writer(evidence)})
+    _print_reading({str(options.train): train.readings[0]} | {benchmark.name: benchmark.reading for benchmark in benchmarks})
+    for benchmark in benchmarks:
+        counts = evidence["benchmarks"][benchmark.name]
         rules = ", ".join(f"{count} {rule}" for rule, count in counts["rules"].items()) or "no hit"
         print(
-            f"{one.name} ({one.place}): {counts['touched']} of {counts['questions']} questions touched; {rules}"
-            + (f"; {one.complaint}" if one.complaint else "")
+            f"{benchmark.name} ({benchmark.place}): {counts['touched']} of {counts['questions']} questions touched; {rules}"
+            + (f"; {benchmark.complaint}" if benchmark.complaint else "")
         )
     print(
-        f"{options.out}: {len(kept):,} of {len(train.questions):,} questions, {len(told):,} "
+        f"{options.out}: {len(remaining):,} of {len(train.questions):,} questions, {len(overlaps):,} "
         f"{'flagged' if options.flag else 'dropped'}; evidence in {options.report}"
         + (f"; {counted(len(train.skipped), 'bad row')} left out (the first: {train.skipped[0]})" if train.skipped else "")
     )
@@ -281,11 +283,11 @@ def _suspects(options: argparse.Namespace) -> int:
             f"--items: answers of {len(items)} model{'s' * (len(items) != 1)} ({', '.join(items)}), --models "
             f"asks for {options.models}; give more files or lower --models"
         )
-    found = suspects(questions, items, options.models, options.share)
-    write_all({options.out: text_writer(merged(options.out, found))})
-    kinds = Counter(evidence["kind"] for one in found.values() for evidence in one.evidence[:1])
+    decisions = suspects(questions, items, options.models, options.share)
+    write_all({options.out: text_writer(merged(options.out, decisions))})
+    kinds = Counter(evidence["kind"] for decision in decisions.values() for evidence in decision.evidence[:1])
     print(
-        f"{options.out}: {len(found):,} suspects of {len(questions):,} questions "
+        f"{options.out}: {len(decisions):,} suspects of {len(questions):,} questions "
         f"({', '.join(f'{count} by {kind}' for kind, count in kinds.items()) or 'none'}); set each one's decision to "
         f"keep, fix or quarantine with who, when and why"
     )

@@ -21,7 +21,7 @@ from typing import Any
 from alphamed.data.text import content_length, content_words, normalised, normalised_option, option_set
 from alphamed.records import Question
 
-OPTION_STEM = 0.2  # of 196 MedMCQA pairs with equal options and key, those that share fewer words ask other things
+OPTION_STEM = 0.2  # of 196 MedMCQA pairs with equal options and key, those that share fewer words are different questions
 OPTION_OVERLAP = 0.5
 SURE = 0.9
 LONG_STEM = 25  # content words; 98% of MedQA's stems have more, 2% of MedMCQA's
@@ -29,7 +29,7 @@ COMMON_OPTIONS = 100  # a set of options that more training questions share says
 SIMILARITY = 0.6
 
 
-class Rule(StrEnum):
+class MatchRule(StrEnum):
     EXACT = "exact"
     OPTIONS = "options"
     SIMILAR = "similar"
@@ -42,7 +42,7 @@ class Hit:
     train: Question
     against: Question
     benchmark: str
-    rule: Rule
+    rule: MatchRule
     similarity: float  # of the stems: 1 where exact, shared words for `options`, weighted for `similar`
     same_answer: bool
     shared_options: float  # Jaccard of the option sets
@@ -50,7 +50,7 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class _Text:
-    """What is compared of a question."""
+    """The parts of a question that are compared."""
 
     stem: str
     options: tuple[str, ...]
@@ -64,10 +64,10 @@ def find_hits(
 ) -> list[Hit]:
     """All hits, benchmark by benchmark, in the benchmark's order."""
     texts = [_text(question) for question in train]
-    found: list[Hit] = []
+    hits: list[Hit] = []
     for name, questions in benchmarks.items():
-        found += _hits(train, texts, name, questions, threshold)
-    return found
+        hits += _hits(train, texts, name, questions, threshold)
+    return hits
 
 
 def _text(question: Question) -> _Text:
@@ -106,7 +106,7 @@ def _pairs(
     questions: Sequence[Question],
     others: Sequence[_Text],
     threshold: float,
-) -> Iterator[tuple[Rule, int, int, float]]:
+) -> Iterator[tuple[MatchRule, int, int, float]]:
     """(rule, place in train, place in the benchmark, similarity), rule by rule."""
     from alphamed.lab.datasets.matching import similar_pairs
 
@@ -114,38 +114,38 @@ def _pairs(
     for j, other in enumerate(others):
         for i in by_stem.get(other.stem, ()):
             if _is_same_question(texts[i], other, 1.0):
-                yield Rule.EXACT, i, j, 1.0
+                yield MatchRule.EXACT, i, j, 1.0
     for j, other in enumerate(others):
         places = by_options.get(other.options, ())
         for i in places if len(places) <= COMMON_OPTIONS else ():
             overlap = _overlap(texts[i].content, other.content)
             if texts[i].answer == other.answer and overlap >= OPTION_STEM:
-                yield Rule.OPTIONS, i, j, overlap
+                yield MatchRule.OPTIONS, i, j, overlap
     for pair in similar_pairs([q.question for q in train], [q.question for q in questions], threshold):
         if _is_same_question(texts[pair.base], others[pair.query], pair.similarity):
-            yield Rule.SIMILAR, pair.base, pair.query, pair.similarity
+            yield MatchRule.SIMILAR, pair.base, pair.query, pair.similarity
 
 
-def _is_same_question(one: _Text, other: _Text, similarity: float) -> bool:
-    """Whether two stems that are so similar ask the same, or tell the same case."""
-    if (one.long and other.long) or one.answer == other.answer:
+def _is_same_question(first: _Text, second: _Text, similarity: float) -> bool:
+    """Whether two stems of this similarity ask the same, or describe the same case."""
+    if (first.long and second.long) or first.answer == second.answer:
         return True
-    return similarity >= SURE and _shared_options(one, other) >= OPTION_OVERLAP
+    return similarity >= SURE and _shared_options(first, second) >= OPTION_OVERLAP
 
 
-def _shared_options(one: _Text, other: _Text) -> float:
-    return _overlap(frozenset(one.options), frozenset(other.options))
+def _shared_options(first: _Text, second: _Text) -> float:
+    return _overlap(frozenset(first.options), frozenset(second.options))
 
 
-def _overlap(one: frozenset[str], other: frozenset[str]) -> float:
-    return len(one & other) / len(one | other) if one or other else 0.0
+def _overlap(first: frozenset[str], second: frozenset[str]) -> float:
+    return len(first & second) / len(first | second) if first or second else 0.0
 
 
 def _places(keys) -> dict[Any, list[int]]:
-    found: dict[Any, list[int]] = defaultdict(list)
+    by_key: dict[Any, list[int]] = defaultdict(list)
     for place, key in enumerate(keys):
-        found[key].append(place)
-    return found
+        by_key[key].append(place)
+    return by_key
 
 
 # --------------------------------------------------------------------------------------------------------------- report

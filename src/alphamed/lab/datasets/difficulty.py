@@ -1,4 +1,5 @@
-"""`alphamed data difficulty`: how hard each question is for a model, from k sampled answers; written beside the questions.
+"""`alphamed data difficulty`: how hard each question is for a model, from k sampled answers; written as columns of the
+questions.
 
 Liu et al. (arXiv 2505.17952) take five samples: level 1 where all are right, level 6 where none is. Answers are kept in
 OUT.work, one JSONL file a shard and one line a question as soon as it is done, so that a start after a kill repeats none.
@@ -13,7 +14,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ from alphamed.data.sources import load_questions
 from alphamed.errors import ConfigError
 from alphamed.files import append_json, read_json_lines
 from alphamed.hashing import draw
-from alphamed.records import FinishReason, GenerationTask, Outcome, Question, Sampling, ScoredGroup
+from alphamed.records import GenerationTask, Outcome, Question, Sampling, ScoredGroup
+from alphamed.response_stats import ResponseStats
 
 SETTINGS_WAIT_S = 60.0
-"""Other shards hold the common settings for the blink of an eye; a dead machine's lock on a network disk may last."""
+"""Other shards hold the lock on the common settings for milliseconds; the lock of a dead machine on a network disk may
+last."""
 LENGTH_EDGES = (50, 100, 200)
 """Tokens of the stem at which a longer bin begins: the paper's sets lie mostly below 50 (PubMedQA), up to 270 (MedMCQA) and
 between 30 and 400 (MedQA). Fixed, so that bins mean the same in every set."""
@@ -57,33 +60,36 @@ def level_of(right: int, samples: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Annotated:
-    """What the answers to one question say. `content` names its exact text: another text is another question."""
+    """The graded answers to one question. `content` identifies its exact text: another text is another question."""
 
     id: str
     content: str
-    outcomes: tuple[str, ...]
+    outcomes: tuple[Outcome, ...]
     letters: tuple[str | None, ...]
     tokens: tuple[int, ...]
     question_tokens: int
-    cut: tuple[bool, ...]  # by the token limit, however it was graded
+    cut: tuple[bool, ...]  # at the token limit, whatever the outcome
 
     def columns(self, model: str) -> dict[str, Any]:
         """What is written next to the question, but for level and informativeness. Lengths are tokens."""
-        samples = len(self.outcomes)
-        share = {kind: self.outcomes.count(kind) / samples for kind in Outcome}
+        stats = self.stats
         return {
-            "pass_rate": share[Outcome.CORRECT],
-            "samples": samples,
-            "unparsed": share[Outcome.UNPARSEABLE],
-            "truncated": sum(self.cut) / samples,
-            "response_tokens_mean": sum(self.tokens) / samples,
+            "pass_rate": stats.accuracy,
+            "samples": stats.responses,
+            "unparsed": stats.share(stats.unparseable),
+            "truncated": stats.share(stats.truncated),
+            "response_tokens_mean": stats.tokens_mean,
             "question_tokens": self.question_tokens,
             "annotated_by": model,
         }
 
     @property
+    def stats(self) -> ResponseStats:
+        return ResponseStats.of(zip(self.outcomes, self.tokens, self.cut))
+
+    @property
     def level(self) -> int:
-        return level_of(self.outcomes.count(Outcome.CORRECT), len(self.outcomes))
+        return level_of(self.stats.correct, self.stats.responses)
 
 
 def annotated(scored: ScoredGroup, question_tokens: int) -> Annotated:
@@ -91,21 +97,21 @@ def annotated(scored: ScoredGroup, question_tokens: int) -> Annotated:
     return Annotated(
         question.id,
         content_of(question),
-        tuple(map(str, scored.outcomes)),
+        scored.outcomes,
         scored.letters,
-        tuple(len(one.response_token_ids) for one in scored.group.rollouts),
+        tuple(len(rollout.response_token_ids) for rollout in scored.group.rollouts),
         question_tokens,
-        tuple(one.finish_reason != FinishReason.STOP for one in scored.group.rollouts),
+        tuple(rollout.finish_reason.truncated for rollout in scored.group.rollouts),
     )
 
 
 def content_of(question: Question) -> str:
-    told = [question.question, question.context, list(question.options.items()), question.answer]
-    return hashlib.sha256(json.dumps(told, ensure_ascii=False).encode()).hexdigest()[:16]
+    content = [question.question, question.context, list(question.options.items()), question.answer]
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
 def shard_of(question: Question, shards: int) -> int:
-    """1..shards, by the id alone: neither file order nor other questions move it."""
+    """1..shards, by the id alone: independent of file order and other questions."""
     return 1 + int(draw("shard", question.id)[:15], 16) % shards
 
 
@@ -117,14 +123,14 @@ def work_folder(out: Path) -> Path:
 def read_work(work: Path, questions: Sequence[Question], samples: int) -> dict[str, Annotated]:
     """Question id -> its annotation, from the shards of any number there are. Lines of other questions are skipped."""
     contents = {question.id: content_of(question) for question in questions}
-    found = {}
+    annotations = {}
     for file in sorted(work.glob("shard-*.jsonl")):
         for number, row in enumerate(read_json_lines(file), start=1):
             try:
-                one = Annotated(
+                annotation = Annotated(
                     row["id"],
                     row["content"],
-                    tuple(row["outcomes"]),
+                    tuple(map(Outcome, row["outcomes"])),
                     tuple(row["letters"]),
                     tuple(row["tokens"]),
                     row["question_tokens"],
@@ -135,21 +141,26 @@ def read_work(work: Path, questions: Sequence[Question], samples: int) -> dict[s
                         else (outcome == Outcome.TRUNCATED for outcome in row["outcomes"])
                     ),
                 )
-            except (KeyError, TypeError) as error:
+            except (KeyError, TypeError, ValueError) as error:
                 raise ConfigError(
                     f"{file}: line {number} is no annotation ({type(error).__name__}: {error}); remove it, "
                     f"then its question is asked again"
                 ) from None
-            if contents.get(one.id) == one.content and len(one.outcomes) == samples:
-                found[one.id] = one
-    return found
+            if contents.get(annotation.id) == annotation.content and len(annotation.outcomes) == samples:
+                annotations[annotation.id] = annotation
+    return annotations
 
 
-def write_set(out: Path, questions: Sequence[Question], found: Mapping[str, Annotated], model: str, measure: str) -> None:
+def write_set(
+    out: Path, questions: Sequence[Question], annotations: Mapping[str, Annotated], model: str, measure: str
+) -> None:
     """The questions in their order with level, informativeness and columns of their annotations. Whole or not at all."""
     bins = INFORMATIVENESS[measure]
-    told = [replace(q, level=found[q.id].level, informativeness=bins(q, found[q.id].question_tokens)) for q in questions]
-    write_all({out: question_writer(out, told, [found[q.id].columns(model) for q in questions])})
+    with_levels = [
+        replace(q, level=annotations[q.id].level, informativeness=bins(q, annotations[q.id].question_tokens))
+        for q in questions
+    ]
+    write_all({out: question_writer(out, with_levels, [annotations[q.id].columns(model) for q in questions])})
 
 
 # ------------------------------------------------------------------------------------------------------------- command
@@ -182,7 +193,7 @@ def main(options: argparse.Namespace) -> int:
     check_suffix(options.out)
     shard, shards = _shard(options.shard)
     if options.temperature == 0:
-        raise ConfigError("--temperature: 0 gives every answer alike, which measures no difficulty; give one above 0")
+        raise ConfigError("--temperature: 0 makes all answers the same, which measures no difficulty; give one above 0")
     check_sampling(options)
     questions = load_questions(options.questions, BadRows(options.bad_rows)).questions
     config, work = config_of(options, options.overrides), work_folder(options.out)
@@ -214,23 +225,23 @@ def _carry_out(
     except RunFailed as error:
         print(f"{'error' if error.user_error else 'difficulty failed'}: {error}", file=sys.stderr)
         return 2 if error.user_error else 1
-    found = read_work(file.parent, questions, options.samples)
-    if len(found) < len(questions):
+    annotations = read_work(file.parent, questions, options.samples)
+    if len(annotations) < len(questions):
         print(
-            f"{file.parent}: {len(found):,} of {len(questions):,} questions are annotated; {options.out} is written by the "
+            f"{file.parent}: {len(annotations):,} of {len(questions):,} questions are annotated; {options.out} is written by the "
             f"start that finds all of them done"
         )
         return 0
-    write_set(options.out, questions, found, model.folder.resolve().name, options.informativeness)
-    _tell(options.out, found)
+    write_set(options.out, questions, annotations, model.folder.resolve().name, options.informativeness)
+    _print_summary(options.out, annotations)
     return 0
 
 
 def _shard(text: str) -> tuple[int, int]:
-    one, slash, of = text.partition("/")
-    if not slash or not one.isdecimal() or not of.isdecimal() or not 1 <= int(one) <= int(of):
+    index, slash, count = text.partition("/")
+    if not slash or not index.isdecimal() or not count.isdecimal() or not 1 <= int(index) <= int(count):
         raise ConfigError(f"--shard: {text!r} is not I/N with I from 1 to N; write it like 2/8")
-    return int(one), int(of)
+    return int(index), int(count)
 
 
 def _annotate(mine: Sequence[Question], config: Config, options: argparse.Namespace, model: Any, file: Path) -> None:
@@ -244,7 +255,7 @@ def _annotate(mine: Sequence[Question], config: Config, options: argparse.Namesp
         print(f"{file.parent}: {len(done):,} of {len(mine):,} questions are annotated already", file=sys.stderr)
     if not todo:
         return
-    limit, told = config.rollout.max_response_tokens, answers.Told("difficulty", len(mine), len(done))
+    limit, progress = config.rollout.max_response_tokens, answers.ProgressReporter("difficulty", len(mine), len(done))
 
     def task(question: Question) -> GenerationTask:
         name = f"difficulty/{question.id}"
@@ -259,26 +270,15 @@ def _annotate(mine: Sequence[Question], config: Config, options: argparse.Namesp
     with answers.answering(config, model) as answer:
         for scored in answer(task(question) for question in todo):
             tokens = len(model.tokenizer.encode(model.tokenizer.plain(scored.group.question.question)))
-            one = annotated(scored, tokens)
-            append_json(
-                file,
-                {
-                    "id": one.id,
-                    "content": one.content,
-                    "outcomes": one.outcomes,
-                    "letters": one.letters,
-                    "tokens": one.tokens,
-                    "question_tokens": one.question_tokens,
-                    "cut": one.cut,
-                },
-            )
-            told.one_more()
+            annotation = annotated(scored, tokens)
+            append_json(file, asdict(annotation))
+            progress.advance()
 
 
-def _tell(out: Path, found: Mapping[str, Annotated]) -> None:
-    levels = Counter(one.level for one in found.values())
-    rate = sum(one.columns("")["pass_rate"] for one in found.values()) / len(found)
+def _print_summary(out: Path, annotations: Mapping[str, Annotated]) -> None:
+    levels = Counter(annotation.level for annotation in annotations.values())
+    rate = sum(annotation.columns("")["pass_rate"] for annotation in annotations.values()) / len(annotations)
     print(
-        f"{out}: {len(found):,} questions, pass rate {rate:.1%}; "
+        f"{out}: {len(annotations):,} questions, pass rate {rate:.1%}; "
         + ", ".join(f"L{level} {levels[level]:,}" for level in LEVELS)
     )

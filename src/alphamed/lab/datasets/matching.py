@@ -23,7 +23,7 @@ BATCH = 30_000  # candidates compared at once: bounds memory
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class SimilarPair:
     """Stem `query` of one side is similar to stem `base` of the other."""
 
     query: int
@@ -39,8 +39,8 @@ class _Features:
     starts: np.ndarray  # int64, [documents + 1]
 
 
-def similar_pairs(base: Sequence[str], queries: Sequence[str], threshold: float) -> Iterator[Pair]:
-    """All (query, base) pairs of stems with similarity >= threshold, query by query, then by falling similarity. Stems
+def similar_pairs(base: Sequence[str], queries: Sequence[str], threshold: float) -> Iterator[SimilarPair]:
+    """All (query, base) pairs of stems with similarity >= threshold, query by query, then by decreasing similarity. Stems
     without a content word are similar to none."""
     if not base or not queries:
         return
@@ -49,19 +49,19 @@ def similar_pairs(base: Sequence[str], queries: Sequence[str], threshold: float)
     count = int(everything.ids.max()) + 1 if len(everything.ids) else 0
     frequency = np.bincount(everything.ids, minlength=count)
     weight = np.log1p((len(base) + len(queries)) / np.maximum(frequency, 1))
-    left = _Features(everything.ids[:cut], everything.starts[: len(base) + 1])
-    right = _Features(everything.ids[cut:], everything.starts[len(base) :] - cut)
-    yield from _join(left, right, weight, frequency, threshold)
+    base_features = _Features(everything.ids[:cut], everything.starts[: len(base) + 1])
+    query_features = _Features(everything.ids[cut:], everything.starts[len(base) :] - cut)
+    yield from _join(base_features, query_features, weight, frequency, threshold)
 
 
 def _features(texts: Sequence[str]) -> _Features:
-    """Content words and pairs of neighbours as numbers from 0, for all texts in one go."""
+    """Content words and pairs of neighbours as numbers from 0, for all texts at once."""
     vocabulary: dict[str, int] = {}
     flat, sizes = [], []
     for text in texts:
-        found = content_words(text)
-        flat += [vocabulary.setdefault(word, len(vocabulary)) for word in found]
-        sizes.append(len(found))
+        content = content_words(text)
+        flat += [vocabulary.setdefault(word, len(vocabulary)) for word in content]
+        sizes.append(len(content))
     words = np.array(flat, dtype=np.uint64)
     document = np.repeat(np.arange(len(texts)), sizes)
     neighbours = document[1:] == document[:-1]
@@ -79,14 +79,14 @@ def _features(texts: Sequence[str]) -> _Features:
 
 def _join(
     base: _Features, queries: _Features, weight: np.ndarray, frequency: np.ndarray, threshold: float
-) -> Iterator[Pair]:
+) -> Iterator[SimilarPair]:
     """`weight` [features] float64, `frequency` [features] int64."""
     documents = np.repeat(np.arange(len(base.starts) - 1), np.diff(base.starts))
     by_feature = np.argsort(base.ids, kind="stable")
     postings, bounds = documents[by_feature], np.searchsorted(base.ids[by_feature], np.arange(len(weight) + 1))
     totals = np.zeros(len(base.starts) - 1)
     np.add.at(totals, documents, weight[base.ids])
-    inside = np.zeros(len(weight), dtype=bool)  # marks the features of the query at hand
+    inside = np.zeros(len(weight), dtype=bool)  # marks the features of the current query
     for query in range(len(queries.starts) - 1):
         features = queries.ids[queries.starts[query] : queries.starts[query + 1]]
         total = weight[features].sum()
@@ -96,18 +96,18 @@ def _join(
         candidates = np.unique(np.concatenate([postings[bounds[f] : bounds[f + 1]] for f in prefix]))
         fits = (totals[candidates] >= threshold * total - 1e-9) & (totals[candidates] * threshold <= total + 1e-9)
         inside[features] = True
-        found: list[Pair] = []
+        pairs: list[SimilarPair] = []
         chosen = candidates[fits]
         for part in (chosen[first : first + BATCH] for first in range(0, len(chosen), BATCH)):
             common = _common_weight(part, base, inside, weight)
             score = common / (total + totals[part] - common)
-            found += [Pair(query, int(d), float(s)) for d, s in zip(part, score) if s >= threshold - 1e-9]
+            pairs += [SimilarPair(query, int(d), float(s)) for d, s in zip(part, score) if s >= threshold - 1e-9]
         inside[features] = False
-        yield from sorted(found, key=lambda pair: (-pair.similarity, pair.base))
+        yield from sorted(pairs, key=lambda pair: (-pair.similarity, pair.base))
 
 
 def _prefix(features: np.ndarray, weight: np.ndarray, frequency: np.ndarray, needed: float) -> np.ndarray:
-    """The rarest features, as many as leave less than `needed` to the others."""
+    """The rarest features, so many that the others weigh less than `needed`."""
     order = features[np.argsort(frequency[features], kind="stable")]
     rest = weight[order].sum() - np.cumsum(weight[order])
     return order[: int(np.searchsorted(-rest, -needed + 1e-9, side="right")) + 1]

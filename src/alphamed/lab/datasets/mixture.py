@@ -25,7 +25,7 @@ ANNOTATE = "annotate them (alphamed data difficulty) and name the result as leve
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class PoolItem:
     """A question in the pool, the name of the source it came from (`sources[].name`) and its licence."""
 
     question: Question
@@ -34,47 +34,46 @@ class Item:
 
 
 # ------------------------------------------------------------------------------------------------------------- filters
-def filtered(items: Iterable[Item], wanted: FilterRecipe) -> tuple[list[Item], Counter[str]]:
+def filtered(items: Iterable[PoolItem], recipe: FilterRecipe) -> tuple[list[PoolItem], Counter[str]]:
     """The items that pass, and per reason the number that does not (the first reason counts)."""
-    patterns = [re.compile(text, re.IGNORECASE) for text in wanted.exclude]
-    pool, kept, dropped = list(items), [], Counter()
-    _require_annotated(pool, wanted)
+    patterns = [re.compile(text, re.IGNORECASE) for text in recipe.exclude]
+    pool, passing, dropped = list(items), [], Counter()
+    _require_annotated(pool, recipe)
     for item in pool:
-        reason = _reason(item.question, wanted, patterns)
+        reason = _reason(item.question, recipe, patterns)
         if reason is None:
-            kept.append(item)
+            passing.append(item)
         else:
             dropped[reason] += 1
-    return kept, dropped
+    return passing, dropped
 
 
-def _reason(question: Question, wanted: FilterRecipe, patterns: Sequence[re.Pattern[str]]) -> str | None:
-    if wanted.sources and not any(_is_of(question.source, name) for name in wanted.sources):
+def _reason(question: Question, recipe: FilterRecipe, patterns: Sequence[re.Pattern[str]]) -> str | None:
+    if recipe.sources and not any(_is_of(question.source, name) for name in recipe.sources):
         return "source"
     for attribute in ATTRIBUTES:
-        values = getattr(wanted, attribute.axis)
+        values = getattr(recipe, attribute.axis)
         if values and attribute.of(question) not in values:
             return attribute.field
-    if not wanted.min_options <= len(question.options) <= wanted.max_options:
+    if not recipe.min_options <= len(question.options) <= recipe.max_options:
         return "options"
-    if wanted.min_words or wanted.max_words:
+    if recipe.min_words or recipe.max_words:
         length = length_words(question)
-        if length < wanted.min_words or (wanted.max_words is not None and length > wanted.max_words):
+        if length < recipe.min_words or (recipe.max_words is not None and length > recipe.max_words):
             return "length"
     if any(pattern.search(question.question) for pattern in patterns):
         return "excluded text"
     return None
 
 
-def _require_annotated(pool: Sequence[Item], wanted: FilterRecipe) -> None:
-    """Raises DataError where a filter asks for an attribute that no question has: that is a set without annotations, not
-    one without such questions."""
+def _require_annotated(pool: Sequence[PoolItem], recipe: FilterRecipe) -> None:
+    """Raises DataError where a filter needs an attribute that no question has: such a set lacks annotations, not
+    questions."""
     for attribute in ATTRIBUTES:
-        values = getattr(wanted, attribute.axis)
+        values = getattr(recipe, attribute.axis)
         if values and pool and all(attribute.of(item.question) is None for item in pool):
             raise DataError(
-                f"filter.{attribute.axis}: {list(values)} is asked for, but no question carries "
-                f"{attribute.field}; {ANNOTATE}"
+                f"filter.{attribute.axis}: {list(values)} is required, but no question has {attribute.field}; {ANNOTATE}"
             )
 
 
@@ -83,10 +82,10 @@ def _is_of(source: str | None, name: str) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------- conflicts
-def conflicting(items: Iterable[Item]) -> list[list[Item]]:
-    """Groups of items that ask the same (stem, context and options, but for case, punctuation and letters) and have
-    different keys."""
-    groups: dict[tuple, list[Item]] = defaultdict(list)
+def conflicting(items: Iterable[PoolItem]) -> list[list[PoolItem]]:
+    """Groups of items with the same question (stem, context and options, up to case, punctuation and letters) but different
+    keys."""
+    groups: dict[tuple, list[PoolItem]] = defaultdict(list)
     for item in items:
         q = item.question
         groups[normalised(q.question), normalised(q.context or ""), option_set(q.options)].append(item)
@@ -98,17 +97,17 @@ def conflicting(items: Iterable[Item]) -> list[list[Item]]:
 
 
 # ------------------------------------------------------------------------------------------------------------- balance
-def balanced(items: Sequence[Item], wanted: BalanceRecipe, seed: int) -> tuple[list[Item], int]:
+def balanced(items: Sequence[PoolItem], recipe: BalanceRecipe, seed: int) -> tuple[list[PoolItem], int]:
     """The items with the commonest answers of one source cut down to `max_share`, and the number left out."""
-    by_answer: dict[str, list[Item]] = defaultdict(list)
+    by_answer: dict[str, list[PoolItem]] = defaultdict(list)
     for item in items:
-        if item.origin == wanted.source:
+        if item.origin == recipe.source:
             by_answer[normalised_option(item.question.options[item.question.answer])].append(item)
-    cap = largest_cap([len(group) for group in by_answer.values()], wanted.max_share)
+    cap = largest_cap([len(group) for group in by_answer.values()], recipe.max_share)
     if cap == 0 and by_answer:
         raise DataError(
-            f"balance: {wanted.source} has {len(by_answer)} different answers, none of which can make up at "
-            f"most {wanted.max_share:g} of it; raise max_share"
+            f"balance: {recipe.source} has {len(by_answer)} different answers, none of which can make up at "
+            f"most {recipe.max_share:g} of it; raise max_share"
         )
     left_out = {
         item.question.id
@@ -132,7 +131,7 @@ def largest_cap(counts: Sequence[int], max_share: float) -> int:
     return low
 
 
-def commonest_answer(items: Iterable[Item], source: str) -> tuple[str, float] | None:
+def commonest_answer(items: Iterable[PoolItem], source: str) -> tuple[str, float] | None:
     """The answer that most questions of a source have, and its share of them; None where there are none."""
     counts = Counter(
         normalised_option(item.question.options[item.question.answer]) for item in items if item.origin == source
@@ -144,20 +143,22 @@ def commonest_answer(items: Iterable[Item], source: str) -> tuple[str, float] | 
 
 
 # -------------------------------------------------------------------------------------------------------------- quotas
-def mixed(items: Sequence[Item], quotas: Sequence[QuotaRecipe], seed: int, short: Short) -> tuple[list[Item], list[str]]:
-    """The items that fill the quotas, in the order given, and what is short of them in words. Without quotas all items.
-    DataError where a quota cannot be filled and `short` refuses that."""
+def mixed(
+    items: Sequence[PoolItem], quotas: Sequence[QuotaRecipe], seed: int, short: Short
+) -> tuple[list[PoolItem], list[str]]:
+    """The items that fill the quotas, in their order, and a line for each quota that is not filled. Without quotas all
+    items. DataError where a quota cannot be filled and `short` refuses that."""
     if not quotas:
         return list(items), []
-    taken: dict[str, Item] = {}
+    drawn_items: dict[str, PoolItem] = {}
     missing = []
     for quota in quotas:
-        pool = [item for item in items if item.origin == quota.source and item.question.id not in taken]
-        for what, part, count in _parts(pool, quota):
+        pool = [item for item in items if item.origin == quota.source and item.question.id not in drawn_items]
+        for label, part, count in _parts(pool, quota):
             chosen = sorted(part, key=lambda item: draw(seed, "quota", item.question.id))[:count]
-            taken |= {item.question.id: item for item in chosen}
+            drawn_items |= {item.question.id: item for item in chosen}
             if len(chosen) < count:
-                missing.append(f"{what}: {len(chosen)} of {count}")
+                missing.append(f"{label}: {len(chosen)} of {count}")
     if missing and short == Short.REFUSE:
         by_level = any(quota.per_level or quota.levels for quota in quotas)
         none = (
@@ -169,11 +170,11 @@ def mixed(items: Sequence[Item], quotas: Sequence[QuotaRecipe], seed: int, short
             f"quotas: not enough questions ({', '.join(missing)}){none}; lower the quotas, or take what there "
             f"is with short=take"
         )
-    return [item for item in items if item.question.id in taken], missing
+    return [item for item in items if item.question.id in drawn_items], missing
 
 
-def _parts(pool: Sequence[Item], quota: QuotaRecipe) -> list[tuple[str, list[Item], int]]:
-    """What a quota draws: (in words, the items to draw from, how many)."""
+def _parts(pool: Sequence[PoolItem], quota: QuotaRecipe) -> list[tuple[str, list[PoolItem], int]]:
+    """The draws of a quota: (label, items to draw from, how many)."""
     if quota.per_level is None:
         assert quota.count is not None
         part = [item for item in pool if not quota.levels or item.question.level in quota.levels]
@@ -184,7 +185,7 @@ def _parts(pool: Sequence[Item], quota: QuotaRecipe) -> list[tuple[str, list[Ite
     ]
 
 
-def drawn(items: Sequence[Item], size: int | None, seed: int) -> list[Item]:
+def drawn(items: Sequence[PoolItem], size: int | None, seed: int) -> list[PoolItem]:
     """At most `size` of the items, in their order."""
     if size is None or len(items) <= size:
         return list(items)
@@ -193,22 +194,22 @@ def drawn(items: Sequence[Item], size: int | None, seed: int) -> list[Item]:
 
 
 # --------------------------------------------------------------------------------------------------- order and letters
-def shuffled(items: Iterable[Item], seed: int) -> list[Item]:
+def shuffled(items: Iterable[PoolItem], seed: int) -> list[PoolItem]:
     return sorted(items, key=lambda item: draw(seed, "order", item.question.id))
 
 
-def relettered(items: Sequence[Item], seed: int) -> tuple[list[Item], int]:
-    """The items with their options in a new order, and how many have none. Among n neighbours with n options the answer has
-    every letter once; questions whose options refer to others ("both A and C") are left as they are."""
+def relettered(items: Sequence[PoolItem], seed: int) -> tuple[list[PoolItem], int]:
+    """The items with their options in a new order, and how many keep theirs. Among n neighbours with n options the answer
+    has every letter once; questions whose options refer to others ("both A and C") are left as they are."""
     decks: dict[int, list[int]] = {}
-    found, as_they_were = [], 0
+    lettered, unchanged = [], 0
     for number, item in enumerate(items):
         if refers_to_options(item.question):
-            found.append(item)
-            as_they_were += 1
+            lettered.append(item)
+            unchanged += 1
             continue
         size = len(item.question.options)
         if not decks.get(size):
             decks[size] = sorted(range(size), key=lambda place: draw(seed, "place", number, place))
-        found.append(Item(shuffle_options(item.question, seed, 0, decks[size].pop()), item.origin, item.licence))
-    return found, as_they_were
+        lettered.append(PoolItem(shuffle_options(item.question, seed, 0, decks[size].pop()), item.origin, item.licence))
+    return lettered, unchanged

@@ -85,7 +85,7 @@ def set_figures(questions: Sequence[Question]) -> list[Figure]:
         "Words of context, question and options together (characters in scripts without blanks); the last bar holds "
         "longer ones."
     )
-    found = [Figure("words", "Length", caption, _lengths(lengths))]
+    figures = [Figure("words", "Length", caption, _lengths(lengths))]
     for key, title, caption, values in (
         ("sources", "Sources", "As the questions name them.", [q.source or "unknown" for q in questions]),
         ("levels", "Levels", "1 easy to 6 hard.", [f"level {q.level}" if q.level else "none" for q in questions]),
@@ -109,8 +109,8 @@ def set_figures(questions: Sequence[Question]) -> list[Figure]:
         else:
             rows = _rows(counts)
         if len(rows) > 1 and (key != "levels" or set(counts) != {"none"}):
-            found.append(Figure(key, title, caption, ranked_bars(rows, len(questions))))
-    return found
+            figures.append(Figure(key, title, caption, ranked_bars(rows, len(questions))))
+    return figures
 
 
 def _lengths(lengths: Sequence[int]) -> str:
@@ -142,7 +142,7 @@ def examples(questions: Sequence[Question]) -> list[Question]:
 def _plain(finding: Finding) -> dict[str, Any]:
     return {
         "title": finding.title,
-        "told": finding.told,
+        "text": finding.text,
         "count": finding.count,
         "examples": list(finding.examples),
         "serious": finding.serious,

@@ -25,14 +25,14 @@ class Overlap(StrEnum):
 
 
 class Conflicts(StrEnum):
-    """What to do with a question that stands in the sources with different keys."""
+    """What to do with a question that the sources hold with different keys."""
 
     REFUSE = "refuse"
     DROP = "drop"
 
 
 class Short(StrEnum):
-    """What to do where a quota asks for more than there is."""
+    """What to do where a quota asks for more questions than exist."""
 
     REFUSE = "refuse"
     TAKE = "take"
@@ -49,10 +49,10 @@ class SourceRecipe(Section):
     split: str | None = None
     revision: str | None = None
     answer: AnswerForm | None = None
-    """How the file names the right option; not given: found from all of its keys, and refused where they can be read in two
+    """How the file marks the right option; not set: inferred from all of its keys, and refused where they can be read in two
     ways."""
     licence: str | None = None
-    """For sets that are not known; rows that carry a licence of their own keep it."""
+    """For sets that are not known; rows with their own licence keep it."""
     levels: Path | None = None
     """A file of rows with `id`, `level` and, where known, `informativeness`, over what the questions carry: what `alphamed
     data difficulty` writes."""
@@ -63,7 +63,7 @@ class FilterRecipe(Section):
     """Keep questions whose own `source` is or begins with one of these (`headqa/medicine`, `medqa`); empty: all."""
     min_words: NonNegative = 0
     max_words: Positive | None = None
-    """Words of question, context and options together; in scripts without blanks between words (Chinese, Japanese, Thai,
+    """Words of question, context and options together; in scripts without spaces between words (Chinese, Japanese, Thai,
     Lao, Khmer, Burmese) every character counts as one."""
     min_options: Annotated[int, Field(ge=2)] = 2
     max_options: Annotated[int, Field(ge=2)] = 26
@@ -154,7 +154,7 @@ class BuildRecipe(Section):
         names = [source.name for source in self.sources]
         for name in names:
             if names.count(name) > 1:
-                yield f"sources: {name} stands twice; give every source once, or two names to two files"
+                yield f"sources: {name} occurs twice; give every source once, or two names to two files"
         for kind, parts in (("quotas", self.quotas), ("balance", self.balance)):
             for part in parts:
                 if part.source not in names:

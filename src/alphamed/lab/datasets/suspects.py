@@ -1,8 +1,8 @@
 """Questions whose key may be wrong: duplicates with conflicting keys, and models that agree on another letter.
 
-It finds, people decide (decisions.py). Two kinds of evidence:
+The program finds them, people decide (decisions.py). Two kinds of evidence:
   conflict   the same stem, or one at least NEAR similar with the same options, has another key elsewhere, and each one's key
-             stands among the other's options
+             is among the other's options
   agreement  in the answers of at least `models` models, each one's favourite letter is the same other one, and together they
              gave it at least `share` of the time
 """
@@ -33,13 +33,13 @@ def suspects(
     share: float = SHARE,
 ) -> dict[str, Decision]:
     """Question id -> an open decision with its evidence. `items` are graded answers by model (see `read_models`)."""
-    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    evidence_by_id: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for name, evidence in (*_conflicts(questions), *_agreements(questions, items, models, share)):
-        found[name].append(evidence)
+        evidence_by_id[name].append(evidence)
     by_id = {question.id: question for question in questions}
     return {
         name: Decision(id=name, fingerprint=fingerprint(by_id[name]), evidence=tuple(evidence))
-        for name, evidence in found.items()
+        for name, evidence in evidence_by_id.items()
     }
 
 
@@ -56,13 +56,13 @@ def _conflicts(questions: Sequence[Question]) -> Iterator[tuple[str, dict[str, A
         pairs.setdefault((i, j), similarity)
     for (i, j), similarity in pairs.items():
         if questions[i].context == questions[j].context and _conflict(questions[i], questions[j]):
-            for one, other in ((questions[i], questions[j]), (questions[j], questions[i])):
+            for side, other in ((questions[i], questions[j]), (questions[j], questions[i])):
                 yield (
-                    one.id,
+                    side.id,
                     {
                         "kind": "conflict",
                         "similarity": round(similarity, 4),
-                        "key": one.options[one.answer],
+                        "key": side.options[side.answer],
                         "other": other.id,
                         "other_key": other.options[other.answer],
                         "other_question": other.question,
@@ -97,13 +97,13 @@ def _near(questions: Sequence[Question]) -> Iterator[tuple[int, int, float]]:
             yield i, j, pair.similarity
 
 
-def _conflict(one: Question, other: Question) -> bool:
-    """Whether one's key stands among the other's options without being its key, and the other way round."""
-    return _denied(one, other) and _denied(other, one)
+def _conflict(first: Question, second: Question) -> bool:
+    """Whether one's key is among the other's options without being its key, and vice versa."""
+    return _denied(first, second) and _denied(second, first)
 
 
-def _denied(one: Question, other: Question) -> bool:
-    key = normalised_option(one.options[one.answer])
+def _denied(question: Question, other: Question) -> bool:
+    key = normalised_option(question.options[question.answer])
     return key in option_set(other.options) and key != normalised_option(other.options[other.answer])
 
 
@@ -112,7 +112,7 @@ def read_models(paths: Iterable[Path]) -> dict[str, list[dict[str, Any]]]:
     """Model -> its graded answers, from the items.jsonl files of evaluations. A row's `model` names its model, else the
     file does: its folder where it is called items.jsonl. Raises DataError where a row is no graded answer, or a file
     is given twice: its answers would count twice."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    answers: dict[str, list[dict[str, Any]]] = {}
     seen: set[Path] = set()
     for path in paths:
         if path.resolve() in seen:
@@ -125,9 +125,9 @@ def read_models(paths: Iterable[Path]) -> dict[str, list[dict[str, Any]]]:
                     f"{path}:{number}: no graded answer (it needs id, letter or null, and options as letter -> "
                     f"text); give an items.jsonl of `alphamed eval`"
                 )
-            if not row.get("variant"):  # a changed form of a question says nothing of its key
-                found.setdefault(str(row.get("model") or default), []).append(row)
-    return found
+            if not row.get("variant"):  # a variant of a question says nothing about its key
+                answers.setdefault(str(row.get("model") or default), []).append(row)
+    return answers
 
 
 def _is_answer(row: Any) -> bool:
@@ -145,6 +145,7 @@ def _is_answer(row: Any) -> bool:
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
     """(number of the line, its value)."""
+    number = 0
     try:
         for number, line in enumerate(jsonl.byte_lines(path), start=1):
             if not jsonl.is_blank(line):
@@ -172,8 +173,8 @@ def _agreements(
         favourites = {_favourite(counts) for counts in by_model.values()}
         other = next(iter(favourites))
         right = normalised_option(question.options[question.answer])
-        given = sum((counts for counts in by_model.values()), Counter())
-        if len(favourites) == 1 and other not in (None, right) and given[other] >= share * given.total():
+        votes = sum((counts for counts in by_model.values()), Counter())
+        if len(favourites) == 1 and other not in (None, right) and votes[other] >= share * votes.total():
             letter = next((k for k, text in question.options.items() if normalised_option(text) == other), None)
             if letter is not None:
                 yield (
@@ -182,8 +183,8 @@ def _agreements(
                         "kind": "agreement",
                         "key": question.options[question.answer],
                         "models_say": question.options[letter],
-                        "share": round(given[other] / given.total(), 4),
-                        "answers": given.total(),
+                        "share": round(votes[other] / votes.total(), 4),
+                        "answers": votes.total(),
                         "models": sorted(by_model),
                     },
                 )

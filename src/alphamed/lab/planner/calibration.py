@@ -1,4 +1,4 @@
-"""The efficiencies of the time model: what was assumed, what was fitted once to two published steps (see published.py)."""
+"""The efficiencies of the time model: some assumed, others fitted once to two published steps (see published.py)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Efficiency:
-    """Shares of a peak, and seconds that no peak explains."""
+    """Shares of a peak, and times that no peak explains."""
 
     matmul: float  # of the GPU's matrix-product peak, in the trainer and in an engine's prefill
     link: float  # of NVLink's and the network's bandwidth, in collectives

@@ -1,4 +1,4 @@
-"""Candidates of the search for a plan that fits: settings that differ from the job's, and those of the trainer."""
+"""Candidates of the search for a plan that fits: the type of a change of settings, and the changes of the trainer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from alphamed.config.choices import Recompute, ReferencePlace
 from alphamed.config.sections import AUTO_CHUNK_TOKENS
 from alphamed.lab.planner.suggest import Overrides, axes, layouts
 from alphamed.model.shape import divisors
-from alphamed.planner.job import Job
+from alphamed.planner.job import PlannedJob
 from alphamed.planner.legality import nearest
 from alphamed.planner.memory import stage_use
 
@@ -20,8 +20,9 @@ Settings = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Settings of one side that differ from the job's: how many, how far, and how many bytes a GPU then needs for that side."""
+class SideChange:
+    """Settings of one side (trainer or engines) that differ from the job's: how many, how far, and the bytes that this side
+    then needs on a GPU."""
 
     count: int
     distance: float
@@ -29,8 +30,8 @@ class Part:
     bytes: int = 0
 
 
-def with_settings(job: Job, settings: Settings) -> Job:
-    """The job with other settings, not validated: for numbers only."""
+def with_settings(job: PlannedJob, settings: Settings) -> PlannedJob:
+    """The job with other settings, without validation: only for arithmetic."""
     sections: dict[str, dict[str, Any]] = {}
     for key, value in settings.items():
         section, _, name = key.partition(".")
@@ -52,8 +53,8 @@ def _written(value: Any) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------- trainer
-def trainer_parts(job: Job, nodes: int) -> Iterator[Part]:
-    """Layouts x recomputation x row lengths x switches that save memory; what they need is not known yet."""
+def trainer_parts(job: PlannedJob, nodes: int) -> Iterator[SideChange]:
+    """Layouts x recomputation x row lengths x switches that save memory; `measured` computes the bytes they need."""
     now, p = axes(job), job.parallel
     levels = list(Recompute)
     for cut in layouts(job, job.gpus if job.gpu.is_cpu else nodes * job.gpus_per_node):
@@ -72,43 +73,43 @@ def trainer_parts(job: Job, nodes: int) -> Iterator[Part]:
                         + len(switches)
                         + abs(levels.index(level) - levels.index(p.recompute))
                     )
-                    yield Part(
+                    yield SideChange(
                         len(moved) + len(switches) + len(row) + len(again),
                         round(far, 6),
                         tuple((base | row | again).items()),
                     )
 
 
-def _followers(job: Job, cut: Mapping[str, int]) -> dict[str, Any]:
-    """Settings that have to follow a layout; they count as no change of their own."""
-    p, found = job.parallel, {}
+def _followers(job: PlannedJob, cut: Mapping[str, int]) -> dict[str, Any]:
+    """Settings that follow from a layout; they do not count as changes."""
+    p, settings = job.parallel, {}
     if p.sequence and cut["tensor"] == 1:
-        found["parallel.sequence"] = False
+        settings["parallel.sequence"] = False
     if not p.sequence and cut["tensor"] > 1 and p.tensor == 1:
-        found["parallel.sequence"] = True
+        settings["parallel.sequence"] = True
     if p.virtual_pipeline and (cut["pipeline"] == 1 or job.shape.layers // cut["pipeline"] % p.virtual_pipeline):
         near = nearest(p.virtual_pipeline, divisors(job.shape.layers // cut["pipeline"]))
-        found["parallel.virtual_pipeline"] = near if near > 1 and cut["pipeline"] > 1 else None
-    return found
+        settings["parallel.virtual_pipeline"] = near if near > 1 and cut["pipeline"] > 1 else None
+    return settings
 
 
-def _switches(job: Job, cut: Mapping[str, int]) -> list[dict[str, Any]]:
+def _switches(job: PlannedJob, cut: Mapping[str, int]) -> list[dict[str, Any]]:
     """None of the switches that save memory, each of them, and all."""
-    p, found = job.parallel, {}
+    p, switches = job.parallel, {}
     if p.logprob_chunk_tokens == 0:
-        found["parallel.logprob_chunk_tokens"] = AUTO_CHUNK_TOKENS
+        switches["parallel.logprob_chunk_tokens"] = AUTO_CHUNK_TOKENS
     if not p.distributed_optimizer:
-        found["parallel.distributed_optimizer"] = True
+        switches["parallel.distributed_optimizer"] = True
     if job.reference and p.reference == ReferencePlace.RESIDENT and not job.config.model.fp8 and not job.gpu.is_cpu:
-        found["parallel.reference"] = ReferencePlace.OFFLOADED
+        switches["parallel.reference"] = ReferencePlace.OFFLOADED
     if p.virtual_pipeline and cut["pipeline"] > 1 and "parallel.virtual_pipeline" not in _followers(job, cut):
-        found["parallel.virtual_pipeline"] = None
+        switches["parallel.virtual_pipeline"] = None
     if cut["tensor"] > 1 and p.tensor > 1 and not p.sequence:
-        found["parallel.sequence"] = True
-    return [{}, *({key: value} for key, value in found.items()), *([found] if len(found) > 1 else [])]
+        switches["parallel.sequence"] = True
+    return [{}, *({key: value} for key, value in switches.items()), *([switches] if len(switches) > 1 else [])]
 
 
-def _row_lengths(job: Job) -> list[int]:
+def _row_lengths(job: PlannedJob) -> list[int]:
     """Tokens of a micro-batch: the present number, halves of it, and the least that holds one sequence."""
     now, c = job.parallel.micro_batch_tokens, job.config
     least = c.prompt.max_tokens + c.rollout.max_response_tokens + c.token_multiple - 1
@@ -116,8 +117,9 @@ def _row_lengths(job: Job) -> list[int]:
     return sorted({least, *(tokens for tokens in halves if tokens >= least)}, reverse=True)
 
 
-def measured(job: Job, row: Part) -> Part | None:
-    """The part with what its fullest stage needs; None where that is too much. Engines of one GPU ask least of a sender."""
+def measured(job: PlannedJob, row: SideChange) -> SideChange | None:
+    """The change with the bytes that its fullest stage needs; None where it does not fit. Engines of one GPU are assumed,
+    for which a sender needs least."""
     changed = with_settings(job, dict(row.settings) | {"rollout.tensor_parallel": 1})
     p = changed.parallel
     if p.recompute == Recompute.SELECTIVE and not p.share_prompts and p.context == 1 and not job.gpu.is_cpu:

@@ -1,4 +1,4 @@
-"""What the plan says of a step that has just been measured, with the lengths that its text really had."""
+"""The plan's prediction for a step that has just been measured, from the actual lengths of its texts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from alphamed.records import TokenGroup
 
 
 class PlanForecast:
-    """Predictions beside a run's measurements. `model`: the folder that the run started from."""
+    """Predictions that a run records next to its measurements. `model`: the folder that the run started from."""
 
     def __init__(self, config: Config, model: Path) -> None:
         self._job = job_here(config, read_shape(model))

@@ -1,4 +1,4 @@
-"""`alphamed plan`: prints the plan, writes it as JSON and as a page; exit code 1 where the run cannot be."""
+"""`alphamed plan`: prints the plan, writes it as JSON and as a page; exit code 1 where the run is impossible."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def main(options: Namespace) -> int:
     check_options(options, config)
     job, source = job_of(config, options.gpu, options.nodes, options.prompt_tokens, options.response_tokens)
     plan = make_plan(job, source, options.storage * 1e9 if options.storage else STORAGE_BYTES_PER_S)
-    found = advice.faster(plan) if plan.fits else advice.fixes(plan)
-    print(text_report.text(plan, found))
+    suggestions = advice.faster(plan) if plan.fits else advice.fixes(plan)
+    print(text_report.text(plan, suggestions))
     if options.json:
-        _write(options.json, json.dumps(to_json(plan, found), indent=1) + "\n")
+        _write(options.json, json.dumps(to_json(plan, suggestions), indent=1) + "\n")
     if options.html:
         from alphamed.lab.planner.page import page
 
-        _write(options.html, page(plan, found))
+        _write(options.html, page(plan, suggestions))
     status = int(not plan.fits)
-    if options.build and plan.found:
+    if options.build and plan.assessment:
         status = max(status, _build(plan))
     if options.simulate and config.sft is not None:
         raise ConfigError("--simulate: runs reinforcement learning in small; for a configuration with sft leave it out")
-    if options.simulate and plan.found:
+    if options.simulate and plan.assessment:
         from alphamed.lab.planner import simulate
 
         status = max(status, simulate.main(config, job.shape))
@@ -53,10 +53,10 @@ def _write(path: Path, text: str) -> None:
 
 
 def _build(plan: Plan) -> int:
-    """Build every rank and print what differs."""
+    """Build every rank and print the differences from the plan."""
     import warnings
 
-    warnings.filterwarnings("ignore", module="megatron")  # of what is not installed, where the build needs none of it
+    warnings.filterwarnings("ignore", module="megatron")  # about missing packages that the build does not need
     from alphamed.lab.planner.meta_build import check_topology
 
     world = plan.job.parallel.world

@@ -1,8 +1,8 @@
-"""Every rank of a layout, built for real on a machine that has none of its GPUs: `alphamed plan --build`.
+"""Builds every rank of a layout with Megatron on a machine without its GPUs: `alphamed plan --build`.
 
 Megatron's own model, gradient buffers and optimizer of each rank, in one process, one after another: a fake process group
-says which rank it is, and tensors lie on the meta device, where they have a shape and no memory. A rank of a 70B model takes
-a second or two. What they hold is compared with the planner's arithmetic and with the Hugging Face model.
+determines the rank, and tensors are on the meta device, where they have a shape but no memory. A rank of a 70B model takes a
+second or two. The result is compared with the planner's arithmetic and with the Hugging Face model.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from alphamed.records import Layout
 from alphamed.weights.hf_io import hf_manifest, stage_entries
 
 LOCAL = ("cluster.device=cpu", "model.fp8=false", "sync.transport=auto")
-"""Without CUDA Megatron's local layers stand in for Transformer Engine's, which hold the same parameters, some under other
+"""Without CUDA Megatron's local layers stand in for Transformer Engine's, which hold the same parameters, some with other
 names. FP8 adds copies, no parameters."""
 
 
 @dataclass(frozen=True, slots=True)
-class Built:
-    """What one rank holds. `elements`: of all parameters; `gradients`: of the flat buffers; `owned`: parameters whose
-    optimizer state lies here. `problems`: differences from the Hugging Face model."""
+class BuiltRank:
+    """The contents of one rank. `elements`: of all parameters; `gradients`: of the flat buffers; `owned`: parameters whose
+    optimizer state is here. `problems`: differences from the Hugging Face model."""
 
     layout: Layout
     rank: int
@@ -45,7 +45,7 @@ class Built:
 
 def build_ranks(
     config: Config, shape: ModelShape, ranks: Sequence[int] | None = None, optimizer: bool = True
-) -> Iterator[Built]:
+) -> Iterator[BuiltRank]:
     """Build the given ranks (all of them by default), one at a time. Needs a process without a process group and without
     CUDA."""
     from megatron_patches.apply import apply
@@ -62,7 +62,7 @@ def check_topology(
     shape: ModelShape,
     ranks: Sequence[int] | None = None,
     optimizer: bool = True,
-    progress: Callable[[Built], None] = lambda built: None,
+    progress: Callable[[BuiltRank], None] = lambda built: None,
 ) -> list[str]:
     """Problems of the whole topology, [] where there are none: every rank's shards, sizes against the planner's, and the
     names that the stages would send against the Hugging Face model's."""
@@ -85,15 +85,15 @@ def check_topology(
 
 def _sync_problems(shape: ModelShape, sent: dict[int, tuple[tuple[str, tuple[int, ...]], ...]]) -> list[str]:
     """What the stages send together must be the Hugging Face model, each tensor once."""
-    wanted, seen, problems = hf_shapes(shape), {}, []
+    shapes, seen, problems = hf_shapes(shape), {}, []
     for stage, manifest in sorted(sent.items()):
         for name, size in manifest:
             if name in seen:
                 problems.append(f"{name}: sent by stages {seen[name]} and {stage}")
-            elif wanted.get(name) != size:
-                problems.append(f"{name}: stage {stage} sends {size}, the model has {wanted.get(name)}")
+            elif shapes.get(name) != size:
+                problems.append(f"{name}: stage {stage} sends {size}, the model has {shapes.get(name)}")
             seen[name] = stage
-    return problems + [f"{name}: sent by no stage" for name in wanted if name not in seen]
+    return problems + [f"{name}: sent by no stage" for name in shapes if name not in seen]
 
 
 # ------------------------------------------------------------------------------------------------------------- one rank
@@ -103,11 +103,11 @@ def _as_rank(config: Config, rank: int) -> Iterator[Layout]:
     from megatron.core import parallel_state as groups, tensor_parallel
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    assert not dist.is_initialized(), "building ranks needs a process of its own: a process group exists already"
+    assert not dist.is_initialized(), "building ranks needs a fresh process: a process group exists already"
     p = config.parallel
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=p.world)
     try:
-        # Megatron asks for gloo groups beside the main ones; over a fake store these would wait for peers
+        # Megatron also makes gloo groups; over a fake store these would wait for peers
         with mock.patch.object(dist, "new_group", _fake_group(dist.new_group)):
             groups.initialize_model_parallel(p.tensor, p.pipeline, p.virtual_pipeline, context_parallel_size=p.context)
         tensor_parallel.model_parallel_cuda_manual_seed(1)
@@ -145,16 +145,17 @@ def _without_meta(kind):
     return type_
 
 
-def _build(config: Config, shape: ModelShape, layout: Layout, rank: int, optimizer: bool) -> Built:
+def _build(config: Config, shape: ModelShape, layout: Layout, rank: int, optimizer: bool) -> BuiltRank:
     from alphamed.megatron import provider
     from alphamed.megatron.runtime import Runtime
 
-    meta = torch.device("meta")
+    meta, group = torch.device("meta"), dist.group.WORLD
+    assert group is not None, "a rank is built within _as_rank"
     with (
         mock.patch.object(torch.cuda, "current_device", lambda: meta),
         mock.patch.object(torch.Tensor, "type", _without_meta(torch.Tensor.type)),
     ):
-        chunks = provider.build_model(config, shape, Runtime(layout, meta, rank, layout.world, None))
+        chunks = provider.build_model(config, shape, Runtime(layout, meta, rank, layout.world, group))
         wrapped = provider.wrap_gradients(config, chunks)
         owned = _owned(provider.build_optimizer(config, wrapped)) if optimizer else 0
     elements = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
@@ -164,15 +165,20 @@ def _build(config: Config, shape: ModelShape, layout: Layout, rank: int, optimiz
         for entry, parameter in stage_entries(chunks, shape)
         if tuple(parameter.shape) != shard_shape(entry, layout.tensor)
     ]
-    return Built(
+    return BuiltRank(
         layout,
         rank,
         elements,
-        sum(buffer.numel for part in wrapped for buffer in part.buffers),
+        sum(buffer.numel for part in wrapped for buffer in _buffers(part)),
         owned,
         tuple(hf_manifest(chunks, shape)),
         tuple(problems),
     )
+
+
+def _buffers(wrapped: torch.nn.Module) -> list:
+    """Megatron's gradient buffers; their attribute hides `Module.buffers()`."""
+    return vars(wrapped)["buffers"]
 
 
 def _owned(optimizer) -> int:

@@ -1,8 +1,8 @@
 """A model of the same family that is small enough for a laptop: a complete Hugging Face folder with random weights.
 
-What decides how a model is cut, gathered and named is kept: the family, tied or separate embeddings, grouped heads (and
-whether there are fewer KV heads than tensor ranks), rotary scaling, a vocabulary that tensor ranks do not divide.
-"""
+Everything that decides how a model is sharded, gathered and named is preserved: the family, tied or separate embeddings,
+grouped heads (and whether there are fewer KV heads than tensor ranks), rotary scaling, a vocabulary that tensor ranks do not
+divide."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SCALE = 0.1
 
 
 def miniature(shape: ModelShape, parallel: ParallelConfig, layers: int, max_positions: int) -> ModelShape:
-    """The shape of `shape`'s small relative. `parallel`: the layout that `shape` is meant for."""
+    """The shape of a small model like `shape`. `parallel`: the layout that `shape` is planned with."""
     kv_heads = (
         HEADS if shape.kv_heads == shape.heads else 1 if shape.kv_heads < parallel.tensor * parallel.context else HEADS // 2
     )

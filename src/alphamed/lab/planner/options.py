@@ -1,4 +1,4 @@
-"""The options of `alphamed plan`: what is wrong with them is said before anything is planned or written."""
+"""Checks the options of `alphamed plan` before anything is planned or written."""
 
 from __future__ import annotations
 
@@ -37,12 +37,11 @@ def check_options(options: Namespace, config: Config) -> None:
 
 
 def _check_file(option: str, path: Path) -> None:
-    if path.suffix != f".{option.removeprefix('--')}":  # a plan is written over an older one, and over nothing else
+    if path.suffix != f".{option.removeprefix('--')}":  # a plan replaces only an older plan
         raise ConfigError(f"{option}: {str(path)!r} does not end in .{option.removeprefix('--')}; name such a file")
     if not path.parent.is_dir():
         raise ConfigError(
-            f"{option}: {str(path)!r} lies in no folder that exists; make {str(path.parent)!r} first, or "
-            f"choose another place"
+            f"{option}: the folder of {str(path)!r} does not exist; make {str(path.parent)!r} first, or choose another place"
         )
     if not os.access(path.parent, os.W_OK):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""A plan as one page: no scripts, no requests, light and dark."""
+"""A plan as one HTML page without scripts or external requests, in light and dark."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from alphamed.lab.planner import pictures, text_report
 from alphamed.lab.planner.advice import Advice
 from alphamed.lab.planner.plan import Plan, bottleneck, hours, mfu, steps_text, tokens_rate
 from alphamed.lab.reports import plots
-from alphamed.planner.job import Job
+from alphamed.planner.job import PlannedJob
 
 
 def page(plan: Plan, advice: Sequence[Advice]) -> str:
@@ -25,22 +25,22 @@ def page(plan: Plan, advice: Sequence[Advice]) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"size": text_report.size}
-    found = plan.found
+    assessment = plan.assessment
     return environment.get_template("plan.html.j2").render(
         plan=plan,
         job=plan.job,
         shape=plan.job.shape,
-        found=found,
+        assessment=assessment,
         verdict=text_report.verdict(plan, advice),
         tiles=_tiles(plan),
         advice=[line.split(maxsplit=1)[1] for line in text_report.advice_lines(plan, advice)],
-        pictures=found
+        pictures=assessment
         and {
-            "cluster": pictures.cluster(plan.job, found.topology),
-            "memory": pictures.memory(found.uses),
-            "step": pictures.step(found.time),
+            "cluster": pictures.cluster(plan.job, assessment.topology),
+            "memory": pictures.memory(assessment.uses),
+            "step": pictures.step(assessment.time),
         },
-        bottleneck=found and text_report.PART_NAMES[bottleneck(plan)],
+        bottleneck=assessment and text_report.PART_NAMES[bottleneck(plan)],
         config_text=dump_config(plan.job.config),
         style=plots.PAGE_STYLE.read_text(encoding="utf-8"),
         chart_style=plots.STYLE + pictures.STYLE,
@@ -49,9 +49,9 @@ def page(plan: Plan, advice: Sequence[Advice]) -> str:
 
 def _tiles(plan: Plan) -> list[tuple[str, str, str]]:
     """(label, value, detail) of the headline numbers."""
-    if plan.found is None:
+    if plan.assessment is None:
         return []
-    time, gpus = plan.found.time, plan.job.gpus
+    time, gpus = plan.assessment.time, plan.job.gpus
     return [
         ("A step", f"{time.total:.0f} s", f"{tokens_rate(plan):,.0f} tokens/s/GPU"),
         ("The run", f"{hours(plan):.1f} h", f"{steps_text(plan)}, {hours(plan) * gpus:,.0f} GPU-hours"),
@@ -60,6 +60,6 @@ def _tiles(plan: Plan) -> list[tuple[str, str, str]]:
     ]
 
 
-def _uses_of_gpus(job: Job) -> str:
+def _uses_of_gpus(job: PlannedJob) -> str:
     world, engines = job.parallel.world, job.engines * job.rollout.tensor_parallel
     return f"{world} train, {engines} generate" + (", shared" if job.shared else "")

@@ -10,7 +10,7 @@ from alphamed.lab.planner.text_report import PART_NAMES
 from alphamed.lab.planner.time import StepTime
 from alphamed.lab.planner.topology import Seat, Topology
 from alphamed.planner.hardware import GIB
-from alphamed.planner.job import Job
+from alphamed.planner.job import PlannedJob
 from alphamed.planner.memory import Use
 
 WIDTH = 960
@@ -28,9 +28,9 @@ svg .edge{fill:none;stroke:var(--soft);stroke-width:1}
 """
 
 
-def cluster(job: Job, topology: Topology) -> str:
-    """A row per node, a cell per GPU: trainer ranks in a colour per pipeline stage, engines framed; below one another where
-    they share GPUs."""
+def cluster(job: PlannedJob, topology: Topology) -> str:
+    """A row per node, a cell per GPU: trainer ranks in a colour per pipeline stage, engines framed; where they share a GPU,
+    one below the other."""
     nodes = min(topology.nodes, MAX_NODES)
     per_row = min(job.gpus_per_node, 8)
     deep = max(Counter((seat.node, seat.gpu) for seat in topology.seats).values())
@@ -79,7 +79,7 @@ def _cell(seat: Seat, x: int, y: int, with_context: bool) -> str:
 
 
 def memory(uses: Sequence[Use]) -> str:
-    """One bar per role, its causes side by side, the limit dashed; causes are named beneath."""
+    """One bar per role, its causes side by side, the limit dashed; causes are named below."""
     left, bar, tall = 84, 34, 118
     scale = (WIDTH - left - 20) / max(max(use.total, use.limit) for use in uses)
     parts = []
@@ -109,7 +109,7 @@ def memory(uses: Sequence[Use]) -> str:
 
 
 def step(time: StepTime) -> str:
-    """The parts of a step along one axis; where generation overlaps it has a lane of its own."""
+    """The parts of a step along one axis; overlapping generation has its own lane."""
     left, bar, top, lane = 84, 30, 24, 46
     scale = (WIDTH - left - 20) / max(time.total, 1e-9)
     parts, at = [], {0: 0.0, 1: 0.0}

@@ -1,4 +1,4 @@
-"""A plan: topology, memory, batch, time, problems and advice for a job, put together; and its JSON."""
+"""A plan: topology, memory, batch, time and problems of a job; and its JSON."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from alphamed.lab.planner.time import StepTime, step_time
 from alphamed.lab.planner.topology import Topology, place
 from alphamed.model.shape import ModelShape
 from alphamed.planner import hardware, parameters
-from alphamed.planner.batch import Batch, batch_of
-from alphamed.planner.job import Job
+from alphamed.planner.batch import BatchPlan, batch_of
+from alphamed.planner.job import PlannedJob
 from alphamed.planner.legality import Problem, layout_problems, memory_problems
 from alphamed.planner.memory import EngineCache, Use, engine_cache, engine_use, trainer_use
 
@@ -30,8 +30,8 @@ STORAGE_BYTES_PER_S = 5e9
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """`grace_s`: between a warning and the kill, so that the step under way ends and is saved. `at_risk_s`: work that is
-    lost at worst without it."""
+    """`grace_s`: needed between a warning and the kill, so that the current step ends and is saved. `at_risk_s`: the most
+    work that is lost without it."""
 
     bytes: int
     save_s: float
@@ -41,10 +41,10 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Assessment:
-    """Everything computed of a legal layout."""
+    """Everything that is computed for a legal layout."""
 
     topology: Topology
-    batch: Batch
+    batch: BatchPlan
     trainer: Use
     engine: Use | None
     cache: EngineCache | None
@@ -58,10 +58,10 @@ class Assessment:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    job: Job
+    job: PlannedJob
     source: str  # where the model's shape was found
     problems: tuple[Problem, ...]
-    found: Assessment | None  # None where the layout is illegal
+    assessment: Assessment | None  # None where the layout is illegal
     checkpoint: Checkpoint | None
 
     @property
@@ -75,7 +75,7 @@ def job_of(
     nodes: int | None = None,
     prompt_tokens: float | None = None,
     response_tokens: float | None = None,
-) -> tuple[Job, str]:
+) -> tuple[PlannedJob, str]:
     """The job of a configuration, and where the model's shape was found. Raises ConfigError.
 
     On `cluster.device: cpu` the device is this machine: its memory, and each process's share of its cores.
@@ -90,7 +90,7 @@ def job_of(
     config, responses = _with_examples(config)
     lengths = prompt_tokens, response_tokens
     questions = count_questions(config)
-    job = Job(
+    job = PlannedJob(
         config, shape, device, per_node, nodes, *lengths, evaluation_questions=questions, responses_per_prompt=responses
     )
     return job, source
@@ -110,16 +110,16 @@ def _with_examples(config: Config) -> tuple[Config, float | None]:
     return config, sum(len(example.responses) for example in examples) / len(examples)
 
 
-def job_here(config: Config, shape: ModelShape) -> Job:
+def job_here(config: Config, shape: ModelShape) -> PlannedJob:
     """The job on the machine that is about to run it: its GPUs as their driver reports them, or its CPU."""
     from alphamed.cluster.hardware import gpu_memory_bytes, wants_cuda
 
     if not wants_cuda(config):
         device, per_node = _this_machine(config)
-        return Job(config, shape, device, per_node, evaluation_questions=count_questions(config))
+        return PlannedJob(config, shape, device, per_node, evaluation_questions=count_questions(config))
     memory = gpu_memory_bytes()
     device = hardware.with_memory(memory) if memory else hardware.gpu(config.cluster.gpu)
-    return Job(config, shape, device, config.cluster.gpus_per_node, evaluation_questions=count_questions(config))
+    return PlannedJob(config, shape, device, config.cluster.gpus_per_node, evaluation_questions=count_questions(config))
 
 
 def _this_machine(config: Config) -> tuple[hardware.Gpu, int]:
@@ -130,18 +130,18 @@ def _this_machine(config: Config) -> tuple[hardware.Gpu, int]:
     return hardware.cpu(cores(), memory_bytes()[0], processes), processes
 
 
-def make_plan(job: Job, source: str = "", storage: float = STORAGE_BYTES_PER_S) -> Plan:
+def make_plan(job: PlannedJob, source: str = "", storage: float = STORAGE_BYTES_PER_S) -> Plan:
     """Plan a job; `storage` in bytes per second."""
     problems = layout_problems(job)
     if problems:
         return Plan(job, source, tuple(fixed(problems, job)), None, None)
-    found = assess(job)
-    problems = memory_problems(job, found.uses, found.cache) + deadline_problems(job)
-    problems = [replace(problem, fix=()) for problem in problems]  # advice.py looks for one for all of them
-    return Plan(job, source, tuple(problems), found, _checkpoint(job, found.time, storage))
+    assessment = assess(job)
+    problems = memory_problems(job, assessment.uses, assessment.cache) + deadline_problems(job)
+    problems = [replace(problem, fix=()) for problem in problems]  # advice.py searches one for all of them
+    return Plan(job, source, tuple(problems), assessment, _checkpoint(job, assessment.time, storage))
 
 
-def assess(job: Job) -> Assessment:
+def assess(job: PlannedJob) -> Assessment:
     """Topology, memory and time of a legal layout."""
     time = step_time(job)
     return Assessment(
@@ -155,7 +155,7 @@ def assess(job: Job) -> Assessment:
     )
 
 
-def _checkpoint(job: Job, time: StepTime, storage: float) -> Checkpoint:
+def _checkpoint(job: PlannedJob, time: StepTime, storage: float) -> Checkpoint:
     """Weights in the trainer's type, FP32 masters of bf16 weights, two moments; a tied embedding once."""
     size = job.shape.parameters * (job.trainer_bytes + (8 if job.trainer_bytes == 4 else 12))
     save = size / storage
@@ -181,24 +181,24 @@ def to_json(plan: Plan, advice: list[Any]) -> dict[str, Any]:
         },
         "cluster": {"gpu": job.gpu.name, "gpus_per_node": job.gpus_per_node, "gpus": job.gpus},
     }
-    if plan.found is None or plan.checkpoint is None:
+    if plan.assessment is None or plan.checkpoint is None:
         return tree
-    found, time = plan.found, plan.found.time
-    tree["cluster"]["nodes"] = found.topology.nodes
+    assessment, time = plan.assessment, plan.assessment.time
+    tree["cluster"]["nodes"] = assessment.topology.nodes
     tree |= {
         "topology": {
-            "seats": [_sparse(asdict(seat)) for seat in found.topology.seats],
-            "groups": [asdict(group) for group in found.topology.groups],
-            "leaving_bytes": found.topology.leaving,
+            "seats": [_sparse(asdict(seat)) for seat in assessment.topology.seats],
+            "groups": [asdict(group) for group in assessment.topology.groups],
+            "leaving_bytes": assessment.topology.leaving,
         },
         "trainer": {
-            "memory_bytes": dict(found.trainer.causes),
-            "total_bytes": found.trainer.total,
-            "limit_bytes": found.trainer.limit,
-            "where": found.trainer.where,
+            "memory_bytes": dict(assessment.trainer.causes),
+            "total_bytes": assessment.trainer.total,
+            "limit_bytes": assessment.trainer.limit,
+            "where": assessment.trainer.where,
             "parameters_by_stage": _by_stage(job),
         },
-        "batch": asdict(found.batch),
+        "batch": asdict(assessment.batch),
         "step": {
             "seconds": time.parts() | {"total": time.total},
             "tokens_per_s_per_gpu": tokens_rate(plan),
@@ -207,16 +207,16 @@ def to_json(plan: Plan, advice: list[Any]) -> dict[str, Any]:
         "run": {"steps": job.config.run.last_step, "hours": hours(plan), "gpu_hours": hours(plan) * job.gpus},
         "checkpoint": asdict(plan.checkpoint),
         "bottleneck": bottleneck(plan),
-        "advice": [{"overrides": list(one.overrides), "seconds": one.seconds, "saved": one.saved} for one in advice],
+        "advice": [{"overrides": list(item.overrides), "seconds": item.seconds, "saved": item.saved} for item in advice],
     }
-    if found.evaluations:
-        tree["evaluations"] = asdict(found.evaluations) | {"total": found.evaluations.total}
-    if found.engine and found.cache:
+    if assessment.evaluations:
+        tree["evaluations"] = asdict(assessment.evaluations) | {"total": assessment.evaluations.total}
+    if assessment.engine and assessment.cache:
         tree["engine"] = {
-            "memory_bytes": dict(found.engine.causes),
-            "total_bytes": found.engine.total,
-            "limit_bytes": found.engine.limit,
-            "cache": asdict(found.cache),
+            "memory_bytes": dict(assessment.engine.causes),
+            "total_bytes": assessment.engine.total,
+            "limit_bytes": assessment.engine.limit,
+            "cache": asdict(assessment.cache),
         }
     return tree
 
@@ -225,7 +225,7 @@ def _sparse(tree: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in tree.items() if value not in (None, ())}
 
 
-def _by_stage(job: Job) -> list[int]:
+def _by_stage(job: PlannedJob) -> list[int]:
     p = job.parallel
     return [parameters.count(stage) for stage in parameters.stage_parameters(job.shape, p.tensor, p.pipeline, job.virtual)]
 
@@ -233,23 +233,23 @@ def _by_stage(job: Job) -> list[int]:
 # -------------------------------------------------------------------------------------------------------- derived values
 def mfu(plan: Plan) -> float:
     """Model FLOPs of the update, recomputation not counted, over the trainer's BF16 peak in that time."""
-    job, time = plan.job, _found(plan).time
+    job, time = plan.job, _assessment(plan).time
     return time.model_flops / (time.update * job.parallel.world * job.gpu.flops)
 
 
 def tokens_rate(plan: Plan) -> float:
     """Prompt and response tokens of all samples, per second of a step and GPU."""
-    batch = _found(plan).batch
-    return batch.samples * (batch.prompt_tokens + batch.response_tokens) / _found(plan).time.total / plan.job.gpus
+    batch = _assessment(plan).batch
+    return batch.samples * (batch.prompt_tokens + batch.response_tokens) / _assessment(plan).time.total / plan.job.gpus
 
 
 def hours(plan: Plan) -> float:
     """Of the run to its last step: steps, checkpoints, the last of them at the end, and evaluations."""
     assert plan.checkpoint is not None
-    found, last, every = _found(plan), plan.job.config.run.last_step, plan.job.config.checkpoint.every
+    assessment, last, every = _assessment(plan), plan.job.config.run.last_step, plan.job.config.checkpoint.every
     saves = -(-last // (every or max(1, last)))
-    evaluating = found.evaluations.total if found.evaluations else 0.0
-    return (last * found.time.total + saves * plan.checkpoint.save_s + evaluating) / 3600
+    evaluating = assessment.evaluations.total if assessment.evaluations else 0.0
+    return (last * assessment.time.total + saves * plan.checkpoint.save_s + evaluating) / 3600
 
 
 def steps_text(plan: Plan) -> str:
@@ -260,10 +260,10 @@ def steps_text(plan: Plan) -> str:
 
 def bottleneck(plan: Plan) -> str:
     """The part of a step that takes longest."""
-    parts = _found(plan).time.parts()
+    parts = _assessment(plan).time.parts()
     return max(parts, key=lambda part: parts[part])
 
 
-def _found(plan: Plan) -> Assessment:
-    assert plan.found is not None, "an illegal layout has neither memory nor time"
-    return plan.found
+def _assessment(plan: Plan) -> Assessment:
+    assert plan.assessment is not None, "an illegal layout has neither memory nor time"
+    return plan.assessment

@@ -17,10 +17,10 @@ from alphamed.lab.planner.calibration import GPU, Efficiency
 from alphamed.lab.planner.shapes import published
 from alphamed.lab.planner.time import step_time
 from alphamed.planner.hardware import gpu
-from alphamed.planner.job import Job
+from alphamed.planner.job import PlannedJob
 
 PROMPT_TOKENS = 100
-"""Mean of OpenMathInstruct-2's questions with their chat template; published lengths do not tell prompts apart."""
+"""Mean of OpenMathInstruct-2's questions with their chat template; published lengths do not separate prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Step:
     """A published step. `parts` where they were published."""
 
     name: str
-    job: Job
+    job: PlannedJob
     seconds: float
     parts: dict[str, float]
 
@@ -62,7 +62,7 @@ def _step(
             "parallel": {"micro_batch_tokens": 4096, "share_prompts": False, "logprob_chunk_tokens": 0} | parallel,
         }
     )
-    job = Job(
+    job = PlannedJob(
         config,
         published()[model],
         gpu("h100-80g"),
@@ -118,37 +118,37 @@ FITTED = ("matmul", "decode_s", "handover")
 def fit(start: Efficiency = GPU) -> Efficiency:
     """The efficiencies that the two calibration steps give, five numbers from five: `sync` and `other_s` straight from the
     70B step's parts; `decode_s`, `matmul` and `handover` from its generation, from its update with log-probs (in which the
-    hand-over between trainer and engines is counted there), and from the 8B step's total, by Gauss-Newton."""
+    source counts the hand-over between trainer and engines), and from the 8B step's total, by Gauss-Newton."""
     import numpy as np
 
     small, large = (steps()[key] for key in CALIBRATION)
     other = large.seconds - sum(large.parts.values())
-    found = replace(start, other_s=other)
-    found = replace(found, sync=found.sync * step_time(large.job, found).sync / large.parts["sync"])
+    efficiency = replace(start, other_s=other)
+    efficiency = replace(efficiency, sync=efficiency.sync * step_time(large.job, efficiency).sync / large.parts["sync"])
 
     def residuals(e: Efficiency) -> np.ndarray:
-        mine = step_time(large.job, e)
+        step = step_time(large.job, e)
         pairs = [
             (step_time(small.job, e).total, small.seconds),
-            (mine.generate, large.parts["generate"]),
-            (mine.training + mine.handover, large.parts["update"] + large.parts["logprobs"]),
+            (step.generate, large.parts["generate"]),
+            (step.training + step.handover, large.parts["update"] + large.parts["logprobs"]),
         ]
-        return np.array([math.log(found / told) for found, told in pairs])
+        return np.array([math.log(predicted / measured) for predicted, measured in pairs])
 
     for _ in range(20):
-        here, columns = residuals(found), []
+        residual, columns = residuals(efficiency), []
         for name in FITTED:
-            nudge = 1e-4 * getattr(found, name)
-            columns.append((residuals(replace(found, **{name: getattr(found, name) + nudge})) - here) / nudge)
-        change = np.linalg.lstsq(np.stack(columns, 1), -here, rcond=None)[0]
-        found = replace(
-            found,
+            nudge = 1e-4 * getattr(efficiency, name)
+            columns.append((residuals(replace(efficiency, **{name: getattr(efficiency, name) + nudge})) - residual) / nudge)
+        change = np.linalg.lstsq(np.stack(columns, 1), -residual, rcond=None)[0]
+        efficiency = replace(
+            efficiency,
             **{
-                name: max(getattr(found, name) * 0.5, getattr(found, name) + float(by))
+                name: max(getattr(efficiency, name) * 0.5, getattr(efficiency, name) + float(by))
                 for name, by in zip(FITTED, change, strict=True)
             },
         )
-    return found
+    return efficiency
 
 
 def table() -> str:
@@ -158,15 +158,17 @@ def table() -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for key, step in steps().items():
-        found = step_time(step.job)
+        predicted = step_time(step.job)
         cells = [
-            f"{mine:.0f}" + (f" ({step.parts[name]:.0f})" if name in step.parts else "")
-            for name, mine in found.parts().items()
+            f"{seconds:.0f}" + (f" ({step.parts[name]:.0f})" if name in step.parts else "")
+            for name, seconds in predicted.parts().items()
         ]
-        cells += ["-"] * ("handover" not in found.parts())
+        cells += ["-"] * ("handover" not in predicted.parts())
         role = "calibration" if key in CALIBRATION else "unseen"
-        off = round(100 * (found.total / step.seconds - 1))
-        lines.append(f"| {step.name} | {role} | {step.seconds:g} | {found.total:.1f} | {off:+d}% | {' | '.join(cells)} |")
+        off = round(100 * (predicted.total / step.seconds - 1))
+        lines.append(
+            f"| {step.name} | {role} | {step.seconds:g} | {predicted.total:.1f} | {off:+d}% | {' | '.join(cells)} |"
+        )
     return "\n".join(lines)
 
 

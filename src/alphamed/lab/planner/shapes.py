@@ -1,4 +1,4 @@
-"""The shape of a model to be planned: from its folder, the cache, or a table of published shapes; never the network."""
+"""The shape of a model to plan: from its folder, the cache, or a table of published shapes; never from the network."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def find_shape(config: Config) -> tuple[ModelShape, str]:
         return check_present(folder, config), f"{folder}/config.json"
     if (cached := _cached(config)) is not None:
         return check_present(cached, config), f"{cached}/config.json"
-    known = published()
-    if path in known:
-        return known[path], "table of published shapes"
+    shapes = published()
+    if path in shapes:
+        return shapes[path], "table of published shapes"
     raise ConfigError(
         f"model.path: {path!r} is neither a folder here nor in the table of published shapes; give a Hugging "
         f"Face folder (its config.json suffices), fetch it first (`alphamed model {path}`), or choose one of "
-        f"{', '.join(known)}"
+        f"{', '.join(shapes)}"
     )
 
 
@@ -39,13 +39,13 @@ def published() -> dict[str, ModelShape]:
 
 
 def _cached(config: Config) -> Path | None:
-    """The folder of the cache that an earlier fetch has put this name into, if any."""
+    """The folder in the cache into which an earlier fetch put this model, if any."""
     from alphamed.model.fetch import PYPI_NAME
 
     name, cache = config.model.path, config.model.cache
     if match := PYPI_NAME.fullmatch(name):
-        found = [cache / f"{match['package']}-{match['version']}" / "config.json"]
+        files = [cache / f"{match['package']}-{match['version']}" / "config.json"]
     else:
         snapshots = cache / "hub" / f"models--{name.replace('/', '--')}" / "snapshots"
-        found = sorted(snapshots.glob(f"{config.model.revision or '*'}/config.json"))
-    return next((file.parent for file in found if file.is_file()), None)
+        files = sorted(snapshots.glob(f"{config.model.revision or '*'}/config.json"))
+    return next((file.parent for file in files if file.is_file()), None)

@@ -1,6 +1,6 @@
 """`alphamed plan --simulate`: two steps of the real program with a shrunken model, before the GPUs are booked.
 
-The configuration is kept but for its sizes: a random model of the same family, every parallel axis cut to at most 2, two
+The configuration is kept except for its sizes: a random model of the same family, every parallel axis cut to at most 2, two
 engines, short responses, the questions that alphamed ships. `alphamed train` runs it as a child process, with all its ranks,
 engines, grading, weight pushes and checkpoints; then the second step is run again from the first one's checkpoint. What is
 left out: the user's own data, reward function and evaluation, CUDA, FP8 and speed.
@@ -47,8 +47,8 @@ def share_of_vowels(question, text, letter):
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """A line of the report. `passed` None: something to know, nothing to judge."""
+class ReportLine:
+    """A line of the report. `passed` None: information only."""
 
     text: str
     passed: bool | None = None
@@ -67,32 +67,32 @@ def main(config: Config, shape: ModelShape) -> int:
         return int(not passed)
 
 
-def simulate(config: Config, shape: ModelShape, folder: Path) -> Iterator[Outcome]:
+def simulate(config: Config, shape: ModelShape, folder: Path) -> Iterator[ReportLine]:
     """Prepare and run in `folder`; yields the report line by line, a short one where training itself fails."""
     began = time.monotonic()
     small = small_config(config, shape, folder)
     small_shape = prepare(small, config, shape, folder)
-    yield from (Outcome(line) for line in layout_lines(config, small, small_shape))
+    yield from (ReportLine(line) for line in layout_lines(config, small, small_shape))
     child = Child(folder, began + DEADLINE_S)
     failure = child.run("train", "--config", "simulation.yaml")
     if failure:
-        yield Outcome(f"train: {failure}", passed=False)
+        yield ReportLine(f"train: {failure}", passed=False)
         return
     yield from judge(small)
     failure = child.run("replay", str(small.run_dir), "--step", str(STEPS), "--only", "update")
-    yield Outcome(
+    yield ReportLine(
         f"replay: {failure}"
         if failure
         else f"checkpoint: step {STEPS} run again from the weights and optimizer "
         f"state that were saved after step {STEPS - 1} gives the same loss and gradient norm",
         passed=not failure,
     )
-    yield Outcome(f"{time.monotonic() - began:.0f} s, at most {child.peak_bytes / GIB:.1f} GiB of memory")
+    yield ReportLine(f"{time.monotonic() - began:.0f} s, at most {child.peak_bytes / GIB:.1f} GiB of memory")
 
 
 # ---------------------------------------------------------------------------------------------------------- what is run
 def small_config(config: Config, shape: ModelShape, folder: Path) -> Config:
-    """The configuration with its sizes cut, in files below `folder`. Raises ConfigError where it could not be run."""
+    """The configuration with its sizes cut and its files in `folder`. Raises ConfigError where it could not run."""
     tree, p, r = config.model_dump(mode="json"), config.parallel, config.rollout
     cut = {axis: min(2, getattr(p, axis)) for axis in ("tensor", "pipeline", "data", "context")}
     updates = min(2, config.algorithm.mini_batches)
@@ -163,7 +163,7 @@ def prepare(small: Config, config: Config, shape: ModelShape, folder: Path) -> M
 
 
 def layout_lines(config: Config, small: Config, shape: ModelShape) -> Iterator[str]:
-    """What is about to run: how it was cut, where every rank stands, what a push sends."""
+    """What is about to run: how sizes were cut, the position of every rank, what a push sends."""
     from alphamed.weights.plan import Wire
     from alphamed.weights.routes import WIRE_DTYPE, make_plan
 
@@ -206,50 +206,52 @@ class Child:
         self.folder, self.deadline, self.peak_bytes = folder, deadline, 0
 
     def run(self, *arguments: str) -> str | None:
-        """Run `alphamed ARGUMENTS`; None where it ends well, else what went wrong, in one or several lines."""
+        """Run `alphamed ARGUMENTS`; None where it succeeds, else the error in one or several lines."""
         command = [sys.executable, "-m", "alphamed.cli", *arguments]
         search = [str(Path(part).resolve()) for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
-        with open(self.folder / "said.txt", "w+", encoding="utf-8") as said:
+        with open(self.folder / "output.txt", "w+", encoding="utf-8") as output:
             process = subprocess.Popen(
                 command,
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=said,
+                stdout=output,
+                stderr=output,
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(search), "CUDA_VISIBLE_DEVICES": ""},
             )
             try:
                 over = self._wait(process)
             finally:
                 _stop(process)
-            said.seek(0)
-            lines = said.read().splitlines()
+            output.seek(0)
+            lines = output.read().splitlines()
         if over:
-            return f"not done {DEADLINE_S:.0f} s after the simulation began; its last words:\n" + "\n".join(lines[-5:])
+            return f"not done {DEADLINE_S:.0f} s after the simulation began; the end of its output:\n" + "\n".join(
+                lines[-5:]
+            )
         return None if process.returncode == 0 else f"exit code {process.returncode}\n" + "\n".join(lines[-40:])
 
     def _wait(self, process: subprocess.Popen) -> bool:
-        """Whether the deadline came before the end."""
-        looked = 0.0
+        """Whether the deadline passed before the process ended."""
+        measured = 0.0
         while process.poll() is None:
             now = time.monotonic()
             if now > self.deadline:
                 return True
-            if now - looked > MEMORY_POLL_S:
-                looked, self.peak_bytes = now, max(self.peak_bytes, memory_of(process.pid))
+            if now - measured > MEMORY_POLL_S:
+                measured, self.peak_bytes = now, max(self.peak_bytes, memory_of(process.pid))
             time.sleep(POLL_S)
         return False
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """End a child that still runs; it takes its own children down."""
+    """Terminate a child that still runs; it ends its own children."""
     if process.poll() is not None:
         return
     process.terminate()
     try:
         process.wait(STOP_DEADLINE_S)
     except subprocess.TimeoutExpired:
-        process.kill()  # from here on its guard ends what it started
+        process.kill()  # its guard ends what it started
         process.wait()
 
 
@@ -271,30 +273,31 @@ def memory_of(pid: int) -> int:
 
 
 # -------------------------------------------------------------------------------------------------------------- judging
-def judge(small: Config) -> Iterator[Outcome]:
-    """What the run that ended well has to show for itself."""
+def judge(small: Config) -> Iterator[ReportLine]:
+    """Check the records of a run that ended cleanly."""
     from alphamed.rundir.metrics import read_rows
 
     wrong = _misplaced(small)
-    yield Outcome(
-        "ranks: " + ("; ".join(wrong) if wrong else f"all {small.parallel.world} stand where they should"), passed=not wrong
+    yield ReportLine(
+        "ranks: " + ("; ".join(wrong) if wrong else f"all {small.parallel.world} are at their planned positions"),
+        passed=not wrong,
     )
     rows = read_rows(small.run_dir / "metrics.jsonl")
-    yield Outcome(
+    yield ReportLine(
         f"steps: {len(rows)} of {STEPS} recorded, rollouts sampled by weights "
         f"{', '.join(_shown(row.get('policy_version')) for row in rows)}",
         passed=len(rows) == STEPS,
     )
     for row in rows:
-        yield _step_outcome(row, small.max_logprob_diff)
-    kept = sorted(path.name for path in small.run_dir.glob("checkpoints/step_*"))
-    yield Outcome(f"checkpoints: {', '.join(kept) or 'none'}", passed=len(kept) == STEPS)
+        yield _step_outcome(row, small.resolved.max_logprob_diff)
+    checkpoints = sorted(path.name for path in small.run_dir.glob("checkpoints/step_*"))
+    yield ReportLine(f"checkpoints: {', '.join(checkpoints) or 'none'}", passed=len(checkpoints) == STEPS)
     exported = (small.run_dir / "hf" / "config.json").is_file()
-    yield Outcome(f"export: the trained model is {'' if exported else 'not '}a Hugging Face folder", passed=exported)
+    yield ReportLine(f"export: the trained model is {'' if exported else 'not '}a Hugging Face folder", passed=exported)
 
 
 def _misplaced(small: Config) -> list[str]:
-    """Ranks whose logs do not say that Megatron has put them where the plan has them."""
+    """Ranks whose logs do not show the position that the plan gives them."""
     p, wrong = small.parallel, []
     for rank in range(p.world):
         at = coordinates(rank, p)
@@ -316,15 +319,15 @@ def _misplaced(small: Config) -> list[str]:
     return wrong
 
 
-def _step_outcome(row: dict[str, Any], limit: float) -> Outcome:
+def _step_outcome(row: dict[str, Any], limit: float) -> ReportLine:
     """A step moved the policy by a finite gradient, and the engines computed what the policy computes."""
     loss, norm, difference = (row.get(f"policy/{name}") for name in ("loss", "grad_norm", "logprob_diff_mean"))
-    sound = all(value is not None and math.isfinite(value) for value in (loss, norm, difference))
-    return Outcome(
+    finite = all(value is not None and math.isfinite(value) for value in (loss, norm, difference))
+    return ReportLine(
         f"step {row['step']}: loss {_shown(loss)}, gradient norm {_shown(norm)}, engines' log-probs differ by "
-        f"{_shown(difference)} in the mean (limit {limit:g}), {_shown(row.get('batch/micro_batches'))} "
+        f"{_shown(difference)} on average (limit {limit:g}), {_shown(row.get('batch/micro_batches'))} "
         f"micro-batches a data rank, push {_shown(row.get('time/sync_s'))} s",
-        passed=sound and norm > 0 and difference <= limit,
+        passed=finite and (norm or 0.0) > 0 and (difference or 0.0) <= limit,
     )
 
 

@@ -8,16 +8,17 @@ from dataclasses import replace
 from alphamed.config.loading import changed_config
 from alphamed.errors import ConfigError
 from alphamed.model.shape import context_sizes, tensor_sizes
-from alphamed.planner.job import Job
+from alphamed.planner.job import PlannedJob
 
 Overrides = tuple[str, ...]
 NODES_LEFT = 4
-"""Nodes that are left to engines, fewer than so many, where data ranks are to fill the others: 3 of 4 nodes, 4 of 6."""
+"""Layouts whose data ranks fill whole nodes are tried with fewer than so many nodes left for engines: 3 of 4 nodes, 4 of
+6."""
 
 
-def layouts(job: Job, gpus: int) -> Iterator[dict[str, int]]:
+def layouts(job: PlannedJob, gpus: int) -> Iterator[dict[str, int]]:
     """Every layout of a trainer on at most so many GPUs, of powers of two and the present sizes, or with data ranks that fill
-    nodes. Tensor and context ranks, which talk in every layer, stay within a node."""
+    nodes. Tensor and context ranks, which communicate in every layer, stay within a node."""
     powers = {2**power for power in range(max(gpus, 1).bit_length())}
     most = job.prompts // job.updates  # a question for each data rank
     now, s = axes(job), job.shape
@@ -36,23 +37,23 @@ def layouts(job: Job, gpus: int) -> Iterator[dict[str, int]]:
                         yield {"tensor": tensor, "context": context, "pipeline": pipeline, "data": data}
 
 
-def axes(job: Job) -> dict[str, int]:
+def axes(job: PlannedJob) -> dict[str, int]:
     """The trainer's axes and their sizes."""
     p = job.parallel
     return {"tensor": p.tensor, "context": p.context, "pipeline": p.pipeline, "data": p.data}
 
 
-def consistent(job: Job, cut: dict[str, int]) -> Overrides:
-    """The settings that have to follow a layout."""
-    p, found = job.parallel, []
+def consistent(job: PlannedJob, cut: dict[str, int]) -> Overrides:
+    """The settings that follow from a layout."""
+    p, overrides = job.parallel, []
     if p.sequence != (cut["tensor"] > 1):
-        found.append(f"parallel.sequence={'true' if cut['tensor'] > 1 else 'false'}")
+        overrides.append(f"parallel.sequence={'true' if cut['tensor'] > 1 else 'false'}")
     if cut["pipeline"] == 1 and p.virtual_pipeline:
-        found.append("parallel.virtual_pipeline=null")
-    return tuple(found)
+        overrides.append("parallel.virtual_pipeline=null")
+    return tuple(overrides)
 
 
-def applied(job: Job, overrides: Overrides) -> Job | None:
+def applied(job: PlannedJob, overrides: Overrides) -> PlannedJob | None:
     """The changed job, or None where the configuration refuses it or nothing changes."""
     try:
         config = changed_config(job.config, overrides)

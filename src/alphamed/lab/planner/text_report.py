@@ -31,11 +31,11 @@ def text(plan: Plan, advice: Sequence[Advice]) -> str:
 def _lines(plan: Plan, advice: Sequence[Advice]) -> Iterator[str]:
     job, s = plan.job, plan.job.shape
     yield f"{job.config.run.name}: {job.config.model.path}, {s.parameters:,} parameters ({plan.source})"
-    if plan.found:
-        yield from _cluster(plan, plan.found)
-        yield from _memory(plan.found)
-        yield from _batch(plan, plan.found)
-        yield from _time(plan, plan.found)
+    if plan.assessment:
+        yield from _cluster(plan, plan.assessment)
+        yield from _memory(plan.assessment)
+        yield from _batch(plan, plan.assessment)
+        yield from _time(plan, plan.assessment)
     for problem in plan.problems:
         yield f"PROBLEM  {problem}"
     yield from advice_lines(plan, advice)
@@ -45,7 +45,7 @@ def _lines(plan: Plan, advice: Sequence[Advice]) -> Iterator[str]:
 def verdict(plan: Plan, advice: Sequence[Advice]) -> str:
     if plan.fits:
         return "It fits."
-    if plan.found is None:
+    if plan.assessment is None:
         return "This layout is illegal."
     if advice:
         return "It does not fit."
@@ -61,15 +61,15 @@ def verdict(plan: Plan, advice: Sequence[Advice]) -> str:
 
 def advice_lines(plan: Plan, advice: Sequence[Advice]) -> Iterator[str]:
     """What would make it fit, or faster."""
-    for one in advice:
+    for suggestion in advice:
         if plan.fits:
-            yield f"FASTER   {' '.join(one.overrides)}: {one.seconds:.0f} s a step, {100 * one.saved:.0f}% less"
+            yield f"FASTER   {' '.join(suggestion.overrides)}: {suggestion.seconds:.0f} s a step, {100 * suggestion.saved:.0f}% less"
         else:
-            yield f"FITS     {' '.join(one.overrides)}: {one.seconds:.0f} s a step"
+            yield f"FITS     {' '.join(suggestion.overrides)}: {suggestion.seconds:.0f} s a step"
 
 
-def _cluster(plan: Plan, found: Assessment) -> Iterator[str]:
-    job, topology, p = plan.job, found.topology, plan.job.parallel
+def _cluster(plan: Plan, assessment: Assessment) -> Iterator[str]:
+    job, topology, p = plan.job, assessment.topology, plan.job.parallel
     device = "this machine's CPU" if job.gpu.is_cpu else f"{topology.nodes} x {job.gpus_per_node} {job.gpu.name}"
     virtual = f" x VPP {p.virtual_pipeline}" if p.virtual_pipeline else ""
     context = f" x CP {p.context}" if p.context > 1 else ""
@@ -96,15 +96,15 @@ def seat_label(seat: Seat, with_context: bool = False) -> str:
     return f"e{seat.engine}.{seat.worker}" if seat.role == "engine" else "-"
 
 
-def _memory(found: Assessment) -> Iterator[str]:
-    for use in found.uses:
+def _memory(assessment: Assessment) -> Iterator[str]:
+    for use in assessment.uses:
         yield f"\nMEMORY     {use.role}, {use.where}: {use.total / GIB:.1f} of {use.limit / GIB:.1f} GiB"
         yield from _bars(use)
-    if found.cache:
-        cache = found.cache
+    if assessment.cache:
+        cache = assessment.cache
         yield (
             f"  the KV cache holds {cache.tokens:,} tokens: {cache.full_sequences} sequences at full length, "
-            f"{cache.mean_sequences} at the mean; {cache.wanted_sequences} are wanted"
+            f"{cache.mean_sequences} at the mean length; {cache.wanted_sequences} are configured"
         )
 
 
@@ -115,8 +115,8 @@ def _bars(use: Use) -> Iterator[str]:
             yield f"  {cause:<16} {amount / GIB:7.2f} GiB  {bar}"
 
 
-def _batch(plan: Plan, found: Assessment) -> Iterator[str]:
-    b = found.batch
+def _batch(plan: Plan, assessment: Assessment) -> Iterator[str]:
+    b = assessment.batch
     what = (
         f"{b.questions} prompts with {b.samples:,} responses"
         if plan.job.supervised
@@ -129,8 +129,8 @@ def _batch(plan: Plan, found: Assessment) -> Iterator[str]:
     )
 
 
-def _time(plan: Plan, found: Assessment) -> Iterator[str]:
-    time, saved = found.time, plan.checkpoint
+def _time(plan: Plan, assessment: Assessment) -> Iterator[str]:
+    time, saved = assessment.time, plan.checkpoint
     assert saved is not None
     yield f"\nSTEP       {time.total:.0f} s{' (generation overlaps training)' if time.overlapped else ''}"
     longest = max(time.parts().values())
@@ -145,12 +145,12 @@ def _time(plan: Plan, found: Assessment) -> Iterator[str]:
         f"  {steps_text(plan)}: {hours(plan):.1f} h, {hours(plan) * plan.job.gpus:,.0f} "
         f"{'device' if plan.job.gpu.is_cpu else 'GPU'}-hours"
     )
-    if found.evaluations:
-        e = found.evaluations
-        beside = f", those between steps add {e.beside:.0f} s" if e.between and e.beside < e.seconds else ""
+    if assessment.evaluations:
+        e = assessment.evaluations
+        added = f", those between steps add {e.added_seconds:.0f} s" if e.between and e.added_seconds < e.seconds else ""
         yield (
             f"  {e.ends + e.between} evaluation{'s' * (e.ends + e.between != 1)} of {e.questions:,} questions, {e.seconds:.0f} "
-            f"s each{beside}: {e.total / 3600:.1f} h of these"
+            f"s each{added}: {e.total / 3600:.1f} h of these"
         )
     elif plan.job.config.evaluation.all_files and plan.job.engines and plan.job.evaluation_questions is None:
         yield "  evaluations are not counted: their files are not here; set evaluation.questions, or plan where the files are"

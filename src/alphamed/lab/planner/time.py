@@ -2,7 +2,7 @@
 
 Log-probs and update: matrix products of a stage at a share of the GPU's peak, tensor-parallel traffic over NVLink that is
 not hidden, the pipeline's bubble, the gradients' reduction, the optimizer's passes over memory. Generation: one decoding
-step after another, each of which reads the weights and the running sequences' keys and values once. Sync: a stage's bytes
+step after another, each reading the weights and the running sequences' keys and values once. Sync: a stage's bytes
 over its link. The run's other work (gathering, grading's remainder, logging) is a constant.
 """
 
@@ -15,8 +15,8 @@ from alphamed.config.choices import Recompute
 from alphamed.lab.planner.calibration import CPU, GPU, Efficiency
 from alphamed.lab.planner.topology import context_bytes
 from alphamed.planner import parameters
-from alphamed.planner.batch import Batch, batch_of
-from alphamed.planner.job import Job
+from alphamed.planner.batch import BatchPlan, batch_of
+from alphamed.planner.job import PlannedJob
 from alphamed.planner.memory import engine_cache, static_bytes, token_bytes
 
 GRID = 200
@@ -66,12 +66,12 @@ class StepTime:
         } | ({"handover": self.handover} if self.handover else {})
 
 
-def efficiency_of(job: Job) -> Efficiency:
+def efficiency_of(job: PlannedJob) -> Efficiency:
     return CPU if job.gpu.is_cpu else GPU
 
 
-def step_time(job: Job, efficiency: Efficiency | None = None) -> StepTime:
-    """The expected step. `efficiency`: by default what was calibrated for the job's kind of device."""
+def step_time(job: PlannedJob, efficiency: Efficiency | None = None) -> StepTime:
+    """The expected step. `efficiency`: by default the calibrated one for the job's kind of device."""
     e = efficiency or efficiency_of(job)
     batch = batch_of(job)
     passes = job.logprob_passes * batch.updates
@@ -89,7 +89,7 @@ def step_time(job: Job, efficiency: Efficiency | None = None) -> StepTime:
 
 
 # -------------------------------------------------------------------------------------------------------------- trainer
-def layer_flops(job: Job, batch: Batch) -> float:
+def layer_flops(job: PlannedJob, batch: BatchPlan) -> float:
     """Forward, one layer, one row: 2 per parameter and token, 4 q per pair of tokens that attend."""
     s, micro = job.shape, batch.micro
     q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
@@ -97,16 +97,16 @@ def layer_flops(job: Job, batch: Batch) -> float:
     return micro.tokens * (2 * matrices + 4 * q * micro.context)
 
 
-def head_flops(job: Job, batch: Batch) -> float:
+def head_flops(job: PlannedJob, batch: BatchPlan) -> float:
     """Forward, the output layer at the positions that have labels."""
     return 2 * batch.micro.responses * job.shape.hidden * job.shape.vocab
 
 
-def _model_flops(job: Job, batch: Batch) -> float:
+def _model_flops(job: PlannedJob, batch: BatchPlan) -> float:
     return job.shape.layers * layer_flops(job, batch) + head_flops(job, batch)
 
 
-def _pass_seconds(job: Job, batch: Batch, e: Efficiency, backward: bool) -> float:
+def _pass_seconds(job: PlannedJob, batch: BatchPlan, e: Efficiency, backward: bool) -> float:
     """All rows of an update through the pipeline: forward only, or forward and backward with recomputation."""
     p, s = job.parallel, job.shape
     per_stage = s.layers / p.pipeline
@@ -126,8 +126,8 @@ def _pass_seconds(job: Job, batch: Batch, e: Efficiency, backward: bool) -> floa
     return batch.rows * (layers + head) + waiting * layers + batch.rows * job.virtual * _border_seconds(job, batch, e)
 
 
-def _tensor_seconds(job: Job, batch: Batch, e: Efficiency) -> float:
-    """Of one layer, one direction: two all-reduces (or an all-gather and a reduce-scatter each) of the activations."""
+def _tensor_seconds(job: PlannedJob, batch: BatchPlan, e: Efficiency) -> float:
+    """Time of one layer, one direction: two all-reduces (or an all-gather and a reduce-scatter each) of the activations."""
     p = job.parallel
     if p.tensor == 1:
         return 0.0
@@ -135,18 +135,18 @@ def _tensor_seconds(job: Job, batch: Batch, e: Efficiency) -> float:
     return bytes_ / (_tensor_link(job) * e.link)
 
 
-def _context_seconds(job: Job, batch: Batch, e: Efficiency) -> float:
-    """Of one layer, one direction: the exchanges around attention."""
+def _context_seconds(job: PlannedJob, batch: BatchPlan, e: Efficiency) -> float:
+    """Time of one layer, one direction: the exchanges around attention."""
     p = job.parallel
     link = job.gpu.nvlink if p.tensor * p.context <= job.gpus_per_node else job.gpu.network
     return context_bytes(job, batch) * (p.context - 1) / (link * e.link)
 
 
-def _tensor_link(job: Job) -> float:
+def _tensor_link(job: PlannedJob) -> float:
     return job.gpu.nvlink if job.parallel.tensor <= job.gpus_per_node else job.gpu.network
 
 
-def _border_seconds(job: Job, batch: Batch, e: Efficiency) -> float:
+def _border_seconds(job: PlannedJob, batch: BatchPlan, e: Efficiency) -> float:
     """Passing one row to the next stage, which 1F1B hides only in part; counted once a row."""
     p = job.parallel
     if p.pipeline == 1:
@@ -163,7 +163,7 @@ def _border_seconds(job: Job, batch: Batch, e: Efficiency) -> float:
     )
 
 
-def _optimizer_seconds(job: Job, batch: Batch, e: Efficiency) -> float:
+def _optimizer_seconds(job: PlannedJob, batch: BatchPlan, e: Efficiency) -> float:
     """Reducing gradients over data ranks, gathering parameters, and Adam, which reads and writes its state once."""
     p = job.parallel
     count = parameters.stage_size(job.shape, p.tensor, p.pipeline, job.virtual, 0).parameters
@@ -179,8 +179,8 @@ def _optimizer_seconds(job: Job, batch: Batch, e: Efficiency) -> float:
     return adam + gather + (reduce / batch.rows if p.overlap_grad_reduce else reduce)
 
 
-def _swap_seconds(job: Job, e: Efficiency) -> float:
-    """A offloaded reference's weights from pinned host memory to the device, once a step; nothing travels back."""
+def _swap_seconds(job: PlannedJob, e: Efficiency) -> float:
+    """An offloaded reference's weights from pinned host memory to the device, once a step; nothing travels back."""
     p = job.parallel
     if not job.offloaded_reference:
         return 0.0
@@ -190,16 +190,16 @@ def _swap_seconds(job: Job, e: Efficiency) -> float:
     return largest * job.trainer_bytes / (job.gpu.host * e.link)
 
 
-def _peak(job: Job) -> float:
-    """Of a layer's matrix products."""
+def _peak(job: PlannedJob) -> float:
+    """FLOPs per second of a layer's matrix products, at most."""
     fp8 = job.config.model.fp8 and job.gpu.fp8_flops
     # activations are cast and scaled, and attention stays in BF16: about 1.35 of BF16's speed in published training runs
     return job.gpu.flops * 1.35 if fp8 else job.gpu.flops
 
 
 # ------------------------------------------------------------------------------------------------------------- engines
-def generate_seconds(job: Job, e: Efficiency) -> float:
-    """Of a step: its questions, and those that replace groups without signal.
+def generate_seconds(job: PlannedJob, e: Efficiency) -> float:
+    """Time of a step: of its questions, and of those that replace groups without signal.
 
     When generation and training take turns, each round of refills begins when the one before has ended. The longest of a few
     responses does not reach the limit: of n exponential values the largest has the mean scale x (ln n + Euler's constant).
@@ -214,30 +214,30 @@ def generate_seconds(job: Job, e: Efficiency) -> float:
     return seconds
 
 
-def rounds(job: Job) -> list[int]:
+def rounds(job: PlannedJob) -> list[int]:
     """Questions asked in each round of a step's generation, expected. Ahead of the policy groups are replaced as they come, so
     there is one round; otherwise as many as leave half a group or more to replace."""
-    sampling, wanted = job.config.dynamic_sampling, job.rollout.questions_per_step
+    sampling, questions = job.config.dynamic_sampling, job.rollout.questions_per_step
     share = CHOSEN_SIGNAL_SHARE if sampling.choose else SIGNAL_SHARE
     if job.rollout.max_staleness:
-        return [math.ceil(wanted / max(share, 1 / (1 + sampling.refills)))]
-    missing = [wanted * (1 - share) ** number for number in range(1 + sampling.refills)]
-    return [math.ceil(questions) for questions in missing if questions >= 0.5]
+        return [math.ceil(questions / max(share, 1 / (1 + sampling.refills)))]
+    missing = [questions * (1 - share) ** number for number in range(1 + sampling.refills)]
+    return [math.ceil(count) for count in missing if count >= 0.5]
 
 
-def wait_seconds(job: Job) -> float:
+def wait_seconds(job: PlannedJob) -> float:
     """The longest that a run waits for generation at once, which rollout.step_deadline_s bounds: a round; ahead of the policy
-    the whole of the first step, whose generation nothing overlaps."""
+    the whole of the first step, whose generation overlaps with nothing."""
     r = job.rollout
     return batch_seconds(job, efficiency_of(job), rounds(job)[0], r.samples_per_question, r.max_response_tokens)
 
 
-def batch_seconds(job: Job, e: Efficiency, questions: int, samples: int, longest: float) -> float:
+def batch_seconds(job: PlannedJob, e: Efficiency, questions: int, samples: int, longest: float) -> float:
     """An engine's share of `questions` with `samples` responses each, from its first prompt to its longest response.
 
     Lengths end at a constant rate per token (their mean is the job's), cut at the limit, and the longest response of a
-    step reaches the limit: of hundreds of samples one rambles on. Sequences that wait for a slot keep the engine full first.
-    """
+    step reaches the limit: one of hundreds of samples does not stop. Sequences that wait for a slot keep the engine full
+    first."""
     cache = engine_cache(job)
     mean = min(job.mean_response, longest)
     total = math.ceil(questions / job.rollout.engines) * samples
@@ -265,7 +265,7 @@ def decay_scale(mean: float, longest: float) -> float:
     return (low + high) / 2
 
 
-def decode_seconds(job: Job, sequences: float, context: float, e: Efficiency) -> float:
+def decode_seconds(job: PlannedJob, sequences: float, context: float, e: Efficiency) -> float:
     """One decoding step of an engine: the longer of reading (weights, and keys and values of `context` tokens of each
     sequence) and computing, then what the tensor ranks and the host add."""
     s, t = job.shape, job.rollout.tensor_parallel
@@ -276,7 +276,7 @@ def decode_seconds(job: Job, sequences: float, context: float, e: Efficiency) ->
     return max(reading / (job.gpu.hbm * e.memory), flops / (job.gpu.flops * e.matmul)) + waiting
 
 
-def prefill_seconds(job: Job, prompts: float, e: Efficiency) -> float:
+def prefill_seconds(job: PlannedJob, prompts: float, e: Efficiency) -> float:
     """Prompts are read once per question; the prefix cache serves its other samples."""
     s = job.shape
     flops = prompts * job.mean_prompt * 2 * s.parameters
@@ -284,7 +284,7 @@ def prefill_seconds(job: Job, prompts: float, e: Efficiency) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------- sync
-def sync_seconds(job: Job, e: Efficiency) -> float:
+def sync_seconds(job: PlannedJob, e: Efficiency) -> float:
     """Stages send at the same time; the one with most to send ends last. Shared memory (`ipc`) is taken to be as fast as NCCL:
     a bus copies several times faster than an engine loads."""
     pipeline = job.parallel.pipeline
@@ -292,7 +292,7 @@ def sync_seconds(job: Job, e: Efficiency) -> float:
     return largest * job.engine_bytes / (GLOO_BYTES_PER_S if job.sync_over_gloo else e.sync)
 
 
-def handover_seconds(job: Job, e: Efficiency) -> float:
+def handover_seconds(job: PlannedJob, e: Efficiency) -> float:
     """Optimizer state to host memory before engines take the GPU, and back: many tensors through pageable memory."""
     moved = max(static_bytes(job, stage)["optimizer"] for stage in range(job.parallel.pipeline))
     return 2 * moved / e.handover

@@ -9,13 +9,13 @@ from typing import NamedTuple
 from alphamed.cluster.hosts import deal
 from alphamed.config.sections import ParallelConfig
 from alphamed.planner import parameters
-from alphamed.planner.batch import Batch, batch_of
-from alphamed.planner.job import Job
+from alphamed.planner.batch import BatchPlan, batch_of
+from alphamed.planner.job import PlannedJob
 
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """One GPU and who computes on it. `tensor`, `context`, `data`, `pipeline`, `layers`: of a trainer rank;
+    """One GPU and what computes on it. `tensor`, `context`, `data`, `pipeline`, `layers`: of a trainer rank;
     `engine`, `worker`: of an engine's."""
 
     node: int
@@ -46,8 +46,6 @@ class Group:
 @dataclass(frozen=True, slots=True)
 class Topology:
     seats: tuple[Seat, ...]
-    trainer_nodes: int
-    engine_nodes: int
     groups: tuple[Group, ...]
 
     @property
@@ -59,7 +57,7 @@ class Topology:
         return sum(group.leaving for group in self.groups)
 
 
-def place(job: Job) -> Topology:
+def place(job: PlannedJob) -> Topology:
     """Trainer ranks fill nodes first, in Megatron's order: tensor ranks are neighbours, stages farthest apart. Engines are
     placed as `cluster.hosts` does, or on the trainer's GPUs. The layout must be legal."""
     per_node, size = job.gpus_per_node, job.rollout.tensor_parallel
@@ -74,17 +72,18 @@ def place(job: Job) -> Topology:
             for place in range(workers)
         ]
         rank, worker = rank + ranks, worker + workers
-    taken = {(seat.node, seat.gpu) for seat in seats}
-    seats += [Seat(node, gpu, "idle") for node in range(len(shares)) for gpu in range(per_node) if (node, gpu) not in taken]
+    occupied = {(seat.node, seat.gpu) for seat in seats}
+    seats += [
+        Seat(node, gpu, "idle") for node in range(len(shares)) for gpu in range(per_node) if (node, gpu) not in occupied
+    ]
     seats.sort(key=lambda seat: (seat.node, seat.gpu))
-    trainer_nodes = sum(ranks > 0 for ranks, _ in shares)
     # hosts that weights have to travel to
     reached = sum(workers > 0 for _, workers in shares) - (1 if shares[0][1] else 0)
-    return Topology(tuple(seats), trainer_nodes, len(shares) - trainer_nodes, _groups(job, shares[0][0], reached))
+    return Topology(tuple(seats), _groups(job, shares[0][0], reached))
 
 
-class Place(NamedTuple):
-    """Where a trainer rank stands on each axis."""
+class RankCoordinates(NamedTuple):
+    """A trainer rank's position on each axis."""
 
     tensor: int
     context: int
@@ -92,9 +91,9 @@ class Place(NamedTuple):
     pipeline: int
 
 
-def coordinates(rank: int, p: ParallelConfig) -> Place:
-    """Where Megatron's order `tp-cp-ep-dp-pp` puts a rank."""
-    return Place(
+def coordinates(rank: int, p: ParallelConfig) -> RankCoordinates:
+    """The position of a rank in Megatron's order `tp-cp-ep-dp-pp`."""
+    return RankCoordinates(
         rank % p.tensor,
         rank // p.tensor % p.context,
         rank // (p.tensor * p.context) % p.data,
@@ -102,7 +101,7 @@ def coordinates(rank: int, p: ParallelConfig) -> Place:
     )
 
 
-def _trainer_seat(job: Job, rank: int, node: int, gpu: int) -> Seat:
+def _trainer_seat(job: PlannedJob, rank: int, node: int, gpu: int) -> Seat:
     p = job.parallel
     at = coordinates(rank, p)
     chunks = [
@@ -131,7 +130,7 @@ def axis_groups(p: ParallelConfig) -> dict[str, list[list[int]]]:
     }
 
 
-def _groups(job: Job, per_node: int, reached: int) -> tuple[Group, ...]:
+def _groups(job: PlannedJob, per_node: int, reached: int) -> tuple[Group, ...]:
     p, s = job.parallel, job.shape
     batch = batch_of(job)
     rows = batch.updates * batch.rows
@@ -149,20 +148,20 @@ def _groups(job: Job, per_node: int, reached: int) -> tuple[Group, ...]:
         * (count * (4 + job.trainer_bytes) if p.distributed_optimizer else 2 * count * 4),
         "pipeline": row_bytes / (p.tensor if p.sequence else 1) * rows * job.virtual * (2 + job.logprob_passes),
     }
-    found = []
+    summaries = []
     for kind, groups in axis_groups(p).items():
         if len(groups[0]) == 1:
             continue
         ring = kind != "pipeline" or job.virtual > 1
         crossings = sum(_crossings(group, per_node, ring) for group in groups)
         within = crossings == 0
-        found.append(Group(kind, len(groups[0]), len(groups), tuple(groups[0]), within, crossings * edge[kind]))
+        summaries.append(Group(kind, len(groups[0]), len(groups), tuple(groups[0]), within, crossings * edge[kind]))
     if job.engines:
-        found.append(_sync_group(job, reached))
-    return tuple(found)
+        summaries.append(_sync_group(job, reached))
+    return tuple(summaries)
 
 
-def context_bytes(job: Job, batch: Batch) -> float:
+def context_bytes(job: PlannedJob, batch: BatchPlan) -> float:
     """What a rank sends to each other context rank in one direction of one layer: queries, keys, values and outputs of its
     tokens, a part of the heads of each (megatron/context.py)."""
     p, s = job.parallel, job.shape
@@ -176,7 +175,7 @@ def _crossings(group: Sequence[int], per_node: int, ring: bool) -> int:
     return sum(a // per_node != b // per_node for a, b in pairs)
 
 
-def _sync_group(job: Job, reached: int) -> Group:
+def _sync_group(job: PlannedJob, reached: int) -> Group:
     """A link per stage: its source and every worker. A broadcast reaches each of the `reached` hosts that have engines, but
     not the first rank, once over the network."""
     p, workers = job.parallel, job.engines * job.rollout.tensor_parallel

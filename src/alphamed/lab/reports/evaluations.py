@@ -1,8 +1,8 @@
 """Whole evaluations compared: answers read from their files, paired by question, p values adjusted. Pure except for
 reading the files.
 
-Both kinds of files are understood: the evaluations of a run (`step_N.items.jsonl`) and those of `alphamed eval`
-(`items.jsonl`), where a question may have several samples.
+Files of both kinds are read: the evaluations of a run (`step_N.items.jsonl`) and those of `alphamed eval` (`items.jsonl`),
+where a question may have several samples.
 """
 
 from __future__ import annotations
@@ -14,15 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alphamed.data.attributes import ATTRIBUTES
-from alphamed.errors import ConfigError
+from alphamed.data.attributes import values_of
+from alphamed.evaluation.items import GradedAnswer, read_items, stats_of
 from alphamed.evaluation.paired import Split, mcnemar, split_gain
 from alphamed.evaluation.score import Z_95, wilson
-from alphamed.evaluation.variants import VARIANTS, vote_of
-from alphamed.files import read_json_lines
 from alphamed.records import Outcome
-
-BOXED = (Outcome.CORRECT, Outcome.WRONG)
+from alphamed.response_stats import ResponseStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +35,14 @@ class AnsweredQuestion:
     outcomes: tuple[Outcome, ...]
     letters: tuple[str | None, ...]
     votes: tuple[str | None, ...]  # what each boxed answer counts as, see `variants.vote_of`
-    tokens: int  # of all samples
+    stats: ResponseStats  # of all samples
     question: str
 
     @property
     def right(self) -> bool:
         """Whether the key is the most common answer among the samples; a tie counts as wrong."""
         others = Counter(vote for vote, outcome in zip(self.votes, self.outcomes) if outcome is Outcome.WRONG)
-        return self.outcomes.count(Outcome.CORRECT) > max(others.values(), default=0)
+        return self.stats.correct > max(others.values(), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +51,7 @@ class AnsweredSet:
 
     name: str
     answers: Mapping[str, AnsweredQuestion]
-    outcomes: Counter[Outcome]
+    stats: ResponseStats
 
     @property
     def n(self) -> int:
@@ -62,24 +59,24 @@ class AnsweredSet:
 
     @property
     def samples(self) -> int:
-        return self.outcomes.total()
+        return self.stats.responses
 
     @property
     def accuracy(self) -> float:
-        return self.outcomes[Outcome.CORRECT] / self.samples
+        return self.stats.accuracy
 
     @property
     def boxed(self) -> float:
-        return sum(self.outcomes[kind] for kind in BOXED) / self.samples
+        return self.stats.share(self.stats.boxed)
 
     @property
     def among_boxed(self) -> float:
         """NaN where nothing is boxed."""
-        return self.accuracy / self.boxed if self.boxed else math.nan
+        return self.stats.correct / self.stats.boxed if self.stats.boxed else math.nan
 
     @property
     def tokens_mean(self) -> float:
-        return sum(answer.tokens for answer in self.answers.values()) / self.samples
+        return self.stats.tokens_mean
 
     @property
     def chance(self) -> float:
@@ -99,7 +96,7 @@ class AnsweredSet:
     @property
     def among_interval(self) -> tuple[float, float]:
         """Over the questions that have a boxed answer; 0..1 without one."""
-        boxed = sum(any(outcome in BOXED for outcome in answer.outcomes) for answer in self.answers.values())
+        boxed = sum(answer.stats.boxed > 0 for answer in self.answers.values())
         return wilson(self.among_boxed, boxed) if boxed else (0.0, 1.0)
 
     @property
@@ -109,7 +106,7 @@ class AnsweredSet:
             (letter, answer.key)
             for answer in self.answers.values()
             for letter, outcome in zip(answer.letters, answer.outcomes)
-            if outcome in BOXED and letter
+            if outcome.boxed and letter
         ]
         return Counter(letter for letter, _ in pairs), Counter(key for _, key in pairs)
 
@@ -152,11 +149,8 @@ class Paired:
 
 
 def answered(name: str, answers: Sequence[AnsweredQuestion]) -> AnsweredSet:
-    return AnsweredSet(
-        name,
-        {answer.id: answer for answer in answers},
-        Counter(outcome for answer in answers for outcome in answer.outcomes),
-    )
+    stats = sum((answer.stats for answer in answers), ResponseStats())
+    return AnsweredSet(name, {answer.id: answer for answer in answers}, stats)
 
 
 def pair(first: AnsweredSet, second: AnsweredSet) -> Paired | None:
@@ -192,46 +186,24 @@ def holm(values: Sequence[float]) -> list[float]:
 def read_answered(path: Path) -> dict[str, AnsweredSet]:
     """Set name -> answers from an items file, in the order of the file; {} where there is none. ConfigError names a line
     that is not a graded answer."""
-    rows_by_set: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for number, row in enumerate(read_json_lines(path), start=1):
-        try:
-            rows_by_set.setdefault(row["set"], {}).setdefault(row["id"], []).append(
-                {
-                    "outcome": Outcome(row["outcome"]),
-                    "letter": row["letter"],
-                    "tokens": int(row["tokens"]),
-                    "text": row["text"],
-                    "question": row["question"],
-                    "options": dict(row["options"]),
-                    "answer": row["answer"],
-                    "context": row.get("context"),
-                    "attributes": {attribute.field: row.get(attribute.field) for attribute in ATTRIBUTES},
-                    "options_hidden": bool(row.get("variant")) and VARIANTS[row["variant"]].hides_options,
-                }
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(
-                f"{path}: line {number} is not a graded answer ({type(error).__name__}: {error}); evaluate again"
-            ) from None
-    return {
-        name: answered(name, [_answered_question(question_id, rows) for question_id, rows in questions.items()])
-        for name, questions in rows_by_set.items()
-    }
+    sets: dict[str, list[AnsweredQuestion]] = {}
+    for (name, _), samples in read_items(path).items():
+        sets.setdefault(name, []).append(_answered_question(samples))
+    return {name: answered(name, answers) for name, answers in sets.items()}
 
 
-def _answered_question(question_id: str, rows: Sequence[Mapping[str, Any]]) -> AnsweredQuestion:
-    first = rows[0]
-    identity = (first["question"], first["context"], tuple(first["options"].items()), first["answer"])
-    votes = tuple(vote_of(row["letter"], row["text"]) if row["outcome"] in BOXED else None for row in rows)
+def _answered_question(samples: Sequence[GradedAnswer]) -> AnsweredQuestion:
+    first = samples[0]
+    question = first.asked.question
     return AnsweredQuestion(
-        question_id,
-        identity,
-        first["answer"],
-        0 if first["options_hidden"] else len(first["options"]),
-        first["attributes"],
-        tuple(row["outcome"] for row in rows),
-        tuple(row["letter"] for row in rows),
-        votes,
-        sum(row["tokens"] for row in rows),
-        first["question"],
+        question.id,
+        (question.question, question.context, tuple(question.options.items()), question.answer),
+        question.answer,
+        len(first.asked.shown.options),
+        values_of(question),
+        tuple(sample.outcome for sample in samples),
+        tuple(sample.letter for sample in samples),
+        tuple(sample.vote for sample in samples),
+        stats_of(samples),
+        question.question,
     )

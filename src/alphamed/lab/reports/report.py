@@ -16,7 +16,8 @@ from typing import Any
 
 from alphamed.config.loading import dump_config
 from alphamed.errors import ConfigError
-from alphamed.evaluation.runner import read_asked, read_items, read_scores, score_json
+from alphamed.evaluation.items import read_items
+from alphamed.evaluation.runner import read_asked, read_scores, score_json
 from alphamed.evaluation.score import Score, Share, percent, verdict
 from alphamed.files import replace_json, replace_text
 from alphamed.lab.reports.figures import SMOOTH, SMOOTH_FROM, Figure, MetricsRow, figures
@@ -25,7 +26,6 @@ from alphamed.lab.reports.plots import Series, interval_rows, line_chart, number
 from alphamed.lab.reports.rollout_report import ABSENT, rollout_report
 from alphamed.lab.reports.samples import Changes, Items, changes, marked, rollout_examples
 from alphamed.lab.reports.watch import EDGE_STEPS, collapse, collapse_sentence
-from alphamed.records import Outcome
 from alphamed.rundir import evaluation_log, provenance
 from alphamed.rundir.directory import config_of_run
 from alphamed.rundir.metrics import last_step, read_rows
@@ -292,8 +292,9 @@ def _set_report(run_dir: Path, name: str, scores: Mapping[int, Score]) -> SetRep
 
 def collapse_warning(items: Items, name: str, where: str) -> str | None:
     """A sentence if nearly all boxed answers to an evaluation set are one letter, else None."""
-    boxed = [item for item in items.values() if item["set"] == name and item["outcome"] in (Outcome.CORRECT, Outcome.WRONG)]
-    collapsed = collapse(Counter(item["letter"] for item in boxed), Counter(item["answer"] for item in boxed))
+    boxed = [item for item in items.values() if item.asked.set == name and item.outcome.boxed]
+    letters = Counter(item.letter for item in boxed if item.letter is not None)
+    collapsed = collapse(letters, Counter(item.asked.question.answer for item in boxed))
     return collapse_sentence(collapsed, where) if collapsed else None
 
 
@@ -309,9 +310,10 @@ def _history(scores: Mapping[int, Score]) -> str:
     return line_chart(list(scores), series, unit="share", top=1.0)
 
 
-def read_set_items(run_dir: Path, step: int) -> dict[tuple[str, str], dict[str, Any]]:
+def read_set_items(run_dir: Path, step: int) -> Items:
     """The graded answers of the evaluation after `step`, by set and question."""
-    return read_items(run_dir / "evaluations" / f"step_{step:06d}.items.jsonl")
+    items = read_items(run_dir / "evaluations" / f"step_{step:06d}.items.jsonl")
+    return {key: answers[0] for key, answers in items.items()}  # a run asks each question once
 
 
 def _percent(share: Share) -> str:

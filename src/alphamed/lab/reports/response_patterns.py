@@ -39,7 +39,7 @@ def response_patterns(text: str, outcome: Outcome) -> frozenset[ResponsePattern]
     can be bare."""
     patterns = set()
     boxes = outermost(closed_boxes(text))
-    if outcome in (Outcome.CORRECT, Outcome.WRONG) and is_bare_box(text):
+    if outcome.boxed and is_bare_box(text):
         patterns.add(ResponsePattern.BARE)
     if boxes and _continues(text, *boxes[0]):
         patterns.add(ResponsePattern.AFTERWARDS)

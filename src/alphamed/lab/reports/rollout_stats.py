@@ -86,14 +86,13 @@ class ResponseCounts:
     among_boxed: Count = field(default_factory=Count)  # correct ones among the boxed
 
     def add(self, group: Answers) -> None:
-        right = group.outcomes.count(Outcome.CORRECT)
-        boxed = right + group.outcomes.count(Outcome.WRONG)
-        self.responses += len(group.outcomes)
+        stats = group.stats
+        self.responses += stats.responses
         self.reward += sum(group.rewards)
-        self.tokens += sum(group.tokens)
-        self.boxed.add(boxed, len(group.outcomes))
-        self.correct.add(right, len(group.outcomes))
-        self.among_boxed.add(right, boxed)
+        self.tokens += stats.tokens
+        self.boxed.add(stats.boxed, stats.responses)
+        self.correct.add(stats.correct, stats.responses)
+        self.among_boxed.add(stats.correct, stats.boxed)
 
     def merge(self, other: ResponseCounts) -> None:
         self.responses, self.reward = self.responses + other.responses, self.reward + other.reward
@@ -167,7 +166,7 @@ class RolloutStats:
             self._patterns(stats, group, candidates)
             self._letters(stats, group, candidates)
             history = self.questions.setdefault(question.id, QuestionHistory(question.source, values_of(question)))
-            history.visits.append((step, group.outcomes.count(Outcome.CORRECT), len(group.outcomes)))
+            history.visits.append((step, group.stats.correct, group.stats.responses))
         self.steps.append(stats)
         self.quotes |= candidates.chosen()
 
@@ -177,14 +176,13 @@ class RolloutStats:
             for pattern in response_patterns(text, outcome):
                 counts[pattern] += 1
                 candidates.offer(pattern, group, j)
-        boxed = group.outcomes.count(Outcome.CORRECT) + group.outcomes.count(Outcome.WRONG)
         for pattern in ResponsePattern:  # bare boxes are a share of boxed responses, as in METRICS
-            cases = boxed if pattern is ResponsePattern.BARE else len(group.outcomes)
+            cases = group.stats.boxed if pattern is ResponsePattern.BARE else group.stats.responses
             stats.response_patterns[pattern].add(counts[pattern], cases)
 
     def _letters(self, stats: StepStats, group: Answers, candidates: _Candidates) -> None:
         for j, (letter, outcome) in enumerate(zip(group.letters, group.outcomes)):
-            if letter is not None and outcome in (Outcome.CORRECT, Outcome.WRONG):
+            if letter is not None and outcome.boxed:
                 stats.answers[letter] += 1
                 stats.keys[group.question.answer] += 1
                 if outcome is Outcome.WRONG:

@@ -12,19 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alphamed.records import Outcome, ScoredGroup
+from alphamed.evaluation.items import GradedAnswer, Key
+from alphamed.records import ScoredGroup
 from alphamed.rundir.rollout_files import read_rollouts, recorded_steps, rollout_path
 
 _BOX = re.compile(r"(\\boxed\s*\{[^{}]*\})")
-Items = Mapping[tuple[str, str], dict[str, Any]]
+Items = Mapping[Key, GradedAnswer]
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerPair:
     """The answers to one evaluation question before and after."""
 
-    before: dict[str, Any]
-    after: dict[str, Any]
+    before: GradedAnswer
+    after: GradedAnswer
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +58,10 @@ def changes(before: Items, after: Items, name: str, limit: int = 4) -> Changes |
     pairs = [AnswerPair(item, after[key]) for key, item in before.items() if key in after and key[0] == name]
     if not pairs:
         return None
-
-    def correct(item: dict[str, Any]) -> bool:
-        return item["outcome"] == Outcome.CORRECT
-
-    pairs.sort(key=lambda pair: hashlib.sha256(pair.before["id"].encode()).hexdigest())
-    better = [pair for pair in pairs if correct(pair.after) and not correct(pair.before)]
-    worse = [pair for pair in pairs if correct(pair.before) and not correct(pair.after)]
-    stayed = sum(correct(pair.before) and correct(pair.after) for pair in pairs)
+    pairs.sort(key=lambda pair: hashlib.sha256(pair.before.asked.question.id.encode()).hexdigest())
+    better = [pair for pair in pairs if pair.after.right and not pair.before.right]
+    worse = [pair for pair in pairs if pair.before.right and not pair.after.right]
+    stayed = sum(pair.before.right and pair.after.right for pair in pairs)
     return Changes(
         stayed,
         len(better),
