@@ -247,7 +247,7 @@ def test_the_first_loss_is_transformers(whole, model):
     tokenizer, total, count = load_tokenizer(model), 0.0, 0
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     for i in range(5):
-        prompt = tokenizer.chat([{"role": "user", "content": f"{i}?"}])
+        prompt = tokenizer.encode(tokenizer.chat_text([{"role": "user", "content": f"{i}?"}]))
         for response in (r"\boxed{A}<|im_end|>", r" \boxed{A}<|im_end|>"):
             ids = torch.tensor([[*prompt, *tokenizer.encode(response)]])
             labels = torch.where(torch.arange(ids.shape[1])[None] < len(prompt), -100, ids)
