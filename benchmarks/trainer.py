@@ -179,7 +179,9 @@ def measure(shape_name: str, precision: str, recompute: str, options: argparse.N
     job = PlannedJob(
         config, shape, hardware.gpu(options.gpu), 1, prompt_tokens=options.prompt, response_tokens=sum(means) / len(means)
     )
-    row = PlannedRow(float(len(largest.tokens)), float(int(largest.mask.sum())), options.prompt + sum(means) / len(means) / 2)
+    row = PlannedRow(
+        float(len(largest.tokens)), float(int(largest.mask.sum())), options.prompt + sum(means) / len(means) / 2
+    )
     causes = stage_use(job, 0, row, len(micros)).causes
     planned = step_time(job)
     medians = {part: statistics.median(found[1:]) for part, found in seconds.items()}

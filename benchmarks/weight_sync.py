@@ -35,10 +35,10 @@ from alphamed.weights import links
 from alphamed.weights.buckets import Assembly, box_of, digest, unpack
 from alphamed.weights.cuts import needed
 from alphamed.weights.hf_io import gathered, parts_of
-from alphamed.weights.plan import Slice, SyncPlan, Wire
 from alphamed.weights.receiver import Membership, arrivals
 from alphamed.weights.routes import make_plan
 from alphamed.weights.sender import Sender, take_part
+from alphamed.weights.sync_plan import Slice, SyncPlan, Wire
 from alphamed.weights.writer import ParameterWriter
 
 ADDRESS = "127.0.0.1"

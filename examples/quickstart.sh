@@ -9,7 +9,7 @@ if [ -z "$bin" ]; then                  # else a container image: installed and 
     cd "$here/.."
     bin=.venv/bin config=examples/train_smollm2_cpu.yaml
 fi
-# The project's own questions: 12 facts in many wordings, each with three wrong answers of its category.
+# The project's own questions: 12 facts in many wordings, each with the right answers of three others as wrong ones.
 # The categories were chosen because the untrained model seldom boxes there: the rise in reward is mostly the format.
 questions=.cache/medfacts
 "$bin/python" -m alphamed.lab.datasets.medfacts $questions --levels 1 --facts 12 --copies 20 \

@@ -83,8 +83,9 @@ def pack(
     )
 
 
-def attach(batch: Batch, field: str, values: Sequence[Sequence[torch.Tensor]]) -> Batch:
-    """A batch whose micro-batches carry `values[mini][micro]` ([T] float32) as `old_logprobs` or `reference_logprobs`."""
+def attach(batch: Batch, field: str, values: Sequence[Sequence[torch.Tensor | None]]) -> Batch:
+    """A batch whose micro-batches carry `values[mini][micro]` ([T] float32, None before the last stage) as `old_logprobs` or
+    `reference_logprobs`."""
     return replace(
         batch,
         mini_batches=tuple(

@@ -68,7 +68,7 @@ def test_a_dead_host_is_named_and_the_requeued_job_continues_when_it_is_back(hos
 def test_a_host_whose_network_is_cut_is_named_and_ends_its_own_part(hosts, here):
     job = start(hosts, here, *LONG, "cluster.heartbeat_timeout_s=15")
     hosts.cut("node3")
-    said(hosts, here, job, "run failed: host node3: has not been heard of")
+    said(hosts, here, job, "run failed: host node3: sent no heartbeat")
     hosts.wait_until(lambda: not hosts.processes("node3"), f"node3 is quiet: {hosts.processes('node3')}", END_S)
     require_nothing_left(hosts, but=("node3",))
 

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from shards import holders
 from tiny import tiny_hf
 
 from alphamed.config.sections import ParallelConfig
 from alphamed.model.shape import read_shape
 from alphamed.weights.buckets import box_of
-from alphamed.weights.plan import Slice
-from alphamed.weights.routes import holders
+from alphamed.weights.sync_plan import Slice
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))

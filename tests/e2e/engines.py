@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from shards import holders
 from tiny import tiny_hf
 from transformers import AutoModelForCausalLM
 
@@ -21,7 +22,7 @@ from alphamed.rollout.pool import EnginePool
 from alphamed.rollout.spec import engine_environment, engine_specs
 from alphamed.weights.buckets import box_of
 from alphamed.weights.probe import Probe
-from alphamed.weights.routes import holders, make_plan
+from alphamed.weights.routes import make_plan
 from alphamed.weights.sync import WeightSync
 
 EOS = 2
@@ -98,9 +99,6 @@ class ModelSource:
 
     def plan(self, engines, wire):
         return make_plan(self._shape, ParallelConfig(), engines, wire)
-
-    def make_current(self):
-        pass
 
     def tensors(self):
         own = dict(self.model.named_parameters())

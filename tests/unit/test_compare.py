@@ -439,7 +439,7 @@ def test_evaluations_with_another_prompt_or_sampling_are_not_alike(tmp_path):
     [
         ("evaluations/step_000000.items.jsonl", {"set": "s"}, "line 1 is not a graded answer"),
         ("evaluations/step_000000.json", {"sets": []}, "not readable"),
-        ("evaluations.jsonl", {"time": "now"}, "line 1 tells of no look"),
+        ("evaluations.jsonl", {"time": "now"}, "line 1 records no evaluation"),
     ],
 )
 def test_the_report_names_a_damaged_file(tmp_path, capsys, file, content, problem):

@@ -21,7 +21,7 @@ import json, os, signal, sys, time
 from pathlib import Path
 from alphamed.cluster.control import Control
 from alphamed.errors import RunFailed
-from alphamed.cluster.links import accept, join, listen
+from alphamed.cluster.control_links import accept, join, listen
 from alphamed.errors import ConfigError
 
 rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
@@ -179,7 +179,7 @@ control.from_rank0("rollouts of step 1", stay)
     ranks.until(0, "started")
     os.kill(ranks.processes[victim].pid, signal.SIGKILL)
     assert ranks.said(2)["component"] == ranks.name(victim)
-    assert "ended without a word" in ranks.said(2)["message"]
+    assert "ended without a message" in ranks.said(2)["message"]
 
 
 def test_a_rank_killed_in_everywhere_is_named_by_all(play):
@@ -205,7 +205,7 @@ control.from_rank0("rollouts of step 1", stay)
     ranks.until(victim, f"started_{victim}")
     os.kill(ranks.processes[victim].pid, signal.SIGSTOP)
     assert ranks.said(1)["component"] == ranks.name(victim)
-    assert "not been heard of" in ranks.said(1)["message"]
+    assert "sent no heartbeat" in ranks.said(1)["message"]
 
 
 def test_an_exception_outside_of_agreements_fails_every_rank(play):

@@ -104,8 +104,8 @@ def test_training_keeps_the_checkpoint_of_the_development_set(tmp_path):
         (2, "test", "test", 10),
     ]
     assert evaluation_log.sentences(config.run_dir) == [
-        "Test set test was looked at 4 times (steps 1, 2, 3, 4).",
-        "Development set dev was looked at 4 times (steps 1, 2, 3, 4).",
+        "Test set test was evaluated 4 times (steps 1, 2, 3, 4).",
+        "Development set dev was evaluated 4 times (steps 1, 2, 3, 4).",
     ]
 
 
@@ -115,8 +115,8 @@ def test_a_look_of_the_exported_model_is_told_too(tmp_path):
         tmp_path, None, "alphamed eval", [("medqa", evaluation_log.TEST, 3), ("gpqa", evaluation_log.TEST, 8)]
     )
     assert evaluation_log.sentences(tmp_path) == [
-        "Test set medqa was looked at 2 times (steps 5, after export).",
-        "Test set gpqa was looked at once (step after export).",
+        "Test set medqa was evaluated 2 times (steps 5, after export).",
+        "Test set gpqa was evaluated once (step after export).",
     ]
     assert evaluation_log.sentences(tmp_path / "nowhere") == []
 
@@ -125,7 +125,7 @@ def test_the_report_says_how_often_sets_were_looked_at(run_dir):
     evaluate(run_dir, 0, [Outcome.CORRECT, Outcome.WRONG])
     evaluation_log.record(run_dir, 0, "training", [("wording", evaluation_log.TEST, 2)])
     evaluation_log.record(run_dir, 40, "training", [("wording", evaluation_log.TEST, 2)])
-    assert "Test set wording was looked at 2 times (steps 0, 40)." in write_report(run_dir).read_text()
+    assert "Test set wording was evaluated 2 times (steps 0, 40)." in write_report(run_dir).read_text()
 
 
 @pytest.mark.parametrize(

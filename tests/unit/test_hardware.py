@@ -38,7 +38,7 @@ def test_without_limits_there_are_none(tmp_path):
 
 
 def test_version_2_counts_page_cache_as_free(tmp_path):
-    found = v2(
+    limits = v2(
         tmp_path,
         "/job",
         {
@@ -48,12 +48,12 @@ def test_version_2_counts_page_cache_as_free(tmp_path):
             "job/memory.stat": "anon 3000\ninactive_file 1500\nactive_file 500\n",
         },
     )
-    assert found == Limits(1.5, 8000, 8000 - (5000 - 1500))
+    assert limits == Limits(1.5, 8000, 8000 - (5000 - 1500))
 
 
 def test_the_smallest_limit_up_the_tree_counts(tmp_path):
     """Cores are limited furthest inside, memory at the top, and the group in between has the least left."""
-    found = v2(
+    limits = v2(
         tmp_path,
         "/slurm/job_7/step_0",
         {
@@ -67,7 +67,7 @@ def test_the_smallest_limit_up_the_tree_counts(tmp_path):
             "slurm/job_7/step_0/memory.max": "max",
         },
     )
-    assert found == Limits(2.0, 9000, 9500 - 7000)
+    assert limits == Limits(2.0, 9000, 9500 - 7000)
 
 
 def test_version_1_has_a_tree_per_controller(tmp_path):
@@ -168,8 +168,8 @@ def who_goes_by_it(**options) -> list[int]:
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 def test_all_go_by_the_affinity_of_the_process():
-    one = sorted(os.sched_getaffinity(0))[:1]
-    assert who_goes_by_it(preexec_fn=lambda: os.sched_setaffinity(0, one))[:4] == [1, 1, 1, 1]
+    single = sorted(os.sched_getaffinity(0))[:1]
+    assert who_goes_by_it(preexec_fn=lambda: os.sched_setaffinity(0, single))[:4] == [1, 1, 1, 1]
 
 
 @pytest.fixture

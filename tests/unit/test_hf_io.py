@@ -91,10 +91,10 @@ def test_stages_hold_disjoint_parts(tmp_path, tied):
         layout = Layout(pipeline=2, virtual_pipeline=2, pipeline_rank=rank)
         modules = [megatron_like(shape, layout, layers) for layers in chunks]
         load_hf(folder, modules, shape, layout)
-        found = dict(hf_tensors(modules, shape, layout, None))
-        assert [(n, tuple(t.shape)) for n, t in found.items()] == hf_manifest(modules, shape)
-        assert same_bits(found, {name: source[name] for name in found})
-        names += found
+        exported = dict(hf_tensors(modules, shape, layout, None))
+        assert [(n, tuple(t.shape)) for n, t in exported.items()] == hf_manifest(modules, shape)
+        assert same_bits(exported, {name: source[name] for name in exported})
+        names += exported
         if rank == 1:
             output = modules[1].get_parameter("output_layer.weight")
             assert torch.equal(output, source["model.embed_tokens.weight" if tied else "lm_head.weight"])
@@ -218,14 +218,14 @@ BREAKAGES = {
 }
 
 
-@pytest.mark.parametrize("what", BREAKAGES)
-def test_wrong_tensors(tmp_path, what):
-    change, message = BREAKAGES[what]
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_wrong_tensors(tmp_path, breakage):
+    change, message = BREAKAGES[breakage]
     folder = tiny_hf(tmp_path, "llama")
     shape = read_shape(folder)
     save_file(change(stored(folder)), folder / SINGLE)
     refused_by(lambda: check_weights(folder, shape), message)
-    if what not in ("another layer", "a bias"):  # loading looks at what it needs only
+    if breakage not in ("another layer", "a bias"):  # loading reads only what it needs
         refused_by(lambda: load_hf(folder, [megatron_like(shape, Layout())], shape, Layout()), message)
 
 

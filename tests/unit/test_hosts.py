@@ -91,8 +91,8 @@ def test_hosts_that_do_not_suffice_are_named_with_needed_and_present(shape, node
 
 
 def test_engines_may_share_the_gpus_of_the_trainer():
-    one = config(cluster={"share_gpus": True, "device": "cuda"})
-    assert plan_nodes(one, ["a"], 1).hosts == (HostShare("a", 1, 1),)
+    shared = config(cluster={"share_gpus": True, "device": "cuda"})
+    assert plan_nodes(shared, ["a"], 1).hosts == (HostShare("a", 1, 1),)
     two = config(cluster={"share_gpus": True, "device": "cuda"}, parallel={"tensor": 2}, rollout={"engines": 2})
     assert plan_nodes(two, ["a", "b"], 2).hosts == (HostShare("a", 2, 2),)
     with pytest.raises(ConfigError, match="cluster.share_gpus: 2 trainer ranks and 2 engine workers .* it has 1; lower"):

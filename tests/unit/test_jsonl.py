@@ -101,7 +101,7 @@ def test_questions_are_written_as_they_were(tmp_path):
 
 def test_logs_and_work_files_of_the_program(tmp_path):
     evaluation_log.record(tmp_path, 3, "training", [(f"set {SEPARATORS}", "test", 5)])
-    assert evaluation_log.sentences(tmp_path) == [f"Test set set {SEPARATORS} was looked at once (step 3)."]
+    assert evaluation_log.sentences(tmp_path) == [f"Test set set {SEPARATORS} was evaluated once (step 3)."]
     append_json(tmp_path / "metrics.jsonl", {"step": 1, "loss": 0.5})
     assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5}]
     append_json(

@@ -22,7 +22,7 @@ from alphamed.config.loading import build_config, load_config
 from alphamed.config.schema import Config
 from alphamed.errors import ConfigError
 from alphamed.launch import guard, single_host
-from alphamed.launch.supervisor import Ended
+from alphamed.launch.supervisor import SupervisedExit
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,8 +96,8 @@ def test_a_process_that_enters_the_environment_uses_its_temporary_folder(tmp_pat
     monkeypatch.setattr(tempfile, "tempdir", None)
     assert tempfile.gettempdir() == "/tmp"
     monkeypatch.setenv("LEFT_OVER", "1")
-    kept = {name: value for name, value in os.environ.items() if name != "LEFT_OVER"}
-    enter(kept | {"TMPDIR": str(tmp_path)})
+    environment = {name: value for name, value in os.environ.items() if name != "LEFT_OVER"}
+    enter(environment | {"TMPDIR": str(tmp_path)})
     assert tempfile.gettempdir() == str(tmp_path) and "LEFT_OVER" not in os.environ
 
 
@@ -379,7 +379,7 @@ def test_a_command_with_grace_may_end_by_itself(tmp_path, signals, words):
 
 @pytest.mark.parametrize("number, by", [(signal.SIGUSR1, "Slurm's warning"), (signal.SIGTERM, "SIGTERM")])
 def test_what_stopped_a_run_is_said(number, by, tmp_path, capsys):
-    assert single_host.report(tmp_path, Ended(0, number, ledger.CleanUp())) == 128 + number
+    assert single_host.report(tmp_path, SupervisedExit(0, number, ledger.CleanUp())) == 128 + number
     assert capsys.readouterr().err == f"run stopped by {by}; the same command continues it from its last checkpoint\n"
 
 

@@ -13,8 +13,8 @@ NINE = {"megatron-core", "torch", "transformer-engine", "apex", "vllm", "ray", "
 
 def lines(name: str) -> list[str]:
     """The requirements of a file, without comments."""
-    kept = (line.split(" #")[0].split("#")[0].strip() for line in (ROOT / name).read_text().splitlines())
-    return [line for line in kept if line]
+    requirements = (line.split(" #")[0].split("#")[0].strip() for line in (ROOT / name).read_text().splitlines())
+    return [line for line in requirements if line]
 
 
 def asked() -> dict[str, Requirement]:

@@ -12,14 +12,14 @@ from types import SimpleNamespace
 import pytest
 
 from alphamed.cluster import addresses, placement
+from alphamed.cluster.cluster_job import ClusterHost, ClusterJob
 from alphamed.cluster.failure import stop_requested
-from alphamed.cluster.job import Job, Place
 from alphamed.config.loading import build_config
 from alphamed.config.schema import Config
 from alphamed.errors import ConfigError, RunFailed
 from alphamed.launch import nodes, remote
 from alphamed.launch.meeting import Meeting
-from alphamed.launch.nodes import part_of
+from alphamed.launch.nodes import commands_of
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["localhost", "127.0.0.2", "127.0.0.3"]
@@ -37,13 +37,13 @@ def port() -> int:
 
 def together(*acts):
     """Run each act in a thread; their results, or what they raised, in order."""
-    found = [None] * len(acts)
+    results = [None] * len(acts)
 
     def play(number, act):
         try:
-            found[number] = act()
+            results[number] = act()
         except Exception as error:  # noqa: BLE001 - looked at by the test
-            found[number] = error
+            results[number] = error
 
     threads = [threading.Thread(target=play, args=pair, daemon=True) for pair in enumerate(acts)]
     for thread in threads:
@@ -51,7 +51,7 @@ def together(*acts):
     for thread in threads:
         thread.join(60)
         assert not thread.is_alive()
-    return found
+    return results
 
 
 def test_hosts_exchange_facts_and_get_the_first_ones_decision():
@@ -100,8 +100,8 @@ def test_what_fails_on_one_host_fails_on_all_and_names_it():
             meeting.gather("facts", rank)
             return meeting.share("decision", lambda: None)
 
-    for found in together(*(lambda rank=rank: act(rank) for rank in range(3))):
-        assert str(found) == "cluster.x: is wrong here"
+    for failure in together(*(lambda rank=rank: act(rank) for rank in range(3))):
+        assert str(failure) == "cluster.x: is wrong here"
 
 
 def test_a_silent_host_is_lost_and_named():
@@ -117,25 +117,24 @@ def test_a_silent_host_is_lost_and_named():
             return meeting.failure
 
     def second():
-        meeting = Meeting.join(NAMES[:2], 1, meeting_port, "token", 20, 1000.0)  # its next heartbeat is far away
-        while not lost:
-            time.sleep(0.05)
-        meeting._links.close()
+        with Meeting.join(NAMES[:2], 1, meeting_port, "token", 20, 1000.0):  # its next heartbeat is far away
+            while not lost:
+                time.sleep(0.05)
 
     failure, _ = together(first, second)
-    assert failure.component == "host 127.0.0.2" and "has not been heard of" in failure.message and lost == [failure]
+    assert failure.component == "host 127.0.0.2" and "sent no heartbeat" in failure.message and lost == [failure]
 
 
 # ----------------------------------------------------------------------------------------------------------- what they run
 @pytest.fixture
 def started(monkeypatch):
     """What `nodes.run` begins: checks, and the whole training of a single host."""
-    found = []
+    calls = []
     monkeypatch.setattr(nodes, "gpus_present", lambda: 8)
-    monkeypatch.setattr(nodes.single_host, "train", lambda config, grace: found.append("train") or 0)
+    monkeypatch.setattr(nodes.single_host, "train", lambda config, grace: calls.append("train") or 0)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "token")
-    return found
+    return calls
 
 
 def test_a_run_on_one_host_is_checked_before_it_starts(started):
@@ -180,12 +179,16 @@ def test_hosts_without_gpus_are_named(started, monkeypatch, capsys):
     assert "cluster.gpus_per_node: 8, host a has 0" in capsys.readouterr().err
 
 
-PLACES = (Place("a", "10.0.0.1", "eth0", 4, 4), Place("b", "10.0.0.2", "eth0", 4, 2), Place("c", "10.0.0.3", "ib0", 0, 8))
+PLACES = (
+    ClusterHost("a", "10.0.0.1", "eth0", 4, 4),
+    ClusterHost("b", "10.0.0.2", "eth0", 4, 2),
+    ClusterHost("c", "10.0.0.3", "ib0", 0, 8),
+)
 
 
 def test_every_host_gets_its_part():
-    job, run = Job(PLACES, 21_000, 22_000), config(cluster={"device": "cuda", "ranks_per_host": 4})
-    head, second, engines = (part_of(job, place, run, Path("own"), Path("tmp")) for place in job.places)
+    job, run = ClusterJob(PLACES, 21_000, 22_000), config(cluster={"device": "cuda", "ranks_per_host": 4})
+    head, second, engines = (commands_of(job, place, run, Path("own"), Path("tmp")) for place in job.places)
     for rank, part in enumerate((head, second)):
         assert {
             "--nnodes=2",
@@ -205,9 +208,9 @@ def test_every_host_gets_its_part():
             "--min-worker-port=0",
         } <= set(command)
     assert engines.serves and not engines.beside and not second.serves
-    on_cpu = part_of(job, job.places[2], config(cluster={"device": "cpu"}), Path("own"), Path("tmp")).command
+    on_cpu = commands_of(job, job.places[2], config(cluster={"device": "cpu"}), Path("own"), Path("tmp")).command
     assert '--resources={"engine_slot": 8}' in on_cpu
-    assert Job.from_json(job.to_json()) == job and job.first_rank("b") == 4
+    assert ClusterJob.from_json(job.to_json()) == job and job.first_rank("b") == 4
 
 
 def test_a_dry_run_shows_what_every_host_would_run():
@@ -234,7 +237,7 @@ def test_a_launcher_that_ssh_has_started_checks_the_run(tmp_path, monkeypatch, c
 
 
 def test_ssh_passes_on_what_such_a_run_honours():
-    given = {
+    environment = {
         "VLLM_ATTENTION_BACKEND": "x",
         "HF_HOME": "/h",
         "ALPHAMED_PYTHON": "p",
@@ -244,7 +247,7 @@ def test_ssh_passes_on_what_such_a_run_honours():
         "HOME": "/home/me",
         "SSH_AUTH_SOCK": "/s",
     }
-    assert sorted(remote.passed_on(given)) == ["ALPHAMED_PYTHON", "HF_HOME", "TMPDIR", "VLLM_ATTENTION_BACKEND"]
+    assert sorted(remote.passed_on(environment)) == ["ALPHAMED_PYTHON", "HF_HOME", "TMPDIR", "VLLM_ATTENTION_BACKEND"]
 
 
 # -------------------------------------------------------------------------------------------------------------- addresses
@@ -271,8 +274,8 @@ def test_a_name_without_an_address_is_named():
 
 
 def test_the_job_travels_in_the_environment():
-    job = Job(PLACES, 1, 2)
-    assert Job.of_environment({"ALPHAMED_JOB": job.to_json()}) == job and Job.of_environment({}) is None
+    job = ClusterJob(PLACES, 1, 2)
+    assert ClusterJob.of_environment({"ALPHAMED_JOB": job.to_json()}) == job and ClusterJob.of_environment({}) is None
     assert json.loads(job.to_json())["places"][2]["interface"] == "ib0" and os.sep not in job.head.name
 
 
@@ -280,9 +283,9 @@ def test_hosts_that_never_join_ray_are_named(monkeypatch):
     nodes_of_ray = [{"Alive": True, "NodeManagerAddress": "10.0.0.1"}, {"Alive": False, "NodeManagerAddress": "10.0.0.3"}]
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(nodes=lambda: nodes_of_ray))
     with pytest.raises(RunFailed) as late:
-        placement.wait_for_hosts(Job(PLACES, 1, 2), 0.1)
+        placement.wait_for_hosts(ClusterJob(PLACES, 1, 2), 0.1)
     assert late.value.component == "host b" and "(missing: b, c); see logs/ray_b.log" in late.value.message
-    placement.wait_for_hosts(Job(PLACES[:1], 1, 2), 0.1)
+    placement.wait_for_hosts(ClusterJob(PLACES[:1], 1, 2), 0.1)
 
 
 def test_a_stop_file_asks_the_run_for_a_checkpoint(tmp_path, monkeypatch):

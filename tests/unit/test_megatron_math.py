@@ -24,13 +24,14 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
 
 
-def agree(found, expected, inputs, tolerance: float = 2e-6) -> None:
+def agree(computed, expected, inputs, tolerance: float = 2e-6) -> None:
     """Equal values and equal gradients of a random weighting, relative to the largest."""
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(9))
     gradients = [
-        torch.autograd.grad((out.float() * weights).sum(), inputs, retain_graph=out is expected) for out in (found, expected)
+        torch.autograd.grad((out.float() * weights).sum(), inputs, retain_graph=out is expected)
+        for out in (computed, expected)
     ]
-    for a, b in [(found, expected), *zip(*gradients)]:
+    for a, b in [(computed, expected), *zip(*gradients)]:
         assert (a - b).abs().max() <= tolerance * b.abs().max(), f"differs by {(a - b).abs().max():.1e}"
 
 
@@ -164,9 +165,9 @@ def test_rms_norm(shape):
 def test_rms_norm_of_bf16_is_computed_in_fp32():
     x, weight = random(4, 64).detach().bfloat16() * 100, torch.ones(64, dtype=torch.bfloat16)
     expected = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    found = rms_norm(x, weight, 1e-5)
-    assert found.dtype == torch.bfloat16
-    assert ((found.double() - expected).abs() <= expected.abs() * 2**-8).all()  # one rounding to 8 bits
+    normed = rms_norm(x, weight, 1e-5)
+    assert normed.dtype == torch.bfloat16
+    assert ((normed.double() - expected).abs() <= expected.abs() * 2**-8).all()  # one rounding to 8 bits
 
 
 def test_swiglu():
@@ -182,12 +183,12 @@ def test_label_logprobs_leave_padding_columns_out(chunk, temperature):
     """Two columns of five are padding whose weights would win every softmax."""
     hidden, real, labels = random(40, 6), random(3, 6, seed=1), torch.arange(40) % 3
     weight = torch.cat([real.detach(), torch.full((2, 6), 50.0)]).requires_grad_()
-    found, entropy = label_logprobs(hidden, weight, labels, VocabShard(None, 0, 3), temperature, chunk)
+    logprobs, entropy = label_logprobs(hidden, weight, labels, VocabShard(None, 0, 3), temperature, chunk)
     table = torch.log_softmax(hidden @ real.t() / temperature, -1)
     expected = table.gather(1, labels[:, None])[:, 0]
     torch.testing.assert_close(entropy, -(table.exp() * table).sum(-1), rtol=1e-5, atol=1e-6)
     assert not entropy.requires_grad
-    agree(found, expected, (hidden,))
+    agree(logprobs, expected, (hidden,))
     g = random(40, seed=2).detach()
     (d_weight,) = torch.autograd.grad(
         (label_logprobs(hidden, weight, labels, VocabShard(None, 0, 3), temperature, chunk)[0] * g).sum(), weight
@@ -199,9 +200,9 @@ def test_label_logprobs_leave_padding_columns_out(chunk, temperature):
 
 def test_label_logprobs_of_no_labels():
     hidden, weight = random(0, 6), random(3, 6)
-    found, entropy = label_logprobs(hidden, weight, torch.zeros(0, dtype=torch.int64), VocabShard(None, 0, 3), 1.0)
-    assert found.shape == entropy.shape == (0,)
-    d_hidden, d_weight = torch.autograd.grad(found.sum(), (hidden, weight))
+    logprobs, entropy = label_logprobs(hidden, weight, torch.zeros(0, dtype=torch.int64), VocabShard(None, 0, 3), 1.0)
+    assert logprobs.shape == entropy.shape == (0,)
+    d_hidden, d_weight = torch.autograd.grad(logprobs.sum(), (hidden, weight))
     assert d_hidden.shape == (0, 6) and (d_weight == 0).all()
 
 
@@ -262,9 +263,9 @@ def test_importance_weights_reach_the_loss_and_its_counts(kind, weights, changed
     loss, sums = micro_loss(micro, logprobs, torch.zeros(3), 4.0, config)
     expected = -(weights[0] + weights[1] - 3 * weights[2]) / 4
     assert float(loss) == pytest.approx(expected)
-    found = dict(zip(SUM_NAMES, sums.tolist(), strict=True))
-    assert (found["corrected"], found["tokens"]) == (changed, 3)
-    assert found["logprob_diff_max"] == pytest.approx(2 * 0.6931472)
+    by_name = dict(zip(SUM_NAMES, sums.tolist(), strict=True))
+    assert (by_name["corrected"], by_name["tokens"]) == (changed, 3)
+    assert by_name["logprob_diff_max"] == pytest.approx(2 * 0.6931472)
 
 
 # ---------------------------------------------------------------------------------------------------------------- schedules
@@ -283,9 +284,9 @@ def test_virtual_stages_neither_batch_their_messages_nor_free_what_they_send(vir
             "parallel": {"pipeline": 2, "virtual_pipeline": virtual},
         }
     )
-    found = transformer_config(config, shape_of(layers=4), Layout(pipeline=2, virtual_pipeline=virtual))
-    assert (found.batch_p2p_comm, found.overlap_p2p_comm) == (batched, not batched)
-    assert found.deallocate_pipeline_outputs == batched
+    settings = transformer_config(config, shape_of(layers=4), Layout(pipeline=2, virtual_pipeline=virtual))
+    assert (settings.batch_p2p_comm, settings.overlap_p2p_comm) == (batched, not batched)
+    assert settings.deallocate_pipeline_outputs == batched
 
 
 # ------------------------------------------------------------------------------------------------- weights that are swapped

@@ -50,7 +50,7 @@ def group(name, outcomes, rewards, lengths, texts=None, cut=()):
 
 
 def test_reduction_of_two_groups_by_hand():
-    found = reduce_groups(
+    metrics = reduce_groups(
         [
             group(
                 "a",
@@ -62,7 +62,7 @@ def test_reduction_of_two_groups_by_hand():
             group("b", [C, C, C, X], [1.0, 1.0, 1.0, 1.0], [1, 2, 3, 4]),
         ]
     )
-    assert found == pytest.approx(
+    assert metrics == pytest.approx(
         {
             "reward/mean": 5.1 / 8,
             "reward/correct": 4 / 8,
@@ -79,8 +79,8 @@ def test_reduction_of_two_groups_by_hand():
 
 
 def test_the_outcome_shares_add_up_to_one():
-    found = reduce_groups([group("a", list(Outcome), [0.0] * 6, [1] * 6)])
-    assert sum(found[f"reward/{kind}"] for kind in ("boxed", "unparseable", "truncated", "failed")) == pytest.approx(1)
+    metrics = reduce_groups([group("a", list(Outcome), [0.0] * 6, [1] * 6)])
+    assert sum(metrics[f"reward/{kind}"] for kind in ("boxed", "unparseable", "truncated", "failed")) == pytest.approx(1)
 
 
 def test_a_response_that_was_cut_and_graded_all_the_same_counts_as_cut():
@@ -89,8 +89,8 @@ def test_a_response_that_was_cut_and_graded_all_the_same_counts_as_cut():
 
 
 def test_groups_of_different_size_count_by_sample():
-    found = reduce_groups([group("a", [C], [1.0], [5]), group("b", [W] * 3, [0.0] * 3, [1] * 3)])
-    assert found["reward/mean"] == 0.25 and found["response/tokens_mean"] == 2.0
+    metrics = reduce_groups([group("a", [C], [1.0], [5]), group("b", [W] * 3, [0.0] * 3, [1] * 3)])
+    assert metrics["reward/mean"] == 0.25 and metrics["response/tokens_mean"] == 2.0
 
 
 @pytest.mark.parametrize("groups", [[], [group("a", [], [], [])]])
@@ -186,8 +186,8 @@ def test_a_value_that_is_not_finite_is_always_dumped_and_never_remembered(bad):
 def test_a_run_that_spikes_for_ever_dumps_a_few_times():
     watch = SpikeWatch()
     steps(watch, [0.0] * 30, [1.0] * 30)
-    found = [watch.check({"policy/loss": 0.0, "policy/grad_norm": 100.0}) for _ in range(MAX_SPIKE_DUMPS + 3)]
-    assert [reason is not None for reason in found] == [True] * MAX_SPIKE_DUMPS + [False] * 3
+    reasons = [watch.check({"policy/loss": 0.0, "policy/grad_norm": 100.0}) for _ in range(MAX_SPIKE_DUMPS + 3)]
+    assert [reason is not None for reason in reasons] == [True] * MAX_SPIKE_DUMPS + [False] * 3
 
 
 def test_a_dumped_batch_reads_back_without_our_classes(tmp_path):
@@ -210,8 +210,8 @@ def test_a_dumped_batch_reads_back_without_our_classes(tmp_path):
     read = torch.load(path, weights_only=True)
     assert read["step"] == 7 and read["reason"] == "policy/loss is not finite"
     assert read["rollouts"] == "rollouts/step_000007.parquet"
-    kept = read["batch"]["mini_batches"][0]["micro_batches"][0]
-    assert torch.equal(kept["rollout_logprobs"], torch.tensor([0.0, -0.25])) and kept["old_logprobs"] is None
-    assert kept["segments"] == [{"prefix": 1, "continuations": [1], "attends_shared_prefix": False}] and kept["samples"] == [
-        [0, 0]
-    ]
+    micro_batch = read["batch"]["mini_batches"][0]["micro_batches"][0]
+    assert torch.equal(micro_batch["rollout_logprobs"], torch.tensor([0.0, -0.25])) and micro_batch["old_logprobs"] is None
+    assert micro_batch["segments"] == [{"prefix": 1, "continuations": [1], "attends_shared_prefix": False}] and micro_batch[
+        "samples"
+    ] == [[0, 0]]

@@ -166,7 +166,7 @@ def test_what_transformers_fills_in(tmp_path):
                 "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
             },
             "rope_scaling",
-            "stands beside rope_parameters",
+            "is set together with rope_parameters",
         ),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters", "not supported"),
         ({"hidden_size": "4096"}, "hidden_size: '4096'", "not a positive whole number"),

@@ -42,8 +42,8 @@ def test_the_store_listens_at_its_address_alone(hosts, tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    found = done.stdout.splitlines()
-    assert found and set(found) == {f"listens at {'127.0.0.1' if hosts == 'one' else '127.0.0.2'}"}, found
+    addresses = done.stdout.splitlines()
+    assert addresses and set(addresses) == {f"listens at {'127.0.0.1' if hosts == 'one' else '127.0.0.2'}"}, addresses
 
 
 def test_the_store_of_the_links_to_engines_listens_at_its_address_alone():

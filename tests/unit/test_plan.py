@@ -26,7 +26,7 @@ from alphamed.planner.legality import layout_problems
 from alphamed.planner.memory import _receiving_bytes, engine_cache, layer_bytes, stage_use, static_bytes, trainer_use
 from alphamed.planner.parameters import buffer_elements, count, layers_of, stage_parameters
 from alphamed.weights import routes
-from alphamed.weights.plan import Wire
+from alphamed.weights.sync_plan import Wire
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))

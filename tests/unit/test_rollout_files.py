@@ -177,11 +177,11 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 def test_answers_are_the_same_groups_without_tokens(tmp_path):
     groups = (scored_group("a", 3), scored_group("b", 6, level=4, source="medqa"))
     write_rollouts(tmp_path / "s.parquet", 7, groups)
-    for found, group in zip(read_answers(tmp_path / "s.parquet"), groups, strict=True):
-        assert (found.group_id, found.question) == (group.group.group_id, group.group.question)
-        assert found.texts == tuple(rollout.text for rollout in group.group.rollouts)
-        assert (found.outcomes, found.letters, found.rewards) == (group.outcomes, group.letters, group.rewards)
-        assert found.tokens == tuple(len(rollout.response_token_ids) for rollout in group.group.rollouts)
-        assert found.truncated == tuple(rollout.finish_reason != "stop" for rollout in group.group.rollouts)
+    for answers, group in zip(read_answers(tmp_path / "s.parquet"), groups, strict=True):
+        assert (answers.group_id, answers.question) == (group.group.group_id, group.group.question)
+        assert answers.texts == tuple(rollout.text for rollout in group.group.rollouts)
+        assert (answers.outcomes, answers.letters, answers.rewards) == (group.outcomes, group.letters, group.rewards)
+        assert answers.tokens == tuple(len(rollout.response_token_ids) for rollout in group.group.rollouts)
+        assert answers.truncated == tuple(rollout.finish_reason != "stop" for rollout in group.group.rollouts)
     with pytest.raises(RolloutFileError, match="no such file"):
         read_answers(tmp_path / "absent.parquet")

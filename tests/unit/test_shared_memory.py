@@ -47,16 +47,16 @@ def test_every_receiver_gets_every_bucket_in_turn():
         return source.broadcast(sent[0], LATE).wait(LATE)
 
     def receive(receiver):
-        found = [torch.empty_like(bucket) for bucket in (*sent, sent[0])]
-        arrivals = [receiver.broadcast(flat, LATE) for flat in found]
+        received = [torch.empty_like(bucket) for bucket in (*sent, sent[0])]
+        arrivals = [receiver.broadcast(flat, LATE) for flat in received]
         for arrival in arrivals:
             arrival.wait(LATE)
-        return found
+        return received
 
     with ThreadPoolExecutor(4) as threads:
         sending = threads.submit(send)
-        for found in threads.map(receive, receivers, timeout=DEADLINE_S):
-            assert all(map(torch.equal, found, (*sent, sent[0])))
+        for received in threads.map(receive, receivers, timeout=DEADLINE_S):
+            assert all(map(torch.equal, received, (*sent, sent[0])))
         sending.result(DEADLINE_S)
 
 
@@ -100,8 +100,8 @@ def test_a_process_that_says_nothing_keeps_nobody_out():
         store.wait(["address"], LATE)
         silent, wrong = (socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2))
         with silent, wrong:
-            for one in (silent, wrong):
-                one.connect("\0" + store.get("address").decode())
+            for peer in (silent, wrong):
+                peer.connect("\0" + store.get("address").decode())
             wrong.send(shared_memory.NUMBER.pack(7))
             receiver = SharedMemoryReceiver(store, "l", 1, CPU, DEADLINE_S)
             source.result(DEADLINE_S).broadcast(torch.arange(5), LATE)

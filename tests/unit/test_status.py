@@ -8,7 +8,7 @@ import time
 import pytest
 
 from alphamed.cluster import failure
-from alphamed.cluster.job import Job, Place
+from alphamed.cluster.cluster_job import ClusterHost, ClusterJob
 from alphamed.cluster.ledger import Lock
 from alphamed.cluster.pulse import Pulse
 from alphamed.config.loading import build_config, dump_config
@@ -39,7 +39,9 @@ def run_dir(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(ROW | {"step": step}) + "\n" for step in (1, 2, 3)))
     (tmp_path / "pulse.json").write_text(json.dumps(PULSE))
     (tmp_path / "job.json").write_text(
-        Job((Place("node1", "10.0.0.1", "eth0", 2, 0), Place("node2", "10.0.0.2", "eth0", 0, 1)), 1, 2).to_json()
+        ClusterJob(
+            (ClusterHost("node1", "10.0.0.1", "eth0", 2, 0), ClusterHost("node2", "10.0.0.2", "eth0", 0, 1)), 1, 2
+        ).to_json()
     )
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "rank_0.log").touch()
@@ -119,8 +121,8 @@ def test_a_pulse_is_written_while_it_beats(tmp_path):
             if (tmp_path / "pulse.json").exists():
                 break
             time.sleep(0.05)
-    found = json.loads((tmp_path / "pulse.json").read_text())
-    assert found["activity"] == "step 2" and found["heard"]["rank 0"] - found["heard"]["rank 1"] == pytest.approx(3.0)
+    pulse = json.loads((tmp_path / "pulse.json").read_text())
+    assert pulse["activity"] == "step 2" and pulse["heard"]["rank 0"] - pulse["heard"]["rank 1"] == pytest.approx(3.0)
 
 
 def test_what_is_no_run_is_refused(tmp_path):

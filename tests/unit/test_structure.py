@@ -35,12 +35,15 @@ LIGHT = (
     "alphamed.data.text",
     "alphamed.data.tokenizer",
     "alphamed.evaluation.benchmarks",
+    "alphamed.evaluation.blind",
+    "alphamed.evaluation.choices",
     "alphamed.jsonl",
     "alphamed.lab.bundle.pack",
     "alphamed.lab.bundle.reproduce",
     "alphamed.lab.datasets.build",
     "alphamed.lab.datasets.commands",
     "alphamed.lab.datasets.decontaminate",
+    "alphamed.lab.datasets.form",
     "alphamed.lab.datasets.matching",
     "alphamed.lab.datasets.medfacts",
     "alphamed.lab.datasets.page",
@@ -117,6 +120,19 @@ def test_the_linter_finds_nothing():
         timeout=300,
     )
     assert form.returncode == 0, form.stdout + form.stderr
+
+
+def test_the_type_checker_finds_nothing():
+    """The settings are those of pyproject.toml; the libraries are those of the interpreter that runs this."""
+    pytest.importorskip("basedpyright", reason="basedpyright is not installed (tests/requirements.txt)")
+    run = subprocess.run(
+        [sys.executable, "-m", "basedpyright", "--pythonpath", sys.executable, "src"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_files_and_functions_stay_short():

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from alphamed.weights.buckets import BLOCK_ROWS, ROW_WORDS, Assembly, digest, pack, unpack
-from alphamed.weights.plan import Bucket, Link, Member, Slice, SyncPlan, in_turns, members
-from alphamed.weights.probe import Difference
+from alphamed.weights.probe import ProbeDifference
+from alphamed.weights.sync_plan import Bucket, Link, Member, Slice, SyncPlan, in_turns, members
 
 
 def link(stage=0, sizes=(3, 4, 2, 9, 1), dtype="float32", bucket_bytes=32, receivers=(0,)):
@@ -33,8 +33,8 @@ def test_buckets_are_cut_greedily_and_a_large_tensor_in_rows():
 
 def test_a_large_matrix_is_cut_between_rows_wherever_it_begins():
     part = Slice("w", (10, 6), (2, 3), (5, 3))  # 5 rows of 3: two rows fit into 8 elements
-    found = Link("l", 0, 0, (0,), "gloo", "float32", 32, (part,)).buckets()
-    assert [b.slices for b in found] == [
+    buckets = Link("l", 0, 0, (0,), "gloo", "float32", 32, (part,)).buckets()
+    assert [b.slices for b in buckets] == [
         (Slice("w", (10, 6), (2, 3), (2, 3)),),
         (Slice("w", (10, 6), (4, 3), (2, 3)),),
         (Slice("w", (10, 6), (6, 3), (1, 3)),),
@@ -96,10 +96,10 @@ def test_tensors_come_out_of_a_bucket_as_they_went_in(dtype):
     tensors = [torch.arange(6.0).view(3, 2).t(), torch.tensor([-7.5]), torch.full((2, 2), 1.00390625)]
     flat = pack(bucket, tensors, "cpu")
     assert flat.numel() == (11 if dtype == "float32" else 12) and flat.dtype == getattr(torch, dtype)
-    found = {part.name: tensor for part, tensor in unpack(bucket, flat)}
-    assert found["a"].tolist() == [[0, 2, 4], [1, 3, 5]] and found["b"].tolist() == [-7.5]
+    unpacked = {part.name: tensor for part, tensor in unpack(bucket, flat)}
+    assert unpacked["a"].tolist() == [[0, 2, 4], [1, 3, 5]] and unpacked["b"].tolist() == [-7.5]
     # 1 + 2^-8 needs 8 bits of mantissa: exact in FP32, a tie that rounds to even (1.0) in bf16
-    assert found["c"].tolist() == [[1.00390625] * 2] * 2 if dtype == "float32" else [[1.0] * 2] * 2
+    assert unpacked["c"].tolist() == [[1.00390625] * 2] * 2 if dtype == "float32" else [[1.0] * 2] * 2
 
 
 def test_pack_refuses_another_shape_than_was_announced():
@@ -135,12 +135,12 @@ def test_digest_counts_positions_across_blocks_and_wraps_at_64_bits():
 
 
 def test_digest_of_random_words_is_what_numpy_says():
-    found = numpy.random.default_rng(0).integers(
+    patterns = numpy.random.default_rng(0).integers(
         -(2**31), 2**31, (BLOCK_ROWS["cpu"] + 2) * ROW_WORDS + 77, dtype=numpy.int32
     )
-    wide = found.astype(numpy.int64)
+    wide = patterns.astype(numpy.int64)
     expected = [wide.sum(), (wide * numpy.arange(1, len(wide) + 1)).sum()]
-    assert digest(torch.from_numpy(found).view(torch.float32)).tolist() == expected
+    assert digest(torch.from_numpy(patterns).view(torch.float32)).tolist() == expected
 
 
 def test_digest_sees_a_single_flipped_bit_of_bf16():
@@ -152,9 +152,9 @@ def test_digest_sees_a_single_flipped_bit_of_bf16():
 
 # ------------------------------------------------------------------------------------------------------------------- probe
 def test_probe_measures_mean_percentile_and_largest():
-    found = Difference.between([0.0] * 200, [0.01] * 196 + [0.5, 0.25, -1.0, 0.02])
-    assert found.mean == pytest.approx((1.96 + 1.77) / 200)
-    assert (found.p99, found.max) == (0.5, 1.0)  # sorted: ... 0.02, 0.25, 0.5, 1.0; place 198 of 0..199
+    difference = ProbeDifference.between([0.0] * 200, [0.01] * 196 + [0.5, 0.25, -1.0, 0.02])
+    assert difference.mean == pytest.approx((1.96 + 1.77) / 200)
+    assert (difference.p99, difference.max) == (0.5, 1.0)  # sorted: ... 0.02, 0.25, 0.5, 1.0; place 198 of 0..199
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -162,18 +162,18 @@ def test_probe_measures_mean_percentile_and_largest():
 def test_probe_sees_a_single_nan_at_any_place(exact, place):
     engine = [0.0] * 200
     engine[place] = float("nan")
-    assert "nan" in Difference.between([0.0] * 200, engine).problem(exact)
+    assert "nan" in ProbeDifference.between([0.0] * 200, engine).problem(exact)
 
 
 @pytest.mark.parametrize(
     "difference, exact, refused",
     [
-        (Difference(1e-6, 1e-5, 1.9e-4), True, False),
-        (Difference(1e-6, 1e-5, 2.1e-4), True, True),
-        (Difference(0.079, 0.34, 2.0), False, False),
-        (Difference(0.081, 0.1, 0.1), False, True),
-        (Difference(0.01, 0.36, 0.4), False, True),
-        (Difference(float("nan"), float("nan"), float("nan")), True, True),
+        (ProbeDifference(1e-6, 1e-5, 1.9e-4), True, False),
+        (ProbeDifference(1e-6, 1e-5, 2.1e-4), True, True),
+        (ProbeDifference(0.079, 0.34, 2.0), False, False),
+        (ProbeDifference(0.081, 0.1, 0.1), False, True),
+        (ProbeDifference(0.01, 0.36, 0.4), False, True),
+        (ProbeDifference(float("nan"), float("nan"), float("nan")), True, True),
     ],
 )
 def test_probe_limits(difference, exact, refused):

@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+from shards import holders
 from test_hf_io import IndexedModule, attach, megatron_like
 
 from alphamed.config.loading import build_config
@@ -17,9 +18,9 @@ from alphamed.model.shape import ModelShape
 from alphamed.records import Layout
 from alphamed.weights.buckets import box_of, pack, unpack
 from alphamed.weights.hf_io import hf_parts
-from alphamed.weights.plan import Slice, SyncPlan, Wire, in_turns
-from alphamed.weights.routes import check_sync, gathers, holders, make_plan
+from alphamed.weights.routes import check_sync, make_plan
 from alphamed.weights.sender import held_parts
+from alphamed.weights.sync_plan import Slice, SyncPlan, Wire, in_turns
 from alphamed.weights.tensors import to_shard
 from alphamed.weights.writer import ParameterWriter
 
@@ -90,10 +91,10 @@ def tile(slices) -> bool:
 
 
 def by_name(slices):
-    found = defaultdict(list)
+    parts = defaultdict(list)
     for part in slices:
-        found[part.name].append(part)
-    return found
+        parts[part.name].append(part)
+    return parts
 
 
 def assert_buckets_sound(plan):
@@ -108,11 +109,11 @@ def stages(model, parallel):
     """The names of each stage: runs of layers dealt out in turn, embedding first, norm and output layer last."""
     chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
     run = model.layers // chunks
-    found = [{"model.embed_tokens.weight"}] + [set() for _ in range(parallel.pipeline - 1)]
-    found[-1] |= {"model.norm.weight", "lm_head.weight"}
+    stages = [{"model.embed_tokens.weight"}] + [set() for _ in range(parallel.pipeline - 1)]
+    stages[-1] |= {"model.norm.weight", "lm_head.weight"}
     for layer in range(model.layers):
-        found[layer // run % parallel.pipeline].add(str(layer))
-    return [lambda name, own=own: name in own or name.split(".")[2] in own for own in found]
+        stages[layer // run % parallel.pipeline].add(str(layer))
+    return [lambda name, own=own: name in own or name.split(".")[2] in own for own in stages]
 
 
 # ------------------------------------------------------------------------------------------------------------- brute force
@@ -167,18 +168,18 @@ def test_direct_stages_send_what_one_stage_would(name):
     for number, parallel in enumerate(layouts(model)):
         engines = (sizes[number % len(sizes)],) * 2
         plan = make_plan(model, parallel, engines, DIRECT)
-        one = make_plan(model, ParallelConfig(tensor=parallel.tensor), engines, DIRECT)
+        single = make_plan(model, ParallelConfig(tensor=parallel.tensor), engines, DIRECT)
         assert_buckets_sound(plan)
-        found, in_stage = defaultdict(list), stages(model, parallel)
+        carried, in_stage = defaultdict(list), stages(model, parallel)
         for link in plan.links:
             stage, rank = divmod(link.source, 2 * parallel.tensor)
             assert stage == link.stage and all(in_stage[stage](name) for name in {part.name for part in link.slices})
-            found[rank, link.receivers] += link.slices
-        assert {key: len(slices) for key, slices in found.items()} == {
-            (link.source, link.receivers): len(link.slices) for link in one.links
+            carried[rank, link.receivers] += link.slices
+        assert {key: len(slices) for key, slices in carried.items()} == {
+            (link.source, link.receivers): len(link.slices) for link in single.links
         }
-        assert all(set(found[link.source, link.receivers]) == set(link.slices) for link in one.links)
-        assert {part.name for link in one.links_to(0) for part in link.slices} == hf_shapes(model).keys()
+        assert all(set(carried[link.source, link.receivers]) == set(link.slices) for link in single.links)
+        assert {part.name for link in single.links_to(0) for part in link.slices} == hf_shapes(model).keys()
 
 
 def contains(held, part):
@@ -200,7 +201,7 @@ def moved(part, start, size):
 def vllm_share(model, size, rank):
     """(start, shape) of what a tensor rank of vLLM holds of every tensor, written down from vLLM's layers: columns or rows
     in equal parts, a KV head on several ranks where there are fewer heads than ranks, the vocabulary in multiples of 64."""
-    found = {}
+    boxes = {}
     padded = (model.vocab + 63) // 64 * 64
     for name, whole in hf_shapes(model).items():
         start, shape = [0] * len(whole), list(whole)
@@ -216,8 +217,8 @@ def vllm_share(model, size, rank):
         elif layer in ("embed_tokens", "lm_head"):
             start[0] = min(padded // size * rank, model.vocab)
             shape[0] = min(padded // size * (rank + 1), model.vocab) - start[0]
-        found[name] = tuple(start), tuple(shape)
-    return found
+        boxes[name] = tuple(start), tuple(shape)
+    return boxes
 
 
 def test_bytes_per_link_by_hand():
@@ -231,15 +232,6 @@ def test_bytes_per_link_by_hand():
     plan = make_plan(MODELS["Llama-3.1-8B"], ParallelConfig(tensor=4), (2,), DIRECT)
     assert [(link.source, link.receivers) for link in plan.links] == [(0, (0,)), (1, (0,)), (2, (1,)), (3, (1,))]
     assert [link.bytes - plan.links[1].bytes for link in plan.links] == [2 * norms, 0, 2 * norms, 0]
-
-
-def test_gathers_by_hand():
-    parallel = ParallelConfig(tensor=4, pipeline=2, data=3)
-    found = gathers(MODELS["Llama-3.1-8B"], parallel, "gather")
-    assert len(found) == 2 + 32 * 4 and found[0].parameter == "embedding.word_embeddings.weight"
-    assert found[0].ranks == (0, 1, 2, 3) and found[-1].ranks == (12, 13, 14, 15)
-    assert found[0].elements == 128256 * 4096 * 3 // 4
-    assert gathers(MODELS["Llama-3.1-8B"], parallel, "direct") == ()
 
 
 # --------------------------------------------------------------------------------------------------- a small model for real
@@ -318,11 +310,11 @@ def vllm_parameter(model, truth, size, rank, path, leaf):
     for name in names:
         start, own = vllm_share(model, size, rank)[name]
         shares.append(truth[name][box_of(Slice(name, truth[name].shape, start, own))])
-    found = torch.cat(shares)
+    whole = torch.cat(shares)
     if layer in ("embed_tokens", "lm_head"):
         rows = (model.vocab + 63) // 64 * 64 // size
-        found = torch.cat([found, torch.zeros(rows - len(found), found.shape[1])])
-    return found
+        whole = torch.cat([whole, torch.zeros(rows - len(whole), whole.shape[1])])
+    return whole
 
 
 def test_a_slice_that_never_came_is_noticed():

@@ -11,7 +11,7 @@ import pytest
 
 from alphamed.cluster import placement, variables
 from alphamed.cluster.environment import run_environment
-from alphamed.cluster.variables import Start, Treatment, examine, kept, lines, printable
+from alphamed.cluster.variables import Start, Treatment, examine, honoured_only, lines, printable
 from alphamed.config.loading import build_config
 from alphamed.errors import ConfigError
 from alphamed.launch.worker import start_of
@@ -63,11 +63,11 @@ def config(**sections):
     ],
 )
 def test_which_start_passes_a_variable_on(name, starts):
-    assert {start for start in Start if name in kept({name: "x"}, start)} == starts
+    assert {start for start in Start if name in honoured_only({name: "x"}, start)} == starts
 
 
 def test_a_start_says_what_it_found_in_one_line_each():
-    found = examine(
+    variables = examine(
         {
             "RAY_ADDRESS": "10.0.0.7:6379",
             "CUDA_VISIBLE_DEVICES": "0,1",
@@ -77,7 +77,7 @@ def test_a_start_says_what_it_found_in_one_line_each():
         },
         Start.ONE_HOST,
     )
-    said = lines(found)
+    said = lines(variables)
     assert said[0] == "environment: honoured are CUDA_VISIBLE_DEVICES=0,1 NCCL_DEBUG=INFO"
     assert said[1].startswith("environment: RAY_ADDRESS=10.0.0.7:6379 is ignored: a run on one host starts a Ray of its own")
     assert said[2].startswith("environment: WORLD_SIZE=8 is ignored: ") and len(said) == 3
@@ -87,7 +87,7 @@ def test_a_start_says_what_it_found_in_one_line_each():
 def test_what_torchrun_gives_its_ranks_is_not_spoken_of():
     own = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1"}
     assert examine(own, Start.TORCHRUN) == []
-    assert [one.name for one in examine(own | {"OMP_NUM_THREADS": "4"}, Start.TORCHRUN)] == ["OMP_NUM_THREADS"]
+    assert [variable.name for variable in examine(own | {"OMP_NUM_THREADS": "4"}, Start.TORCHRUN)] == ["OMP_NUM_THREADS"]
 
 
 def test_torch_does_not_warn_of_addresses_without_names_unless_it_is_asked_to():
@@ -98,9 +98,9 @@ def test_torch_does_not_warn_of_addresses_without_names_unless_it_is_asked_to():
 
 def test_the_token_of_a_job_is_not_spoken_of():
     own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "hunter2"}
-    assert examine(own, Start.NODES) == [] and kept(own, Start.NODES) == own
-    assert [one.treatment for one in examine(own, Start.ONE_HOST)] == [Treatment.IGNORED] * 2
-    assert [one.name for one in examine(own | {"RAY_AUTH_MODE": "disabled"}, Start.NODES)] == ["RAY_AUTH_MODE"]
+    assert examine(own, Start.NODES) == [] and honoured_only(own, Start.NODES) == own
+    assert [variable.treatment for variable in examine(own, Start.ONE_HOST)] == [Treatment.IGNORED] * 2
+    assert [variable.name for variable in examine(own | {"RAY_AUTH_MODE": "disabled"}, Start.NODES)] == ["RAY_AUTH_MODE"]
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_secrets_are_never_printed(name, value, shown):
 
 
 def test_provenance_holds_no_secrets_places_or_addresses(tmp_path):
-    found = {
+    environment = {
         "HF_TOKEN": "hunter2",
         "PYTHONPATH": "/home/me",
         "RAY_ADDRESS": "10.0.0.7:6379",
@@ -128,7 +128,7 @@ def test_provenance_holds_no_secrets_places_or_addresses(tmp_path):
         "OMP_NUM_THREADS": "7",
         "HOME": "/home/me",
     }
-    variables.write(tmp_path, examine(found, Start.ONE_HOST))
+    variables.write(tmp_path, examine(environment, Start.ONE_HOST))
     entry = provenance.record_start(tmp_path, ["alphamed"], [], None, {})["starts"][0]
     assert entry["environment"] == [
         {"name": "HF_TOKEN", "treatment": "honoured"},
@@ -145,7 +145,7 @@ def test_a_variable_that_takes_the_checks_away_is_refused(tmp_path, monkeypatch)
     monkeypatch.setenv("PYTHONOPTIMIZE", "1")
     with pytest.raises(ConfigError, match="environment: PYTHONOPTIMIZE=1 is refused: .*; unset it"):
         variables.settle(tmp_path, Start.ONE_HOST)
-    assert [one.treatment for one in examine({"PYTHONOPTIMIZE": "1"}, Start.ONE_HOST)] == [Treatment.REFUSED]
+    assert [variable.treatment for variable in examine({"PYTHONOPTIMIZE": "1"}, Start.ONE_HOST)] == [Treatment.REFUSED]
 
 
 def test_a_bare_torchrun_spans_hosts_by_its_ranks_or_by_the_configuration():
@@ -203,7 +203,7 @@ def test_doctor_shows_them_and_fails_where_one_is_refused():
         timeout=600,
         env=environment | leftovers | {"PYTHONPATH": str(ROOT / "src")},
     )
-    found = {finding["part"]: finding for finding in json.loads(done.stdout)}
-    assert found["$RAY_ADDRESS"]["detail"].startswith("10.0.0.7:6379  ignored: a run on one host starts a Ray of its own")
-    assert found["$NCCL_DEBUG"]["detail"].startswith("INFO  honoured") and "hunter2" not in done.stdout
-    assert "$PYTHONOPTIMIZE" not in found and done.returncode == 0  # empty is unset, to Python
+    by_part = {finding["part"]: finding for finding in json.loads(done.stdout)}
+    assert by_part["$RAY_ADDRESS"]["detail"].startswith("10.0.0.7:6379  ignored: a run on one host starts a Ray of its own")
+    assert by_part["$NCCL_DEBUG"]["detail"].startswith("INFO  honoured") and "hunter2" not in done.stdout
+    assert "$PYTHONOPTIMIZE" not in by_part and done.returncode == 0  # empty is unset, to Python

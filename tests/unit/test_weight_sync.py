@@ -1,7 +1,6 @@
 """Pushes through real links, gloo and shared memory, without vLLM: ranks and engine workers are threads, a model is a
 dictionary."""
 
-import queue
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,22 +11,24 @@ import torch
 from test_hf_io import megatron_like
 from test_sync_routes import SMALL, engine_like, fill, vllm_parameter
 
+from alphamed.cluster.control import Control
+from alphamed.cluster.control_links import accept, join, listen
 from alphamed.config.loading import build_config
 from alphamed.config.sections import ParallelConfig
-from alphamed.errors import ConfigError, RunFailed
+from alphamed.errors import RunFailed
 from alphamed.model.families import hf_shapes
 from alphamed.records import Layout
 from alphamed.rollout.failures import ActorProcess
 from alphamed.weights import receiver
 from alphamed.weights.hf_io import hf_parts
 from alphamed.weights.links import GroupChannel
-from alphamed.weights.plan import Link, Slice, SyncPlan, Wire, members
 from alphamed.weights.probe import Probe
 from alphamed.weights.receiver import WeightReceiver
 from alphamed.weights.routes import make_plan
-from alphamed.weights.sender import Sender
+from alphamed.weights.sender import late_workers
 from alphamed.weights.shared_memory import PeerTimeout, SharedMemoryReceiver
 from alphamed.weights.sync import WeightSync, choose_transport
+from alphamed.weights.sync_plan import Link, Slice, SyncPlan, Wire, members
 
 DEADLINE_S = 900
 
@@ -83,9 +84,6 @@ class Source:
             workers,
         )
 
-    def make_current(self):
-        pass
-
     def tensors(self):
         for name, tensor in self._tensors.items():
             self.exported += 1
@@ -112,10 +110,13 @@ class Pool:
     def __init__(self, *tensor_parallel, scores=()):
         self.tensor_parallel, self.address, self.epoch, self.version = tensor_parallel, "127.0.0.1", 1, 0
         self.on_this_machine = True
-        self.workers = [[Worker(rank) for rank in range(size)] for size in tensor_parallel]
-        self.engines = [SimpleNamespace(peer=ActorProcess(f"engine {i}")) for i in range(len(tensor_parallel))]
         self.scores, self.committed = scores, []
+        self.start_engines()
         self._threads = ThreadPoolExecutor(8)
+
+    def start_engines(self):
+        self.workers = [[Worker(rank) for rank in range(size)] for size in self.tensor_parallel]
+        self.engines = [SimpleNamespace(peer=ActorProcess(f"engine {i}")) for i in range(len(self.tensor_parallel))]
 
     def begin(self, method, arguments):
         return [self._threads.submit(getattr(self, method), engine, **own) for engine, own in enumerate(arguments)]
@@ -146,32 +147,33 @@ class Pool:
             ]
 
 
-class Control:
-    """Ranks that are threads: rank 0's values go through queues, a failure of one is raised by all."""
+@pytest.fixture
+def ranks(tmp_path):
+    """Real controls of so many ranks, which are threads of this process: joined over their links, left at the end."""
+    opened = []
 
-    def __init__(self, world=1):
-        self.queues = [queue.Queue() for _ in range(world)]
-        self.barrier = threading.Barrier(world)
-        self.failures = []
+    def joined(world=1):
+        peers = [[]]
+        if world > 1:
+            listener, key = listen("127.0.0.1")
+            with listener, ThreadPoolExecutor(world) as threads:
+                first = threads.submit(accept, listener, world, DEADLINE_S)
+                others = [threads.submit(join, listener.address, key, rank, DEADLINE_S) for rank in range(1, world)]
+                peers = [first.result(DEADLINE_S), *([call.result(DEADLINE_S)] for call in others)]
+        for rank, own in enumerate(peers):
+            folder = tmp_path / f"{len(opened)}"
+            folder.mkdir()
+            opened.append(Control(None, rank, world, own, folder, DEADLINE_S, DEADLINE_S))
+        return opened[-world:]
 
-    def of(self, rank):
-        def from_rank0(_, function):
-            if rank == 0:
-                value = function()
-                for other in self.queues:
-                    other.put(value)
-            return self.queues[rank].get(timeout=DEADLINE_S)
+    yield joined
+    with ThreadPoolExecutor(len(opened)) as threads:  # a rank that leaves waits a little for the others
+        list(threads.map(lambda control: control.__exit__(None, None, None), opened))
 
-        def everywhere(_, function):
-            try:
-                function()
-            except Exception as error:
-                self.failures.append(error)
-            self.barrier.wait(DEADLINE_S)
-            if self.failures:
-                raise self.failures[0]
 
-        return SimpleNamespace(from_rank0=from_rank0, everywhere=everywhere)
+@pytest.fixture
+def control(ranks):
+    return ranks()[0]
 
 
 @pytest.fixture(autouse=True)
@@ -186,9 +188,9 @@ def weights(prefix, sizes=(3, 4, 20, 2, 9), seed=0):
     return {f"{prefix}{i}": torch.randn(size, generator=generator) for i, size in enumerate(sizes)}
 
 
-def test_every_worker_of_every_engine_gets_the_weights_and_the_next_version():
+def test_every_worker_of_every_engine_gets_the_weights_and_the_next_version(control):
     tensors, pool = weights("w"), Pool(1, 2)
-    sync = WeightSync(config(), Source(tensors), pool, Control().of(0), version=6)
+    sync = WeightSync(config(), Source(tensors), pool, control, version=6)
     assert sync.push() == 7 == pool.version
     tensors["w2"].add_(1)
     assert sync.push() == 8
@@ -198,9 +200,9 @@ def test_every_worker_of_every_engine_gets_the_weights_and_the_next_version():
     assert sorted(pool.committed) == [(0, 7), (0, 8), (1, 7), (1, 8)]
 
 
-def test_bf16_engines_get_rounded_weights():
+def test_bf16_engines_get_rounded_weights(control):
     tensors, pool = weights("w"), Pool(1)
-    WeightSync(config("bf16"), Source(tensors), pool, Control().of(0)).push()
+    WeightSync(config("bf16"), Source(tensors), pool, control).push()
     assert all(torch.equal(pool.workers[0][0].loaded[name], tensor.bfloat16()) for name, tensor in tensors.items())
 
 
@@ -217,21 +219,20 @@ def run_ranks(*syncs):
         return list(threads.map(push, syncs, timeout=DEADLINE_S))
 
 
-def three_ranks(pool):
+def three_ranks(pool, controls):
     """Two stages; the second has a tensor rank that does not send."""
-    control = Control(3)
-    one, two = weights("a"), weights("b", sizes=(30, 1), seed=1)
-    sources = [Source(one, two), Source(one, two, rank=1, stage=1), Source(one, two, rank=2, stage=1)]
+    first, second = weights("a"), weights("b", sizes=(30, 1), seed=1)
+    sources = [Source(first, second), Source(first, second, rank=1, stage=1), Source(first, second, rank=2, stage=1)]
     return (
-        one | two,
+        first | second,
         sources,
-        [WeightSync(config(), source, pool if rank == 0 else None, control.of(rank)) for rank, source in enumerate(sources)],
+        [WeightSync(config(), source, pool if rank == 0 else None, controls[rank]) for rank, source in enumerate(sources)],
     )
 
 
-def test_two_stages_send_over_links_of_their_own():
+def test_two_stages_send_over_links_of_their_own(ranks):
     pool = Pool(2)
-    tensors, sources, syncs = three_ranks(pool)
+    tensors, sources, syncs = three_ranks(pool, ranks(3))
     assert run_ranks(*syncs) == [1, 1, 1]
     for worker in pool.workers[0]:
         # buckets of 16 elements, in turns: a2 has 20, b0 30 of them and is there when its second part has come
@@ -240,9 +241,9 @@ def test_two_stages_send_over_links_of_their_own():
     assert sources[2].exported == 2  # the export is a collective
 
 
-def test_damage_on_a_second_stages_link_is_named(monkeypatch):
+def test_damage_on_a_second_stages_link_is_named(ranks, monkeypatch):
     pool = Pool(1, 1)
-    _, _, syncs = three_ranks(pool)
+    _, _, syncs = three_ranks(pool, ranks(3))
 
     def damage(bucket, flat):
         if threading.current_thread() is victim and str(bucket).startswith("bucket 1 of stage 1"):
@@ -262,15 +263,16 @@ def test_damage_on_a_second_stages_link_is_named(monkeypatch):
     first, *others = run_ranks(*syncs)
     assert isinstance(first, RunFailed) and first.component == "engine 1 worker 0"
     assert first.message == "received other weights than were sent: bucket 1 of stage 1 (b0 .. b1) at engine 1 worker 0"
-    assert others == [first, first] and pool.committed == [] and pool.version == 0
+    assert [str(other) for other in others] == [str(first)] * 2
+    assert pool.committed == [] and pool.version == 0
 
 
-def test_a_tensor_that_can_not_be_loaded_fails_the_push_but_leaves_no_sender_waiting():
+def test_a_tensor_that_cannot_be_loaded_fails_the_push_but_leaves_no_sender_waiting(control):
     tensors, pool = weights("w"), Pool(1)
     pool.workers[0][0].refuses = "w1"
     source = Source(tensors)
     with pytest.raises(RuntimeError, match=r"loading bucket 0 of stage 0 \(w0 .. w1\) of version 1: KeyError: 'w1'"):
-        WeightSync(config(), source, pool, Control().of(0)).push()
+        WeightSync(config(), source, pool, control).push()
     assert source.exported == len(tensors) and pool.workers[0][0].order == ["w0"]
 
 
@@ -288,19 +290,16 @@ class ShardSource:
     def plan(self, engines, wire):
         return make_plan(self._model, ParallelConfig(tensor=self._size), engines, wire)
 
-    def make_current(self):
-        pass
-
     def parts(self):
         return hf_parts([self._chunk], self._model, self._layout)
 
 
 @pytest.mark.parametrize("trainer, engines", [(2, (2, 2)), (1, (2, 1)), (4, (2,))])
-def test_tensor_ranks_send_their_own_shards_to_the_parameters_that_they_belong_to(trainer, engines):
+def test_tensor_ranks_send_their_own_shards_to_the_parameters_that_they_belong_to(ranks, trainer, engines):
     model = SMALL[2]
     generator = torch.Generator().manual_seed(3)
     truth = {name: torch.randn(size, generator=generator) for name, size in hf_shapes(model).items()}
-    pool, control = Pool(*engines), Control(trainer)
+    pool, controls = Pool(*engines), ranks(trainer)
     for engine in pool.workers:
         for worker in engine:
             worker.model_runner.model = engine_like(model, len(engine), worker.rank)
@@ -309,7 +308,7 @@ def test_tensor_ranks_send_their_own_shards_to_the_parameters_that_they_belong_t
             config(bucket_bytes=4096, mode="direct"),
             ShardSource(model, truth, trainer, rank),
             pool if rank == 0 else None,
-            control.of(rank),
+            controls[rank],
         )
         for rank in range(trainer)
     ]
@@ -322,14 +321,14 @@ def test_tensor_ranks_send_their_own_shards_to_the_parameters_that_they_belong_t
                 assert torch.equal(parameter, vllm_parameter(model, truth, len(engine), worker.rank, module, leaf)), name
 
 
-def test_a_lost_receiver_breaks_the_link_and_the_export_is_carried_to_its_end():
+def test_a_lost_receiver_breaks_the_link_and_the_export_is_carried_to_its_end(control):
     tensors, pool = weights("w"), Pool(1)
     source = Source(tensors)
-    sync = WeightSync(config(), source, pool, Control().of(0))
+    sync = WeightSync(config(), source, pool, control)
     sync.push()
 
     def gone(**_):
-        pool.workers[0][0]._alphamed.channels.clear()  # what the death of its process does
+        pool.workers[0][0].alphamed_membership.channels.clear()  # what the death of its process does
         return {}
 
     pool.workers[0][0].alphamed_receive = gone
@@ -338,37 +337,38 @@ def test_a_lost_receiver_breaks_the_link_and_the_export_is_carried_to_its_end():
     assert source.exported == 2 * len(tensors) and pool.version == 1
 
 
-def test_the_links_are_built_anew_when_an_engine_comes():
+def test_the_links_are_built_again_when_an_engine_comes(control):
     tensors, pool = weights("w"), Pool(1)
-    sync = WeightSync(config(), Source(tensors), pool, Control().of(0))
+    sync = WeightSync(config(), Source(tensors), pool, control)
     sync.push()
-    grown = Pool(1, 1)
-    grown.epoch = 2
-    sync._pool = grown
-    assert sync.push() == 2
-    assert all(torch.equal(engine[0].loaded["w3"], tensors["w3"]) for engine in grown.workers)
+    pool.tensor_parallel, pool.epoch = (1, 1), 2
+    pool.start_engines()
+    tensors["w3"].add_(1)
+    assert sync.push() == 2 == pool.version
+    assert [list(engine[0].loaded) for engine in pool.workers] == [list(tensors)] * 2
+    assert all(torch.equal(engine[0].loaded["w3"], tensors["w3"]) for engine in pool.workers)
 
 
-def test_links_of_unequal_length_come_to_their_ends():
+def test_links_of_unequal_length_come_to_their_ends(ranks):
     """Stage 1 has 1 bucket, stage 0 has 8, the last of which is the largest; a worker takes them in turn."""
-    pool, control = Pool(1, 1), Control(2)
-    one, two = weights("a", sizes=(9,) * 7 + (16,)), weights("b", sizes=(3,), seed=1)
+    pool, controls = Pool(1, 1), ranks(2)
+    first, second = weights("a", sizes=(9,) * 7 + (16,)), weights("b", sizes=(3,), seed=1)
     syncs = [
-        WeightSync(config(), Source(one, two, rank=rank, stage=rank), pool if rank == 0 else None, control.of(rank))
+        WeightSync(config(), Source(first, second, rank=rank, stage=rank), pool if rank == 0 else None, controls[rank])
         for rank in range(2)
     ]
     for version in (1, 2):
         assert run_ranks(*syncs) == [version] * 2
     for engine in pool.workers:
         assert engine[0].order[:3] == ["a0", "b0", "a1"]
-        assert all(torch.equal(engine[0].loaded[name], tensor) for name, tensor in (one | two).items())
+        assert all(torch.equal(engine[0].loaded[name], tensor) for name, tensor in (first | second).items())
 
 
-def test_a_worker_that_takes_nothing_is_named_and_not_one_that_waits_for_it(monkeypatch):
+def test_a_worker_that_takes_nothing_is_named_and_not_one_that_waits_for_it(monkeypatch, control):
     """Shared memory can tell; a broadcast of gloo fails as a whole."""
     monkeypatch.setattr(sys.modules[__name__], "transport", "ipc")
     tensors, pool = weights("w"), Pool(1, 1)
-    sync = WeightSync(config(), Source(tensors), pool, Control().of(0))
+    sync = WeightSync(config(), Source(tensors), pool, control)
     sync.push()
     monkeypatch.setattr(SyncPlan, "deadline_s", 5.0)
     stuck, original = threading.Event(), pool.receive
@@ -380,25 +380,28 @@ def test_a_worker_that_takes_nothing_is_named_and_not_one_that_waits_for_it(monk
     assert "version 2 was not done in time: link stage 0: member 1 did not take bucket" in caught.value.message
 
 
-def test_weights_go_through_shared_memory_where_they_can(monkeypatch):
+def test_weights_go_through_shared_memory_where_they_can(monkeypatch, ranks):
     """`auto` on one machine; between machines gloo, and `ipc` is refused."""
     monkeypatch.setattr(sys.modules[__name__], "transport", "auto")
     tensors, pool = weights("w"), Pool(1)
-    sync = WeightSync(config(), Source(tensors), pool, Control().of(0))
+    sync = WeightSync(config(), Source(tensors), pool, ranks()[0])
     sync.push()
-    assert type(pool.workers[0][0]._alphamed.channels["stage 0"]) is SharedMemoryReceiver
+    assert type(pool.workers[0][0].alphamed_membership.channels["stage 0"]) is SharedMemoryReceiver
     pool.on_this_machine, pool.epoch = False, 2
     sync.push()
-    assert type(pool.workers[0][0]._alphamed.channels["stage 0"]) is GroupChannel
+    assert type(pool.workers[0][0].alphamed_membership.channels["stage 0"]) is GroupChannel
     pool.on_this_machine, pool.epoch = True, 3
     monkeypatch.setenv("WORLD_SIZE", "16")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # the trainer itself is on two
     sync.push()
-    assert type(pool.workers[0][0]._alphamed.channels["stage 0"]) is GroupChannel
+    assert type(pool.workers[0][0].alphamed_membership.channels["stage 0"]) is GroupChannel
     assert torch.equal(pool.workers[0][0].loaded["w3"], tensors["w3"])
     monkeypatch.setattr(sys.modules[__name__], "transport", "ipc")
-    with pytest.raises(ConfigError, match="sync.transport: ipc needs trainer and engines on one machine .*set it to auto"):
-        WeightSync(config(), Source(tensors), pool, Control().of(0)).push()
+    with pytest.raises(
+        RunFailed, match="^sync.transport: ipc needs trainer and engines on one machine .*set it to auto"
+    ) as caught:
+        WeightSync(config(), Source(tensors), pool, ranks()[0]).push()
+    assert caught.value.user_error
 
 
 @pytest.mark.parametrize(
@@ -413,7 +416,7 @@ def test_on_gpus_nccl_carries_weights_unless_members_share_one(share_gpus, one_m
 
 
 # ------------------------------------------------------------------------------------------------------------------- probe
-def test_the_probe_runs_once_and_names_the_engine_that_differs():
+def test_the_probe_runs_once_and_names_the_engine_that_differs(ranks):
     asked = []
 
     def logprobs(tokens):
@@ -422,7 +425,7 @@ def test_the_probe_runs_once_and_names_the_engine_that_differs():
 
     probe = Probe((5, 6, 7), logprobs)
     good = Pool(1, 1, scores=([-1.0, -2.0001], [-1.0, -2.0]))
-    sync = WeightSync(config(), Source(weights("w")), good, Control().of(0), probe)
+    sync = WeightSync(config(), Source(weights("w")), good, ranks()[0], probe)
     sync.push()
     sync.push()
     assert asked == [(5, 6, 7)]
@@ -430,16 +433,16 @@ def test_the_probe_runs_once_and_names_the_engine_that_differs():
     with pytest.raises(
         RunFailed, match="engine 1: its log-probs of a fixed text differ .* by 0.25 in the mean.* 0.5 at most"
     ):
-        WeightSync(config(), Source(weights("w")), bad, Control().of(0), probe).push()
+        WeightSync(config(), Source(weights("w")), bad, ranks()[0], probe).push()
 
 
-def test_the_probe_is_cut_to_what_an_engine_holds():
+def test_the_probe_is_cut_to_what_an_engine_holds(control):
     asked = []
     sync = WeightSync(
         config(),
         Source(weights("w")),
         Pool(1, scores=([0.0] * 3070,)),
-        Control().of(0),
+        control,
         Probe(tuple(range(5000)), lambda tokens: asked.append(tokens) or [0.0] * 3070),
     )
     sync.push()
@@ -448,9 +451,10 @@ def test_the_probe_is_cut_to_what_an_engine_holds():
 
 # ---------------------------------------------------------------------------------------------------------------- late workers
 @pytest.mark.parametrize("stages, named", [(1, ["engine 1 worker 0"]), (2, [])])
-def test_a_late_worker_is_named_where_it_can_not_be_waiting_for_another_rank(stages, named):
+def test_a_late_worker_is_named_where_it_cannot_be_waiting_for_another_rank(stages, named):
     source = Source(*(weights(f"{stage}w") for stage in range(stages)))
-    sender = Sender.__new__(Sender)  # without links: what is asked needs none
-    sender._source, sender._plan = source, source.plan((1, 1), Wire("gather", "ipc", "float32", 64))
-    assert [str(worker) for worker in sender.late(PeerTimeout("stage 0", [2], "take bucket 3"))] == named
-    assert sender.late(RuntimeError("link stage 0: member 2 is gone")) == [] == sender.late(None)
+    plan = source.plan((1, 1), Wire("gather", "ipc", "float32", 64))
+    late = late_workers(plan, source.rank, PeerTimeout("stage 0", [2], "take bucket 3"))
+    assert [str(worker) for worker in late] == named
+    assert late_workers(plan, source.rank, RuntimeError("link stage 0: member 2 is gone")) == []
+    assert late_workers(plan, source.rank, None) == []

@@ -72,14 +72,14 @@ def own(others: Sequence[str], environment: Mapping[str, str] = os.environ) -> O
     return Own(address, interface_of(address))
 
 
-def _of_interface(wanted: str, variable: str) -> Own:
+def _of_interface(interface: str, variable: str) -> Own:
     """The first interface with this name, or (NCCL's way) one whose name begins so."""
     present = _addresses()
-    for name, address in sorted(present.items(), key=lambda item: item[0] != wanted):
-        if name == wanted or (variable.startswith("NCCL") and name.startswith(wanted)):
+    for name, address in sorted(present.items(), key=lambda item: item[0] != interface):
+        if name == interface or (variable.startswith("NCCL") and name.startswith(interface)):
             return Own(address, name)
     raise ConfigError(
-        f"{variable}: {wanted!r} is no interface with an IPv4 address on {socket.gethostname()}; choose from "
+        f"{variable}: {interface!r} is no interface with an IPv4 address on {socket.gethostname()}; choose from "
         f"{', '.join(sorted(present))}"
     )
 
@@ -96,7 +96,7 @@ def interface_of(address: str) -> str:
 
 
 def interface_settings(place: Own, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What tells gloo and NCCL which interface to use, unless the user has."""
+    """The settings that select gloo's and NCCL's interface, unless the user has set them."""
     return {name: environment.get(name) or place.interface for name in CHOSEN_BY_USER}
 
 
@@ -104,25 +104,25 @@ def _addresses() -> dict[str, str]:
     """Interface -> its first IPv4 address."""
     import psutil
 
-    found = {}
+    addresses = {}
     for name, entries in psutil.net_if_addrs().items():
         for entry in entries:
             if entry.family == socket.AF_INET:
-                found.setdefault(name, entry.address)
-    return found
+                addresses.setdefault(name, entry.address)
+    return addresses
 
 
 def free_ports(address: str, count: int) -> list[int]:
     """Ports of `address` that nobody listens on, drawn at random so that two jobs on one host hardly ask for the same."""
-    found: list[int] = []
+    ports: list[int] = []
     draw = random.SystemRandom()
-    while len(found) < count:
+    while len(ports) < count:
         port = draw.randrange(FIRST_PORT, LAST_PORT)
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             try:
                 probe.bind((address, port))
             except OSError:
                 continue
-        if port not in found:
-            found.append(port)
-    return found
+        if port not in ports:
+            ports.append(port)
+    return ports

@@ -56,7 +56,7 @@ def _groups(root: Path, process: str) -> Iterator[tuple[int, set[str], Path]]:
             for group in (own, *list(own.parents)[: len(parts)]):
                 if group.is_dir():
                     yield version, controllers, group
-            break  # the same tree mounted twice says the same
+            break  # the same tree mounted twice has the same values
 
 
 def _mounts(root: Path, mountinfo: str) -> Iterator[tuple[int, set[str], str, Path]]:

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from alphamed.cluster import failure
 from alphamed.cluster.addresses import LOOPBACK
-from alphamed.cluster.job import ADDRESS_VARIABLE, on_host
-from alphamed.cluster.links import Links, Peer, accept, join, listen
+from alphamed.cluster.cluster_job import ADDRESS_VARIABLE, on_host
+from alphamed.cluster.control_links import LinkPeer, Links, accept, join, listen
 from alphamed.errors import RunFailed
 
 if TYPE_CHECKING:
@@ -48,10 +48,10 @@ class Ok:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One exchange. All ranks make the same calls in the same order, so numbers match; `what` tells if they do not."""
+    """One exchange. All ranks make the same calls in the same order, so numbers match; `work` shows where they do not."""
 
     number: int
-    what: str
+    work: str
 
 
 class Control:
@@ -68,8 +68,8 @@ class Control:
     ) -> Self:
         """Connect the ranks of `group`, a CPU (gloo) group of all of them. The first failure is recorded in `run_dir`.
 
-        longest_s: what work with a deadline of its own may take on rank 0; the others wait longer, so that it is rank 0 who
-        says what was late.
+        longest_s: what work with a deadline of its own may take on rank 0; the others wait longer, so that it is rank 0 that
+        names what was late.
 
         A rank whose main thread does not come by within `abort_after_s` of a failure, because it is inside a collective
         that will never end, is ended by its watching thread.
@@ -80,14 +80,17 @@ class Control:
         name = rank_name(rank)
         if world == 1:
             return cls(group, 0, 1, [], run_dir, heartbeat_timeout_s, abort_after_s, DEADLINE_S + longest_s)
-        listener, key = listen(os.environ.get(ADDRESS_VARIABLE, LOOPBACK)) if rank == 0 else (None, b"")
-        invitation = [(listener.address, key) if listener else None]
-        dist.broadcast_object_list(invitation, src=0, group=group)
-        if listener:
+        invitation: list[Any] = [None]
+        if rank == 0:
+            listener, key = listen(os.environ.get(ADDRESS_VARIABLE, LOOPBACK))
             with listener:
+                invitation[0] = listener.address, key
+                dist.broadcast_object_list(invitation, src=0, group=group)
                 peers = accept(listener, world, own_name=name)
         else:
-            peers = [join(*invitation[0], rank, own_name=name)]
+            dist.broadcast_object_list(invitation, src=0, group=group)
+            address, key = invitation[0]
+            peers = [join(address, key, rank, own_name=name)]
         return cls(group, rank, world, peers, run_dir, heartbeat_timeout_s, abort_after_s, DEADLINE_S + longest_s)
 
     def __init__(
@@ -95,7 +98,7 @@ class Control:
         group: ProcessGroup,
         rank: int,
         world: int,
-        peers: list[Peer],
+        peers: list[LinkPeer],
         run_dir: Path,
         heartbeat_timeout_s: float,
         abort_after_s: float,
@@ -131,41 +134,41 @@ class Control:
         return rank_name(self.rank)
 
     # ------------------------------------------------------------------------------------------------------- agreements
-    def from_rank0(self, what: str, function: Callable[[], T], deadline_s: float | None = None) -> T:
+    def from_rank0(self, work: str, function: Callable[[], T], deadline_s: float | None = None) -> T:
         """Rank 0 calls `function`; every rank gets its (pickled, small) value. Raises RunFailed on all ranks if it
         fails.
 
-        `what` names the work in messages ("rollouts of step 3"). Other ranks wait at most `deadline_s` (by default longer
-        than any work with a deadline of its own), outside of any collective, and give up early when rank 0 dies or falls
-        silent.
+        `work` names it in messages ("rollouts of step 3"). Other ranks wait at most `deadline_s` (by default longer
+        than any work with a deadline of its own), outside of any collective, and fail early when rank 0 dies or its heartbeat
+        stops.
         """
-        turn = self._next(what)
+        turn = self._next(work)
         if self.rank == 0:
             value = self._run(function)
             for rank in self._links.peers:
-                self._links.send(rank, turn.number, (what, Ok(value)))
+                self._links.send(rank, turn.number, (work, Ok(value)))
             return value
         return self._expect(0, turn, turn.number, self._deadline_s if deadline_s is None else deadline_s).value
 
-    def on_rank0(self, what: str, function: Callable[[], T], deadline_s: float | None = None) -> T | None:
+    def on_rank0(self, work: str, function: Callable[[], T], deadline_s: float | None = None) -> T | None:
         """Like `from_rank0`, for values that stay on rank 0: the other ranks get None once it has succeeded."""
         values: list[T] = []
-        self.from_rank0(what, lambda: values.append(function()), deadline_s)
+        self.from_rank0(work, lambda: values.append(function()), deadline_s)
         return values[0] if values else None
 
-    def everywhere(self, what: str, function: Callable[[], T], deadline_s: float | None = None) -> T:
+    def everywhere(self, work: str, function: Callable[[], T], deadline_s: float | None = None) -> T:
         """Every rank calls `function` and gets its own value once all have succeeded. Raises RunFailed on all ranks,
         naming the first one that failed."""
-        turn = self._next(what)
+        turn = self._next(work)
         deadline_s = self._deadline_s if deadline_s is None else deadline_s
         value = self._run(function)
         if self.rank == 0:
             for rank in self._links.peers:
                 self._expect(rank, turn, (turn.number, rank), deadline_s)
             for rank in self._links.peers:
-                self._links.send(rank, turn.number, (what, Ok(None)))
+                self._links.send(rank, turn.number, (work, Ok(None)))
         else:
-            self._links.send(0, (turn.number, self.rank), (what, Ok(None)))
+            self._links.send(0, (turn.number, self.rank), (work, Ok(None)))
             self._expect(0, turn, turn.number, deadline_s)
         return value
 
@@ -175,20 +178,22 @@ class Control:
         import torch
         import torch.distributed as dist
 
+        assert tensors is not None or self.rank, "rank 0 has no tensors to share"
+        own = tensors or []
         if self.world == 1:
-            return tensors
-        described = self.from_rank0("shapes of shared tensors", lambda: [(t.shape, t.dtype) for t in tensors])
+            return own
+        described = self.from_rank0("shapes of shared tensors", lambda: [(t.shape, t.dtype) for t in own])
         sizes = [shape.numel() * dtype.itemsize for shape, dtype in described]
         if self.rank == 0:
             flat = torch.cat(
-                [torch.empty(0, dtype=torch.uint8), *(t.contiguous().reshape(-1).view(torch.uint8) for t in tensors)]
+                [torch.empty(0, dtype=torch.uint8), *(t.contiguous().reshape(-1).view(torch.uint8) for t in own)]
             )
         else:
             flat = torch.empty(sum(sizes), dtype=torch.uint8)
         if sum(sizes):
             dist.broadcast(flat, src=0, group=self._group)
         if self.rank == 0:
-            return tensors
+            return own
         # a copy for each: views of bytes at odd offsets cannot become int64
         return (
             [
@@ -200,7 +205,7 @@ class Control:
         )
 
     def heard_s(self) -> dict[str, float]:
-        """Seconds since this rank last heard of each rank that it is connected to, by name; 0 for itself."""
+        """Seconds since this rank last heard from each rank that it is connected to, by name; 0 for itself."""
         now = time.monotonic()
         return {self.name: 0.0} | {str(peer): now - peer.heard_s for _, peer in sorted(self._links.peers.items())}
 
@@ -211,12 +216,12 @@ class Control:
         return first
 
     # ----------------------------------------------------------------------------------------------------------- inside
-    def _next(self, what: str) -> Turn:
+    def _next(self, work: str) -> Turn:
         if self._links.failure:
             self._delivered.set()
             raise self._links.failure
         self._turns += 1
-        return Turn(self._turns, what)
+        return Turn(self._turns, work)
 
     def _run(self, function: Callable[[], T]) -> T:
         """Run this rank's share. Its failure is made known at once: others may be waiting inside it, in a
@@ -224,37 +229,37 @@ class Control:
         try:
             return function()
         except Exception as error:
-            found = failure.of_exception(error, self.name)
-            if found is not error and not found.user_error and self._links.peers:
+            own = failure.of_exception(error, self.name)
+            if own is not error and not own.user_error and self._links.peers:
                 self._links.settle(SETTLE_S)
-            first = self._links.fail(found)
+            first = self._links.fail(own)
             self._delivered.set()
             raise first from error
 
     def _expect(self, rank: int, turn: Turn, key: Any, deadline_s: float) -> Ok:
         peer = self._links.peers[rank]
         try:
-            what, answer = self._links.receive(rank, key, deadline_s)
+            work, answer = self._links.receive(rank, key, deadline_s)
         except RunFailed:
             self._delivered.set()
             raise
         except TimeoutError:
-            raise self.failed(str(peer), f"{turn.what}: not done within {deadline_s:.0f} s") from None
+            raise self.failed(str(peer), f"{turn.work}: not done within {deadline_s:.0f} s") from None
         except EOFError:
-            raise self.failed(str(peer), f"has ended its part where {self.name} waits for {turn.what}") from None
-        if what != turn.what:
-            raise self.failed(str(peer), f"is out of step: at {what!r} where {self.name} is at {turn.what!r}")
+            raise self.failed(str(peer), f"has ended its part where {self.name} waits for {turn.work}") from None
+        if work != turn.work:
+            raise self.failed(str(peer), f"is out of step: at {work!r} where {self.name} is at {turn.work!r}")
         return answer
 
-    def _on_failure(self, found: RunFailed) -> None:
+    def _on_failure(self, first: RunFailed) -> None:
         """Called once, when this rank first learns of a failure."""
-        failure.record(self._run_dir, found)
-        threading.Thread(target=self._abort_unless_delivered, args=(found,), name="control-abort", daemon=True).start()
+        failure.record(self._run_dir, first)
+        threading.Thread(target=self._abort_unless_delivered, args=(first,), name="control-abort", daemon=True).start()
 
-    def _abort_unless_delivered(self, found: RunFailed) -> None:
+    def _abort_unless_delivered(self, first: RunFailed) -> None:
         if self._delivered.wait(self._abort_after_s):
             return
-        print(f"{self.name} is ended, stuck below, after the run failed: {found}", file=sys.stderr)
+        print(f"{self.name} is ended, stuck below, after the run failed: {first}", file=sys.stderr)
         faulthandler.dump_traceback(all_threads=True)
         sys.stderr.flush()
         os._exit(1)

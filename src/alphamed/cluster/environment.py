@@ -1,6 +1,6 @@
-"""The environment of a run's processes: the one place, with placement.py, that says what goes into it.
+"""The environment of a run's processes: the one place, with placement.py, that determines what goes into it.
 
-What the caller has set is kept or left out as cluster.variables says."""
+What the caller has set is kept or left out as cluster.variables defines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from alphamed.cluster.ledger import run_id
 from alphamed.cluster.processes import TAG
-from alphamed.cluster.variables import LAUNCHER, Start, kept
+from alphamed.cluster.variables import LAUNCHER, Start, honoured_only
 from alphamed.config.choices import WandbMode
 from alphamed.config.schema import Config
 
@@ -26,14 +26,14 @@ SILENT = {
     "HF_DATASETS_OFFLINE": "1",
     "WANDB_ERROR_REPORTING": "false",
 }
-"""Nothing leaves the machine unless the configuration says so."""
+"""Nothing leaves the machine unless the configuration allows it."""
 WANDB = {WandbMode.ONLINE: "online", WandbMode.OFFLINE: "offline", WandbMode.OFF: "disabled"}
 
 
 def run_environment(config: Config, temporary: Path, start: Start, base: Mapping[str, str] | None = None) -> dict[str, str]:
     """What every process of the run gets, over what `start` honours of `base` (the caller's environment). `temporary` takes
     sockets and scratch files."""
-    env = kept(os.environ if base is None else base, start) | SILENT
+    env = honoured_only(os.environ if base is None else base, start) | SILENT
     env |= {
         TAG: run_id(config.run_dir),
         "TMPDIR": str(temporary),
@@ -58,7 +58,7 @@ def enter(environment: Mapping[str, str]) -> None:
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
     os.environ.update(environment)
-    tempfile.tempdir = None  # Python keeps the temporary folder that it was first asked for
+    tempfile.tempdir = None  # Python keeps the first temporary folder that it determined
 
 
 def without_torchrun(env: Mapping[str, str]) -> dict[str, str]:

@@ -25,17 +25,17 @@ RESERVE_FILE = ".failure"
 """Blanks, as long as the run lives; where the disk has no room for another file the failure is written over them."""
 RESERVED_BYTES = 4096
 WORKERS_FILE = "workers.json"
-"""What torchrun's agent saw of its workers, written by `cluster.agent` when one of them failed."""
+"""How torchrun's workers ended, written by its agent (`launch.agent`) when one of them failed."""
 HOSTS_FOLDER = "nodes"
 """Below it a folder for each further host's own records."""
 STOP_FILE = "stop"
-"""There while the run is asked to write a checkpoint and end."""
+"""Exists while the run has a request to write a checkpoint and end."""
 ENDED_FILE = "ended.json"
 """How the last start ended; not there while the run lives, nor after a violent death."""
 
 
 class StopRequested(Exception):
-    """The run was asked to write a checkpoint and end, while it waited for something that it can do without."""
+    """The run was asked to write a checkpoint and end, while it waited for something optional."""
 
 
 def of_exception(error: BaseException, component: str) -> RunFailed:
@@ -164,17 +164,17 @@ def first_dead(workers: list[DeadWorker]) -> DeadWorker | None:
 
 def verdict(run_dir: Path, agent_status: int) -> RunFailed:
     """Why the run failed, from all that was recorded and how torchrun's agent ended (as subprocess gives it)."""
-    dead, told = first_dead(read_workers(run_dir)), recorded(run_dir)
+    dead, first = first_dead(read_workers(run_dir)), recorded(run_dir)
     if dead and dead.status < 0 and dead.status != -signal.SIGTERM:
         return RunFailed(str(dead), f"was killed by {signal_name(-dead.status)}")
-    if told:
-        return told
+    if first:
+        return first
     if dead:
         how = f"was ended by {signal_name(-dead.status)}" if dead.status < 0 else f"ended with exit code {dead.status}"
         return RunFailed(str(dead), how)
     if agent_status < 0:
         return RunFailed("torchrun's agent", f"was killed by {signal_name(-agent_status)}")
-    return RunFailed("torchrun's agent", f"ended with exit code {agent_status} and without a word; see the logs")
+    return RunFailed("torchrun's agent", f"ended with exit code {agent_status} without a message; see the logs")
 
 
 def signal_name(number: int) -> str:

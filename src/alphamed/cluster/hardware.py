@@ -26,27 +26,27 @@ def gpus_present() -> int:
 
 
 def gpu_memory_bytes() -> int | None:
-    """Memory of the smallest NVIDIA GPU here; None where the driver's tool does not say."""
+    """Memory of the smallest NVIDIA GPU here; None where the driver's tool does not report it."""
     try:
-        told = subprocess.run(
+        answer = subprocess.run(
             ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],
             capture_output=True,
             text=True,
             timeout=DRIVER_DEADLINE_S,
         )
-        return min(int(line) for line in told.stdout.split()) << 20
+        return min(int(line) for line in answer.stdout.split()) << 20
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return None
 
 
 def wants_cuda(config: Config) -> bool:
-    """Whether the run will use CUDA: as the configuration says, or as the machine allows."""
+    """Whether the run will use CUDA: as configured, or as the machine allows."""
     return config.cluster.device == Device.CUDA or (config.cluster.device == Device.AUTO and gpus_present() > 0)
 
 
 def this_machine() -> str:
     """Equal for processes that can share memory: of one user, on one kernel, in one network namespace, to which names of Unix
-    sockets belong. Where the system does not tell, equal to nothing."""
+    sockets belong. Where the system does not report it, equal to nothing."""
     try:
         kernel, namespace = Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/net")
     except OSError:

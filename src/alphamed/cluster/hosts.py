@@ -111,7 +111,7 @@ def deal(config: Config, engines: int, slots: int, mixed: bool, share: bool) -> 
 
 
 def _cpu_slots(config: Config, nodes: int, engines: int) -> tuple[int, bool]:
-    """Slots of a CPU host in a job of several, and whether engines share the trainer's hosts: nothing but the settings says
+    """Slots of a CPU host in a job of several, and whether engines share the trainer's hosts: only the settings determine
     how much a CPU can hold. Engines get the hosts that the trainer leaves, evenly, or share its hosts where it takes all."""
     ranks, world, size = config.cluster.ranks_per_host, config.parallel.world, config.rollout.tensor_parallel
     if ranks is None:

@@ -32,7 +32,7 @@ ACTOR_LOGS = ("worker-*.out", "worker-*.err", "raylet.err", "gcs_server.err")
 
 def run_id(run_dir: Path) -> str:
     """Value of the tag that marks this run's processes. It follows from the directory alone, so that every rank, and
-    every later start, knows it without being told."""
+    every later start, knows it without communication."""
     return hashlib.sha256(f"{os.getuid()}:{run_dir.resolve()}".encode()).hexdigest()[:16]
 
 
@@ -63,12 +63,12 @@ class CleanUp:
 
 
 class Lock:
-    """Only one start of a run at a time. The kernel lets go of it when the holder dies, however it dies. `what` and `fix`
-    say in errors which setting names the folder, and what else to give."""
+    """Only one start of a run at a time. The kernel lets go of it when the holder dies, however it dies. `owner` and `fix`
+    name in errors the setting that gives the folder, and what to change."""
 
-    def __init__(self, run_dir: Path, what: str = "run", fix: str = "give another run.name"):
+    def __init__(self, run_dir: Path, owner: str = "run", fix: str = "give another run.name"):
         self._path = run_dir / LOCK_FILE
-        self._what, self._fix = what, fix
+        self._owner, self._fix = owner, fix
         self._file = None
 
     def take(self, wait_s: float = 0.0) -> None:
@@ -81,7 +81,7 @@ class Lock:
                 holder = handle.read().strip() or "an unknown process"
                 handle.close()
                 raise ConfigError(
-                    f"{self._what} {self._path.parent}: already running ({holder}); wait for its end, end it, or {self._fix}"
+                    f"{self._owner} {self._path.parent}: already running ({holder}); wait for its end, end it, or {self._fix}"
                 )
             time.sleep(POLL_S)
         handle.truncate(0)
@@ -115,8 +115,8 @@ class Ledger:
         self._segments: set[str] = set()
         self._written = ""
 
-    def look(self) -> None:
-        """See what the run owns now; what was seen before and still lives is kept."""
+    def scan(self) -> None:
+        """Determine what the run owns now; what was recorded before and still lives stays."""
         living = processes.everything()
         mine = processes.tagged(self._id, living)
         mine |= processes.descendants((*self._roots, *mine), living)
@@ -130,9 +130,9 @@ class Ledger:
             self._segments |= processes.segments_of(pid, names)
 
     def record(self) -> None:
-        """Look once and write down what the run owns now. Segments stay on the list until they are cleaned up: their
-        last user may be gone before anybody looks again."""
-        self.look()
+        """Scan once and write down what the run owns now. Segments stay on the list until they are cleaned up: their
+        last user may be gone before the next scan."""
+        self.scan()
         text = json.dumps(
             {
                 "boot": _boot_id(),
@@ -151,31 +151,31 @@ class Ledger:
         """End every process of the run but the caller, its ancestors, `spare` and the resource trackers of these; unlink what
         they shared; forget."""
         self._read()
-        self.look()
-        kept = {os.getpid(), *_ancestors(os.getpid()), *spare}
-        others = [process for process in self._processes.values() if process.pid not in kept]
-        targets = [process for process in others if not self._serves(process, kept)]
-        found = CleanUp(ended=targets, stuck=processes.end(targets))
-        found.segments = processes.unlink_segments(self._segments)
+        self.scan()
+        staying = {os.getpid(), *_ancestors(os.getpid()), *spare}
+        others = [process for process in self._processes.values() if process.pid not in staying]
+        targets = [process for process in others if not self._serves(process, staying)]
+        done = CleanUp(ended=targets, stuck=processes.end(targets))
+        done.segments = processes.unlink_segments(self._segments)
         self._keep_actor_logs()
         shutil.rmtree(self._temporary, ignore_errors=True)
         for path in (self._file, self._file.with_suffix(".tmp")):
             path.unlink(missing_ok=True)
         self._processes, self._segments, self._written = {}, set(), ""
-        return found
+        return done
 
-    def _serves(self, process: Process, kept: set[int]) -> bool:
+    def _serves(self, process: Process, staying: set[int]) -> bool:
         """Whether this is the resource tracker of a process that stays. One that was the run's, and has passed to the
         subreaper, carries the tag."""
         return (
             processes.RESOURCE_TRACKER in process.command
-            and process.parent in kept
+            and process.parent in staying
             and not processes.tagged(self._id, {process.pid: process})
         )
 
     def _keep_actor_logs(self) -> None:
         """Move what engines and reward process have printed, which Ray keeps in its session, to `logs/ray`: where they
-        died, it says why."""
+        died, it shows why."""
         printed = [
             path
             for pattern in ACTOR_LOGS
@@ -190,7 +190,7 @@ class Ledger:
                 shutil.move(path, folder / path.name)
 
     def make_temporary_folder(self) -> Path:
-        """Raises ConfigError where somebody else's file stands in the way."""
+        """Raises ConfigError where somebody else's file is in the way."""
         self._temporary.mkdir(mode=0o700, exist_ok=True)
         if self._temporary.is_symlink() or self._temporary.stat().st_uid != os.getuid():
             raise ConfigError(f"temporary folder {self._temporary}: belongs to somebody else; remove it or set TMPDIR")
@@ -222,10 +222,10 @@ def clean_up_dead_runs(root: Path) -> dict[Path, CleanUp]:
 
 
 def _ancestors(pid: int) -> set[int]:
-    found: set[int] = set()
-    while (process := processes.describe(pid)) and process.parent > 0 and process.parent not in found:
-        found.add(pid := process.parent)
-    return found
+    above: set[int] = set()
+    while (process := processes.describe(pid)) and process.parent > 0 and process.parent not in above:
+        above.add(pid := process.parent)
+    return above
 
 
 def _boot_id() -> str:

@@ -12,9 +12,15 @@ from __future__ import annotations
 
 import socket
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch.distributed import TCPStore
+# torch.distributed documents them, but has no list of exports that a type checker could read
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
+
+__all__ = ["HashStore", "PrefixStore", "Store", "TCPStore", "apply", "store"]
 
 BACKLOG = 4096
 
@@ -23,12 +29,17 @@ def apply() -> None:
     """From now on the stores of the agent in this process listen so."""
     from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend, dynamic_rendezvous, static_tcp_rendezvous
 
-    for module in (static_tcp_rendezvous, c10d_rendezvous_backend):
-        assert hasattr(module, "TCPStore"), "another version of torch: look for where it makes its stores"
+    makers: list[Any] = [static_tcp_rendezvous, c10d_rendezvous_backend]
+    for module in makers:
+        assert hasattr(module, "TCPStore"), "another version of torch: find where it makes its stores"
         module.TCPStore = store
     handler = dynamic_rendezvous.DynamicRendezvousHandler
-    assert hasattr(handler, "_create_tcp_store_server"), "another version of torch: look for where it makes its stores"
-    handler._create_tcp_store_server = lambda _, address, port: store(address, port, is_master=True, multi_tenant=True)
+    assert hasattr(handler, "_create_tcp_store_server"), "another version of torch: find where it makes its stores"
+    handler._create_tcp_store_server = _create_tcp_store_server
+
+
+def _create_tcp_store_server(self: DynamicRendezvousHandler, master_addr: str, master_port: int) -> TCPStore:
+    return store(master_addr, master_port, is_master=True, multi_tenant=True)
 
 
 def store(

@@ -23,9 +23,9 @@ from typing import Any
 
 from alphamed.cluster import quiet_ray
 from alphamed.cluster.addresses import LOOPBACK
+from alphamed.cluster.cluster_job import ClusterHost, ClusterJob
 from alphamed.cluster.environment import SILENT, without_torchrun
 from alphamed.cluster.hardware import cores, gpus_present, wants_cuda
-from alphamed.cluster.job import Job, Place
 from alphamed.cluster.ledger import MAX_TEMPORARY_CHARS, run_id
 from alphamed.config.schema import Config
 from alphamed.errors import ConfigError, RunFailed
@@ -43,8 +43,8 @@ NOT_FOR_ACTORS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECT
 
 RAY_SETTINGS = {
     "RAY_worker_niceness": "0",  # Ray's default of 15 starves an engine wherever anything else runs
-    "RAY_health_check_timeout_ms": "30000",  # a node is given up after 20 failed checks, not 5: on a busy machine
-    "RAY_health_check_failure_threshold": "20",  # Ray's own processes can be slow; deaths of actors are seen at once
+    "RAY_health_check_timeout_ms": "30000",  # a node is declared dead after 20 failed checks, not 5: on a busy machine
+    "RAY_health_check_failure_threshold": "20",  # Ray's own processes can be slow; deaths of actors are noticed at once
 }
 
 
@@ -74,15 +74,15 @@ def start_ray(config: Config) -> None:
     """Bring Ray up, or join the cluster at RAY_ADDRESS, which only a start over several hosts leaves in the environment, and
     wait for the hosts that belong to it. Raises RunFailed where that fails, ConfigError where nothing answers at the address."""
     check_ray_address()
-    shared = dict(namespace=run_id(config.run_dir), log_to_driver=False, logging_level="ERROR")
-    address, job = os.environ.get("RAY_ADDRESS"), Job.of_environment()
+    options: dict[str, Any] = dict(namespace=run_id(config.run_dir), log_to_driver=False, logging_level="ERROR")
+    address, job = os.environ.get("RAY_ADDRESS"), ClusterJob.of_environment()
     if address:
-        options = dict(address=address, **shared)
+        options |= dict(address=address)
     else:
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         slots = job.head.engine_slots if job else config.rollout.engines * config.rollout.tensor_parallel
         gpus = engine_gpus(config, local_ranks)[: slots if job else None]
-        options = dict(
+        options |= dict(
             address="local",
             num_cpus=cores(),
             num_gpus=len(gpus),
@@ -91,14 +91,13 @@ def start_ray(config: Config) -> None:
             object_store_memory=OBJECT_STORE_BYTES,
             _node_ip_address=job.head.address if job else LOOPBACK,
             _temp_dir=_session_folder(),
-            **shared,
         )
     with _environment_of_actors(config, job):
         import ray  # reads its token when it is imported
 
         quiet_ray.apply()
         # In this thread, which stays: the kernel ends Ray's processes with the thread that started them.
-        # Ray gives up by itself, after half a minute for each of its services.
+        # Ray has a deadline of its own, half a minute for each of its services.
         for attempt in range(START_ATTEMPTS):
             try:
                 ray.init(**options)
@@ -112,7 +111,7 @@ def start_ray(config: Config) -> None:
     _require_room(config, address)
 
 
-def wait_for_hosts(job: Job, deadline_s: float) -> None:
+def wait_for_hosts(job: ClusterJob, deadline_s: float) -> None:
     """Until all hosts of engines are part of Ray. Raises RunFailed naming those that are not, after the deadline."""
     import ray
 
@@ -136,14 +135,14 @@ def _require_room(config: Config, address: str | None) -> None:
     import ray
 
     kind = "GPU" if wants_cuda(config) else ENGINE_SLOT
-    size, wanted = config.rollout.tensor_parallel, config.rollout.engines
+    size, needed = config.rollout.tensor_parallel, config.rollout.engines
     present = [int(node["Resources"].get(kind, 0)) for node in ray.nodes() if node["Alive"]]
-    if sum(room // size for room in present) < wanted:
+    if sum(room // size for room in present) < needed:
         option = "--num-gpus=N" if kind == "GPU" else f"--resources='{{\"{ENGINE_SLOT}\": N}}'"
         where = f" at {address} (RAY_ADDRESS)" if address else ""
         raise RunFailed(
             "",
-            f"rollout.engines: {wanted} engines of {size} workers do not fit Ray{where}, whose hosts have room for "
+            f"rollout.engines: {needed} engines of {size} workers do not fit Ray{where}, whose hosts have room for "
             f"{' + '.join(map(str, present))} workers; lower it, or have more hosts join with `ray start "
             f"--address=... {option}`",
             user_error=True,
@@ -158,7 +157,7 @@ def beside_rank0() -> Any:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-def worker_command(job: Job, place: Place, on_cuda: bool, temporary: Path) -> list[str]:
+def worker_command(job: ClusterJob, place: ClusterHost, on_cuda: bool, temporary: Path) -> list[str]:
     """Ray on a host of engines, once the head answers: bound to the host's address in the cluster, on ports of its own."""
     room = (
         [f"--num-gpus={place.engine_slots}"]
@@ -216,7 +215,7 @@ def environment_of_ray(config: Config, before: Mapping[str, str], gpus: Sequence
 
 
 @contextlib.contextmanager
-def _environment_of_actors(config: Config, job: Job | None) -> Iterator[None]:
+def _environment_of_actors(config: Config, job: ClusterJob | None) -> Iterator[None]:
     """Ray's processes inherit this process's environment as it stands while they are started."""
     before = dict(os.environ)
     env = environment_of_ray(config, before, engine_gpus(config, int(before.get("LOCAL_WORLD_SIZE", "1"))))

@@ -16,6 +16,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 TAG = "ALPHAMED_RUN_ID"
 """Environment variable that marks the processes of a run; its value is `ledger.run_id(run_dir)`."""
 
@@ -44,22 +46,32 @@ class Process:
 def describe(pid: int) -> Process | None:
     """The process with this pid; None when it is gone, or a zombie that only waits to be reaped."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-        arguments = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return _described(psutil.Process(pid))
+    except psutil.NoSuchProcess:
         return None
-    name, _, rest = stat.partition("(")[2].rpartition(")")  # the name may itself hold brackets and blanks
-    fields = rest.split()
-    if fields[0] in "ZX":
-        return None
-    words = arguments.replace(b"\0", b" ").decode(errors="replace").strip()
-    return Process(pid=pid, start=int(fields[19]), parent=int(fields[1]), command=(words or name)[:MAX_COMMAND_CHARS])
 
 
 def everything() -> dict[int, Process]:
     """All living processes that can be read, by pid."""
-    found = (describe(int(entry)) for entry in os.listdir("/proc") if entry.isdigit())
-    return {process.pid: process for process in found if process}
+    described = (_described(process) for process in psutil.process_iter())
+    return {process.pid: process for process in described if process}
+
+
+def _described(process: psutil.Process) -> Process | None:
+    try:
+        with process.oneshot():
+            if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+                return None
+            command = " ".join(process.cmdline()).strip() or process.name()
+            return Process(process.pid, _start_ticks(process.pid), process.ppid(), command[:MAX_COMMAND_CHARS])
+    except (psutil.NoSuchProcess, psutil.AccessDenied, FileNotFoundError, ProcessLookupError, PermissionError):
+        return None
+
+
+def _start_ticks(pid: int) -> int:
+    """Field 22 of its status line. psutil gives seconds since 1970, which move with every correction of the clock."""
+    _, _, fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")  # the name before may hold blanks and brackets
+    return int(fields.split()[19])
 
 
 def is_alive(process: Process) -> bool:
@@ -73,27 +85,26 @@ def descendants(roots: Iterable[int], processes: dict[int, Process]) -> dict[int
     children: dict[int, list[Process]] = {}
     for process in processes.values():
         children.setdefault(process.parent, []).append(process)
-    found: dict[int, Process] = {}
+    below: dict[int, Process] = {}
     open_pids = list(roots)
     while open_pids:
         for child in children.get(open_pids.pop(), []):
-            if child.pid not in found:
-                found[child.pid] = child
+            if child.pid not in below:
+                below[child.pid] = child
                 open_pids.append(child.pid)
-    return found
+    return below
 
 
 def tagged(run_id: str, processes: dict[int, Process]) -> dict[int, Process]:
     """Those of `processes` that were started with the tag of this run."""
-    mark = f"{TAG}={run_id}".encode()
-    return {pid: process for pid, process in processes.items() if mark in _environment(pid)}
+    return {pid: process for pid, process in processes.items() if _environment(pid).get(TAG) == run_id}
 
 
-def _environment(pid: int) -> list[bytes]:
+def _environment(pid: int) -> dict[str, str]:
     try:
-        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return []
+        return psutil.Process(pid).environ()
+    except (psutil.NoSuchProcess, psutil.AccessDenied, FileNotFoundError, PermissionError):
+        return {}
 
 
 # --------------------------------------------------------------------------------------------------------------- ending
@@ -194,7 +205,7 @@ def segments_of(pid: int, names: dict[Inode, str] | None = None, written: bool =
     so in the process that made it the mapping reads as that of a deleted file.
     """
     names = segment_names() if names is None else names
-    found: set[Inode] = set()
+    shared: set[Inode] = set()
     prefix = f"{SHARED_MEMORY}/"
     try:
         with open(f"/proc/{pid}/maps", errors="replace") as maps:
@@ -202,17 +213,17 @@ def segments_of(pid: int, names: dict[Inode, str] | None = None, written: bool =
                 if prefix in line:
                     _, access, _, device, inode, _ = line.split(maxsplit=5)
                     if access[1::2] == "ws" or not written:  # as in rw-s
-                        found.add((os.makedev(*(int(part, 16) for part in device.split(":"))), int(inode)))
+                        shared.add((os.makedev(*(int(part, 16) for part in device.split(":"))), int(inode)))
         for entry in os.scandir(f"/proc/{pid}/fd"):
             try:
                 if os.readlink(entry.path).startswith(prefix) and (not written or _opened_for_writing(pid, entry.name)):
                     status = os.stat(entry.path)
-                    found.add((status.st_dev, status.st_ino))
-            except FileNotFoundError:  # closed while we looked
+                    shared.add((status.st_dev, status.st_ino))
+            except FileNotFoundError:  # closed in the meantime
                 pass
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         pass
-    return {names[inode] for inode in found if inode in names}
+    return {names[inode] for inode in shared if inode in names}
 
 
 def _opened_for_writing(pid: int, descriptor: str) -> bool:
@@ -222,17 +233,17 @@ def _opened_for_writing(pid: int, descriptor: str) -> bool:
 
 def segment_names() -> dict[Inode, str]:
     """The files in /dev/shm by inode."""
-    found: dict[Inode, str] = {}
+    names: dict[Inode, str] = {}
     try:
         for entry in os.scandir(SHARED_MEMORY):
             try:
                 status = entry.stat(follow_symlinks=False)
-                found[status.st_dev, status.st_ino] = entry.name
-            except FileNotFoundError:  # gone while we looked
+                names[status.st_dev, status.st_ino] = entry.name
+            except FileNotFoundError:  # removed in the meantime
                 pass
     except FileNotFoundError:  # a system without it
         pass
-    return found
+    return names
 
 
 def unlink_segments(names: Iterable[str]) -> list[str]:
@@ -240,8 +251,8 @@ def unlink_segments(names: Iterable[str]) -> list[str]:
     present = [name for name in names if (SHARED_MEMORY / name).is_file()]
     if not present:
         return []
-    names = segment_names()
-    in_use = set().union(*(segments_of(pid, names, written=False) for pid in everything()))
+    all_names = segment_names()
+    in_use = set().union(*(segments_of(pid, all_names, written=False) for pid in everything()))
     removed = [name for name in present if name not in in_use]
     for name in removed:
         (SHARED_MEMORY / name).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Signs of life of a run, for `alphamed status`: rank 0 writes every few seconds what it is doing and when it last heard of each
+"""Signs of life of a run, for `alphamed status`: rank 0 writes every few seconds what it is doing and when it last heard from each
 rank, engine and the reward process."""
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from alphamed.cluster.job import HOST_VARIABLE
+from alphamed.cluster.cluster_job import HOST_VARIABLE
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -23,7 +23,7 @@ BEAT_S = 5.0
 
 
 class Pulse:
-    """A context manager. `ranks()` gives the seconds since each rank was heard of, by name; `activity()` what the run does."""
+    """A context manager. `ranks()` gives the seconds since the last message of each rank, by name; `activity()` what the run does."""
 
     def __init__(self, run_dir: Path, ranks: Callable[[], Mapping[str, float]], activity: Callable[[], str]):
         self._path = run_dir / PULSE_FILE
@@ -42,14 +42,14 @@ class Pulse:
         self._thread.join(2 * BEAT_S)
 
     def watch(self, actors: Sequence[tuple[str, ActorHandle]]) -> None:
-        """From now on these actors are asked whether they live, too."""
+        """From now on these actors are checked for being alive, too."""
         self._answered = {name: time.time() for name, _ in actors}
         self._actors = list(actors)
 
     def _beat(self) -> None:
         while not self._over.is_set():
             began = time.monotonic()
-            with contextlib.suppress(Exception):  # Ray going down, a full disk: the run itself says what is wrong
+            with contextlib.suppress(Exception):  # Ray going down, a full disk: the run itself reports what is wrong
                 self._ask_actors()
             with contextlib.suppress(OSError):
                 self._write()
@@ -58,7 +58,7 @@ class Pulse:
     def _ask_actors(self) -> None:
         import ray
 
-        calls = {actor.__ray_ready__.remote(): name for name, actor in self._actors}
+        calls: dict[Any, str] = {actor.__ray_ready__.remote(): name for name, actor in self._actors}
         ready, _ = ray.wait(list(calls), num_returns=len(calls), timeout=BEAT_S - 1) if calls else ([], [])
         for call in ready:
             with contextlib.suppress(Exception):

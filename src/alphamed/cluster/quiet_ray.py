@@ -12,18 +12,23 @@ Remove when: Ray's usage module stays silent under RAY_USAGE_STATS_ENABLED=0.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ray._private.node import Node
+
 
 def apply() -> None:
     """From now on a head that this process starts has no dashboard process."""
     from ray._private.node import Node
 
-    assert hasattr(Node, "start_api_server"), "another version of Ray: look for how it starts its dashboard"
+    assert hasattr(Node, "start_api_server"), "another version of Ray: find how it starts its dashboard"
     Node.start_api_server = _start_no_api_server
 
 
-def _start_no_api_server(node, *, include_dashboard: bool | None, raise_on_failure: bool) -> None:
-    assert not include_dashboard, "a dashboard was asked for"
-    node._webui_url = None
+def _start_no_api_server(self: Node, *, include_dashboard: bool | None, raise_on_failure: bool) -> None:
+    assert not include_dashboard, "this start of Ray wants a dashboard"
+    self._webui_url = None
 
 
 def main() -> None:

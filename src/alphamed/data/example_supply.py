@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from alphamed.config.loading import changed_config
 from alphamed.config.schema import Config
@@ -18,15 +18,7 @@ from alphamed.records import StepRollouts, TokenGroup
 if TYPE_CHECKING:
     from torch import Tensor
 
-T = TypeVar("T")
-
-
-class Control(Protocol):
-    """What is needed of `cluster.control.Control`."""
-
-    def on_rank0(self, what: str, function: Callable[[], T]) -> T | None: ...
-
-    def share_tensors(self, tensors: list[Tensor] | None) -> list[Tensor]: ...
+    from alphamed.cluster.control import Control
 
 
 def with_length(config: Config, folder: Path) -> Config:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from alphamed.errors import ConfigError
-from alphamed.evaluation import paired, results, settings
+from alphamed.evaluation import choices, paired, results, settings
 from alphamed.evaluation.items import ITEMS, GradedAnswer, Grading, read_items, regraded, write_items
 from alphamed.files import replace_json
 
@@ -52,6 +52,8 @@ def report(folder: Path, against: Path | None) -> int:
     result = write_results(folder)
     for name, of_set in result["benchmarks"].items():
         print(results.line(name, of_set))
+        if of_set["choices"]:
+            print(f"  {name}: {choices.line(of_set['choices'])}")
         if of_set["complaint"]:
             print(f"  warning: {name}: {of_set['complaint']}")
         for note in of_set.get("notes", ()):
@@ -122,8 +124,14 @@ def _report_comparison(folder: Path, against: Path) -> None:
         raise ConfigError(
             f"--against: {against} has no question in common with {folder}; give an evaluation of the same benchmarks"
         )
-    replace_json(folder / COMPARISON, {"before": str(against), "after": str(folder), "benchmarks": comparisons})
+    prompts = settings.prompt_difference(_settings(against), _settings(folder))
+    replace_json(
+        folder / COMPARISON,
+        {"before": str(against), "after": str(folder), "prompts_differ": prompts, "benchmarks": comparisons},
+    )
     print(f"compared with {against}:")
+    if prompts:
+        print(f"  warning: the two were asked with different prompts ({prompts}): not the model alone is compared")
     for name, comparison in comparisons.items():
         print(f"  {paired.line(name, comparison)}")
     print(folder / COMPARISON)

@@ -14,6 +14,7 @@ from typing import Any
 
 from alphamed.config.choices import TruncatedReward
 from alphamed.config.schema import Config
+from alphamed.config.sections import PromptConfig
 from alphamed.errors import ConfigError
 from alphamed.files import replace_json
 from alphamed.rundir.provenance import model_entries
@@ -52,6 +53,7 @@ def read(folder: Path) -> dict[str, Any] | None:
         ):
             raise ValueError(f"format {settings['format']}, this version reads {FORMAT}")
         _require(settings)
+        settings["asked"]["prompt"] = recorded_prompt(settings["asked"]["prompt"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -59,6 +61,20 @@ def read(folder: Path) -> dict[str, Any] | None:
             f"{path}: not the settings of an evaluation ({type(error).__name__}: {error}); give a folder of `alphamed eval`"
         ) from None
     return settings
+
+
+def recorded_prompt(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """A prompt section as it was recorded, with what was always so before it was a setting."""
+    return {"option_format": PromptConfig().option_format} | dict(recorded)
+
+
+def prompt_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
+    """The first setting of the prompt in which two evaluations' settings differ, in words; None where there is none."""
+    old, new = (
+        {f"prompt.{key}": value for key, value in evaluation["asked"]["prompt"].items()} for evaluation in (before, after)
+    )
+    name = next((name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)), None)
+    return None if name is None else f"{name} {old.get(name)!r} and {new.get(name)!r}"
 
 
 def _require(settings: Mapping[str, Any]) -> None:

@@ -16,8 +16,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from alphamed.cluster import narrow_store
+from alphamed.cluster.cluster_job import HOST_VARIABLE
 from alphamed.cluster.failure import WORKERS_FILE, DeadWorker, write_workers
-from alphamed.cluster.job import HOST_VARIABLE
 
 
 def main(arguments: list[str]) -> int:

@@ -40,13 +40,13 @@ def watch(run_dir: Path, watched: int) -> None:
     ledger = Ledger(run_dir, roots=(watched,))
     try:
         handle = os.pidfd_open(watched)
-    except ProcessLookupError:  # gone before we came
+    except ProcessLookupError:  # has ended already
         ledger.clean_up()
         return
     poller = select.poll()
     poller.register(handle, select.POLLIN)
     while True:
-        with contextlib.suppress(OSError):  # a full disk: what was seen is known, and must still be cleaned up
+        with contextlib.suppress(OSError):  # a full disk: what was recorded is known, and must still be cleaned up
             ledger.record()
         if poller.poll(INTERVAL_MS):  # readable: the watched process has ended
             break
@@ -54,7 +54,7 @@ def watch(run_dir: Path, watched: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Writes down what a run owns while it lives, and cleans up after it.")
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--watch", type=int, required=True)
     options = parser.parse_args()

@@ -19,8 +19,8 @@ from multiprocessing import AuthenticationError
 from typing import Any, Self, TypeVar
 
 from alphamed.cluster import addresses
+from alphamed.cluster.control_links import LinkPeer, Links, accept, join, listen
 from alphamed.cluster.failure import of_exception
-from alphamed.cluster.links import Links, Peer, accept, join, listen
 from alphamed.errors import RunFailed
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ def host_name(name: str) -> str:
 class Meeting:
     """This host's end. A context manager: an exception that leaves it is made known to all."""
 
-    def __init__(self, names: Sequence[str], rank: int, peers: list[Peer], heartbeat_timeout_s: float):
+    def __init__(self, names: Sequence[str], rank: int, peers: list[LinkPeer], heartbeat_timeout_s: float):
         self.names, self.rank = tuple(names), rank
         self._on_lost: Callable[[RunFailed], None] | None = None
         self._links = Links(peers, heartbeat_timeout_s, self._failed)
@@ -76,27 +76,27 @@ class Meeting:
         """Make a failure known to all hosts, unless there is one already; returns the one that counts."""
         return self._links.fail(failure)
 
-    def gather(self, what: str, value: T, deadline_s: float = ANSWER_DEADLINE_S) -> list[T] | None:
+    def gather(self, subject: str, value: T, deadline_s: float = ANSWER_DEADLINE_S) -> list[T] | None:
         """Every host's value in the order of hosts, on the first host. Raises RunFailed naming a host that is late."""
         if self.rank:
-            self._links.send(0, (what, self.rank), value)
+            self._links.send(0, (subject, self.rank), value)
             return None
-        found = [value]
+        values = [value]
         for rank in range(1, len(self.names)):
-            found.append(self._receive(rank, (what, rank), what, deadline_s))
-        return found
+            values.append(self._receive(rank, (subject, rank), subject, deadline_s))
+        return values
 
-    def share(self, what: str, make: Callable[[], T], deadline_s: float = ANSWER_DEADLINE_S) -> T:
+    def share(self, subject: str, make: Callable[[], T], deadline_s: float = ANSWER_DEADLINE_S) -> T:
         """What the first host makes, on all hosts."""
         if self.rank:
-            return self._receive(0, what, what, deadline_s)
+            return self._receive(0, subject, subject, deadline_s)
         value = make()
         for rank in self._links.peers:
-            self._links.send(rank, what, value)
+            self._links.send(rank, subject, value)
         return value
 
     def has_left(self, rank: int) -> bool:
-        """Whether that host has said good-bye."""
+        """Whether that host has signed off."""
         peer = self._links.peers.get(rank)
         return peer is None or peer.left
 
@@ -106,20 +106,22 @@ class Meeting:
         if self.failure:
             on_lost(self.failure)
 
-    def _receive(self, rank: int, key: Any, what: str, deadline_s: float) -> Any:
+    def _receive(self, rank: int, key: Any, subject: str, deadline_s: float) -> Any:
         try:
             return self._links.receive(rank, key, deadline_s)
         except TimeoutError:
-            raise self.fail(RunFailed(host_name(self.names[rank]), f"{what}: no answer within {deadline_s:.0f} s")) from None
+            raise self.fail(
+                RunFailed(host_name(self.names[rank]), f"{subject}: no answer within {deadline_s:.0f} s")
+            ) from None
         except EOFError:
-            raise self.fail(RunFailed(host_name(self.names[rank]), f"has ended before {what}")) from None
+            raise self.fail(RunFailed(host_name(self.names[rank]), f"has ended before {subject}")) from None
 
     def _failed(self, failure: RunFailed) -> None:
         if self._on_lost:
             self._on_lost(failure)
 
 
-def _await(names: Sequence[str], port: int, key: bytes, own: str, deadline_s: float) -> list[Peer]:
+def _await(names: Sequence[str], port: int, key: bytes, own: str, deadline_s: float) -> list[LinkPeer]:
     address = addresses.toward(names[1])
     try:
         listener, _ = listen(address, port, key)
@@ -131,7 +133,7 @@ def _await(names: Sequence[str], port: int, key: bytes, own: str, deadline_s: fl
         return accept(listener, len(names), deadline_s, own, [host_name(name) for name in names])
 
 
-def _reach(first: str, port: int, key: bytes, rank: int, own: str, own_name: str, deadline_s: float) -> Peer:
+def _reach(first: str, port: int, key: bytes, rank: int, own: str, own_name: str, deadline_s: float) -> LinkPeer:
     """The first host may start later than this one."""
     until = time.monotonic() + deadline_s
     address = addresses.resolve(first)

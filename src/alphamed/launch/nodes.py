@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alphamed.cluster import addresses, failure, variables
+from alphamed.cluster.cluster_job import ADDRESS_VARIABLE, HOST_VARIABLE, VARIABLE, ClusterHost, ClusterJob
 from alphamed.cluster.environment import run_environment, without_torchrun
 from alphamed.cluster.failure import HOSTS_FOLDER, of_exception
 from alphamed.cluster.hardware import gpus_present, trainer_threads, wants_cuda
 from alphamed.cluster.hosts import plan_nodes
-from alphamed.cluster.job import ADDRESS_VARIABLE, HOST_VARIABLE, VARIABLE, Job, Place
 from alphamed.cluster.ledger import run_id
 from alphamed.cluster.placement import environment_of_ray, worker_command
 from alphamed.cluster.processes import TAG
@@ -35,7 +35,7 @@ from alphamed.errors import ConfigError, RunFailed
 from alphamed.launch import single_host
 from alphamed.launch.meeting import Meeting, host_name
 from alphamed.launch.single_host import LAUNCH_FILE, torchrun_command
-from alphamed.launch.supervisor import Ended, supervise
+from alphamed.launch.supervisor import SupervisedExit, supervise
 
 JOB_FILE = "job.json"
 STOP_FILE_VARIABLE = "ALPHAMED_STOP_FILE"
@@ -49,14 +49,14 @@ ENDED_DEADLINE_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a host says of itself when all meet."""
+    """What a host reports of itself when all meet."""
 
     own: addresses.Own
     gpus: int
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class HostCommands:
     """What one host runs: `command` to its end and, for as long as that takes, `beside` it. A host that only `serves` ends
     with the first one."""
 
@@ -65,13 +65,13 @@ class Part:
     serves: bool = False
 
 
-def part_of(job: Job, place: Place, config: Config, own: Path, temporary: Path) -> Part:
+def commands_of(job: ClusterJob, place: ClusterHost, config: Config, own: Path, temporary: Path) -> HostCommands:
     """The part of a host (pure)."""
     worker = ()
     if place.engine_slots and place is not job.head:
         worker = tuple(worker_command(job, place, wants_cuda(config), temporary))
     if not place.ranks:
-        return Part(worker, serves=True)
+        return HostCommands(worker, serves=True)
     torchrun = torchrun_command(
         config.run_dir,
         place.ranks,
@@ -84,17 +84,17 @@ def part_of(job: Job, place: Place, config: Config, own: Path, temporary: Path) 
         ),
         own,
     )
-    return Part(tuple(torchrun), worker)
+    return HostCommands(tuple(torchrun), worker)
 
 
-def named(given: str, rank: int | None) -> list[str]:
+def named(option: str, rank: int | None) -> list[str]:
     """The hosts of --nodes, among which `rank` is a position. Raises ConfigError."""
-    nodes = given.split(",")
+    nodes = option.split(",")
     for node in nodes:
         if not node.strip():
-            raise ConfigError(f"--nodes: {given!r} leaves a node without a name; give all nodes of the job as A,B,C")
+            raise ConfigError(f"--nodes: {option!r} leaves a node without a name; give all nodes of the job as A,B,C")
         if nodes.count(node) > 1:
-            raise ConfigError(f"--nodes: {given!r} names {node} twice; give every node once")
+            raise ConfigError(f"--nodes: {option!r} names {node} twice; give every node once")
     if rank is None:
         raise ConfigError(f"--node-rank: is missing; give this node's position in --nodes, 0 to {len(nodes) - 1}")
     if not 0 <= rank < len(nodes):
@@ -109,7 +109,7 @@ def run(load: Callable[[], Config], names: Sequence[str], rank: int, port: int, 
     try:
         config = load()
     except ConfigError as error:
-        return _say(RunFailed("", str(error), user_error=True), names, 0, None) if rank == 0 else 2
+        return _report(RunFailed("", str(error), user_error=True), names, 0, None) if rank == 0 else 2
     try:
         token = os.environ.get("RAY_AUTH_TOKEN") or (secrets.token_hex(32) if len(names) == 1 else "")
         if not token:
@@ -127,27 +127,29 @@ def run(load: Callable[[], Config], names: Sequence[str], rank: int, port: int, 
                 return single_host.train(config, _Grace(config, meeting))
             return _Player(config, meeting, job, place).play()
     except (ValueError, RunFailed) as error:
-        found = of_exception(error, host_name(names[rank]))
-        if not (isinstance(error, RunFailed) or found.user_error):
+        failed = of_exception(error, host_name(names[rank]))
+        if not (isinstance(error, RunFailed) or failed.user_error):
             raise
-        return _say(found, names, rank, meeting)
+        return _report(failed, names, rank, meeting)
 
 
-def _say(found: RunFailed, names: Sequence[str], rank: int, meeting: Meeting | None) -> int:
-    lost = found.component.startswith("host ") and not found.user_error
-    if rank and meeting and found.component != host_name(names[0]):
-        return 0  # the first host says it
-    print(f"error: {found}" if found.user_error else f"run failed: {found}", file=sys.stderr)
-    return 2 if found.user_error else EXIT_HOST_LOST if lost else 1
+def _report(failed: RunFailed, names: Sequence[str], rank: int, meeting: Meeting | None) -> int:
+    """Print why the run failed, on one host only; returns the exit code."""
+    lost = failed.component.startswith("host ") and not failed.user_error
+    if rank and meeting and failed.component != host_name(names[0]):
+        return 0  # the first host prints it
+    print(f"error: {failed}" if failed.user_error else f"run failed: {failed}", file=sys.stderr)
+    return 2 if failed.user_error else EXIT_HOST_LOST if lost else 1
 
 
 # ------------------------------------------------------------------------------------------------------------ the beginning
-def _agree(config: Config, meeting: Meeting, validate: Callable[[Config], object]) -> Job:
+def _agree(config: Config, meeting: Meeting, validate: Callable[[Config], object]) -> ClusterJob:
     """The job, checked by the first host before anything starts. Raises ConfigError, DataError or RunFailed."""
     others = [name for name in meeting.names if name != meeting.names[meeting.rank]]
     facts = meeting.gather("what it has", Facts(addresses.own(others), gpus_present() if wants_cuda(config) else 0))
 
-    def make() -> Job:
+    def make() -> ClusterJob:
+        assert facts is not None, "only the first host makes the job"
         job = make_job(config, meeting.names, facts)
         validate(config)
         for place in job.places if len(job.places) > 1 else ():
@@ -159,8 +161,8 @@ def _agree(config: Config, meeting: Meeting, validate: Callable[[Config], object
     return job
 
 
-def make_job(config: Config, names: Sequence[str], facts: Sequence[Facts]) -> Job:
-    """Raises ConfigError where the hosts do not suffice or are not what the configuration says."""
+def make_job(config: Config, names: Sequence[str], facts: Sequence[Facts]) -> ClusterJob:
+    """Raises ConfigError where the hosts do not suffice or are not what is configured."""
     gpus = config.cluster.gpus_per_node if wants_cuda(config) else 0
     plan = plan_nodes(config, names, gpus)
     by_name = dict(zip(names, facts, strict=True))
@@ -171,15 +173,17 @@ def make_job(config: Config, names: Sequence[str], facts: Sequence[Facts]) -> Jo
                 f"each has, or cluster.device=cpu"
             )
     places = tuple(
-        Place(host.name, by_name[host.name].own.address, by_name[host.name].own.interface, host.ranks, host.engine_slots)
+        ClusterHost(
+            host.name, by_name[host.name].own.address, by_name[host.name].own.interface, host.ranks, host.engine_slots
+        )
         for host in plan.hosts
     )
     ports = addresses.free_ports(places[0].address, 2)
-    return Job(places, *ports)
+    return ClusterJob(places, *ports)
 
 
-def describe(job: Job, place: Place) -> str:
-    """What a host does, in words."""
+def describe(job: ClusterJob, place: ClusterHost) -> str:
+    """What a host does, as text."""
     first = job.first_rank(place.name)
     last = first + place.ranks - 1
     parts = []
@@ -277,7 +281,7 @@ class _Grace:
 class _Player:
     """A host at its part."""
 
-    def __init__(self, config: Config, meeting: Meeting, job: Job, place: Place):
+    def __init__(self, config: Config, meeting: Meeting, job: ClusterJob, place: ClusterHost):
         self.config, self.meeting, self.job, self.place = config, meeting, job, place
         self.first = meeting.rank == 0
         # beyond the first host a folder for its own lock and records; the ranks write to the run's
@@ -292,7 +296,7 @@ class _Player:
                 (self.own / LAUNCH_FILE).write_text(dump_config(self.config), encoding="utf-8")
                 (self.own / JOB_FILE).write_text(self.job.to_json(), encoding="utf-8")
             temporary = ledger.make_temporary_folder()
-            part = part_of(self.job, self.place, self.config, self.own, temporary)
+            part = commands_of(self.job, self.place, self.config, self.own, temporary)
             self.meeting.share("the start", lambda: None)  # the first host's records are written, old ones are gone
             ended = self._supervise(part, self._environment(temporary))
             self._grace.over = True
@@ -311,7 +315,7 @@ class _Player:
             "OMP_NUM_THREADS": str(trainer_threads(self.config, max(1, place.ranks), wants_cuda(self.config))),
         }
 
-    def _supervise(self, part: Part, environment: dict[str, str]) -> Ended:
+    def _supervise(self, part: HostCommands, environment: dict[str, str]) -> SupervisedExit:
         gpus = range(self.place.ranks, self.place.ranks + self.place.engine_slots)
         of_ray = environment_of_ray(self.config, environment, gpus)
         log = self.config.run_dir / "logs" / f"ray_{self.place.name}.log"
@@ -325,20 +329,20 @@ class _Player:
                     part.beside, env=of_ray, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
                 )  # Slurm's signals go to this process's group
         if part.serves:
-            # told to end, `ray start` first waits for its parts, up to half a minute; this shell goes at once, and what it
+            # on SIGTERM `ray start` first waits for its parts, up to half a minute; this shell ends at once, and what it
             # leaves is ended as all that a run leaves
             into_log = ("bash", "-c", '"${@:2}" >>"$1" 2>&1 & wait $!', "-", str(log))
             return supervise((*into_log, *part.command), of_ray, self.own, self._grace)
         return supervise(part.command, environment, self.own, self._grace)  # which ends what runs beside, too
 
-    def _stop(self, found: RunFailed) -> None:
+    def _stop(self, failed: RunFailed) -> None:
         """A host is lost, or has failed: what runs here ends now. Where it was the first one, nobody prints this."""
         with contextlib.suppress(OSError):
-            failure.record(self.config.run_dir, found)
+            failure.record(self.config.run_dir, failed)
         self._end_supervision()
 
     def _wait_for_the_end(self, serves: bool) -> None:
-        """The first host says when its part is over; a host that only serves ends then."""
+        """The first host announces when its part is over; a host that only serves ends then."""
         with contextlib.suppress(RunFailed):
             self.meeting.share("the end", lambda: None, threading.TIMEOUT_MAX)
             self._grace.over = True
@@ -350,21 +354,21 @@ class _Player:
         if not self._ended.is_set():
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def _end(self, ended: Ended) -> int:
+    def _end(self, ended: SupervisedExit) -> int:
         meeting, run_dir = self.meeting, self.config.run_dir
         if not self.first:
             if meeting.failure is None:
                 with contextlib.suppress(RunFailed):
                     meeting.gather("its end", ended.status)
-                    # stays in the meeting until the first host has said why the run ended
+                    # stays in the meeting until the first host has reported why the run ended
                     self._leave_after_first()
-            return _say(meeting.failure, meeting.names, meeting.rank, meeting) if meeting.failure else 0
+            return _report(meeting.failure, meeting.names, meeting.rank, meeting) if meeting.failure else 0
         meeting.share("the end", lambda: None)
         with contextlib.suppress(RunFailed):
             meeting.gather("its end", ended.status, ENDED_DEADLINE_S)
         if meeting.failure and not (ended.stopped_by and not meeting.failure.component):
             failure.record_end(run_dir, f"failed: {meeting.failure}")
-            return _say(meeting.failure, meeting.names, 0, meeting)
+            return _report(meeting.failure, meeting.names, 0, meeting)
         return single_host.report(run_dir, ended)
 
     def _leave_after_first(self) -> None:

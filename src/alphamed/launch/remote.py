@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alphamed.cluster.addresses import FIRST_PORT, LAST_PORT
+from alphamed.cluster.cluster_job import ClusterHost, ClusterJob
 from alphamed.cluster.failure import HOSTS_FOLDER
 from alphamed.cluster.hardware import wants_cuda
 from alphamed.cluster.hosts import NodePlan, plan_nodes
-from alphamed.cluster.job import Job, Place
 from alphamed.cluster.variables import Start, rule_of
 from alphamed.config.choices import Device
 from alphamed.config.loading import load_config
@@ -37,15 +37,15 @@ from alphamed.launch import nodes
 SSH_VARIABLE = "ALPHAMED_SSH"
 """How ssh is called, where `ssh` alone does not do (`ssh -F file -p 2222`)."""
 PASSED_ON = ("TMPDIR", "ALPHAMED_")
-"""Names, or beginnings of them, of variables that the launchers get from here beside those that a run honours."""
+"""Names, or beginnings of them, of variables that the launchers get from here in addition to those that a run honours."""
 SSH_FAILED = 255
 END_DEADLINE_S = 60.0
 BATCH_SCRIPT = Path(__file__).resolve().parents[3] / "examples" / "slurm" / "train.sbatch"
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """What one launcher is told. `arguments`: configuration file, then overrides."""
+class LaunchOrder:
+    """What one launcher receives. `arguments`: configuration file, then overrides."""
 
     folder: str
     environment: dict[str, str]
@@ -97,11 +97,13 @@ def preview(config: Config, names: Sequence[str], file: Path, overrides: Sequenc
 
 
 def _parts(config: Config, plan: NodePlan) -> list[str]:
-    job = Job(tuple(Place(host.name, host.name, "", host.ranks, host.engine_slots) for host in plan.hosts), 29500, 6379)
+    job = ClusterJob(
+        tuple(ClusterHost(host.name, host.name, "", host.ranks, host.engine_slots) for host in plan.hosts), 29500, 6379
+    )
     lines = ["# Addresses and ports are found when the job starts; each launcher runs, under its supervisor:"]
     for place in job.places:
         own = config.run_dir if place is job.head else config.run_dir / HOSTS_FOLDER / place.name
-        part = nodes.part_of(job, place, config, own, Path("TMPDIR"))
+        part = nodes.commands_of(job, place, config, own, Path("TMPDIR"))
         lines += [f"# {place.name}: {nodes.describe(job, place)}"]
         lines += [shlex.join(command) for command in (part.command, part.beside) if command]
     return lines
@@ -121,13 +123,13 @@ def start(names: Sequence[str], file: Path, overrides: Sequence[str]) -> int:
     passed = passed_on(os.environ) | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     stopped: list[int] = []
     before = {
-        number: signal.signal(number, lambda got, _: stopped.append(got))
+        number: signal.signal(number, lambda received, _: stopped.append(received))
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     }
     launchers: list[subprocess.Popen] = []
     try:
         for rank, name in enumerate(names):
-            order = Order(os.getcwd(), passed, [str(file), *overrides], list(names), rank, port)
+            order = LaunchOrder(os.getcwd(), passed, [str(file), *overrides], list(names), rank, port)
             launchers.append(_launch(name, order))
         return _wait(names, launchers, stopped)
     finally:
@@ -146,15 +148,16 @@ def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _launch(name: str, order: Order) -> subprocess.Popen:
+def _launch(name: str, order: LaunchOrder) -> subprocess.Popen:
     ssh = shlex.split(os.environ.get(SSH_VARIABLE, "ssh"))
     command = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(_FIRST_WORDS)}"
-    # a session of its own: a terminal's Ctrl-C reaches this process alone, which ends the others in order
+    # a session of its own: a terminal's Ctrl-C reaches this process alone, which ends the others cleanly
     launcher = subprocess.Popen(
         [*ssh, "-o", "BatchMode=yes", "-T", name, command], stdin=subprocess.PIPE, start_new_session=True
     )
+    assert launcher.stdin is not None
     with contextlib.suppress(BrokenPipeError):
-        launcher.stdin.write(json.dumps({slot: getattr(order, slot) for slot in Order.__slots__}).encode() + b"\n")
+        launcher.stdin.write(json.dumps({slot: getattr(order, slot) for slot in LaunchOrder.__slots__}).encode() + b"\n")
         launcher.stdin.flush()
     return launcher
 
@@ -177,7 +180,7 @@ def _wait(names: Sequence[str], launchers: Sequence[subprocess.Popen], stopped: 
         for name, code in zip(names, status, strict=True):
             if code == SSH_FAILED:
                 print(
-                    f"run failed: host {name}: ssh could not start or keep the launcher there; see its words above, and try "
+                    f"run failed: host {name}: ssh could not start or keep the launcher there; see its messages above, and try "
                     f"`ssh {name} true`",
                     file=sys.stderr,
                 )
@@ -188,8 +191,9 @@ def _wait(names: Sequence[str], launchers: Sequence[subprocess.Popen], stopped: 
                 file=sys.stderr,
             )
             return 128 + stopped[0]
-        if None not in status:
-            return status[0] or max(status)
+        codes = [code for code in status if code is not None]
+        if len(codes) == len(launchers):
+            return codes[0] or max(codes)
         time.sleep(0.2)
 
 
@@ -197,7 +201,8 @@ def _end(launchers: Sequence[subprocess.Popen]) -> None:
     """Close their inputs, by which they end; what does not is left to the hosts after the deadline."""
     for launcher in launchers:
         with contextlib.suppress(OSError):
-            launcher.stdin.close()
+            if launcher.stdin:
+                launcher.stdin.close()
     until = time.monotonic() + END_DEADLINE_S
     for launcher in launchers:
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -17,7 +17,7 @@ from alphamed.cluster.variables import Start
 from alphamed.config.loading import dump_config
 from alphamed.config.schema import Config
 from alphamed.errors import ConfigError, RunFailed
-from alphamed.launch.supervisor import Ended, Grace, supervise
+from alphamed.launch.supervisor import Grace, SupervisedExit, supervise
 
 SHUTDOWN_TIMEOUT_S = 10
 """What torchrun gives its workers between SIGTERM and SIGKILL: a rank that is stuck delays the end by this much."""
@@ -25,7 +25,7 @@ LAUNCH_FILE = "launch.yaml"
 """The resolved configuration that the ranks read. (config.yaml in the same folder is the run's own record.)"""
 
 START_MARK = "=== started"
-"""First words of every start in a rank's log, which goes on from start to start."""
+"""Begins the part of every start in a rank's log, to which each start appends."""
 
 
 def check_world(config: Config, environment: Mapping[str, str]) -> None:
@@ -127,7 +127,7 @@ def train(config: Config, grace: Grace | None = None) -> int:
         return report(run_dir, ended)
 
 
-def report(run_dir: Path, ended: Ended) -> int:
+def report(run_dir: Path, ended: SupervisedExit) -> int:
     """Say on stderr how the run ended where it did not end well; returns the exit code."""
     if ended.clean_up.stuck:
         print(f"warning: {ended.clean_up}", file=sys.stderr)

@@ -26,7 +26,7 @@ Grace = Callable[[signal.Signals], float]
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class SupervisedExit:
     """How the command ended. `status`: exit code, or minus the number of the signal that killed it. `stopped_by`: the
     signal that the supervisor itself was sent, if any."""
 
@@ -35,8 +35,10 @@ class Ended:
     clean_up: CleanUp
 
 
-def supervise(command: Sequence[str], environment: Mapping[str, str], run_dir: Path, grace: Grace | None = None) -> Ended:
-    """Run `command` with `environment` (which must carry the run's tag) until it ends or a signal says stop.
+def supervise(
+    command: Sequence[str], environment: Mapping[str, str], run_dir: Path, grace: Grace | None = None
+) -> SupervisedExit:
+    """Run `command` with `environment` (which must carry the run's tag) until it ends or a signal stops it.
 
     `grace`: asks the command, upon a signal, to end by itself, and returns the seconds that it gets for that."""
     processes.become_subreaper()
@@ -52,24 +54,24 @@ def supervise(command: Sequence[str], environment: Mapping[str, str], run_dir: P
             watcher.wait()
             done = ledger.clean_up()
             processes.reap()
-    return Ended(status=status, stopped_by=received[0] if received else None, clean_up=done)
+    return SupervisedExit(status=status, stopped_by=received[0] if received else None, clean_up=done)
 
 
 def _wait(child: subprocess.Popen, received: list[signal.Signals], ledger: Ledger, grace: Grace | None) -> int:
-    """Wait for the child. The first signal is passed on when its grace is over, after a last look at what the run shares now;
+    """Wait for the child. The first signal is passed on when its grace is over, after a last scan of what the run shares now;
     a second one, or the deadline, ends it at once."""
     left_s = STOP_DEADLINE_S
-    asked, grace_s, passed_on = 0, 0.0, False
+    graced, grace_s, passed_on = 0, 0.0, False
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return child.wait(POLL_S)
         processes.reap(keep=child.pid)
-        if asked < len(received) and grace:
+        if graced < len(received) and grace:
             grace_s = min(grace(number) for number in received)
-            asked = len(received)
+            graced = len(received)
         grace_s -= POLL_S
         if received and not passed_on and grace_s <= 0:
-            ledger.look()
+            ledger.scan()
             child.send_signal(signal.SIGTERM)
             passed_on = True
         if passed_on:
@@ -81,7 +83,7 @@ def _wait(child: subprocess.Popen, received: list[signal.Signals], ledger: Ledge
 @contextlib.contextmanager
 def _handling(received: list[signal.Signals], numbers: Sequence[signal.Signals]) -> Iterator[None]:
     """Collect the signals that mean stop, in place of dying of them."""
-    before = {number: signal.signal(number, lambda got, _: received.append(signal.Signals(got))) for number in numbers}
+    before = {number: signal.signal(number, lambda number, _: received.append(signal.Signals(number))) for number in numbers}
     try:
         yield
     finally:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TextIO
 
 from alphamed.cluster import addresses, failure, placement, variables
+from alphamed.cluster.cluster_job import ADDRESS_VARIABLE
 from alphamed.cluster.environment import enter, run_environment
-from alphamed.cluster.job import ADDRESS_VARIABLE
 from alphamed.cluster.variables import Start
 from alphamed.config.schema import Config
 from alphamed.errors import ConfigError
@@ -54,13 +54,13 @@ def run_worker(config: Config, train: Callable[[Config], None], validate: Callab
 
 def _prepare(config: Config, rank: int, stack: contextlib.ExitStack, validate: Callable[[Config], object]) -> None:
     """What `alphamed train` would have done before the ranks were started."""
-    given = dict(os.environ)
+    before = dict(os.environ)
     _find_network()
     start = start_of(config, os.environ)
     if rank == 0:
         validate(config)
         temporary = stack.enter_context(owned(config.run_dir)).make_temporary_folder()
-        variables.settle(config.run_dir, start, given=given)
+        variables.settle(config.run_dir, start, environment=before)
     else:
         temporary = Path(tempfile.gettempdir())  # only rank 0 starts what leaves sockets there
     enter(run_environment(config, temporary, start))
@@ -76,15 +76,15 @@ def start_of(config: Config, environment: Mapping[str, str]) -> Start:
 
 
 def _find_network() -> None:
-    """What the launcher of several hosts would have found out: this host's address, as the others see it, and its interface.
+    """What the launcher of several hosts would have determined: this host's address, as the others see it, and its interface.
 
-    On the first host MASTER_ADDR may well be a name of the loopback device: what it is, the second host tells through torchrun's
-    store. Raises ConfigError."""
+    On the first host MASTER_ADDR may well be a name of the loopback device: what it is, the second host reports through
+    torchrun's store. Raises ConfigError."""
     if os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1"):
         return
     from datetime import timedelta
 
-    from torch.distributed import TCPStore
+    from alphamed.cluster.narrow_store import TCPStore
 
     master, group = os.environ["MASTER_ADDR"], int(os.environ["GROUP_RANK"])
     store = TCPStore(master, int(os.environ["MASTER_PORT"]), None, False, timeout=timedelta(seconds=NETWORK_DEADLINE_S))
@@ -178,9 +178,9 @@ def _fail(run_dir: Path, rank: int, error: Exception, console: TextIO | None) ->
     """Record the failure; its traceback goes to the log. `console`: where the line is printed, for want of a supervisor."""
     traceback.print_exception(error)
     sys.stderr.flush()
-    found = failure.of_exception(error, f"rank {rank} (pid {os.getpid()})")
-    failure.record(run_dir, found)
-    first = failure.recorded(run_dir) or found
+    failed = failure.of_exception(error, f"rank {rank} (pid {os.getpid()})")
+    failure.record(run_dir, failed)
+    first = failure.recorded(run_dir) or failed
     if console is not None:
         report(rank, f"error: {first}" if first.user_error else f"run failed: {first}", console)
     return 2 if first.user_error else 1

@@ -7,11 +7,12 @@ prefix. Rotary positions are applied here and not by Megatron, because continuat
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -26,9 +27,9 @@ class PackedRow(PackedSeqParams):
     """What the layers need to know of a packed row: its segments in token order, and cosine and sine of the rotary angles
     ([T / context ranks, 1, head_dim / 2]) of the tokens that this rank holds."""
 
-    segments: tuple[Segment, ...] = ()
-    cosine: Tensor | None = None
-    sine: Tensor | None = None
+    segments: tuple[Segment, ...] = field(kw_only=True)
+    cosine: Tensor = field(kw_only=True)
+    sine: Tensor = field(kw_only=True)
 
     @classmethod
     def of(cls, micro: MicroBatch, part: slice, frequencies: Tensor, dtype: torch.dtype) -> PackedRow:
@@ -51,16 +52,26 @@ def packed_sequences(micro: MicroBatch) -> PackedSeqParams:
 
 class SegmentAttention(torch.nn.Module):
     """Megatron core attention: within each segment the prefix is causal, every continuation reads the prefix and, causally,
-    itself, and segments behind a stem read that as well. Queries and keys come without rotary positions. Needs a PackedRow.
+    itself, and segments behind a shared prefix read that as well. Queries and keys come without rotary positions. Needs a PackedRow.
 
     Context ranks hold a part of the row each and exchange it for the whole row of a part of the heads (context.py)."""
 
     def __init__(
-        self, config, layer_number, attn_mask_type, attention_type, cp_comm_type=None, softmax_scale=None, pg_collection=None
+        self,
+        config,
+        layer_number,
+        attn_mask_type,
+        attention_type,
+        cp_comm_type=None,
+        softmax_scale=None,
+        pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__()
         assert config.attention_dropout == 0, f"attention dropout of {config.attention_dropout} is not supported"
-        self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
+        self.context_group = None
+        if config.context_parallel_size > 1:
+            assert pg_collection is not None, "context parallelism needs its process group"
+            self.context_group = pg_collection.cp
         self.scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
 
     def forward(
@@ -75,6 +86,7 @@ class SegmentAttention(torch.nn.Module):
     ) -> Tensor:
         """query [T', 1, heads, d], key and value [T', 1, kv_heads, d] -> [T', 1, heads * d], T' = T / context ranks."""
         row, group = packed_seq_params, self.context_group
+        assert row is not None, "segments are read from a PackedRow, and none was passed"
         q, k = (rotate(x.squeeze(1), row.cosine, row.sine) for x in (query, key))
         v = value.squeeze(1)
         if group is not None:
@@ -99,20 +111,20 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, segments: tuple[Segment, .
         ).transpose(1, 2)
 
     out, start = [], 0
-    stems = [x[: segments[0].tokens] for x in (k, v)]
+    shared = [x[: segments[0].tokens] for x in (k, v)]
     for segment in segments:
         n, lengths = segment.prefix, list(segment.continuations)
         qs, ks, vs = (x[start : start + segment.tokens] for x in (q, k, v))
         start += segment.tokens
         if segment.attends_shared_prefix:  # keys and values of what comes before the segment, then its own
-            ks, vs = (torch.cat([stem, x]) for stem, x in zip(stems, (ks, vs)))
+            ks, vs = (torch.cat([prefix, x]) for prefix, x in zip(shared, (ks, vs)))
         read = n + len(ks) - len(qs)  # what each continuation reads besides itself
         if n:
             mask = torch.ones(n, read, dtype=torch.bool, device=q.device).tril(read - n) if read > n else None
             out.append(attend(qs[None, :n], ks[None, :read], vs[None, :read], mask)[0])
         if lengths:
             rows, longest = len(lengths), max(lengths)
-            own = [pad_sequence(x.split(lengths), batch_first=True) for x in (qs[n:], ks[read:], vs[read:])]
+            own = [pad_sequence([*x.split(lengths)], batch_first=True) for x in (qs[n:], ks[read:], vs[read:])]
             keys, values = (
                 torch.cat([x[:read].expand(rows, *x[:read].shape), y], 1) for x, y in ((ks, own[1]), (vs, own[2]))
             )
@@ -152,8 +164,8 @@ class _Rotate(torch.autograd.Function):
         return _rotated(x, cosine, sine)
 
     @staticmethod
-    def backward(ctx, grad):
-        cosine, sine = ctx.saved_tensors
+    def backward(ctx, *grads):
+        (grad,), (cosine, sine) = grads, ctx.saved_tensors
         return _rotated(grad, cosine, -sine), None, None
 
 

@@ -21,13 +21,14 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
 from alphamed.megatron import checkpoint_folder as folders
 from alphamed.megatron.checkpoint_folder import CheckpointError
 from alphamed.megatron.checkpoint_writer import InProcessSave
-from alphamed.megatron.policy import Policy, Progress
+from alphamed.megatron.gpt import PolicyModel
+from alphamed.megatron.policy import Policy, TrainingProgress
 from alphamed.megatron.runtime import Runtime
 from alphamed.model.shape import ModelShape
 from alphamed.records import Layout
@@ -84,13 +85,13 @@ def load(folder: Path, policy: Policy) -> dict[str, Any]:
     for group, values in zip(policy.optimizer.param_groups, settings, strict=True):
         group.update(values)
     _allocate_adam(policy)  # a checkpoint from before the first update holds no step
-    policy.progress = Progress(**manifest["progress"])
+    policy.progress = TrainingProgress(**manifest["progress"])
     if same_layout:
         _set_random_state(loaded["random"], runtime)
     return manifest["state"]
 
 
-def load_weights(folder: Path, chunks: Sequence[torch.nn.Module], shape: ModelShape, runtime: Runtime) -> dict[str, Any]:
+def load_weights(folder: Path, chunks: Sequence[PolicyModel], shape: ModelShape, runtime: Runtime) -> dict[str, Any]:
     """Fill unwrapped model chunks with a checkpoint's weights, without any optimizer; returns the run's state. Raises
     CheckpointError on all ranks."""
     manifest = _agree(runtime, f"loading {folder}", lambda: _manifest(folder, shape))
@@ -129,14 +130,15 @@ def _write(folder: Path, policy: Policy) -> None:
     _agree(policy.runtime, "writing a checkpoint", lambda: _raise_write_error(folder, failure))
 
 
-def _read(folder: Path, runtime: Runtime, wanted: dict[str, Any]) -> dict[str, Any]:
-    """What `wanted` names, read from the checkpoint; an error of any rank is raised on all."""
-    loaded, failure = {}, None
+def _read(folder: Path, runtime: Runtime, contents: dict[str, Any]) -> dict[str, Any]:
+    """What `contents` names, read from the checkpoint; an error of any rank is raised on all."""
+    loaded, failure = None, None
     try:
-        loaded = dist_checkpointing.load(wanted, str(folder))
+        loaded = dist_checkpointing.load(contents, str(folder))
     except READ_ERRORS as e:  # untrusted bytes: unpickling may raise anything
         failure = folders.broken(folder, _reason(e))
     _agree(runtime, f"loading {folder}", lambda: _raise(failure))
+    assert isinstance(loaded, dict), f"another version of Megatron-Core: load gave a {type(loaded)}"
     return loaded
 
 
@@ -168,12 +170,12 @@ def _contents(policy: Policy, loading: bool, random_state: bool) -> dict[str, An
     return contents
 
 
-def _weights(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
+def _weights(chunks: Sequence[PolicyModel]) -> dict[str, Any]:
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     return {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named(chunks)}
 
 
-def _named(chunks: Sequence[torch.nn.Module]) -> list[tuple[str, torch.nn.Module]]:
+def _named(chunks: Sequence[PolicyModel]) -> list[tuple[str, PolicyModel]]:
     """Chunks by the names that Megatron's optimizers know them under."""
     return [("model", chunks[0])] if len(chunks) == 1 else [(f"model{i}", chunk) for i, chunk in enumerate(chunks)]
 
@@ -226,7 +228,7 @@ def _random_state(runtime: Runtime) -> dict[str, Any]:
         "numpy": numpy.random.get_state(),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if runtime.device.type == "cuda" else None,
-        "megatron": get_cuda_rng_tracker().get_states(),
+        "megatron": _megatron_random().get_states(),
     }
 
 
@@ -236,7 +238,13 @@ def _set_random_state(state: dict[str, Any], runtime: Runtime) -> None:
     torch.set_rng_state(state["torch"])
     if runtime.device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"])
-    get_cuda_rng_tracker().set_states(state["megatron"])
+    _megatron_random().set_states(state["megatron"])
+
+
+def _megatron_random() -> CudaRNGStatesTracker:
+    tracker = get_cuda_rng_tracker()
+    assert tracker is not None, "Megatron's random state has not been seeded"
+    return tracker
 
 
 def _sizes(layout: Layout) -> dict[str, int]:
@@ -273,27 +281,33 @@ def _stored_bytes(policy: Policy) -> int:
 
 
 # -------------------------------------------------------------------------------------------------- errors, all or none
-def _agree(runtime: Runtime, what: str, action: Callable[[], T]) -> T:
+def _agree(runtime: Runtime, work: str, action: Callable[[], T]) -> T:
     """Run `action` on every rank; if it fails anywhere, raise CheckpointError everywhere, naming the first such rank.
     No rank may leave on its own: the others would wait for it in the next collective."""
-    result, failure = None, None
-    try:
-        result = action()
-    except CheckpointError as e:
-        failure = str(e)
-    except Exception as e:
-        failure = f"{what} failed on rank {runtime.rank} ({_reason(e)}); see to the cause and start again"
+    result = _attempt(runtime, work, action)
     failures: list[str | None] = [None] * runtime.world
+    failure = str(result) if isinstance(result, CheckpointError) else None
     dist.all_gather_object(failures, failure, group=runtime.cpu_group)
-    for found in failures:
-        if found:
-            raise CheckpointError(found)
+    for failure in failures:
+        if failure:
+            raise CheckpointError(failure)
+    assert not isinstance(result, CheckpointError)
     return result
 
 
-def _on_rank0(runtime: Runtime, what: str, action: Callable[[], Any]) -> None:
+def _attempt(runtime: Runtime, work: str, action: Callable[[], T]) -> T | CheckpointError:
+    """What `action` returns, or why it failed on this rank."""
+    try:
+        return action()
+    except CheckpointError as e:
+        return e
+    except Exception as e:
+        return CheckpointError(f"{work} failed on rank {runtime.rank} ({_reason(e)}); fix the cause and start again")
+
+
+def _on_rank0(runtime: Runtime, work: str, action: Callable[[], Any]) -> None:
     """Run `action` on rank 0; its error is raised on all ranks."""
-    _agree(runtime, what, action if runtime.rank == 0 else lambda: None)
+    _agree(runtime, work, action if runtime.rank == 0 else lambda: None)
 
 
 def _raise(failure: Exception | None) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from alphamed.cluster.job import on_host
+from alphamed.cluster.cluster_job import on_host
 from alphamed.errors import ConfigError
 
 LATEST, BEST, MANIFEST = "latest", "best.json", "manifest.json"
@@ -44,23 +44,23 @@ def complete(directory: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     if not directory.is_dir():
         return []
-    found = [
+    by_step = [
         (int(match[1]), path)
         for path in directory.iterdir()
         if (match := _COMPLETE.fullmatch(path.name)) and (path / MANIFEST).is_file()
     ]
-    return [path for _, path in sorted(found)]
+    return [path for _, path in sorted(by_step)]
 
 
 def latest(directory: Path) -> Path | None:
     """The checkpoint to continue from: the one `latest` names, or else the newest complete one; None where there is
     none."""
-    found = complete(directory)
+    present = complete(directory)
     try:
         named = directory / (directory / LATEST).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         named = None
-    return named if named in found else found[-1] if found else None
+    return named if named in present else present[-1] if present else None
 
 
 def best(directory: Path) -> Path | None:
@@ -72,7 +72,7 @@ def best(directory: Path) -> Path | None:
 
 def offer_best(directory: Path, step: int, accuracy: float, questions: int, asked: str) -> bool:
     """Mark the checkpoint of `step` as the best where it is complete and more accurate than the one marked. A tie keeps the
-    earlier one; accuracy on other questions (`asked` is their hash) is no measure, and gives way. Returns whether it was
+    earlier one; accuracy on other questions (`asked` is their hash) is not comparable, and is replaced. Returns whether it was
     marked."""
     before = _marked(directory) if best(directory) else None
     better = before is None or before["asked"] != asked or accuracy > before["accuracy"]
@@ -88,8 +88,8 @@ def offer_best(directory: Path, step: int, accuracy: float, questions: int, aske
 
 def _marked(directory: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads((directory / BEST).read_text(encoding="utf-8"))
-        return {"step": int(found["step"]), "accuracy": float(found["accuracy"]), "asked": found.get("asked")}
+        marked = json.loads((directory / BEST).read_text(encoding="utf-8"))
+        return {"step": int(marked["step"]), "accuracy": float(marked["accuracy"]), "asked": marked.get("asked")}
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -128,15 +128,15 @@ def discard(partial: Path) -> None:
 
 def publish(partial: Path, step: int, contents: Mapping[str, Any], keep: int) -> Path:
     """Complete the folder with its manifest, give it its name, point `latest` to it. Then delete all but the newest
-    `keep` checkpoints up to this step and the best one, and those of later steps: the run went back behind them."""
+    `keep` checkpoints up to this step and the best one, and those of later steps: the run went back to before them."""
     directory = partial.parent
     sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
     _write(partial / MANIFEST, json.dumps({"format": FORMAT, **contents, "files": sizes}, indent=1) + "\n")
     for name in sizes:
         _flush(partial / name)
     _flush(partial)
-    folder, kept = folder_of(directory, step), best(directory)
-    if kept and kept >= folder:  # of a past that is gone: this step is done again
+    folder, best_folder = folder_of(directory, step), best(directory)
+    if best_folder and best_folder >= folder:  # of a past that is gone: this step is done again
         (directory / BEST).unlink()
     _delete(folder)  # of an earlier attempt at the same step
     partial.rename(folder)
@@ -145,7 +145,7 @@ def publish(partial: Path, step: int, contents: Mapping[str, Any], keep: int) ->
     _flush(directory)
     everything = complete(directory)
     here = everything.index(folder)
-    older = [other for other in everything[: max(0, here + 1 - keep)] if other != kept]
+    older = [other for other in everything[: max(0, here + 1 - keep)] if other != best_folder]
     for other in older + everything[here + 1 :]:
         _delete(other)
     return folder
@@ -161,9 +161,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 f"continue it with the version that wrote it"
             )
         for name, size in manifest["files"].items():
-            found = (folder / name).stat().st_size if (folder / name).is_file() else None
-            if found != size:
-                raise broken(folder, f"{name} {'is gone' if found is None else f'has {found} bytes, not {size}'}")
+            present = (folder / name).stat().st_size if (folder / name).is_file() else None
+            if present != size:
+                raise broken(folder, f"{name} {'is gone' if present is None else f'has {present} bytes, not {size}'}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         if isinstance(e, CheckpointError):
             raise

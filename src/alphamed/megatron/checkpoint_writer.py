@@ -1,7 +1,7 @@
 """Megatron's torch_dist checkpoint format, written by this process and its main thread.
 
 Megatron forks its writers and starts a manager process that outlives the save. Rank 0 holds Ray's threads, which a fork
-does not survive in order, and a run must leave no process behind.
+does not survive, and a run must leave no process behind.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class InProcessSave(TorchDistSaveShardedStrategy):
         request = super().async_save(sharded_state_dict, checkpoint_dir)
         if request.async_fn is None:  # nothing to write on this rank
             return request
+        assert isinstance(request.async_fn, partial), "another version of Megatron-Core: it writes in another way"
         transforms, _ = request.async_fn.args
         return request._replace(async_fn=partial(_write_files, transforms))
 
@@ -35,8 +36,14 @@ def _write_files(transforms: list, rank: int, buckets: list, results: queue.Queu
     for number, bucket in enumerate(buckets):
         outcome, running = queue.Queue(), queue.Queue()
         running.put(number)
+        # its types name queues between processes, it calls what any queue has
         filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-            transforms, number, bucket, outcome, running, use_fsync=True
+            transforms,
+            number,
+            bucket,
+            outcome,  # pyright: ignore[reportArgumentType]
+            running,  # pyright: ignore[reportArgumentType]
+            use_fsync=True,
         )
         _, written[number] = outcome.get_nowait()
         if isinstance(written[number], Exception):

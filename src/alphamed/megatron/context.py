@@ -1,7 +1,7 @@
 """Context parallelism: the ranks of a context group hold one part of each packed row each, and in attention all of the row
 for a part of the heads (DeepSpeed-Ulysses, arXiv 2309.14509).
 
-One exchange before and one after attention. In between a rank sees the whole row, so segments, shared prompts and stems mean
+One exchange before and one after attention. In between a rank sees the whole row, so segments, shared prompts and shared prefixes mean
 what they mean on a single rank, and every rank has the same work whatever the row is made of.
 """
 
@@ -31,7 +31,8 @@ def rows_for_heads(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup) ->
         k, v = (x.repeat_interleave(size // k.shape[1], 1) for x in (k, v))
     parts = [x.unflatten(1, (size, -1)) for x in (q, k, v)]  # [T/C, C, heads/C, d]
     sent = torch.cat(parts, 2).transpose(0, 1)  # first by receiver
-    return _exchange(sent, group).flatten(0, 1).split([x.shape[2] for x in parts], 1)
+    q, k, v = _exchange(sent, group).flatten(0, 1).split([x.shape[2] for x in parts], 1)
+    return q, k, v
 
 
 def heads_for_rows(out: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -60,10 +61,11 @@ class _GatherTokens(torch.autograd.Function):
         ctx.rows = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
         padded = own.new_zeros(max(counts), *own.shape[1:])
         padded[: len(own)] = own
-        found = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(found, padded, group=group)
-        return torch.cat([part[:count] for part, count in zip(found, counts, strict=True)])
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded, group=group)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, *grads):
+        (grad,) = grads
         return grad[ctx.rows].contiguous(), None, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -40,23 +41,33 @@ class PolicyModel(GPTModel):
         if head.fused_attention:
             self.rotary_pos_emb.inv_freq = self.frequencies.to(self.rotary_pos_emb.inv_freq.device)
 
-    def forward(self, micro: MicroBatch) -> Tensor | tuple[Tensor, Tensor]:
+    # The callers are ours (step.py), and a module around GPTModel in place of a subclass would rename every parameter.
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, micro: MicroBatch
+    ) -> Tensor | tuple[Tensor, Tensor]:
         part = self._part(micro)
-        output = super().forward(
-            micro.tokens[None, part],
-            None,
-            None,
-            labels=micro.labels[part],
-            loss_mask=micro.mask[part],
-            packed_seq_params=self._packed(micro, part),
-        )
-        return self._of_all_parts(*output, micro) if self.post_process and self.config.context_parallel_size > 1 else output
+        output = self._run(micro, part, labels=micro.labels[part], loss_mask=micro.mask[part])
+        if not self.post_process or self.config.context_parallel_size == 1:
+            return output
+        logprobs, entropy = output
+        return self._of_all_parts(logprobs, entropy, micro)
 
     def logits(self, micro: MicroBatch) -> Tensor:
         """[T, V] logits of this rank's vocabulary columns at every position that it holds (the last stage; for tests and
         probes)."""
-        part = self._part(micro)
-        return super().forward(micro.tokens[None, part], None, None, packed_seq_params=self._packed(micro, part))[0]
+        return self._run(micro, self._part(micro))[0]
+
+    def _run(self, micro: MicroBatch, part: slice, labels: Any = None, loss_mask: Any = None) -> Tensor:
+        """GPTModel's pass over this rank's part. Its positions and attention mask are in the packed row."""
+        none: Any = None
+        return super().forward(
+            micro.tokens[None, part],
+            none,
+            none,
+            labels=labels,
+            loss_mask=loss_mask,
+            packed_seq_params=self._packed(micro, part),
+        )
 
     def _part(self, micro: MicroBatch) -> slice:
         return own_part(len(micro.tokens), self.pg_collection.cp) if self.config.context_parallel_size > 1 else slice(None)
@@ -70,14 +81,14 @@ class PolicyModel(GPTModel):
     def _of_all_parts(self, logprobs: Tensor, entropy: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         group = self.pg_collection.cp
         counts = micro.mask.view(group.size(), -1).sum(1).tolist()
-        found = gather_tokens(torch.stack([logprobs, entropy], 1), counts, group)
-        return found[:, 0], found[:, 1].detach()
+        both = gather_tokens(torch.stack([logprobs, entropy], 1), counts, group)
+        return both[:, 0], both[:, 1].detach()
 
-    def _postprocess(self, hidden_states, labels=None, loss_mask=None, **kwargs):
+    def _postprocess(self, hidden_states, input_ids, position_ids, labels, *args, loss_mask=None, **kwargs):
         if not self.post_process:
             return hidden_states
-        if labels is None:
-            return super()._postprocess(hidden_states=hidden_states, labels=None, loss_mask=None, **kwargs)
+        if labels is None or loss_mask is None:
+            return super()._postprocess(hidden_states, input_ids, position_ids, None, *args, **kwargs)
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
             # The gradient that label_logprobs returns is complete on every rank: take this rank's slice, sum nothing.
@@ -90,6 +101,7 @@ class PolicyModel(GPTModel):
             if self.share_embeddings_and_output_weights
             else self.output_layer.weight
         )
+        assert weight is not None, "the last stage has no output layer"
         shard = VocabShard.of(group, len(weight), self.head.vocab)
         return label_logprobs(
             hidden_states[:, 0].index_select(0, rows),

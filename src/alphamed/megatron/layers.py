@@ -7,6 +7,8 @@ take half the time.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
@@ -24,17 +26,23 @@ def layers_spec(
     if transformer_engine:
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
         if not fused_attention:
-            layer.submodules.self_attention.submodules.core_attention = SegmentAttention
+            _submodules(_submodules(layer).self_attention).core_attention = SegmentAttention
         return layer
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
-    parts, attention = layer.submodules, layer.submodules.self_attention.submodules
+    parts = _submodules(layer)
+    attention = _submodules(parts.self_attention)
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     attention.core_attention = SegmentAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     parts.mlp.submodules.activation_func = SwiGlu  # taken because of config.use_te_activation_func
     count = get_num_layers_to_build(config, vp_stage=virtual_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=ModuleSpec(RMSNorm))
+
+
+def _submodules(spec: ModuleSpec) -> Any:
+    """A dataclass of Megatron's, another one for each kind of spec."""
+    return spec.submodules
 
 
 class RMSNorm(torch.nn.Module):
@@ -45,11 +53,16 @@ class RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(
             torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
         )
-        self.weight.sequence_parallel = config.sequence_parallel  # Megatron then sums its gradient over tensor ranks
+        _set_sequence_parallel(self.weight, config.sequence_parallel)
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+
+def _set_sequence_parallel(parameter: Any, value: bool) -> None:
+    """Where it is set Megatron sums the parameter's gradient over the tensor ranks."""
+    parameter.sequence_parallel = value
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -78,9 +91,9 @@ class _RmsNorm(torch.autograd.Function):
         return (wide * inverse).mul_(weight.float()).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, *grads):
         x, weight, inverse = ctx.saved_tensors
-        wide, scale, grad = x.float(), weight.float(), grad.float()
+        wide, scale, grad = x.float(), weight.float(), grads[0].float()
         product = grad * wide
         d_weight = product.flatten(0, -2).t().mv(inverse.flatten())
         along = torch.matmul(product, scale)[..., None] * inverse.square() / x.shape[-1]
@@ -96,8 +109,8 @@ class _SwiGlu(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx, grad):
-        (gate_up,) = ctx.saved_tensors
+    def backward(ctx, *grads):
+        (grad,), (gate_up,) = grads, ctx.saved_tensors
         gate, up = gate_up.chunk(2, -1)
         d_gate_up = torch.empty_like(gate_up)
         d_gate, d_up = d_gate_up.chunk(2, -1)

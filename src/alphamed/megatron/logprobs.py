@@ -8,6 +8,7 @@ out of the product: they have no probability, no entropy and no gradient.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -56,29 +57,30 @@ class _LabelLogprobs(torch.autograd.Function):
         here = (local >= 0) & (local < shard.valid)
         local = local.clamp(0, shard.valid - 1)
         stats = hidden.new_empty(4, len(hidden), dtype=torch.float32)  # maximum, log-sum-exp, mean logit, label's logit
-        kept = None
+        exponentials = None
         for rows in _chunks(len(hidden), chunk_tokens):
-            kept = _logits(hidden[rows], weight, shard, temperature)
-            for part in _chunks(len(kept), SOFTMAX_ROWS[hidden.device.type]):
+            exponentials = _logits(hidden[rows], weight, shard, temperature)
+            for part in _chunks(len(exponentials), SOFTMAX_ROWS[hidden.device.type]):
                 at = slice(rows.start + part.start, rows.start + part.stop)
-                _softmax_rows(kept[part], local[at], stats[:, at])
+                _softmax_rows(exponentials[part], local[at], stats[:, at])
         top, lse, mean, hit = stats
         lse, mean, hit = _combine(lse, mean, hit * here, shard.group)
         ctx.whole = not chunk_tokens
-        ctx.save_for_backward(hidden, weight, local, here, lse, top, *([kept] if ctx.whole and kept is not None else []))
+        saved = [exponentials] if ctx.whole and exponentials is not None else []
+        ctx.save_for_backward(hidden, weight, local, here, lse, top, *saved)
         ctx.shard, ctx.temperature, ctx.chunk_tokens = shard, temperature, chunk_tokens
         entropy = lse - mean
         ctx.mark_non_differentiable(entropy)
         return hit - lse, entropy
 
     @staticmethod
-    def backward(ctx, grad, _):
-        hidden, weight, local, here, lse, top, *kept = ctx.saved_tensors
-        shard, grad = ctx.shard, grad.float() / ctx.temperature
+    def backward(ctx, *grads):
+        hidden, weight, local, here, lse, top, *exponentials = ctx.saved_tensors
+        shard, grad = ctx.shard, grads[0].float() / ctx.temperature
         d_hidden, weight_gradient = torch.empty_like(hidden), _WeightGradient(weight)
         for rows in _chunks(len(hidden), ctx.chunk_tokens):
             if ctx.whole:
-                d_logits = kept[0].mul_((-grad * (top - lse).exp())[:, None])  # -grad * softmax
+                d_logits = exponentials[0].mul_((-grad * (top - lse).exp())[:, None])  # -grad * softmax
             else:
                 d_logits = _logits(hidden[rows], weight, shard, ctx.temperature)
                 d_logits.sub_(lse[rows, None]).exp_().mul_(-grad[rows, None])
@@ -94,10 +96,10 @@ class _LabelLogprobs(torch.autograd.Function):
 class _WeightGradient:
     """The output layer's gradient, added straight to Megatron's FP32 gradient buffer where the weight has one."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
+    def __init__(self, weight: Any) -> None:
+        self.weight = weight  # a tensor, with Megatron's attributes where Megatron trains it
         self.buffered = hasattr(weight, "main_grad")
-        self.total = weight.main_grad if self.buffered else torch.zeros_like(weight)
+        self.total: Tensor = weight.main_grad if self.buffered else torch.zeros_like(weight)
 
     def add(self, d_logits: Tensor, hidden: Tensor) -> None:
         """Add d_logits.T @ hidden to the rows of real tokens."""
@@ -108,7 +110,7 @@ class _WeightGradient:
             rows.add_(d_logits.t() @ hidden)
 
     def result(self) -> Tensor | None:
-        """What autograd is given. Megatron's hook wants a gradient of the right shape to know that the weight is done, and
+        """The gradient for autograd. Megatron's hook needs one of the right shape to know that the weight is done, and
         does not read it. A weight that is the embedding as well gets its gradient, and so the hook, from there."""
         if not self.buffered:
             return self.total

@@ -1,4 +1,4 @@
-"""Frozen weights that lie in host memory and are on the device only while they are used.
+"""Frozen weights that are in host memory and are on the device only while they are used.
 
 The host's copy is pinned where the device is a GPU, so that they travel at the speed of the bus. Weights that
 nobody trains never travel back: leaving the device frees its memory and copies nothing.

@@ -20,7 +20,7 @@ from alphamed.config.schema import Config
 from alphamed.megatron import provider
 from alphamed.megatron.gpt import PolicyModel
 from alphamed.megatron.offload import OffloadedWeights
-from alphamed.megatron.runtime import Runtime, memory_metrics
+from alphamed.megatron.runtime import Runtime, memory_metrics, own_group
 from alphamed.megatron.step import Sums, apply_gradients, forward_backward, forward_logprobs, learning_rate
 from alphamed.model.shape import ModelShape
 from alphamed.records import Batch, Layout, MicroBatch, Segment
@@ -33,8 +33,8 @@ class UpdateError(RuntimeError):
 
 
 @dataclass(slots=True)
-class Progress:
-    """What of the training goes on beside weights and optimizer state; part of a checkpoint."""
+class TrainingProgress:
+    """What else continues besides weights and optimizer state; part of a checkpoint."""
 
     steps: int = 0  # calls of Policy.update: sets the learning rate
     skipped_in_a_row: int = 0  # updates without a finite gradient, up to now
@@ -53,7 +53,7 @@ class Policy:
         optimizer: ChainedOptimizer,
     ) -> None:
         self.config, self.shape, self.runtime = config, shape, runtime
-        self.optimizer, self.progress = optimizer, Progress()
+        self.optimizer, self.progress = optimizer, TrainingProgress()
         self._chunks, self._wrapped = chunks, wrapped
 
     @classmethod
@@ -110,11 +110,11 @@ class Policy:
             chunk.head = replace(head, temperature=1.0)
         try:
             row = _plain_row(tokens, self.layout.token_multiple)
-            (found,) = forward_logprobs(self._wrapped, [row], self.layout, self.runtime.device)
+            (logprobs,) = forward_logprobs(self._wrapped, [row], self.layout, self.runtime.device)
         finally:
             for chunk, head in zip(self._chunks, heads, strict=True):
                 chunk.head = head
-        return None if found is None else found[row.mask].tolist()
+        return None if logprobs is None else logprobs[row.mask].tolist()
 
     # ------------------------------------------------------------------------------------------- for weights/ and checkpoints
     @property
@@ -123,11 +123,11 @@ class Policy:
 
     @property
     def tensor_group(self) -> dist.ProcessGroup:
-        return parallel_state.get_tensor_model_parallel_group()
+        return own_group(parallel_state.get_tensor_model_parallel_group())
 
     @property
     def pipeline_group(self) -> dist.ProcessGroup:
-        return parallel_state.get_pipeline_model_parallel_group()
+        return own_group(parallel_state.get_pipeline_model_parallel_group())
 
     def model_chunks(self) -> list[PolicyModel]:
         """This rank's GPTModel chunks without wrappers, one per virtual stage."""
@@ -137,10 +137,6 @@ class Policy:
         """Take the optimizer's FP32 copies from the parameters again. Needed after parameters were written directly."""
         self.optimizer.reload_model_params()
 
-    def make_current(self) -> None:
-        """Complete the parameters of this rank before they are exported. The optimizer gathers them within its step, so
-        there is nothing to wait for."""
-
 
 class Reference:
     """The frozen starting point: the same layout as the policy's, no gradients, no optimizer. With `parallel.reference:
@@ -148,7 +144,7 @@ class Reference:
 
     def __init__(self, config: Config, shape: ModelShape, runtime: Runtime) -> None:
         self.runtime = runtime
-        self._swaps = config.parallel.reference == ReferencePlace.OFFLOADED
+        self._offloaded = config.parallel.reference == ReferencePlace.OFFLOADED
         self._weights: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         self._chunks = provider.build_model(config, shape, runtime)
         for chunk in self._chunks:
@@ -165,7 +161,7 @@ class Reference:
 
     def weights_changed(self) -> None:
         """The weights are those to keep: where they are offloaded they leave the device now, for good but for `logprobs`."""
-        if self._swaps:
+        if self._offloaded:
             self._weights = OffloadedWeights(self._chunks)
 
     def logprobs(self, batch: Batch) -> Batch:
@@ -175,7 +171,7 @@ class Reference:
 
 
 class NoReference:
-    """What stands in for the reference where the KL coefficient is 0."""
+    """In place of the reference where the KL coefficient is 0."""
 
     def logprobs(self, batch: Batch) -> Batch:
         return batch
@@ -186,7 +182,7 @@ def _logprobs(chunks: Sequence[torch.nn.Module], batch: Batch, runtime: Runtime)
 
 
 def _plain_row(tokens: Sequence[int], multiple: int) -> MicroBatch:
-    """One sequence whose every next token is asked for."""
+    """One sequence, every next token of which is scored."""
     length = len(tokens) - 1
     padding = -length % multiple
     mask = torch.arange(length + padding) < length

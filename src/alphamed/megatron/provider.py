@@ -76,7 +76,7 @@ def transformer_config(config: Config, shape: ModelShape, layout: Layout) -> Tra
         overlap_p2p_comm=layout.virtual_pipeline is not None,
         batch_p2p_comm=layout.virtual_pipeline is None,
         # Megatron frees a stage's output while its overlapped send may be under way. On CUDA the allocator keeps the memory
-        # until the stream is through; gloo's thread, held up on busy cores, sends whatever stands there then.
+        # until the stream is through; gloo's thread, held up on busy cores, sends whatever is in that memory by then.
         deallocate_pipeline_outputs=layout.pipeline > 1 and not (layout.virtual_pipeline and pick_device(config) == "cpu"),
         # Megatron must divide by neither micro-batches nor data ranks: step.py divides, once.
         calculate_per_token_loss=True,
@@ -101,7 +101,7 @@ def build_model(config: Config, shape: ModelShape, runtime: Runtime) -> list[Pol
     layout = runtime.layout
     megatron = transformer_config(config, shape, layout)
     fused = transformer_engine_active(config)
-    # Transformer Engine's own context parallelism wants another split of the rows than ours
+    # Transformer Engine's own context parallelism needs another split of the rows than ours
     fused_attention = fused and not config.parallel.share_prompts and layout.context == 1
     head = HeadOptions(config.training_temperature, config.parallel.logprob_chunk(shape.vocab), shape.vocab, fused_attention)
     chunks = []
@@ -148,7 +148,10 @@ def wrap_gradients(config: Config, chunks: list[PolicyModel]) -> list[Distribute
     ]
     megatron = chunks[0].config
     if p.overlap_grad_reduce:
-        megatron.no_sync_func = [w.no_sync for w in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+        functions = [w.no_sync for w in wrapped]
+        megatron.no_sync_func = (  # pyright: ignore[reportAttributeAccessIssue] - the schedules take a list as well
+            functions if len(functions) > 1 else functions[0]
+        )
     megatron.finalize_model_grads_func = _finalize
     return wrapped
 
@@ -172,8 +175,9 @@ def build_optimizer(config: Config, wrapped: list[DistributedDataParallel]) -> C
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
             use_distributed_optimizer=config.parallel.distributed_optimizer,
         ),
-        wrapped,
+        [*wrapped],
     )
+    assert isinstance(optimizer, ChainedOptimizer), f"another version of Megatron-Core: it made a {type(optimizer)}"
     for group in optimizer.param_groups:
         group["weight_decay"] = o.weight_decay * group["wd_mult"]  # which Megatron leaves to its scheduler
         if "fused" in group:  # torch's AdamW: one pass over memory in place of ten

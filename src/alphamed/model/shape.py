@@ -17,7 +17,7 @@ from typing import Any
 
 from alphamed.config.sections import ParallelConfig, RolloutConfig
 from alphamed.errors import ConfigError
-from alphamed.model.keys import changing, unknown_keys
+from alphamed.model.config_keys import changing, unknown_keys
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 QWEN3_HEAD_DIM = 128  # what transformers takes where config.json is silent
@@ -84,7 +84,7 @@ def unread_keys(folder: Path) -> list[str]:
 
 
 def shape_of(tree: dict[str, Any], name: str) -> ModelShape:
-    """The shape that the fields of a config.json describe, without its file; `name` says in errors whose they are."""
+    """The shape that the fields of a config.json describe, without its file; `name` is what errors call it."""
     return _shape_of(_ConfigFile(Path(name) / "config.json", tree))
 
 
@@ -134,8 +134,8 @@ class _ConfigFile:
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            what = "holds no config.json" if folder.is_dir() else "no such folder"
-            raise ConfigError(f"model.path: {str(folder)!r}: {what}; give a Hugging Face model folder") from None
+            problem = "holds no config.json" if folder.is_dir() else "no such folder"
+            raise ConfigError(f"model.path: {str(folder)!r}: {problem}; give a Hugging Face model folder") from None
         except (OSError, ValueError) as e:
             raise ConfigError(
                 f"model.path: {path} cannot be read ({' '.join(str(e).split())}); fetch the model again"
@@ -210,8 +210,8 @@ def _refuse_unsupported(source: _ConfigFile, family: str) -> None:
         refuse("sliding_window", "is not supported", "choose a model with full attention in every layer")
     if source.get("partial_rotary_factor", 1.0) != 1.0:
         refuse("partial_rotary_factor", "is not supported (only 1.0)", "choose another model")
-    for field, what in changing(source.tree, family):
-        refuse(field, f"means {what}, which the trainer does not compute", "choose another model")
+    for field, meaning in changing(source.tree, family):
+        refuse(field, f"means {meaning}, which the trainer does not compute", "choose another model")
 
 
 def _rope(source: _ConfigFile) -> tuple[float, RopeScaling | None]:
@@ -236,7 +236,7 @@ def _rope(source: _ConfigFile) -> tuple[float, RopeScaling | None]:
         raise source.error(
             "rope_scaling",
             old,
-            f"stands beside rope_parameters {new!r} (engines would take the first)",
+            f"is set together with rope_parameters {new!r} (engines would take the first)",
             "remove the one that is not meant",
         )
     if kind == "default":
@@ -264,10 +264,10 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig, rollout: RolloutCo
     """
     for field, tensor in (("parallel.tensor", parallel.tensor), ("rollout.tensor_parallel", rollout.tensor_parallel)):
         sizes = {"attention heads": shape.heads, "FFN columns": shape.ffn}
-        for what, size in sizes.items():
+        for parts, size in sizes.items():
             if size % tensor:
                 raise ConfigError(
-                    f"{field}: {tensor} does not divide the model's {size} {what}; choose one of {tensor_sizes(shape)}"
+                    f"{field}: {tensor} does not divide the model's {size} {parts}; choose one of {tensor_sizes(shape)}"
                 )
         if tensor not in tensor_sizes(shape):
             raise ConfigError(
@@ -312,7 +312,7 @@ def tensor_sizes(shape: ModelShape) -> list[int]:
 
 
 def context_sizes(shape: ModelShape, tensor: int) -> list[int]:
-    """Context-parallel sizes beside `tensor` tensor ranks: attention deals a tensor rank's heads out to context ranks."""
+    """Context-parallel sizes possible with `tensor` tensor ranks: attention deals a tensor rank's heads out to context ranks."""
     return [
         c for c in divisors(shape.heads // tensor) if shape.kv_heads % (tensor * c) == 0 or tensor * c % shape.kv_heads == 0
     ]
@@ -335,7 +335,7 @@ def resolve(path: str, revision: str | None, cache: Path) -> Path:
 
 
 def local_folder(path: str) -> Path | None:
-    """The folder of a model that is on this machine, None for a name that has to be fetched. Nothing is asked of a network.
+    """The folder of a model that is on this machine, None for a name that has to be fetched. No network is used.
     Raises ConfigError for what is neither."""
     if not path.strip():  # Path("") is the current folder
         raise ConfigError(

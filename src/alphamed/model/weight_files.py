@@ -32,7 +32,7 @@ CHUNK = 1 << 24
 
 
 class WeightFiles:
-    """The open weight files of a folder; a context manager. Files are memory-mapped: only slices that are asked for are
+    """The open weight files of a folder; a context manager. Files are memory-mapped: only slices that are used are
     read.
 
     `framework` is safetensors' ("pt" gives torch tensors; "numpy" imports no torch and serves for headers).
@@ -171,11 +171,11 @@ def check_weights(folder: Path, shape: ModelShape) -> None:
 
 def check_tensor(files: WeightFiles, name: str, size: tuple[int, ...]) -> None:
     """Refuse a tensor that is missing or not as config.json has it. Raises ConfigError."""
-    found = files.shape(name)
-    if found != size:
+    stored = files.shape(name)
+    if stored != size:
         raise _broken(
             files.folder,
-            f"tensor {name!r} has the shape {list(found)}, config.json means {list(size)}",
+            f"tensor {name!r} has the shape {list(stored)}, config.json means {list(size)}",
             "fix config.json or fetch the model again",
         )
     files.dtype(name)

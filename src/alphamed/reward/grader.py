@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
 from alphamed.cluster.failure import signal_name
-from alphamed.cluster.variables import Start, kept
+from alphamed.cluster.variables import Start, honoured_only
 from alphamed.config.sections import PromptConfig
 from alphamed.data.prompts import asked_of_model
 from alphamed.errors import ConfigError, RunFailed
@@ -76,7 +76,11 @@ class Grader:
             fds = theirs.fileno(), self._crash.fileno()
             command = [sys.executable, "-P", "-m", "alphamed.reward.grader_child", *map(str, fds), str(os.getpid())]
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, pass_fds=fds, process_group=0, env=kept(os.environ, Start.ONE_HOST)
+                command,
+                stdin=subprocess.DEVNULL,
+                pass_fds=fds,
+                process_group=0,
+                env=honoured_only(os.environ, Start.ONE_HOST),
             )
         request = {"function": function, "signature": signature, "search_path": list(search_path)}
         try:

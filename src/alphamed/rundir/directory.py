@@ -20,7 +20,7 @@ from alphamed.errors import ConfigError
 from alphamed.files import replace_json, replace_json_lines, replace_text
 from alphamed.model.shape import resolve
 from alphamed.rundir import provenance
-from alphamed.rundir.metrics import read_rows
+from alphamed.rundir.metrics import last_step, read_rows, step_of
 
 CHANGEABLE = (
     "run.name",
@@ -50,7 +50,7 @@ CHANGEABLE = (
 )
 """Fields and sections that a resume may set again: where and how long it runs, not what it computes."""
 MODEL_PLACE = ("model.path", "model.revision", "model.cache")
-"""Where the model is; what it is, the hashes in provenance.json say."""
+"""Where the model is; the hashes in provenance.json identify it."""
 PLACES = ("model.path", "model.cache", "data.train", "rollout.replay")
 """Settings that hold paths and are compared as such."""
 
@@ -90,14 +90,13 @@ class RunDirectory:
 
     def last_step(self) -> int:
         """The last step in metrics.jsonl, 0 without any."""
-        return max((row["step"] for row in read_rows(self.metrics_file)), default=0)
+        return last_step(read_rows(self.metrics_file))
 
     def drop_after(self, step: int) -> None:
         """Forget the records of steps after `step`: they will be run again. Dumps stay, they are evidence."""
-        rows = read_rows(self.metrics_file)
-        kept = [row for row in rows if row["step"] <= step]
+        earlier = [row for row in read_rows(self.metrics_file) if step_of(row) <= step]
         if self.metrics_file.exists():  # also without dropped rows: half a last line goes
-            replace_json_lines(self.metrics_file, kept)
+            replace_json_lines(self.metrics_file, earlier)
         for folder in (self.rollouts, self.evaluations):
             for file in sorted(folder.glob("step_*")):
                 if _step_of(file) > step:
@@ -215,11 +214,11 @@ def _same_place(was: Any, now: Any) -> bool:
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted name -> value; lists are values."""
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        found |= _leaves(value, name + ".") if isinstance(value, dict) else {name: value}
-    return found
+        leaves |= _leaves(value, name + ".") if isinstance(value, dict) else {name: value}
+    return leaves
 
 
 def _step_of(file: Path) -> int:

@@ -29,7 +29,7 @@ policy stops the run after optimizer.max_skipped_steps of them."""
 
 
 class SpikeWatch:
-    """Remembers recent losses and gradient norms and says when one is out of line."""
+    """Remembers recent losses and gradient norms and reports outliers."""
 
     def __init__(self) -> None:
         self._recent = {name: deque[float](maxlen=WINDOW) for name in FLOORS}

@@ -1,6 +1,6 @@
-"""evaluations.jsonl of a run: a line each time a set of evaluation questions was asked, in training or of the exported model.
+"""evaluations.jsonl of a run: a line each time a set of evaluation questions was evaluated, in training or of the exported model.
 
-Choosing by a test set is training on it. The log is never cut back: what a resume does again was looked at twice.
+Choosing by a test set is training on it. The log is never cut back: what a resume does again is recorded twice.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from pathlib import Path
 from alphamed.errors import ConfigError
 from alphamed.files import append_json_lines, read_json_lines
 
-LOOKS = "evaluations.jsonl"
+EVALUATIONS = "evaluations.jsonl"
 DEVELOPMENT, TEST = "development", "test"
 
 
 def record(run_dir: Path, step: int | None, by: str, sets: Iterable[tuple[str, str, int]]) -> None:
-    """Note that `by` ("training", "alphamed eval") asked sets, given as (name, role, questions), after `step`; None where
+    """Note that `by` ("training", "alphamed eval") evaluated sets, (name, role, questions), after `step`; None where
     the step is not known."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     append_json_lines(
-        run_dir / LOOKS,
+        run_dir / EVALUATIONS,
         [{"time": now, "step": step, "by": by, "set": name, "role": role, "questions": n} for name, role, n in sets],
     )
 
 
 def sentences(run_dir: Path) -> list[str]:
-    """One sentence a set: how often it was looked at and at which steps. ConfigError names a line that is no look."""
-    found: dict[str, list[dict]] = {}
-    for number, row in enumerate(read_json_lines(run_dir / LOOKS), start=1):
+    """One sentence a set: how often it was evaluated and at which steps. ConfigError names a line that is no evaluation."""
+    rows_of_set: dict[str, list[dict]] = {}
+    for number, row in enumerate(read_json_lines(run_dir / EVALUATIONS), start=1):
         if not {"set", "step", "role"} <= row.keys():
-            raise ConfigError(f"{run_dir / LOOKS}: line {number} tells of no look (set, step, role); remove it")
-        found.setdefault(row["set"], []).append(row)
-    return [_sentence(name, rows) for name, rows in found.items()]
+            raise ConfigError(f"{run_dir / EVALUATIONS}: line {number} records no evaluation (set, step, role); remove it")
+        rows_of_set.setdefault(row["set"], []).append(row)
+    return [_sentence(name, rows) for name, rows in rows_of_set.items()]
 
 
 def _sentence(name: str, rows: list[dict]) -> str:
@@ -41,5 +41,5 @@ def _sentence(name: str, rows: list[dict]) -> str:
     word = "step" if len(rows) == 1 else "steps"
     steps = ", ".join("after export" if row["step"] is None else str(row["step"]) for row in rows[:12])
     more = ", ..." if len(rows) > 12 else ""
-    what = "Development set" if rows[-1]["role"] == DEVELOPMENT else "Test set"
-    return f"{what} {name} was looked at {times} ({word} {steps}{more})."
+    kind = "Development set" if rows[-1]["role"] == DEVELOPMENT else "Test set"
+    return f"{kind} {name} was evaluated {times} ({word} {steps}{more})."

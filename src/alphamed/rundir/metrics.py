@@ -19,7 +19,7 @@ from alphamed.response_stats import ResponseStats
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One column of metrics.jsonl. `unit` is empty for pure numbers; a share lies in 0..1."""
+    """One column of metrics.jsonl. `unit` is empty for pure numbers; a share is in 0..1."""
 
     name: str
     unit: str
@@ -90,7 +90,7 @@ METRICS: Mapping[str, Metric] = _table(
     ("batch/shared_fraction", "share", "prompt tokens saved because samples share their prompt"),
     ("batch/dp_imbalance", "", "largest over mean load of the data ranks, less 1"),
     ("batch/row_imbalance", "", "most expensive over mean row of a data rank, less 1: what pipeline stages wait for"),
-    # ------------------------------------------------------------------------------------------- where time goes
+    # ------------------------------------------------------------------------------------------- times
     ("time/step_s", "s", "the whole step, without checkpoint and evaluation"),
     ("time/generate_s", "s", "from the step's first request to its last response; ahead of the policy, the wait for groups"),
     ("time/reward_s", "s", "waiting for grading after the last response (the rest of it runs beside generation)"),
@@ -115,7 +115,7 @@ METRICS: Mapping[str, Metric] = _table(
 MAX_STEP = 10**9
 """No run has more; file names hold them with six digits."""
 BARE_BOX_WORDS = 5
-"""A response whose text before its last box holds fewer words reasons no longer. "The answer is" are three."""
+"""A response whose text before its last box holds fewer words no longer reasons. "The answer is" are three."""
 
 
 def read_rows(path: Path) -> list[dict[str, float | None]]:
@@ -170,7 +170,7 @@ def undeclared(names: Iterable[str]) -> list[str]:
 
 
 def reduce_groups(groups: Sequence[ScoredGroup]) -> dict[str, float]:
-    """What a step's graded groups say. Every sample counts once, every group once; ValueError without any sample."""
+    """The metrics of a step's graded groups. Every sample counts once, every group once; ValueError without any sample."""
     outcomes = [outcome for group in groups for outcome in group.outcomes]
     rollouts = [rollout for group in groups for rollout in group.group.rollouts]
     if not outcomes or len(outcomes) != len(rollouts):
@@ -203,9 +203,9 @@ def rates(metrics: Mapping[str, float], response_tokens: int) -> dict[str, float
     """Throughput from the step's times (see METRICS); a rate whose time is absent or 0 is left out."""
     generate = metrics.get("time/generate_s", 0.0)
     train = metrics.get("time/update_s", 0.0)
-    found = {}
+    rates = {}
     if generate > 0:
-        found["throughput/generated_tokens_per_s"] = response_tokens / generate
+        rates["throughput/generated_tokens_per_s"] = response_tokens / generate
     if train > 0:
-        found["throughput/trained_tokens_per_s"] = response_tokens / train
-    return found
+        rates["throughput/trained_tokens_per_s"] = response_tokens / train
+    return rates

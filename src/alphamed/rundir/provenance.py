@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from alphamed.cluster import variables
 from alphamed.cluster.hardware import cores, memory_bytes
@@ -117,7 +117,7 @@ def _hash_at(file: Path, inode: int, size: int, changed_ns: int) -> str:
 
 # ----------------------------------------------------------------------------------------------------------------- code
 def git_state(run_dir: Path) -> dict[str, Any] | None:
-    """Commit of the checkout this package runs from, and its uncommitted changes as a patch beside provenance.json.
+    """Commit of the checkout this package runs from, and its uncommitted changes as a patch next to provenance.json.
     None where the package is installed rather than checked out, or git is absent."""
     package, commit, diff = _package(), commit_here(), diff_here()
     if not commit:
@@ -146,7 +146,7 @@ def commit_here() -> str | None:
 
 
 def _commit_of_image() -> str | None:
-    """What docker/Dockerfile wrote beside the sources; it ends in -modified where the checkout had changes."""
+    """What docker/Dockerfile wrote next to the sources; it ends in -modified where the checkout had changes."""
     file = _package().parents[1] / IMAGE_COMMIT_FILE
     return file.read_text(encoding="utf-8").strip() if file.is_file() else None
 
@@ -177,8 +177,8 @@ def _git(folder: Path, *command: str) -> bytes | None:
 @cache
 def packages() -> dict[str, str]:
     """Every installed distribution and its version."""
-    found = {dist.metadata["Name"]: dist.version for dist in metadata.distributions() if dist.metadata["Name"]}
-    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+    versions = {dist.metadata["Name"]: dist.version for dist in metadata.distributions() if dist.metadata["Name"]}
+    return dict(sorted(versions.items(), key=lambda item: item[0].lower()))
 
 
 # ------------------------------------------------------------------------------------------------------------- hardware
@@ -222,10 +222,13 @@ def training_set(data: Sequence[Path]) -> dict[str, Any] | None:
         return None
     if loaded is None:
         return None
-    about, kept = describe(loaded.questions), ("questions", "content_sha256", "sources", *(one.axis for one in ATTRIBUTES))
-    return {key: about[key] for key in kept} | {
+    about, recorded = (
+        describe(loaded.questions),
+        ("questions", "content_sha256", "sources", *(attribute.axis for attribute in ATTRIBUTES)),
+    )
+    return {key: about[key] for key in recorded} | {
         "bad_rows": len(loaded.skipped),
-        "reading": {str(file): one.plain() for file, one in zip(data, loaded.readings)},
+        "reading": {str(file): reading.plain() for file, reading in zip(data, loaded.readings)},
     }
 
 
@@ -239,13 +242,13 @@ def _model_files(folder: Path) -> list[Path]:
 
 
 def file_entry(file: Path) -> dict[str, Any]:
-    """Path, size and SHA-256 of a file. `hashed` says of what: `all` bytes, or above FULL_HASH_BYTES the `samples`: the
+    """Path, size and SHA-256 of a file. `hashed` names what was hashed: `all` bytes, or above FULL_HASH_BYTES the `samples`: the
     size as decimal text, then SAMPLES blocks of SAMPLE_BYTES spread evenly from the first byte to the last."""
     with file.open("rb") as stream:
         return {"path": str(file)} | content_entry(stream)
 
 
-def content_entry(stream: BinaryIO) -> dict[str, Any]:
+def content_entry(stream: io.BufferedIOBase) -> dict[str, Any]:
     """`file_entry` without its path, of a file that is open or in memory."""
     size = stream.seek(0, io.SEEK_END)
     stream.seek(0)

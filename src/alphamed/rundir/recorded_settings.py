@@ -22,7 +22,7 @@ SAMPLED_BY = (
     "data.shuffle_options",
 )
 """Settings and sections that recorded rewards and rollouts come from: a replay cannot change what is recorded. Temperature
-and staleness also say what distribution the log-probs are of, and whether they need correction."""
+and staleness also determine the distribution of the log-probs, and whether they need correction."""
 LIMITS = ("prompt.max_tokens",)
 """Of those, what only refuses."""
 
@@ -30,7 +30,7 @@ LIMITS = ("prompt.max_tokens",)
 def require_recorded(config: Config, run_dir: Path) -> None:
     """Raises ConfigError naming the first setting of a run on the rollouts of `run_dir` that would have no effect, because
     these were sampled or graded otherwise. Advantages are computed again, so those of `config` hold."""
-    before, after = (config_leaves(one) for one in (config_of_run(run_dir), config))
+    before, after = (config_leaves(each) for each in (config_of_run(run_dir), config))
     for name in sorted(before.keys() | after.keys()):
         was, now = before.get(name), after.get(name)
         if was == now or name in LIMITS:

@@ -96,10 +96,10 @@ def read_answers(path: Path) -> tuple[Answers, ...]:
     table = _read(path, ANSWER_COLUMNS)
     lengths = pc.call_function("list_value_length", [table["response_token_ids"]]).to_pylist()
     rows = zip(table.drop_columns(["response_token_ids"]).to_pylist(), lengths)
-    found = []
+    answers = []
     for _, members in groupby(rows, key=lambda row: row[0]["group_index"]):
         group, tokens = zip(*members)
-        found.append(
+        answers.append(
             Answers(
                 group[0]["group_id"],
                 question_from_json(group[0]["question"]),
@@ -111,7 +111,7 @@ def read_answers(path: Path) -> tuple[Answers, ...]:
                 tuple(FinishReason(row["finish_reason"]).truncated for row in group),
             )
         )
-    return tuple(found)
+    return tuple(answers)
 
 
 def _read(path: Path, columns: Sequence[str] | None) -> pyarrow.Table:

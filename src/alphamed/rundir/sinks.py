@@ -40,9 +40,9 @@ class JsonLines:
 
 class Console:
     """One line a step: step, reward, tokens/s, time left. On a terminal the running step is shown below it as well; elsewhere a
-    line says what it is at, where nothing was printed for a while."""
+    line names its activity, where nothing was printed for a while."""
 
-    RECENT = 10  # steps whose median duration tells the time left
+    RECENT = 10  # steps whose median duration gives the time left
     BAR = 12  # characters of the reward bar on a terminal
     QUIET_S = 30.0  # without a terminal, between two lines of a step that is running
 
@@ -60,10 +60,10 @@ class Console:
         self.live = self.stream.isatty()
         self.durations: deque[float] = deque(maxlen=self.RECENT)
 
-    def show(self, step: int, what: str) -> None:
-        """Say what `step` is at: on a terminal each time, in a line that is overwritten later; elsewhere in a line of its own, at
+    def show(self, step: int, activity: str) -> None:
+        """Show the activity of `step`: on a terminal each time, in a line that is overwritten later; elsewhere in a line of its own, at
         most every QUIET_S seconds."""
-        text = f"step {step:>4}/{self.steps}  {what} ..."
+        text = f"step {step:>4}/{self.steps}  {activity} ..."
         if self.live:
             self._put(f"\r\x1b[2K{text}")
         elif self._clock() - self._spoke >= self.QUIET_S:
@@ -161,7 +161,7 @@ class Wandb:
             while (metrics := self._queue.get()) is not None:
                 run.log(metrics, step=int(metrics["step"]))
             run.finish()
-        except Exception as error:  # a foreign service: its failure is told and does not end the training
+        except Exception as error:  # an external service: its failure is reported and does not end the training
             self._note(
                 f"wandb stopped ({' '.join(str(error).split())[:200]}); metrics.jsonl is complete, "
                 f"set logging.wandb to off to silence this"
@@ -172,7 +172,7 @@ class Wandb:
 
         offline = self._config.logging.wandb == WandbMode.OFFLINE
         settings = wandb.Settings(
-            mode=str(self._config.logging.wandb),
+            mode="offline" if offline else "online",
             silent=True,
             console="off",
             symlink=False,

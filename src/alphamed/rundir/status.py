@@ -1,4 +1,4 @@
-"""`alphamed status RUN`: where a run stands, whether its parts live, where its logs are, why its last start ended.
+"""`alphamed status RUN`: how far a run is, whether its parts are alive, where its logs are, why its last start ended.
 
 Reads the run directory only, so it works from any machine that sees it, on a live run and on a dead one.
 """
@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from alphamed.cluster.cluster_job import ClusterJob
 from alphamed.cluster.failure import ENDED_FILE, recorded
-from alphamed.cluster.job import Job
 from alphamed.cluster.ledger import LOCK_FILE
 from alphamed.cluster.pulse import BEAT_S, PULSE_FILE
 from alphamed.config.loading import load_config
@@ -70,7 +70,7 @@ def is_running(run_dir: Path, pulse: Mapping[str, Any] | None, now: float) -> bo
 
 
 def why_ended(run_dir: Path, pulse: Mapping[str, Any] | None, now: float) -> str:
-    """How the last start ended, in words."""
+    """How the last start ended, as text."""
     ended = _read(run_dir / ENDED_FILE)
     when = f", {spoken_time(now - ended['time'])} ago" if ended else ""
     if (step := finished_step(run_dir)) is not None:
@@ -107,7 +107,7 @@ def _progress(config: Config, rows: list[dict[str, Any]]) -> Iterator[str]:
         yield f"step     0 of {last}"
         return
     row = rows[-1]
-    seconds = statistics.median(one["time/step_s"] for one in rows[-RECENT_STEPS:])
+    seconds = statistics.median(recent["time/step_s"] for recent in rows[-RECENT_STEPS:])
     left = spoken_time(seconds * max(0, last - row["step"]))
     tokens = row.get("throughput/generated_tokens_per_s")
     speed = f", {tokens:.0f} tokens/s generated" if tokens else ""
@@ -118,10 +118,10 @@ def _progress(config: Config, rows: list[dict[str, Any]]) -> Iterator[str]:
 def _hosts(run_dir: Path) -> Iterator[str]:
     if (tree := _read(run_dir / JOB_FILE)) is None:
         return
-    for place in Job.from_json(json.dumps(tree)).places:
+    for place in ClusterJob.from_json(json.dumps(tree)).places:
         parts = [
-            f"{count} {what}{'s' * (count > 1)}"
-            for count, what in ((place.ranks, "rank"), (place.engine_slots, "engine worker"))
+            f"{count} {kind}{'s' * (count > 1)}"
+            for count, kind in ((place.ranks, "rank"), (place.engine_slots, "engine worker"))
             if count
         ]
         yield f"host     {place.name} ({place.address}): {', '.join(parts)}"

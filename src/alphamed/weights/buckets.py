@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from alphamed.weights.plan import Bucket, Slice
+from alphamed.weights.sync_plan import Bucket, Slice
 
 ROW_WORDS, BLOCK_ROWS = 1 << 12, {"cpu": 64, "cuda": 1 << 16}
 """A digest adds up rows of so many words, so many rows at a time: on CPU what stays in its cache, on CUDA enough to fill it."""
@@ -65,7 +65,7 @@ class Assembly:
 def digest(flat: Tensor) -> Tensor:
     """[2] int64: the sum of the 32-bit words of `flat` and their sum weighted by position (1, 2, ...), modulo 2^64.
 
-    Catches flipped bits, lost and exchanged words. Computed where the tensor lies; a cryptographic hash of 140 GB would take
+    Catches flipped bits, lost and exchanged words. Computed on the tensor's device; a cryptographic hash of 140 GB would take
     a minute.
     """
     words = flat.view(torch.int32)

@@ -61,14 +61,14 @@ def pieces(entry: Entry, tp_size: int, tp_rank: int) -> list[Piece]:
 
 
 def _window(order: list[Piece], start: int, stop: int) -> list[Piece]:
-    """What of the concatenation of `order` lies in start..stop."""
-    found, at = [], 0
+    """The part of the concatenation of `order` within start..stop."""
+    window, at = [], 0
     for piece in order:
         low, high = max(start, at), min(stop, at + piece.stop - piece.start)
         if low < high:
-            found.append(Piece(piece.source, piece.start + low - at, piece.start + high - at))
+            window.append(Piece(piece.source, piece.start + low - at, piece.start + high - at))
         at += piece.stop - piece.start
-    return found
+    return window
 
 
 def held(entry: Entry, tp_size: int, tp_rank: int) -> list[tuple[int, Box]]:
@@ -94,7 +94,8 @@ def needed(entry: Entry, source: int, tp_size: int, tp_rank: int) -> Box:
         size = -(-size // VLLM_VOCABULARY_MULTIPLE) * VLLM_VOCABULARY_MULTIPLE
     assert size % tp_size == 0, f"{entry.hf[source]}: {size} is not divided by an engine's {tp_size} tensor ranks"
     share = size // tp_size
-    return _along(dimension, *(min(whole[dimension], rank * share) for rank in (tp_rank, tp_rank + 1)), whole)
+    start, stop = (min(whole[dimension], rank * share) for rank in (tp_rank, tp_rank + 1))
+    return _along(dimension, start, stop, whole)
 
 
 def _along(dimension: int, start: int, stop: int, whole: tuple[int, ...]) -> Box:

@@ -22,7 +22,7 @@ from alphamed.model.shape import ModelShape
 from alphamed.model.weight_files import WeightFiles, check_tensor, not_finite
 from alphamed.records import Layout
 from alphamed.weights.cuts import held
-from alphamed.weights.plan import Slice
+from alphamed.weights.sync_plan import Slice
 from alphamed.weights.tensors import all_finite, to_hf, to_shard
 
 LAYER = "decoder.layers."
@@ -34,27 +34,29 @@ def stage_entries(chunks: Sequence[Module], shape: ModelShape) -> list[tuple[Ent
     A tied embedding belongs to the first stage; the last stage's copy occurs with `entry.copy` set.
     """
     parameters = _by_global_name(chunks)
-    found = []
+    present = []
     for entry in entries(shape):
         names = [name for name in entry.megatron if name in parameters]
         assert len(names) <= 1, f"one parameter under two names: {names}"
         if names:
-            found.append((entry, parameters.pop(names[0])))
+            present.append((entry, parameters.pop(names[0])))
     assert not parameters, f"parameters that no {shape.family} table entry names: {sorted(parameters)}"
-    return found
+    return present
 
 
 def _by_global_name(chunks: Sequence[Module]) -> dict[str, Parameter]:
     """Parameters by name, layers counted over the whole model (Megatron counts within a chunk)."""
-    found = {}
+    by_name = {}
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             if name.startswith(LAYER):
                 local, rest = name.removeprefix(LAYER).split(".", 1)
-                name = f"{LAYER}{chunk.decoder.layers[int(local)].layer_number - 1}.{rest}"
-            assert name not in found, f"two chunks of one rank hold {name}"
-            found[name] = parameter
-    return found
+                number = chunk.get_submodule(LAYER + local).layer_number
+                assert isinstance(number, int), f"{name}: its layer has no number"
+                name = f"{LAYER}{number - 1}.{rest}"
+            assert name not in by_name, f"two chunks of one rank hold {name}"
+            by_name[name] = parameter
+    return by_name
 
 
 # ------------------------------------------------------------------------------------------------------------------- in
@@ -138,7 +140,7 @@ def hf_tensors(
     """Yield (Hugging Face name, tensor) for every tensor of this pipeline stage, in the order of the forward pass.
 
     Tensor ranks must iterate together: each parameter is gathered to tensor rank 0, which gets the tensor, in the
-    parameter's dtype and on its device; the others get None. At most one parameter is held beside the model. A
+    parameter's dtype and on its device; the others get None. At most one parameter is held in addition to the model. A
     replicated parameter is yielded as it is, so do not change it. `tensor_group` may be None without tensor
     parallelism.
     """

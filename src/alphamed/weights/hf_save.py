@@ -57,7 +57,7 @@ def save_hf(
     """Write the model into `folder` (replaced if it exists), with the companions of the folder `source`.
 
     `dtype` None gives every tensor the type it has in `source`. All ranks call this; the first of those that
-    hold the same take part, the others return at once. The folder stands when rank 0 returns. Raises OSError on
+    hold the same take part, the others return at once. The folder is complete when rank 0 returns. Raises OSError on
     the stages' sources (tensor rank 0) if any stage could not write; then nothing is left behind and an older folder is untouched.
     """
     if not layout.first_replica:
@@ -97,7 +97,7 @@ class _Export:
         if self.failure is None:
             try:
                 result = action(*arguments)
-            except (OSError, SafetensorError, ValueError) as e:  # told to all stages, raised by raise_failure
+            except (OSError, SafetensorError, ValueError) as e:  # sent to all stages, raised by raise_failure
                 own = f"pipeline stage {self.layout.pipeline_rank}: {' '.join(str(e).split())}"
         self.failure = next(filter(None, self.exchange(self.failure or own)), None)
         return result
@@ -115,9 +115,9 @@ class _Export:
         """`value` of every stage, in stage order."""
         if self.layout.pipeline == 1:
             return [value]
-        found = [None] * self.layout.pipeline
-        dist.all_gather_object(found, value, group=self.group)
-        return found
+        gathered = [None] * self.layout.pipeline
+        dist.all_gather_object(gathered, value, group=self.group)
+        return gathered
 
     def prepare(self, dtype: torch.dtype | None) -> None:
         """The first stage's source makes the temporary folder and copies what is not a weight."""
@@ -162,8 +162,8 @@ class _Export:
             file = SINGLE if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
             held = {}
             for name, kind in names:
-                found, tensor = next(tensors)
-                assert found == name, f"planned {name}, got {found}"
+                exported, tensor = next(tensors)
+                assert exported == name, f"planned {name}, got {exported}"
                 if self.failure is None:
                     held[name] = tensor.to("cpu", kind).contiguous()
             if self.failure is None:

@@ -15,18 +15,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from alphamed.cluster import narrow_store
-from alphamed.weights.plan import Link
+from alphamed.cluster.narrow_store import PrefixStore, Store, TCPStore
 from alphamed.weights.shared_memory import SharedMemoryReceiver, SharedMemorySource
+from alphamed.weights.sync_plan import Link
 
 
-def host_store(address: str, deadline_s: float) -> tuple[dist.TCPStore, int]:
+def host_store(address: str, deadline_s: float) -> tuple[TCPStore, int]:
     """A store at `address` alone on a free port, and the port. Lives as long as the object."""
     store = narrow_store.store(address, 0, None, True, timedelta(seconds=deadline_s), wait_for_workers=False)
     return store, store.port
 
 
-def reach_store(address: str, port: int, deadline_s: float) -> dist.TCPStore:
-    return dist.TCPStore(address, port, None, is_master=False, timeout=timedelta(seconds=deadline_s))
+def reach_store(address: str, port: int, deadline_s: float) -> TCPStore:
+    return TCPStore(address, port, None, is_master=False, timeout=timedelta(seconds=deadline_s))
 
 
 class Transfer(Protocol):
@@ -42,17 +43,16 @@ class Channel(Protocol):
     def broadcast(self, flat: Tensor, timeout: timedelta) -> Transfer:
         """Start sending (member 0) or receiving (all others) `flat`, whole and contiguous. `timeout`: of what a sender may have
         to wait for before. Raises RuntimeError."""
+        ...
 
 
-def open_channel(
-    link: Link, member: int, store: dist.Store, address: str, device: torch.device, deadline_s: float
-) -> Channel:
+def open_channel(link: Link, member: int, store: Store, address: str, device: torch.device, deadline_s: float) -> Channel:
     """Join a link as its member 0, the source, or as a receiver, 1 or later. Returns when all have joined (NCCL: at once, it
-    joins at first use). Tensors lie on `device` (gloo: in host memory).
+    joins at first use). Tensors are on `device` (gloo: in host memory).
 
-    `address` is where the store lives: on this machine alone gloo talks over the loopback interface, which needs no route.
+    `address` is the store's: on this machine alone gloo talks over the loopback interface, which needs no route.
     """
-    prefixed = dist.PrefixStore(link.name, store)
+    prefixed = PrefixStore(link.name, store)
     if link.transport == "ipc":
         if member:
             return SharedMemoryReceiver(prefixed, link.name, member, device, deadline_s)
@@ -64,16 +64,16 @@ def open_channel(
         nccl._timeout = timeout
         return GroupChannel(dist.ProcessGroupNCCL(prefixed, member, link.size, nccl))
     assert link.transport == "gloo", f"unknown transport {link.transport!r}"
-    gloo = dist.ProcessGroupGloo._Options()
+    gloo = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue] - the stubs leave it out
     gloo._timeout = timeout
     gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=own_address(address))]
     return GroupChannel(dist.ProcessGroupGloo(prefixed, member, link.size, gloo))
 
 
 class GroupChannel:
-    """A process group as a channel."""
+    """A process group as a channel. `group`: gloo's or NCCL's, whose type stubs have no collectives."""
 
-    def __init__(self, group: dist.ProcessGroup):
+    def __init__(self, group: Any):
         self._group = group
 
     def broadcast(self, flat: Tensor, timeout: timedelta) -> dist.Work:

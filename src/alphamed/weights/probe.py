@@ -36,7 +36,7 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Difference:
+class ProbeDifference:
     """|engine - policy| over the tokens of the probe."""
 
     mean: float
@@ -44,10 +44,10 @@ class Difference:
     max: float
 
     @classmethod
-    def between(cls, policy: Sequence[float], engine: Sequence[float]) -> Difference:
-        found = sorted(abs(a - b) for a, b in zip(policy, engine, strict=True))
-        assert found, "the probe has no tokens"
-        return cls(sum(found) / len(found), found[min(len(found) - 1, int(0.99 * len(found)))], found[-1])
+    def between(cls, policy: Sequence[float], engine: Sequence[float]) -> ProbeDifference:
+        sizes = sorted(abs(a - b) for a, b in zip(policy, engine, strict=True))
+        assert sizes, "the probe has no tokens"
+        return cls(sum(sizes) / len(sizes), sizes[min(len(sizes) - 1, int(0.99 * len(sizes)))], sizes[-1])
 
     def problem(self, exact: bool, fp8: bool = False) -> str | None:
         """What is out of bounds, if anything. NaN is. `exact`: both sides FP32. `fp8`: the policy computes in FP8."""

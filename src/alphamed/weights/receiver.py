@@ -15,12 +15,11 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from alphamed.weights import links
 from alphamed.weights.buckets import Assembly, digest, empty_flat, unpack
-from alphamed.weights.plan import Bucket, Link, SyncPlan, in_turns
+from alphamed.weights.sync_plan import Bucket, Link, SyncPlan, in_turns
 from alphamed.weights.tensors import all_finite
 from alphamed.weights.writer import ParameterWriter
 
@@ -29,7 +28,7 @@ from alphamed.weights.writer import ParameterWriter
 class Membership:
     """This worker's place in the links of one epoch."""
 
-    store: dist.TCPStore
+    store: links.TCPStore
     mode: str
     links: tuple[Link, ...]
     channels: dict[str, links.Channel]  # by link
@@ -38,9 +37,14 @@ class Membership:
 class WeightReceiver:
     """Methods that every worker gets. `self` is vLLM's worker; names are prefixed so that they meet none of its own."""
 
+    rank: int  # these three are vLLM's
+    device: torch.device
+    model_runner: Any
+    alphamed_membership: Membership | None  # set by `alphamed_join`
+
     def alphamed_join(self, address: str, port: int, first_member: int, deadline_s: float) -> None:
         """Read the plan from the store and join the links of member `first_member` + tensor rank."""
-        self._alphamed = None  # an older epoch's links close here
+        self.alphamed_membership = None  # an older epoch's links close here
         store = links.reach_store(address, port, deadline_s)
         plan = SyncPlan.from_json(store.get("plan").decode())
         member = first_member + self.rank
@@ -49,27 +53,30 @@ class WeightReceiver:
             link.name: links.open_channel(link, 1 + link.receivers.index(member), store, address, self.device, deadline_s)
             for link in own
         }
-        self._alphamed = Membership(store, plan.mode, own, channels)
+        self.alphamed_membership = Membership(store, plan.mode, own, channels)
 
     def alphamed_receive(self, version: int, deadline_s: float) -> dict[str, list[list[int]]]:
         """Take and load one push. Returns the digest of each bucket, by link.
 
         When loading fails the rest is still received, so that the senders are not left waiting; then it is raised.
         """
-        membership, failure = self._alphamed, None
-        found: dict[str, list[Tensor]] = {link.name: [] for link in membership.links}
+        membership, failure = self.alphamed_membership, None
+        assert membership is not None, "weights are to be received before any link was joined"
+        digests: dict[str, list[Tensor]] = {link.name: [] for link in membership.links}
         loader = WholeLoader(self) if membership.mode == "gather" else ShardLoader(self, membership.links)
         for bucket, flat in arrivals(membership, self.device, deadline_s):
             flat = arrived(bucket, flat)
-            found[bucket.link].append(digest(flat))
+            digests[bucket.link].append(digest(flat))
+            if failure:
+                continue
             try:
-                failure or loader.load(bucket, flat)
+                loader.load(bucket, flat)
             except Exception as error:  # noqa: BLE001 - re-raised below, when the link is empty
                 failure = RuntimeError(f"loading {bucket} of version {version}: {type(error).__name__}: {error}")
         if failure:
             raise failure
         loader.finish()
-        return {name: [pair.tolist() for pair in digests] for name, digests in found.items()}
+        return {name: [pair.tolist() for pair in pairs] for name, pairs in digests.items()}
 
     def alphamed_not_finite(self) -> list[str]:
         """vLLM's names of this worker's parameters that hold values that are not finite. On CPU most have been packed and
@@ -186,5 +193,6 @@ def refresh_tied_head(model: torch.nn.Module) -> None:
     if not current_platform.is_cpu():
         return
     for module in model.modules():
-        if isinstance(module, ParallelLMHead) and module.weight.numel():  # an untied one keeps no unpacked weight
-            module.quant_method.process_weights_after_loading(module)
+        if isinstance(module, ParallelLMHead) and isinstance(weight := module.weight, Tensor):
+            if weight.numel():  # an untied head keeps no unpacked weight
+                repack(module)

@@ -1,4 +1,4 @@
-"""The plan of a push for any model, trainer layout and engines: who sends what to whom, and what is gathered before (pure).
+"""The plan of a push for any model, trainer layout and engines: who sends what to whom (pure).
 
 gather: the source of a stage (tensor, context and data rank 0) gathers every parameter from its tensor ranks and broadcasts
 whole tensors to all workers: one link per stage. direct: every tensor rank sends what it holds itself. One link joins it with the
@@ -10,9 +10,7 @@ Imports nothing heavy. Sizes are those of model/shape.py; the ranks' order is th
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -20,21 +18,12 @@ from alphamed.config.choices import Dtype
 from alphamed.config.schema import Config
 from alphamed.config.sections import ParallelConfig
 from alphamed.errors import ConfigError
-from alphamed.model.families import Entry, Kind, entries, shard_shape
+from alphamed.model.families import Entry, Kind, entries
 from alphamed.model.shape import ModelShape
 from alphamed.weights.cuts import held, needed
-from alphamed.weights.plan import ELEMENT_BYTES, Link, Slice, SyncPlan, Wire, members
+from alphamed.weights.sync_plan import ELEMENT_BYTES, Link, Slice, SyncPlan, Wire, members
 
 WIRE_DTYPE = {Dtype.FP32: "float32", Dtype.BF16: "bfloat16"}
-
-
-@dataclass(frozen=True, slots=True)
-class Gather:
-    """A parameter whose shards are brought together on the first of `ranks` before it is sent."""
-
-    parameter: str
-    ranks: tuple[int, ...]
-    elements: int  # that the first rank receives
 
 
 class _Route(NamedTuple):
@@ -58,44 +47,14 @@ def trainer_rank(parallel: ParallelConfig, stage: int, data_rank: int, tensor_ra
     return tensor_rank + parallel.tensor * (context_rank + parallel.context * (data_rank + parallel.data * stage))
 
 
-def stage_of(entry: Entry, shape: ModelShape, parallel: ParallelConfig) -> int:
+def _stage_of(entry: Entry, shape: ModelShape, pipeline: int, chunks: int) -> int:
     """The pipeline stage that holds a parameter. Chunks of layers are dealt out to the stages in turn, once for each virtual
-    stage; the embedding stands before the first, final norm and output layer after the last."""
+    stage; the embedding belongs to the first stage, final norm and output layer to the last."""
     name = entry.megatron[0]
     if not name.startswith("decoder.layers."):
-        return 0 if name.startswith("embedding.") else parallel.pipeline - 1
-    layers_per_chunk = shape.layers // (parallel.pipeline * (parallel.virtual_pipeline or 1))
-    return int(name.split(".")[2]) // layers_per_chunk % parallel.pipeline
-
-
-def holders(shape: ModelShape, parallel: ParallelConfig) -> dict[int, list[Slice]]:
-    """What each rank of the trainer holds of the Hugging Face tensors, in the order of the forward pass. A tied model's
-    output layer, a copy of its embedding, is not among it."""
-    found: dict[int, list[Slice]] = {}
-    for stage, own in enumerate(_stages(shape, parallel)):
-        for tensor_rank in range(parallel.tensor):
-            slices = [
-                Slice(entry.hf[source], entry.shapes[source], *box)
-                for entry in own
-                for source, box in held(entry, parallel.tensor, tensor_rank)
-            ]
-            for data_rank, context_rank in itertools.product(range(parallel.data), range(parallel.context)):
-                found[trainer_rank(parallel, stage, data_rank, tensor_rank, context_rank)] = slices
-    return found
-
-
-def gathers(shape: ModelShape, parallel: ParallelConfig, mode: str) -> tuple[Gather, ...]:
-    """The parameters that a push gathers, stage by stage in the order of sending. Stages gather at the same time."""
-    if mode == "direct" or parallel.tensor == 1:
-        return ()
-    found = []
-    for stage, own in enumerate(_stages(shape, parallel)):
-        ranks = tuple(trainer_rank(parallel, stage, 0, t) for t in range(parallel.tensor))
-        for entry in own:
-            if entry.kind != Kind.REPLICATED:
-                rows, *rest = shard_shape(entry, parallel.tensor)
-                found.append(Gather(entry.megatron[0], ranks, (parallel.tensor - 1) * rows * (rest[0] if rest else 1)))
-    return tuple(found)
+        return 0 if name.startswith("embedding.") else pipeline - 1
+    layers_per_chunk = shape.layers // (pipeline * chunks)
+    return int(name.split(".")[2]) // layers_per_chunk % pipeline
 
 
 def check_sync(config: Config, shape: ModelShape) -> None:
@@ -160,14 +119,14 @@ def _direct(shape: ModelShape, parallel: ParallelConfig, engines: tuple[int, ...
 def _routes(kind: Kind, shapes: tuple[tuple[int, ...], ...], groups: int, tensor: int, engine: int) -> tuple[_Route, ...]:
     """How any parameter of this kind and size gets from `tensor` trainer ranks to the `engine` ranks of an engine."""
     entry = Entry(kind, ("",), ("",) * len(shapes), shapes, groups)
-    found = []
+    routes = []
     for worker in range(engine):
         ranks = (worker * tensor // engine,) if kind == Kind.REPLICATED else range(tensor)
         for rank in ranks:
             for source, box in held(entry, tensor, rank):
                 if common := box.meet(needed(entry, source, engine, worker)):
-                    found.append(_Route(rank, worker, source, *common))
-    return tuple(found)
+                    routes.append(_Route(rank, worker, source, *common))
+    return tuple(routes)
 
 
 # ----------------------------------------------------------------------------------------------------------------- stages
@@ -176,10 +135,14 @@ def _entries(shape: ModelShape) -> tuple[Entry, ...]:
     return tuple(entry for entry in entries(shape) if not entry.copy)
 
 
-@lru_cache(maxsize=64)
 def _stages(shape: ModelShape, parallel: ParallelConfig) -> tuple[tuple[Entry, ...], ...]:
     """The parameters that each pipeline stage exports, in the order of the forward pass."""
-    found: tuple[list[Entry], ...] = tuple([] for _ in range(parallel.pipeline))
+    return _cut_stages(shape, parallel.pipeline, parallel.virtual_pipeline or 1)
+
+
+@lru_cache(maxsize=64)
+def _cut_stages(shape: ModelShape, pipeline: int, chunks: int) -> tuple[tuple[Entry, ...], ...]:
+    stages: tuple[list[Entry], ...] = tuple([] for _ in range(pipeline))
     for entry in _entries(shape):
-        found[stage_of(entry, shape, parallel)].append(entry)
-    return tuple(map(tuple, found))
+        stages[_stage_of(entry, shape, pipeline, chunks)].append(entry)
+    return tuple(map(tuple, stages))

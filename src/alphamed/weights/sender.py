@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from alphamed.weights import links
 from alphamed.weights.buckets import box_of, digest, pack
 from alphamed.weights.cuts import Box
-from alphamed.weights.plan import Member, Slice, SyncPlan, in_turns
 from alphamed.weights.shared_memory import PeerTimeout
 from alphamed.weights.source import WeightSource
+from alphamed.weights.sync_plan import Member, Slice, SyncPlan, in_turns
 
 Digests = dict[str, list[list[int]]]
 """By link, of each of its buckets."""
@@ -29,12 +30,12 @@ class Sender:
         self,
         plan: SyncPlan,
         source: WeightSource,
-        store: dist.TCPStore,
+        store: links.TCPStore,
         address: str,
         device: torch.device,
         join_deadline_s: float,
     ):
-        self._plan, self._source, self._device = plan, source, device
+        self._plan, self._source, self._store, self._device = plan, source, store, device
         self.channels = {
             link.name: links.open_channel(link, 0, store, address, device, join_deadline_s)
             for link in plan.links_from(source.rank)
@@ -52,20 +53,13 @@ class Sender:
             if isinstance(part, _Gathered):
                 part.drain()
 
-    def late(self, failure: Exception | None) -> list[Member]:
-        """The workers that a failed `send` waited for in vain, where the transport knows them. None where one also takes from
-        other ranks: it may itself wait for those."""
-        if not isinstance(failure, PeerTimeout):
-            return []
-        (link,) = (link for link in self._plan.links if link.name == failure.link)
-        numbers = [link.receivers[member - 1] for member in failure.members]
-        if any(other.source != self._source.rank for number in numbers for other in self._plan.links_to(number)):
-            return []
-        return [self._plan.members[number] for number in numbers]
+    def publish(self, key: str, value: Any) -> None:
+        """Hand a value (JSON) to rank 0, through the store of the links."""
+        self._store.set(key, json.dumps(value))
 
     def _broadcast(self, part: Callable[[Slice], Tensor]) -> Digests:
         end = time.monotonic() + self._plan.deadline_s
-        found: dict[str, list[Tensor]] = {name: [] for name in self.channels}
+        digests: dict[str, list[Tensor]] = {name: [] for name in self.channels}
         under_way: deque[tuple[links.Transfer, Tensor]] = deque()
 
         def left() -> timedelta:
@@ -78,12 +72,24 @@ class Sender:
         for bucket in in_turns(self._plan.links_from(self._source.rank)):
             flat = pack(bucket, map(part, bucket.slices), self._device)
             under_way.append((self.channels[bucket.link].broadcast(flat, left()), flat))
-            found[bucket.link].append(digest(flat))
+            digests[bucket.link].append(digest(flat))
             if len(under_way) > len(self.channels):  # one travels on every link while the next is packed
                 finish_oldest()
         while under_way:
             finish_oldest()
-        return {name: [pair.tolist() for pair in digests] for name, digests in found.items()}
+        return {name: [pair.tolist() for pair in pairs] for name, pairs in digests.items()}
+
+
+def late_workers(plan: SyncPlan, source: int, failure: Exception | None) -> list[Member]:
+    """The workers that a failed `Sender.send` of rank `source` waited for in vain, where the transport knows them. None where
+    one also takes from other ranks: it may itself wait for those."""
+    if not isinstance(failure, PeerTimeout):
+        return []
+    (link,) = (link for link in plan.links if link.name == failure.link)
+    numbers = [link.receivers[member - 1] for member in failure.members]
+    if any(other.source != source for number in numbers for other in plan.links_to(number)):
+        return []
+    return [plan.members[number] for number in numbers]
 
 
 def take_part(source: WeightSource, mode: str) -> None:
@@ -93,20 +99,23 @@ def take_part(source: WeightSource, mode: str) -> None:
 
 
 class _Gathered:
-    """Slices of the tensors of a collective export, which must be asked for in its order."""
+    """Slices of the tensors of a collective export, which must be taken in its order."""
 
     def __init__(self, tensors: Iterator[tuple[str, Tensor | None]]):
         self._tensors = tensors
-        self._name, self._tensor = "", None
+        self._name: str = ""
+        self._tensor: Tensor | None = None
 
     def __call__(self, piece: Slice) -> Tensor:
         if piece.name != self._name:
             self._name, self._tensor = next(self._tensors)
             assert self._name == piece.name, f"the export gave {self._name} where the plan has {piece.name}"
-        assert tuple(self._tensor.shape) == piece.whole, (
-            f"{piece.name}: planned as {piece.whole}, exported as {tuple(self._tensor.shape)}"
+        tensor = self._tensor
+        assert tensor is not None, f"{piece.name}: was gathered to another rank than the one that sends it"
+        assert tuple(tensor.shape) == piece.whole, (
+            f"{piece.name}: planned as {piece.whole}, exported as {tuple(tensor.shape)}"
         )
-        return self._tensor[box_of(piece)]
+        return tensor[box_of(piece)]
 
     def drain(self) -> None:
         for _ in self._tensors:
@@ -119,15 +128,15 @@ def held_parts(parts: Iterator[tuple[Slice, Tensor]]) -> Callable[[Slice], Tenso
     for piece, tensor in parts:
         by_name.setdefault(piece.name, []).append((piece, tensor))
 
-    def part(wanted: Slice) -> Tensor:
-        for piece, tensor in by_name.get(wanted.name, ()):
-            if Box(piece.start, piece.shape).meet(Box(wanted.start, wanted.shape)) == (wanted.start, wanted.shape):
+    def part(needed: Slice) -> Tensor:
+        for piece, tensor in by_name.get(needed.name, ()):
+            if Box(piece.start, piece.shape).meet(Box(needed.start, needed.shape)) == (needed.start, needed.shape):
                 return tensor[
                     tuple(
                         slice(start - own, start - own + size)
-                        for start, own, size in zip(wanted.start, piece.start, wanted.shape, strict=True)
+                        for start, own, size in zip(needed.start, piece.start, needed.shape, strict=True)
                     )
                 ]
-        raise AssertionError(f"this rank does not hold {wanted}")
+        raise AssertionError(f"this rank does not hold {needed}")
 
     return part

@@ -1,4 +1,4 @@
-"""A link within one machine: buckets lie in memory that the source and its receivers map, and none travels through a network.
+"""A link within one machine: buckets are in memory that the source and its receivers map, and none travels through a network.
 
 A Unix socket joins the source with each receiver. It carries the memory's file descriptor, then the number of every bucket
 that has been written and, back, of every one that has been taken. The memory has no name (memfd), so nothing stays behind
@@ -23,24 +23,25 @@ from datetime import timedelta
 from multiprocessing.connection import wait
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from alphamed.cluster.narrow_store import Store
 
 log = logging.getLogger(__name__)
 
 SLOTS = 2
-"""Buckets that lie in the memory at a time: one is written while the one before is taken."""
+"""Buckets in the memory at a time: one is written while the one before is taken."""
 PAGE = mmap.PAGESIZE
 BACKLOG = 64
-"""Others that may stand before our own: a full queue would turn those away."""
+"""Connections of other processes that may be queued before our own; a full queue refuses connections."""
 NUMBER, CREDENTIALS = struct.Struct("<Q"), struct.Struct("3i")  # the latter: pid, uid, gid
 
 
 class PeerTimeout(RuntimeError):
     """Members of a link that did not do their part in time."""
 
-    def __init__(self, link: str, members: Sequence[int], what: str):
-        super().__init__(f"link {link}: member {_listed(members)} did not {what} in time")
+    def __init__(self, link: str, members: Sequence[int], task: str):
+        super().__init__(f"link {link}: member {_listed(members)} did not {task} in time")
         self.link, self.members = link, tuple(members)
 
 
@@ -55,7 +56,7 @@ class Memory:
             _register(self, self._bytes)
 
     def slot(self, number: int, like: Tensor) -> Tensor:
-        """Where the bucket of this number lies, in shape and dtype of `like`."""
+        """The place of the bucket of this number, in shape and dtype of `like`."""
         at, size = number % SLOTS * self._slot_bytes, like.numel() * like.element_size()
         assert size <= self._slot_bytes, f"a bucket of {size} bytes in slots of {self._slot_bytes}"
         return self._bytes[at : at + size].view(like.dtype).view(like.shape)
@@ -64,9 +65,7 @@ class Memory:
 class SharedMemorySource:
     """Member 0's end. Waits until all receivers have joined; `slot_bytes`: of the largest bucket."""
 
-    def __init__(
-        self, store: dist.Store, name: str, receivers: int, slot_bytes: int, device: torch.device, deadline_s: float
-    ):
+    def __init__(self, store: Store, name: str, receivers: int, slot_bytes: int, device: torch.device, deadline_s: float):
         self._name = name
         self._written = 0  # buckets so far
         slot_bytes = -(-slot_bytes // PAGE) * PAGE
@@ -89,11 +88,11 @@ class SharedMemorySource:
     def _accept(
         self, listener: socket.socket, receivers: int, descriptor: int, slot_bytes: int, end: float
     ) -> tuple[socket.socket, ...]:
-        """The sockets of members 1, 2, ... Others of this machine can find the address too: only our own user is let in."""
-        found: dict[int, socket.socket] = {}
-        unnamed: list[socket.socket] = []  # have connected, have not said who they are
-        while missing := [member for member in range(1, 1 + receivers) if member not in found]:
-            ready = wait([listener, *unnamed], _left(end))
+        """The sockets of members 1, 2, ... Other users of this machine can find the address too: only our own is accepted."""
+        joined: dict[int, socket.socket] = {}
+        unnamed: list[socket.socket] = []  # have connected, have not sent their number
+        while missing := [member for member in range(1, 1 + receivers) if member not in joined]:
+            ready = _readable([listener, *unnamed], end)
             if not ready:
                 raise PeerTimeout(self._name, missing, "join")
             for peer in ready:
@@ -103,21 +102,21 @@ class SharedMemorySource:
                     if _user_of(peer) == os.getuid():
                         unnamed.append(peer)
                     else:
-                        log.warning("link %s: a process of user %d was not let in", self._name, _user_of(peer))
+                        log.warning("link %s: a process of user %d was refused", self._name, _user_of(peer))
                         peer.close()
                     continue
                 unnamed.remove(peer)
                 with _errors(f"link {self._name}: member {_listed(missing)} could not join"):
                     member = _receive(peer, end)
                     if member in missing:
-                        found[member] = peer
+                        joined[member] = peer
                         socket.send_fds(peer, [NUMBER.pack(slot_bytes)], [descriptor])
                     else:
                         peer.close()
-        return tuple(found[member] for member in sorted(found))
+        return tuple(joined[member] for member in sorted(joined))
 
     def broadcast(self, flat: Tensor, timeout: timedelta) -> Taking:
-        """Write a bucket where the one `SLOTS` before lay, when that has been taken by all. `flat` may be reused at once."""
+        """Write a bucket into the slot of the one `SLOTS` before it, when all have taken that. `flat` may be reused at once."""
         number, end = self._written, time.monotonic() + timeout.total_seconds()
         self.await_taken(number - SLOTS + 1, end)
         self._memory.slot(number, flat).copy_(flat)  # from a GPU: waits until it is there
@@ -131,7 +130,7 @@ class SharedMemorySource:
     def await_taken(self, count: int, end: float) -> None:
         """Wait until every receiver has taken the first `count` buckets."""
         while behind := [index for index, taken in enumerate(self._taken) if taken < count]:
-            ready = wait([self._receivers[index] for index in behind], _left(end))
+            ready = _readable([self._receivers[index] for index in behind], end)
             if not ready:
                 raise PeerTimeout(self._name, [1 + index for index in behind], f"take bucket {count - 1}")
             for index in behind:
@@ -156,7 +155,7 @@ class Taking:
 class SharedMemoryReceiver:
     """The end of member `rank`, 1 or later."""
 
-    def __init__(self, store: dist.Store, name: str, rank: int, device: torch.device, deadline_s: float):
+    def __init__(self, store: Store, name: str, rank: int, device: torch.device, deadline_s: float):
         self._name, self._taken = name, 0
         end = time.monotonic() + deadline_s
         store.wait(["address"], timedelta(seconds=deadline_s))
@@ -194,12 +193,18 @@ class Arrival:
         self._receiver, self._flat = receiver, flat
 
     def wait(self, timeout: timedelta) -> None:
-        """Until it lies in the tensor that was given. Raises RuntimeError. Arrivals of a link are waited for in turn."""
+        """Until it is in the tensor of `broadcast`. Raises RuntimeError. Arrivals of a link are waited for in turn."""
         self._receiver.take(self._flat, time.monotonic() + timeout.total_seconds())
 
 
 def _left(end: float) -> float:
     return max(0.001, end - time.monotonic())  # 0 would mean: do not wait, and raise another error
+
+
+def _readable(sockets: Sequence[socket.socket], end: float) -> list[socket.socket]:
+    """Those with something to read, as soon as any has; none at the deadline."""
+    ready = wait(sockets, _left(end))
+    return [candidate for candidate in sockets if candidate in ready]
 
 
 def _receive(peer: socket.socket, end: float) -> int:
@@ -219,22 +224,23 @@ def _listed(members: Sequence[int]) -> str:
 
 
 @contextmanager
-def _errors(what: str) -> Iterator[None]:
+def _errors(task: str) -> Iterator[None]:
     """A lost or late peer raises RuntimeError, as with torch.distributed."""
     try:
         yield
     except (OSError, EOFError) as error:
         late = isinstance(error, TimeoutError)
-        raise RuntimeError(f"{what} in time" if late else f"{what}: {getattr(error, 'strerror', None) or error}") from error
+        raise RuntimeError(f"{task} in time" if late else f"{task}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _register(memory: Memory, pages: Tensor) -> None:
     """Let CUDA copy from and to these pages directly."""
     runtime = torch.cuda.cudart()
+    assert runtime is not None, "a CUDA device without the CUDA runtime"
     status = runtime.cudaHostRegister(pages.data_ptr(), pages.numel(), 0)
     if int(status):  # and CUDA would report it again, at some later kernel
         raise RuntimeError(
             f"{pages.numel() >> 20} MiB of shared memory could not be registered with CUDA ({status}); set "
             f"sync.transport to gloo"
         )
-    weakref.finalize(memory, lambda kept: runtime.cudaHostUnregister(kept.data_ptr()), pages)
+    weakref.finalize(memory, lambda registered: runtime.cudaHostUnregister(registered.data_ptr()), pages)

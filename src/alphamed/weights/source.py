@@ -9,8 +9,8 @@ from torch import Tensor
 
 from alphamed.model.shape import ModelShape
 from alphamed.weights.hf_io import hf_parts, hf_tensors
-from alphamed.weights.plan import Slice, SyncPlan, Wire
 from alphamed.weights.routes import make_plan, trainer_rank
+from alphamed.weights.sync_plan import Slice, SyncPlan, Wire
 
 if TYPE_CHECKING:
     from alphamed.megatron.policy import Policy
@@ -25,16 +25,16 @@ class WeightSource(Protocol):
 
     def plan(self, engines: Sequence[int], wire: Wire) -> SyncPlan:
         """The push to engines of these tensor-parallel sizes; the same on every rank."""
-
-    def make_current(self) -> None:
-        """Complete parameters that are still being gathered. Called on every rank."""
+        ...
 
     def tensors(self) -> Iterator[tuple[str, Tensor | None]]:
         """Hugging Face names and whole tensors of this stage, in the plan's order (None where the rank is not the stage's
         source). The exporting ranks of a stage iterate together."""
+        ...
 
     def parts(self) -> Iterator[tuple[Slice, Tensor]]:
         """What this rank holds of the Hugging Face tensors, as views, without communication."""
+        ...
 
 
 class PolicySource:
@@ -51,9 +51,6 @@ class PolicySource:
 
     def plan(self, engines: Sequence[int], wire: Wire) -> SyncPlan:
         return make_plan(self._shape, self._parallel, engines, wire)
-
-    def make_current(self) -> None:
-        self._policy.make_current()
 
     def tensors(self) -> Iterator[tuple[str, Tensor | None]]:
         return hf_tensors(self._policy.model_chunks(), self._shape, self._policy.layout, self._policy.tensor_group)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from alphamed.weights.plan import Slice
+from alphamed.weights.sync_plan import Slice
 
 
 class _Place(NamedTuple):
@@ -28,11 +28,19 @@ class _Place(NamedTuple):
     shape: tuple[int, ...]  # of the parameter, without padding
 
 
+class EngineModel(Protocol):
+    """vLLM's model, a torch module."""
+
+    packed_modules_mapping: dict[str, list[str]]
+
+    def get_submodule(self, target: str, /) -> Module: ...
+
+
 class ParameterWriter:
     """`slices`: all that this worker gets in a push; together they are its whole share of every tensor. `repack` is called
     with each layer when its last slice was written."""
 
-    def __init__(self, model: Module, slices: Iterable[Slice], repack: Callable[[Module], None]):
+    def __init__(self, model: EngineModel, slices: Iterable[Slice], repack: Callable[[Module], None]):
         self._model, self._repack = model, repack
         self._places = _places(slices, model.packed_modules_mapping)
         self._missing: dict[str, int] = {}
@@ -69,7 +77,7 @@ def _places(slices: Iterable[Slice], packed: dict[str, list[str]]) -> dict[str, 
         low, high = bounds.get(piece.name, (piece.start, stop))
         bounds[piece.name] = tuple(map(min, low, piece.start)), tuple(map(max, high, stop))
     fused = {part: (whole, parts) for whole, parts in packed.items() for part in parts}
-    found = {}
+    places = {}
     for name, (low, _) in bounds.items():
         module, _, leaf = name.rpartition(".")
         parent, _, own = module.rpartition(".")
@@ -77,8 +85,8 @@ def _places(slices: Iterable[Slice], packed: dict[str, list[str]]) -> dict[str, 
         prefix = f"{parent}." if parent else ""
         shares = [_extent(bounds[f"{prefix}{part}.{leaf}"]) for part in parts]
         row = sum(share[0] for share in shares[: parts.index(own)])
-        found[name] = _Place(prefix + whole, leaf, row, low, (sum(share[0] for share in shares), *shares[0][1:]))
-    return found
+        places[name] = _Place(prefix + whole, leaf, row, low, (sum(share[0] for share in shares), *shares[0][1:]))
+    return places
 
 
 def _extent(bound: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[int, ...]:
@@ -87,7 +95,7 @@ def _extent(bound: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[int, ...]:
 
 def _sizes(places: dict[str, _Place]) -> dict[str, dict[str, tuple[int, ...]]]:
     """The shape of every parameter that is written, by module and leaf."""
-    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    sizes: dict[str, dict[str, tuple[int, ...]]] = {}
     for place in places.values():
-        found.setdefault(place.module, {})[place.leaf] = place.shape
-    return found
+        sizes.setdefault(place.module, {})[place.leaf] = place.shape
+    return sizes

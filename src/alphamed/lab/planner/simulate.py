@@ -164,8 +164,8 @@ def prepare(small: Config, config: Config, shape: ModelShape, folder: Path) -> M
 
 def layout_lines(config: Config, small: Config, shape: ModelShape) -> Iterator[str]:
     """What is about to run: how sizes were cut, the position of every rank, what a push sends."""
-    from alphamed.weights.plan import Wire
     from alphamed.weights.routes import WIRE_DTYPE, make_plan
+    from alphamed.weights.sync_plan import Wire
 
     p, full, r = small.parallel, config.parallel, small.rollout
     virtual = f", VPP {full.virtual_pipeline} -> {p.virtual_pipeline}" if p.virtual_pipeline else ""

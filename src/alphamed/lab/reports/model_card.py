@@ -12,11 +12,13 @@ from typing import Any
 
 from alphamed.config.schema import Config
 from alphamed.data.attributes import ATTRIBUTES, Attribute
+from alphamed.data.prompts import user_turn
 from alphamed.evaluation.score import Score
 from alphamed.files import replace_text
 from alphamed.lab.reports.report import SHARES, collapse_warning, evaluations, read_set_items, training_sentences
 from alphamed.lab.reports.rollout_report import run_stats
 from alphamed.lab.reports.watch import response_warnings
+from alphamed.records import Question
 from alphamed.rundir import provenance
 from alphamed.rundir.metrics import last_step, read_rows, step_of
 
@@ -92,7 +94,7 @@ def card(
         "Questions have this form, and the letter in the last `\\boxed{}` is graded:",
         "",
         "```",
-        f"Question: ...\n\nOptions:\nA: ...\nB: ...\n\n{config.prompt.instruction}",
+        user_turn(config.prompt, Question("", "...", {"A": "...", "B": "..."}, "A")),
         "```",
         "",
         f"Template: {config.prompt.template}{_shots(config)}{_variables(config)}; "

@@ -20,6 +20,7 @@ from alphamed.evaluation.items import read_items
 from alphamed.evaluation.runner import read_asked, read_scores, score_json
 from alphamed.evaluation.score import Score, Share, percent, verdict
 from alphamed.files import replace_json, replace_text
+from alphamed.lab.reports import choices
 from alphamed.lab.reports.figures import SMOOTH, SMOOTH_FROM, Figure, MetricsRow, figures
 from alphamed.lab.reports.page import render_page
 from alphamed.lab.reports.plots import Series, interval_rows, line_chart, number, sheet
@@ -115,6 +116,7 @@ def write_report(run_dir: Path) -> Path:
         "evaluations": {
             report.name: {str(step): score_json(scores[step][report.name]) for step in report.steps} for report in sets
         },
+        "choices": choices.numbers(run_dir, {report.name: report.steps[-1] for report in sets}),
         "responses": responses.numbers if responses else None,
         "absent": None if responses else NO_SAMPLES if supervised(rows) else ABSENT,
     }
@@ -256,7 +258,11 @@ def evaluations(run_dir: Path) -> dict[int, dict[str, Score]]:
 def set_reports(run_dir: Path, scores: Mapping[int, Mapping[str, Score]]) -> list[SetReport]:
     """One report per evaluation set, comparing its first with its last evaluation; `scores` as from `evaluations`."""
     names = dict.fromkeys(name for row in scores.values() for name in row)
-    return [_set_report(run_dir, name, {step: row[name] for step, row in scores.items() if name in row}) for name in names]
+    of_sets = {name: {step: row[name] for step, row in scores.items() if name in row} for name in names}
+    return [
+        choices.with_choices(run_dir, _set_report(run_dir, name, by_step), by_step[max(by_step)])
+        for name, by_step in of_sets.items()
+    ]
 
 
 def _set_report(run_dir: Path, name: str, scores: Mapping[int, Score]) -> SetReport:

@@ -126,7 +126,7 @@ def _read_run(path: Path, number: int, name: str) -> ComparedRun:
         model=str(_get(tree, "model", "path")),
         reward=str(_get(tree, "reward", "name") or "correct"),
         steps=steps,
-        protocol=json.dumps([_get(tree, "prompt"), limit], sort_keys=True),
+        protocol=json.dumps([settings.recorded_prompt(_get(tree, "prompt") or {}), limit], sort_keys=True),
         training=_training_set(path, responses),
         before=before,
         after=after,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alphamed.evaluation.score import Score, verdict
+from alphamed.lab.reports.choices import blind_sentences
 from alphamed.lab.reports.report import SHARES, evaluations, training_sentences
 from alphamed.rundir.metrics import read_rows
 
@@ -33,8 +34,15 @@ def summary(run_dir: Path) -> list[str]:
     scores_by_step = list(evaluations(run_dir).values())
     for set_name in scores_by_step[-1] if scores_by_step else ():
         lines += _set_lines(set_name, [scores[set_name] for scores in scores_by_step if set_name in scores])
+        lines += [f"  {text}" for text in _blind_lines(run_dir, set_name)]
     lines += ["", f"Output files: {run_dir}"]
     return lines + [f"  {name:<14} {text}" for name, text in OUTPUT_FILES.items() if (run_dir / name).exists()]
+
+
+def _blind_lines(run_dir: Path, name: str) -> list[str]:
+    """What the set's questions give without being read, where there is a before and an after."""
+    scores = {step: sets[name] for step, sets in evaluations(run_dir).items() if name in sets}
+    return blind_sentences(run_dir, name, max(scores), scores[max(scores)]) if len(scores) > 1 else []
 
 
 def _warnings(run_dir: Path) -> list[str]:

@@ -19,7 +19,7 @@ def check_sources(study: Study, runs: Iterable[PlannedRun]) -> None:
     shipped = _shipped_questions(study)
     if shipped is not None:
         try:
-            medfacts.check(shipped.levels, shipped.categories)
+            medfacts.check(shipped.levels, shipped.categories, shipped.facts)
         except ValueError as error:
             raise ConfigError(f"data.{error}") from None
     for training_set, _ in _first_runs(runs):
@@ -100,7 +100,7 @@ def _write_medfacts(settings: MedFacts, folder: Path) -> None:
     try:
         medfacts.write(folder, settings.seed, **filters)
     except ValueError as error:
-        raise ConfigError(f"data.medfacts: {error}") from None
+        raise ConfigError(f"data.{error}") from None
 
 
 def _build(training_set: PlannedSet, run: PlannedRun, command: str) -> None:

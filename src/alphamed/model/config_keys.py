@@ -131,16 +131,16 @@ SAME_IN = {"qk_norm": "qwen3", "use_qk_norm": "qwen3", "qk_layernorm": "qwen3"}
 
 
 def changing(tree: Mapping[str, Any], family: str) -> list[tuple[str, str]]:
-    """(key, what it brings) for each key of a config.json that changes the computation in a way that is not implemented."""
+    """(key, what it means) for each key of a config.json that changes the computation in a way that is not implemented."""
     return [
-        (key, what)
-        for key, (what, neutral) in CHANGES.items()
+        (key, meaning)
+        for key, (meaning, neutral) in CHANGES.items()
         if not _empty(tree.get(key)) and tree[key] not in neutral and SAME_IN.get(key) != family
     ]
 
 
 def unknown_keys(tree: Mapping[str, Any]) -> list[str]:
-    """Keys in no table whose value says something: nobody here knows whether they change the computation."""
+    """Keys in no table whose value is not empty: it is not known whether they change the computation."""
     return sorted(key for key, value in tree.items() if key not in READ | HARMLESS | CHANGES.keys() and not _empty(value))
 
 

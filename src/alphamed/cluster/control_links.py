@@ -27,7 +27,7 @@ SEND_S = 1.0
 LINGER_S = 1.0
 
 
-class Peer:
+class LinkPeer:
     """One end of a connection. `heard_s`: when it last gave a sign of life (monotonic clock)."""
 
     def __init__(self, rank: int, name: str, connection: Connection):
@@ -35,7 +35,7 @@ class Peer:
         self.rank, self.name, self.connection = rank, name, connection
         self.log = f"logs/rank_{rank}.log"
         self.heard_s = time.monotonic()
-        self.left = False  # said good-bye
+        self.left = False  # signed off
         self._sending = threading.Lock()
 
     def __str__(self) -> str:
@@ -57,17 +57,17 @@ class Peer:
         try:
             self.connection.send(message)
         except OSError:
-            pass  # it has gone: the receiving side says so, and names it
+            pass  # it has gone: the receiving side reports that, and names it
 
 
 class Links:
     """The connections of one rank and what came over them.
 
     `on_failure` is called once, from the watching thread or from `fail`, with the first failure that this rank learns
-    of: told by a peer, seen as the end or the silence of one, or its own. From then on every wait raises it.
+    of: reported by a peer, the end or a heartbeat timeout of one, or its own. From then on every wait raises it.
     """
 
-    def __init__(self, peers: list[Peer], timeout_s: float, on_failure: Callable[[RunFailed], None]):
+    def __init__(self, peers: list[LinkPeer], timeout_s: float, on_failure: Callable[[RunFailed], None]):
         self.peers = {peer.rank: peer for peer in peers}
         self.failure: RunFailed | None = None
         self._failing = False  # a failure is being made known
@@ -86,7 +86,7 @@ class Links:
 
     def receive(self, rank: int, key: Hashable, timeout_s: float) -> Any:
         """Wait for the message with this key from `rank`. Raises the failure of the run, TimeoutError after
-        `timeout_s`, EOFError where that rank has said good-bye."""
+        `timeout_s`, EOFError where that rank has signed off."""
         peer = self.peers[rank]
         with self._news:
             self._news.wait_for(lambda: self.failure or peer.left or key in self._inbox, timeout_s)
@@ -98,11 +98,12 @@ class Links:
 
     def fail(self, failure: RunFailed) -> RunFailed:
         """Make a failure known to all ranks, unless one is known already. Returns the one that counts. The others are
-        told before this rank's own waits end: once they do, it may leave."""
+        informed before this rank's own waits end: once they do, it may leave."""
         with self._news:
             first, self._failing = not self._failing, True
             if not first:
-                self._news.wait_for(lambda: self.failure)
+                while self.failure is None:
+                    self._news.wait()
                 return self.failure
         self._on_failure(failure)
         for peer in self.peers.values():
@@ -118,8 +119,8 @@ class Links:
             self._news.wait_for(lambda: self.failure, timeout_s)
 
     def close(self) -> None:
-        """Say good-bye and wait a little for the others': a connection that is closed with unread words in it is reset,
-        and what we said last, perhaps the reason of a failure, would be lost on its way."""
+        """Sign off and wait a little for the others': a connection that is closed with unread data in it is reset,
+        and our last message, perhaps the reason of a failure, would be lost on its way."""
         with self._news:
             self._news.wait_for(lambda: self.failure or not self._failing)
         for peer in self.peers.values():
@@ -148,24 +149,25 @@ class Links:
             self._check_silence()
 
     def _receive_all(self, timeout_s: float) -> None:
-        present = {peer.connection: peer for peer in self.peers.values() if not peer.left}
+        present = [peer for peer in self.peers.values() if not peer.left]
         if not present:
             time.sleep(timeout_s)
             return
         try:
-            ready = wait(list(present), timeout_s)
+            ready = wait([peer.connection for peer in present], timeout_s)
         except OSError:  # closed by `close` meanwhile
             return
-        for connection in ready:
-            peer = present[connection]
+        for peer in present:
+            if peer.connection not in ready:
+                continue
             try:
-                self._take(peer, connection.recv())
+                self._take(peer, peer.connection.recv())
             except (EOFError, OSError):
                 if not self._closed:
-                    self.fail(RunFailed(str(peer), f"ended without a word{_see(peer)}"))
+                    self.fail(RunFailed(str(peer), f"ended without a message{_see(peer)}"))
                 self._leave(peer)
 
-    def _take(self, peer: Peer, message: tuple) -> None:
+    def _take(self, peer: LinkPeer, message: tuple) -> None:
         peer.heard_s = time.monotonic()
         match message:
             case ("message", key, value):
@@ -177,7 +179,7 @@ class Links:
             case ("bye",):
                 self._leave(peer)
 
-    def _leave(self, peer: Peer) -> None:
+    def _leave(self, peer: LinkPeer) -> None:
         with self._news:
             peer.left = True
             self._news.notify_all()
@@ -189,14 +191,13 @@ class Links:
                 self.fail(
                     RunFailed(
                         str(peer),
-                        f"has not been heard of for {silent_s:.0f} s (stopped, swapping, "
-                        f"stuck, or its network cut){_see(peer)}",
+                        f"sent no heartbeat for {silent_s:.0f} s (stopped, swapping, stuck, or its network cut){_see(peer)}",
                     )
                 )
                 self._leave(peer)
 
 
-def _see(peer: Peer) -> str:
+def _see(peer: LinkPeer) -> str:
     return f"; its log is {peer.log}" if peer.log else ""
 
 
@@ -209,16 +210,18 @@ def listen(host: str, port: int = 0, key: bytes = b"") -> tuple[Listener, bytes]
 
 def accept(
     listener: Listener, world: int, timeout_s: float = JOIN_DEADLINE_S, own_name: str = "", names: Sequence[str] = ()
-) -> list[Peer]:
-    """Wait for all others, which say who they are; `own_name` is what they will call this one. Raises RunFailed naming those
+) -> list[LinkPeer]:
+    """Wait for all others, which send rank and name; `own_name` is what they will call this one. Raises RunFailed naming those
     that did not come, by `names` where they have better ones than their ranks."""
-    peers: list[Peer] = []
+    peers: list[LinkPeer] = []
 
     def take() -> None:
         while len(peers) < world - 1:
             try:
                 connection = listener.accept()
-                peers.append(Peer(*connection.recv(), connection))
+                assert isinstance(connection, Connection)
+                rank, name = connection.recv()
+                peers.append(LinkPeer(rank, name, connection))
             except (AuthenticationError, EOFError, ConnectionError):  # a stranger, or one with another key
                 continue
             except OSError:  # closed: it is too late
@@ -236,13 +239,16 @@ def accept(
     return peers
 
 
-def join(address: tuple[str, int], key: bytes, rank: int, timeout_s: float = JOIN_DEADLINE_S, own_name: str = "") -> Peer:
+def join(
+    address: tuple[str, int], key: bytes, rank: int, timeout_s: float = JOIN_DEADLINE_S, own_name: str = ""
+) -> LinkPeer:
     """Another rank's connection to rank 0. Raises RunFailed."""
     try:
         connection = Client(address, family="AF_INET", authkey=key)
+        assert isinstance(connection, Connection)
         connection.send((rank, own_name or f"rank {rank} (pid {os.getpid()})"))
         if not connection.poll(timeout_s):
             raise TimeoutError(f"no answer within {timeout_s:.0f} s")
-        return Peer(0, connection.recv(), connection)
+        return LinkPeer(0, connection.recv(), connection)
     except (OSError, EOFError) as error:
         raise RunFailed("rank 0", f"cannot be reached at {address[0]}:{address[1]} ({error})") from None

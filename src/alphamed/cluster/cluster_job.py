@@ -16,7 +16,7 @@ ADDRESS_VARIABLE = "ALPHAMED_ADDRESS"
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ClusterHost:
     """A host: its name and address, its trainer ranks, and how many workers of engines it has room for."""
 
     name: str
@@ -27,26 +27,26 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class ClusterJob:
     """`places` in the order of ranks; the first has rank 0, torchrun's store and Ray's head."""
 
-    places: tuple[Place, ...]
+    places: tuple[ClusterHost, ...]
     master_port: int
     ray_port: int
 
     @property
-    def head(self) -> Place:
+    def head(self) -> ClusterHost:
         return self.places[0]
 
     @property
-    def trainers(self) -> tuple[Place, ...]:
+    def trainers(self) -> tuple[ClusterHost, ...]:
         return tuple(place for place in self.places if place.ranks)
 
     @property
-    def engine_hosts(self) -> tuple[Place, ...]:
+    def engine_hosts(self) -> tuple[ClusterHost, ...]:
         return tuple(place for place in self.places if place.engine_slots)
 
-    def place(self, name: str) -> Place | None:
+    def place(self, name: str) -> ClusterHost | None:
         return next((place for place in self.places if place.name == name), None)
 
     def first_rank(self, name: str) -> int:
@@ -63,7 +63,7 @@ class Job:
     @classmethod
     def from_json(cls, text: str) -> Self:
         tree = json.loads(text)
-        return cls(tuple(Place(**place) for place in tree["places"]), tree["master_port"], tree["ray_port"])
+        return cls(tuple(ClusterHost(**place) for place in tree["places"]), tree["master_port"], tree["ray_port"])
 
     @classmethod
     def of_environment(cls, environment: Mapping[str, str] = os.environ) -> Self | None:

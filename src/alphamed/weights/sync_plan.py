@@ -97,7 +97,7 @@ class Link:
     def buckets(self) -> tuple[Bucket, ...]:
         """Cut greedily: a bucket ends where the next slice would make it larger than `bucket_bytes`. A slice that is larger
         than a bucket is cut into blocks of rows, which begin in a bucket of their own."""
-        found: list[tuple[Slice, ...]] = []
+        cut: list[tuple[Slice, ...]] = []
         open_bucket: list[Slice] = []
         words = 4 // ELEMENT_BYTES[self.dtype]
         room = self.bucket_bytes // ELEMENT_BYTES[self.dtype] // words * words
@@ -105,13 +105,13 @@ class Link:
         for whole in self.slices:
             for part in (whole,) if whole.elements <= room else _row_blocks(whole, room):
                 if open_bucket and used + part.elements > room:
-                    found.append(tuple(open_bucket))
+                    cut.append(tuple(open_bucket))
                     open_bucket, used = [], 0
                 open_bucket.append(part)
                 used += part.elements
         if open_bucket:
-            found.append(tuple(open_bucket))
-        return tuple(Bucket(self.name, index, self.dtype, slices) for index, slices in enumerate(found))
+            cut.append(tuple(open_bucket))
+        return tuple(Bucket(self.name, index, self.dtype, slices) for index, slices in enumerate(cut))
 
 
 def _row_blocks(large: Slice, room: int) -> Iterable[Slice]:
@@ -170,7 +170,7 @@ class SyncPlan:
         return FLOOR_S + self.bytes / SLOWEST_BYTES_PER_S
 
     def buffer_bytes(self, member: int) -> int:
-        """What a worker holds beside its parameters while it receives: the posted bucket of every link, and the one that is
+        """What a worker holds in addition to its parameters while it receives: the posted bucket of every link, and the one that is
         being loaded."""
         largest = [max(bucket.bytes for bucket in link.buckets()) for link in self.links_to(member)]
         return sum(largest) + max(largest, default=0)
