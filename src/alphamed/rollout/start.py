@@ -57,7 +57,7 @@ class EngineStart:
         hosts of a run join it."""
         shares_gpus = wants_cuda(self._config) and self._config.cluster.share_gpus
         alone = ClusterJob.of_environment() is None and not os.environ.get("RAY_ADDRESS")
-        return self._config.rollout.replay is None and alone and not shares_gpus
+        return self._config.generates and alone and not shares_gpus
 
     def begin(self) -> None:
         """Start Ray and have it start the others. Does nothing the second time."""
