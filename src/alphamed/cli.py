@@ -238,13 +238,9 @@ def _add_reading(verb: Verb) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------- verbs
 def _train(options: argparse.Namespace) -> int:
-    from alphamed.config.loading import load_config
-    from alphamed.errors import ConfigError
+    from alphamed.config.loading import load_reinforced
 
-    config = load_config(options.config, options.overrides)
-    if config.sft is not None:
-        raise ConfigError("sft: a configuration with this section is for `alphamed sft`; use that, or remove the section")
-    return _start(config, options)
+    return _start(load_reinforced(options.config, options.overrides), options)
 
 
 def _sft(options: argparse.Namespace) -> int:
