@@ -238,13 +238,9 @@ def _add_reading(verb: Verb) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------- verbs
 def _train(options: argparse.Namespace) -> int:
-    from alphamed.config.loading import load_config
-    from alphamed.errors import ConfigError
+    from alphamed.config.loading import load_reinforced
 
-    config = load_config(options.config, options.overrides)
-    if config.sft is not None:
-        raise ConfigError("sft: a configuration with this section is for `alphamed sft`; use that, or remove the section")
-    return _start(config, options)
+    return _start(load_reinforced(options.config, options.overrides), options)
 
 
 def _sft(options: argparse.Namespace) -> int:
@@ -316,11 +312,15 @@ def _worker(options: argparse.Namespace) -> int:
 
 
 def _train_here(config: Config) -> None:
-    """The loop on this rank: torch is imported when its output goes to the rank's log."""
-    from alphamed import sft, train
+    """The loop on this rank: torch is imported when its output goes to the rank's log, while the engines start."""
+    from alphamed.imports import quick_imports
     from alphamed.lab.hooks import HOOKS
+    from alphamed.rollout.start import started_early
 
-    (train if config.sft is None else sft).main(config, HOOKS)
+    with started_early(config) as engine_start:
+        with quick_imports("wandb"):  # which Megatron-Core imports where it is installed
+            from alphamed import sft, train
+        (train if config.sft is None else sft).main(config, HOOKS, engine_start)
 
 
 def _eval(options: argparse.Namespace) -> int:

@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from alphamed.answers.thinking import Thinking
-from alphamed.cluster import placement
 from alphamed.cluster.control import Control
 from alphamed.cluster.pulse import Pulse
 from alphamed.config.choices import AnswerKeys
@@ -34,11 +32,11 @@ from alphamed.evaluation.runner import Evaluation, load_sets
 from alphamed.megatron import checkpoint, checkpoint_folder, runtime
 from alphamed.megatron.policy import NoReference, Policy, Reference
 from alphamed.model.shape import ModelShape, read_shape, resolve
-from alphamed.reward import process
 from alphamed.rollout.coordinator import Coordinator
 from alphamed.rollout.pace import Pace
 from alphamed.rollout.pipeline import LiveRollouts, ReplayedRollouts
 from alphamed.rollout.pool import EnginePool
+from alphamed.rollout.start import EngineStart
 from alphamed.run import Hooks, Run
 from alphamed.weights.hf_io import load_hf
 from alphamed.weights.hf_save import save_hf
@@ -137,8 +135,9 @@ class Session:
 
 
 @contextlib.contextmanager
-def open_session(config: Config, hooks: Hooks = Hooks()) -> Iterator[Session]:
-    """Build this rank's parts, from the last checkpoint where there is one; end all of them on the way out."""
+def open_session(config: Config, hooks: Hooks = Hooks(), engine_start: EngineStart | None = None) -> Iterator[Session]:
+    """Build this rank's parts, from the last checkpoint where there is one; end all of them on the way out. `engine_start`:
+    where it has begun."""
     with contextlib.ExitStack() as stack:
         here = runtime.start(config)
         stack.callback(runtime.stop, here)
@@ -162,7 +161,7 @@ def open_session(config: Config, hooks: Hooks = Hooks()) -> Iterator[Session]:
         prompts = PromptBuilder(tokenizer, config.prompt)
         if config.generates:
             run.note("starting the engines ...")
-        engines = _engines(config, folder, shape, tokenizer, prompts, control, stack)
+        engines = _engines(config, engine_start or EngineStart(config), control, stack)
         if engines:
             pulse.watch(
                 [
@@ -213,25 +212,14 @@ def _reference(
     return reference
 
 
-def _engines(
-    config: Config,
-    folder: Path,
-    shape: ModelShape,
-    tokenizer: Tokenizer,
-    prompts: PromptBuilder,
-    control: Control,
-    stack: contextlib.ExitStack,
-) -> Engines | None:
+def _engines(config: Config, starting: EngineStart, control: Control, stack: contextlib.ExitStack) -> Engines | None:
     """On rank 0 of a run that generates: Ray, the engines, the reward process and the coordinator; None elsewhere."""
     if not config.generates:
         return None
 
     def start() -> Engines:
-        placement.start_ray(config)
-        stack.callback(placement.stop_ray)
-        grader = process.start(config, Thinking.of(config.reward.answer_after, tokenizer, prompts))
-        pool = EnginePool.start(config, folder, shape, tokenizer.stop_ids(config.rollout.stop))
-        stack.callback(pool.stop)
+        stack.callback(starting.stop)
+        pool, grader = starting.finish()
         return Engines(pool, Coordinator.start(config, pool, grader), grader)
 
     return control.on_rank0("starting the engines", start)

@@ -136,31 +136,48 @@ def job(tmp_path_factory) -> dict:
     return make_job(tmp_path_factory.mktemp("parity"), MODELS)
 
 
-@pytest.fixture(scope="session")
-def traces(job) -> dict[tuple[str, str], oracle.Trace]:
-    wanted = {(c.model, c.expect) for world in (1, 2, 4) for c in [*cases(world), *supervised_cases(world)]}
-    return {(m, e): oracle.train(Path(job["folders"][m]), job["data"][m], **TRACES[e]) for m, e in sorted(wanted)}
+class Traces(dict[tuple[str, str], oracle.Trace]):
+    """(model, what is expected) -> the oracle's trace, made when it is asked for."""
 
+    def __init__(self, job: dict):
+        super().__init__()
+        self._job = job
 
-def launch(job: dict, world: int) -> Path:
-    return run_cases(
-        job, f"world{world}", world, cases(world), BEHAVIOURS.get(world, ()), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""
-    )
-
-
-@pytest.fixture(scope="session")
-def world1(job) -> Path:
-    return launch(job, 1)
+    def __missing__(self, key: tuple[str, str]) -> oracle.Trace:
+        model, expect = key
+        self[key] = oracle.train(Path(self._job["folders"][model]), self._job["data"][model], **TRACES[expect])
+        return self[key]
 
 
 @pytest.fixture(scope="session")
-def world2(job) -> Path:
-    return launch(job, 2)
+def traces(job) -> Traces:
+    return Traces(job)
+
+
+def launch(job: dict, world: int, request: pytest.FixtureRequest) -> Path:
+    """Run the cases that the selected tests are parametrised with. A test of no case looks at a behaviour, or at many cases."""
+    tests = [item for item in request.session.items if f"world{world}" in getattr(item, "fixturenames", ())]
+    parameters = [item.callspec.params if hasattr(item, "callspec") else {} for item in tests]
+    names = {given["case"].name for given in parameters if "case" in given}
+    every = any("case" not in given for given in parameters)
+    chosen = [case for case in cases(world) if every or case.name in names]
+    behaviours = BEHAVIOURS.get(world, ()) if every else ()
+    return run_cases(job, f"world{world}", world, chosen, behaviours, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.fixture(scope="session")
-def world4(job) -> Path:
-    return launch(job, 4)
+def world1(job, request) -> Path:
+    return launch(job, 1, request)
+
+
+@pytest.fixture(scope="session")
+def world2(job, request) -> Path:
+    return launch(job, 2, request)
+
+
+@pytest.fixture(scope="session")
+def world4(job, request) -> Path:
+    return launch(job, 4, request)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random as random_module
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,10 +13,10 @@ import torch.nn.functional as F
 warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
 
 from alphamed.config.loading import build_config
-from alphamed.megatron.attention import masked_attention, rotary_frequencies, rotate
+from alphamed.megatron.attention import rotary_frequencies, rotate
 from alphamed.megatron.layers import SwiGlu, rms_norm
 from alphamed.megatron.logprobs import VocabShard, label_logprobs
-from alphamed.megatron.prefix_attention import prefix_attention
+from alphamed.megatron.prefix_attention import CPU, PLAIN, Varlen, kernel_for, prefix_attention, rounds
 from alphamed.megatron.step import SUM_NAMES, learning_rate, micro_loss
 from alphamed.model.shape import ModelShape, RopeScaling
 from alphamed.records import MicroBatch, Segment
@@ -76,13 +78,110 @@ def plain_attention(q, k, v, segments, scale):
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
 
 
-@pytest.mark.parametrize("function", [prefix_attention, masked_attention])
+def varlen_forward(q, k, v, ends_q, ends_k, longest_q, longest_k, dropout, causal, debug, *, scale):
+    """What torch.ops.aten._flash_attention_forward is documented to compute, sequence by sequence: q [total_q, heads, d], k and
+    v [total_k, kv_heads, d], cumulative lengths -> outputs, log-sum-exps [heads, total_q], three more."""
+    assert dropout == 0 and debug is False and ends_q.dtype == ends_k.dtype == torch.int32 and len(ends_q) == len(ends_k)
+    assert ends_q[-1] == len(q) and ends_k[-1] == len(k) == len(v)
+    outs, lses = [], []
+    for (a, b), (c, d) in zip(pairwise(ends_q.tolist()), pairwise(ends_k.tolist()), strict=True):
+        assert 0 < b - a <= longest_q and 0 < d - c <= longest_k and (not causal or b - a == d - c)
+        keys, values = (x[c:d].repeat_interleave(q.shape[1] // k.shape[1], 1).double() for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q[a:b].double(), keys) * scale
+        if causal:
+            scores = scores.masked_fill(torch.ones(b - a, d - c).triu(1).bool(), -torch.inf)
+        lses.append(scores.logsumexp(-1))
+        outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values))
+    nothing = torch.empty(0)
+    return torch.cat(outs).to(q.dtype), torch.cat(lses, 1).float(), nothing, nothing, nothing
+
+
+def varlen_backward(grad, q, k, v, out, lse, ends_q, ends_k, longest_q, longest_k, dropout, causal, state, unused, *, scale):
+    """What _flash_attention_backward computes from any output and log-sum-exps [heads, total_q] that it is given."""
+    assert all(x.is_contiguous() for x in (grad, q, k, v, out, lse)) and lse.dtype == torch.float32
+    group, shares = q.shape[1] // k.shape[1], [torch.zeros(x.shape).double() for x in (q, k, v)]
+    for (a, b), (c, d) in zip(pairwise(ends_q.tolist()), pairwise(ends_k.tolist()), strict=True):
+        keys, values = (x[c:d].repeat_interleave(group, 1).double() for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q[a:b].double(), keys) * scale
+        if causal:
+            scores = scores.masked_fill(torch.ones(b - a, d - c).triu(1).bool(), -torch.inf)
+        weights = (scores - lse[:, a:b, None].double()).exp()
+        above = torch.einsum("qhd,khd->hqk", grad[a:b].double(), values)
+        inner = weights * (above - (grad[a:b] * out[a:b]).double().sum(-1).t()[..., None]) * scale
+        shares[0][a:b] += torch.einsum("hqk,khd->qhd", inner, keys)
+        for share, weighted, x in ((shares[1], inner, q), (shares[2], weights, grad)):
+            all_heads = torch.einsum("hqk,qhd->khd", weighted, x[a:b].double())
+            share[c:d] += all_heads.unflatten(1, (-1, group)).sum(2)
+    return tuple(share.to(x.dtype) for share, x in zip(shares, (q, k, v)))
+
+
+VARLEN = Varlen(varlen_forward, varlen_backward)  # CUDA's launches, with the kernel's definition in place of the kernel
+
+
+def random_segments(seed: int) -> tuple[Segment, ...]:
+    draw = random_module.Random(seed)
+    stem = draw.random() < 0.5
+    found = [Segment(draw.randint(1, 6))] if stem else []
+    for _ in range(draw.randint(1, 5)):
+        prefix = draw.choice([0, 1, 2, 5, 9])
+        lengths = tuple(draw.randint(1, 6) for _ in range(draw.randint(0 if prefix else 1, 4)))
+        found.append(
+            Segment(prefix, lengths, attends_shared_prefix=stem and len(found) == 1 or stem and draw.random() < 0.8)
+        )
+    if stem:  # those that read the stem follow it without a gap
+        found[1:] = sorted(found[1:], key=lambda segment: not segment.attends_shared_prefix)
+    return tuple(found)
+
+
+@pytest.mark.parametrize("kernel", [CPU, PLAIN, VARLEN], ids=["cpu", "plain", "varlen"])
 @pytest.mark.parametrize("heads, kv_heads", [(6, 2), (3, 3)])
 @pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS)
-def test_attention_of_a_packed_row(function, heads, kv_heads, segments):
+def test_attention_of_a_packed_row(kernel, heads, kv_heads, segments):
     tokens = sum(s.tokens for s in segments)
     q, k, v = random(tokens, heads, 8), random(tokens, kv_heads, 8, seed=1), random(tokens, kv_heads, 8, seed=2)
-    agree(function(q, k, v, segments, 0.3), plain_attention(q, k, v, segments, 0.3), (q, k, v))
+    agree(prefix_attention(q, k, v, segments, 0.3, kernel), plain_attention(q, k, v, segments, 0.3), (q, k, v))
+
+
+@pytest.mark.parametrize("kernel", [CPU, PLAIN, VARLEN], ids=["cpu", "plain", "varlen"])
+@pytest.mark.parametrize("seed", range(40))
+def test_attention_of_random_rows(kernel, seed):
+    segments = random_segments(seed)
+    tokens = sum(s.tokens for s in segments)
+    q, k, v = random(tokens, 4, 8, seed=seed), random(tokens, 2, 8, seed=seed + 1), random(tokens, 2, 8, seed=seed + 2)
+    agree(prefix_attention(q, k, v, segments, 0.3, kernel), plain_attention(q, k, v, segments, 0.3), (q, k, v), 1e-5)
+
+
+def test_a_row_takes_at_most_three_launches_and_copies_no_keys_for_a_continuation():
+    """Whatever the number of segments and continuations; every token is among the first launch's queries once."""
+    stem, question = Segment(7), Segment(5, (3, 2, 2, 4), attends_shared_prefix=True)
+    launches = []
+
+    def attend(q, k, v, *rest, **options):
+        launches.append((len(q), len(k)))
+        return varlen_forward(q, k, v, *rest, **options)
+
+    segments = (stem, *[question] * 9)
+    q, k, v = random(151, 2, 8), random(151, 1, 8), random(151, 1, 8)
+    prefix_attention(q, k, v, segments, 0.3, Varlen(attend, varlen_backward))
+    assert launches == [(151, 151), (99, 45), (144, 7)]
+    assert [step.causal for step in rounds(segments)] == [True, False, False]
+
+
+def test_the_kernel_follows_device_and_dtype():
+    """Flash kernels on CUDA take bf16 and heads of a multiple of 8 up to 256; nothing else falls through to a wrong one."""
+    assert kernel_for(torch.empty(4, 2, 64)) is CPU and kernel_for(torch.empty(4, 2, 64, dtype=torch.bfloat16)) is CPU
+    for dim, dtype, name in ((64, torch.bfloat16, "Varlen"), (64, torch.float32, "Padded"), (20, torch.bfloat16, "Padded")):
+        assert type(kernel_for(torch.empty(4, 2, dim, dtype=dtype, device="meta"))).__name__ == name
+
+
+@pytest.mark.parametrize("kernel", [CPU, PLAIN, VARLEN], ids=["cpu", "plain", "varlen"])
+def test_attention_in_bf16_keeps_its_dtype(kernel):
+    segments = (Segment(5, (4, 2)), Segment(3, (1,)))
+    q, k, v = (x.detach().bfloat16().requires_grad_() for x in (random(15, 4, 8), random(15, 2, 8), random(15, 2, 8)))
+    found = prefix_attention(q, k, v, segments, 0.3, kernel)
+    expected = plain_attention(q.float(), k.float(), v.float(), segments, 0.3)
+    assert found.dtype == torch.bfloat16
+    agree(found, expected, (q, k, v), 2e-2)
 
 
 def test_attention_over_several_blocks_of_the_kernel():

@@ -26,6 +26,14 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     return build_config(load_tree(path, overrides))
 
 
+def load_reinforced(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """`load_config` for `alphamed train`: without the section of the other verb. Raises ConfigError."""
+    config = load_config(path, overrides)
+    if config.sft is not None:
+        raise ConfigError("sft: a configuration with this section is for `alphamed sft`; use that, or remove the section")
+    return config
+
+
 def load_supervised(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """`load_config` for `alphamed sft`: the section `sft` may be left out, and the length is given once. Raises ConfigError."""
     tree = load_tree(path, overrides)

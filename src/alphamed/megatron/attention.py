@@ -10,11 +10,9 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from alphamed.megatron.context import heads_for_rows, rows_for_heads
 from alphamed.megatron.prefix_attention import prefix_attention
@@ -93,45 +91,10 @@ class SegmentAttention(torch.nn.Module):
             q, k, v = rows_for_heads(q, k, v, group)
         tokens = sum(s.tokens for s in row.segments)
         assert tokens == len(q), f"segments hold {tokens} tokens, the row {len(q)}"
-        attend = prefix_attention if q.device.type == "cpu" else masked_attention
-        out = attend(q, k, v, row.segments, self.scale)
+        out = prefix_attention(q, k, v, row.segments, self.scale)
         if group is not None:
             out = heads_for_rows(out, group)
         return out.flatten(1).unsqueeze(1)
-
-
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, segments: tuple[Segment, ...], scale: float) -> Tensor:
-    """Attention of a packed row by torch's scaled_dot_product_attention, on any device: every continuation gets a copy of
-    its prefix's keys and values. q [T, heads, d], k and v [T, kv_heads, d] -> [T, heads, d]."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [batch, heads, tokens, d]
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        ).transpose(1, 2)
-
-    out, start = [], 0
-    shared = [x[: segments[0].tokens] for x in (k, v)]
-    for segment in segments:
-        n, lengths = segment.prefix, list(segment.continuations)
-        qs, ks, vs = (x[start : start + segment.tokens] for x in (q, k, v))
-        start += segment.tokens
-        if segment.attends_shared_prefix:  # keys and values of what comes before the segment, then its own
-            ks, vs = (torch.cat([prefix, x]) for prefix, x in zip(shared, (ks, vs)))
-        read = n + len(ks) - len(qs)  # what each continuation reads besides itself
-        if n:
-            mask = torch.ones(n, read, dtype=torch.bool, device=q.device).tril(read - n) if read > n else None
-            out.append(attend(qs[None, :n], ks[None, :read], vs[None, :read], mask)[0])
-        if lengths:
-            rows, longest = len(lengths), max(lengths)
-            own = [pad_sequence([*x.split(lengths)], batch_first=True) for x in (qs[n:], ks[read:], vs[read:])]
-            keys, values = (
-                torch.cat([x[:read].expand(rows, *x[:read].shape), y], 1) for x, y in ((ks, own[1]), (vs, own[2]))
-            )
-            mask = torch.ones(longest, read + longest, dtype=torch.bool, device=q.device).tril(read)
-            mixed = attend(own[0], keys, values, mask)
-            out += [mixed[i, :length] for i, length in enumerate(lengths)]
-    return torch.cat(out)
 
 
 # ------------------------------------------------------------------------------------------------------- rotary positions

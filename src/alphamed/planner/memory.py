@@ -131,8 +131,6 @@ def layer_bytes(job: PlannedJob, recompute: Recompute) -> tuple[float, float]:
     linear_in = 1 if job.config.model.fp8 else width  # inputs of matrix products are kept in FP8
     rotated = 0 if recompute == Recompute.SELECTIVE else _rotated_bytes(job)
     attention = (q + 2 * kv) * width + rotated + q * width + s.heads * 4
-    if p.share_prompts and not job.gpu.is_cpu:
-        attention += q * width + _copied_keys(job) * 2 * kv * width
     stored = 2 * entry + 2 * s.hidden * linear_in / along + 2 * 4
     stored += (attention + 2 * s.ffn * width + s.ffn * linear_in) / p.tensor
     if s.qk_norm:  # q and k before their norms, and the norms' factors
@@ -149,14 +147,6 @@ def _rotated_bytes(job: PlannedJob) -> float:
         return (q + kv) * job.trainer_bytes
     repeated = max(s.kv_heads, p.tensor * p.context) * s.head_dim - kv
     return (q + 2 * repeated) * job.trainer_bytes
-
-
-def _copied_keys(job: PlannedJob) -> float:
-    """Copies of keys and values that attention of shared prompts makes per token of a row on CUDA: every answer gets its
-    prompt's, padded to the longest."""
-    samples, prompt = job.group_size, job.mean_prompt
-    longest = min(2 * job.mean_response, job.rollout.max_response_tokens)
-    return samples * (prompt + longest) / (prompt + samples * job.mean_response)
 
 
 def _passing_bytes(job: PlannedJob, stage: int, row: PlannedRow, rows: int | None) -> tuple[int, int]:
