@@ -34,6 +34,8 @@ FIRST = (
     "e2e/test_resume.py::test_the_replay_trains_on_what_was_recorded",
     "e2e/test_resume.py::test_replayed_steps_in_two_parts",
     "e2e/test_eval.py::test_a_folder_is_evaluated_and_nothing_stays_behind",
+    "e2e/test_supervised.py::test_the_loss_falls_and_no_engine_is_started",
+    "distributed/test_parity.py::test_supervised*?single*",
 )
 """Slow tests of the first tier: patterns of their ids below tests/. A bracket is written ?."""
 SECOND_ONLY = {

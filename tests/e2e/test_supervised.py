@@ -83,8 +83,9 @@ def test_a_killed_run_ends_with_the_same_weights(place, straight):
         )
         until(reached, "step 7", DEADLINE_S, pause_s=0.05)
         living = processes.tagged(run_id(run_dir), processes.everything())
-        (rank,) = [one for one in living.values() if re.search(r"alphamed\.cli worker", one.command)]
-        os.kill(rank.pid, signal.SIGKILL)
+        ranks = [one.pid for one in living.values() if re.search(r"alphamed\.cli worker", one.command)]
+        rank = next(pid for pid in ranks if "\0RANK=0\0" in Path(f"/proc/{pid}/environ").read_text())  # not torchrun's agent
+        os.kill(rank, signal.SIGKILL)
         said = process.communicate(timeout=DEADLINE_S)[1]
     assert process.returncode == 1 and "was killed by signal 9" in said.splitlines()[-1], said
     place.run("sft", "killed")
@@ -125,4 +126,4 @@ def test_train_goes_on_from_the_export(place, straight):
     assert found[1]["policy/logprob_diff_max"] < 1e-3
     assert found[1]["reward/boxed"] > 0.9
     texts = [r.text for scored in read_rollouts(rollout_path(run_dir, 1)) for r in scored.group.rollouts]
-    assert sum(text == r"\boxed{A}" for text in texts) > 0.9 * len(texts)
+    assert sum(text.startswith(r"\boxed{A}") for text in texts) > 0.9 * len(texts)
