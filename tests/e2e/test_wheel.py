@@ -54,7 +54,7 @@ def test_the_wheel_works_alone(tmp_path):
         "--levels",
         "1",
         "--facts",
-        "2",
+        "4",
         cwd=tmp_path,
         env=environment,
     )

@@ -202,6 +202,23 @@ def test_where_several_kinds_of_value_may_stand_the_line_names_no_types(axes, to
         ("run.seed=a", "run.seed: 'a' is not valid; it takes a whole number"),
         ("parallel.sequence=maybe", "parallel.sequence: 'maybe' is not valid; it takes true or false"),
         ("optimizer.betas=[0.9]", "optimizer.betas.1: missing; give a value"),
+        *(
+            (
+                f"prompt.option_format='{pattern}'",
+                f"prompt.option_format: {pattern!r} is not valid; it takes text with {{letter}} and {{text}}, once each and no "
+                f"other braces, as '{{letter}}: {{text}}' or '{{text}} ({{letter}})'",
+            )
+            for pattern in (
+                "{letter}",
+                "{text}",
+                "",
+                "{letter} {text} {letter}",
+                "{letter}: {text} {x}",
+                "{letter}: {text",
+                "{}: {text}",
+            )
+            + ("{letter!r}: {text}", "{letter:>3} {text}", "{letter.x}: {text}", "{letter} {text} {{}")
+        ),
     ],
 )
 def test_what_is_wanted_is_said_in_plain_words(override, told):
@@ -221,3 +238,15 @@ def test_rounds_and_evaluation_sets_each_have_a_deadline():
     assert build_config(SMALLEST | {"dynamic_sampling": {"refills": 9}}).longest_wait_s == 10 * 1800
     sets = {"files": ["a.jsonl", "b.jsonl", "c.jsonl"], "after": True}
     assert build_config(SMALLEST | {"evaluation": sets}).longest_wait_s == 3 * 1800
+
+
+def test_an_option_format_is_taken_as_it_stands():
+    for pattern in (
+        "{letter}: {text}",
+        "{text} ({letter})",
+        "({letter}) {text}",
+        "{letter}. {text}",
+        "- {letter}\n  {text}",
+    ):
+        config = build_config(SMALL | {"prompt": {"option_format": pattern}})
+        assert config.prompt.option_format == pattern

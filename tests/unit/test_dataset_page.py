@@ -121,7 +121,9 @@ def test_the_page_is_one_safe_file_and_its_numbers_are_json(tmp_path, capsys):
     ] + [{"id": "bad"}]
     (tmp_path / "set.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     assert main(["data", "inspect", str(tmp_path / "set.jsonl")]) == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / "set.html")
+    page_line, *blind_lines = capsys.readouterr().out.splitlines()
+    assert page_line == str(tmp_path / "set.html")
+    assert len(blind_lines) == 5 and all("without reading the question: " in line for line in blind_lines)
     page = (tmp_path / "set.html").read_text()
     found = Tags()
     found.feed(page)
@@ -132,6 +134,7 @@ def test_the_page_is_one_safe_file_and_its_numbers_are_json(tmp_path, capsys):
     assert numbers["questions"] == 60 and numbers["levels"] == {str(level): 10 for level in range(1, 7)}
     assert {finding["title"]: finding["count"] for finding in numbers["findings"]} == {
         "Bad rows": 1,
+        "A blind policy beats chance": 60,
         "A constant answer pays": 60,
         "Skewed letters": 60,
     }

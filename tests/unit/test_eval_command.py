@@ -237,6 +237,38 @@ def test_two_evaluations_are_compared(tmp_path, model, monkeypatch, capsys):
     assert "+50.0 points = +50.0 boxed more often +0.0 right among boxed" in capsys.readouterr().out
 
 
+MARKED = "prompt.option_format='{text} ({letter})'"
+
+
+def test_answers_to_another_option_format_do_not_mix(tmp_path, model, monkeypatch, capsys):
+    file, out = questions(tmp_path), tmp_path / "before"
+    asked = script(monkeypatch, lambda question, j: "\\boxed{A}")
+    assert evaluate(model, out, "--benchmarks", file) == 0
+    assert evaluate(model, out, "--benchmarks", file, MARKED) == 2
+    assert (
+        "holds an evaluation with prompt.option_format '{letter}: {text}', now it is '{text} ({letter})'; choose another folder"
+        in capsys.readouterr().err
+    )
+    assert evaluate(model, tmp_path / "after", "--benchmarks", file, "--against", out, MARKED) == 0
+    tokenizer = load_tokenizer(model)
+    assert "one 0 (A)\n" in tokenizer.decode(asked.tasks[-4].prompt_token_ids)
+    shown = "prompt.option_format '{letter}: {text}' and '{text} ({letter})'"
+    assert json.loads((tmp_path / "after" / "comparison.json").read_text())["prompts_differ"] == shown
+    assert f"warning: the two were asked with different prompts ({shown})" in capsys.readouterr().out
+
+
+def test_an_evaluation_of_before_there_were_option_formats_goes_on(tmp_path, model, monkeypatch):
+    file, out = questions(tmp_path), tmp_path / "out"
+    script(monkeypatch, lambda question, j: "\\boxed{A}")
+    assert evaluate(model, out, "--benchmarks", file) == 0
+    about = json.loads((out / "evaluation.json").read_text())
+    del about["asked"]["prompt"]["option_format"]
+    (out / "evaluation.json").write_text(json.dumps(about))
+    again = script(monkeypatch, lambda question, j: "never")
+    assert evaluate(model, out, "--benchmarks", file) == 0 and again.tasks == []
+    assert evaluate(model, out, "--benchmarks", file, MARKED) == 2
+
+
 def test_two_models_called_hf_get_folders_of_their_own(tmp_path):
     from argparse import Namespace
 

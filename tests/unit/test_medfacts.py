@@ -16,6 +16,7 @@ import yaml
 
 from alphamed.config.choices import BadRows
 from alphamed.data.sources import load_questions
+from alphamed.evaluation.blind import SHARED, blind_scores
 from alphamed.lab.datasets import medfacts
 from alphamed.lab.datasets.medfacts_table import parse, table
 
@@ -230,14 +231,23 @@ def test_level_1_is_short_and_plain(splits):
             assert len(" ".join([question.question, *question.options.values()]).split()) < 60, question
 
 
-def test_level_1_takes_wrong_options_from_other_sections(first):
-    near = 0
-    questions = [q for q in first.train if q.level == 1]
-    for question in questions:
-        category, _, _, subject = read(question)
-        own = section_answers(category)[subject]
-        near += sum(text in own for letter, text in question.options.items() if letter != question.answer)
-    assert near < 0.02 * 3 * len(questions)
+def near_share(questions) -> float:
+    """The share of wrong options that are answers in the asked fact's own section."""
+    near = [
+        text in section_answers(read(question)[0])[read(question)[3]]
+        for question in questions
+        for letter, text in question.options.items()
+        if letter != question.answer
+    ]
+    return sum(near) / len(near)
+
+
+def test_level_1_takes_wrong_options_from_other_sections_where_a_group_allows(first):
+    """Most categories have three sections, so that of four options two at least are of one: 1 of 6 pairs is near then, and
+    by chance 3 of 9. Level 6 asks for near ones."""
+    level = {number: [q for q in first.train if q.level == number and read(q)[1] == "ask"] for number in (1, 2, 6)}
+    assert near_share(level[1]) < 1 / 6 < 0.5 * near_share(level[6])
+    assert near_share(level[1]) < 0.6 * near_share(level[2])
 
 
 def test_a_held_out_fact_occurs_nowhere_in_training(splits):
@@ -273,7 +283,7 @@ def test_the_files_are_the_same_bytes_everywhere(tmp_path):
     digest = hashlib.sha256()
     for path in medfacts.write(tmp_path, 0).values():
         digest.update(path.read_bytes())
-    assert digest.hexdigest() == "e5b683a4f6129d7d7c6061f9b5d59b2687d3c995384e8604bc75b1ba50723290"
+    assert digest.hexdigest() == "5ed685fa8b075919517ea0ca298202c1a9ecc46d77906b71cc87bd5ccbb8ab78"
 
 
 def test_another_seed_draws_other_questions_and_holds_out_other_facts(first):
@@ -295,11 +305,87 @@ def test_filters_choose_and_change_nothing(first):
 def test_the_number_of_facts_and_copies():
     easy = {"levels": (1,), "categories": ("nutrients", "signs"), "facts": 40}
     few = medfacts.build(0, **easy, copies=5)
+    for split in (few.train, few.heldout_wording):
+        asked = Counter(subject for question in split for subject in stated_subjects(question))
+        assert (
+            len(asked) == 40 and min(asked.values()) == 5 and len(split) <= 40 * 5 + 2 * 3
+        )  # a last group may be filled up
     trained = set().union(*map(stated_subjects, few.train))
-    assert len(trained) == 40 and len(few.train) == 200
-    assert set().union(*map(stated_subjects, few.heldout_wording)) == trained and len(few.heldout_wording) == 200
+    assert set().union(*map(stated_subjects, few.heldout_wording)) == trained
     plain = medfacts.build(0, **easy)
     assert {q.id for q in plain.train} < {q.id for q in few.train}  # more copies add, they do not change
+
+
+def test_facts_are_dealt_to_categories_and_wrong_options_come_from_them_alone():
+    few = medfacts.build(0, levels=(1,), categories=("antidotes", "signs", "nutrients"), facts=14, copies=4)
+    subjects = {subject for question in few.train for subject in stated_subjects(question)}
+    assert sorted(Counter(category for category, _ in subjects).values()) == [4, 5, 5]
+    answers = {truth(category)[subject][0] for category, subject in subjects}
+    assert {text for question in few.train for text in question.options.values()} == answers
+    two = medfacts.build(0, levels=(1,), categories=("antidotes", "signs", "nutrients"), facts=11)
+    assert len({q.source for q in two.train}) == 2  # 11 facts are groups of four in two categories
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [(3, "facts: 3 make no question with 4 options"), (24, "facts: 24 are 24 of acid_base, which has 23")],
+)
+def test_facts_that_are_not_there_are_refused(facts, message):
+    with pytest.raises(ValueError, match=message):
+        medfacts.build(0, categories=("acid_base",), facts=facts)
+
+
+def test_so_many_copies_that_none_is_new_end():
+    few = medfacts.build(0, levels=(1,), categories=("ecg",), facts=4, copies=500)
+    assert 4 * 60 <= len(few.train) <= 4 * 4 * 24  # of each fact four wordings, each with 24 orders of its options
+    assert len({q.id for q in few.train}) == len(few.train)
+
+
+# -------------------------------------------------------------------------------------- nothing but the question decides
+def test_each_option_of_a_closed_group_is_right_once(splits):
+    """Whatever looks at the options alone, at their texts, lengths, letters or order, is right as often as chance is."""
+    for split in SPLITS:
+        keys = {}
+        for question in getattr(splits, split):
+            if read(question)[1] in ("ask", "reverse"):
+                arranged = (question.level, tuple(question.options.values()))
+                keys.setdefault(arranged, Counter())[question.answer] += 1
+        assert len(keys) > 50
+        for (_, texts), counts in keys.items():
+            assert set(counts) == set("ABCDEFGHIJ"[: len(texts)]) and len(set(counts.values())) == 1, texts
+
+
+QUICKSTART = {"levels": (1,), "categories": ("antidotes", "signs", "nutrients")}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    "filters",
+    [
+        QUICKSTART | {"facts": 12, "copies": 20},
+        QUICKSTART | {"facts": 24, "copies": 10},
+        QUICKSTART,
+        {"levels": (1,), "categories": ("bacteria", "drug_targets"), "facts": 24, "copies": 8},
+    ],
+)
+def test_no_blind_policy_is_more_than_5_points_above_chance(filters, seed):
+    sets = medfacts.build(seed, **filters)
+    for questions, train in ((sets.train, None), (sets.train, sets.train), (sets.heldout_wording, sets.train)):
+        for one in blind_scores(questions, train):
+            assert one.value <= one.chance + 0.05, one
+
+
+def test_no_policy_that_reads_options_alone_beats_chance_on_any_level(first):
+    """That which compares words with the question is left out: some diseases are called after their cause."""
+    for level in range(1, 7):
+        questions = [q for q in first.heldout_wording if q.level == level]
+        for one in blind_scores(questions, first.train):
+            assert one.policy == SHARED or one.value <= one.chance + 0.02, (level, one)
+
+
+def test_false_pairs_of_held_out_wordings_were_never_keys_in_training(first):
+    keys = [{q.options[q.answer] for q in part if read(q)[1] == "pairs"} for part in (first.train, first.heldout_wording)]
+    assert min(map(len, keys)) > 1000 and not keys[0] & keys[1]
 
 
 @pytest.mark.parametrize("filters", [{"levels": (7,)}, {"categories": ("astrology",)}])
@@ -323,3 +409,10 @@ def test_a_wrong_level_on_the_command_line_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         medfacts.main([str(tmp_path), "--levels", "9"])
     assert stop.value.code == 2 and "invalid choice: 9" in capsys.readouterr().err
+
+
+def test_too_few_facts_on_the_command_line_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        medfacts.main([str(tmp_path / "questions"), "--facts", "3"])
+    assert stop.value.code == 2 and "facts: 3 make no question with 4 options" in capsys.readouterr().err
+    assert not (tmp_path / "questions").exists()

@@ -56,6 +56,19 @@ def test_the_raw_prompt_is_one_text(tokenizers):
     assert tokenizers["chatml"].decode(builder.render(SCURVY), skip_special=False) == builder.text(SCURVY)
 
 
+def test_options_are_written_in_the_format_that_is_set(tokenizers):
+    """In the question, in worked examples and in both templates; braces in an option stay as they are."""
+    question = replace(SCURVY, options={"A": "Vitamin {A}", "B": "Vitamin C"})
+    shot = Shot(question="Is water wet?", options={"A": "yes", "B": "no"}, response="\\boxed{A}")
+    layout = {"option_format": "{text} ({letter})", "instruction": "", "shots": (shot,)}
+    asked = "Question: Which vitamin prevents scurvy?\n\nOptions:\nVitamin {A} (A)\nVitamin C (B)"
+    example = "Question: Is water wet?\n\nOptions:\nyes (A)\nno (B)"
+    raw = PromptBuilder(tokenizers["chatml"], PromptConfig(template="raw", **layout))
+    assert raw.text(question) == f"{example}\n\nAnswer: \\boxed{{A}}\n\n{asked}\n\nAnswer:"
+    chat = PromptBuilder(tokenizers["chatml"], PromptConfig(**layout))
+    assert f"user\n{example}<|im_end|>" in chat.text(question) and f"user\n{asked}<|im_end|>" in chat.text(question)
+
+
 def test_an_empty_instruction_leaves_no_blank_lines(tokenizers):
     builder = PromptBuilder(tokenizers["chatml"], PromptConfig(template="raw", instruction=""))
     assert builder.text(SCURVY) == (

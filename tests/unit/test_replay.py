@@ -138,6 +138,10 @@ def test_thinking_is_told_from_the_responses_where_the_model_is_elsewhere(tmp_pa
         ("rollout.samples_per_question=4", "rollout.samples_per_question: 4, .* sampled with 8"),
         ("rollout.max_staleness=1", "rollout.max_staleness: 1, .* sampled with 0"),
         ("prompt.instruction=Answer.", "prompt.instruction: 'Answer.', .* sampled with 'Please"),
+        (
+            "prompt.option_format='{text} ({letter})'",
+            r"prompt.option_format: '{text} \({letter}\)', .* sampled with '{letter}: ",
+        ),
         ("dynamic_sampling.refills=9", "dynamic_sampling.refills: 9, .* sampled with 0"),
         ("data.shuffle_options=false", "data.shuffle_options: False, .* sampled with True"),
     ],

@@ -301,6 +301,10 @@ def test_long_names_are_cut_and_stay_apart():
             ["data.medfacts: category ['nope'] unknown; choose from"],
         ),
         (
+            {"data": {"medfacts": {"facts": 3}}, "grids": [{"name": "g", "axes": {"sources": ["medfacts"]}}]},
+            ["data.medfacts: facts: 3 make no question with 4 options; give 4 or more"],
+        ),
+        (
             {"data": {"medfacts": {"levels": []}}, "grids": [{"name": "g", "axes": {"sources": ["medfacts"]}}]},
             ["data.medfacts.levels: "],
         ),
@@ -386,7 +390,7 @@ def test_a_set_is_made_anew_where_a_file_of_its_recipe_has_changed(write):
 def test_a_set_that_can_not_be_made_names_its_run_and_leaves_no_other(write, capfd):
     """60 questions, ten of each level: a set of 12 of level 2 cannot be drawn, that of ten can, and is made first."""
     path = write(
-        data={"sources": [OWN["sources"][0]], "medfacts": {"facts": 1}},
+        data={"sources": [OWN["sources"][0]], "medfacts": {"facts": 4}},
         grids=[{"name": "g", "axes": {"sources": ["own"], "sizes": [10, 12], "levels": [[2]], "seeds": [1]}}],
     )
     assert main(["study", str(path)]) == 2
@@ -402,7 +406,7 @@ def test_a_set_that_can_not_be_made_names_its_run_and_leaves_no_other(write, cap
     )
     assert make_sets(load_study(other), [first], "test") == [first.set.file]
     path = write(
-        data={"sources": [OWN["sources"][0]], "medfacts": {"facts": 1}},
+        data={"sources": [OWN["sources"][0]], "medfacts": {"facts": 4}},
         grids=[{"name": "g", "axes": {"sources": ["own"], "sizes": [10, 12], "levels": [[2]], "seeds": [1]}}],
     )
     assert main(["study", str(path)]) == 2

@@ -34,6 +34,7 @@ from alphamed.config.choices import (
     TruncatedReward,
     WandbMode,
 )
+from alphamed.config.option_format import OptionFormat
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -41,12 +42,10 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-"""What torch takes, with room for the stages' own (megatron/runtime.py); seeds of vLLM are hashes of it."""
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # torch's, with room for the stages' own; vLLM's seeds are hashes of it
 MAX_GPUS = 100_000
 """That a run can be given. Plans list every GPU; more is a slip of the keyboard."""
-Count = Annotated[int, Field(gt=0, le=MAX_GPUS)]
-"""Of processes, GPUs or nodes."""
+Count = Annotated[int, Field(gt=0, le=MAX_GPUS)]  # of processes, GPUs or nodes
 MAX_LOGITS_BYTES = 1 << 30
 """Of FP32 logits on one tensor rank, above which log-probs are computed in chunks automatically. Below, logits and
 their BF16 gradient are within 2% of an 80 GB GPU. Above, computing them twice costs a third of the output layer's time,
@@ -55,8 +54,7 @@ vocabulary on one rank."""
 AUTO_CHUNK_TOKENS = 2048
 """A chunk's weight gradient is added to the FP32 buffer, 12 bytes of traffic for each element of the output layer. On an
 H100 that takes as long as the product itself at 1,000 tokens, half as long at 2,048."""
-DottedName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
-"""A file's name with room for endings: file systems take 255 bytes."""
+DottedName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]  # + endings: at most 255 bytes
 
 
 class Section(BaseModel):
@@ -139,6 +137,8 @@ class PromptConfig(Section):
     template: PromptTemplate = PromptTemplate.CHAT
     system: str | None = None
     instruction: str = "Please reason step by step, and put the final answer in \\boxed{}"
+    option_format: OptionFormat = "{letter}: {text}"
+    """How an option is written, in questions and worked examples; `{text} ({letter})` puts the letter behind the text."""
     shots: tuple[Shot, ...] = ()
     max_tokens: Positive = 1024
     """Longer prompts are refused when the data is loaded."""

@@ -19,7 +19,7 @@ def describe(questions: Sequence[Question]) -> dict[str, Any]:
         "questions": len(questions),
         "content_sha256": content_sha256(questions),
         "sources": _counts(q.source or "unknown" for q in questions),
-        **{one.axis: _counts(str(one.of(q) or "none") for q in questions) for one in ATTRIBUTES},
+        **{kind.axis: _counts(str(kind.of(q) or "none") for q in questions) for kind in ATTRIBUTES},
         "options": _counts(str(len(q.options)) for q in questions),
         "answers": _counts(q.answer for q in questions),
         "with_context": sum(q.context is not None for q in questions),

@@ -1,8 +1,8 @@
 """Turns a question into the token ids of its prompt: the one place that training and evaluation share.
 
-The template is AlphaMed's (arXiv 2505.17952): question, lettered options, instruction. With `prompt.template: chat` it
-is the last user turn of a conversation in the model's own chat template, worked examples are earlier turns. With `raw`
-(base models without a chat template) all of it is one text that ends with "Answer:".
+The template is AlphaMed's (arXiv 2505.17952): question, lettered options (each written by `prompt.option_format`),
+instruction. With `prompt.template: chat` it is the last user turn of a conversation in the model's own chat template, worked
+examples are earlier turns. With `raw` (base models without a chat template) all of it is one text that ends with "Answer:".
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class PromptBuilder:
 
     def text(self, question: Question) -> str:
         """The whole prompt as text, control tokens of the chat template included. Raises DataError (see `render`)."""
-        block = _block(question.question, question.options, question.context)
+        block = _block(self._config, question.question, question.options, question.context)
         try:
             plain = self._tokenizer.plain(block)
         except ValueError as e:
@@ -99,11 +99,11 @@ class PromptBuilder:
 
     def require_lengths(self, questions: Iterable[Question]) -> None:
         """Raises DataError naming the longest prompt where `check_lengths` finds any."""
-        found = self.check_lengths(questions)
-        if not found:
+        too_long = self.check_lengths(questions)
+        if not too_long:
             return
-        longest = max(found, key=lambda prompt: prompt.tokens)
-        others = f" ({len(found)} prompts are too long)" if len(found) > 1 else ""
+        longest = max(too_long, key=lambda prompt: prompt.tokens)
+        others = f" ({len(too_long)} prompts are too long)" if len(too_long) > 1 else ""
         raise DataError(
             f"question {short(longest.question_id)}: its prompt takes {longest.tokens} tokens, "
             f"prompt.max_tokens is {longest.limit}{others}; raise it or leave such questions out"
@@ -135,12 +135,17 @@ def _squeezed(text: str) -> str:
 # --------------------------------------------------------------------------------------------------------- the template
 def asked_of_model(config: PromptConfig, question: Question) -> list[Message] | str:
     """What a question is asked with: the conversation that a chat template renders, or the text of a raw prompt."""
-    return _assembled(config, _block(question.question, question.options, question.context))
+    return _assembled(config, _block(config, question.question, question.options, question.context))
+
+
+def user_turn(config: PromptConfig, question: Question) -> str:
+    """A question as the user's turn asks it, without system prompt and worked examples."""
+    return _ask(config, _block(config, question.question, question.options, question.context))
 
 
 def _assembled(config: PromptConfig, block: str) -> list[Message] | str:
     """Everything around the block of one question."""
-    shots = [(_ask(config, _block(shot.question, shot.options)), shot.response) for shot in config.shots]
+    shots = [(_ask(config, _block(config, shot.question, shot.options)), shot.response) for shot in config.shots]
     if config.template == PromptTemplate.CHAT:
         messages = [Message(role="system", content=config.system)] if config.system else []
         for user, assistant in shots:
@@ -151,8 +156,8 @@ def _assembled(config: PromptConfig, block: str) -> list[Message] | str:
     return "\n\n".join([*parts, f"{_ask(config, block)}\n\nAnswer:"])
 
 
-def _block(question: str, options: Mapping[str, str], context: str | None = None) -> str:
-    lines = "\n".join(f"{letter}: {text}" for letter, text in options.items())
+def _block(config: PromptConfig, question: str, options: Mapping[str, str], context: str | None = None) -> str:
+    lines = "\n".join(config.option_format.format(letter=letter, text=text) for letter, text in options.items())
     front = f"Context: {context}\n\n" if context else ""
     return f"{front}Question: {question}\n\nOptions:\n{lines}" if options else f"{front}Question: {question}"
 

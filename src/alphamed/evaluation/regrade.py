@@ -120,8 +120,13 @@ def _tell_comparison(folder: Path, against: Path) -> None:
         raise ConfigError(
             f"--against: {against} has no question in common with {folder}; give an evaluation of the same benchmarks"
         )
-    replace_json(folder / COMPARISON, {"before": str(against), "after": str(folder), "benchmarks": found})
+    prompts = settings.prompt_difference(_settings(against), _settings(folder))
+    replace_json(
+        folder / COMPARISON, {"before": str(against), "after": str(folder), "prompts_differ": prompts, "benchmarks": found}
+    )
     print(f"compared with {against}:")
+    if prompts:
+        print(f"  warning: the two were asked with different prompts ({prompts}): not the model alone is compared")
     for name, one in found.items():
         print(f"  {paired.line(name, one)}")
     print(folder / COMPARISON)

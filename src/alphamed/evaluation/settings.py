@@ -14,6 +14,7 @@ from typing import Any
 
 from alphamed.config.choices import TruncatedReward
 from alphamed.config.schema import Config
+from alphamed.config.sections import PromptConfig
 from alphamed.errors import ConfigError
 from alphamed.files import replace_json
 from alphamed.rundir.provenance import model_entries
@@ -48,6 +49,7 @@ def read(folder: Path) -> dict[str, Any] | None:
         if found["format"] != FORMAT or not isinstance(found["asked"], Mapping) or not isinstance(found["sets"], Mapping):
             raise ValueError(f"format {found['format']}, this version reads {FORMAT}")
         _require(found)
+        found["asked"]["prompt"] = recorded_prompt(found["asked"]["prompt"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -55,6 +57,20 @@ def read(folder: Path) -> dict[str, Any] | None:
             f"{path}: not the settings of an evaluation ({type(error).__name__}: {error}); give a folder of `alphamed eval`"
         ) from None
     return found
+
+
+def recorded_prompt(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """A prompt section as it was recorded, with what was always so before it was a setting."""
+    return {"option_format": PromptConfig().option_format} | dict(recorded)
+
+
+def prompt_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
+    """The first setting of the prompt in which two evaluations' settings differ, in words; None where there is none."""
+    old, new = (
+        {f"prompt.{key}": value for key, value in evaluation["asked"]["prompt"].items()} for evaluation in (before, after)
+    )
+    name = next((name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)), None)
+    return None if name is None else f"{name} {old.get(name)!r} and {new.get(name)!r}"
 
 
 def _require(found: Mapping[str, Any]) -> None:

@@ -95,6 +95,15 @@ def _add_checks(verb: Callable[..., argparse.ArgumentParser]) -> None:
     sub = verb("inspect", _inspect, "Show a set as one HTML page: lengths, answers, sources, levels, examples, problems.")
     sub.add_argument("file", type=Path, metavar="FILE")
     sub.add_argument("--out", type=Path, metavar="FILE.html", help="default: FILE with .html; numbers beside as .json")
+    sub.add_argument(
+        "--train",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="training questions: what a policy that never reads a question would learn from them is scored on FILE "
+        "(default: from the other questions of FILE); may be repeated",
+    )
     _overwrite(sub)
 
 
@@ -295,7 +304,7 @@ def _suspects(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from alphamed.lab.datasets import page
 
-    return page.main(options.file, options.out, options.overwrite)
+    return page.main(options.file, options.out, options.overwrite, options.train)
 
 
 def _sources(options: argparse.Namespace) -> int:

@@ -4,6 +4,10 @@ Questions come in six levels of rising difficulty (`LEVELS`) and three sets (`bu
 (facts seen in training, sentences not) and held out by fact (facts whose subjects occur nowhere in training). Wrong
 options are of the same category and never true or arguable (`Fact.allows`), so that exactly one option is right.
 
+Plain and reversed questions come in closed groups (medfacts_groups.py): wrong options are right answers of other facts of
+the set, each as often right as any other, so that whoever does not read the question gains nothing over chance. In the
+negated forms, EXCEPT and PAIRS, the options are statements of their own, one of them false: that shows without the question.
+
 A seed gives the same bytes on every Python version and platform: choices use only `Random(text).random()`, the sequence
 that Python guarantees (that of `shuffle` and `sample` it does not).
 """
@@ -13,31 +17,27 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from enum import StrEnum
+from itertools import count
 from pathlib import Path
-from random import Random
 from typing import TypeVar
 
 from alphamed.files import replace_json_lines
+from alphamed.hashing import draw as draw_key
+from alphamed.lab.datasets.medfacts_groups import Groups, Reach, choose, shuffled, split_facts
 from alphamed.lab.datasets.medfacts_table import FEWEST_OPTIONS, Category, Fact, Form, table
 from alphamed.records import Question
 
 T = TypeVar("T")
 LETTERS = "ABCDEFGHIJ"
-HELD_OUT_SHARE = 0.2  # of the facts of each category, at least FEWEST_OPTIONS of them
+CLOSED = (Form.ASK, Form.REVERSE)
+"""Forms that are asked in closed groups."""
+ARRANGEMENTS = 40  # of a group's options that are tried for one that makes new questions
 
 
 # -------------------------------------------------------------------------------------------------------- the questions
-class Reach(StrEnum):
-    """Where wrong options come from first: other sections of the category, anywhere in it, the fact's own section."""
-
-    FAR = "far"
-    ANY = "any"
-    NEAR = "near"
-
-
 @dataclass(frozen=True, slots=True)
 class Level:
     """`forms` are tried in an order that differs from fact to fact; a fact that allows none is asked plainly."""
@@ -70,9 +70,8 @@ class _Material:
     """What one set may use of one category."""
 
     split: str
-    asked: tuple[Fact, ...]
-    offered: tuple[Fact, ...]  # whose subjects and answers may be wrong options
-    stated: tuple[Fact, ...]  # which may be stated as true beside the asked one
+    asked: tuple[Fact, ...]  # whose answers and subjects are the wrong options of closed groups, too
+    offered: tuple[Fact, ...]  # whose answers may make a false pair
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,107 +92,174 @@ def build(
 ) -> Splits:
     """The three sets of a seed.
 
-    `levels`, `categories` and `facts` (the number of facts to train on; `heldout_wording` asks about the same ones)
-    choose among the questions of the full sets and change none of them. `copies` is the number of questions of a fact
-    in each level, instead of that in LEVELS. Raises ValueError where a level or category does not exist.
+    `levels` and `categories` choose among the questions of the full sets and change none of them. `facts` is the number
+    of facts to train on, dealt evenly to the categories, at least 4 each (`heldout_wording` asks about the same ones):
+    wrong options come from these alone. `copies` is the number of questions of a fact in each level, instead of that in
+    LEVELS; some facts may be asked more often, to complete a group, and fewer are made once none is new. Raises
+    ValueError where a level or category does not exist, or where there are not so many facts.
     """
-    check(levels, categories)
+    check(levels, categories, facts)
     parts = {
-        name: _hold_out(category, seed) for name, category in table().items() if categories is None or name in categories
+        name: split_facts(category.facts, f"{seed}/hold out/{name}")
+        for name, category in table().items()
+        if categories is None or name in categories
     }
-    seen = [fact for _, kept in parts.values() for fact in kept]
-    chosen = frozenset(_shuffled(seen, f"{seed}/facts")[:facts])
-    found: dict[str, dict[str, Question]] = {field.name: {} for field in fields(Splits)}
-    for name, (held, kept) in parts.items():
+    trained = {name: trained for name, (_, trained) in parts.items()}
+    if facts is not None:
+        trained = choose(trained, facts, f"{seed}/facts")
+    splits: dict[str, list[Question]] = {field.name: [] for field in fields(Splits)}
+    for name, (held_out, _) in parts.items():
+        asked = trained.get(name, ())
         for material in (
-            _Material("train", kept, kept, kept),
-            _Material("heldout_wording", kept, kept, kept),
-            _Material("heldout_fact", held, table()[name].facts, held),
+            _Material("train", asked, asked),
+            _Material("heldout_wording", asked, asked),
+            _Material("heldout_fact", held_out, table()[name].facts),
         ):
-            for number in sorted(LEVELS if levels is None else set(levels)):
-                for fact, question in _level(seed, table()[name], material, number, copies):
-                    if fact in chosen or material.asked is held:
-                        found[material.split][question.id] = question  # an id is of the content: none comes twice
+            made = _Made(seed, table()[name], material)
+            for number in range(1, 1 + max(levels or LEVELS)):  # what one level asks depends on those before it
+                splits[material.split] += [
+                    question for question in made.level(number, copies) if levels is None or number in levels
+                ]
     return Splits(
         **{
-            split: tuple(by_id[key] for key in sorted(by_id, key=lambda key: _digest(f"{seed}/{key}")))
-            for split, by_id in found.items()
+            split: tuple(sorted(questions, key=lambda question: _digest(f"{seed}/{question.id}")))
+            for split, questions in splits.items()
         }
     )
 
 
-def check(levels: Collection[int] | None, categories: Collection[str] | None) -> None:
-    """Raises ValueError where a level or category does not exist."""
+def check(levels: Collection[int] | None, categories: Collection[str] | None, facts: int | None) -> None:
+    """Raises ValueError where a level or category does not exist, or where the facts make no question."""
     _check("level", levels, LEVELS)
     _check("category", categories, table())
+    if facts is not None and facts < FEWEST_OPTIONS:
+        raise ValueError(
+            f"medfacts: facts: {facts} make no question with {FEWEST_OPTIONS} options; give {FEWEST_OPTIONS} or more"
+        )
 
 
-def _check(what: str, chosen: Collection | None, known: Iterable) -> None:
+def _check(field: str, chosen: Collection | None, known: Iterable) -> None:
     if unknown := set(chosen or ()) - set(known):
-        raise ValueError(f"medfacts: {what} {sorted(unknown)} unknown; choose from {list(known)}")
+        raise ValueError(f"medfacts: {field} {sorted(unknown)} unknown; choose from {list(known)}")
 
 
-def _hold_out(category: Category, seed: int) -> tuple[tuple[Fact, ...], tuple[Fact, ...]]:
-    """The facts (held out, kept)."""
-    facts = _shuffled(category.facts, f"{seed}/hold out/{category.name}")
-    count = max(FEWEST_OPTIONS, round(HELD_OUT_SHARE * len(facts)))
-    return tuple(facts[:count]), tuple(facts[count:])
+class _Made:
+    """Makes the questions of one set and category, level by level; none comes twice."""
 
+    def __init__(self, seed: int, category: Category, material: _Material):
+        self._seed, self._category, self._material = seed, category, material
+        self._ids: set[str] = set()
 
-def _level(
-    seed: int, category: Category, material: _Material, number: int, copies: int | None
-) -> Iterator[tuple[Fact, Question]]:
-    level = LEVELS[number]
-    for copy in range(level.copies if copies is None else copies):
-        stream = f"{seed}/{material.split}/{category.name}/{number}/{copy}"
+    def level(self, number: int, copies: int | None) -> Iterator[Question]:
+        level = LEVELS[number]
+        stream = f"{self._seed}/{self._material.split}/{self._category.name}/{number}"
+        wanted: dict[Form, Counter[Fact]] = {form: Counter() for form in CLOSED}
         letters: dict[int, list[int]] = {}  # per number of options, a shuffled deck of positions
-        for turn, fact in enumerate(material.asked):
-            draw = _first_draw(fact, material, level, turn, f"{stream}/{fact.subject}")
-            size = 1 + len(draw.wrong)
-            if not letters.get(size):
-                letters[size] = _shuffled(range(size), f"{stream}/letters/{size}/{turn}")
-            wordings = category.wordings[draw.form]
-            choices = wordings.heldout if material.split == "heldout_wording" else wordings.train
-            order = _shuffled(choices, f"{seed}/{material.split}/{category.name}/{number}/{fact.subject}")
-            yield fact, _question(category, fact, draw, order[copy % len(order)], letters[size].pop(), number)
+        for copy in range(level.copies if copies is None else copies):
+            for turn, fact in enumerate(self._material.asked):
+                draw = self._first_draw(fact, level, turn, f"{stream}/{copy}/{fact.subject}")
+                if isinstance(draw, Form):
+                    wanted[draw][fact] += 1
+                    continue
+                size = 1 + len(draw.wrong)
+                if not letters.get(size):
+                    letters[size] = shuffled(range(size), f"{stream}/{copy}/letters/{size}/{turn}")
+                texts = list(draw.wrong)
+                texts.insert(letters[size].pop(), draw.right)
+                yield from self._new([self._question(fact, draw.form, draw.answer, draw.right, texts, copy, number)])
+        for form in CLOSED:
+            yield from self._closed(form, wanted[form], number, f"{stream}/{form}")
 
+    def _first_draw(self, fact: Fact, level: Level, turn: int, key: str) -> _Draw | Form:
+        """The question of the first form that the fact allows; for those that are made in groups the form alone."""
+        first = turn % len(level.forms)
+        for form in (*level.forms[first:], *level.forms[:first]):
+            if form in CLOSED:
+                return form
+            draw = _DRAWS[form](fact, self._material, level, key)
+            if draw is not None and 1 + len(draw.wrong) >= FEWEST_OPTIONS:
+                return draw
+        return Form.ASK
 
-def _first_draw(fact: Fact, material: _Material, level: Level, turn: int, key: str) -> _Draw:
-    first = turn % len(level.forms)
-    for form in (*level.forms[first:], *level.forms[:first], Form.ASK):
-        draw = _DRAWS[form](fact, material, level, key)
-        if draw is not None and 1 + len(draw.wrong) >= FEWEST_OPTIONS:
-            return draw
-    raise ValueError(
-        f"medfacts.yaml: {fact.category}: {fact.subject}: fewer than {FEWEST_OPTIONS - 1} wrong answers; "
-        f"add answers to the category"
-    )
+    def _closed(self, form: Form, wanted: Counter[Fact], number: int, stream: str) -> Iterator[Question]:
+        """Each fact at least as often as wanted, in groups: the facts of a group are asked one after the other with the
+        same options in the same order, so that each option is right once."""
+        times: Counter[Fact] = Counter()
+        groups = Groups(self._material.asked)
+        for turn in count():
+            missing = [fact for fact in wanted if times[fact] < wanted[fact]]
+            if not missing:
+                return
+            ahead = {fact: times[fact] - wanted[fact] for fact in self._material.asked}
+            first = min(missing, key=lambda fact: (ahead[fact], draw_key(f"{stream}/{turn}", fact.subject)))
+            group = groups.around(first, LEVELS[number].options, LEVELS[number].reach, ahead, f"{stream}/{turn}")
+            for order in range(ARRANGEMENTS):
+                arranged = shuffled(group, f"{stream}/{turn}/{order}")
+                texts = [fact.answer if form == Form.ASK else fact.subject for fact in arranged]
+                asked = [
+                    self._question(fact, form, fact.answer, text, texts, times[fact], number)
+                    for fact, text in zip(arranged, texts, strict=True)
+                ]
+                if new := self._new(asked):
+                    yield from new
+                    break
+            else:  # no new question is left of these facts
+                wanted = Counter({fact: wanted[fact] for fact in wanted if fact not in group})
+            times.update(group)
 
+    def _new(self, questions: list[Question]) -> list[Question]:
+        """The questions, where none of them was made before; else none."""
+        if any(question.id in self._ids for question in questions):
+            return []
+        self._ids.update(question.id for question in questions)
+        return questions
 
-def _draw_ask(fact: Fact, material: _Material, level: Level, key: str) -> _Draw:
-    wrong = _wrong_answers(fact, material.offered, level.reach, key)
-    return _Draw(Form.ASK, fact.answer, fact.answer, tuple(wrong[: level.options - 1]))
-
-
-def _draw_reverse(fact: Fact, material: _Material, level: Level, key: str) -> _Draw:
-    possible = (other for other in material.offered if not other.allows(fact.answer))
-    others = _other_facts(fact, possible, level.reach, key)
-    return _Draw(Form.REVERSE, fact.answer, fact.subject, tuple(o.subject for o in others[: level.options - 1]))
+    def _question(
+        self, fact: Fact, form: Form, answer: str, right: str, texts: Sequence[str], copy: int, number: int
+    ) -> Question:
+        category, split = self._category, self._material.split
+        wordings = category.wordings[form]
+        choices = wordings.heldout if split == "heldout_wording" else wordings.train
+        order = shuffled(choices, f"{self._seed}/{split}/{category.name}/{number}/{fact.subject}")
+        stem = order[copy % len(order)].format(
+            subject=fact.subject,
+            answer=answer,
+            subjects=category.subjects,
+            pair=category.pair,
+            predicate=category.predicate.format(answer=answer),
+        )
+        content = json.dumps([stem, list(texts)], ensure_ascii=False)
+        return Question(
+            id=f"medfacts-{category.name}-{_digest(content)[:12]}",
+            question=stem,
+            options=dict(zip(LETTERS, texts, strict=False)),
+            answer=LETTERS[texts.index(right)],
+            source=f"medfacts/{category.name}",
+            level=number,
+        )
 
 
 def _draw_except(fact: Fact, material: _Material, level: Level, key: str) -> _Draw | None:
     """The asked fact is the exception; the others, of its own section, share an answer that cannot be true of it."""
-    for answer in _wrong_answers(fact, material.stated, level.reach, key):
-        sharing = [other.subject for other in material.stated if other.answer == answer and other.section == fact.section]
+    for answer in _wrong_answers(fact, material.asked, level.reach, key):
+        sharing = [other.subject for other in material.asked if other.answer == answer and other.section == fact.section]
         if len(sharing) >= FEWEST_OPTIONS - 1:
-            return _Draw(Form.EXCEPT, answer, fact.subject, tuple(_shuffled(sharing, key)[: level.options - 1]))
+            return _Draw(Form.EXCEPT, answer, fact.subject, tuple(shuffled(sharing, key)[: level.options - 1]))
     return None
 
 
 def _draw_pairs(fact: Fact, material: _Material, level: Level, key: str) -> _Draw:
-    """The asked fact makes the false pair."""
-    others = _other_facts(fact, (other for other in material.stated if other is not fact), level.reach, key)
-    swapped = _wrong_answers(fact, material.offered, level.reach, key)[0]
+    """The asked fact makes the false pair, with one of at least two wrong answers."""
+    others = _by_reach(
+        (other for other in material.asked if other is not fact),
+        lambda other: other.section == fact.section,
+        level.reach,
+        key,
+    )
+    wrong = _wrong_answers(fact, material.offered, level.reach, key)
+    # training and held-out wordings have no false pair in common: nothing else would be needed to know it again
+    halves = sorted(wrong, key=lambda answer: draw_key(fact.subject, answer))
+    swapped = min(halves[material.split == "heldout_wording" :: 2], key=wrong.index)
     return _Draw(
         Form.PAIRS,
         fact.answer,
@@ -202,7 +268,7 @@ def _draw_pairs(fact: Fact, material: _Material, level: Level, key: str) -> _Dra
     )
 
 
-_DRAWS = {Form.ASK: _draw_ask, Form.REVERSE: _draw_reverse, Form.EXCEPT: _draw_except, Form.PAIRS: _draw_pairs}
+_DRAWS = {Form.EXCEPT: _draw_except, Form.PAIRS: _draw_pairs}
 
 
 def _wrong_answers(fact: Fact, offered: Iterable[Fact], reach: Reach, key: str) -> list[str]:
@@ -214,46 +280,14 @@ def _wrong_answers(fact: Fact, offered: Iterable[Fact], reach: Reach, key: str) 
     return _by_reach(near, near.__getitem__, reach, key)
 
 
-def _other_facts(fact: Fact, others: Iterable[Fact], reach: Reach, key: str) -> list[Fact]:
-    """The other facts in the order of preference."""
-    return _by_reach(others, lambda other: other.section == fact.section, reach, key)
-
-
 def _by_reach(items: Iterable[T], near: Callable[[T], bool], reach: Reach, key: str) -> list[T]:
     """Shuffled, then the near ones first or last as the reach has it."""
     late = {Reach.FAR: near, Reach.ANY: lambda _: False, Reach.NEAR: lambda item: not near(item)}[reach]
-    return sorted(_shuffled(items, key), key=late)
-
-
-def _question(category: Category, fact: Fact, draw: _Draw, wording: str, position: int, level: int) -> Question:
-    stem = wording.format(
-        subject=fact.subject,
-        answer=draw.answer,
-        subjects=category.subjects,
-        pair=category.pair,
-        predicate=category.predicate.format(answer=draw.answer),
-    )
-    texts = list(draw.wrong)
-    texts.insert(position, draw.right)
-    options = dict(zip(LETTERS, texts, strict=False))
-    content = json.dumps([stem, texts], ensure_ascii=False)
-    return Question(
-        id=f"medfacts-{category.name}-{_digest(content)[:12]}",
-        question=stem,
-        options=options,
-        answer=LETTERS[position],
-        source=f"medfacts/{category.name}",
-        level=level,
-    )
+    return sorted(shuffled(items, key), key=late)
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _shuffled(items: Iterable[T], key: str) -> list[T]:
-    random = Random(key)
-    return sorted(items, key=lambda _: random.random())
 
 
 # ------------------------------------------------------------------------------------------------------------ the files
@@ -290,7 +324,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--facts", type=int, metavar="N", help="train on N facts (default: all)")
     parser.add_argument("--copies", type=int, metavar="N", help="questions of a fact in each level")
     filters = vars(parser.parse_args(arguments))
-    for split, path in write(filters.pop("folder"), filters.pop("seed"), **filters).items():
+    try:
+        paths = write(filters.pop("folder"), filters.pop("seed"), **filters)
+    except ValueError as error:
+        parser.error(str(error))
+    for split, path in paths.items():
         print(f"{split}: {sum(1 for _ in path.open(encoding='utf-8'))} questions in {path}")
 
 

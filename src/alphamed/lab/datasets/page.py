@@ -18,7 +18,10 @@ from alphamed.data.output import beside, check_places, json_writer, text_writer,
 from alphamed.data.sources import load_questions
 from alphamed.data.text import normalised_option
 from alphamed.errors import ConfigError
+from alphamed.evaluation.blind import BlindScore
+from alphamed.evaluation.score import percent
 from alphamed.hashing import draw, file_sha256
+from alphamed.lab.datasets import inspect_blind
 from alphamed.lab.datasets.checks import Finding, check_set
 from alphamed.lab.reports.figures import Figure
 from alphamed.lab.reports.plots import PAGE_STYLE, STYLE, histogram, nice_ticks, ranked_bars
@@ -28,23 +31,29 @@ EXAMPLES = 10
 MOST_BARS = 14
 
 
-def main(file: Path, out: Path | None, overwrite: bool = False) -> int:
-    """`alphamed data inspect FILE`: write the page and its numbers, say where they lie."""
+def main(file: Path, out: Path | None, overwrite: bool = False, train: Sequence[Path] = ()) -> int:
+    """`alphamed data inspect FILE`: write the page and its numbers, print where they are. `train`: files of questions that
+    blind policies are fitted on."""
     out = out or beside(file, ".html")
     numbers_file = beside(out, ".json")
-    check_places({"--out": out, "the numbers": numbers_file}, {"FILE": [file]}, overwrite)
+    check_places({"--out": out, "the numbers": numbers_file}, {"FILE": [file], "--train": train}, overwrite)
     if out.suffix != ".html":
         raise ConfigError(f"--out: {out} is to be a page; give a name that ends in .html")
     if numbers_file.exists() and not _is_ours(numbers_file):
         raise ConfigError(f"--out: the numbers would replace {numbers_file}, which is of no inspection; give another --out")
     loaded = load_questions([file], BadRows.SKIP)
     (reading,) = loaded.readings
-    findings = check_set(loaded.questions, loaded.skipped, reading)
+    blind = inspect_blind.scores_of_file(loaded.questions, train)
+    findings = [*inspect_blind.findings(blind), *check_set(loaded.questions, loaded.skipped, reading)]
     about = {"file": str(file), "sha256": file_sha256(file), "reading": reading.plain()} | describe(loaded.questions)
-    numbers = about | {"findings": [_plain(finding) for finding in findings]}
-    page = render(file.name, about, loaded.questions, findings)
+    numbers = about | {
+        "blind_policies": {score.policy: score.plain() for score in blind},
+        "findings": [_plain(finding) for finding in findings],
+    }
+    page = render(file.name, about, loaded.questions, findings, blind)
     write_all({out: text_writer(page), numbers_file: json_writer(numbers)})
     print(out)
+    inspect_blind.print_scores(blind)
     return 0
 
 
@@ -56,7 +65,13 @@ def _is_ours(numbers_file: Path) -> bool:
     return isinstance(numbers, dict) and {"sha256", "findings"} <= numbers.keys()
 
 
-def render(name: str, about: dict[str, Any], questions: Sequence[Question], findings: Sequence[Finding]) -> str:
+def render(
+    name: str,
+    about: dict[str, Any],
+    questions: Sequence[Question],
+    findings: Sequence[Finding],
+    blind: Sequence[BlindScore] = (),
+) -> str:
     import jinja2
 
     folder = Path(__file__).parent
@@ -72,6 +87,7 @@ def render(name: str, about: dict[str, Any], questions: Sequence[Question], find
         about=about,
         figures=set_figures(questions),
         findings=findings,
+        blind=[(score, percent(score.value), *map(percent, score.interval), percent(score.chance)) for score in blind],
         examples=examples(questions),
         chart_style=STYLE,
         style=PAGE_STYLE.read_text(encoding="utf-8"),

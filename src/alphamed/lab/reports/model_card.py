@@ -11,11 +11,13 @@ from typing import Any
 
 from alphamed.config.schema import Config
 from alphamed.data.attributes import ATTRIBUTES, Attribute
+from alphamed.data.prompts import user_turn
 from alphamed.evaluation.score import Score
 from alphamed.files import replace_text
 from alphamed.lab.reports.report import ROWS, evaluations, one_letter, read_set_items, training_sentences
 from alphamed.lab.reports.rollout_report import run_stats
 from alphamed.lab.reports.watch import warnings
+from alphamed.records import Question
 from alphamed.rundir import provenance
 from alphamed.rundir.metrics import read_rows
 
@@ -94,7 +96,7 @@ def card(
         "Questions were asked in this form, and the letter in the last `\\boxed{}` was graded:",
         "",
         "```",
-        f"Question: ...\n\nOptions:\nA: ...\nB: ...\n\n{config.prompt.instruction}",
+        user_turn(config.prompt, Question("", "...", {"A": "...", "B": "..."}, "A")),
         "```",
         "",
         f"Template: {config.prompt.template}{_shots(config)}{_variables(config)}; at most {rollout.max_response_tokens} tokens a response.",

@@ -122,7 +122,7 @@ def _read_run(path: Path, number: int, name: str) -> ComparedRun:
         str(_get(tree, "model", "path")),
         str(_get(tree, "reward", "name") or "correct"),
         steps,
-        json.dumps([_get(tree, "prompt"), limit], sort_keys=True),
+        json.dumps([settings.recorded_prompt(_get(tree, "prompt") or {}), limit], sort_keys=True),
         _training_set(path, responses),
         before,
         after,

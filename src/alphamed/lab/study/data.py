@@ -18,7 +18,7 @@ def check_sources(study: Study, runs: Iterable[PlannedRun]) -> None:
     """Refuse what cannot be built, as far as it shows without reading data. Raises ConfigError."""
     if study.data is not None and study.data.medfacts is not None:
         try:
-            medfacts.check(study.data.medfacts.levels, study.data.medfacts.categories)
+            medfacts.check(study.data.medfacts.levels, study.data.medfacts.categories, study.data.medfacts.facts)
         except ValueError as error:
             raise ConfigError(f"data.{error}") from None
     for one in _sets(runs):
@@ -86,7 +86,7 @@ def _write_medfacts(wanted: MedFacts, folder: Path) -> None:
     try:
         medfacts.write(folder, wanted.seed, **filters)
     except ValueError as error:
-        raise ConfigError(f"data.medfacts: {error}") from None
+        raise ConfigError(f"data.{error}") from None
 
 
 def _make(run: PlannedRun, command: str) -> None:
