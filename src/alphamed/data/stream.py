@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from alphamed.config.choices import Spread
 from alphamed.errors import DataError
 from alphamed.records import Question
 
@@ -39,15 +40,18 @@ class QuestionStream:
     """An endless stream: every epoch meets every question once, in an order of its own.
 
     `take(n)` may cross epochs, so a small data set can give the same question twice in one step (with other letters).
+    `spread`: what is spread evenly over an epoch, the right answers' texts or the sources of questions.
     """
 
-    def __init__(self, questions: Sequence[Question], seed: int, shuffle_options: bool = True):
+    def __init__(
+        self, questions: Sequence[Question], seed: int, shuffle_options: bool = True, spread: Spread = Spread.NOTHING
+    ):
         if not questions:
             raise DataError("no question to train on; give data.train a file with questions")
         self._questions = {question.id: question for question in questions}
         assert len(self._questions) == len(questions), f"{len(questions)} questions with {len(self._questions)} ids"
         self._seed = seed
-        self._reletter = shuffle_options
+        self._reletter, self._spread = shuffle_options, spread
         self._fixed = {question.id for question in questions if refers_to_options(question)}
         self._fingerprint = _digest("ids", *sorted(self._questions)).hex()
         self._epoch, self._position = 0, 0
@@ -89,7 +93,24 @@ class QuestionStream:
 
     def _begin_epoch(self) -> None:
         self._order = sorted(self._questions, key=lambda i: _digest("order", self._seed, self._epoch, i))
+        if self._spread != Spread.NOTHING:
+            self._order = self._spread_evenly(self._order)
         self._places = self._deal_places() if self._reletter else {}
+
+    def _spread_evenly(self, order: Sequence[str]) -> list[str]:
+        """The n questions of a kind at a place of their own in each nth of the epoch: with k kinds of as many questions each,
+        any k neighbours from a multiple of k on are one of each kind. Kinds of one question stay in random order."""
+        kinds: dict[str | None, list[str]] = {}
+        for i in order:
+            question = self._questions[i]
+            kind = question.source if self._spread == Spread.SOURCE else question.options[question.answer]
+            kinds.setdefault(kind, []).append(i)
+        places = {
+            i: (number + _fraction("spread", self._seed, self._epoch, i)) / len(ids)
+            for ids in kinds.values()
+            for number, i in enumerate(ids)
+        }
+        return sorted(order, key=places.__getitem__)
 
     def _deal_places(self) -> dict[str, int]:
         """Question id -> where its answer goes this epoch, for the questions that may be relettered.
@@ -139,6 +160,11 @@ def shuffle_options(question: Question, seed: int, epoch: int, place: int | None
 def refers_to_options(question: Question) -> bool:
     """Whether an option (or the question itself) speaks of options by their place; in doubt, yes."""
     return bool(_STEM_REFERS.search(question.question)) or any(map(_REFERS.search, question.options.values()))
+
+
+def _fraction(*parts: object) -> float:
+    """A pseudo-random number from 0 up to 1."""
+    return int.from_bytes(_digest(*parts)[:6], "big") / 2**48
 
 
 def _digest(*parts: object) -> bytes:
