@@ -147,6 +147,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_running(verb: Verb) -> None:
     sub = verb("train", _train, "Train on this machine; on an existing run directory, continue.", config=True)
     sub.add_argument("--check", action="store_true", help="validate everything, start nothing")
+    sub = verb("sft", _sft, "Supervised training on given responses, on the parts of train; continues like it.", config=True)
+    sub.add_argument("--check", action="store_true", help="validate everything, start nothing")
     sub = verb(
         "plan",
         _plan,
@@ -236,10 +238,15 @@ def _add_reading(verb: Verb) -> None:
 # ---------------------------------------------------------------------------------------------------------------- verbs
 def _train(options: argparse.Namespace) -> int:
     from alphamed.config.loading import load_config
+    from alphamed.errors import ConfigError
     from alphamed.lab.hooks import validate
     from alphamed.launch import single_host
 
     config = load_config(options.config, options.overrides)
+    if config.sft is not None:
+        raise ConfigError(
+            "sft: a configuration with this section is for `alphamed sft`; use that verb, or remove the section"
+        )
     checked = validate(config)
     checked.print_notes()
     if options.check:
@@ -253,6 +260,30 @@ def _train(options: argparse.Namespace) -> int:
         )
         if earned:
             print(f"reward {config.reward.name}: {earned}")
+        return 0
+    return single_host.train(config)
+
+
+def _sft(options: argparse.Namespace) -> int:
+    from alphamed.config.loading import build_config, load_tree
+    from alphamed.errors import ConfigError
+    from alphamed.lab.hooks import validate
+    from alphamed.launch import single_host
+
+    tree = load_tree(options.config, options.overrides)
+    config = build_config(tree if tree.get("sft") is not None else tree | {"sft": {}})
+    if config.sft and config.sft.epochs is not None and (tree.get("run") or {}).get("steps") is not None:
+        raise ConfigError(
+            f"sft.epochs: {config.sft.epochs:g} and run.steps: {config.run.steps} both say how long; remove one"
+        )
+    checked = validate(config)
+    checked.print_notes()
+    if options.check:
+        print(
+            f"{options.config}: in order; {checked.questions} examples, {checked.evaluation_questions} questions for "
+            f"evaluation, {checked.shape.parameters:,} parameters, {config.parallel.world} ranks, "
+            f"{config.rollout.engines if config.generates else 0} engines"
+        )
         return 0
     return single_host.train(config)
 
@@ -308,10 +339,10 @@ def _worker(options: argparse.Namespace) -> int:
 
 def _train_here(config: Config) -> None:
     """The loop on this rank: torch is imported when its output goes to the rank's log."""
-    from alphamed import train
+    from alphamed import sft, train
     from alphamed.lab.hooks import HOOKS
 
-    train.main(config, HOOKS)
+    (train if config.sft is None else sft).main(config, HOOKS)
 
 
 def _eval(options: argparse.Namespace) -> int:

@@ -91,7 +91,7 @@ def stage_use(job: Job, stage: int, row: Micro | None = None, rows: int | None =
         biggest = (
             parameters.stage_size(job.shape, p.tensor, p.pipeline, job.virtual, stage).largest * p.tensor * job.trainer_bytes
         )
-        causes["sync buckets"] = _sending_bytes(job, biggest)
+        causes["sync buckets"] = _sending_bytes(job, biggest) if job.engines or not job.supervised else 0
         causes["NCCL and CUDA"] = CONTEXT_BYTES + COMMUNICATOR_BYTES * _communicators(job)
     share = 1.0 if job.gpu.is_cpu else 1 - ALLOCATOR_SHARE
     first, ranks = stage * p.tensor * p.replicas, p.tensor * p.replicas
@@ -153,7 +153,7 @@ def _rotated_bytes(job: Job) -> float:
 def _copied_keys(job: Job) -> float:
     """Copies of keys and values that attention of shared prompts makes per token of a row on CUDA: every answer gets its
     prompt's, padded to the longest."""
-    samples, prompt = job.rollout.samples_per_question, job.mean_prompt
+    samples, prompt = job.group_size, job.mean_prompt
     longest = min(2 * job.mean_response, job.rollout.max_response_tokens)
     return samples * (prompt + longest) / (prompt + samples * job.mean_response)
 

