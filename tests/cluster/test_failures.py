@@ -1,6 +1,7 @@
 """What befalls a job of several hosts: a host that dies, a cut network, a full disk, Slurm that takes the hosts away. Each ends in
 recovery, or in one line that names the host; nothing is left behind."""
 
+import contextlib
 import shutil
 import time
 
@@ -130,7 +131,7 @@ def test_a_run_directory_of_one_host_alone_is_noticed_before_anything_starts(hos
 
 
 def test_a_checkpoint_that_the_disk_has_no_room_for_ends_the_run(hosts, here):
-    """Before it is begun. (A disk that other files fill: docs/cluster.md, open.)"""
+    """Before it is begun."""
     run_dir = hosts.small / "runs"
     job = here.submit(hosts, 3, *LONG, f"run.root={run_dir}")
     try:
@@ -139,7 +140,30 @@ def test_a_checkpoint_that_the_disk_has_no_room_for_ends_the_run(hosts, here):
         shutil.rmtree(run_dir)
     failures = [line for line in here.log(job).splitlines() if line.startswith(("run failed", "error"))]
     assert len(failures) == 1 and failures[0].startswith("error: checkpoint ") and "make room" in failures[0], here.log(job)
+    assert " on node1; " in failures[0], failures
     require_nothing_left(hosts)
+
+
+def test_a_disk_that_fills_while_the_run_lives_ends_it_with_one_line(hosts, here):
+    """Rollouts, metrics, logs and records all find it full."""
+    root = hosts.small / "runs"
+    job = here.submit(hosts, 3, *LONG, "checkpoint.every=0", f"run.root={root}")
+    run_dir = root / "tiny"
+    try:
+        hosts.wait_until(lambda: len(recorded_steps(run_dir)) >= 2, f"step 2: {here.log(job)}", DEADLINE_S)
+        with contextlib.suppress(OSError), (hosts.small / "filler").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        assert hosts.wait_for_end(job, END_S) == "FAILED", here.log(job)
+        failures = [line for line in here.log(job).splitlines() if line.startswith(("run failed", "error"))]
+        assert len(failures) == 1 and failures[0].startswith("run failed: rank 0 (pid "), here.log(job)
+        assert " on node1): " in failures[0] and "No space left on device; make room" in failures[0], failures
+        assert "Traceback" not in here.log(job).partition("--- the last lines")[0], here.log(job)
+        assert any("No space left on device" in line for line in status(run_dir, time.time()))
+        require_nothing_left(hosts)
+    finally:
+        (hosts.small / "filler").unlink(missing_ok=True)
+        shutil.rmtree(root, ignore_errors=True)
 
 
 def test_two_jobs_on_the_same_hosts_do_not_meet(hosts):

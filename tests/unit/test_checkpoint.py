@@ -130,6 +130,6 @@ def test_a_full_disk_is_found_before_writing(tmp_path, monkeypatch):
     write(tmp_path, 10)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(8 << 30, 7 << 30, 1 << 30))
-    with pytest.raises(CheckpointError, match=r"needs 3.00 GiB, 1.00 GiB are free; make room or lower checkpoint.keep"):
+    with pytest.raises(CheckpointError, match=r"needs 3.0 GiB, 1.0 GiB are free there; make room or lower checkpoint.keep"):
         begin(tmp_path, 20, needed_bytes=3 << 30)
     assert names(tmp_path) == ["latest", "step_000010"] and latest(tmp_path).name == "step_000010"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import socket
 import sys
 import threading
 import time
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from alphamed.cluster import failure
 from alphamed.cluster.addresses import LOOPBACK
-from alphamed.cluster.job import ADDRESS_VARIABLE, HOST_VARIABLE
+from alphamed.cluster.job import ADDRESS_VARIABLE, on_host
 from alphamed.cluster.links import Links, Peer, accept, join, listen
 from alphamed.errors import RunFailed
 
@@ -38,10 +37,8 @@ it."""
 
 
 def rank_name(rank: int) -> str:
-    """This process as errors call it; where ranks are on several hosts, with its host."""
-    several = os.environ.get("LOCAL_WORLD_SIZE", "1") != os.environ.get("WORLD_SIZE", "1")
-    host = f" on {os.environ.get(HOST_VARIABLE) or socket.gethostname()}" if several else ""
-    return f"rank {rank} (pid {os.getpid()}{host})"
+    """This process as errors call it; where the run is on several hosts, with its host."""
+    return f"rank {rank} (pid {os.getpid()}{on_host()})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,14 @@
 
 A dying run fails in many places at once (a killed rank breaks its peers' connections). Every rank that learns of a
 failure tries to record it; the first record stays. What torchrun saw of its workers outranks it where a worker died of
-a signal: nobody else can have caused that.
+a signal: nobody else can have caused that. A start reserves the space for its record, so that a full disk can be
+recorded on that disk.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -19,6 +21,9 @@ from typing import Any
 from alphamed.errors import RunFailed
 
 FAILURE_FILE = "failure.json"
+RESERVE_FILE = ".failure"
+"""Blanks, as long as the run lives; where the disk has no room for another file the failure is written over them."""
+RESERVED_BYTES = 4096
 WORKERS_FILE = "workers.json"
 """What torchrun's agent saw of its workers, written by `cluster.agent` when one of them failed."""
 HOSTS_FOLDER = "nodes"
@@ -42,34 +47,63 @@ def of_exception(error: BaseException, component: str) -> RunFailed:
         return error
     if isinstance(error, ConfigError | DataError) or getattr(error, "user_error", False):
         return RunFailed("", str(error), user_error=True)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = error.filename if error.filename is not None else "a file system"
+        return RunFailed(
+            component, f"{place}: {error.strerror}; make room, and the same command continues from the last checkpoint"
+        )
     return RunFailed(component, f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
 
 
+def reserve(run_dir: Path) -> None:
+    """Take the space that `record` falls back to. Raises OSError where there is none."""
+    (run_dir / RESERVE_FILE).write_bytes(b" " * RESERVED_BYTES)
+
+
+def release(run_dir: Path) -> None:
+    """Give the space back, unless a failure stands there."""
+    path = run_dir / RESERVE_FILE
+    if not _read(path):
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
 def record(run_dir: Path, failure: RunFailed) -> None:
-    """Keep this failure in the run directory unless another one came first. Safe among processes."""
+    """Keep this failure in the run directory unless another one came first. Safe among processes, and never raises: who
+    records a failure is about to end and to tell others."""
+    text = json.dumps({"component": failure.component, "message": failure.message, "user_error": failure.user_error})
     path = run_dir / FAILURE_FILE
     draft = path.with_name(f".{FAILURE_FILE}.{os.getpid()}")
-    draft.write_text(
-        json.dumps({"component": failure.component, "message": failure.message, "user_error": failure.user_error}),
-        encoding="utf-8",
-    )
     try:
+        draft.write_text(text, encoding="utf-8")
         os.link(draft, path)  # fails where the name exists, and is never half written
     except FileExistsError:
         pass
+    except OSError:
+        with contextlib.suppress(OSError):
+            _record_in_reserve(run_dir / RESERVE_FILE, text.encode())
     finally:
-        draft.unlink()
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+def _record_in_reserve(path: Path, text: bytes) -> None:
+    """One write of as many bytes as the file has, which takes no space. Two at the same moment: the later one stays."""
+    with open(path, "r+b", buffering=0) as file:
+        if not file.read().strip() and len(text) <= RESERVED_BYTES:
+            os.pwrite(file.fileno(), text.ljust(RESERVED_BYTES), 0)
+            os.fsync(file.fileno())
 
 
 def recorded(run_dir: Path) -> RunFailed | None:
     """The failure that was recorded first, if any."""
-    tree = _read(run_dir / FAILURE_FILE)
+    tree = _read(run_dir / FAILURE_FILE) or _read(run_dir / RESERVE_FILE)
     return RunFailed(tree["component"], tree["message"], tree["user_error"]) if tree else None
 
 
 def forget(run_dir: Path) -> None:
-    """Remove the records of an earlier start."""
-    for name in (FAILURE_FILE, WORKERS_FILE, STOP_FILE, ENDED_FILE):
+    """Remove the records of a start."""
+    for name in (FAILURE_FILE, RESERVE_FILE, WORKERS_FILE, STOP_FILE, ENDED_FILE):
         (run_dir / name).unlink(missing_ok=True)
     for path in run_dir.glob(f"{HOSTS_FOLDER}/*/{WORKERS_FILE}"):
         path.unlink(missing_ok=True)
@@ -107,7 +141,9 @@ class DeadWorker:
 
 
 def write_workers(path: Path, workers: list[DeadWorker]) -> None:
-    path.write_text(json.dumps([asdict(worker) for worker in workers]), encoding="utf-8")
+    """Where the disk is full the ranks' own record, for which space is reserved, has to do."""
+    with contextlib.suppress(OSError):
+        path.write_text(json.dumps([asdict(worker) for worker in workers]), encoding="utf-8")
 
 
 def read_workers(run_dir: Path) -> list[DeadWorker]:
@@ -151,7 +187,7 @@ def signal_name(number: int) -> str:
 
 
 def _read(path: Path) -> Any:
-    try:
+    """The JSON of a file; None where it is absent, blank, or cut short by a full disk."""
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
+    return None

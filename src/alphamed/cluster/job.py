@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Self
@@ -69,3 +70,10 @@ class Job:
         """The job that this process is part of; None on a single host, or where torchrun was started by hand."""
         text = environment.get(VARIABLE)
         return cls.from_json(text) if text else None
+
+
+def on_host() -> str:
+    """' on NAME' for messages of a run over several hosts, nothing on a single one."""
+    several = os.environ.get("LOCAL_WORLD_SIZE", "1") != os.environ.get("WORLD_SIZE", "1")
+    name = os.environ.get(HOST_VARIABLE) or (socket.gethostname() if several else "")
+    return f" on {name}" if name else ""

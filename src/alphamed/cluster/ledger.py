@@ -6,6 +6,7 @@ whoever comes after a violent death (the guard, the next start) can end by id wh
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -181,12 +182,12 @@ class Ledger:
             for path in self._temporary.glob(f"session_latest/logs/{pattern}")
             if path.stat().st_size
         ]
-        if printed:
-            kept = self._file.parent / "logs" / "ray"
-            shutil.rmtree(kept, ignore_errors=True)
-            kept.mkdir(parents=True)
-            for path in printed:
-                shutil.move(path, kept / path.name)
+        folder = self._file.parent / "logs" / "ray"
+        shutil.rmtree(folder, ignore_errors=True)
+        for path in printed:
+            with contextlib.suppress(OSError):  # a full disk: the rest of the clean-up matters more
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.move(path, folder / path.name)
 
     def make_temporary_folder(self) -> Path:
         """Raises ConfigError where somebody else's file stands in the way."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from alphamed.errors import ConfigError
-from alphamed.evaluation import paired, results, settings
+from alphamed.evaluation import choices, paired, results, settings
 from alphamed.evaluation.items import ITEMS, Grading, Item, read_items, regraded, row
 from alphamed.files import replace_json, replace_json_lines
 
@@ -52,6 +52,8 @@ def told(folder: Path, against: Path | None) -> int:
     found = write_results(folder)
     for name, one in found["benchmarks"].items():
         print(results.line(name, one))
+        if one["choices"]:
+            print(f"  {name}: {choices.line(one['choices'])}")
         if one["complaint"]:
             print(f"  warning: {name}: {one['complaint']}")
         for note in one.get("notes", ()):

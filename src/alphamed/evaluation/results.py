@@ -2,9 +2,9 @@
 
 Per set (a benchmark, or `benchmark+variant`): `n` questions, `accuracy` with its 95% Wilson interval (`ci_low`, `ci_high`),
 shares of `unparseable`, `truncated` (cut by the token limit, whatever they were graded) and `boxed` responses, accuracy
-among boxed ones, response lengths, the same by source, level and informativeness; with several samples a question also the
-majority vote, pass@k, and the accuracy of each run (run j: sample j of every question). Shares are fractions of 1, lengths
-tokens; None where there is nothing to divide by.
+among boxed ones, response lengths, how the options are chosen (`choices`), the same by source, level and informativeness; with
+several samples a question also the majority vote, pass@k, and the accuracy of each run (run j: sample j of every question).
+Shares are fractions of 1, lengths tokens; None where there is nothing to divide by.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from alphamed.data.attributes import ATTRIBUTES
 from alphamed.data.text import counted
+from alphamed.evaluation.choices import Response, choices
 from alphamed.evaluation.items import Item
 from alphamed.evaluation.sampling import bootstrap_mean, bootstrap_mean_of_means, pass_at_k, shown_ks, vote
 from alphamed.evaluation.score import wilson
@@ -28,7 +29,7 @@ Answers = Sequence[Sequence[Item]]
 def set_result(answers: Answers) -> dict[str, Any]:
     """The result of one set. ValueError without questions or with unequal numbers of samples."""
     samples = _samples(answers)
-    found = _shares(answers) | {"samples": samples, "tokens": _lengths(answers)}
+    found = _shares(answers) | {"samples": samples, "tokens": _lengths(answers), "choices": _choices(answers)}
     if samples > 1:
         found |= _of_samples(answers, samples)
     found["by_source"] = _parts(answers, lambda item: item.asked.question.source)
@@ -99,6 +100,24 @@ def _shares(answers: Answers) -> dict[str, Any]:
         "accuracy_among_boxed": right / boxed if boxed else None,
         "chance": _chance(answers),
     }
+
+
+def _choices(answers: Answers) -> dict[str, Any] | None:
+    """How the responses choose among the options that are shown; None where none are."""
+    items = [item for of_question in answers for item in of_question]
+    chosen = choices(
+        [
+            Response(
+                item.asked.question.id,
+                item.asked.shown.options,
+                item.asked.question.answer,
+                item.text,
+                item.letter if item.boxed else None,
+            )
+            for item in items
+        ]
+    )
+    return chosen.plain() if chosen else None
 
 
 def _chance(answers: Answers) -> float | None:

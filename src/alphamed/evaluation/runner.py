@@ -12,6 +12,7 @@ from typing import Any
 from alphamed.config.choices import BadRows
 from alphamed.data.attributes import values_of
 from alphamed.errors import ConfigError
+from alphamed.evaluation.choices import choices_of_groups, line
 from alphamed.evaluation.score import Score, Share, percent, score
 from alphamed.files import read_json_lines, replace_json, replace_json_lines
 from alphamed.records import GenerationTask, Question, Sampling, ScoredGroup
@@ -182,13 +183,21 @@ def _result(questions: QuestionSet, tasks: Sequence[GenerationTask], answers: Se
 
 
 def summary(evaluation: Evaluation) -> list[str]:
-    """One line a set for the console."""
-    return [
+    """Two lines a set for the console: scores, and how the responses choose among the options."""
+    lines = []
+    for result in evaluation.results:
+        lines.append(_score_line(result))
+        if chosen := choices_of_groups(result.groups):
+            lines.append(f"  {line(chosen.plain())}")
+    return lines
+
+
+def _score_line(result: SetResult) -> str:
+    return (
         f"evaluation of {result.questions.name} (n = {result.score.n}): accuracy {result.score.accuracy}, "
         f"boxed {result.score.boxed}, right among boxed {result.score.accuracy_among_boxed}, "
         f"truncated {percent(result.score.truncated.value)}, {result.score.tokens_mean:.0f} tokens"
-        for result in evaluation.results
-    ]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- files

@@ -107,8 +107,10 @@ def owned(run_dir: Path) -> Iterator[Ledger]:
         if done.ended or done.segments:
             print(f"{run_dir}: an earlier start died; {done}", file=sys.stderr)
         failure.forget(run_dir)
+        failure.reserve(run_dir)
         yield ledger
     finally:
+        failure.release(run_dir)
         lock.release()
 
 

@@ -138,36 +138,40 @@ def _captured_output(run_dir: Path, rank: int) -> Iterator[TextIO]:
         open(console_out, "w", buffering=1, errors="replace") as out,
         open(console_error, "w", buffering=1, errors="replace") as error,
     ):
-        before = sys.stdout
-        if rank == 0:
-            sys.stdout = _Tee(out, before)
+        before = sys.stdout, sys.stderr
+        sys.stderr = _Log(sys.stderr)
+        sys.stdout = _Log(sys.stdout, out if rank == 0 else None)
         try:
             yield error
         finally:
             sys.stdout.flush()
-            sys.stdout = before
+            sys.stdout, sys.stderr = before
 
 
-class _Tee:
-    """A text stream into two others."""
+class _Log:
+    """A text stream into a log, and a console where one is given. What a full disk has no room for is not logged: the run
+    does not end for that."""
 
-    def __init__(self, console: TextIO, log: TextIO):
-        self._console, self._log = console, log
-        self.encoding = console.encoding
+    def __init__(self, log: TextIO, console: TextIO | None = None):
+        self._log, self._console = log, console
+        self.encoding, self.errors = log.encoding, log.errors
 
     def write(self, text: str) -> int:
-        self._log.write(text)
-        return self._console.write(text)
+        with contextlib.suppress(OSError):
+            self._log.write(text)
+        return self._console.write(text) if self._console else len(text)
 
     def flush(self) -> None:
-        self._log.flush()
-        self._console.flush()
+        with contextlib.suppress(OSError):
+            self._log.flush()
+        if self._console:
+            self._console.flush()
 
     def isatty(self) -> bool:
-        return self._console.isatty()
+        return bool(self._console and self._console.isatty())
 
     def fileno(self) -> int:
-        return self._console.fileno()
+        return (self._console or self._log).fileno()
 
 
 def _fail(run_dir: Path, rank: int, error: Exception, console: TextIO | None) -> int:

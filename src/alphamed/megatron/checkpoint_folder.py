@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from alphamed.cluster.job import on_host
 from alphamed.errors import ConfigError
 
 LATEST, BEST, MANIFEST = "latest", "best.json", "manifest.json"
@@ -107,12 +108,17 @@ def begin(directory: Path, step: int, needed_bytes: int) -> Path:
     free = shutil.disk_usage(directory).free
     if free < needed_bytes:
         raise CheckpointError(
-            f"checkpoint {folder_of(directory, step)}: needs {needed_bytes / 2**30:.2f} GiB, "
-            f"{free / 2**30:.2f} GiB are free; make room or lower checkpoint.keep"
+            f"checkpoint {folder_of(directory, step)}: needs {_size(needed_bytes)}, {_size(free)} are free there{on_host()}; "
+            f"make room or lower checkpoint.keep"
         )
     partial = partial_of(directory, step)
     partial.mkdir()
     return partial
+
+
+def _size(count: int) -> str:
+    """Bytes as a person reads them."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def discard(partial: Path) -> None:

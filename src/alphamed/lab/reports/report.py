@@ -19,6 +19,7 @@ from alphamed.errors import ConfigError
 from alphamed.evaluation.runner import read_asked, read_items, read_scores, score_json
 from alphamed.evaluation.score import Score, Share, percent, verdict
 from alphamed.files import replace_json, replace_text
+from alphamed.lab.reports import choices
 from alphamed.lab.reports.figures import SMOOTH, SMOOTH_FROM, Figure, Row, figures
 from alphamed.lab.reports.plots import PAGE_STYLE, STYLE, Series, interval_rows, line_chart, number, sheet
 from alphamed.lab.reports.rollout_report import ABSENT, RolloutReport, rollout_report
@@ -142,6 +143,7 @@ def _numbers(
             name: {str(step): score_json(scores[name]) for step, scores in evaluations(run_dir).items() if name in scores}
             for name in _set_names(run_dir)
         },
+        "choices": choices.numbers(run_dir, {name: step for step, sets in evaluations(run_dir).items() for name in sets}),
         "responses": responses.numbers if responses else None,
         "absent": None if responses else NO_SAMPLES if supervised(rows) else ABSENT,
     }
@@ -281,8 +283,9 @@ def set_reports(run_dir: Path) -> list[SetReport]:
     """One report per evaluation set, comparing its first with its last evaluation."""
     found = evaluations(run_dir)
     return [
-        _set_report(run_dir, name, {step: scores[name] for step, scores in found.items() if name in scores})
+        choices.with_choices(run_dir, _set_report(run_dir, name, of_set), list(of_set.values())[-1])
         for name in _set_names(run_dir)
+        if (of_set := {step: scores[name] for step, scores in found.items() if name in scores})
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from alphamed.evaluation.score import verdict
+from alphamed.lab.reports.choices import blind_sentences
 from alphamed.lab.reports.report import ROWS, evaluations, training_sentences
 from alphamed.rundir.metrics import read_rows
 
@@ -31,8 +32,15 @@ def summary(run_dir: Path) -> list[str]:
     found = list(evaluations(run_dir).values())
     for name in found[-1] if found else ():
         lines += _set_lines(name, [scores[name] for scores in found if name in scores])
+        lines += [f"  {text}" for text in _blind_lines(run_dir, name)]
     lines += ["", f"Output files: {run_dir}"]
     return lines + [f"  {place:<14} {text}" for place, text in PLACES.items() if (run_dir / place).exists()]
+
+
+def _blind_lines(run_dir: Path, name: str) -> list[str]:
+    """What the set's questions give without being read, where there is a before and an after."""
+    scores = {step: sets[name] for step, sets in evaluations(run_dir).items() if name in sets}
+    return blind_sentences(run_dir, name, max(scores), scores[max(scores)]) if len(scores) > 1 else []
 
 
 def _warnings(run_dir: Path) -> list[str]:
