@@ -332,6 +332,36 @@ def test_a_run_that_ends_by_itself_leaves_nothing(supervised, tmp_path, then, st
     assert {path.name for path in tmp_path.iterdir()} == {"left", "go"}
 
 
+CPU_SECONDS = """
+import os, sys
+from pathlib import Path
+from alphamed.cluster import processes
+from alphamed.cluster.ledger import run_id
+from alphamed.launch.supervisor import supervise
+spin = "import os, time\\nwhile time.process_time() < 1: pass\\n"
+marked = spin + "open('orphan ended', 'w').close()"
+orphan = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {marked!r}])"  # its parent does not wait for it
+both = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {orphan!r}]); {spin}"
+both += "while not os.path.exists('orphan ended'): time.sleep(0.05)"
+run_dir = Path(sys.argv[1])
+print(supervise([sys.executable, "-c", both], os.environ | {processes.TAG: run_id(run_dir)}, run_dir).cpu_s)
+"""
+
+
+def test_cpu_seconds_are_those_of_all_processes(tmp_path):
+    """One second of the command's own and one of an orphan's; interpreters besides."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, "-c", CPU_SECONDS, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert 2.0 < float(done.stdout) < 12, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_run_that_is_told_to_stop_leaves_nothing(supervised, tmp_path, number):
     run = supervised("")

@@ -28,11 +28,12 @@ Grace = Callable[[signal.Signals], float]
 @dataclass(frozen=True, slots=True)
 class Ended:
     """How the command ended. `status`: exit code, or minus the number of the signal that killed it. `stopped_by`: the
-    signal that the supervisor itself was sent, if any."""
+    signal that the supervisor itself was sent, if any. `cpu_s`: CPU seconds of this process and all below it meanwhile."""
 
     status: int
     stopped_by: signal.Signals | None
     clean_up: CleanUp
+    cpu_s: float = 0.0
 
 
 def supervise(command: Sequence[str], environment: Mapping[str, str], run_dir: Path, grace: Grace | None = None) -> Ended:
@@ -40,6 +41,7 @@ def supervise(command: Sequence[str], environment: Mapping[str, str], run_dir: P
 
     `grace`: asks the command, upon a signal, to end by itself, and returns the seconds that it gets for that."""
     processes.become_subreaper()
+    cpu_before_s = processes.cpu_s()
     ledger = Ledger(run_dir, roots=(os.getpid(),))
     received: list[signal.Signals] = []
     with _handling(received, (*STOP_SIGNALS, signal.SIGUSR1) if grace else STOP_SIGNALS):
@@ -52,7 +54,8 @@ def supervise(command: Sequence[str], environment: Mapping[str, str], run_dir: P
             watcher.wait()
             done = ledger.clean_up()
             processes.reap()
-    return Ended(status=status, stopped_by=received[0] if received else None, clean_up=done)
+    stopped_by = received[0] if received else None
+    return Ended(status=status, stopped_by=stopped_by, clean_up=done, cpu_s=processes.cpu_s() - cpu_before_s)
 
 
 def _wait(child: subprocess.Popen, received: list[signal.Signals], ledger: Ledger, grace: Grace | None) -> int:
