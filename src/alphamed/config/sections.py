@@ -71,8 +71,7 @@ class RunConfig(Section):
     steps: Positive = 100
     """Length of the whole run; learning-rate schedules end here."""
     stop_after: NonNegative | None = None
-    """End after this step although `steps` says more: a run in parts, with the schedule of the whole. 0: evaluate the
-    unchanged model and end, a control."""
+    """End after this step; schedules stay those of all `steps`. 0: evaluate the unchanged model and end, a control."""
     time_limit_s: PositiveFloat | None = None
     """No step begins later than this many seconds after the run (or its resume) started."""
     min_steps: Positive | None = None
@@ -233,6 +232,8 @@ class AlgorithmConfig(Section):
     kl_coefficient: NonNegativeFloat = 0.0
     """0 builds no reference model."""
     kl_estimator: KlEstimator = KlEstimator.K3
+    skip_no_signal: bool = False
+    """Leave responses with an advantage of 0 out of the update: the same gradient for less; policy/... is of the others."""
     aggregation: Aggregation = Aggregation.TOKEN_MEAN
     constant_tokens: Positive | None = None
     """What `aggregation: constant` divides each response's sum by; None: rollout.max_response_tokens."""
@@ -270,8 +271,7 @@ class ParallelConfig(Section):
     """Compute log-probs in chunks of this many tokens, never holding all logits; 0: all at once. None: in chunks where the
     logits of a full micro-batch would take more than a gibibyte (`logprob_chunk`)."""
     reference: ReferencePlace = ReferencePlace.RESIDENT
-    """Where the reference's weights lie: on the device all the time, or in host memory and on the device only during its
-    forward passes (`offloaded`)."""
+    """Where the reference's weights are: always on the device, or in host memory but for its forward passes (`offloaded`)."""
     context: Count = 1
     """Ranks that share a packed row: each holds a part of its tokens, and in attention a part of the heads."""
 
