@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -658,9 +659,10 @@ def test_nodes(write, tensor, engines, nodes):
 
 
 # ----------------------------------------------------------------------------------------------------------------- shipped
-@pytest.mark.parametrize("name, count", [("cpu", 6), ("paper", 3 + 10 + 9 + 9 + 27 - 6 + 66)])
+@pytest.mark.parametrize("name, count", [("cpu", 3 + 12), ("paper", 3 + 10 + 9 + 9 + 27 - 6 + 66)])
 def test_shipped_studies_are_valid(name, count, monkeypatch):
-    """paper: 3 seeds of the mixture and 10 controls; 9 subsets and 9 controls; 27 of quantity; 66 of difficulty."""
+    """cpu: 3 seeds of the questions and of each control. paper: 3 seeds of the mixture and 10 controls; 9 subsets and 9
+    controls; 27 of quantity; 66 of difficulty."""
     monkeypatch.chdir(ROOT)
     found = runs(ROOT / "examples" / "studies" / f"{name}.yaml")
     assert len({run.name for run in found}) == len(found)
@@ -669,7 +671,7 @@ def test_shipped_studies_are_valid(name, count, monkeypatch):
 
 
 def test_the_shipped_small_study_finds_its_questions(tmp_path, monkeypatch):
-    """Its sets are built from the shipped facts, and share no question with its exam."""
+    """Its sets are built from the shipped facts, twelve of them twenty times each, and share no question with its exam."""
     monkeypatch.chdir(tmp_path)
     study = load_study(ROOT / "examples" / "studies" / "cpu.yaml")
     planned = plan_runs(study)
@@ -677,6 +679,6 @@ def test_the_shipped_small_study_finds_its_questions(tmp_path, monkeypatch):
     exam = {json.loads(line)["question"] for line in planned[0].config.evaluation.files[0].read_text().splitlines()}
     for run in planned:
         rows = [json.loads(line) for line in run.config.data.train[0].read_text().splitlines()]
-        assert len(rows) == 96 and {row["level"] for row in rows} == set(run.axes["levels"])
+        assert set(Counter(row["options"][row["answer"]] for row in rows).values()) == {20} and len(rows) == 240
         assert not exam & {row["question"] for row in rows}
-    assert len(planned[0].config.evaluation.files[0].read_text().splitlines()) >= 100
+    assert len(planned[0].config.evaluation.files[0].read_text().splitlines()) >= 200
