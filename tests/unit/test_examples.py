@@ -1,6 +1,8 @@
 """Examples of supervised training: the forms of rows, public layouts, what is refused, and their token ids."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from tiny import tiny_tokenizer
@@ -69,6 +71,24 @@ def test_reasoning_is_put_where_the_format_says(tmp_path):
     assert only(tmp_path, {"prompt": "1 + 1?", "response": "2"}).responses == ("2",)
 
 
+def test_the_letter_of_the_answer_can_be_boxed(tmp_path):
+    boxed = "{reasoning}\n\n{response} \\boxed{{letter}}"
+    row = {"question": "Which?", "options": {"A": "this", "B": "that"}, "answer": "B", "responses": ["That.", "B"]}
+    assert only(tmp_path, row, boxed).responses == (r"That. \boxed{B}", r"B \boxed{B}")
+    m1k = {"prompt": "Which?", "reasoning": "{response}", "distilled_answer_string": "That", "answer_letter": "B"}
+    assert only(tmp_path, m1k, boxed).responses == ("{response}\n\nThat \\boxed{B}",)  # what rows hold is no format
+    reason = {
+        "dataset_name": "d",
+        "question": "?",
+        "options": "A. Type I\nB. Type II",
+        "reasoning": "r",
+        "answer": "Type II. So",
+    }
+    assert only(tmp_path, reason, "{letter}").responses == ("B",)
+    with pytest.raises(DataError, match="no answer as a letter, which sft.response_format puts into the response"):
+        only(tmp_path, {"prompt": "?", "response": "!"}, boxed)
+
+
 def test_parquet_holds_the_same(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -126,6 +146,14 @@ def test_sharegpt(tmp_path):
     turns = [{"from": "human", "value": "1?"}, {"from": "gpt", "value": "2."}]
     found = only(tmp_path, {"id": "s", "system": "Be brief.", "conversations": turns})
     assert ([turn["role"] for turn in found.prompt], found.responses, found.id) == (["system", "user"], ("2.",), "s")
+
+
+def test_the_documented_rows_are_read(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "sft.md").read_text()
+    blocks = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "docs.jsonl").write_text("".join(blocks))
+    found = load_examples([tmp_path / "docs.jsonl"]).examples
+    assert [len(example.responses) for example in found] == [2, 1, 1, 1, 2, 1]
 
 
 # ------------------------------------------------------------------------------------------------------------ what is refused

@@ -291,7 +291,7 @@ class Config(Section):
         if self.sft is None:
             return
         prompts, data = self.sft.prompts_per_step, self.parallel.data
-        if "{response}" not in self.sft.response_format:
+        if not any(part in self.sft.response_format for part in ("{response}", "{letter}")):
             yield f"sft.response_format: {self.sft.response_format!r} leaves the response out; put {{response}} into it"
         if prompts < data:
             yield (

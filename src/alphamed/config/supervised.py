@@ -16,5 +16,5 @@ class SftConfig(Section):
     loss_on: LossOn = LossOn.RESPONSES
     """Of conversations: the last assistant turn (`responses`), or each of them (`assistant_turns`)."""
     response_format: str = "{reasoning}\n\n{response}"
-    """How a row's `reasoning` and its response become the text to imitate. HuatuoGPT-o1's own: "## Thinking\\n\\n{reasoning}
-    \\n\\n## Final Response\\n\\n{response}"; of models that think: "<think>\\n{reasoning}\\n</think>\\n\\n{response}"."""
+    """How a row's `reasoning`, its response and, as `{letter}`, its `answer` become the text to imitate: of rows that have
+    reasoning, or of all where it asks for the letter (`{reasoning} The answer is \\boxed{{letter}}`)."""

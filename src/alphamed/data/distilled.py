@@ -1,7 +1,8 @@
 """Rows of public sets of distilled reasoning -> rows that examples.py reads: one small function per layout.
 
 A layout is told by its columns. Each adapter returns `question`, `prompt` or `messages`, `reasoning` where it stands apart
-from the answer, and `response`; how the two are joined is a setting (sft.response_format). Values are not checked here.
+from the answer, `response`, and the letter of the right option as `answer` where it is known; how they are joined is a setting
+(sft.response_format). Values are not checked here.
 """
 
 from __future__ import annotations
@@ -31,16 +32,25 @@ def medical_r1(row: Upstream) -> dict[str, Any]:
 
 def m1k(row: Upstream) -> dict[str, Any]:
     """UCSC-VLAA/m1k-tokenized and m23k-tokenized: the prompt holds the options already."""
-    return {"prompt": row["prompt"], "reasoning": row["reasoning"], "response": row["distilled_answer_string"]}
+    return {
+        "prompt": row["prompt"],
+        "answer": row.get("answer_letter"),
+        "reasoning": row["reasoning"],
+        "response": row["distilled_answer_string"],
+    }
 
 
 def medreason(row: Upstream) -> dict[str, Any]:
-    """UCSC-VLAA/MedReason: options are one text, an option a line; questions without any are open ones."""
+    """UCSC-VLAA/MedReason: options are one text, an option a line; questions without any are open ones. The answer begins
+    with the text of the right option, by the longest of which its letter is found."""
     lines = str(row.get("options") or "").splitlines()
     options = {match[1]: match[2] for line in lines if (match := _OPTION_LINE.match(line))}
+    said = row["answer"].strip().casefold()
+    right = max((len(text), letter) for letter, text in [("", ""), *options.items()] if said.startswith(text.casefold()))
     return {
         "question": row["question"],
         "options": options or None,
+        "answer": right[1] or None,
         "reasoning": row["reasoning"],
         "response": row["answer"],
     }

@@ -102,18 +102,29 @@ def _parse(row: Row, response_format: str, known: Container[str]) -> Example:
     value = adapt(row.value)
     responses, last = _responses(value)
     prompt = _prompt(value, row.where, last)
-    if "reasoning" in value:
-        reasoning = _texts(value, "reasoning")
-        if len(reasoning) != len(responses):
-            raise ValueError(f"{len(reasoning)} texts of reasoning for {counted(len(responses), 'response')}")
-        responses = [
-            response_format.replace("{reasoning}", thought).replace("{response}", answer)
-            for thought, answer in zip(reasoning, responses)
-        ]
+    if "reasoning" in value or "{letter}" in response_format:
+        responses = _formatted(value, responses, response_format)
     name = value.get("id")
     if name is not None and not isinstance(name, str | int):
         raise ValueError(f"id {short(name)} is neither text nor a whole number")
     return Example(str(name) if name else _made_id(prompt, responses, known), prompt, tuple(responses), (row.file, row.line))
+
+
+def _formatted(value: Mapping[str, Any], responses: Sequence[str], response_format: str) -> list[str]:
+    """Reasoning, response and the letter of the answer, where the format asks for it, as one text each."""
+    reasoning = _texts(value, "reasoning") if "reasoning" in value else [""] * len(responses)
+    if len(reasoning) != len(responses):
+        raise ValueError(f"{len(reasoning)} texts of reasoning for {counted(len(responses), 'response')}")
+    letter = value.get("answer", "")
+    if "{letter}" in response_format and letter not in tuple(string.ascii_uppercase):
+        raise ValueError("no answer as a letter, which sft.response_format puts into the response")
+    pattern = re.compile(r"\{(reasoning|response|letter)\}")
+    texts = []
+    for thought, said in zip(reasoning, responses):
+        parts = {"reasoning": thought, "response": said, "letter": letter}
+        text = pattern.sub(lambda match: parts[match[1]], response_format)  # noqa: B023  used at once
+        texts.append(text if thought else text.lstrip("\n"))
+    return texts
 
 
 def _responses(value: Mapping[str, Any]) -> tuple[list[str], int]:

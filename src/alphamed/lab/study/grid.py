@@ -110,7 +110,7 @@ def _cells(grid: Grid, shared: Mapping[str, Any]) -> Iterator[tuple[dict[str, An
 
 
 def _plan(study: Study, grid: Grid, shared: Mapping[str, Any], axes: dict[str, Any], control: Control | None) -> PlannedRun:
-    name = run_name(axes, control)
+    name = run_name(axes, control, grid.label)
     tree = copy.deepcopy(dict(shared))
     for key, value in axes.items():
         if key in grid.axes.settings:
@@ -119,7 +119,9 @@ def _plan(study: Study, grid: Grid, shared: Mapping[str, Any], axes: dict[str, A
         put(tree, key, value)
     built = None
     try:
-        if study.data is not None:
+        if grid.train:
+            put(tree, "data.train", [_with_folder(str(file), study.folder) for file in grid.train])
+        elif study.data is not None:
             built = _set_of(study.folder, study.data, axes)
             put(tree, "data.train", [str(built.file)])
         run = {"root": str(study.folder / "runs"), "name": name} | ({"seed": axes["seeds"]} if "seeds" in axes else {})
@@ -141,7 +143,7 @@ def _with_folder(value: Any, folder: Path) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------------- names
-def run_name(axes: Mapping[str, Any], control: Control | None) -> str:
+def run_name(axes: Mapping[str, Any], control: Control | None, label: str | None = None) -> str:
     """What is said of a run in its folder's name: `medqa+medmcqa-n1200-l1.2-i3-lr1e-05-s1-random_reward`, with . for +."""
     said = {"sources": "", "sizes": "n", "seeds": "s"} | {one.axis: one.short for one in ATTRIBUTES}
     parts = [
@@ -149,7 +151,7 @@ def run_name(axes: Mapping[str, Any], control: Control | None) -> str:
         for key, value in axes.items()
         if not (key in DATA_AXES and key != "sources" and value == ALL)
     ]
-    text = "-".join([*parts, *([str(control)] if control else [])]) or "run"
+    text = "-".join([*([label] if label else []), *parts, *([str(control)] if control else [])]) or "run"
     if len(text) > MAX_NAME:
         text = f"{text[: MAX_NAME - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     return text

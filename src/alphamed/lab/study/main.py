@@ -76,17 +76,22 @@ def table(runs: Sequence[PlannedRun], states: Mapping[str, State]) -> list[str]:
     width = max(len(run.name) for run in runs)
     lines = [f"{len(runs)} runs"]
     for run in runs:
-        state, c = states[run.name], run.config
-        steps = (
-            f"{c.run.last_step} steps of {c.rollout.questions_per_step} x {c.rollout.samples_per_question}"
-            if c.run.last_step
-            else "evaluation only"
-        )
+        state = states[run.name]
         stand = f"broken after step {state.steps}" if state.stand == Stand.BROKEN else str(state.stand)
         said = f", {run.control} control" if run.control else ""
         why = f" ({state.why})" if state.why and state.stand == Stand.BROKEN else ""
-        lines.append(f"  {run.name:<{width}}  {steps}, reward {c.reward.name}{said}: {stand}{why}")
+        lines.append(f"  {run.name:<{width}}  {_training(run)}{said}: {stand}{why}")
     return lines
+
+
+def _training(run: PlannedRun) -> str:
+    """How long a run trains, and on what signal."""
+    c = run.config
+    if c.sft is not None and c.run.last_step:
+        length = f"{c.run.last_step} steps" if c.sft.epochs is None else f"{c.sft.epochs:g} epochs"
+        return f"{length} of {c.sft.prompts_per_step} prompts, supervised"
+    steps = f"{c.run.last_step} steps of {c.rollout.questions_per_step} x {c.rollout.samples_per_question}"
+    return f"{steps if c.run.last_step else 'evaluation only'}, reward {c.reward.name}"
 
 
 # ------------------------------------------------------------------------------------------------------------------ runs
@@ -108,7 +113,9 @@ def _train(study: Study, run: PlannedRun, config: Path, state: State, place: str
     goes_on = f", from step {state.steps}" if state.stand == Stand.BROKEN else ""
     log = study.folder / "logs" / f"{run.name}.log"
     print(f"[{place}] {run.name}{goes_on}; its output is in {log}", flush=True)
-    ended = child.run_child(child.alphamed("train", "--config", str(config)), log, study.deadline_s)
+    ended = child.run_child(
+        child.alphamed("sft" if run.config.sft else "train", "--config", str(config)), log, study.deadline_s
+    )
     now = found_state(run)
     if not ended.why and now.stand != Stand.FINISHED:
         ended = child.Ended(ended.status, ended.seconds, now.why or "ended well, but before its last step")
