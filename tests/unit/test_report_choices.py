@@ -138,7 +138,7 @@ def test_the_four_facts_after_a_lesson(run_dir, capsys):
         "set: boxes always: yes: 100.0% [98.2%, 100.0%]",
         "set: text names the boxed option: yes: 100.0% [98.2%, 100.0%] of 208 answers that name one",
         "set: chooses evenly: yes: letters A 25.0%, B 25.0%, C 25.0%, D 25.0%; entropy 100.0% of an even choice's, of option "
-        "texts 100.0%",
+        "texts 100.0%; one answer to each question, so that small likings decide if it is greedy (--samples 4 shows how small)",
         "set: knows no more than chance: yes: right 25.0% [19.6%, 31.3%], chance 25.0%",
     ]
 
@@ -157,6 +157,30 @@ def test_the_four_facts_after_a_lesson(run_dir, capsys):
 def test_each_fact_can_fail(run_dir, capsys, answer, failing):
     assert choices.main(facts(run_dir, [answer(i) for i in range(200)])) == 1
     assert [line.split(": ")[1] for line in capsys.readouterr().out.splitlines() if ": NO: " in line] == failing
+
+
+@pytest.mark.parametrize(
+    ("samples", "shown", "holds"),
+    [
+        # 16 answers to each of four questions. 4 of every letter: 4 x 6 of 120 pairs are alike. 8, 3, 3 and 2: 28 + 3 + 3 + 1
+        ("AAAABBBBCCCCDDDD", "20.0%", True),
+        ("AAAAAAAABBBCCCDD", "29.2%", True),
+        # 12, 2, 1 and 1: 66 + 1; the liked option has another letter in each question, so that letters are even
+        ("AAAAAAAAAAAABBCD", "55.8%", False),
+    ],
+)
+def test_several_samples_show_likings(samples, shown, holds):
+    """Even choice among four options gives 25% of pairs that are alike; more than half as much again is uneven."""
+    turned = [{letter: "ABCD"[(place + turn) % 4] for place, letter in enumerate("ABCD")} for turn in range(4)]
+    rows = [
+        {"id": f"q{i}", "options": dict(closed(i).options), "answer": closed(i).answer, "text": "", "outcome": "wrong"}
+        | {"letter": turned[i][letter]}
+        for i in range(4)
+        for letter in samples
+    ]
+    _, _, even, _ = choices.form_facts(choices.choices_of(rows))
+    assert even.detail.endswith(f"two answers to a question are alike in {shown} of pairs, even choice 25.0%")
+    assert even.holds is holds and "letters A 25.0%, B 25.0%" in even.detail
 
 
 def test_a_file_without_answers_is_refused(tmp_path):
