@@ -58,9 +58,15 @@ def test_sbatch_of_a_launcher_is_refused_with_the_right_command():
     single_host.refuse_sbatch(Path("slurm_script"), {})
 
 
-@pytest.mark.parametrize("name", ["train_smollm2_cpu", "train_alphamed_8b", "train_alphamed_70b"])
+@pytest.mark.parametrize("name", ["sft_smollm2_cpu", "train_smollm2_cpu", "train_alphamed_8b", "train_alphamed_70b"])
 def test_shipped_configurations_are_valid(name):
     load_config(ROOT / "examples" / f"{name}.yaml")
+
+
+def test_the_lesson_of_the_quickstart_asks_as_its_training_does():
+    lesson, training = (load_config(ROOT / "examples" / f"{name}_smollm2_cpu.yaml") for name in ("sft", "train"))
+    assert lesson.prompt == training.prompt and training.model.path == str(lesson.run_dir / "hf")
+    assert lesson.rollout.max_response_tokens == training.rollout.max_response_tokens
 
 
 @pytest.mark.parametrize("name", ["train_alphamed_8b", "train_alphamed_70b"])
