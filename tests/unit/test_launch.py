@@ -368,6 +368,27 @@ def test_cpu_seconds_are_those_of_all_processes(tmp_path):
     assert 2.0 < float(done.stdout) < 12, done.stdout + done.stderr
 
 
+CHILDREN_OF_ANOTHER = """
+import subprocess, sys
+from alphamed.cluster.processes import CpuMeter
+spin = "import sys, time\\nwhile time.process_time() < 1: pass\\nprint(flush=True)\\nsys.stdin.read()"
+careless = "import signal, subprocess, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); "
+careless += f"subprocess.Popen([sys.executable, '-c', {spin!r}]).wait()"
+meter = CpuMeter()
+child = subprocess.Popen([sys.executable, "-c", careless], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+child.stdout.readline()
+meter.look()
+child.communicate()
+print(meter.total_s())
+"""
+
+
+def test_cpu_seconds_are_also_those_of_processes_that_nobody_waits_for():
+    """As Ray's: the kernel adds them up for no parent that ignores their end."""
+    done = subprocess.run([sys.executable, "-c", CHILDREN_OF_ANOTHER], capture_output=True, text=True, timeout=600)
+    assert 1.0 < float(done.stdout) < 12, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_run_that_is_told_to_stop_leaves_nothing(supervised, tmp_path, number):
     run = supervised("")
