@@ -34,4 +34,4 @@ limit_s=$((limit_s > 300 ? limit_s : 300))
 # run prints how many are left out.
 echo "quickstart: the last step begins within $((limit_s / 60)) min; the run lies in runs/quickstart unless run.name says otherwise"
 exec "$bin/alphamed" train --config "$configs/train_smollm2_cpu.yaml" run.time_limit_s=$limit_s run.min_steps=12 \
-    evaluation.time_limit_s=$((limit_s / 8)) "${control[@]}" "$@"
+    evaluation.time_limit_s=$((limit_s / 8)) ${control[@]+"${control[@]}"} "$@"
