@@ -96,10 +96,10 @@ def test_clip_sums_weighted_terms():
     close(terms.tokens, 7.0)
 
 
-def test_drift_by_hand():
+def test_approximate_kl_by_hand():
     # k3 of ratios 2 and 1/2: (2 - 1 - ln 2) + (1/2 - 1 + ln 2) = 1/2
     terms, _ = loss_and_gradient("clip", [2.0, 0.5], [1.0, 1.0], [0, 0])
-    close(terms.drift_sum, 0.5)
+    close(terms.approx_kl_sum, 0.5)
 
 
 # ----------------------------------------------------------------------------------------------------------------- gspo
@@ -146,7 +146,7 @@ def test_cispo_without_a_lower_bound():
 # -------------------------------------------------------------------------------------------------- all losses together
 @pytest.mark.parametrize("kind", LOSSES)
 def test_first_update_is_the_policy_gradient(kind):
-    # ratio 1: every loss has the gradient -A of plain REINFORCE, nothing is clipped, drift is 0
+    # ratio 1: every loss has the gradient -A of plain REINFORCE, nothing is clipped, approx_kl is 0
     logprobs = logs(0.3, 0.2, 0.9).requires_grad_()
     terms = policy_loss(
         logprobs,
@@ -161,7 +161,7 @@ def test_first_update_is_the_policy_gradient(kind):
     terms.loss_sum.backward()
     close(logprobs.grad, [-1.5, -1.5, 0.5])
     close(terms.ratio_sum, 3.0)
-    assert terms.clipped_tokens == 0 and terms.drift_sum == 0 and terms.ratio_max == 1
+    assert terms.clipped_tokens == 0 and terms.approx_kl_sum == 0 and terms.ratio_max == 1
 
 
 @pytest.mark.parametrize("kind", LOSSES)

@@ -35,7 +35,7 @@ class LossTerms:
     clipped_tokens: Float[Tensor, ""]  # tokens whose ratio the clipping changed
     ratio_sum: Float[Tensor, ""]
     ratio_max: Float[Tensor, ""]  # 0 where there is no response token
-    drift_sum: Float[Tensor, ""]  # k3 estimate of KL(pi_old || pi), token by token
+    approx_kl_sum: Float[Tensor, ""]  # k3 estimate of KL(pi_old || pi), token by token
     tokens: Float[Tensor, ""]
 
 
@@ -215,6 +215,6 @@ def _statistics(
         "clipped_tokens": (clipped & mask).sum().to(ratio.dtype),
         "ratio_sum": torch.where(mask, ratio, 0.0).sum(),
         "ratio_max": torch.where(mask, ratio, 0.0).max() if len(ratio) else ratio.new_zeros(()),
-        "drift_sum": torch.where(mask, _k3(log_ratio), 0.0).sum(),
+        "approx_kl_sum": torch.where(mask, _k3(log_ratio), 0.0).sum(),
         "tokens": mask.sum().to(ratio.dtype),
     }

@@ -227,7 +227,7 @@ def _policy_statistics(sums: Sequence[Sums]) -> UpdateStats:
         "policy/corrected_fraction": _token_mean(sums, "corrected"),
         "policy/ratio_mean": _token_mean(sums, "ratio"),
         "policy/ratio_max": max(s.ratio_max for s in sums),
-        "policy/approx_kl": _token_mean(sums, "drift"),
+        "policy/approx_kl": _token_mean(sums, "approx_kl"),
         "policy/logprob_diff_mean": _token_mean(sums, "logprob_diff"),
         "policy/logprob_diff_max": max(s.logprob_diff_max for s in sums),
     }

@@ -39,7 +39,7 @@ class Sums:
     entropy: float = 0.0
     clipped: float = 0.0
     ratio: float = 0.0
-    drift: float = 0.0  # KL(old policy || policy)
+    approx_kl: float = 0.0  # KL(old policy || policy)
     logprob_diff: float = 0.0  # |trainer's old - rollout's|
     corrected: float = 0.0  # tokens whose importance weight was cut or masked
     logprob_diff_max: float = 0.0
@@ -93,7 +93,7 @@ def micro_loss(
         entropy.sum(),
         terms.clipped_tokens,
         terms.ratio_sum,
-        terms.drift_sum,
+        terms.approx_kl_sum,
         difference.sum(),
         cut.sum(),
         worst,
