@@ -7,7 +7,7 @@ known before the backward pass. So neither micro-batches, data ranks, stages nor
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -86,29 +86,33 @@ def micro_loss(
     loss = total / divisor
     difference = (old - rollout).abs()
     worst = difference.max() if len(difference) else difference.new_zeros(())
-    sums = (
-        loss,
-        terms.tokens,
-        kl_sum,
-        entropy.sum(),
-        terms.clipped_tokens,
-        terms.ratio_sum,
-        terms.approx_kl_sum,
-        difference.sum(),
-        cut.sum(),
-        worst,
-        terms.ratio_max,
-    )
-    return loss, torch.stack([x.detach().double() for x in sums])
+    sums = {
+        "loss": loss,
+        "tokens": terms.tokens,
+        "kl": kl_sum,
+        "entropy": entropy.sum(),
+        "clipped": terms.clipped_tokens,
+        "ratio": terms.ratio_sum,
+        "approx_kl": terms.approx_kl_sum,
+        "logprob_diff": difference.sum(),
+        "corrected": cut.sum(),
+        "logprob_diff_max": worst,
+        "ratio_max": terms.ratio_max,
+    }
+    return loss, _sums_row(sums)
 
 
 def supervised_micro_loss(micro: MicroBatch, logprobs: Tensor, entropy: Tensor, divisor: float) -> tuple[Tensor, Tensor]:
     """`micro_loss` of given responses. divisor: response tokens of the mini-batch, over all data ranks."""
     weights = token_weights(micro.sequence[micro.mask], Aggregation.TOKEN_MEAN)
     loss = supervised_loss(logprobs, weights) / divisor
-    row = dict.fromkeys(SUM_NAMES, loss.new_zeros((), dtype=torch.float64))
-    row |= {"loss": loss.detach().double(), "tokens": weights.sum().double(), "entropy": entropy.detach().sum().double()}
-    return loss, torch.stack(list(row.values()))
+    return loss, _sums_row({"loss": loss, "tokens": weights.sum(), "entropy": entropy.sum()})
+
+
+def _sums_row(sums: Mapping[str, Tensor]) -> Tensor:
+    """[n] float64 without gradient: the scalars in the order of `Sums`, 0 for those that are not given."""
+    absent = sums["loss"].new_zeros(())
+    return torch.stack([sums.get(name, absent).detach().double() for name in SUM_NAMES])
 
 
 # ----------------------------------------------------------------------------------------------------------------- passes
