@@ -4,7 +4,7 @@ Invariants of `pack` (tests hold it to each of them):
   - every response of every group is in exactly one micro-batch of exactly one data rank;
   - the samples of a question are in one segment after one copy of their prompt; a group over the token budget is
     split, and only then is its prompt repeated;
-  - what all prompts begin with (the stem: system prompt, worked examples) stands once at the head of each row;
+  - what all prompts begin with (the shared prefix: system prompt, worked examples) stands once at the head of each row;
   - no micro-batch exceeds the token budget, all data ranks get the same number of micro-batches (an idle one is a dummy
     that trains nothing), and rows hold a multiple of `layout.token_multiple` tokens;
   - with virtual pipeline stages the number of micro-batches is a multiple of the stages, as the interleaved schedule wants;
@@ -27,7 +27,7 @@ from alphamed.records import Batch, Layout, MicroBatch, MiniBatch, Segment, Toke
 # FLOPs where a token takes about 24 * hidden^2 (dense Llama shapes), so with heads * head_dim = hidden = 4096 about 1/24576.
 ATTENTION_PAIR_COST = 1 / 24576
 # Fewer common tokens are repeated: reading them takes every row one more call of the attention kernel in every layer.
-SHORTEST_STEM = 32
+SHORTEST_SHARED_PREFIX = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Unit:
 
     group: int
     samples: tuple[int, ...]
-    stem: int  # tokens of the row's stem that this prompt begins with; 0: it stands here whole
+    shared_prefix: int  # tokens of the row's shared prefix that this prompt begins with; 0: it stands here whole
     prefix: int  # tokens from there to the first continuation
     continuations: tuple[int, ...]  # none when prompts are not shared
 
@@ -46,8 +46,8 @@ class Unit:
 
     @property
     def cost(self) -> float:
-        before = self.stem + self.prefix
-        pairs = self.prefix * (self.stem + self.prefix / 2) + sum(n * (before + n / 2) for n in self.continuations)
+        before = self.shared_prefix + self.prefix
+        pairs = self.prefix * (self.shared_prefix + self.prefix / 2) + sum(n * (before + n / 2) for n in self.continuations)
         return self.tokens + ATTENTION_PAIR_COST * pairs
 
 
@@ -72,12 +72,12 @@ def pack(
             f"algorithm.mini_batches: {mini_batches} updates, but the step has only {len(groups)} groups; "
             f"lower it or raise rollout.questions_per_step"
         )
-    stem = _stem(groups) if share_prompts else 0
-    budget = token_budget - (layout.token_multiple - 1) - stem  # room to round a row up
+    shared_prefix = _shared_prefix(groups) if share_prompts else 0
+    budget = token_budget - (layout.token_multiple - 1) - shared_prefix  # room to round a row up
     minis, rows, imbalance, unevenness = [], [], [], []
     for chunk in _chunks(len(groups), mini_batches):
-        units = [u for g in chunk for u in _units(groups[g], g, stem, budget, share_prompts, skip_no_signal)]
-        units = units or [u for g in chunk for u in _units(groups[g], g, stem, budget, share_prompts)]
+        units = [u for g in chunk for u in _units(groups[g], g, shared_prefix, budget, share_prompts, skip_no_signal)]
+        units = units or [u for g in chunk for u in _units(groups[g], g, shared_prefix, budget, share_prompts)]
         plan = _assign(units, budget, layout.data, layout.pipeline if layout.virtual_pipeline else 1)
         micro_batches = [_materialise(row, groups, layout.token_multiple) for row in plan[layout.data_rank]]
         counts = [_trained_tokens(groups[g], j) for g in chunk for j in range(len(groups[g].responses))]
@@ -123,11 +123,11 @@ def _chunks(n: int, parts: int) -> list[range]:
     return [range(a, b) for a, b in zip(edges, edges[1:])]
 
 
-def _stem(groups: Sequence[TokenGroup]) -> int:
+def _shared_prefix(groups: Sequence[TokenGroup]) -> int:
     """Tokens that all prompts begin with, the last of each prompt not counted: it begins the continuations."""
     first = groups[0].prompt
     common = min((_common(first, g.prompt) for g in groups[1:]), default=0)
-    return common if common >= SHORTEST_STEM else 0
+    return common if common >= SHORTEST_SHARED_PREFIX else 0
 
 
 def _common(first: torch.Tensor, second: torch.Tensor) -> int:
@@ -137,18 +137,18 @@ def _common(first: torch.Tensor, second: torch.Tensor) -> int:
 
 
 def _units(
-    group: TokenGroup, index: int, stem: int, budget: int, share_prompts: bool, skip_no_signal: bool = False
+    group: TokenGroup, index: int, shared_prefix: int, budget: int, share_prompts: bool, skip_no_signal: bool = False
 ) -> list[Unit]:
-    """budget: tokens of a row behind its stem."""
+    """budget: tokens of a row after its shared prefix."""
     prompt, lengths = len(group.prompt), {j: len(response) for j, response in enumerate(group.responses)}
     if prompt < 2:
         raise ValueError(f"group {index}: a prompt of {prompt} tokens; at least 2 are needed")
     if min(lengths.values()) < 1:
         raise ValueError(f"group {index}: holds an empty response; an engine returns at least one token")
-    longest, prefix = max(lengths.values()), prompt - 1 - stem
+    longest, prefix = max(lengths.values()), prompt - 1 - shared_prefix
     if prefix + longest > budget:
         raise ValueError(
-            f"parallel.micro_batch_tokens: {budget + stem} cannot hold a prompt of {prompt} and a response of "
+            f"parallel.micro_batch_tokens: {budget + shared_prefix} cannot hold a prompt of {prompt} and a response of "
             f"{longest} tokens; raise it"
         )
     samples = [j for j in lengths if not skip_no_signal or group.advantages[j] != 0]
@@ -162,7 +162,7 @@ def _units(
             used = prefix
         parts[-1].append(j)
         used += lengths[j]
-    return [Unit(index, tuple(part), stem, prefix, tuple(lengths[j] for j in part)) for part in parts]
+    return [Unit(index, tuple(part), shared_prefix, prefix, tuple(lengths[j] for j in part)) for part in parts]
 
 
 def _assign(units: list[Unit], budget: int, ranks: int, multiple: int) -> list[list[list[Unit]]]:
@@ -223,14 +223,14 @@ def _materialise(row: list[Unit], groups: Sequence[TokenGroup], multiple: int) -
         logprobs.append(blank)
         advantages.append(blank)
 
-    stem = row[0].stem if row else 0
-    if stem:
-        read(groups[row[0].group].prompt[:stem], 0)
-        segments.append(Segment(stem))
+    shared_prefix = row[0].shared_prefix if row else 0
+    if shared_prefix:
+        read(groups[row[0].group].prompt[:shared_prefix], 0)
+        segments.append(Segment(shared_prefix))
     for unit in row:
         group = groups[unit.group]
         head, last = group.prompt[:-1], group.prompt[-1:]
-        read(head[stem:], stem)
+        read(head[shared_prefix:], shared_prefix)
         for j in unit.samples:
             response = group.responses[j]
             n = len(response)
@@ -242,7 +242,7 @@ def _materialise(row: list[Unit], groups: Sequence[TokenGroup], multiple: int) -
             logprobs.append(torch.where(trained, group.rollout_logprobs[j], 0.0))
             advantages.append(torch.where(trained, group.advantages[j], 0.0))
             samples.append((unit.group, j))
-        segments.append(Segment(unit.prefix, unit.continuations, attends_shared_prefix=stem > 0))
+        segments.append(Segment(unit.prefix, unit.continuations, attends_shared_prefix=shared_prefix > 0))
     length = sum(s.tokens for s in segments)
     padding = max(multiple, -(-length // multiple) * multiple) - length
     if padding:
@@ -265,7 +265,7 @@ def _materialise(row: list[Unit], groups: Sequence[TokenGroup], multiple: int) -
 def _metrics(groups: Sequence[TokenGroup], rows: list[list[Unit]], layout: Layout) -> dict[str, float]:
     """`rows`: of all data ranks, each of which has as many."""
     multiple = layout.token_multiple
-    filled = [row[0].stem + sum(u.tokens for u in row) if row else 0 for row in rows]
+    filled = [row[0].shared_prefix + sum(u.tokens for u in row) if row else 0 for row in rows]
     real, padded = sum(filled), sum(max(multiple, -(-n // multiple) * multiple) for n in filled)
     packed = [(unit.group, j) for row in rows for unit in row for j in unit.samples]
     unshared = sum(len(groups[g].prompt) - 1 + len(groups[g].responses[j]) for g, j in packed)

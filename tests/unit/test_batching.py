@@ -85,15 +85,15 @@ def test_rows_are_rounded_up_within_the_budget():
 
 def test_what_all_prompts_begin_with_stands_once_in_a_row():
     # 40 common tokens, then 1 2 and 3: prefixes 1 (before the 2) and none, the 2 and the 3 begin the continuations
-    stem = list(range(100, 140))
-    batch = pack([group([*stem, 1, 2], [[4, 5], [6]]), group([*stem, 3], [[7]])], Layout(), token_budget=64)
+    shared = list(range(100, 140))
+    batch = pack([group([*shared, 1, 2], [[4, 5], [6]]), group([*shared, 3], [[7]])], Layout(), token_budget=64)
     (row,) = rows(batch)
     assert row.segments == (
         Segment(40),
         Segment(1, (2, 1), attends_shared_prefix=True),
         Segment(0, (1,), attends_shared_prefix=True),
     )
-    assert row.tokens.tolist() == [*stem, 1, 2, 4, 2, 3]
+    assert row.tokens.tolist() == [*shared, 1, 2, 4, 2, 3]
     assert row.labels.tolist() == [0] * 40 + [0, 4, 5, 6, 7]
     assert row.positions.tolist() == [*range(40), 40, 41, 42, 41, 40]
     assert row.sequence.tolist() == [-1] * 41 + [0, 0, 1, 2]
@@ -101,8 +101,8 @@ def test_what_all_prompts_begin_with_stands_once_in_a_row():
     assert batch.metrics["batch/shared_fraction"] == pytest.approx(1 - 45 / 126)
 
 
-def test_a_stem_heads_every_row_within_the_budget():
-    groups = [group([*range(50), g, 1], [[g] * 4] * 3) for g in range(6)]  # 13 tokens each behind a stem of 50
+def test_a_shared_prefix_heads_every_row_within_the_budget():
+    groups = [group([*range(50), g, 1], [[g] * 4] * 3) for g in range(6)]  # 13 tokens each after a shared prefix of 50
     (one, two), (other, last) = (rows(pack(groups, Layout(data=2, data_rank=r), token_budget=80)) for r in range(2))
     for row in (one, two, other, last):
         assert len(row.tokens) <= 80 and row.tokens[:50].tolist() == list(range(50))
@@ -110,7 +110,7 @@ def test_a_stem_heads_every_row_within_the_budget():
     assert sum(len(row.samples) for row in (one, two, other, last)) == 18
 
 
-def test_a_short_or_lone_beginning_is_no_stem():
+def test_a_short_or_lone_beginning_is_no_shared_prefix():
     short = pack([group([1] * 31 + [2, 3], [[4]]), group([1] * 31 + [5, 6], [[4]])], Layout(), token_budget=99)
     lone = pack([group([1] * 60, [[4], [5]])], Layout(), token_budget=99)
     apart = pack([group([1] * 60, [[4]]), group([1] * 60, [[4]])], Layout(), token_budget=99, share_prompts=False)
@@ -120,16 +120,16 @@ def test_a_short_or_lone_beginning_is_no_stem():
 @pytest.mark.parametrize("seed", range(40))
 def test_invariants(seed):
     r = random.Random(seed)
-    stem = [7] * r.choice([0, 0, 33])
+    shared = [7] * r.choice([0, 0, 33])
     groups = [
         group(
-            stem + [r.randrange(9) for _ in range(r.randint(2, 30))],
+            shared + [r.randrange(9) for _ in range(r.randint(2, 30))],
             [[r.randrange(9) for _ in range(r.randint(1, 25))] for _ in range(r.randint(1, 6))],
         )
         for _ in range(r.randint(2, 12))
     ]
     data, tensor, minis = r.randint(1, 4), r.choice([1, 2, 4]), r.randint(1, 2)
-    budget, share = r.randint(60, 200) + len(stem), r.random() < 0.7
+    budget, share = r.randint(60, 200) + len(shared), r.random() < 0.7
     stages = random.Random(seed + 1000).choice([1, 2, 3, 4])
     layouts = [
         Layout(

@@ -44,14 +44,14 @@ SEGMENTS = {
     "unequal continuations": (Segment(6, (1, 9, 3)),),
     "several segments": (Segment(3), Segment(4, (2, 5)), Segment(1, (3,)), Segment(2)),
     "no prefix": (Segment(0, (3, 2)),),
-    "a stem": (
+    "a shared prefix": (
         Segment(5),
         Segment(3, (2, 4), attends_shared_prefix=True),
         Segment(2, (3, 3), attends_shared_prefix=True),
         Segment(2),
     ),
-    "a stem and nothing more of the prompt": (Segment(4), Segment(0, (2, 3), attends_shared_prefix=True)),
-    "a stem and plain sequences": (
+    "a shared prefix and nothing more of the prompt": (Segment(4), Segment(0, (2, 3), attends_shared_prefix=True)),
+    "a shared prefix and plain sequences": (
         Segment(4),
         Segment(3, attends_shared_prefix=True),
         Segment(6, attends_shared_prefix=True),
@@ -120,15 +120,15 @@ VARLEN = Varlen(varlen_forward, varlen_backward)  # CUDA's launches, with the ke
 
 def random_segments(seed: int) -> tuple[Segment, ...]:
     draw = random_module.Random(seed)
-    stem = draw.random() < 0.5
-    found = [Segment(draw.randint(1, 6))] if stem else []
+    shared = draw.random() < 0.5
+    found = [Segment(draw.randint(1, 6))] if shared else []
     for _ in range(draw.randint(1, 5)):
         prefix = draw.choice([0, 1, 2, 5, 9])
         lengths = tuple(draw.randint(1, 6) for _ in range(draw.randint(0 if prefix else 1, 4)))
         found.append(
-            Segment(prefix, lengths, attends_shared_prefix=stem and len(found) == 1 or stem and draw.random() < 0.8)
+            Segment(prefix, lengths, attends_shared_prefix=shared and len(found) == 1 or shared and draw.random() < 0.8)
         )
-    if stem:  # those that read the stem follow it without a gap
+    if shared:  # those that read the shared prefix follow it without a gap
         found[1:] = sorted(found[1:], key=lambda segment: not segment.attends_shared_prefix)
     return tuple(found)
 
@@ -153,14 +153,14 @@ def test_attention_of_random_rows(kernel, seed):
 
 def test_a_row_takes_at_most_three_launches_and_copies_no_keys_for_a_continuation():
     """Whatever the number of segments and continuations; every token is among the first launch's queries once."""
-    stem, question = Segment(7), Segment(5, (3, 2, 2, 4), attends_shared_prefix=True)
+    shared, question = Segment(7), Segment(5, (3, 2, 2, 4), attends_shared_prefix=True)
     launches = []
 
     def attend(q, k, v, *rest, **options):
         launches.append((len(q), len(k)))
         return varlen_forward(q, k, v, *rest, **options)
 
-    segments = (stem, *[question] * 9)
+    segments = (shared, *[question] * 9)
     q, k, v = random(151, 2, 8), random(151, 1, 8), random(151, 1, 8)
     prefix_attention(q, k, v, segments, 0.3, Varlen(attend, varlen_backward))
     assert launches == [(151, 151), (99, 45), (144, 7)]

@@ -1,11 +1,12 @@
 """Attention of packed rows with shared prompts, without a copy of a prefix's keys for each continuation.
 
 A token attends, causally, to the run that it stands in (a prefix, or one continuation), a continuation's token also to its
-whole prefix, and a token behind a stem also to the whole stem. So a row is attended to in up to three rounds:
+whole prefix, and a token after a prefix that the row's segments share (its first segment) also to all of that. So a row is
+attended to in up to three rounds:
 
     own      every run to itself, causal: a partition of the row's tokens
     prefix   all continuations of a segment, as one sequence, to the segment's prefix
-    stem     all that stands behind the stem, as one sequence, to the stem
+    shared   all that stands after the shared prefix, as one sequence, to the shared prefix
 
 whose outputs are merged by their log-sum-exps. The backward pass needs no such merge: a flash kernel's backward computes
 exp(score - log-sum-exp) and rowsum(grad * output) from what it is given, so given the merged output and log-sum-exp it yields
@@ -103,10 +104,10 @@ def rounds(segments: tuple[Segment, ...]) -> tuple[Round, ...]:
             block = Block(first, segment.continuations)
             own.append(Part(block, block))
         start += segment.tokens
-    behind = sum(segment.tokens for segment in segments if segment.attends_shared_prefix)  # follow the stem, without a gap
-    stem = segments[0].tokens
-    to_stem = [Part(Block(stem, (behind,)), Block(0, (stem,)))] if behind else []
-    return tuple(Round(tuple(parts), causal=parts is own) for parts in (own, prefix, to_stem) if parts)
+    after = sum(segment.tokens for segment in segments if segment.attends_shared_prefix)  # follow it without a gap
+    shared = segments[0].tokens
+    to_shared = [Part(Block(shared, (after,)), Block(0, (shared,)))] if after else []
+    return tuple(Round(tuple(parts), causal=parts is own) for parts in (own, prefix, to_shared) if parts)
 
 
 class _PrefixAttention(torch.autograd.Function):
