@@ -44,11 +44,11 @@ class ExampleEncoder:
     def encode(self, example: Example) -> TokenExample:
         """Raises DataError where the example cannot be rendered or is too long."""
         try:
-            found = self._encode(example)
-            self._require_lengths(found)
+            tokens = self._encode(example)
+            self._require_lengths(tokens)
         except (ConfigError, ValueError) as error:
             raise DataError(f"{example.place[0]}:{example.place[1]}: {_problem(error)}") from None
-        return found
+        return tokens
 
     def problems(self, examples: Iterable[Example]) -> dict[str, RowProblem]:
         """What is wrong with examples, by id: those that cannot be rendered, or are too long."""
@@ -149,9 +149,9 @@ def load_usable(config: Config, encoder: ExampleEncoder, check: bool = True) -> 
     """The examples of data.train that can be trained on. With `check`, or where bad rows are skipped, each is tokenized to
     see that. Raises DataError."""
     assert config.sft is not None
-    found = load_examples(config.data.train, config.data.bad_rows, config.sft.response_format)
+    loaded = load_examples(config.data.train, config.data.bad_rows, config.sft.response_format)
     if not check and config.data.bad_rows == BadRows.REFUSE:
-        return found
-    wrong = encoder.problems(found.examples)
-    left = (example for example in found.examples if example.id not in wrong)
-    return usable(left, [*found.skipped, *wrong.values()], config.data.bad_rows)
+        return loaded
+    wrong = encoder.problems(loaded.examples)
+    left = (example for example in loaded.examples if example.id not in wrong)
+    return usable(left, [*loaded.skipped, *wrong.values()], config.data.bad_rows)

@@ -44,8 +44,8 @@ class Example:
     def question(self) -> Question:
         """What is asked, to be compared with questions of evaluations: the question itself, or the last user's text."""
         prompt = self.prompt if isinstance(self.prompt, Question | str) else self.prompt[-1]["content"]
-        found = prompt if isinstance(prompt, Question) else Question("", prompt, {}, "")
-        return replace(found, id=self.id)
+        question = prompt if isinstance(prompt, Question) else Question("", prompt, {}, "")
+        return replace(question, id=self.id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +87,11 @@ def usable(examples: Iterable[Example], problems: Sequence[RowProblem], bad_rows
     if problems and bad_rows == BadRows.REFUSE:
         others = f"; {counted(len(problems) - 1, 'more bad row')}" if len(problems) > 1 else ""
         raise DataError(f"{problems[0]}{others}; fix the data, or leave bad rows out with data.bad_rows=skip", problems)
-    found = LoadedExamples(tuple(examples), tuple(problems))
-    if not found.examples:
+    loaded = LoadedExamples(tuple(examples), tuple(problems))
+    if not loaded.examples:
         first = f", all {len(problems)} rows are bad (the first: {problems[0]})" if problems else ""
         raise DataError(f"data.train: no usable example{first}; fix the data", problems)
-    return found
+    return loaded
 
 
 # ------------------------------------------------------------------------------------------------------------- one row

@@ -79,7 +79,7 @@ class SwiGlu:
         pass
 
     def __call__(self, gate_up: Tensor) -> Tensor:
-        return _SwiGlu.apply(gate_up)
+        return _SwiGluFunction.apply(gate_up)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -101,7 +101,7 @@ class _RmsNorm(torch.autograd.Function):
         return d_x.to(x.dtype), d_weight.to(weight.dtype), None
 
 
-class _SwiGlu(torch.autograd.Function):
+class _SwiGluFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up):
         ctx.save_for_backward(gate_up)

@@ -77,7 +77,7 @@ class _LabelLogprobs(torch.autograd.Function):
     def backward(ctx, *grads):
         hidden, weight, local, here, lse, top, *exponentials = ctx.saved_tensors
         shard, grad = ctx.shard, grads[0].float() / ctx.temperature
-        d_hidden, weight_gradient = torch.empty_like(hidden), _WeightGradient(weight)
+        d_hidden, weight_gradient = torch.empty_like(hidden), _OutputLayerGradient(weight)
         for rows in _chunks(len(hidden), ctx.chunk_tokens):
             if ctx.whole:
                 d_logits = exponentials[0].mul_((-grad * (top - lse).exp())[:, None])  # -grad * softmax
@@ -93,7 +93,7 @@ class _LabelLogprobs(torch.autograd.Function):
         return d_hidden, weight_gradient.result(), None, None, None, None
 
 
-class _WeightGradient:
+class _OutputLayerGradient:
     """The output layer's gradient, added straight to Megatron's FP32 gradient buffer where the weight has one."""
 
     def __init__(self, weight: Any) -> None:

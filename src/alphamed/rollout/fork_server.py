@@ -27,7 +27,7 @@ def start() -> None:
     forkserver.ensure_running()
 
 
-class Process(ForkServerProcess):
+class ForkedProcess(ForkServerProcess):
     """A fork of the server that gets the environment of this process as it is when it is started, and ends with it: Ray kills
     the children of an actor that ends, but not their children."""
 
@@ -46,7 +46,7 @@ class Process(ForkServerProcess):
 class Context(ForkServerContext):
     """In place of the context of multiprocessing that vLLM would choose."""
 
-    Process = Process  # pyright: ignore[reportAssignmentType]  # typeshed declares the class itself, not a type
+    Process = ForkedProcess  # pyright: ignore[reportAssignmentType]  # typeshed declares the class itself, not a type
 
 
 def _preload_libraries() -> None:

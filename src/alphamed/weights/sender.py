@@ -44,13 +44,13 @@ class Sender:
     def send(self) -> tuple[Digests, Exception | None]:
         """Send the buckets of all own links, in turns. Returns their digests, and the error that stopped the sending, if
         any: gathering is a collective and is carried to its end all the same."""
-        part = _Gathered(self._source.tensors()) if self._plan.mode == "gather" else held_parts(self._source.parts())
+        part = _CollectiveExport(self._source.tensors()) if self._plan.mode == "gather" else held_parts(self._source.parts())
         try:
             return self._broadcast(part), None
         except RuntimeError as error:  # a lost or late peer
             return {}, error
         finally:
-            if isinstance(part, _Gathered):
+            if isinstance(part, _CollectiveExport):
                 part.drain()
 
     def publish(self, key: str, value: Any) -> None:
@@ -95,10 +95,10 @@ def late_workers(plan: SyncPlan, source: int, failure: Exception | None) -> list
 def take_part(source: WeightSource, mode: str) -> None:
     """What an exporting rank without links of its own does in a transfer: its part of the gathering."""
     if mode == "gather":
-        _Gathered(source.tensors()).drain()
+        _CollectiveExport(source.tensors()).drain()
 
 
-class _Gathered:
+class _CollectiveExport:
     """Slices of the tensors of a collective export, which must be taken in its order."""
 
     def __init__(self, tensors: Iterator[tuple[str, Tensor | None]]):

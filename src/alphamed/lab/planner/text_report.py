@@ -117,12 +117,12 @@ def _bars(use: Use) -> Iterator[str]:
 
 def _batch(plan: Plan, assessment: Assessment) -> Iterator[str]:
     b = assessment.batch
-    what = (
+    content = (
         f"{b.questions} prompts with {b.samples:,} responses"
         if plan.job.supervised
         else f"{b.questions} questions x {b.samples // b.questions} = {b.samples:,} samples"
     )
-    yield (f"\nBATCH      {what}; expected {b.prompt_tokens:.0f} prompt + {b.response_tokens:.0f} response tokens")
+    yield (f"\nBATCH      {content}; expected {b.prompt_tokens:.0f} prompt + {b.response_tokens:.0f} response tokens")
     yield (
         f"  {b.trained_tokens:,.0f} tokens trained (shared prompts save {100 * b.shared_fraction:.0f}%), {b.updates} "
         f"updates of {b.rows} micro-batches a data rank of {b.micro.tokens:,.0f} tokens; bubble {100 * b.bubble:.1f}%"

@@ -41,7 +41,7 @@ class Changes:
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
+class RolloutExample:
     """Responses to one question of a training step: each of `samples` has text, outcome, reward, advantage, tokens,
     letter."""
 
@@ -72,7 +72,7 @@ def changes(before: Items, after: Items, name: str, limit: int = 4) -> Changes |
     )
 
 
-def rollout_examples(run_dir: Path, questions: int = 2, samples: int = 4) -> list[Example]:
+def rollout_examples(run_dir: Path, questions: int = 2, samples: int = 4) -> list[RolloutExample]:
     """Responses to the first questions of the first and the last recorded step; [] where none are recorded."""
     steps = recorded_steps(run_dir)
     chosen = sorted({steps[0], steps[-1]}) if steps else []
@@ -93,10 +93,10 @@ def _with_signal_first(groups: Sequence[ScoredGroup], count: int) -> list[Scored
     return sorted(groups, key=lambda group: not group.has_signal)[:count]
 
 
-def _example(step: int, scored: ScoredGroup, count: int) -> Example:
+def _example(step: int, scored: ScoredGroup, count: int) -> RolloutExample:
     question = scored.group.question
     rows = zip(scored.group.rollouts, scored.outcomes, scored.rewards, scored.advantages, scored.letters)
-    return Example(
+    return RolloutExample(
         step,
         question.question,
         question.options,
