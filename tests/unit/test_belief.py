@@ -7,9 +7,8 @@ import pytest
 
 from alphamed.config.sections import DynamicSamplingConfig
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
-from alphamed.reward.process import with_advantages
 from alphamed.reward.rules import earns_of
-from alphamed.reward.shaping import Overlong
+from alphamed.reward.shaping import Overlong, with_advantages
 from alphamed.rollout.belief import PassRates, signal_chance
 from alphamed.rollout.choice import QuestionSampler
 

@@ -6,8 +6,7 @@ import pytest
 
 from alphamed.config.sections import DynamicSamplingConfig
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
-from alphamed.reward.process import with_advantages
-from alphamed.reward.shaping import Overlong
+from alphamed.reward.shaping import Overlong, with_advantages
 from alphamed.rollout.choice import QuestionSampler
 from alphamed.rollout.refill import BatchSlots, GroupCounts, has_reward_variance
 

@@ -19,8 +19,9 @@ from alphamed.config.sections import RewardConfig
 from alphamed.errors import ConfigError, RunFailed
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup
 from alphamed.reward.grader import GraderDied, GraderPool, RewardTimeout
-from alphamed.reward.process import GradingFailed, RewardProcess, scored_group
+from alphamed.reward.process import GradingFailed, RewardProcess
 from alphamed.reward.rules import Graded
+from alphamed.reward.shaping import scored_group
 
 QUESTION = Question("q1", "Which?", {"A": "this", "B": "that"}, "A")
 RIGHT, WRONG, NONE = r"\boxed{A}", r"\boxed{B}", "?"

@@ -11,9 +11,9 @@ from alphamed.config.loading import build_config
 from alphamed.config.sections import RewardConfig
 from alphamed.errors import ConfigError
 from alphamed.records import Outcome
-from alphamed.reward.process import RewardProcess, scored_group
+from alphamed.reward.process import RewardProcess
 from alphamed.reward.rules import Graded
-from alphamed.reward.shaping import Overlong
+from alphamed.reward.shaping import Overlong, scored_group
 from alphamed.run import length_penalty
 
 

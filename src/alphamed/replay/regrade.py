@@ -90,9 +90,8 @@ def _require_grading_settings(overrides: Sequence[str]) -> None:
 
 
 def _grade(groups: tuple[ScoredGroup, ...], config: Config) -> tuple[ScoredGroup, ...]:
-    from alphamed.reward.process import scored_group
     from alphamed.reward.rules import grade_rollout, opened_rule, try_rule
-    from alphamed.reward.shaping import Overlong
+    from alphamed.reward.shaping import Overlong, scored_group
 
     thinking, regraded = _thinking(groups, config), []
     with opened_rule(config.reward, config.prompt, config.run.seed) as rule:

@@ -23,7 +23,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from alphamed.answers.thinking import Thinking
@@ -35,7 +34,7 @@ from alphamed.imports import quick_imports
 from alphamed.records import Outcome, Question, Rollout, RolloutGroup, ScoredGroup
 from alphamed.reward.grader import GraderPool
 from alphamed.reward.rules import Graded, Rule, correct, grade_rollout, resolve_rule
-from alphamed.reward.shaping import NO_PENALTY, Overlong
+from alphamed.reward.shaping import NO_PENALTY, Overlong, scored_group
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -179,33 +178,3 @@ class RewardProcess:
                 f"{timeouts} time-outs; reward.max_failure_share allows {self._reward.max_failure_share:.1%} of a "
                 f"step's {self._step_samples}). The first failure:\n{self._first_problem}",
             )
-
-
-def scored_group(
-    group: RolloutGroup, graded: Sequence[Graded], advantage: str, overlong: Overlong = NO_PENALTY, grading_s: float = 0.0
-) -> ScoredGroup:
-    """A group with its grading and the advantages that follow from it."""
-    scored = ScoredGroup(
-        group,
-        outcomes=tuple(sample.outcome for sample in graded),
-        rewards=tuple(sample.reward for sample in graded),
-        advantages=(0.0,) * len(graded),
-        letters=tuple(sample.letter for sample in graded),
-        grading_s=grading_s,
-    )
-    return with_advantages(scored, advantage, overlong)
-
-
-def with_advantages(scored: ScoredGroup, kind: str, overlong: Overlong) -> ScoredGroup:
-    """The group with advantages computed from its rewards and the penalty on the lengths of its responses. Samples that could
-    not be graded get 0 and do not count for the others."""
-    import torch
-
-    from alphamed.algorithms.advantage import group_advantages
-
-    graded = [i for i, outcome in enumerate(scored.outcomes) if not outcome.failed]
-    lengths = [len(rollout.response_token_ids) for rollout in scored.group.rollouts]
-    shaped = [scored.rewards[i] + overlong.penalty(lengths[i]) for i in graded]
-    values = group_advantages(torch.tensor(shaped, dtype=torch.float64), [0] * len(shaped), kind).tolist()
-    advantages = dict(zip(graded, values, strict=True))
-    return replace(scored, advantages=tuple(advantages.get(i, 0.0) for i in range(len(scored.outcomes))))

@@ -9,7 +9,7 @@ from alphamed.cluster.failure import StopRequested
 from alphamed.config.schema import Config
 from alphamed.records import ScoredGroup, StepRollouts, TokenGroup
 from alphamed.reward.rules import earns_of
-from alphamed.reward.shaping import Overlong
+from alphamed.reward.shaping import Overlong, with_advantages
 from alphamed.rollout.choice import QuestionSampler
 from alphamed.rollout.curriculum import Stream
 from alphamed.rollout.supply import AsyncRollouts, Gathered, SyncRollouts
@@ -100,7 +100,6 @@ class ReplayedRollouts:
         return StepRollouts(step, share_groups(recorded, self._control), tuple(recorded))
 
     def _read(self, step: int) -> Sequence[ScoredGroup]:
-        from alphamed.reward.process import with_advantages
         from alphamed.rundir.rollout_files import read_rollouts, rollout_path
 
         groups = read_rollouts(rollout_path(self._run_dir, step))
@@ -114,55 +113,56 @@ class ReplayedRollouts:
 
 
 # ----------------------------------------------------------------------------------------------------------------- sharing
-def share_groups(scored: Sequence[ScoredGroup], control: Control) -> tuple[TokenGroup, ...]:
-    """Rank 0's groups, as tensors, on every rank. A group whose rewards do not differ stays in: its advantages are 0."""
-    tensors = flatten(scored) if scored else None
+def share_groups(groups: Sequence[ScoredGroup], control: Control) -> tuple[TokenGroup, ...]:
+    """Rank 0's groups, as tensors, on every rank; the other ranks pass none. A group whose rewards do not differ stays in: its
+    advantages are 0."""
+    tensors = flatten(groups) if groups else None
     return unflatten(control.share_tensors(tensors))
 
 
-def flatten(scored: Sequence[ScoredGroup]) -> list[Tensor]:
+def flatten(groups: Sequence[ScoredGroup]) -> list[Tensor]:
     """Six flat tensors: per group [responses, prompt tokens, oldest version], response lengths, prompt ids, response ids
     (int64); log-probs, advantages (float32)."""
     import torch
 
-    rollouts = [rollout for group in scored for rollout in group.group.rollouts]
-    groups = [
+    rollouts = [rollout for scored in groups for rollout in scored.group.rollouts]
+    sizes = [
         (
-            len(group.group.rollouts),
-            len(group.group.prompt_token_ids),
-            min(rollout.policy_version for rollout in group.group.rollouts),
+            len(scored.group.rollouts),
+            len(scored.group.prompt_token_ids),
+            min(rollout.policy_version for rollout in scored.group.rollouts),
         )
-        for group in scored
+        for scored in groups
     ]
     return [
-        torch.tensor(groups, dtype=torch.int64),
+        torch.tensor(sizes, dtype=torch.int64),
         torch.tensor([len(rollout.response_token_ids) for rollout in rollouts], dtype=torch.int64),
-        torch.tensor([token for group in scored for token in group.group.prompt_token_ids], dtype=torch.int64),
+        torch.tensor([token for scored in groups for token in scored.group.prompt_token_ids], dtype=torch.int64),
         torch.tensor([token for rollout in rollouts for token in rollout.response_token_ids], dtype=torch.int64),
         torch.tensor([value for rollout in rollouts for value in rollout.logprobs], dtype=torch.float32),
-        torch.tensor([value for group in scored for value in group.advantages], dtype=torch.float32),
+        torch.tensor([value for scored in groups for value in scored.advantages], dtype=torch.float32),
     ]
 
 
 def unflatten(tensors: Sequence[Tensor]) -> tuple[TokenGroup, ...]:
     """The groups that `flatten` was given."""
-    groups, lengths, prompts, responses, logprobs, advantages = tensors
-    sizes = groups[:, 0].tolist()
+    sizes, lengths, prompts, responses, logprobs, advantages = tensors
+    counts, prompt_lengths, versions = sizes.unbind(1)
     per_group = zip(
-        groups[:, 2].tolist(),
-        prompts.split(groups[:, 1].tolist()),
-        advantages.split(sizes),
-        lengths.split(sizes),
+        versions.tolist(),
+        prompts.split(prompt_lengths.tolist()),
+        advantages.split(counts.tolist()),
+        counts.tolist(),
         strict=True,
     )
     tokens, values = iter(responses.split(lengths.tolist())), iter(logprobs.split(lengths.tolist()))
     return tuple(
         TokenGroup(
             prompt=prompt,
-            responses=tuple(next(tokens) for _ in own),
-            rollout_logprobs=tuple(next(values) for _ in own),
+            responses=tuple(next(tokens) for _ in range(count)),
+            rollout_logprobs=tuple(next(values) for _ in range(count)),
             advantages=advantage,
             policy_version=version,
         )
-        for version, prompt, advantage, own in per_group
+        for version, prompt, advantage, count in per_group
     )
