@@ -161,7 +161,7 @@ def measure(shape_name: str, precision: str, recompute: str, options: argparse.N
     runtime = runtimes.start(config)
     from alphamed.megatron.policy import Policy
 
-    policy = Policy.build(config, shape, runtime)
+    policy = Policy(config, shape, runtime)
     groups = questions(shape, options)
     batch = pack(groups, policy.layout, token_budget=options.budget, share_prompts=config.parallel.share_prompts)
     seconds: dict[str, list[float]] = {"logprobs": [], "update": []}

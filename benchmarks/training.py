@@ -134,7 +134,7 @@ class _Trainer:
 
         tree = config.model_dump(mode="json")
         tree["parallel"]["share_prompts"] = share
-        self.policy = Policy.build(build_config(tree), shape, runtime)
+        self.policy = Policy(build_config(tree), shape, runtime)
         load_hf(folder, self.policy.model_chunks(), shape, self.policy.layout)
 
     def on(self, groups: Sequence[TokenGroup]) -> Pass:

@@ -47,7 +47,7 @@ def main(run_dir: Path, out: Path, best: bool, write_card: Callable[[Path, Confi
     single = config.model_copy(update={"parallel": ParallelConfig()})
     rank = runtime.start(single)
     try:
-        chunks = Reference.build(single, shape, rank).model_chunks()
+        chunks = Reference(single, shape, rank).model_chunks()
         checkpoint.load_weights(last, chunks, shape, rank)
         save_hf(out, folder, chunks, shape, rank.layout, None, None)
         write_card(run_dir, config, out, int(last.name.removeprefix("step_")))

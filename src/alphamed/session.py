@@ -192,7 +192,7 @@ def _policy(
     config: Config, shape: ModelShape, here: runtime.Runtime, folder: Path, control: Control, run: Run
 ) -> tuple[Policy, dict | None]:
     """The policy with the weights of the last checkpoint, or of the model's folder, and the state saved with them."""
-    policy = Policy.build(config, shape, here)
+    policy = Policy(config, shape, here)
     last = control.from_rank0("finding the last checkpoint", lambda: checkpoint_folder.latest(run.checkpoints))
     if last is not None:
         return policy, checkpoint.load(last, policy)
@@ -206,7 +206,7 @@ def _reference(
 ) -> Reference | NoReference:
     if config.algorithm.kl_coefficient == 0 or config.sft is not None:
         return NoReference()
-    reference = Reference.build(config, shape, here)
+    reference = Reference(config, shape, here)
     control.everywhere("loading the reference", lambda: load_hf(folder, reference.model_chunks(), shape, here.layout))
     reference.weights_changed()
     return reference

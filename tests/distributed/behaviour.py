@@ -88,7 +88,7 @@ def first_update(folder: Path, data: oracle.Data) -> dict:
         batch = worker.packed(case, policy, data.groups)
         found["old log-probs absent"] = policy.update(NoReference().logprobs(batch))
     with worker.policy_of(case, folder) as policy:
-        reference = Reference.build(policy.config, policy.shape, policy.runtime)
+        reference = Reference(policy.config, policy.shape, policy.runtime)
         load_hf(folder, reference.model_chunks(), policy.shape, policy.layout)
         batch = worker.packed(case, policy, data.groups)
         found["recomputed"] = policy.update(reference.logprobs(policy.logprobs(batch)))
@@ -104,7 +104,7 @@ def offloaded_reference(folder: Path, data: oracle.Data) -> dict:
     for place in ("resident", "offloaded"):
         with worker.policy_of(case, folder, {"parallel": {"reference": place}}) as policy:
             batch = worker.packed(case, policy, data.groups)
-            reference = Reference.build(policy.config, policy.shape, policy.runtime)
+            reference = Reference(policy.config, policy.shape, policy.runtime)
             load_hf(folder, reference.model_chunks(), policy.shape, policy.layout)
             reference.weights_changed()
             found[place] = [worker.by_sample(reference.logprobs(batch), "reference_logprobs") for _ in range(2)]

@@ -127,8 +127,8 @@ def measure(case: dict) -> dict:
 
     groups = token_groups(shape.vocab, *case["groups"])
     with Allocated() if runtime.world == 1 else InUse() as used:
-        policy = Policy.build(config, shape, runtime)
-        reference = Reference.build(config, shape, runtime) if config.algorithm.kl_coefficient else None
+        policy = Policy(config, shape, runtime)
+        reference = Reference(config, shape, runtime) if config.algorithm.kl_coefficient else None
         if reference:
             reference.weights_changed()
         batch = pack(

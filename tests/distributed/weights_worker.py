@@ -67,7 +67,7 @@ class Rank:
         self.config, self.runtime = make_config(case), runtime
         self.shape = read_shape(Path(case["model"]))
         self.source = Path(case["model"])
-        self.policy = Policy.build(self.config, self.shape, runtime)
+        self.policy = Policy(self.config, self.shape, runtime)
         self.done = 0
 
     def batch(self):

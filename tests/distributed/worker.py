@@ -112,7 +112,7 @@ def policy_of(case: Case, folder: Path, changes: dict | None = None):
     from alphamed.weights.hf_io import load_hf
 
     shape = read_shape(folder)
-    policy = Policy.build(config, shape, runtime)
+    policy = Policy(config, shape, runtime)
     load_hf(folder, policy.model_chunks(), shape, policy.layout)
     policy.weights_changed()
     yield policy

@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import ChainedOptimizer
 
 from alphamed.batching import attach
 from alphamed.config.choices import ReferencePlace
@@ -41,27 +39,16 @@ class TrainingProgress:
 
 
 class Policy:
-    """A Megatron model with gradients and optimizer, spread over all trainer ranks. Every rank calls every method."""
+    """A Megatron model with gradients and optimizer, spread over all trainer ranks. Every rank calls every method.
 
-    def __init__(
-        self,
-        config: Config,
-        shape: ModelShape,
-        runtime: Runtime,
-        chunks: list[PolicyModel],
-        wrapped: list[DistributedDataParallel],
-        optimizer: ChainedOptimizer,
-    ) -> None:
+    Its weights are random at first. After writing others into `model_chunks()` call `weights_changed()`."""
+
+    def __init__(self, config: Config, shape: ModelShape, runtime: Runtime) -> None:
         self.config, self.shape, self.runtime = config, shape, runtime
-        self.optimizer, self.progress = optimizer, TrainingProgress()
-        self._chunks, self._wrapped = chunks, wrapped
-
-    @classmethod
-    def build(cls, config: Config, shape: ModelShape, runtime: Runtime) -> Policy:
-        """A policy with random weights. After writing others into `model_chunks()` call `weights_changed()`."""
-        chunks = provider.build_model(config, shape, runtime)
-        wrapped = provider.wrap_gradients(config, chunks)
-        return cls(config, shape, runtime, chunks, wrapped, provider.build_optimizer(config, wrapped))
+        self._chunks = provider.build_model(config, shape, runtime)
+        self._wrapped = provider.wrap_gradients(config, self._chunks)
+        self.optimizer = provider.build_optimizer(config, self._wrapped)
+        self.progress = TrainingProgress()
 
     # ---------------------------------------------------------------------------------------------------------- training
     def logprobs(self, batch: Batch) -> Batch:
@@ -140,7 +127,9 @@ class Policy:
 
 class Reference:
     """The frozen starting point: the same layout as the policy's, no gradients, no optimizer. With `parallel.reference:
-    offloaded` its weights are on the device only while `logprobs` runs."""
+    offloaded` its weights are on the device only while `logprobs` runs.
+
+    Its weights are random at first. After writing others into `model_chunks()` call `weights_changed()`."""
 
     def __init__(self, config: Config, shape: ModelShape, runtime: Runtime) -> None:
         self.runtime = runtime
@@ -150,11 +139,6 @@ class Reference:
         for chunk in self._chunks:
             chunk.requires_grad_(False).eval()
         self._wrapped = provider.wrap_precision(self._chunks)
-
-    @classmethod
-    def build(cls, config: Config, shape: ModelShape, runtime: Runtime) -> Reference:
-        """A reference with random weights. After writing others into `model_chunks()` call `weights_changed()`."""
-        return cls(config, shape, runtime)
 
     def model_chunks(self) -> list[PolicyModel]:
         return self._chunks

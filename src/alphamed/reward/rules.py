@@ -112,7 +112,7 @@ def grade(
     """
     answer_text = thinking.answer(text) or ""
     letter = extract_answer(answer_text, question.options)
-    cut = finish_reason != FinishReason.STOP and truncated == TruncatedReward.NOTHING
+    cut = finish_reason.truncated and truncated == TruncatedReward.NOTHING
     if cut and not isinstance(rule, CoinToss):
         return Graded(Outcome.TRUNCATED, 0.0, letter)
     try:
