@@ -13,9 +13,10 @@ from typing import Any
 
 from alphamed.config.choices import LevelsFrom
 from alphamed.config.sections import DynamicSamplingConfig, LevelsConfig
+from alphamed.data.stream import QuestionStream
 from alphamed.records import Question, ScoredGroup
 from alphamed.rollout.belief import PassRates
-from alphamed.rollout.curriculum import Curriculum, Stream
+from alphamed.rollout.curriculum import Curriculum
 
 
 class QuestionSampler:
@@ -25,7 +26,7 @@ class QuestionSampler:
     def __init__(
         self,
         config: DynamicSamplingConfig,
-        stream: Stream,
+        stream: QuestionStream,
         samples: int,
         per_step: int,
         levels: LevelsConfig = LevelsConfig(),

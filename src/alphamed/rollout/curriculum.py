@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import comb, prod
-from typing import Any, Protocol
+from typing import Any
 
 from alphamed.config.choices import LevelsFrom
 from alphamed.config.sections import LevelsConfig, LevelWeights
+from alphamed.data.stream import QuestionStream
 from alphamed.errors import ConfigError
 from alphamed.hashing import stable_hash
 from alphamed.records import Question
@@ -24,18 +25,10 @@ LOOK_AT = 200
 DRAWS = 2**62
 
 
-class Stream(Protocol):
-    """Seeded, resumable questions (`data.stream.QuestionStream`)."""
-
-    def take(self, n: int) -> list[Question]: ...
-    def state(self) -> dict[str, Any]: ...
-    def load_state(self, state: dict[str, Any]) -> None: ...
-
-
 class Curriculum:
     """The stream's questions, each as often as the weight of its level has it."""
 
-    def __init__(self, config: LevelsConfig, stream: Stream, rates: PassRates, seed: int):
+    def __init__(self, config: LevelsConfig, stream: QuestionStream, rates: PassRates, seed: int):
         assert config.schedule, "a curriculum without a schedule"
         self._config, self._stream, self._rates, self._seed = config, stream, rates, seed
         self._walked = 0

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from alphamed.cluster.failure import StopRequested
 from alphamed.config.schema import Config
+from alphamed.data.prompts import PromptBuilder
+from alphamed.data.stream import QuestionStream
 from alphamed.records import ScoredGroup, StepRollouts, TokenGroup
 from alphamed.reward.rules import earns_of
 from alphamed.reward.shaping import Overlong, with_advantages
 from alphamed.rollout.choice import QuestionSampler
-from alphamed.rollout.curriculum import Stream
 from alphamed.rollout.supply import AsyncRollouts, Gathered, SyncRollouts
-from alphamed.rollout.tasks import Prompts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,8 +30,8 @@ class LiveRollouts:
     def __init__(
         self,
         config: Config,
-        stream: Stream,
-        prompts: Prompts,
+        stream: QuestionStream,
+        prompts: PromptBuilder,
         coordinator: Coordinator | None,
         control: Control,
         on_progress: Callable[[Progress], None] | None = None,

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from alphamed.config.choices import Stragglers
 from alphamed.config.schema import Config
+from alphamed.data.prompts import PromptBuilder
 from alphamed.records import Question, ScoredGroup
 from alphamed.rollout.choice import QuestionSampler
 from alphamed.rollout.failures import Overdue
 from alphamed.rollout.refill import BatchSlots, GroupCounts, has_reward_variance, must_wait
-from alphamed.rollout.tasks import Prompts, training_tasks
+from alphamed.rollout.tasks import training_tasks
 from alphamed.rundir.rollout_files import question_from_json, question_json
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class SyncRollouts:
         self,
         config: Config,
         sampler: QuestionSampler,
-        prompts: Prompts,
+        prompts: PromptBuilder,
         coordinator: Coordinator,
         on_progress: Callable[[Progress], None] | None,
         pace: Pace | None = None,
@@ -104,7 +105,7 @@ class AsyncRollouts:
         self,
         config: Config,
         sampler: QuestionSampler,
-        prompts: Prompts,
+        prompts: PromptBuilder,
         coordinator: Coordinator,
         on_progress: Callable[[Progress], None] | None,
     ):

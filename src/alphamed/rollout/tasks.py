@@ -1,23 +1,17 @@
-"""Questions as the tasks that engines are given, and the prompt builder that this needs."""
+"""Questions become the tasks that engines are given: prompt tokens, sampling settings, seed, and the id of the group."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from alphamed.config.schema import Config
+from alphamed.data.prompts import PromptBuilder
 from alphamed.hashing import stable_hash
 from alphamed.records import GenerationTask, Question, Sampling
 
 
-class Prompts(Protocol):
-    """Question -> token ids (`data.prompts.PromptBuilder`)."""
-
-    def render(self, question: Question) -> tuple[int, ...]: ...
-
-
 def training_tasks(
-    config: Config, step: int, questions: Sequence[Question], prompts: Prompts, first: int = 0
+    config: Config, step: int, questions: Sequence[Question], prompts: PromptBuilder, first: int = 0
 ) -> tuple[GenerationTask, ...]:
     """One task per question; `first` is the place in the step of the first one. Group ids are unique within a run; a
     question may occur twice in a step."""
@@ -29,7 +23,7 @@ def training_tasks(
             GenerationTask(
                 f"{step}:{place}:{question.id}",
                 question,
-                tuple(prompts.render(question)),
+                prompts.render(question),
                 Sampling(
                     n=r.samples_per_question,
                     temperature=r.temperature,
