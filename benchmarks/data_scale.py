@@ -21,8 +21,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from alphamed.data.option_order import shuffle_options
 from alphamed.data.output import question_writer
-from alphamed.data.stream import shuffle_options
 from alphamed.lab.datasets import medfacts
 from alphamed.records import Question
 

@@ -17,6 +17,12 @@ def stable_hash(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
 
 
+def digest_of(*parts: object) -> bytes:
+    """16 bytes; the lengths of the parts are in them, so that ("ab", "c") and ("a", "bc") differ."""
+    text = "".join(f"{len(str(part))}:{part}" for part in parts)
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
 def draw(*parts: object) -> str:
     """A pseudo-random sort key that depends on its parts alone: choices made with it do not depend on file order or
     Python version."""

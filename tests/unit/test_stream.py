@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from alphamed.config.choices import Spread
-from alphamed.data.stream import QuestionStream, refers_to_options, shuffle_options
+from alphamed.data.option_order import refers_to_options, shuffle_options
+from alphamed.data.stream import QuestionStream
 from alphamed.errors import DataError
 from alphamed.records import Question
 

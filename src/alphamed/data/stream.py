@@ -6,34 +6,14 @@ or Python version, and any position can be returned to exactly.
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from alphamed.config.choices import Spread
+from alphamed.data.option_order import refers_to_options, shuffle_options
 from alphamed.errors import DataError
+from alphamed.hashing import digest_of
 from alphamed.records import Question
-
-# Options that refer to other options by position ("all of the above", "both A and B", "none") lose their meaning elsewhere.
-# One match leaves the whole question in its order; a false alarm ("hepatitis B and C") costs only that.
-_OTHERS = r"above|previous|preceding|foregoing|following|these|those|them|other|options?|answers?|choices?|statements?"
-_LETTER = r"""(?: (?-i: \b[A-J]\b ) | ["'(][a-j]["')] )"""
-_REFERS = re.compile(
-    rf"""
-      \b(?:all|none|any|anyone|both|neither|either|no|two|three|only)\b [\w\s,]{{0,20}}? \b(?:{_OTHERS})\b
-    | \b(?:options?|answers?|choices?)\b [\w\s]{{0,20}}? (?:\b(?:correct|true|false|right|wrong)\b|{_LETTER}|[1-9]\b)
-    | ^\W* (?:all|any|none|both|neither|either|everything|nothing) \W*$
-    | ^\W* (?:all|none|both|neither|either) \s+ (?:of|is|are|true|false|correct|incorrect|right|wrong) \b
-    | {_LETTER} \s* (?:,|/|&|\+|\band\b|\bor\b) [\s,]* (?:and\s+|or\s+)? {_LETTER}
-    | (?:\bonly\s+|\bsame\s+as\s+|\bsimilar\s+to\s+) {_LETTER} | {_LETTER} \s+ only\b
-    | ^\W* (?:all\s+|both\s+)? [1-9] (?:\s*,\s*[1-9])* [\s,]* (?:and|or|&) \s* [1-9] \W* (?:(?:is|are|only)\b.*)? $
-    | ^\W* (?:only\s+[1-9] | [1-9]\s+only) \W*$
-    """,
-    re.IGNORECASE | re.VERBOSE,
-)
-_STEM_REFERS = re.compile(r"\b(?i:options?|choices?|answers?)\s*\(?[A-J]\b")
 
 
 class WithId(Protocol):
@@ -57,7 +37,7 @@ class SeededStream(Generic[Item]):
         self._items = {item.id: item for item in items}
         assert len(self._items) == len(items), f"{len(items)} {kind}s with {len(self._items)} ids"
         self._seed, self._kind = seed, kind
-        self._fingerprint = _digest("ids", *sorted(self._items)).hex()
+        self._fingerprint = digest_of("ids", *sorted(self._items)).hex()
         self._epoch, self._position = 0, 0
         self._begin_epoch()
 
@@ -101,7 +81,7 @@ class SeededStream(Generic[Item]):
         assert 0 <= self._position < len(self._order), f"position {self._position} of {len(self._order)} {self._kind}s"
 
     def _begin_epoch(self) -> None:
-        self._order = sorted(self._items, key=lambda i: _digest("order", self._seed, self._epoch, i))
+        self._order = sorted(self._items, key=lambda i: digest_of("order", self._seed, self._epoch, i))
 
     def _presented(self, item: Item) -> Item:
         """The item as this epoch shows it."""
@@ -154,7 +134,7 @@ class QuestionStream(SeededStream[Question]):
             if i not in self._fixed:
                 if not decks.get(size):
                     decks[size] = sorted(
-                        range(size), key=lambda place: _digest("places", self._seed, self._epoch, number, place)
+                        range(size), key=lambda place: digest_of("places", self._seed, self._epoch, number, place)
                     )
                 dealt[i] = decks[size].pop()
         return dealt
@@ -165,37 +145,6 @@ class QuestionStream(SeededStream[Question]):
         return shuffle_options(item, self._seed, self._epoch, self._places[item.id])
 
 
-def shuffle_options(question: Question, seed: int, epoch: int, place: int | None = None) -> Question:
-    """The question with its option texts in an order that depends on (seed, epoch, id) and `place` alone.
-
-    Letters stay A, B, C ...; the answer follows its text, to the letter number `place` (from 0) where that is given. A
-    question whose options refer to others is left unchanged.
-    """
-    if refers_to_options(question):
-        return question
-    letters = list(question.options)
-    order = sorted(letters, key=lambda letter: _digest("options", seed, epoch, question.id, letter))
-    if place is not None:
-        order.remove(question.answer)
-        order.insert(place, question.answer)
-    return replace(
-        question,
-        options={new: question.options[old] for new, old in zip(letters, order)},
-        answer=letters[order.index(question.answer)],
-    )
-
-
-def refers_to_options(question: Question) -> bool:
-    """Whether an option (or the question itself) refers to options by their position; in doubt, yes."""
-    return bool(_STEM_REFERS.search(question.question)) or any(map(_REFERS.search, question.options.values()))
-
-
 def _fraction(*parts: object) -> float:
     """A pseudo-random number from 0 up to 1."""
-    return int.from_bytes(_digest(*parts)[:6], "big") / 2**48
-
-
-def _digest(*parts: object) -> bytes:
-    """A hash of the parts; their lengths are in it, so that ("ab", "c") and ("a", "bc") differ."""
-    text = "".join(f"{len(str(part))}:{part}" for part in parts)
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+    return int.from_bytes(digest_of(*parts)[:6], "big") / 2**48

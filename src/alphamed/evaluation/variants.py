@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from alphamed.answers.extraction import boxed_text
-from alphamed.data.stream import refers_to_options, shuffle_options
+from alphamed.data.option_order import refers_to_options, shuffle_options
 from alphamed.data.text import normalised_option, words
 from alphamed.hashing import draw
 from alphamed.records import Question

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from alphamed.data.mcq import RowProblem
+from alphamed.data.option_order import refers_to_options
 from alphamed.data.reading import Reading
-from alphamed.data.stream import refers_to_options
 from alphamed.data.text import normalised, normalised_option, option_set
 from alphamed.hashing import draw
 from alphamed.lab.datasets.suspects import suspects

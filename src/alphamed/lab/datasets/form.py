@@ -19,9 +19,9 @@ from typing import Any
 
 from alphamed.answers.extraction import extract_answer
 from alphamed.config.choices import BadRows
+from alphamed.data.option_order import refers_to_options, shuffle_options
 from alphamed.data.output import check_places
 from alphamed.data.sources import load_questions
-from alphamed.data.stream import refers_to_options, shuffle_options
 from alphamed.errors import ConfigError, DataError
 from alphamed.files import replace_json_lines
 from alphamed.hashing import draw

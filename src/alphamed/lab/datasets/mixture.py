@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from alphamed.data.attributes import ATTRIBUTES
 from alphamed.data.describe import length_words
 from alphamed.data.mcq import LEVELS
-from alphamed.data.stream import refers_to_options, shuffle_options
+from alphamed.data.option_order import refers_to_options, shuffle_options
 from alphamed.data.text import normalised, normalised_option, option_set
 from alphamed.errors import DataError
 from alphamed.hashing import draw
