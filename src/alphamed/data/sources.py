@@ -1,4 +1,8 @@
-"""Reads question files (any container of tables.py) and refuses or skips their bad rows."""
+"""Reads question files (any container of tables.py) and refuses or skips their bad rows.
+
+A row's way: `read_rows` here, `reading.interpret` (letters, keys and ids as in the schema), `mcq.check_questions` (a `Question`,
+or what is wrong with the row).
+"""
 
 from __future__ import annotations
 
@@ -42,8 +46,8 @@ def load_questions(
     _refuse_repeats(files)
     for file in files:
         check_file(file)
-    read = [interpret(read_rows(file), answer) for file in files]
-    questions, problems = check_questions(row for file_rows, _ in read for row in file_rows)
+    interpreted = [interpret(read_rows(file), answer) for file in files]
+    questions, problems = check_questions(row for file_rows, _ in interpreted for row in file_rows)
     if problems and bad_rows == BadRows.REFUSE:
         others = f"; {counted(len(problems) - 1, 'more bad row')}" if len(problems) > 1 else ""
         raise DataError(
@@ -57,7 +61,7 @@ def load_questions(
             f"(the first: {problems[0]}); fix the data",
             problems,
         )
-    return LoadedQuestions(tuple(questions), tuple(problems), tuple(reading for _, reading in read))
+    return LoadedQuestions(tuple(questions), tuple(problems), tuple(reading for _, reading in interpreted))
 
 
 def read_rows(file: Path) -> Iterator[RawRow]:
