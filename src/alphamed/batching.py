@@ -9,7 +9,8 @@ Invariants of `pack` (tests hold it to each of them):
     that trains nothing), and rows hold a multiple of `layout.token_multiple` tokens;
   - with virtual pipeline stages the number of micro-batches is a multiple of the stages, as the interleaved schedule wants;
   - the cost of rows and of ranks is even: a stage waits for the most expensive row, the optimizer for the most expensive rank;
-  - `response_tokens` and `sequences` count the whole mini-batch over all data ranks.
+  - `response_tokens` and `sequences` count the whole mini-batch over all data ranks; tokens of a response without a loss
+    (`TokenGroup.trained`) are read like a prompt and not counted.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ def pack(
         units = [u for g in chunk for u in _units(groups[g], g, stem, budget, share_prompts)]
         plan = _assign(units, budget, layout.data, layout.pipeline if layout.virtual_pipeline else 1)
         micro_batches = [_materialise(row, groups, layout.token_multiple) for row in plan[layout.data_rank]]
-        lengths = [len(r) for g in chunk for r in groups[g].responses]
-        minis.append(MiniBatch(tuple(micro_batches), response_tokens=sum(lengths), sequences=len(lengths)))
+        counts = [_trained_tokens(groups[g], j) for g in chunk for j in range(len(groups[g].responses))]
+        minis.append(MiniBatch(tuple(micro_batches), response_tokens=sum(counts), sequences=len(counts)))
         rows += [row for rank in plan for row in rank]
         costs = [[sum(u.cost for u in row) for row in rank] for rank in plan]
         imbalance.append(_excess([sum(rank) for rank in costs]))
@@ -94,6 +95,11 @@ def attach(batch: Batch, field: str, values: Sequence[Sequence[torch.Tensor | No
             for mini, row in zip(batch.mini_batches, values, strict=True)
         ),
     )
+
+
+def _trained_tokens(group: TokenGroup, sample: int) -> int:
+    """Tokens of a response that have a loss."""
+    return len(group.responses[sample]) if group.trained is None else int(group.trained[sample].sum())
 
 
 def _excess(costs: Sequence[float]) -> float:
@@ -215,12 +221,13 @@ def _materialise(row: list[Unit], groups: Sequence[TokenGroup], multiple: int) -
         for j in unit.samples:
             response = group.responses[j]
             n = len(response)
+            trained = torch.ones(n, dtype=torch.bool) if group.trained is None else group.trained[j]
             tokens += [last, response[:-1]]
-            labels.append(response)
+            labels.append(torch.where(trained, response, 0))
             positions.append(torch.arange(len(head), len(head) + n))
-            sequence.append(torch.full_like(response, len(samples)))
-            logprobs.append(group.rollout_logprobs[j])
-            advantages.append(group.advantages[j].expand(n))
+            sequence.append(torch.where(trained, len(samples), -1))
+            logprobs.append(torch.where(trained, group.rollout_logprobs[j], 0.0))
+            advantages.append(torch.where(trained, group.advantages[j], 0.0))
             samples.append((unit.group, j))
         segments.append(Segment(unit.prefix, unit.continuations, attends_shared_prefix=stem > 0))
     length = sum(s.tokens for s in segments)

@@ -1,6 +1,7 @@
 """Packing: every response exactly once, prompts shared, budgets kept, ranks equal; rows worked out by hand."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -39,6 +40,22 @@ def test_one_group_by_hand():
     assert (batch.mini_batches[0].response_tokens, batch.mini_batches[0].sequences) == (3, 2)
     # unshared the prompt of 3 is read twice: (3 + 2 - 1) + (3 + 1 - 1) = 7 tokens against 5
     assert batch.metrics["batch/shared_fraction"] == pytest.approx(1 - 5 / 7)
+
+
+def test_response_tokens_without_a_loss_are_read_like_a_prompt():
+    """A turn of the user inside a response: 5 of (4 5 6) has no loss."""
+    plain = group([1, 2, 3], [[4, 5, 6], [7]], [0.25, -0.5])
+    marked = replace(plain, trained=(torch.tensor([True, False, True]), torch.tensor([True])))
+    batch = pack([marked], Layout(), token_budget=64)
+    (row,) = rows(batch)
+    assert row.tokens.tolist() == [1, 2, 3, 4, 5, 3]
+    assert row.labels.tolist() == [0, 0, 4, 0, 6, 7]
+    assert row.mask.tolist() == [False, False, True, False, True, True]
+    assert row.sequence.tolist() == [-1, -1, 0, -1, 0, 1]
+    assert row.advantages.tolist() == [0, 0, 0.25, 0, 0.25, -0.5]
+    assert row.rollout_logprobs.tolist() == [0, 0, 0.5, 0, 2.5, 0.5]
+    assert (batch.mini_batches[0].response_tokens, batch.mini_batches[0].sequences) == (3, 2)
+    assert row.segments == rows(pack([plain], Layout(), token_budget=64))[0].segments
 
 
 def test_without_sharing_a_sample_is_one_plain_segment():

@@ -38,6 +38,11 @@ class Loss(StrEnum):
     CISPO = "cispo"
 
 
+class LossOn(StrEnum):
+    RESPONSES = "responses"
+    ASSISTANT_TURNS = "assistant_turns"
+
+
 class KlEstimator(StrEnum):
     K1 = "k1"
     K2 = "k2"
