@@ -1,15 +1,21 @@
 """The typed values that flow through a training step, and the shape legend of the whole project.
 
-Shape suffixes (used in names and docstrings everywhere):
-  P  questions in a step          G  samples (responses) of one question      S  responses in a batch
-  T  packed tokens of a micro-batch     R  tokens of one response             V  local vocabulary shard     H  hidden size
+Names and docstrings use these shape suffixes everywhere:
 
-Alignment, stated once: position t of a packed row predicts `labels[t]`, the next token of its sequence. Masks, log-probs,
-advantages and every other per-token tensor are aligned to `labels`, never to `tokens`.
+- `P`: questions in a step
+- `G`: samples (responses) of one question
+- `S`: responses in a batch
+- `T`: packed tokens of a micro-batch
+- `R`: tokens of one response
+- `V`: local vocabulary shard
+- `H`: hidden size
 
-A log-prob is always that of the sampling distribution: log softmax(logits / temperature), in FP32, natural logarithm.
+**Alignment.** Position t of a packed row predicts `labels[t]`, the next token of its sequence. Masks, log-probs, advantages and
+every other per-token tensor are aligned to `labels`, never to `tokens`.
 
-This module imports neither torch nor numpy at run time: the command line and the data side stay light.
+**Log-probs** are always those of the sampling distribution: log softmax(logits / temperature), in FP32, natural logarithm.
+
+This module imports neither torch nor numpy at run time, so that the command line and the data tools start quickly.
 """
 
 from __future__ import annotations
@@ -40,9 +46,14 @@ class Question:
 
 
 class FinishReason(StrEnum):
-    STOP = "stop"  # the model ended its answer
-    LENGTH = "length"  # the token limit cut it
-    ABORT = "abort"  # the engine was asked to stop
+    """Why a response ended."""
+
+    STOP = "stop"
+    """The model ended its answer."""
+    LENGTH = "length"
+    """The token limit cut it."""
+    ABORT = "abort"
+    """The engine was asked to stop."""
 
     @property
     def truncated(self) -> bool:
@@ -54,11 +65,17 @@ class Outcome(StrEnum):
     """The result of grading a response. A grader's own failure is TIMEOUT or CRASH, never WRONG."""
 
     CORRECT = "correct"
+    """The box states the right letter."""
     WRONG = "wrong"
+    """The box states another letter."""
     UNPARSEABLE = "unparseable"
+    """There is no readable box."""
     TRUNCATED = "truncated"
+    """The token limit cut the response, which was not graded."""
     TIMEOUT = "timeout"
+    """The reward function took too long."""
     CRASH = "crash"
+    """The reward function failed."""
 
     @property
     def boxed(self) -> bool:
