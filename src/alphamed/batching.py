@@ -52,11 +52,19 @@ class Unit:
 
 
 def pack(
-    groups: Sequence[TokenGroup], layout: Layout, *, token_budget: int, mini_batches: int = 1, share_prompts: bool = True
+    groups: Sequence[TokenGroup],
+    layout: Layout,
+    *,
+    token_budget: int,
+    mini_batches: int = 1,
+    share_prompts: bool = True,
+    skip_no_signal: bool = False,
 ) -> Batch:
     """Cut `groups` into `mini_batches` mini-batches of packed micro-batches for this data rank.
 
-    token_budget: most tokens of a packed row; a single prompt with its response must fit.
+    token_budget: most tokens of a packed row; a single prompt with its response must fit. skip_no_signal: leave out responses
+    whose advantage is 0, but for a mini-batch of nothing else; they are counted as if they were there, so that without a KL
+    term the gradient is the same.
     Raises ValueError when there are fewer groups than mini-batches or a response cannot fit.
     """
     if len(groups) < mini_batches:
@@ -68,7 +76,8 @@ def pack(
     budget = token_budget - (layout.token_multiple - 1) - stem  # room to round a row up
     minis, rows, imbalance, unevenness = [], [], [], []
     for chunk in _chunks(len(groups), mini_batches):
-        units = [u for g in chunk for u in _units(groups[g], g, stem, budget, share_prompts)]
+        units = [u for g in chunk for u in _units(groups[g], g, stem, budget, share_prompts, skip_no_signal)]
+        units = units or [u for g in chunk for u in _units(groups[g], g, stem, budget, share_prompts)]
         plan = _assign(units, budget, layout.data, layout.pipeline if layout.virtual_pipeline else 1)
         micro_batches = [_materialise(row, groups, layout.token_multiple) for row in plan[layout.data_rank]]
         counts = [_trained_tokens(groups[g], j) for g in chunk for j in range(len(groups[g].responses))]
@@ -127,29 +136,33 @@ def _common(first: torch.Tensor, second: torch.Tensor) -> int:
     return int(differ[0]) if len(differ) else n
 
 
-def _units(group: TokenGroup, index: int, stem: int, budget: int, share_prompts: bool) -> list[Unit]:
+def _units(
+    group: TokenGroup, index: int, stem: int, budget: int, share_prompts: bool, skip_no_signal: bool = False
+) -> list[Unit]:
     """budget: tokens of a row behind its stem."""
-    prompt, lengths = len(group.prompt), [len(r) for r in group.responses]
+    prompt, lengths = len(group.prompt), {j: len(response) for j, response in enumerate(group.responses)}
     if prompt < 2:
         raise ValueError(f"group {index}: a prompt of {prompt} tokens; at least 2 are needed")
-    if min(lengths) < 1:
+    if min(lengths.values()) < 1:
         raise ValueError(f"group {index}: holds an empty response; an engine returns at least one token")
-    longest, prefix = max(lengths), prompt - 1 - stem
+    longest, prefix = max(lengths.values()), prompt - 1 - stem
     if prefix + longest > budget:
         raise ValueError(
             f"parallel.micro_batch_tokens: {budget + stem} cannot hold a prompt of {prompt} and a response of "
             f"{longest} tokens; raise it"
         )
+    samples = [j for j in lengths if not skip_no_signal or group.advantages[j] != 0]
     if not share_prompts:
-        return [Unit(index, (j,), 0, prefix + n, ()) for j, n in enumerate(lengths)]
-    cuts, used = [0], prefix
-    for j, n in enumerate(lengths):
-        if used + n > budget:
-            cuts.append(j)
+        return [Unit(index, (j,), 0, prefix + lengths[j], ()) for j in samples]
+    parts: list[list[int]] = []
+    used = budget
+    for j in samples:
+        if used + lengths[j] > budget:
+            parts.append([])
             used = prefix
-        used += n
-    parts = [tuple(range(a, b)) for a, b in zip(cuts, [*cuts[1:], len(lengths)])]
-    return [Unit(index, samples, stem, prefix, tuple(lengths[j] for j in samples)) for samples in parts]
+        parts[-1].append(j)
+        used += lengths[j]
+    return [Unit(index, tuple(part), stem, prefix, tuple(lengths[j] for j in part)) for part in parts]
 
 
 def _assign(units: list[Unit], budget: int, ranks: int, multiple: int) -> list[list[list[Unit]]]:
@@ -254,9 +267,11 @@ def _metrics(groups: Sequence[TokenGroup], rows: list[list[Unit]], layout: Layou
     multiple = layout.token_multiple
     filled = [row[0].stem + sum(u.tokens for u in row) if row else 0 for row in rows]
     real, padded = sum(filled), sum(max(multiple, -(-n // multiple) * multiple) for n in filled)
-    unshared = sum(len(g.prompt) - 1 + len(r) for g in groups for r in g.responses)
+    packed = [(unit.group, j) for row in rows for unit in row for j in unit.samples]
+    unshared = sum(len(groups[g].prompt) - 1 + len(groups[g].responses[j]) for g, j in packed)
     return {
         "batch/micro_batches": len(rows) / layout.data,
         "batch/padding_fraction": 1 - real / padded,
         "batch/shared_fraction": 1 - real / unshared,
+        "batch/skipped_fraction": 1 - len(packed) / sum(len(g.responses) for g in groups),
     }

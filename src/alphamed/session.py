@@ -241,7 +241,7 @@ def _rollouts(
     questions = load_questions(config.data.train, config.data.bad_rows).questions
     if config.data.answer_keys == AnswerKeys.SHUFFLED:
         questions = with_shuffled_keys(questions, config.run.seed)
-    stream = QuestionStream(questions, config.run.seed, config.data.shuffle_options)
+    stream = QuestionStream(questions, config.run.seed, config.data.shuffle_options, config.data.spread)
     return LiveRollouts(config, stream, prompts, engines and engines.coordinator, control, run.show_generation, pace)
 
 

@@ -38,6 +38,7 @@ def train(session: Session) -> None:
             token_budget=config.parallel.micro_batch_tokens,
             mini_batches=config.algorithm.mini_batches,
             share_prompts=config.parallel.share_prompts,
+            skip_no_signal=config.algorithm.skip_no_signal,
         )
         with timer("time/logprobs_s"):
             batch = policy.logprobs(batch) if config.resolved.recompute_old_logprobs else batch

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -720,10 +721,10 @@ def test_a_run_waits_for_the_one_whose_export_it_starts_from(write, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------- shipped
-@pytest.mark.parametrize("name, count", [("cpu", 6), ("paper", 1 + 3 + 3 + 3 + 10 + 9 + 9 + 27 - 6 + 66)])
+@pytest.mark.parametrize("name, count", [("cpu", 3 + 12), ("paper", 1 + 3 + 3 + 3 + 10 + 9 + 9 + 27 - 6 + 66)])
 def test_shipped_studies_are_valid(name, count, monkeypatch):
-    """paper: the base asked directly, 3 supervised runs, 3 of RL from one of them; 3 seeds of the mixture and 10 controls; 9
-    subsets and 9 controls; 27 of quantity; 66 of difficulty."""
+    """cpu: 3 seeds of the questions and of each control. paper: the base asked directly, 3 supervised runs, 3 of RL from one of
+    them; 3 seeds of the mixture and 10 controls; 9 subsets and 9 controls; 27 of quantity; 66 of difficulty."""
     monkeypatch.chdir(ROOT)
     planned = runs(ROOT / "examples" / "studies" / f"{name}.yaml")
     assert len({run.name for run in planned}) == len(planned)
@@ -732,7 +733,7 @@ def test_shipped_studies_are_valid(name, count, monkeypatch):
 
 
 def test_the_shipped_small_study_finds_its_questions(tmp_path, monkeypatch):
-    """Its sets are built from the shipped facts, and share no question with its exam."""
+    """Its sets are built from the shipped facts, twelve of them twenty times each, and share no question with its exam."""
     monkeypatch.chdir(tmp_path)
     study = load_study(ROOT / "examples" / "studies" / "cpu.yaml")
     planned = plan_runs(study)
@@ -740,6 +741,6 @@ def test_the_shipped_small_study_finds_its_questions(tmp_path, monkeypatch):
     exam = {json.loads(line)["question"] for line in planned[0].config.evaluation.files[0].read_text().splitlines()}
     for run in planned:
         rows = [json.loads(line) for line in run.config.data.train[0].read_text().splitlines()]
-        assert len(rows) == 96 and {row["level"] for row in rows} == set(run.axes["levels"])
+        assert set(Counter(row["options"][row["answer"]] for row in rows).values()) == {20} and len(rows) == 240
         assert not exam & {row["question"] for row in rows}
-    assert len(planned[0].config.evaluation.files[0].read_text().splitlines()) >= 100
+    assert len(planned[0].config.evaluation.files[0].read_text().splitlines()) >= 200

@@ -26,6 +26,12 @@ class SyncMode(StrEnum):
     DIRECT = "direct"
 
 
+class Spread(StrEnum):
+    NOTHING = "nothing"
+    ANSWER = "answer"
+    SOURCE = "source"
+
+
 class Advantage(StrEnum):
     GRPO = "grpo"
     DR_GRPO = "dr_grpo"

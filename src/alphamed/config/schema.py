@@ -230,6 +230,11 @@ class Config(Section):
 
     def _reward_problems(self):
         a, reward = self.algorithm, self.reward
+        if a.kl_coefficient and a.skip_no_signal:
+            yield (
+                f"algorithm.skip_no_signal: with a KL term (algorithm.kl_coefficient: {a.kl_coefficient}) every response has a "
+                f"gradient; leave it out, or set kl_coefficient to 0"
+            )
         if a.kl_coefficient and a.kl_estimator == KlEstimator.K1:
             yield (
                 f"algorithm.kl_estimator: k1 has a gradient of 0 in expectation, so that algorithm.kl_coefficient "

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Generic, Protocol, TypeVar
 
+from alphamed.config.choices import Spread
 from alphamed.errors import DataError
 from alphamed.records import Question
 
@@ -108,16 +109,36 @@ class SeededStream(Generic[Item]):
 
 
 class QuestionStream(SeededStream[Question]):
-    """The stream of questions to answer, their options with new letters every epoch."""
+    """The stream of questions to answer, their options with new letters every epoch. `spread`: what is spread evenly over an
+    epoch, the right answers' texts or the sources of questions."""
 
-    def __init__(self, questions: Sequence[Question], seed: int, shuffle_options: bool = True):
-        self._reletter = shuffle_options
+    def __init__(
+        self, questions: Sequence[Question], seed: int, shuffle_options: bool = True, spread: Spread = Spread.NOTHING
+    ):
+        self._reletter, self._spread = shuffle_options, spread
         self._fixed = {question.id for question in questions if refers_to_options(question)}
         super().__init__(questions, seed, "question")
 
     def _begin_epoch(self) -> None:
         super()._begin_epoch()
+        if self._spread != Spread.NOTHING:
+            self._order = self._spread_evenly(self._order)
         self._places = self._deal_places() if self._reletter else {}
+
+    def _spread_evenly(self, order: Sequence[str]) -> list[str]:
+        """The n questions of a kind at a place of their own in each nth of the epoch: with k kinds of as many questions each,
+        any k neighbours from a multiple of k on are one of each kind. Kinds of one question stay in random order."""
+        kinds: dict[str | None, list[str]] = {}
+        for i in order:
+            question = self._items[i]
+            kind = question.source if self._spread == Spread.SOURCE else question.options[question.answer]
+            kinds.setdefault(kind, []).append(i)
+        places = {
+            i: (number + _fraction("spread", self._seed, self._epoch, i)) / len(ids)
+            for ids in kinds.values()
+            for number, i in enumerate(ids)
+        }
+        return sorted(order, key=places.__getitem__)
 
     def _deal_places(self) -> dict[str, int]:
         """Question id -> where its answer goes this epoch, for the questions that may be relettered.
@@ -167,6 +188,11 @@ def shuffle_options(question: Question, seed: int, epoch: int, place: int | None
 def refers_to_options(question: Question) -> bool:
     """Whether an option (or the question itself) refers to options by their position; in doubt, yes."""
     return bool(_STEM_REFERS.search(question.question)) or any(map(_REFERS.search, question.options.values()))
+
+
+def _fraction(*parts: object) -> float:
+    """A pseudo-random number from 0 up to 1."""
+    return int.from_bytes(_digest(*parts)[:6], "big") / 2**48
 
 
 def _digest(*parts: object) -> bytes:

@@ -88,6 +88,11 @@ METRICS: Mapping[str, Metric] = _table(
     ("batch/micro_batches", "", "packed rows of a data rank"),
     ("batch/padding_fraction", "share", "packed tokens that are padding"),
     ("batch/shared_fraction", "share", "prompt tokens saved because samples share their prompt"),
+    (
+        "batch/skipped_fraction",
+        "share",
+        "responses left out of the update: no advantage, no gradient (algorithm.skip_no_signal)",
+    ),
     ("batch/dp_imbalance", "", "largest over mean load of the data ranks, less 1"),
     ("batch/row_imbalance", "", "most expensive over mean row of a data rank, less 1: what pipeline stages wait for"),
     # ------------------------------------------------------------------------------------------- times
