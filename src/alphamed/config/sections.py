@@ -171,7 +171,7 @@ class RolloutConfig(Section):
     """Maximum age of the weights that sampled a response, in pushes. 0: generation and training take turns. Above 0: engines
     generate this many steps ahead while the policy trains."""
     on_push: OnPush = OnPush.KEEP
-    """At a push (max_staleness > 0), requests in progress finish (`wait`), go on with new weights (`keep`) or restart (`abort`)."""
+    """At a push (max_staleness > 0), requests in progress finish (`wait`), go on (`keep`), with new weights, or restart (`abort`)."""
     stragglers: Stragglers = Stragglers.WAIT
     """Groups that take longer than max_staleness steps, those with the longest answers: a step waits for them (`wait`), or
     they are dropped and counted (`drop`)."""

@@ -72,20 +72,10 @@ def _add_checks(verb: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="the cleaned set, .parquet or .jsonl")
     sub.add_argument("--report", type=Path, required=True, metavar="FILE.json", help="all matches with their evidence")
     sub.add_argument("--flag", action="store_true", help="keep the matches and mark them in a column `overlaps`")
-    sub.add_argument(
-        "--similarity",
-        type=float,
-        default=0.6,
-        metavar="S",
-        help="minimum similarity of question stems, 0..1 (default: 0.6)",
-    )
+    sub.add_argument("--similarity", type=float, default=0.6, metavar="S", help="minimum, of stems (default: %(default)s)")
     _bad_rows(sub)
     _overwrite(sub)
-    sub = verb(
-        "difficulty",
-        _difficulty,
-        "Sample a model's answers to annotate every question with pass rate, level and informativeness.",
-    )
+    sub = verb("difficulty", _difficulty, "Annotate questions with a model's pass rate, a level and informativeness.")
     add_difficulty(sub)
     _bad_rows(sub)
     _overwrite(sub)
@@ -100,24 +90,12 @@ def _add_checks(verb: Callable[..., argparse.ArgumentParser]) -> None:
         help="graded answers of an evaluation, one file per model. May be repeated",
     )
     sub.add_argument("--models", type=int, default=2, metavar="N", help="number of models that must agree (default: 2)")
-    sub.add_argument(
-        "--share",
-        type=float,
-        default=0.6,
-        metavar="S",
-        help="minimum share of answers with the other letter (default: %(default)s)",
-    )
-    sub.add_argument(
-        "--out", type=Path, required=True, metavar="FILE.yaml", help="decisions file; an existing one is updated"
-    )
+    sub.add_argument("--share", type=float, default=0.6, metavar="S", help="minimum share of answers that disagree")
+    sub.add_argument("--out", type=Path, required=True, metavar="FILE.yaml", help="new or existing file of decisions")
     _bad_rows(sub)
-    sub = verb(
-        "inspect", _inspect, "Write one HTML page about a set: lengths, answers, sources, levels, examples, problems."
-    )
+    sub = verb("inspect", _inspect, "Write an HTML page about a set: lengths, answers, levels, examples, problems.")
     sub.add_argument("file", type=Path, metavar="FILE")
-    sub.add_argument(
-        "--out", type=Path, metavar="FILE.html", help="output page (default: FILE with .html); also writes .json"
-    )
+    sub.add_argument("--out", type=Path, metavar="FILE.html", help="default: FILE with .html; also writes .json")
     sub.add_argument(
         "--train",
         type=Path,
