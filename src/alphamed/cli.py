@@ -207,6 +207,8 @@ def _add_reading(verb: Verb) -> None:
     )
     sub.add_argument("run_dir", type=Path, metavar="RUN")
     sub.add_argument("--watch", action="store_true", help="again every few seconds, until the run has ended")
+    sub = verb("audit", _audit, "Prove that every question of an epoch was trained on once, or dropped for a stated reason.")
+    sub.add_argument("run_dir", type=Path, metavar="RUN")
     sub = verb("compare", _compare, "Set runs against each other: before and after, size and sources, levels, controls.")
     sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, or a folder of `alphamed eval`")
     sub.add_argument("--out", type=Path, metavar="FILE.html", help="default: compare.html; numbers beside as .json and .csv")
@@ -351,6 +353,12 @@ def _status(options: argparse.Namespace) -> int:
     from alphamed.rundir import status
 
     return status.main(options.run_dir, options.watch)
+
+
+def _audit(options: argparse.Namespace) -> int:
+    from alphamed import audit
+
+    return audit.main(options.run_dir)
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -29,7 +29,7 @@ from alphamed.config.choices import WandbMode
 from alphamed.config.schema import Config
 from alphamed.records import Batch, ScoredGroup, StepRollouts, TokenGroup
 from alphamed.reward.shaping import Overlong
-from alphamed.rundir import evaluation_log, metrics as names, provenance
+from alphamed.rundir import evaluation_log, metrics as names, provenance, question_log
 from alphamed.rundir.directory import RunDirectory
 from alphamed.rundir.dumps import SpikeWatch, dump_batch
 from alphamed.rundir.rollout_files import rollout_path, write_rollouts
@@ -83,6 +83,7 @@ class Run:
         self._sinks: list[Sink] = []
         self._spikes = SpikeWatch()
         self._forecast: Forecast | None = None  # on rank 0, where the model's folder is known
+        self._attempt = 1  # of the run's starts, on rank 0
         self._checkpointed = 0  # last step that is safe on the disk
         self._opened = time.monotonic()
         self._began_wall_s = 0.0
@@ -133,6 +134,7 @@ class Run:
             model,
             {"continued_after_step": self.state.step, "changed": changed} | self._remarks(model),
         )
+        self._attempt = len(record["starts"])
         self._sinks = [JsonLines(self._directory.metrics_file), self._console]
         if self.config.logging.wandb != WandbMode.OFF:
             self._sinks.append(Wandb(self.config, _wandb_id(record), self.note))
@@ -225,6 +227,8 @@ class Run:
         metrics = self._metrics(rollouts, stats)
         if self.config.logging.rollout_files and rollouts.scored:
             write_rollouts(rollout_path(self.dir, rollouts.step), rollouts.step, rollouts.scored)
+        if rollouts.questions is not None:
+            question_log.append(self.dir, rollouts.step, self._attempt, self.state.cursor["stream"], rollouts.questions)
         for sink in self._sinks:
             sink.write(metrics)
         for name in set(names.undeclared(metrics)) - self._warned:

@@ -111,6 +111,7 @@ class QuestionStream:
         return dealt
 
     def _lettered(self, question: Question) -> Question:
+        question = replace(question, epoch=self._epoch)
         if question.id not in self._places:
             return question
         return shuffle_options(question, self._seed, self._epoch, self._places[question.id])
