@@ -75,7 +75,7 @@ class SmallRun:
             if step in checkpoints:
                 saved = {"step": step, "cursor": cursor}
                 directory = self.run_dir / "checkpoints"
-                checkpoint_folder.publish(checkpoint_folder.begin(directory, step, 1), step, {"state": saved}, 99)
+                checkpoint_folder.publish(checkpoint_folder.begin(directory, step, 1), step, {"state": saved}, 99, {})
         return saved
 
     def change_log(self, step, change):
