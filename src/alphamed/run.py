@@ -27,6 +27,7 @@ from alphamed.cluster.failure import StopRequested, stop_requested
 from alphamed.cluster.hardware import wants_cuda
 from alphamed.config.choices import WandbMode
 from alphamed.config.schema import Config
+from alphamed.files import within_deadline
 from alphamed.records import Batch, ScoredGroup, StepRollouts, TokenGroup
 from alphamed.reward.shaping import Overlong
 from alphamed.rundir import evaluation_log, metrics as names, provenance, question_log
@@ -161,13 +162,16 @@ class Run:
 
     def stop_asked(self) -> bool:
         """Whether the run is to write a checkpoint and end before its last step (`stopped`, from then on)."""
-        self.stopped = self.stopped or self.control.from_rank0("requests to stop", lambda: stop_requested(self.dir))
+        self.stopped = self.stopped or self.control.from_rank0("requests to stop", self._stop_requested)
         return self.stopped
+
+    def _stop_requested(self) -> bool:
+        return within_deadline(self.dir, "looking for a request to stop", lambda: stop_requested(self.dir))
 
     def show_generation(self, progress: Progress) -> None:
         """Show on a terminal how far the running step's generation is; for `LiveRollouts(on_progress=...)`. Raises
         StopRequested where the run is asked to end: nothing of the step is needed then."""
-        if stop_requested(self.dir):
+        if self._stop_requested():
             raise StopRequested
         self.activity = f"step {self.state.step + 1}, generating, {progress.done} of {progress.total} questions"
         if self._console:
@@ -215,7 +219,10 @@ class Run:
             self._began_wall_s + time.monotonic() - self._opened,
         )
         extra = dict(batch.metrics) if batch else {}
-        bad = self.control.from_rank0(f"recording step {rollouts.step}", lambda: self._write(rollouts, extra | dict(stats)))
+        work = f"recording step {rollouts.step}"
+        bad = self.control.from_rank0(
+            work, lambda: within_deadline(self.dir, work, lambda: self._write(rollouts, extra | dict(stats)))
+        )
         if bad and batch:
             self.note(f"step {rollouts.step}: {bad}; its batch is kept under {self.dir / 'dumps'}")
             self.control.everywhere(

@@ -2,6 +2,7 @@
 before the run ends, and no checkpoint holds it."""
 
 import math
+import os
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from alphamed.cluster.failure import request_stop
 from alphamed.config.loading import build_config
 from alphamed.errors import RunFailed
 from alphamed.files import read_json_lines
+from alphamed.megatron import checkpoint
 from alphamed.megatron.checkpoint_folder import latest
 from alphamed.megatron.policy import UpdateError
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
@@ -143,6 +145,19 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again(start):
     assert "step_000003: is damaged, and so is every other: step_000003 (__0_0.distcp has 1000 bytes" in text
     assert "step_000002 (__0_0.distcp has another digest" in text and "the run starts again" in text and "\n" not in text
     assert list(recorded(config)) == [1, 2, 3]  # nothing was dropped
+
+
+def test_a_file_system_that_hangs_is_named(start, monkeypatch):
+    """`latest` of the second checkpoint is a named pipe that nobody reads; what it holds back is named, and nothing waits for it."""
+    config = start(run={"stop_after": 1})
+    train.main(config)
+    pipe = config.run_dir / "checkpoints" / ".latest"
+    os.mkfifo(pipe)
+    monkeypatch.setattr(checkpoint, "transfer_deadline_s", lambda size: 3.0)
+    with pytest.raises(RunFailed, match=r"completing checkpoint 2 .*checkpoints.*the file system gave no answer for 3 s"):
+        train.main(start())
+    assert latest(config.run_dir / "checkpoints").name == "step_000001"
+    os.close(os.open(pipe, os.O_RDWR | os.O_NONBLOCK))
 
 
 def spoil(config, step):

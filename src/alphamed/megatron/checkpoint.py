@@ -8,6 +8,7 @@ the business of checkpoint_folder.py.
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
+from alphamed.files import transfer_deadline_s, within_deadline
 from alphamed.megatron import checkpoint_digests, checkpoint_folder as folders
 from alphamed.megatron.checkpoint_folder import CheckpointError
 from alphamed.megatron.checkpoint_writer import InProcessSave
@@ -57,13 +59,22 @@ def save(directory: Path, policy: Policy, state: dict[str, Any], keep: int = 2) 
         "settings": _settings(policy),
     }
     try:
-        _on_rank0(runtime, "making room for a checkpoint", lambda: folders.begin(directory, step, needed))
+        work = f"making room for checkpoint {step}"
+        _on_rank0(runtime, work, lambda: within_deadline(directory, work, lambda: folders.begin(directory, step, needed)))
         _write(written, policy)
-        digests = _digests(written, runtime)
-        _on_rank0(runtime, "completing a checkpoint", lambda: folders.publish(written, step, contents, keep, digests))
+        deadline_s = transfer_deadline_s(needed)
+        digests, work = _digests(written, runtime, deadline_s), f"completing checkpoint {step}"
+        _on_rank0(
+            runtime,
+            work,
+            lambda: within_deadline(
+                directory, work, lambda: folders.publish(written, step, contents, keep, digests), deadline_s
+            ),
+        )
     except CheckpointError:
         if runtime.rank == 0:
-            folders.discard(written)  # a full disk must not stay full
+            with contextlib.suppress(TimeoutError):  # a full disk must not stay full
+                within_deadline(written, "deleting what was written", lambda: folders.discard(written))
         raise
     return folders.folder_of(directory, step)
 
@@ -146,15 +157,26 @@ def _manifest(folder: Path, runtime: Runtime, shape: ModelShape, settings: dict[
             raise CheckpointError(
                 f"checkpoint {folder}: was made with {field}: {manifest['settings'][field]}, now it is {value}; set it back"
             )
-    if name := checkpoint_digests.first_difference(folder, manifest.get("digests", {}), runtime.rank, runtime.world):
+    name = within_deadline(
+        folder,
+        "comparing digests",
+        lambda: checkpoint_digests.first_difference(folder, manifest.get("digests", {}), runtime.rank, runtime.world),
+        transfer_deadline_s(sum(manifest["files"].values())),
+    )
+    if name is not None:
         raise folders.broken(folder, f"{name} has another digest than when it was written")
     return manifest
 
 
-def _digests(folder: Path, runtime: Runtime) -> dict[str, str]:
+def _digests(folder: Path, runtime: Runtime, deadline_s: float) -> dict[str, str]:
     """The digests of all files in the folder, on every rank: each reads back its own."""
+    work = "reading back a checkpoint"
     own = _agree(
-        runtime, "reading back a checkpoint", lambda: checkpoint_digests.of_folder(folder, runtime.rank, runtime.world)
+        runtime,
+        work,
+        lambda: within_deadline(
+            folder, work, lambda: checkpoint_digests.of_folder(folder, runtime.rank, runtime.world), deadline_s
+        ),
     )
     everyone: list[dict[str, str]] = [{}] * runtime.world
     dist.all_gather_object(everyone, own, group=runtime.cpu_group)
