@@ -187,6 +187,8 @@ def verdict(run_dir: Path, agent_status: int) -> RunFailed:
         within_deadline(run_dir, "reading why the run failed", (run_dir / FAILURE_FILE).exists, ANSWER_DEADLINE_S)
     except TimeoutError as error:
         return of_exception(error, "run directory")
+    except OSError:
+        pass  # an answer, and what was recorded is asked for below
     dead, first = first_dead(read_workers(run_dir)), recorded(run_dir)
     if dead and dead.status < 0 and dead.status != -signal.SIGTERM:
         return RunFailed(str(dead), f"was killed by {signal_name(-dead.status)}")
