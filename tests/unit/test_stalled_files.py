@@ -4,6 +4,8 @@ somebody reads, in the same way as a system call on a mount that hangs."""
 import contextlib
 import errno
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -90,3 +92,29 @@ def test_a_clean_up_does_not_wait_for_the_list_of_processes(tmp_path, stall, mon
     ledger = Ledger(tmp_path)
     stall(ledger._file)
     assert ledger.clean_up().stuck == []
+
+
+def test_a_worker_whose_log_hangs_prints_its_line_and_ends(tmp_path):
+    """Its standard error is a full pipe, which takes no byte more: neither the traceback nor a last flush."""
+    script = f"""
+import os
+from pathlib import Path
+from alphamed.cluster import failure
+from alphamed.launch import worker
+failure.ANSWER_DEADLINE_S = {SOON_S}
+with worker._captured_output(Path({str(tmp_path)!r}), 0) as console:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    try:
+        while True:
+            os.write(writer, bytes(4096))
+    except BlockingIOError:
+        os.set_blocking(writer, True)
+    os.dup2(writer, 2)
+    worker._fail(Path({str(tmp_path)!r}), 0, TimeoutError(110, "recording step 3: no answer", "runs/x"), console, supervised=True)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=LONG_S)
+    assert done.returncode == 1
+    assert (
+        done.stderr.startswith("run failed: rank 0 (pid ") and "): runs/x: recording step 3: no answer; see" in done.stderr
+    )

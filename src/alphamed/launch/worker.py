@@ -175,7 +175,7 @@ class _Log:
         return (self._console or self._log).fileno()
 
 
-def _fail(run_dir: Path, rank: int, error: Exception, console: TextIO, supervised: bool) -> int:
+def _fail(run_dir: Path, rank: int, error: Exception, console: TextIO, supervised: bool = False) -> int:
     """Record the failure; its traceback goes to the log. The line is printed where no supervisor does, and where the log's file
     system does not answer: then this process ends here, as it could not flush its log."""
     failed = failure.of_exception(error, f"rank {rank} (pid {os.getpid()})")
