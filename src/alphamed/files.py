@@ -1,20 +1,60 @@
-"""Atomic writes (a file is the old or the complete new one, never part of it) and JSON that every reader accepts."""
+"""Atomic writes (a file is the old or the complete new one, never part of it), JSON that every reader accepts, and a deadline for
+work on a file system that may stop answering."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from alphamed import jsonl
 from alphamed.errors import ConfigError
 
+T = TypeVar("T")
+ANSWER_DEADLINE_S = 300.0
+"""For a run's records in its directory, which take well below a second."""
+SLOWEST_BYTES_PER_S = 20e6
+"""A file system that is slower with large files counts as one that does not answer."""
 SURROGATES = "backslashreplace"
 """Error handler for encoding texts: a byte ff in the name of a file is written as \\udcff and raises no error."""
+
+
+def within_deadline(path: Path, work: str, function: Callable[[], T], deadline_s: float | None = None) -> T:
+    """What `function` returns, which works on files at `path`. Raises TimeoutError naming path and work where it is not done within
+    `deadline_s` (ANSWER_DEADLINE_S): a shared file system that has stopped answering holds a system call for ever.
+
+    It runs in a thread of its own, which is left behind then, for nothing ends a call that hangs; it does not keep the process from
+    ending."""
+    deadline_s = ANSWER_DEADLINE_S if deadline_s is None else deadline_s
+    values: list[T] = []
+    errors: list[BaseException] = []
+    over = threading.Event()
+
+    def run() -> None:
+        try:
+            values.append(function())
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            over.set()
+
+    threading.Thread(target=run, name=f"files: {work}", daemon=True).start()
+    if not over.wait(deadline_s):
+        raise TimeoutError(errno.ETIMEDOUT, f"{work}: the file system gave no answer for {deadline_s:.0f} s", str(path))
+    if errors:
+        raise errors[0]
+    return values[0]
+
+
+def transfer_deadline_s(size: int) -> float:
+    """For `within_deadline` where so many bytes are read or written."""
+    return ANSWER_DEADLINE_S + size / SLOWEST_BYTES_PER_S
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

@@ -43,6 +43,8 @@ class Question:
     source: str | None = None
     level: int | None = None
     informativeness: int | None = None
+    epoch: int | None = field(default=None, compare=False)
+    """Of training, from 0, in which it is asked; not a property of the question."""
 
 
 class FinishReason(StrEnum):
@@ -86,6 +88,16 @@ class Outcome(StrEnum):
     def failed(self) -> bool:
         """Whether the grader failed, so that the response has no reward."""
         return self in (Outcome.TIMEOUT, Outcome.CRASH)
+
+
+class DropReason(StrEnum):
+    """Why a question of an epoch is not trained on in that epoch."""
+
+    NO_SIGNAL = "no_signal"  # its rewards were alike, and another question took its place
+    FAILED = "failed"  # the same, because none of its responses could be graded
+    TOO_STALE = "too_stale"  # its group took longer than rollout.max_staleness steps
+    UNLIKELY_SIGNAL = "unlikely_signal"  # never asked: dynamic_sampling.choose
+    LEVEL = "level"  # never asked: data.levels
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,14 +182,25 @@ class TokenGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class StepQuestions:
+    """What one step did with questions of the stream, for the question log. A group is known by its id."""
+
+    asked: Mapping[str, int]  # group -> the epoch of its question
+    trained: tuple[str, ...]  # groups
+    dropped: Mapping[DropReason, tuple[str, ...]]  # groups, asked in this step or before
+    skipped: Mapping[DropReason, tuple[tuple[int, str], ...]]  # (epoch, question id), never asked
+
+
+@dataclass(frozen=True, slots=True)
 class StepRollouts:
-    """The groups of one step. `groups` is the same on all ranks. `scored` (texts, outcomes) and `metrics` exist only on rank 0
-    and are empty elsewhere."""
+    """The groups of one step. `groups` is the same on all ranks. `scored` (texts, outcomes), `metrics` and `questions` exist only
+    on rank 0 and are empty elsewhere; `questions` is None for a replay."""
 
     step: int
     groups: tuple[TokenGroup, ...]
     scored: tuple[ScoredGroup, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
+    questions: StepQuestions | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,9 +27,10 @@ from alphamed.cluster.failure import StopRequested, stop_requested
 from alphamed.cluster.hardware import wants_cuda
 from alphamed.config.choices import WandbMode
 from alphamed.config.schema import Config
+from alphamed.files import within_deadline
 from alphamed.records import Batch, ScoredGroup, StepRollouts, TokenGroup
 from alphamed.reward.shaping import Overlong
-from alphamed.rundir import evaluation_log, metrics as names, provenance
+from alphamed.rundir import evaluation_log, metrics as names, provenance, question_log
 from alphamed.rundir.directory import RunDirectory
 from alphamed.rundir.dumps import SpikeWatch, dump_batch
 from alphamed.rundir.rollout_files import rollout_path, write_rollouts
@@ -83,6 +84,7 @@ class Run:
         self._sinks: list[Sink] = []
         self._spikes = SpikeWatch()
         self._forecast: Forecast | None = None  # on rank 0, where the model's folder is known
+        self._attempt = 1  # of the run's starts, on rank 0
         self._checkpointed = 0  # last step that is safe on the disk
         self._opened = time.monotonic()
         self._began_wall_s = 0.0
@@ -133,6 +135,7 @@ class Run:
             model,
             {"continued_after_step": self.state.step, "changed": changed} | self._remarks(model),
         )
+        self._attempt = len(record["starts"])
         self._sinks = [JsonLines(self._directory.metrics_file), self._console]
         if self.config.logging.wandb != WandbMode.OFF:
             self._sinks.append(Wandb(self.config, _wandb_id(record), self.note))
@@ -159,13 +162,16 @@ class Run:
 
     def stop_asked(self) -> bool:
         """Whether the run is to write a checkpoint and end before its last step (`stopped`, from then on)."""
-        self.stopped = self.stopped or self.control.from_rank0("requests to stop", lambda: stop_requested(self.dir))
+        self.stopped = self.stopped or self.control.from_rank0("requests to stop", self._stop_requested)
         return self.stopped
+
+    def _stop_requested(self) -> bool:
+        return within_deadline(self.dir, "looking for a request to stop", lambda: stop_requested(self.dir))
 
     def show_generation(self, progress: Progress) -> None:
         """Show on a terminal how far the running step's generation is; for `LiveRollouts(on_progress=...)`. Raises
         StopRequested where the run is asked to end: nothing of the step is needed then."""
-        if stop_requested(self.dir):
+        if self._stop_requested():
             raise StopRequested
         self.activity = f"step {self.state.step + 1}, generating, {progress.done} of {progress.total} questions"
         if self._console:
@@ -213,7 +219,10 @@ class Run:
             self._began_wall_s + time.monotonic() - self._opened,
         )
         extra = dict(batch.metrics) if batch else {}
-        bad = self.control.from_rank0(f"recording step {rollouts.step}", lambda: self._write(rollouts, extra | dict(stats)))
+        work = f"recording step {rollouts.step}"
+        bad = self.control.from_rank0(
+            work, lambda: within_deadline(self.dir, work, lambda: self._write(rollouts, extra | dict(stats)))
+        )
         if bad and batch:
             self.note(f"step {rollouts.step}: {bad}; its batch is kept under {self.dir / 'dumps'}")
             self.control.everywhere(
@@ -225,6 +234,8 @@ class Run:
         metrics = self._metrics(rollouts, stats)
         if self.config.logging.rollout_files and rollouts.scored:
             write_rollouts(rollout_path(self.dir, rollouts.step), rollouts.step, rollouts.scored)
+        if rollouts.questions is not None:
+            question_log.append(self.dir, rollouts.step, self._attempt, self.state.cursor["stream"], rollouts.questions)
         for sink in self._sinks:
             sink.write(metrics)
         for name in set(names.undeclared(metrics)) - self._warned:

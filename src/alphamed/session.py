@@ -155,9 +155,11 @@ def open_session(config: Config, hooks: Hooks = Hooks(), engine_start: EngineSta
         if control.rank == 0:
             stack.enter_context(pulse)
         shape, tokenizer = read_shape(folder), load_tokenizer(folder)
-        policy, saved = _policy(config, shape, here, folder, control, run)
+        policy, saved, damaged = _policy(config, shape, here, folder, control, run)
         reference = _reference(config, shape, here, folder, control)
         run.begin(saved, folder)
+        for line in damaged:
+            run.note(line)
         prompts = PromptBuilder(tokenizer, config.prompt)
         if config.generates:
             run.note("starting the engines ...")
@@ -190,15 +192,17 @@ def open_session(config: Config, hooks: Hooks = Hooks(), engine_start: EngineSta
 # ------------------------------------------------------------------------------------------------------------------- parts
 def _policy(
     config: Config, shape: ModelShape, here: runtime.Runtime, folder: Path, control: Control, run: Run
-) -> tuple[Policy, dict | None]:
-    """The policy with the weights of the last checkpoint, or of the model's folder, and the state saved with them."""
+) -> tuple[Policy, dict | None, list[str]]:
+    """The policy with the weights of the last checkpoint that is whole, or of the model's folder, the state saved with them, and
+    lines on damaged checkpoints."""
     policy = Policy(config, shape, here)
-    last = control.from_rank0("finding the last checkpoint", lambda: checkpoint_folder.latest(run.checkpoints))
-    if last is not None:
-        return policy, checkpoint.load(last, policy)
+    candidates = control.from_rank0("finding the last checkpoint", lambda: checkpoint_folder.newest_first(run.checkpoints))
+    saved, damaged = checkpoint.load_newest(candidates, policy)
+    if saved is not None:
+        return policy, saved, damaged
     control.everywhere("loading the model", lambda: load_hf(folder, policy.model_chunks(), shape, policy.layout))
     policy.weights_changed()
-    return policy, None
+    return policy, None, []
 
 
 def _reference(

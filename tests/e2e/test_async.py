@@ -81,6 +81,11 @@ def test_a_run_one_step_ahead(tmp_path):
     assert max(asked.values()) == 1  # no group is trained on twice
     evaluated = sorted(path.name for path in (run / "evaluations").glob("step_*.json"))
     assert evaluated == ["step_000002.json", "step_000004.json"]
+    audited = subprocess.run(
+        [sys.executable, "-m", "alphamed.cli", "audit", str(run)], capture_output=True, text=True, timeout=120
+    )
+    assert audited.returncode == 0, audited.stdout + audited.stderr
+    assert "step_000004" in audited.stdout and f"{STEPS} of {STEPS} steps agree" in audited.stdout
 
 
 # -------------------------------------------------------------------------------------------- a push with requests under way

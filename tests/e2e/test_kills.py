@@ -146,3 +146,8 @@ def test_the_same_command_continues_to_the_end(killed_run):
     assert steps == list(range(1, wanted + 1))  # every step once, none lost, none twice
     evaluated = sorted(int(path.stem.removeprefix("step_")) for path in (run.run_dir / "evaluations").glob("step_*.json"))
     assert evaluated == steps  # also those that a kill came in the midst of
+    audited = subprocess.run(
+        [sys.executable, "-m", "alphamed.cli", "audit", str(run.run_dir)], capture_output=True, text=True, timeout=END_S
+    )
+    assert audited.returncode == 0, audited.stdout + audited.stderr  # no question was lost or repeated
+    assert f"{wanted} of {wanted} steps agree" in audited.stdout

@@ -1,18 +1,32 @@
 """Checkpoint folders: what counts as complete, which one is the latest, what is kept, how damage is reported."""
 
+import hashlib
 import json
 import shutil
+import sys
 from collections import namedtuple
 
 import pytest
+import xxhash
 
-from alphamed.megatron.checkpoint_folder import CheckpointError, begin, complete, folder_of, latest, publish, read_manifest
+from alphamed.megatron import checkpoint_digests
+from alphamed.megatron.checkpoint_digests import digest, first_difference, of_folder
+from alphamed.megatron.checkpoint_folder import (
+    CheckpointError,
+    begin,
+    complete,
+    folder_of,
+    latest,
+    newest_first,
+    publish,
+    read_manifest,
+)
 
 
 def write(directory, step, keep=2):
     partial = begin(directory, step, needed_bytes=10)
     (partial / "weights.distcp").write_bytes(b"0123456789")
-    return publish(partial, step, {"state": {"step": step}}, keep)
+    return publish(partial, step, {"state": {"step": step}}, keep, of_folder(partial, 0, 1))
 
 
 def names(directory):
@@ -124,6 +138,58 @@ def test_damage_of_the_only_checkpoint(tmp_path):
     lose(folder)
     with pytest.raises(CheckpointError, match="delete that folder, the run then starts again"):
         read_manifest(folder)
+
+
+def test_a_start_tries_what_latest_names_then_the_newest(tmp_path):
+    for step in (5, 10, 15):
+        write(tmp_path, step, keep=9)
+    tried = [folder.name for folder in newest_first(tmp_path)]
+    assert tried == ["step_000015", "step_000010", "step_000005"]
+    (tmp_path / "latest").write_text("step_000010\n")
+    assert [folder.name for folder in newest_first(tmp_path)] == ["step_000010", "step_000015", "step_000005"]
+    (tmp_path / "step_000010" / "manifest.json").unlink()  # damaged, and still the first to be named
+    assert newest_first(tmp_path)[0].name == "step_000010" and latest(tmp_path).name == "step_000015"
+    assert newest_first(tmp_path / "none") == []
+
+
+# ---------------------------------------------------------------------------------------------------------------- digests
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_flipped_byte_anywhere_is_found(tmp_path, monkeypatch, installed):
+    monkeypatch.setattr(checkpoint_digests, "CHUNK_BYTES", 1000)  # files of several chunks
+    if not installed:
+        monkeypatch.setitem(sys.modules, "xxhash", None)
+    content = bytes(range(256)) * 10
+    (tmp_path / "a").write_bytes(content)
+    (tmp_path / "empty").touch()
+    recorded = of_folder(tmp_path, 0, 1)
+    expected = xxhash.xxh3_128_hexdigest(content) if installed else hashlib.sha256(content).hexdigest()
+    assert recorded["a"] == f"{'xxh3_128' if installed else 'sha256'}:{expected}" and recorded.keys() == {"a", "empty"}
+    assert first_difference(tmp_path, recorded, 0, 1) is None
+    for place in (0, 999, 1000, 1280, len(content) - 1):
+        (tmp_path / "a").write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        assert first_difference(tmp_path, recorded, 0, 1) == "a", place
+
+
+def test_each_rank_takes_its_own_files_and_its_share(tmp_path):
+    for name in ("__0_0.distcp", "__1_0.distcp", "__10_0.distcp", ".metadata", "common.pt", "__none"):
+        (tmp_path / name).write_bytes(name.encode())
+    taken = [sorted(of_folder(tmp_path, rank, 11)) for rank in range(11)]
+    assert taken[0] == [".metadata", "__0_0.distcp", "__none", "common.pt"]
+    assert taken[1] == ["__1_0.distcp"] and taken[10] == ["__10_0.distcp"] and not any(taken[2:10])
+    recorded = {name: value for rank in range(11) for name, value in of_folder(tmp_path, rank, 11).items()}
+    (tmp_path / "common.pt").write_bytes(b"Common.pt")
+    noticed = [first_difference(tmp_path, recorded, rank, 4) for rank in range(4)]
+    assert sorted(map(str, noticed)) == ["None", "None", "None", "common.pt"]
+
+
+def test_a_digest_whose_package_is_not_here_is_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"a")
+    recorded = of_folder(tmp_path, 0, 1)
+    monkeypatch.setitem(sys.modules, "xxhash", None)
+    assert digest(tmp_path / "a", "xxh3_128") is None and digest(tmp_path / "a").startswith("sha256:")
+    (tmp_path / "a").write_bytes(b"b")
+    assert first_difference(tmp_path, recorded, 0, 1) is None
+    assert first_difference(tmp_path, {"a": "sha256:00"}, 0, 1) == "a"
 
 
 def test_a_full_disk_is_found_before_writing(tmp_path, monkeypatch):

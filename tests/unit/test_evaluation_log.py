@@ -12,6 +12,7 @@ from alphamed.evaluation.score import Score, Share
 from alphamed.files import read_json_lines
 from alphamed.lab.reports.report import write_report
 from alphamed.megatron import checkpoint_folder as folders
+from alphamed.megatron.checkpoint_digests import of_folder
 from alphamed.records import Outcome
 from alphamed.run import Run
 from alphamed.rundir import evaluation_log
@@ -20,7 +21,7 @@ from alphamed.rundir import evaluation_log
 def save(directory, step, keep=1):
     partial = folders.begin(directory, step, 0)
     (partial / "weights").write_text(f"of step {step}")
-    return folders.publish(partial, step, {}, keep)
+    return folders.publish(partial, step, {}, keep, of_folder(partial, 0, 1))
 
 
 def names(directory):

@@ -16,7 +16,7 @@ from alphamed.evaluation.score import score
 from alphamed.files import append_json, replace_text
 from alphamed.lab.reports.figures import figures
 from alphamed.lab.reports.plots import Series, line_chart, nice_ticks, number, sheet, smoothed, stacked_bars
-from alphamed.lab.reports.report import edges, main, training_sentences, write_report
+from alphamed.lab.reports.report import edges, length_bias_warning, main, training_sentences, write_report
 from alphamed.lab.reports.samples import changes, marked
 from alphamed.lab.reports.summary import summary
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
@@ -294,6 +294,26 @@ def test_dropped_groups_are_reported_with_their_length():
         "Groups dropped because they took longer than rollout.max_staleness steps: 4; the mean length of their responses "
         "was 400 tokens, that of the responses trained on 100. rollout.stragglers=wait trains on them."
     )
+
+
+@pytest.mark.parametrize(
+    ("share", "tokens", "warned"),
+    [
+        (0.04, 300.0, True),  # in one of two steps: 2% of the groups, three times as long
+        (0.04, 149.0, False),  # hardly longer than those trained on
+        (0.019, 300.0, False),  # fewer than 1%
+    ],
+)
+def test_losing_the_long_answers_is_a_warning(share, tokens, warned):
+    rows = [
+        row(k, **{"response/tokens_mean": 100.0, "staleness/dropped": 0.0, "staleness/dropped_share": 0.0}) for k in (1, 2)
+    ]
+    rows[1] |= {"staleness/dropped": 2.0, "staleness/dropped_share": share, "staleness/dropped_tokens_mean": tokens}
+    expected = (
+        "Long answers are lost: 2.0% of the groups were dropped as too old, and their responses were 3.0 times as long as "
+        "those trained on (300 and 100 tokens). rollout.stragglers=wait or a larger rollout.max_staleness trains on them."
+    )
+    assert length_bias_warning(rows) == ([expected] if warned else [])
 
 
 def test_steps_of_unequal_size_are_reported():

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from alphamed.lab.hooks import HOOKS
 from alphamed.megatron.policy import NoReference
 from alphamed.records import (
     Batch,
+    DropReason,
     FinishReason,
     Layout,
     MiniBatch,
@@ -35,6 +36,7 @@ from alphamed.records import (
     Rollout,
     RolloutGroup,
     ScoredGroup,
+    StepQuestions,
     StepRollouts,
     TokenGroup,
 )
@@ -248,6 +250,30 @@ def test_a_run_writes_its_directory(tmp_path, capsys):
     assert printed[3].startswith("step    4/4  reward 0.500  correct  50%  boxed 100%")
     assert "Results" in printed[4:6] and printed[-1].split()[0] in ("rollouts", "checkpoints")
     assert not list(config.run_dir.rglob("*.partial"))
+
+
+def test_a_step_logs_its_questions_and_a_resume_cuts_the_log_back(tmp_path):
+    config = config_of(tmp_path)
+    for start in (1, 2):
+        run = Run.open(config, Alone())
+        run.begin({"step": 1} if start == 2 else None)
+        for step in (1, 2, 3)[start - 1 :]:
+            questions = StepQuestions({f"{step}:0:q": 0}, (f"{step}:0:q",), {}, {DropReason.LEVEL: ((0, "p"),)})
+            cursor = {"stream": {"epoch": 0, "position": 2 * step, "seed": 0}}
+            run.record(replace(rollouts_of(step), questions=questions), STATS, version=step, cursor=cursor)
+        run.close()
+    assert read_json_lines(config.run_dir / "questions.jsonl") == [
+        {
+            "step": step,
+            "attempt": attempt,
+            "stream": {"epoch": 0, "position": 2 * step},
+            "asked": {"0": [f"{step}:0:q"]},
+            "trained": [f"{step}:0:q"],
+            "dropped": {},
+            "skipped": {"level": {"0": ["p"]}},
+        }
+        for step, attempt in ((1, 1), (2, 2), (3, 2))
+    ]
 
 
 def test_other_ranks_touch_no_file(tmp_path):

@@ -2,6 +2,7 @@
 before the run ends, and no checkpoint holds it."""
 
 import math
+import os
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from alphamed.cluster.failure import request_stop
 from alphamed.config.loading import build_config
 from alphamed.errors import RunFailed
 from alphamed.files import read_json_lines
+from alphamed.megatron import checkpoint
 from alphamed.megatron.checkpoint_folder import latest
 from alphamed.megatron.policy import UpdateError
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
@@ -82,6 +84,80 @@ def test_every_step_is_recorded_and_becomes_a_checkpoint(start):
     assert all(row["reward/mean"] == 0.5 and math.isfinite(row["policy/loss"]) for row in rows.values())
     assert {"time/logprobs_s", "time/update_s", "time/sync_s", "time/evaluate_s"} <= rows[1].keys()
     assert rows[3]["policy/grad_norm"] > 0
+
+
+def flip_middle(folder):
+    (file,) = folder.glob("*.distcp")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    return "__0_0.distcp has another digest than when it was written"
+
+
+def truncate(folder):
+    (file,) = folder.glob("*.distcp")
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes()[:1000])
+    return f"__0_0.distcp has 1000 bytes, not {size}"
+
+
+def lose_file(folder):
+    (folder / "common.pt").unlink()
+    return "common.pt is gone"
+
+
+def break_manifest(folder):
+    (folder / "manifest.json").write_text('{"format": 1, "sta')
+    return "manifest.json: JSONDecodeError: Unterminated string starting at: line 1 column 15 (char 14)"
+
+
+def lose_manifest(folder):
+    (folder / "manifest.json").unlink()
+    return "manifest.json: FileNotFoundError: "
+
+
+@pytest.mark.parametrize("damage", [flip_middle, truncate, lose_file, break_manifest, lose_manifest])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_continues(start, capsys, damage):
+    """Three steps, damage to the checkpoint of the third: it is done again from the second, to the same numbers."""
+    config = start(checkpoint={"every": 1, "keep": 3})
+    train.main(config)
+    before, checkpoints = recorded(config), config.run_dir / "checkpoints"
+    problem = damage(checkpoints / "step_000003")
+    capsys.readouterr()
+    train.main(config)
+    printed = capsys.readouterr().out
+    assert f"checkpoint step_000003 is damaged ({problem}" in printed
+    assert "continuing from step_000002, what was trained after step 2 is lost and done again" in printed
+    after = recorded(config)
+    assert list(after) == [1, 2, 3] and after[3]["policy/loss"] == pytest.approx(before[3]["policy/loss"], rel=1e-5)
+    assert after[3]["policy/lr"] == before[3]["policy/lr"] and after[3]["time/wall_s"] != before[3]["time/wall_s"]
+    assert latest(checkpoints).name == "step_000003" and (checkpoints / "step_000003" / "manifest.json").is_file()
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again(start):
+    config = start(checkpoint={"every": 1, "keep": 2})
+    train.main(config)
+    flip_middle(config.run_dir / "checkpoints" / "step_000002")
+    truncate(config.run_dir / "checkpoints" / "step_000003")
+    with pytest.raises(RunFailed) as refused:
+        train.main(config)
+    text = str(refused.value)
+    assert "step_000003: is damaged, and so is every other: step_000003 (__0_0.distcp has 1000 bytes" in text
+    assert "step_000002 (__0_0.distcp has another digest" in text and "the run starts again" in text and "\n" not in text
+    assert list(recorded(config)) == [1, 2, 3]  # nothing was dropped
+
+
+def test_a_file_system_that_hangs_is_named(start, monkeypatch):
+    """`latest` of the second checkpoint is a named pipe that nobody reads; what it holds back is named, and nothing waits for it."""
+    config = start(run={"stop_after": 1})
+    train.main(config)
+    pipe = config.run_dir / "checkpoints" / ".latest"
+    os.mkfifo(pipe)
+    monkeypatch.setattr(checkpoint, "transfer_deadline_s", lambda size: 3.0)
+    with pytest.raises(RunFailed, match=r"completing checkpoint 2: the file system gave no answer for 3 s.*r/checkpoints'"):
+        train.main(start())
+    assert latest(config.run_dir / "checkpoints").name == "step_000001"
+    os.close(os.open(pipe, os.O_RDWR | os.O_NONBLOCK))
 
 
 def spoil(config, step):

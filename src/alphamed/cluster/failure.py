@@ -19,11 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from alphamed.errors import RunFailed
+from alphamed.files import within_deadline
 
 FAILURE_FILE = "failure.json"
 RESERVE_FILE = ".failure"
 """Blanks, as long as the run lives; where the disk has no room for another file the failure is written over them."""
 RESERVED_BYTES = 4096
+ANSWER_DEADLINE_S = 10.0
+"""For a file of these: who is about to end does not wait for a file system that has stopped answering."""
 WORKERS_FILE = "workers.json"
 """How torchrun's workers ended, written by its agent (`launch.agent`) when one of them failed."""
 HOSTS_FOLDER = "nodes"
@@ -52,6 +55,12 @@ def of_exception(error: BaseException, component: str) -> RunFailed:
         return RunFailed(
             component, f"{place}: {error.strerror}; make room, and the same command continues from the last checkpoint"
         )
+    if isinstance(error, OSError) and error.errno == errno.ETIMEDOUT and error.filename is not None:  # files.within_deadline
+        return RunFailed(
+            component,
+            f"{error.filename}: {error.strerror}; see whether it is still mounted, then the same command continues from the last "
+            f"checkpoint",
+        )
     return RunFailed(component, f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
 
 
@@ -69,8 +78,13 @@ def release(run_dir: Path) -> None:
 
 
 def record(run_dir: Path, failure: RunFailed) -> None:
-    """Keep this failure in the run directory unless another one came first. Safe among processes, and never raises: who
-    records a failure is about to end and to tell others."""
+    """Keep this failure in the run directory unless another one came first. Safe among processes, and never raises nor waits for
+    long: who records a failure is about to end and to tell others."""
+    with contextlib.suppress(TimeoutError):
+        within_deadline(run_dir, "recording a failure", lambda: _record(run_dir, failure), ANSWER_DEADLINE_S)
+
+
+def _record(run_dir: Path, failure: RunFailed) -> None:
     text = json.dumps({"component": failure.component, "message": failure.message, "user_error": failure.user_error})
     path = run_dir / FAILURE_FILE
     draft = path.with_name(f".{FAILURE_FILE}.{os.getpid()}")
@@ -96,8 +110,8 @@ def _record_in_reserve(path: Path, text: bytes) -> None:
 
 
 def recorded(run_dir: Path) -> RunFailed | None:
-    """The failure that was recorded first, if any."""
-    tree = _read(run_dir / FAILURE_FILE) or _read(run_dir / RESERVE_FILE)
+    """The failure that was recorded first, if any; None where the file system does not answer."""
+    tree = _read_in_time(run_dir / FAILURE_FILE) or _read_in_time(run_dir / RESERVE_FILE)
     return RunFailed(tree["component"], tree["message"], tree["user_error"]) if tree else None
 
 
@@ -110,9 +124,8 @@ def forget(run_dir: Path) -> None:
 
 
 def record_end(run_dir: Path, how: str) -> None:
-    """Note how this start has ended, for `alphamed status`. A full disk keeps nobody from ending."""
-    with contextlib.suppress(OSError):
-        (run_dir / ENDED_FILE).write_text(json.dumps({"time": time.time(), "how": how}), encoding="utf-8")
+    """Note how this start has ended, for `alphamed status`. Neither a full disk nor one that hangs keeps anybody from ending."""
+    _write_in_time(run_dir / ENDED_FILE, json.dumps({"time": time.time(), "how": how}))
 
 
 def request_stop(run_dir: Path) -> None:
@@ -142,14 +155,20 @@ class DeadWorker:
 
 def write_workers(path: Path, workers: list[DeadWorker]) -> None:
     """Where the disk is full the ranks' own record, for which space is reserved, has to do."""
-    with contextlib.suppress(OSError):
-        path.write_text(json.dumps([asdict(worker) for worker in workers]), encoding="utf-8")
+    _write_in_time(path, json.dumps([asdict(worker) for worker in workers]))
 
 
 def read_workers(run_dir: Path) -> list[DeadWorker]:
     """Of all hosts."""
-    files = (run_dir / WORKERS_FILE, *run_dir.glob(f"{HOSTS_FOLDER}/*/{WORKERS_FILE}"))
-    return [DeadWorker(**tree) for file in files for tree in _read(file) or []]
+
+    def read() -> list[DeadWorker]:
+        files = (run_dir / WORKERS_FILE, *run_dir.glob(f"{HOSTS_FOLDER}/*/{WORKERS_FILE}"))
+        return [DeadWorker(**tree) for file in files for tree in _read(file) or []]
+
+    try:
+        return within_deadline(run_dir, "reading how ranks ended", read, ANSWER_DEADLINE_S)
+    except TimeoutError:
+        return []
 
 
 def first_dead(workers: list[DeadWorker]) -> DeadWorker | None:
@@ -164,6 +183,12 @@ def first_dead(workers: list[DeadWorker]) -> DeadWorker | None:
 
 def verdict(run_dir: Path, agent_status: int) -> RunFailed:
     """Why the run failed, from all that was recorded and how torchrun's agent ended (as subprocess gives it)."""
+    try:
+        within_deadline(run_dir, "reading why the run failed", (run_dir / FAILURE_FILE).exists, ANSWER_DEADLINE_S)
+    except TimeoutError as error:
+        return of_exception(error, "run directory")
+    except OSError:
+        pass  # an answer, and what was recorded is asked for below
     dead, first = first_dead(read_workers(run_dir)), recorded(run_dir)
     if dead and dead.status < 0 and dead.status != -signal.SIGTERM:
         return RunFailed(str(dead), f"was killed by {signal_name(-dead.status)}")
@@ -191,3 +216,14 @@ def _read(path: Path) -> Any:
     with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
         return json.loads(path.read_text(encoding="utf-8"))
     return None
+
+
+def _read_in_time(path: Path) -> Any:
+    with contextlib.suppress(TimeoutError):
+        return within_deadline(path, "reading a failure", lambda: _read(path), ANSWER_DEADLINE_S)
+    return None
+
+
+def _write_in_time(path: Path, text: str) -> None:
+    with contextlib.suppress(OSError):  # TimeoutError is one
+        within_deadline(path, "recording an end", lambda: path.write_text(text, encoding="utf-8"), ANSWER_DEADLINE_S)

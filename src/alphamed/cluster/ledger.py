@@ -22,9 +22,12 @@ from typing import IO
 from alphamed.cluster import processes
 from alphamed.cluster.processes import Process
 from alphamed.errors import ConfigError
+from alphamed.files import within_deadline
 
 LOCK_FILE = ".start.lock"  # held by whoever starts the run; the run directory itself has one more, the writer's
 POLL_S = 0.05
+FILE_DEADLINE_S = 30.0
+"""For the run directory to answer in a clean-up, which ends processes whether it does or not."""
 MAX_TEMPORARY_CHARS = 20
 """Unix sockets may have paths of 107 bytes; Ray and ZeroMQ put up to 85 below the temporary folder."""
 ACTOR_LOGS = ("worker-*.out", "worker-*.err", "raylet.err", "gcs_server.err")
@@ -150,19 +153,25 @@ class Ledger:
     def clean_up(self, spare: tuple[int, ...] = ()) -> CleanUp:
         """End every process of the run but the caller, its ancestors, `spare` and the resource trackers of these; unlink what
         they shared; forget."""
-        self._read()
+        with contextlib.suppress(TimeoutError):  # then the processes that are tagged, or descend from the roots
+            within_deadline(self._file, "reading what a start owned", self._read, FILE_DEADLINE_S)
         self.scan()
         staying = {os.getpid(), *_ancestors(os.getpid()), *spare}
         others = [process for process in self._processes.values() if process.pid not in staying]
         targets = [process for process in others if not self._serves(process, staying)]
         done = CleanUp(ended=targets, stuck=processes.end(targets))
         done.segments = processes.unlink_segments(self._segments)
-        self._keep_actor_logs()
+        with contextlib.suppress(TimeoutError):
+            within_deadline(self._file, "keeping the logs of actors", self._keep_actor_logs, FILE_DEADLINE_S)
         shutil.rmtree(self._temporary, ignore_errors=True)
-        for path in (self._file, self._file.with_suffix(".tmp")):
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(TimeoutError):
+            within_deadline(self._file, "removing the list of processes", self._forget_file, FILE_DEADLINE_S)
         self._processes, self._segments, self._written = {}, set(), ""
         return done
+
+    def _forget_file(self) -> None:
+        for path in (self._file, self._file.with_suffix(".tmp")):
+            path.unlink(missing_ok=True)
 
     def _serves(self, process: Process, staying: set[int]) -> bool:
         """Whether this is the resource tracker of a process that stays. One that was the run's, and has passed to the

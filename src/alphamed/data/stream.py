@@ -7,6 +7,7 @@ or Python version, and any position can be returned to exactly.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from alphamed.config.choices import Spread
@@ -140,6 +141,7 @@ class QuestionStream(SeededStream[Question]):
         return dealt
 
     def _presented(self, item: Question) -> Question:
+        item = replace(item, epoch=self._epoch)
         if item.id not in self._places:
             return item
         return shuffle_options(item, self._seed, self._epoch, self._places[item.id])

@@ -17,6 +17,7 @@ from alphamed.cluster.variables import Start
 from alphamed.config.loading import dump_config
 from alphamed.config.schema import Config
 from alphamed.errors import ConfigError, RunFailed
+from alphamed.files import within_deadline
 from alphamed.launch.supervisor import Grace, SupervisedExit, supervise
 
 SHUTDOWN_TIMEOUT_S = 10
@@ -155,7 +156,12 @@ def show_log_tail(run_dir: Path, verdict: RunFailed, lines: int = 25) -> None:
     """The end of the failed component's log: its traceback, most likely."""
     rank = verdict.component.split()[1] if verdict.component.startswith("rank ") else "0"
     path = run_dir / "logs" / f"rank_{rank}.log"
-    if path.is_file():
-        this_start = path.read_text(encoding="utf-8", errors="replace").rpartition(START_MARK)[2]
+    text = None
+    with contextlib.suppress(OSError):  # gone, or on a file system that does not answer
+        text = within_deadline(
+            path, "reading a log", lambda: path.read_text(encoding="utf-8", errors="replace"), failure.ANSWER_DEADLINE_S
+        )
+    if text is not None:
+        this_start = text.rpartition(START_MARK)[2]
         words = this_start.splitlines()[1:][-lines:]
         print(f"--- the last lines of {path}", *words, "---", sep="\n", file=sys.stderr)

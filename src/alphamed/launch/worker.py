@@ -23,6 +23,7 @@ from alphamed.cluster.environment import enter, run_environment
 from alphamed.cluster.variables import Start
 from alphamed.config.schema import Config
 from alphamed.errors import ConfigError
+from alphamed.files import within_deadline
 from alphamed.launch import guard
 from alphamed.launch.single_host import START_MARK, check_world, owned
 
@@ -48,7 +49,7 @@ def run_worker(config: Config, train: Callable[[Config], None], validate: Callab
         try:
             train(config)
         except Exception as error:
-            return _fail(config.run_dir, rank, error, None if validate is None else console)
+            return _fail(config.run_dir, rank, error, console, supervised=validate is None)
     return 0
 
 
@@ -174,13 +175,22 @@ class _Log:
         return (self._console or self._log).fileno()
 
 
-def _fail(run_dir: Path, rank: int, error: Exception, console: TextIO | None) -> int:
-    """Record the failure; its traceback goes to the log. `console`: where the line is printed, for want of a supervisor."""
-    traceback.print_exception(error)
-    sys.stderr.flush()
+def _fail(run_dir: Path, rank: int, error: Exception, console: TextIO, supervised: bool = False) -> int:
+    """Record the failure; its traceback goes to the log. The line is printed where no supervisor does, and where the log's file
+    system does not answer: then this process ends here, as it could not flush its log."""
     failed = failure.of_exception(error, f"rank {rank} (pid {os.getpid()})")
+    try:
+        within_deadline(run_dir, "logging a traceback", lambda: _log_traceback(error), failure.ANSWER_DEADLINE_S)
+    except TimeoutError:
+        print(f"run failed: {failed}", file=console, flush=True)
+        os._exit(1)
     failure.record(run_dir, failed)
     first = failure.recorded(run_dir) or failed
-    if console is not None:
+    if not supervised:
         report(rank, f"error: {first}" if first.user_error else f"run failed: {first}", console)
     return 2 if first.user_error else 1
+
+
+def _log_traceback(error: Exception) -> None:
+    traceback.print_exception(error)
+    sys.stderr.flush()

@@ -8,6 +8,7 @@ the business of checkpoint_folder.py.
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
-from alphamed.megatron import checkpoint_folder as folders
+from alphamed.files import transfer_deadline_s, within_deadline
+from alphamed.megatron import checkpoint_digests, checkpoint_folder as folders
 from alphamed.megatron.checkpoint_folder import CheckpointError
 from alphamed.megatron.checkpoint_writer import InProcessSave
 from alphamed.megatron.gpt import PolicyModel
@@ -57,14 +59,53 @@ def save(directory: Path, policy: Policy, state: dict[str, Any], keep: int = 2) 
         "settings": _settings(policy),
     }
     try:
-        _on_rank0(runtime, "making room for a checkpoint", lambda: folders.begin(directory, step, needed))
+        work = f"making room for checkpoint {step}"
+        _on_rank0(runtime, work, lambda: within_deadline(directory, work, lambda: folders.begin(directory, step, needed)))
         _write(written, policy)
-        _on_rank0(runtime, "completing a checkpoint", lambda: folders.publish(written, step, contents, keep))
+        deadline_s = transfer_deadline_s(needed)
+        digests, work = _digests(written, runtime, deadline_s), f"completing checkpoint {step}"
+        _on_rank0(
+            runtime,
+            work,
+            lambda: within_deadline(
+                directory, work, lambda: folders.publish(written, step, contents, keep, digests), deadline_s
+            ),
+        )
     except CheckpointError:
         if runtime.rank == 0:
-            folders.discard(written)  # a full disk must not stay full
+            with contextlib.suppress(TimeoutError):  # a full disk must not stay full
+                within_deadline(written, "deleting what was written", lambda: folders.discard(written))
         raise
     return folders.folder_of(directory, step)
+
+
+def load_newest(candidates: Sequence[Path], policy: Policy) -> tuple[dict[str, Any] | None, list[str]]:
+    """Bring the policy to the first of these checkpoints whose files are whole. Returns the run's state (None without any
+    candidate) and a line for each damaged one that was passed over. Raises CheckpointError on all ranks, also where all are
+    damaged: a run does not start again by itself."""
+    damaged: list[tuple[Path, CheckpointError]] = []
+    for folder in candidates:
+        try:
+            state = load(folder, policy)
+        except CheckpointError as error:
+            if error.damage is None:
+                raise
+            damaged.append((folder, error))
+            continue
+        return state, [
+            f"checkpoint {broken.name} is damaged ({error.damage}): continuing from {folder.name}, what was trained after step "
+            f"{state['step']} is lost and done again"
+            for broken, error in damaged
+        ]
+    if len(damaged) > 1:
+        each = ", ".join(f"{folder.name} ({error.damage})" for folder, error in damaged)
+        raise CheckpointError(
+            f"checkpoint {damaged[0][0]}: is damaged, and so is every other: {each}; restore one, or delete these folders "
+            f"and the run starts again"
+        )
+    if damaged:
+        raise damaged[0][1]
+    return None, []
 
 
 def load(folder: Path, policy: Policy) -> dict[str, Any]:
@@ -74,7 +115,7 @@ def load(folder: Path, policy: Policy) -> dict[str, Any]:
     policy's configuration. Raises CheckpointError on all ranks for a damaged checkpoint or one of another model.
     """
     runtime = policy.runtime
-    manifest = _agree(runtime, f"loading {folder}", lambda: _manifest(folder, policy.shape, _settings(policy)))
+    manifest = _agree(runtime, f"loading {folder}", lambda: _manifest(folder, runtime, policy.shape, _settings(policy)))
     same_layout = manifest["layout"] == _sizes(policy.layout)
     _allocate_adam(policy)
     loaded = _read(folder, runtime, _contents(policy, loading=True, random_state=same_layout))
@@ -94,15 +135,16 @@ def load(folder: Path, policy: Policy) -> dict[str, Any]:
 def load_weights(folder: Path, chunks: Sequence[PolicyModel], shape: ModelShape, runtime: Runtime) -> dict[str, Any]:
     """Fill unwrapped model chunks with a checkpoint's weights, without any optimizer; returns the run's state. Raises
     CheckpointError on all ranks."""
-    manifest = _agree(runtime, f"loading {folder}", lambda: _manifest(folder, shape))
+    manifest = _agree(runtime, f"loading {folder}", lambda: _manifest(folder, runtime, shape))
     loaded = _read(folder, runtime, _weights(chunks))
     for name, chunk in _named(chunks):
         chunk.load_state_dict(loaded[name])
     return manifest["state"]
 
 
-def _manifest(folder: Path, shape: ModelShape, settings: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The manifest of a checkpoint of this model and, where they are given, of these settings."""
+def _manifest(folder: Path, runtime: Runtime, shape: ModelShape, settings: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The manifest of a checkpoint of this model and, where they are given, of these settings. Each rank compares the digests of
+    its share of the files; checkpoints of older versions have none."""
     manifest = folders.read_manifest(folder)
     for field, value in _identity(shape).items():
         if manifest["model"].get(field) != value:
@@ -115,7 +157,30 @@ def _manifest(folder: Path, shape: ModelShape, settings: dict[str, Any] | None =
             raise CheckpointError(
                 f"checkpoint {folder}: was made with {field}: {manifest['settings'][field]}, now it is {value}; set it back"
             )
+    name = within_deadline(
+        folder,
+        "comparing digests",
+        lambda: checkpoint_digests.first_difference(folder, manifest.get("digests", {}), runtime.rank, runtime.world),
+        transfer_deadline_s(sum(manifest["files"].values())),
+    )
+    if name is not None:
+        raise folders.broken(folder, f"{name} has another digest than when it was written")
     return manifest
+
+
+def _digests(folder: Path, runtime: Runtime, deadline_s: float) -> dict[str, str]:
+    """The digests of all files in the folder, on every rank: each reads back its own."""
+    work = "reading back a checkpoint"
+    own = _agree(
+        runtime,
+        work,
+        lambda: within_deadline(
+            folder, work, lambda: checkpoint_digests.of_folder(folder, runtime.rank, runtime.world), deadline_s
+        ),
+    )
+    everyone: list[dict[str, str]] = [{}] * runtime.world
+    dist.all_gather_object(everyone, own, group=runtime.cpu_group)
+    return {name: value for digests in everyone for name, value in digests.items()}
 
 
 def _write(folder: Path, policy: Policy) -> None:
@@ -136,7 +201,9 @@ def _read(folder: Path, runtime: Runtime, contents: dict[str, Any]) -> dict[str,
     try:
         loaded = dist_checkpointing.load(contents, str(folder))
     except READ_ERRORS as e:  # untrusted bytes: unpickling may raise anything
-        failure = folders.broken(folder, _reason(e))
+        failure = CheckpointError(
+            str(folders.broken(folder, _reason(e)))
+        )  # its files have their digests: no damage to pass over
     _agree(runtime, f"loading {folder}", lambda: _raise(failure))
     assert isinstance(loaded, dict), f"another version of Megatron-Core: load gave a {type(loaded)}"
     return loaded
@@ -285,12 +352,12 @@ def _agree(runtime: Runtime, work: str, action: Callable[[], T]) -> T:
     """Run `action` on every rank; if it fails anywhere, raise CheckpointError everywhere, naming the first such rank.
     No rank may leave on its own: the others would wait for it in the next collective."""
     result = _attempt(runtime, work, action)
-    failures: list[str | None] = [None] * runtime.world
-    failure = str(result) if isinstance(result, CheckpointError) else None
+    failures: list[CheckpointError | None] = [None] * runtime.world
+    failure = result if isinstance(result, CheckpointError) else None
     dist.all_gather_object(failures, failure, group=runtime.cpu_group)
     for failure in failures:
-        if failure:
-            raise CheckpointError(failure)
+        if failure is not None:
+            raise failure
     assert not isinstance(result, CheckpointError)
     return result
 

@@ -5,7 +5,7 @@
     checkpoints/step_000010/      complete: a folder has this name only after all in it was flushed to the disk
     checkpoints/.step_000020.*    being written or being deleted; ignored, cleared by the next save
 
-A checkpoint's `manifest.json` holds the run's state, what the checkpoint was made from and the size of every file. Only
+A checkpoint's `manifest.json` holds the run's state, what the checkpoint was made from, size and digest of every file. Only
 one process (rank 0) writes here. No torch.
 """
 
@@ -28,7 +28,10 @@ _COMPLETE = re.compile(r"step_(\d{6,})")
 
 
 class CheckpointError(ConfigError):
-    """A checkpoint cannot be written or read: one line naming the folder, the problem and the fix."""
+    """A checkpoint cannot be written or read: one line naming the folder, the problem and the fix. `damage` is what is wrong with
+    its files, where that is the problem."""
+
+    damage: str | None = None
 
 
 def folder_of(directory: Path, step: int) -> Path:
@@ -42,25 +45,37 @@ def partial_of(directory: Path, step: int) -> Path:
 
 def complete(directory: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    if not directory.is_dir():
-        return []
-    by_step = [
-        (int(match[1]), path)
-        for path in directory.iterdir()
-        if (match := _COMPLETE.fullmatch(path.name)) and (path / MANIFEST).is_file()
-    ]
-    return [path for _, path in sorted(by_step)]
+    return [path for path in _named_as_complete(directory) if (path / MANIFEST).is_file()]
 
 
 def latest(directory: Path) -> Path | None:
     """The checkpoint to continue from: the one `latest` names, or else the newest complete one; None where there is
     none."""
-    present = complete(directory)
+    present, named = complete(directory), _latest_name(directory)
+    return next((path for path in present if path.name == named), present[-1] if present else None)
+
+
+def newest_first(directory: Path) -> list[Path]:
+    """The checkpoints in the order in which a start tries them: the one `latest` names, then the newest first. Also those that
+    have lost their manifest, which are damaged and no reason to start again in silence."""
+    named, newest = _latest_name(directory), _named_as_complete(directory)
+    newest.reverse()
+    return sorted(newest, key=lambda folder: folder.name != named)
+
+
+def _named_as_complete(directory: Path) -> list[Path]:
+    """The folders with the name of a complete checkpoint, oldest first."""
+    if not directory.is_dir():
+        return []
+    by_step = [(int(match[1]), path) for path in directory.iterdir() if (match := _COMPLETE.fullmatch(path.name))]
+    return [path for _, path in sorted(by_step)]
+
+
+def _latest_name(directory: Path) -> str | None:
     try:
-        named = directory / (directory / LATEST).read_text(encoding="utf-8").strip()
+        return (directory / LATEST).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
-        named = None
-    return named if named in present else present[-1] if present else None
+        return None
 
 
 def best(directory: Path) -> Path | None:
@@ -126,12 +141,17 @@ def discard(partial: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def publish(partial: Path, step: int, contents: Mapping[str, Any], keep: int) -> Path:
-    """Complete the folder with its manifest, give it its name, point `latest` to it. Then delete all but the newest
-    `keep` checkpoints up to this step and the best one, and those of later steps: the run went back to before them."""
+def publish(partial: Path, step: int, contents: Mapping[str, Any], keep: int, digests: Mapping[str, str]) -> Path:
+    """Complete the folder with its manifest (`digests`: of each of its files), give it its name, point `latest` to it. Then
+    delete all but the newest `keep` checkpoints up to this step and the best one, and those of later steps: the run went back to
+    before them."""
     directory = partial.parent
     sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-    _write(partial / MANIFEST, json.dumps({"format": FORMAT, **contents, "files": sizes}, indent=1) + "\n")
+    missing = sorted(sizes.keys() - digests.keys())
+    assert not missing, f"{missing} in {partial} have no digest: another version of Megatron-Core names files in another way"
+    _write(
+        partial / MANIFEST, json.dumps({"format": FORMAT, **contents, "files": sizes, "digests": digests}, indent=1) + "\n"
+    )
     for name in sizes:
         _flush(partial / name)
     _flush(partial)
@@ -175,7 +195,9 @@ def broken(folder: Path, problem: str) -> CheckpointError:
     """The error of a checkpoint that cannot be read, with what to do."""
     others = [path.name for path in complete(folder.parent) if path != folder]
     then = f"the run then continues from {others[-1]}" if others else "the run then starts again"
-    return CheckpointError(f"checkpoint {folder}: is damaged ({problem}); delete that folder, {then}")
+    error = CheckpointError(f"checkpoint {folder}: is damaged ({problem}); delete that folder, {then}")
+    error.damage = problem
+    return error
 
 
 def _delete(folder: Path) -> None:

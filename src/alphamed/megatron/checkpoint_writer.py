@@ -13,6 +13,8 @@ from typing import Any
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
+from alphamed.files import transfer_deadline_s, within_deadline
+
 
 class InProcessSave(TorchDistSaveShardedStrategy):
     """The strategy to hand to `dist_checkpointing.save`; one file per rank."""
@@ -36,8 +38,10 @@ def _write_files(transforms: list, rank: int, buckets: list, results: queue.Queu
     for number, bucket in enumerate(buckets):
         outcome, running = queue.Queue(), queue.Queue()
         running.put(number)
+        path, _, (_, tensors) = bucket
         # its types name queues between processes, it calls what any queue has
-        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+        write = partial(
+            filesystem_async.FileSystemWriterAsync.write_preloaded_data,
             transforms,
             number,
             bucket,
@@ -45,6 +49,11 @@ def _write_files(transforms: list, rank: int, buckets: list, results: queue.Queu
             running,  # pyright: ignore[reportArgumentType]
             use_fsync=True,
         )
+        try:
+            within_deadline(path, "writing a checkpoint", write, transfer_deadline_s(sum(t.nbytes for _, t in tensors)))
+        except TimeoutError as error:
+            results.put(error)
+            return
         _, written[number] = outcome.get_nowait()
         if isinstance(written[number], Exception):
             results.put(written[number])

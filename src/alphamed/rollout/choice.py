@@ -14,7 +14,7 @@ from typing import Any
 from alphamed.config.choices import LevelsFrom
 from alphamed.config.sections import DynamicSamplingConfig, LevelsConfig
 from alphamed.data.stream import QuestionStream
-from alphamed.records import Question, ScoredGroup
+from alphamed.records import DropReason, Question, ScoredGroup
 from alphamed.rollout.belief import PassRates
 from alphamed.rollout.curriculum import Curriculum
 
@@ -40,6 +40,7 @@ class QuestionSampler:
         self._observes = config.choose or (self._curriculum is not None and levels.by == LevelsFrom.OBSERVED)
         self.skipped = 0
         """Questions skipped so far."""
+        self._unlikely: list[Question] = []  # skipped since `drain_skipped`
 
     def take(self, n: int, step: int) -> list[Question]:
         """The next n questions to ask in `step`, in the order of the stream."""
@@ -61,11 +62,24 @@ class QuestionSampler:
                 break
         likeliest = sorted(others, key=lambda place: (*others[place][:2], place))[: n - len(chosen)]
         chosen |= {place: others.pop(place)[2] for place in likeliest}
+        self._unlikely += [question for _, _, question in others.values()]
         self._note({question.id for question in chosen.values()}, met)
         return [chosen[place] for place in sorted(chosen)]
 
     def _next(self, n: int, step: int) -> list[Question]:
         return self._curriculum.take(n, step) if self._curriculum else self._stream.take(n)
+
+    def drain_skipped(self) -> dict[DropReason, tuple[tuple[int, str], ...]]:
+        """The questions drawn from the stream and not asked since the last call, as (epoch, id)."""
+        skipped = {DropReason.UNLIKELY_SIGNAL: self._unlikely}
+        if self._curriculum:
+            skipped[DropReason.LEVEL], self._curriculum.skipped = self._curriculum.skipped, []
+        self._unlikely = []
+        return {
+            reason: tuple((question.epoch or 0, question.id) for question in questions)
+            for reason, questions in skipped.items()
+            if questions
+        }
 
     def level_metrics(self) -> dict[str, float]:
         """Of the questions that the curriculum gave since the last call."""

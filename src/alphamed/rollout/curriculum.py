@@ -33,16 +33,20 @@ class Curriculum:
         self._config, self._stream, self._rates, self._seed = config, stream, rates, seed
         self._walked = 0
         self._asked, self._levels, self._passed = 0, 0.0, 0  # since `metrics` was asked last
+        self.skipped: list[Question] = []
+        """Drawn from the stream and not asked, since it was emptied last."""
 
     def take(self, n: int, step: int) -> list[Question]:
         """The next n questions to ask in `step`, in the order of the stream."""
         weights = weights_at(self._config.schedule, step)
         top = max(weights)
+        drawn: list[Question] = []
         asked: dict[int, Question] = {}  # place in this walk -> question
         passed: dict[int, tuple[float, Question]] = {}  # (how near it came, question)
         place = 0
         while len(asked) < n:
             (question,) = self._stream.take(1)
+            drawn.append(question)
             draw = (stable_hash("level", self._seed, self._walked) + 0.5) / DRAWS
             self._walked += 1
             share = self.weight(question, weights, step) / top
@@ -55,6 +59,7 @@ class Curriculum:
                 for near in sorted(passed, key=lambda place: -passed[place][0])[: n - len(asked)]:
                     asked[near] = passed.pop(near)[1]
         self._count(list(asked.values()), place, step)
+        self.skipped += [question for number, question in enumerate(drawn) if number not in asked]
         return [asked[place] for place in sorted(asked)]
 
     def weight(self, question: Question, weights: Sequence[float], step: int) -> float:

@@ -71,7 +71,8 @@ class LiveRollouts:
 
         if not self._control.from_rank0(f"the rollouts of step {step}", gather):
             return None
-        return StepRollouts(step, share_groups(gathered.groups, self._control), gathered.groups, gathered.metrics)
+        groups = share_groups(gathered.groups, self._control)
+        return StepRollouts(step, groups, gathered.groups, gathered.metrics, gathered.questions)
 
     def state(self) -> dict[str, Any]:
         """Rank 0's place in the questions, what is known of them, and what is under way."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from alphamed.records import ScoredGroup
+from alphamed.records import DropReason, GenerationTask, ScoredGroup, StepQuestions
 
 
 def graded_rewards(scored: ScoredGroup) -> list[float]:
@@ -30,6 +30,7 @@ class GroupCounts:
     stale: int = 0  # sampled with weights that are too old when graded or later
     stale_tokens: int = 0  # of the responses of these
     stale_responses: int = 0
+    stale_groups: list[ScoredGroup] = field(default_factory=list)
     refill_limit_reached: bool = False  # the step went on with groups that carry no signal
     rewards: float = 0.0  # sum over the graded groups of their mean rewards
 
@@ -45,6 +46,7 @@ class GroupCounts:
     def drop_stale(self, scored: ScoredGroup) -> None:
         """Count a group that is too old to be trained on."""
         self.stale += 1
+        self.stale_groups.append(scored)
         self.stale_tokens += sum(len(rollout.response_token_ids) for rollout in scored.group.rollouts)
         self.stale_responses += len(scored.group.rollouts)
 
@@ -73,6 +75,28 @@ class GroupCounts:
         if self.usable:
             metrics["sampling/groups_per_kept"] = self.graded / self.usable
         return metrics
+
+
+def step_questions(
+    tasks: Sequence[GenerationTask],
+    trained: Sequence[ScoredGroup],
+    replaced: Sequence[ScoredGroup],
+    stale: Sequence[ScoredGroup],
+    skipped: Mapping[DropReason, tuple[tuple[int, str], ...]],
+) -> StepQuestions:
+    """What a step did with its questions: `tasks` were asked in it, `replaced` groups carried no signal."""
+    dropped: dict[DropReason, tuple[str, ...]] = {}
+    for scored in replaced:
+        reason = DropReason.NO_SIGNAL if graded_rewards(scored) else DropReason.FAILED
+        dropped[reason] = (*dropped.get(reason, ()), scored.group.group_id)
+    if stale:
+        dropped[DropReason.TOO_STALE] = tuple(scored.group.group_id for scored in stale)
+    return StepQuestions(
+        {task.group_id: task.question.epoch or 0 for task in tasks},
+        tuple(scored.group.group_id for scored in trained),
+        dropped,
+        skipped,
+    )
 
 
 def must_wait(step: int, limit: int, wanted: int, share: float, ready: Sequence[int], unfinished: Sequence[int]) -> bool:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from alphamed.config.choices import Stragglers
 from alphamed.config.schema import Config
 from alphamed.data.prompts import PromptBuilder
-from alphamed.records import Question, ScoredGroup
+from alphamed.records import GenerationTask, Question, ScoredGroup, StepQuestions
 from alphamed.rollout.choice import QuestionSampler
 from alphamed.rollout.failures import Overdue
-from alphamed.rollout.refill import BatchSlots, GroupCounts, has_reward_variance, must_wait
+from alphamed.rollout.refill import BatchSlots, GroupCounts, has_reward_variance, must_wait, step_questions
 from alphamed.rollout.tasks import training_tasks
 from alphamed.rundir.rollout_files import question_from_json, question_json
 
@@ -34,6 +34,7 @@ MOST_NAMED = 4
 class Gathered:
     groups: tuple[ScoredGroup, ...]
     metrics: Mapping[str, float]
+    questions: StepQuestions | None = None
 
 
 class SyncRollouts:
@@ -59,10 +60,11 @@ class SyncRollouts:
         c = self._config
         questions = self._pace.questions(step) if self._pace else c.rollout.questions_per_step
         slots = BatchSlots(questions, c.dynamic_sampling.refills)
-        skipped, rounds = self._sampler.skipped, []
+        skipped, rounds, asked = self._sampler.skipped, [], []
         for missing in slots.rounds():
             first = slots.counts.asked - missing
             tasks = training_tasks(c, step, self._sampler.take(missing, step), self._prompts, first)
+            asked += tasks
             key = f"step {step}" if not rounds else f"step {step}, refill {len(rounds)}"
             rounds.append(self._coordinator.run(key, tasks, self._on_progress))
             groups = rounds[-1].all_groups
@@ -73,7 +75,12 @@ class SyncRollouts:
             metrics |= slots.counts.metrics(self._sampler.skipped - skipped)
         if self._pace:
             metrics["sampling/questions"] = float(questions)
-        return Gathered(slots.groups, metrics)
+        trained = {scored.group.group_id for scored in slots.groups}
+        graded = [scored for done in rounds for scored in done.all_groups]
+        replaced = [scored for scored in graded if scored.group.group_id not in trained]
+        return Gathered(
+            slots.groups, metrics, step_questions(asked, slots.groups, replaced, (), self._sampler.drain_skipped())
+        )
 
     def state(self) -> dict[str, Any]:
         return self._sampler.state()
@@ -117,6 +124,7 @@ class AsyncRollouts:
         self._order: dict[str, tuple[int, int]] = {}  # of all of these: the step it was asked in, a running number
         self._again: list[Question] = []  # to be asked first, after a resume
         self._numbers = 0
+        self._tasks: list[GenerationTask] = []  # asked in this step
         self._share = 1.0  # of the groups that have a signal, recently
         self._began = time.monotonic()  # of the last step's gathering
 
@@ -125,7 +133,7 @@ class AsyncRollouts:
         """The groups of a step; the engines go on with those of the next. Raises RunFailed naming what kept them from
         coming."""
         began, skipped = time.monotonic(), self._sampler.skipped
-        counts, tokens = GroupCounts(), 0
+        counts, tokens, self._tasks = GroupCounts(), 0, []
         self._drop_stale(counts)
         if self._asked:
             tokens += self._receive(step, counts, left_s=self._config.rollout.step_deadline_s, wait=False)
@@ -138,7 +146,7 @@ class AsyncRollouts:
                 late = time.monotonic() - began >= self._config.rollout.step_deadline_s
                 raise self._named(step, error) if late else error from None
             self._ask(step, counts)
-        groups = self._take(counts)
+        groups, replaced = self._take(counts)
         elapsed, self._began = time.monotonic() - self._began, time.monotonic()
         if counts.graded:
             self._share += (counts.usable / counts.graded - self._share) / 2
@@ -147,6 +155,7 @@ class AsyncRollouts:
             self._metrics(
                 groups, counts, time.monotonic() - began, tokens / max(elapsed, 1e-9), self._sampler.skipped - skipped
             ),
+            step_questions(self._tasks, groups, replaced, counts.stale_groups, self._sampler.drain_skipped()),
         )
 
     def _ask(self, step: int, counts: GroupCounts) -> None:
@@ -162,6 +171,7 @@ class AsyncRollouts:
             questions += self._sampler.take(lacking - len(questions), step)
         tasks = training_tasks(c, step, questions, self._prompts, counts.asked)
         counts.asked += len(tasks)
+        self._tasks += tasks
         for task in tasks:
             self._asked[task.group_id] = task.question
             self._order[task.group_id] = step, self._numbers
@@ -225,19 +235,21 @@ class AsyncRollouts:
             f"rollout.step_deadline_s or set rollout.stragglers=drop",
         )
 
-    def _take(self, counts: GroupCounts) -> tuple[ScoredGroup, ...]:
-        """The groups asked first, of those with a signal; where the limit on refills was reached others take the places left."""
+    def _take(self, counts: GroupCounts) -> tuple[tuple[ScoredGroup, ...], list[ScoredGroup]]:
+        """The groups asked first, of those with a signal; where the limit on refills was reached others take the places left.
+        Those without a signal that are not taken come second."""
         wanted = self._config.rollout.questions_per_step
         ready = sorted(self._ready, key=self._order.__getitem__)[:wanted]
         spare = sorted(self._spare, key=self._order.__getitem__)[: wanted - len(ready)]
         counts.refill_limit_reached = bool(spare)
         groups = self._ready | self._spare
         taken = tuple(groups[name] for name in sorted(ready + spare, key=self._order.__getitem__))
+        replaced = [scored for name, scored in self._spare.items() if name not in spare]
         for name in [*ready, *self._spare]:
             del self._order[name]
         self._ready = {name: scored for name, scored in self._ready.items() if name in self._order}
         self._spare = {}
-        return taken
+        return taken, replaced
 
     def _progress(self) -> Progress:
         from alphamed.rollout.coordinator import Progress

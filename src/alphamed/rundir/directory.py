@@ -1,6 +1,6 @@
 """A run directory on disk: its paths, what a resume may change, and what it drops.
 
-config.yaml  metrics.jsonl  provenance.json  report.html  report.json
+config.yaml  metrics.jsonl  questions.jsonl  provenance.json  report.html  report.json
 rollouts/step_000012.parquet   evaluations/step_000000.json + step_000000.items.jsonl
 launch.yaml  environment.json (what the last start read and found set)
 checkpoints/   hf/   dumps/step_000012/   wandb/   finished.json (when nothing is left to do)
@@ -19,7 +19,7 @@ from alphamed.config.schema import Config
 from alphamed.errors import ConfigError
 from alphamed.files import replace_json, replace_json_lines, replace_text
 from alphamed.model.shape import resolve
-from alphamed.rundir import provenance
+from alphamed.rundir import provenance, question_log
 from alphamed.rundir.metrics import last_step, read_rows, step_of
 
 CHANGEABLE = (
@@ -97,6 +97,7 @@ class RunDirectory:
         earlier = [row for row in read_rows(self.metrics_file) if step_of(row) <= step]
         if self.metrics_file.exists():  # also without dropped rows: half a last line goes
             replace_json_lines(self.metrics_file, earlier)
+        question_log.drop_after(self.root, step)
         for folder in (self.rollouts, self.evaluations):
             for file in sorted(folder.glob("step_*")):
                 if _step_of(file) > step:

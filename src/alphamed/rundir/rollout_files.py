@@ -114,6 +114,19 @@ def read_answers(path: Path) -> tuple[Answers, ...]:
     return tuple(answers)
 
 
+def read_group_ids(path: Path) -> dict[str, tuple[str, int | None]]:
+    """Of each group, in order: id -> (question id, epoch; None where a version before the question log recorded it).
+    RolloutFileError as in `read_rollouts`, and where two groups share an id."""
+    rows = _read(path, ("group_index", "group_id", "question_id", "question")).to_pylist()
+    groups: dict[str, tuple[str, int | None]] = {}
+    for _, members in groupby(rows, key=lambda row: row["group_index"]):
+        first = next(members)
+        if first["group_id"] in groups:
+            raise RolloutFileError(f"rollouts {path}: group {first['group_id']} is there twice; record the step again")
+        groups[first["group_id"]] = first["question_id"], question_from_json(first["question"]).epoch
+    return groups
+
+
 def _read(path: Path, columns: Sequence[str] | None) -> pyarrow.Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -229,10 +242,10 @@ def _group(rows: list[dict[str, Any]]) -> ScoredGroup:
 
 def question_json(question: Question) -> str:
     """A question as JSON text; the options keep their order. Plain ASCII, so that any text survives."""
-    return json.dumps(
-        {field.name: getattr(question, field.name) for field in fields(question)} | {"options": dict(question.options)},
-        ensure_ascii=True,
-    )
+    values = {field.name: getattr(question, field.name) for field in fields(question)} | {"options": dict(question.options)}
+    if question.epoch is None:
+        del values["epoch"]
+    return json.dumps(values, ensure_ascii=True)
 
 
 def question_from_json(text: str) -> Question:

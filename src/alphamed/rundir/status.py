@@ -37,7 +37,7 @@ def main(run_dir: Path, watch: bool) -> int:
         if watch and sys.stdout.isatty():
             print("\x1b[2J\x1b[H", end="")
         print(*lines, sep="\n", flush=True)
-        if not watch or not is_running(run_dir, _read(run_dir / PULSE_FILE), time.time()):
+        if not watch or not is_running(run_dir, read_pulse(run_dir), time.time()):
             return 0
         time.sleep(BEAT_S)
 
@@ -46,7 +46,7 @@ def status(run_dir: Path, now: float) -> Iterator[str]:
     """The lines. `now`: seconds since the epoch. Raises ConfigError where this is no run directory."""
     if not run_dir.is_dir():
         raise ConfigError(f"run directory {run_dir}: is not there; give the directory of a run")
-    config, pulse = _config(run_dir), _read(run_dir / PULSE_FILE)
+    config, pulse = _config(run_dir), read_pulse(run_dir)
     running = is_running(run_dir, pulse, now)
     yield f"{run_dir}: {'running' if running else 'not running'}{_where(pulse) if running else ''}"
     yield from _progress(config, read_rows(run_dir / "metrics.jsonl") if (run_dir / "metrics.jsonl").exists() else [])
@@ -57,6 +57,11 @@ def status(run_dir: Path, now: float) -> Iterator[str]:
     yield from _hosts(run_dir)
     yield from _heard(pulse, now, running)
     yield f"logs     {run_dir / 'logs'}: {', '.join(sorted(path.name for path in (run_dir / 'logs').glob('*'))) or 'none yet'}"
+
+
+def read_pulse(run_dir: Path) -> dict[str, Any] | None:
+    """Rank 0's last sign of life; None without one."""
+    return _read(run_dir / PULSE_FILE)
 
 
 def is_running(run_dir: Path, pulse: Mapping[str, Any] | None, now: float) -> bool:

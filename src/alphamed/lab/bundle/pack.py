@@ -23,7 +23,7 @@ from alphamed.rundir.metrics import last_step, read_rows
 CONFIG, DATA = "config.yaml", "data"
 EVALUATIONS = ("evaluations", "eval")
 """Evaluations of the training itself, and those that `alphamed eval` wrote into the run."""
-PLAIN = ("provenance.json", "metrics.jsonl", "evaluations.jsonl", "study.json")
+PLAIN = ("provenance.json", "metrics.jsonl", "questions.jsonl", "evaluations.jsonl", "study.json")
 ANSWER_FIELDS = (
     "set",
     "benchmark",

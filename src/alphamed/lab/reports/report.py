@@ -32,6 +32,8 @@ from alphamed.rundir.directory import config_of_run
 from alphamed.rundir.metrics import last_step, read_rows
 from alphamed.rundir.sinks import spoken_time
 
+DROPPED_SHARE, LONGER = 0.01, 1.5
+"""A warning from this share of groups dropped as too old, with responses so many times as long as those trained on."""
 WITHOUT_REASONING = 0.25
 """The smallest share of bare boxes in the last steps that is reported in a sentence."""
 NO_SAMPLES = "Supervised training samples no responses, so there are none to show."
@@ -85,7 +87,11 @@ def write_report(run_dir: Path) -> Path:
     name, config, rows = run_dir.resolve().name, config_of_run(run_dir), read_rows(run_dir / "metrics.jsonl")
     charts, scores, responses = figures(rows), evaluations(run_dir), rollout_report(run_dir)
     sets, sentences = set_reports(run_dir, scores), training_sentences(rows)
-    warnings = [*(responses.warnings if responses else ()), *(report.warning for report in sets if report.warning)]
+    warnings = [
+        *(responses.warnings if responses else ()),
+        *(report.warning for report in sets if report.warning),
+        *length_bias_warning(rows),
+    ]
     html = render_page(
         Path(__file__).with_name("report.html.j2"),
         {"marked": marked, "number": number, "time": spoken_time},
@@ -177,23 +183,45 @@ def _size_sentences(rows: Sequence[MetricsRow]) -> list[str]:
 
 def _dropped_sentences(rows: Sequence[MetricsRow]) -> list[str]:
     """How many groups were dropped because they took too long, and how much longer their responses were."""
-    dropped = [
-        (groups, row.get("staleness/dropped_tokens_mean")) for row in rows if (groups := row.get("staleness/dropped"))
-    ]
-    if not dropped:
+    groups = sum(row.get("staleness/dropped") or 0 for row in rows)
+    if not groups:
         return []
-    measured = [(groups, tokens) for groups, tokens in dropped if tokens]
-    trained = [tokens for row in rows if (tokens := row.get("response/tokens_mean"))]
-    lengths = ""
-    if measured and trained:
-        mean = sum(groups * tokens for groups, tokens in measured) / sum(groups for groups, _ in measured)
-        lengths = (
-            f"; the mean length of their responses was {mean:.0f} tokens, that of the responses trained on "
-            f"{sum(trained) / len(trained):.0f}"
-        )
+    lengths = _mean_lengths(rows)
+    compared = (
+        f"; the mean length of their responses was {lengths[0]:.0f} tokens, that of the responses trained on {lengths[1]:.0f}"
+        if lengths
+        else ""
+    )
     return [
         f"Groups dropped because they took longer than rollout.max_staleness steps: "
-        f"{sum(groups for groups, _ in dropped):.0f}{lengths}. rollout.stragglers=wait trains on them."
+        f"{groups:.0f}{compared}. rollout.stragglers=wait trains on them."
+    ]
+
+
+def _mean_lengths(rows: Sequence[MetricsRow]) -> tuple[float, float] | None:
+    """Mean length in tokens of the responses dropped as too old, and of those trained on; None where one is not known."""
+    dropped = [
+        (groups, tokens)
+        for row in rows
+        if (groups := row.get("staleness/dropped")) and (tokens := row.get("staleness/dropped_tokens_mean"))
+    ]
+    trained = [tokens for row in rows if (tokens := row.get("response/tokens_mean"))]
+    if not dropped or not trained:
+        return None
+    mean = sum(groups * tokens for groups, tokens in dropped) / sum(groups for groups, _ in dropped)
+    return mean, sum(trained) / len(trained)
+
+
+def length_bias_warning(rows: Sequence[MetricsRow]) -> list[str]:
+    """A warning where groups are dropped as too old and these are the long ones, so that training sees short answers only."""
+    shares = [share for row in rows if (share := row.get("staleness/dropped_share")) is not None]
+    share, lengths = sum(shares) / max(1, len(shares)), _mean_lengths(rows)
+    if share < DROPPED_SHARE or lengths is None or lengths[0] < LONGER * lengths[1]:
+        return []
+    return [
+        f"Long answers are lost: {percent(share)} of the groups were dropped as too old, and their responses were "
+        f"{lengths[0] / lengths[1]:.1f} times as long as those trained on ({lengths[0]:.0f} and {lengths[1]:.0f} tokens). "
+        f"rollout.stragglers=wait or a larger rollout.max_staleness trains on them."
     ]
 
 
