@@ -196,7 +196,9 @@ def check_names() -> None:
     def wrapping(config, chunks):
         layer = chunks[0].decoder.layers[0]
         seen.update({type(layer.self_attention.linear_qkv).__name__, type(layer.mlp.linear_fc1).__name__})
-        return wrap(config, chunks)
+        wrapped = wrap(config, chunks)
+        assert layer.self_attention.linear_qkv.fuse_wgrad_accumulation and layer.mlp.linear_fc2.fuse_wgrad_accumulation
+        return wrapped
 
     def optimizing(config, wrapped):
         optimizer = make_optimizer(config, wrapped)
