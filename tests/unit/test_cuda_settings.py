@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,6 +14,8 @@ from alphamed.config.schema import Config
 from alphamed.megatron import provider
 from alphamed.model.shape import ModelShape
 from alphamed.records import Layout
+from alphamed.rollout.engine import _engine_args
+from alphamed.rollout.spec import CUDA_BATCH_TOKENS, engine_specs
 
 SHAPE = ModelShape(
     family="qwen3",
@@ -64,3 +69,30 @@ def test_nothing_is_fused_by_transformer_engine_on_a_cpu(monkeypatch):
     monkeypatch.setattr(provider, "pick_device", lambda config: "cpu")
     assert not provider.fused_attention_active(config(parallel={"share_prompts": False}), Layout())
     assert not provider.transformer_config(config(parallel={"share_prompts": False}), SHAPE, Layout()).apply_rope_fusion
+
+
+# --------------------------------------------------------------------------------------------------------------- engines
+def engine_arguments(device: str, **rollout):
+    settings = config(cluster={"device": device}, rollout=rollout)
+    return _engine_args(engine_specs(settings, Path("folder"), replace(SHAPE, head_dim=32), (2,))[0])
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_engines_on_cuda_read_prompts_in_chunks_of_what_the_planner_assumes(deterministic):
+    made = engine_arguments("cuda", deterministic=deterministic)
+    assert made.max_num_batched_tokens == CUDA_BATCH_TOKENS == 8192
+    assert made.enable_chunked_prefill is not False  # vLLM's default, on
+    assert made.enable_prefix_caching is not deterministic
+    assert not made.enforce_eager and made.block_size is None
+
+
+def test_a_batch_on_cuda_has_room_for_a_token_of_every_sequence():
+    assert engine_arguments("cuda", max_concurrent_requests=10_000).max_num_batched_tokens == 10_000
+
+
+def test_only_deterministic_engines_on_a_cpu_take_whole_prompts():
+    made = engine_arguments("cpu", deterministic=True, max_concurrent_requests=256)
+    # 256 prompts of prompt.max_tokens (1,024) at once
+    assert (made.enable_chunked_prefill, made.max_num_batched_tokens) == (False, 262_144)
+    other = engine_arguments("cpu")
+    assert (other.enable_chunked_prefill, other.max_num_batched_tokens) == (None, None)

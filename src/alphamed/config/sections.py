@@ -165,7 +165,7 @@ class RolloutConfig(Section):
     max_concurrent_requests: Positive = 256
     """Requests an engine works on at once; the coordinator holds the rest."""
     deterministic: bool = False
-    """Seed every sample with hash(run, question, sample, step), switch prefix cache and chunked prefill off."""
+    """Seed every sample with hash(run, question, sample, step), switch the prefix cache off, on a CPU chunked prefill too."""
     replay: Path | None = None
     """A run directory whose recorded rollouts are trained on in place of engines."""
     max_staleness: NonNegative = 0

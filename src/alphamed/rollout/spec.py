@@ -20,6 +20,10 @@ CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 MAX_CPU_CACHE_SHARE = 0.25
 """Of the machine's memory, for the KV caches of all engines, where the configuration gives no size."""
 
+CUDA_BATCH_TOKENS = 8192
+"""Tokens that an engine on CUDA computes at once, at most: prompts in chunks of that many, which also bounds its activations
+(planner/memory.py). vLLM's own value depends on the GPU and on who asks, 2,048 to 16,384."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
