@@ -16,7 +16,7 @@ from typing import Any
 
 from alphamed.answers.thinking import Thinking
 from alphamed.cluster import placement
-from alphamed.cluster.control import Control
+from alphamed.cluster.control import DEADLINE_S, Control
 from alphamed.cluster.pulse import Pulse
 from alphamed.config.choices import AnswerKeys
 from alphamed.config.schema import Config
@@ -31,6 +31,7 @@ from alphamed.evaluation.runner import Evaluation, load_sets
 from alphamed.megatron import checkpoint, checkpoint_folder, runtime
 from alphamed.megatron.policy import NoReference, Policy, Reference
 from alphamed.model.shape import ModelShape, read_shape, resolve
+from alphamed.model.weight_files import weight_bytes
 from alphamed.reward import process
 from alphamed.rollout.coordinator import Coordinator
 from alphamed.rollout.pace import Pace
@@ -114,19 +115,21 @@ class Session:
 
     def export(self) -> None:
         """Write the policy as a Hugging Face folder, all ranks together, and its card."""
-        policy = self.policy
-        self.control.everywhere(
-            "exporting the model",
-            lambda: save_hf(
-                self.run.hf,
-                self.folder,
-                policy.model_chunks(),
-                policy.shape,
-                policy.layout,
-                policy.tensor_group,
-                policy.pipeline_group,
-            ),
-        )
+        policy, size = self.policy, weight_bytes(self.folder)
+        with checkpoint.storage_deadline(policy, size):
+            self.control.everywhere(
+                "exporting the model",
+                lambda: save_hf(
+                    self.run.hf,
+                    self.folder,
+                    policy.model_chunks(),
+                    policy.shape,
+                    policy.layout,
+                    policy.tensor_group,
+                    policy.pipeline_group,
+                ),
+                DEADLINE_S + self.config.storage_deadline_s(size),
+            )
         if self.hooks.model_card is not None:
             write_card = self.hooks.model_card
             self.control.from_rank0("the model card", lambda: write_card(self.run.dir, self.config, self.run.hf))
@@ -192,7 +195,11 @@ def _policy(
     last = control.from_rank0("finding the last checkpoint", lambda: checkpoint_folder.latest(run.checkpoints))
     if last is not None:
         return policy, checkpoint.load(last, policy)
-    control.everywhere("loading the model", lambda: load_hf(folder, policy.model_chunks(), shape, policy.layout))
+    control.everywhere(
+        "loading the model",
+        lambda: load_hf(folder, policy.model_chunks(), shape, policy.layout),
+        DEADLINE_S + config.storage_deadline_s(weight_bytes(folder)),
+    )
     policy.weights_changed()
     return policy, None
 
@@ -229,7 +236,8 @@ def _engines(
         stack.callback(pool.stop)
         return Engines(pool, Coordinator.start(config, pool, grader), grader)
 
-    return control.on_rank0("starting the engines", start)
+    # the other ranks wait longer, so that rank 0 names what was late
+    return control.on_rank0("starting the engines", start, DEADLINE_S + config.start_deadline_s(weight_bytes(folder)))
 
 
 def _rollouts(

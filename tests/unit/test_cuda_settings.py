@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from alphamed.cluster import transformer_engine
+from alphamed.cluster import placement, transformer_engine
+from alphamed.cluster.cluster_job import ClusterHost, ClusterJob
+from alphamed.cluster.environment import run_environment
+from alphamed.cluster.variables import Start
 from alphamed.config.loading import build_config
 from alphamed.config.schema import Config
+from alphamed.launch.nodes import _Player
+from alphamed.launch.single_host import single_node_environment
 from alphamed.megatron import provider
 from alphamed.model.shape import ModelShape
 from alphamed.records import Layout
 from alphamed.rollout.engine import _engine_args
-from alphamed.rollout.spec import CUDA_BATCH_TOKENS, engine_specs
+from alphamed.rollout.spec import CUDA_BATCH_TOKENS, engine_environment, engine_specs
 
 SHAPE = ModelShape(
     family="qwen3",
@@ -96,3 +102,57 @@ def test_only_deterministic_engines_on_a_cpu_take_whole_prompts():
     assert (made.enable_chunked_prefill, made.max_num_batched_tokens) == (False, 262_144)
     other = engine_arguments("cpu")
     assert (other.enable_chunked_prefill, other.max_num_batched_tokens) == (None, None)
+
+
+# ----------------------------------------------------------------------------------------------------------- environments
+TRAINER_ALONE = {"OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF"}
+
+
+def on_gpus(**sections) -> Config:
+    return config(cluster={"device": "cuda"}, **sections)
+
+
+def test_trainer_ranks_on_gpus_have_segments_that_expand_unless_the_user_sets_the_allocator(tmp_path):
+    def allocator(settings, **base):
+        env = run_environment(settings, tmp_path, Start.ONE_HOST, base)
+        return {name: value for name, value in env.items() if "ALLOC_CONF" in name}
+
+    assert allocator(on_gpus()) == {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        assert allocator(on_gpus(), **{name: "backend:cudaMallocAsync"}) == {name: "backend:cudaMallocAsync"}
+    assert allocator(config(cluster={"device": "cpu"})) == {}
+
+
+def test_ray_gets_no_setting_of_the_trainer_on_one_host_nor_on_several(tmp_path, monkeypatch):
+    settings = on_gpus()
+    monkeypatch.setattr(placement, "gpus_present", lambda: 8)
+    one = single_node_environment(settings, tmp_path)
+    place = ClusterHost("b", "10.0.0.2", "eth0", ranks=4, engine_slots=4)
+    job = ClusterJob((ClusterHost("a", "10.0.0.1", "eth0", ranks=8, engine_slots=0), place), 20_000, 20_001)
+    several = _Player(settings, SimpleNamespace(rank=1), job, place)._environment(tmp_path)
+    for trainer in (one, several):
+        assert TRAINER_ALONE <= trainer.keys() and trainer["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+        of_ray = placement.environment_of_ray(settings, trainer, [4, 5, 6, 7])
+        assert not TRAINER_ALONE & of_ray.keys()
+        assert of_ray["CUDA_VISIBLE_DEVICES"] == "4,5,6,7" and of_ray["RAY_health_check_failure_threshold"] == "20"
+
+
+def test_fp32_on_cuda_is_no_tf32(tmp_path):
+    exact = {"NVIDIA_TF32_OVERRIDE": "0", "TRITON_F32_DEFAULT": "ieee"}
+
+    def of_trainer(settings, base):
+        env = run_environment(settings, tmp_path, Start.ONE_HOST, base)
+        return {name: env[name] for name in exact if name in env}
+
+    fp32 = on_gpus(model={"path": "m", "dtype": "fp32"})
+    assert of_trainer(fp32, {}) == exact
+    assert of_trainer(fp32, {"NVIDIA_TF32_OVERRIDE": "1"}) == exact | {"NVIDIA_TF32_OVERRIDE": "1"}  # as the user says
+    assert of_trainer(on_gpus(), {}) == of_trainer(config(cluster={"device": "cpu"}, model=dict(fp32.model)), {}) == {}
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cuda", "fp32"), ("cuda", "bf16"), ("cpu", "fp32")])
+def test_engines_on_cuda_sample_without_flashinfer_and_in_fp32_without_tf32(device, dtype):
+    settings = config(cluster={"device": device}, rollout={"dtype": dtype})
+    env = engine_environment(engine_specs(settings, Path("folder"), replace(SHAPE, head_dim=32), (2,))[0])
+    assert env.get("VLLM_USE_FLASHINFER_SAMPLER") == ("0" if device == "cuda" else None)
+    assert env.get("NVIDIA_TF32_OVERRIDE") == ("0" if (device, dtype) == ("cuda", "fp32") else None)

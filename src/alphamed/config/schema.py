@@ -15,17 +15,24 @@ from pydantic import model_validator
 
 from alphamed.answers.extraction import extract_answer
 from alphamed.answers.thinking import AUTO, THINK_END, Thinking
-from alphamed.config.choices import Correction, Device, KlEstimator, ReferencePlace, RewardSignature, SyncMode, Transport
+from alphamed.config.choices import (
+    Correction,
+    Device,
+    KlEstimator,
+    ProfileKind,
+    ReferencePlace,
+    RewardSignature,
+    SyncMode,
+    Transport,
+)
+from alphamed.config.operation import CheckpointConfig, ClusterConfig, LoggingConfig, ProfileConfig
 from alphamed.config.resolved import Resolved
 from alphamed.config.sections import (
     MAX_GPUS,
     AlgorithmConfig,
-    CheckpointConfig,
-    ClusterConfig,
     DataConfig,
     DynamicSamplingConfig,
     EvaluationConfig,
-    LoggingConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -36,6 +43,9 @@ from alphamed.config.sections import (
     Section,
     SyncConfig,
 )
+
+START_S = 600.0
+"""For engines to start, without reading the model: processes, compilation, CUDA graphs."""
 
 
 class Config(Section):
@@ -53,6 +63,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
+    profile: ProfileConfig = ProfileConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     # ------------------------------------------------------------------------------------------------ derived values
@@ -96,10 +107,19 @@ class Config(Section):
     @property
     def longest_wait_s(self) -> float:
         """What rank 0 may take for work whose deadlines are settings: starting the engines, a step's rounds of rollouts, the
-        evaluation of all sets one after another."""
+        evaluation of all sets one after another. (Where the start's deadline follows from the model, it is given there.)"""
         r, evaluation = self.rollout, self.evaluation
         rounds = max(1 + self.dynamic_sampling.refills, len(evaluation.all_files))
-        return max(r.start_deadline_s, rounds * r.step_deadline_s)
+        return max(r.start_deadline_s or 0.0, rounds * r.step_deadline_s)
+
+    def storage_deadline_s(self, size: int) -> float:
+        """Deadline of a collective while `size` bytes are read or written."""
+        return self.cluster.rank_timeout_s + size / self.checkpoint.storage_bytes_per_s
+
+    def start_deadline_s(self, model_bytes: int) -> float:
+        """rollout.start_deadline_s, for a model whose files have `model_bytes`."""
+        reading = self.rollout.engines * model_bytes / self.checkpoint.storage_bytes_per_s
+        return self.rollout.start_deadline_s or START_S + reading
 
     # -------------------------------------------------------------------------------------------- checks across fields
     @model_validator(mode="after")
@@ -155,6 +175,7 @@ class Config(Section):
                     f"prompt.shots.{i}.response: boxes none of its letters ({', '.join(shot.options)}); end with a boxed one"
                 )
         yield from self._reward_problems()
+        yield from self._profile_problems()
         yield from self._level_problems()
         yield from self._evaluation_problems()
 
@@ -197,6 +218,17 @@ class Config(Section):
                 f"algorithm.correction_floor: {a.correction_floor} is not below algorithm.correction_cap "
                 f"({a.correction_cap}); lower it"
             )
+
+    def _profile_problems(self):
+        profile, world = self.profile, self.parallel.world
+        for step in profile.steps:
+            if step > self.run.steps:
+                yield f"profile.steps: step {step} is never reached, run.steps is {self.run.steps}; lower it"
+        for rank in profile.ranks:
+            if rank >= world:
+                yield f"profile.ranks: {rank} is no trainer rank, the layout has {world}; give 0 to {world - 1}"
+        if profile.steps and profile.kind == ProfileKind.NSYS and self.cluster.device == Device.CPU:
+            yield "profile.kind: nsys records what GPUs do; set it to torch or cluster.device to cuda"
 
     def _reward_problems(self):
         a, reward = self.algorithm, self.reward

@@ -1,6 +1,7 @@
 """The sections of a run's configuration: every knob with its type, limits, default and meaning.
 
-Defaults live on the fields and nowhere else. Checks across sections, and what follows from several of them, are in `schema`.
+Defaults live on the fields and nowhere else. The sections on what a run leaves behind and runs on are in `operation`; checks
+across sections, and what follows from several of them, in `schema`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from alphamed.config.choices import (
     AnswerKeys,
     BadRows,
     Correction,
-    Device,
     Dtype,
     KlEstimator,
     LevelsFrom,
@@ -32,7 +32,6 @@ from alphamed.config.choices import (
     SyncMode,
     Transport,
     TruncatedReward,
-    WandbMode,
 )
 from alphamed.config.option_format import OptionFormat
 
@@ -177,7 +176,9 @@ class RolloutConfig(Section):
     stragglers: Stragglers = Stragglers.WAIT
     """What becomes of groups that take longer than max_staleness steps, those with the longest answers: a step that would make
     them too old waits for them and trains on them (`wait`), or they are dropped and counted (`drop`)."""
-    start_deadline_s: PositiveFloat = 600.0
+    start_deadline_s: PositiveFloat | None = None
+    """Until all engines have started. None: 600 s and what reading the model's files once for each engine takes, at
+    checkpoint.storage_bytes_per_s."""
     step_deadline_s: PositiveFloat = 1800.0
     """A step's generation must finish within this time; what is missing is named."""
 
@@ -326,12 +327,6 @@ class SyncConfig(Section):
     policy computes in FP8, 1e-3 in FP32, 1 where samples may be stale: the policy's own movement is in the difference then."""
 
 
-class CheckpointConfig(Section):
-    every: NonNegative = 10
-    """Steps between checkpoints; 0: only at the end."""
-    keep: Positive = 2
-
-
 class EvaluationConfig(Section):
     files: tuple[Path, ...] = ()
     development: Path | None = None
@@ -359,42 +354,3 @@ class EvaluationConfig(Section):
     def all_files(self) -> tuple[Path, ...]:
         """The files that are asked in training, the development set last."""
         return (*self.files, self.development) if self.development else self.files
-
-
-class LoggingConfig(Section):
-    wandb: WandbMode = WandbMode.OFFLINE
-    wandb_project: str = "alphamed"
-    rollout_files: bool = True
-    report: bool = True
-    export_hf: bool = True
-    """Write the trained model as a Hugging Face folder when the run ends."""
-
-
-class ClusterConfig(Section):
-    device: Device = Device.AUTO
-    gpus_per_node: Count = 8
-    ranks_per_host: Count | None = None
-    """Trainer ranks on a host of several; None: as many as it has GPUs. With GPUs left over, engines take those. Hosts without
-    GPUs need it: how much a CPU can hold is known from nowhere else."""
-    gpu: str = "h100-80g"
-    """What `alphamed plan` assumes: a100-80g, h100-80g, h200-141g, b200-180g."""
-    nodes: Count | None = None
-    """How many the run may take, for `alphamed plan`; None: as many as it needs."""
-    skip_memory_check: bool = False
-    """Start although memory does not suffice by the plan."""
-    share_gpus: bool = False
-    """Engines compute on the GPUs of the trainer's ranks, and both keep their memory all the time: for small models on few
-    GPUs. An engine takes `rollout.gpu_memory_utilization` of a GPU. No effect on CPU, where all share the cores."""
-    trainer_threads: Positive | None = None
-    """CPU threads of a trainer rank; None: usable cores / local ranks, on CUDA at most 8."""
-    engine_cores: str | None = None
-    """CPU backend: cores an engine binds its threads to (`0-1`; one list per tensor rank, `0|1`); None: all cores,
-    and no more threads than a control group's limit on CPU time allows."""
-    rank_timeout_s: PositiveFloat = 600.0
-    """Deadline of a collective between trainer ranks."""
-    heartbeat_timeout_s: PositiveFloat = 30.0
-    """A rank or host whose heartbeat has been missing for this long is declared dead."""
-    join_deadline_s: PositiveFloat = 180.0
-    """Until all hosts of a job have started, and again until all have joined Ray."""
-    stop_grace_s: PositiveFloat = 100.0
-    """Time that a run of several hosts has, after Slurm's warning, to end or abandon its step and to write a checkpoint."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +29,7 @@ from alphamed.megatron.checkpoint_folder import CheckpointError
 from alphamed.megatron.checkpoint_writer import InProcessSave
 from alphamed.megatron.gpt import PolicyModel
 from alphamed.megatron.policy import Policy, TrainingProgress
-from alphamed.megatron.runtime import Runtime
+from alphamed.megatron.runtime import Runtime, collective_deadline
 from alphamed.model.shape import ModelShape
 from alphamed.records import Layout
 
@@ -58,8 +58,9 @@ def save(directory: Path, policy: Policy, state: dict[str, Any], keep: int = 2) 
     }
     try:
         _on_rank0(runtime, "making room for a checkpoint", lambda: folders.begin(directory, step, needed))
-        _write(written, policy)
-        _on_rank0(runtime, "completing a checkpoint", lambda: folders.publish(written, step, contents, keep))
+        with storage_deadline(policy, needed):
+            _write(written, policy)
+            _on_rank0(runtime, "completing a checkpoint", lambda: folders.publish(written, step, contents, keep))
     except CheckpointError:
         if runtime.rank == 0:
             folders.discard(written)  # a full disk must not stay full
@@ -77,7 +78,8 @@ def load(folder: Path, policy: Policy) -> dict[str, Any]:
     manifest = _agree(runtime, f"loading {folder}", lambda: _manifest(folder, policy.shape, _settings(policy)))
     same_layout = manifest["layout"] == _sizes(policy.layout)
     _allocate_adam(policy)
-    loaded = _read(folder, runtime, _contents(policy, loading=True, random_state=same_layout))
+    with storage_deadline(policy, _stored_bytes(policy)):
+        loaded = _read(folder, runtime, _contents(policy, loading=True, random_state=same_layout))
     for name, chunk in _named(policy.model_chunks()):
         chunk.load_state_dict(loaded[name])
     settings = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in policy.optimizer.param_groups]
@@ -99,6 +101,12 @@ def load_weights(folder: Path, chunks: Sequence[PolicyModel], shape: ModelShape,
     for name, chunk in _named(chunks):
         chunk.load_state_dict(loaded[name])
     return manifest["state"]
+
+
+def storage_deadline(policy: Policy, size: int) -> AbstractContextManager[None]:
+    """Collectives may take what reading or writing `size` bytes may (checkpoint.storage_bytes_per_s)."""
+    config = policy.config
+    return collective_deadline(config.storage_deadline_s(size), config.cluster.rank_timeout_s)
 
 
 def _manifest(folder: Path, shape: ModelShape, settings: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from alphamed.cluster.placement import ENGINE_SLOT
 from alphamed.config.schema import Config
 from alphamed.errors import RunFailed
 from alphamed.model.shape import ModelShape
+from alphamed.model.weight_files import weight_bytes
 from alphamed.rollout.engine import RolloutEngine
 from alphamed.rollout.failures import ActorProcess, gather
 from alphamed.rollout.spec import EngineSpec, engine_environment, engine_specs
@@ -52,10 +53,11 @@ class EnginePool:
     def start(cls, config: Config, folder: Path, shape: ModelShape, eos_ids: tuple[int, ...]) -> EnginePool:
         """Start the engines on the model in `folder`; Ray must be up. They then hold its weights, as version 0.
 
-        `eos_ids` end a response. Raises RunFailed naming the engine that did not start, or not within
-        `rollout.start_deadline_s`.
+        `eos_ids` end a response. Raises RunFailed naming the engine that did not start, or not within its deadline
+        (`Config.start_deadline_s`).
         """
-        return cls.of_specs(engine_specs(config, folder, shape, eos_ids), config.rollout.start_deadline_s)
+        deadline_s = config.start_deadline_s(weight_bytes(folder))
+        return cls.of_specs(engine_specs(config, folder, shape, eos_ids), deadline_s)
 
     @classmethod
     def of_specs(cls, specs: Sequence[EngineSpec], deadline_s: float) -> EnginePool:
@@ -66,7 +68,7 @@ class EnginePool:
             started = gather(
                 [actor.start.remote() for actor in actors],
                 [ActorProcess(spec.name) for spec in specs],
-                "starting vLLM",
+                "starting vLLM (rollout.start_deadline_s)",
                 deadline_s,
             )
         except RunFailed:

@@ -30,6 +30,7 @@ CHANGEABLE = (
     "run.time_limit_s",
     "run.min_steps",
     "logging",
+    "profile",
     "evaluation",
     "checkpoint",
     "parallel",
