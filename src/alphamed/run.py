@@ -32,6 +32,7 @@ from alphamed.reward.shaping import Overlong
 from alphamed.rundir import evaluation_log, metrics as names, provenance
 from alphamed.rundir.directory import RunDirectory
 from alphamed.rundir.dumps import SpikeWatch, dump_batch
+from alphamed.rundir.profiling import stage
 from alphamed.rundir.rollout_files import rollout_path, write_rollouts
 from alphamed.rundir.sinks import Console, JsonLines, Sink, Wandb
 
@@ -192,6 +193,7 @@ class Run:
         return up
 
     # --------------------------------------------------------------------------------------------------------- records
+    @stage("record")
     def record(
         self,
         rollouts: StepRollouts,
@@ -299,6 +301,7 @@ class Run:
         self._evaluation = begin(background)
         return True
 
+    @stage("evaluate")
     def finish_evaluation(self) -> None:
         """Wait on rank 0 for the evaluation that is under way, if one is, and write its result; the other ranks wait too."""
         step, self._evaluating = self._evaluating, None

@@ -38,6 +38,7 @@ from alphamed.rollout.pace import Pace
 from alphamed.rollout.pipeline import LiveRollouts, ReplayedRollouts
 from alphamed.rollout.pool import EnginePool
 from alphamed.run import Hooks, Run
+from alphamed.rundir.profiling import StepProfiler
 from alphamed.weights.hf_io import load_hf
 from alphamed.weights.hf_save import save_hf
 from alphamed.weights.probe import TEXT, Probe
@@ -81,6 +82,7 @@ class Session:
     evaluator: Evaluator | None
     """On rank 0 of a run that evaluates."""
     hooks: Hooks
+    profiler: StepProfiler
 
     def save_checkpoint(self, state: dict) -> None:
         checkpoint.save(self.run.checkpoints, self.policy, state, self.config.checkpoint.keep)
@@ -183,6 +185,7 @@ def open_session(config: Config, hooks: Hooks = Hooks()) -> Iterator[Session]:
             folder,
             _evaluator(config, prompts, engines, control, run, pace),
             hooks,
+            StepProfiler(config, control.rank),
         )
 
 

@@ -32,6 +32,7 @@ from alphamed.megatron.policy import Policy, TrainingProgress
 from alphamed.megatron.runtime import Runtime, collective_deadline
 from alphamed.model.shape import ModelShape
 from alphamed.records import Layout
+from alphamed.rundir.profiling import stage
 
 T = TypeVar("T")
 ADAM_BYTES = 12  # of a parameter: FP32 copy and two FP32 moments
@@ -39,6 +40,7 @@ READ_ERRORS = (CheckpointException, CheckpointingException, Exception)  # torch'
 
 
 # -------------------------------------------------------------------------------------------------------- save and load
+@stage("checkpoint")
 def save(directory: Path, policy: Policy, state: dict[str, Any], keep: int = 2) -> Path:
     """Write checkpoint `directory/step_<state["step"]>` and make it the latest; all but the newest `keep` are deleted
     after.

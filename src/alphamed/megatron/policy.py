@@ -24,6 +24,7 @@ from alphamed.megatron.runtime import Runtime, memory_metrics, own_group
 from alphamed.megatron.step import Sums, apply_gradients, forward_backward, forward_logprobs, learning_rate
 from alphamed.model.shape import ModelShape
 from alphamed.records import Batch, Layout, MicroBatch, Segment
+from alphamed.rundir.profiling import stage
 
 UpdateStats = dict[str, float]
 
@@ -64,11 +65,13 @@ class Policy:
         return cls(config, shape, runtime, chunks, wrapped, provider.build_optimizer(config, wrapped))
 
     # ---------------------------------------------------------------------------------------------------------- training
+    @stage("logprobs")
     def logprobs(self, batch: Batch) -> Batch:
         """The batch with `old_logprobs` ([T] float32 on the CPU, 0 outside the responses) on the last stage, None on the
         others."""
         return attach(batch, "old_logprobs", _logprobs(self._wrapped, batch, self.runtime))
 
+    @stage("update")
     def update(self, batch: Batch) -> UpdateStats:
         """One optimizer step per mini-batch. Returns metrics, the same on all ranks.
 
@@ -162,6 +165,7 @@ class Reference:
         if self._offloaded:
             self._weights = OffloadedWeights(self._chunks)
 
+    @stage("reference")
     def logprobs(self, batch: Batch) -> Batch:
         """The batch with `reference_logprobs` as Policy.logprobs gives old ones."""
         with self._weights:

@@ -27,6 +27,7 @@ from alphamed.config.schema import Config
 from alphamed.megatron.runtime import own_group
 from alphamed.megatron.transfer import response_rows, to_device
 from alphamed.records import Layout, MicroBatch, MiniBatch, Segment
+from alphamed.rundir.profiling import stage
 
 
 @dataclass(slots=True)
@@ -124,6 +125,7 @@ def forward_logprobs(
     return [over_row(micro, values) for micro, values in zip(micro_batches, logprobs)]
 
 
+@stage("forward_backward")
 def forward_backward(
     chunks: Sequence[DistributedDataParallel], mini: MiniBatch, layout: Layout, device: torch.device, config: Config
 ) -> Sums:
@@ -198,6 +200,7 @@ def _reduce(sums: list[Tensor], device: torch.device) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------------------------------- optimizer
+@stage("optimizer")
 def apply_gradients(optimizer: ChainedOptimizer, lr: float) -> float | None:
     """One optimizer step at learning rate `lr`, gradients clipped to the configured norm. Returns the norm before
     clipping, or None where it is not finite: then parameters and optimizer state are left as they were. The norm is the
