@@ -1,11 +1,15 @@
-"""Fixtures shared by all tests: one Ray for the whole run, a module of a user's reward functions."""
+"""Fixtures shared by all tests: one Ray for the whole run, a module of a user's reward functions. Tests are sorted into tiers."""
 
 import os
 import secrets
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
+from tiers import tier_of
+
+HERE = Path(__file__).parent
 
 USER_REWARDS = '''
 import ctypes, json, os, signal, subprocess, sys, time
@@ -87,6 +91,13 @@ def two_arguments(question, text):
 def of_nothing():
     return 1.0
 '''
+
+
+def pytest_collection_modifyitems(items):
+    """Mark each test with its tier, for `-m`."""
+    for item in items:
+        markers = {marker.name for marker in item.iter_markers()}
+        item.add_marker(tier_of(item.nodeid.removeprefix(f"{HERE.name}/"), markers))
 
 
 @pytest.fixture(scope="session", autouse=True)

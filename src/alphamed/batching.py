@@ -9,7 +9,8 @@ Invariants of `pack` (tests hold it to each of them):
     that trains nothing), and rows hold a multiple of `layout.token_multiple` tokens;
   - with virtual pipeline stages the number of micro-batches is a multiple of the stages, as the interleaved schedule wants;
   - the cost of rows and of ranks is even: a stage waits for the most expensive row, the optimizer for the most expensive rank;
-  - `response_tokens` and `sequences` count the whole mini-batch over all data ranks.
+  - `response_tokens` and `sequences` count the whole mini-batch over all data ranks; tokens of a response without a loss
+    (`TokenGroup.trained`) are read like a prompt and not counted.
 """
 
 from __future__ import annotations
@@ -51,11 +52,19 @@ class Unit:
 
 
 def pack(
-    groups: Sequence[TokenGroup], layout: Layout, *, token_budget: int, mini_batches: int = 1, share_prompts: bool = True
+    groups: Sequence[TokenGroup],
+    layout: Layout,
+    *,
+    token_budget: int,
+    mini_batches: int = 1,
+    share_prompts: bool = True,
+    skip_no_signal: bool = False,
 ) -> Batch:
     """Cut `groups` into `mini_batches` mini-batches of packed micro-batches for this data rank.
 
-    token_budget: most tokens of a packed row; a single prompt with its response must fit.
+    token_budget: most tokens of a packed row; a single prompt with its response must fit. skip_no_signal: leave out responses
+    whose advantage is 0, but for a mini-batch of nothing else; they are counted as if they were there, so that without a KL
+    term the gradient is the same.
     Raises ValueError when there are fewer groups than mini-batches or a response cannot fit.
     """
     if len(groups) < mini_batches:
@@ -67,11 +76,12 @@ def pack(
     budget = token_budget - (layout.token_multiple - 1) - stem  # room to round a row up
     minis, rows, imbalance, unevenness = [], [], [], []
     for chunk in _chunks(len(groups), mini_batches):
-        units = [u for g in chunk for u in _units(groups[g], g, stem, budget, share_prompts)]
+        units = [u for g in chunk for u in _units(groups[g], g, stem, budget, share_prompts, skip_no_signal)]
+        units = units or [u for g in chunk for u in _units(groups[g], g, stem, budget, share_prompts)]
         plan = _assign(units, budget, layout.data, layout.pipeline if layout.virtual_pipeline else 1)
         micro_batches = [_materialise(row, groups, layout.token_multiple) for row in plan[layout.data_rank]]
-        lengths = [len(r) for g in chunk for r in groups[g].responses]
-        minis.append(MiniBatch(tuple(micro_batches), response_tokens=sum(lengths), sequences=len(lengths)))
+        counts = [_trained_tokens(groups[g], j) for g in chunk for j in range(len(groups[g].responses))]
+        minis.append(MiniBatch(tuple(micro_batches), response_tokens=sum(counts), sequences=len(counts)))
         rows += [row for rank in plan for row in rank]
         costs = [[sum(u.cost for u in row) for row in rank] for rank in plan]
         imbalance.append(_excess([sum(rank) for rank in costs]))
@@ -94,6 +104,11 @@ def attach(batch: Batch, field: str, values: Sequence[Sequence[torch.Tensor | No
             for mini, row in zip(batch.mini_batches, values, strict=True)
         ),
     )
+
+
+def _trained_tokens(group: TokenGroup, sample: int) -> int:
+    """Tokens of a response that have a loss."""
+    return len(group.responses[sample]) if group.trained is None else int(group.trained[sample].sum())
 
 
 def _excess(costs: Sequence[float]) -> float:
@@ -121,29 +136,33 @@ def _common(first: torch.Tensor, second: torch.Tensor) -> int:
     return int(differ[0]) if len(differ) else n
 
 
-def _units(group: TokenGroup, index: int, stem: int, budget: int, share_prompts: bool) -> list[Unit]:
+def _units(
+    group: TokenGroup, index: int, stem: int, budget: int, share_prompts: bool, skip_no_signal: bool = False
+) -> list[Unit]:
     """budget: tokens of a row behind its stem."""
-    prompt, lengths = len(group.prompt), [len(r) for r in group.responses]
+    prompt, lengths = len(group.prompt), {j: len(response) for j, response in enumerate(group.responses)}
     if prompt < 2:
         raise ValueError(f"group {index}: a prompt of {prompt} tokens; at least 2 are needed")
-    if min(lengths) < 1:
+    if min(lengths.values()) < 1:
         raise ValueError(f"group {index}: holds an empty response; an engine returns at least one token")
-    longest, prefix = max(lengths), prompt - 1 - stem
+    longest, prefix = max(lengths.values()), prompt - 1 - stem
     if prefix + longest > budget:
         raise ValueError(
             f"parallel.micro_batch_tokens: {budget + stem} cannot hold a prompt of {prompt} and a response of "
             f"{longest} tokens; raise it"
         )
+    samples = [j for j in lengths if not skip_no_signal or group.advantages[j] != 0]
     if not share_prompts:
-        return [Unit(index, (j,), 0, prefix + n, ()) for j, n in enumerate(lengths)]
-    cuts, used = [0], prefix
-    for j, n in enumerate(lengths):
-        if used + n > budget:
-            cuts.append(j)
+        return [Unit(index, (j,), 0, prefix + lengths[j], ()) for j in samples]
+    parts: list[list[int]] = []
+    used = budget
+    for j in samples:
+        if used + lengths[j] > budget:
+            parts.append([])
             used = prefix
-        used += n
-    parts = [tuple(range(a, b)) for a, b in zip(cuts, [*cuts[1:], len(lengths)])]
-    return [Unit(index, samples, stem, prefix, tuple(lengths[j] for j in samples)) for samples in parts]
+        parts[-1].append(j)
+        used += lengths[j]
+    return [Unit(index, tuple(part), stem, prefix, tuple(lengths[j] for j in part)) for part in parts]
 
 
 def _assign(units: list[Unit], budget: int, ranks: int, multiple: int) -> list[list[list[Unit]]]:
@@ -215,12 +234,13 @@ def _materialise(row: list[Unit], groups: Sequence[TokenGroup], multiple: int) -
         for j in unit.samples:
             response = group.responses[j]
             n = len(response)
+            trained = torch.ones(n, dtype=torch.bool) if group.trained is None else group.trained[j]
             tokens += [last, response[:-1]]
-            labels.append(response)
+            labels.append(torch.where(trained, response, 0))
             positions.append(torch.arange(len(head), len(head) + n))
-            sequence.append(torch.full_like(response, len(samples)))
-            logprobs.append(group.rollout_logprobs[j])
-            advantages.append(group.advantages[j].expand(n))
+            sequence.append(torch.where(trained, len(samples), -1))
+            logprobs.append(torch.where(trained, group.rollout_logprobs[j], 0.0))
+            advantages.append(torch.where(trained, group.advantages[j], 0.0))
             samples.append((unit.group, j))
         segments.append(Segment(unit.prefix, unit.continuations, attends_shared_prefix=stem > 0))
     length = sum(s.tokens for s in segments)
@@ -247,9 +267,11 @@ def _metrics(groups: Sequence[TokenGroup], rows: list[list[Unit]], layout: Layou
     multiple = layout.token_multiple
     filled = [row[0].stem + sum(u.tokens for u in row) if row else 0 for row in rows]
     real, padded = sum(filled), sum(max(multiple, -(-n // multiple) * multiple) for n in filled)
-    unshared = sum(len(g.prompt) - 1 + len(r) for g in groups for r in g.responses)
+    packed = [(unit.group, j) for row in rows for unit in row for j in unit.samples]
+    unshared = sum(len(groups[g].prompt) - 1 + len(groups[g].responses[j]) for g, j in packed)
     return {
         "batch/micro_batches": len(rows) / layout.data,
         "batch/padding_fraction": 1 - real / padded,
         "batch/shared_fraction": 1 - real / unshared,
+        "batch/skipped_fraction": 1 - len(packed) / sum(len(g.responses) for g in groups),
     }

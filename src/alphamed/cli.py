@@ -148,6 +148,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_running(verb: Verb) -> None:
     sub = verb("train", _train, "Train on this machine; on an existing run directory, continue.", config=True)
     sub.add_argument("--check", action="store_true", help="validate everything, start nothing")
+    sub = verb("sft", _sft, "Supervised training on given responses, on the parts of train; continues like it.", config=True)
+    sub.add_argument("--check", action="store_true", help="validate everything, start nothing")
     sub = verb(
         "plan",
         _plan,
@@ -236,24 +238,26 @@ def _add_reading(verb: Verb) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------- verbs
 def _train(options: argparse.Namespace) -> int:
-    from alphamed.config.loading import load_config
+    from alphamed.config.loading import load_reinforced
+
+    return _start(load_reinforced(options.config, options.overrides), options)
+
+
+def _sft(options: argparse.Namespace) -> int:
+    from alphamed.config.loading import load_supervised
+
+    return _start(load_supervised(options.config, options.overrides), options)
+
+
+def _start(config: Config, options: argparse.Namespace) -> int:
+    """Check a run of either kind, and start it on this machine unless only that was asked for."""
     from alphamed.lab.hooks import validate
     from alphamed.launch import single_host
 
-    config = load_config(options.config, options.overrides)
     checked = validate(config)
     checked.print_notes()
     if options.check:
-        print(
-            f"{options.config}: in order; {checked.questions} questions, {checked.evaluation_questions} for "
-            f"evaluation, {checked.shape.parameters:,} parameters, {config.parallel.world} ranks, "
-            f"{config.rollout.engines} engines"
-        )
-        earned = ", ".join(
-            f"{reward:g} for {'an' if kind == 'empty' else 'a'} {kind} answer" for kind, reward in checked.rewards.items()
-        )
-        if earned:
-            print(f"reward {config.reward.name}: {earned}")
+        print(f"{options.config}: in order; {checked.summary(config)}")
         return 0
     return single_host.train(config)
 
@@ -265,6 +269,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _launch(options: argparse.Namespace) -> int:
+    from alphamed.config.loading import load_config
     from alphamed.errors import ConfigError
     from alphamed.launch import single_host
 
@@ -279,8 +284,7 @@ def _launch(options: argparse.Namespace) -> int:
 
         return remote.main(options)
     if options.nodes is None:
-        return _train(options)
-    from alphamed.config.loading import load_config
+        return _start(load_config(options.config, options.overrides), options)
     from alphamed.lab.hooks import check
     from alphamed.launch import nodes
 
@@ -308,11 +312,15 @@ def _worker(options: argparse.Namespace) -> int:
 
 
 def _train_here(config: Config) -> None:
-    """The loop on this rank: torch is imported when its output goes to the rank's log."""
-    from alphamed import train
+    """The loop on this rank: torch is imported when its output goes to the rank's log, while the engines start."""
+    from alphamed.imports import quick_imports
     from alphamed.lab.hooks import HOOKS
+    from alphamed.rollout.start import started_early
 
-    train.main(config, HOOKS)
+    with started_early(config) as engine_start:
+        with quick_imports("wandb"):  # which Megatron-Core imports where it is installed
+            from alphamed import sft, train
+        (train if config.sft is None else sft).main(config, HOOKS, engine_start)
 
 
 def _eval(options: argparse.Namespace) -> int:

@@ -18,6 +18,8 @@ from typing import Any
 from alphamed.answers.thinking import Thinking
 from alphamed.config.choices import Device
 from alphamed.config.schema import Config
+from alphamed.config.supervised import SftConfig
+from alphamed.data.example_tokens import ExampleEncoder, load_usable
 from alphamed.data.mcq import RowProblem
 from alphamed.data.overlap import refuse_overlap
 from alphamed.data.sources import load_questions
@@ -49,6 +51,19 @@ class Checked:
     def shape(self) -> ModelShape:
         return self.model.shape
 
+    def summary(self, config: Config) -> str:
+        """What a run would start with, for whoever asked to check only."""
+        trained = "questions" if config.sft is None else "examples"
+        asked = "" if config.sft is None else " questions"
+        lines = [
+            f"{self.questions} {trained}, {self.evaluation_questions}{asked} for evaluation, {self.shape.parameters:,} "
+            f"parameters, {config.parallel.world} ranks, {config.rollout.engines if config.generates else 0} engines"
+        ]
+        earned = ", ".join(
+            f"{reward:g} for {'an' if kind == 'empty' else 'a'} {kind} answer" for kind, reward in self.rewards.items()
+        )
+        return "\n".join([*lines, *([f"reward {config.reward.name}: {earned}"] if earned else [])])
+
     def print_notes(self) -> None:
         """What whoever starts a run should know of its model and data, on stderr."""
         self.model.print_remarks()
@@ -67,6 +82,8 @@ class Checked:
 def validate(config: Config, check_plan: Callable[[Config, ModelShape], None]) -> Checked:
     """Check a run before it starts. A model that has to be fetched is fetched. `check_plan` raises ConfigError for what
     cannot fit (`lab.hooks.refuse_unfit`)."""
+    if config.sft is not None:
+        return _validate_supervised(config, config.sft, check_plan)
     changed = _check_run_dir(config)
     _check_hardware(config)
     check_name(config.reward.name)
@@ -102,6 +119,44 @@ def validate(config: Config, check_plan: Callable[[Config, ModelShape], None]) -
     )
 
 
+def _validate_supervised(config: Config, sft: SftConfig, check_plan: Callable[[Config, ModelShape], None]) -> Checked:
+    """`validate` of supervised training: examples in place of questions, engines only for evaluations."""
+    changed = _check_run_dir(config)
+    _check_hardware(config)
+    evaluation = [load_questions((path,), config.data.bad_rows) for path in config.evaluation.all_files]
+    asked = _asked(config, [file.questions for file in evaluation])
+    folder = resolve(config.model.path, config.model.revision, config.model.cache)
+    _check_names(config, folder)
+    check_same_model(config.run_dir, folder)
+    model = _check_model(config, folder)
+    check_plan(config, model.shape)
+    questions = [question for file in evaluation for question in file.questions]
+    model.prompts.require_lengths(questions)
+    training = load_usable(config, ExampleEncoder(model.tokenizer, model.prompts, config))
+    if not config.evaluation.allow_overlap:
+        refuse_overlap([example.question() for example in training.examples], questions)
+    if len(training.examples) < sft.prompts_per_step:
+        raise ConfigError(
+            f"sft.prompts_per_step: {sft.prompts_per_step} is more than the {len(training.examples)} examples of "
+            f"data.train; lower it or add data"
+        )
+    notes = [
+        f"{path}: {note}"
+        for path, file in zip(config.evaluation.all_files, evaluation, strict=True)
+        for reading in file.readings
+        for note in reading.notes()
+    ]
+    return Checked(
+        model,
+        len(training.examples),
+        asked,
+        sum((file.skipped for file in evaluation), training.skipped),
+        tuple(notes),
+        {},
+        {name: pair for name, pair in changed.items() if name in (*MODEL_PLACE, "data.train")},
+    )
+
+
 def _asked(config: Config, files: Sequence[Sequence[Question]]) -> int:
     """How many questions an evaluation asks, after decisions and evaluation.questions; 0 where none is asked for."""
     from alphamed.data.decisions import read_decisions
@@ -118,7 +173,7 @@ def _asked(config: Config, files: Sequence[Sequence[Question]]) -> int:
             counts.append(len(chosen))
     except ConfigError as error:
         raise ConfigError(f"evaluation.decisions: {error}") from None
-    return sum(counts) if wanted.before or wanted.after or wanted.every else 0
+    return sum(counts) if config.evaluates else 0
 
 
 def _check_run_dir(config: Config) -> dict[str, tuple[Any, Any]]:
@@ -181,7 +236,7 @@ def _check_hardware(config: Config) -> None:
         )
     if wants_cuda(config) and (refusal := nccl_on_shared_gpus(config)):
         raise ConfigError(refusal)
-    if not wants_cuda(config) and not config.rollout.replay:
+    if not wants_cuda(config) and config.generates:
         engine_cores(config)
 
 
@@ -193,7 +248,7 @@ def _check_model(config: Config, folder: Path) -> ModelFolder:
         check_layout(shape, config.parallel, config.rollout)
         check_sync(config, shape)
         check_context(shape, config.max_model_tokens, config.longest_response)
-        if not config.rollout.replay:
+        if config.generates:
             engine_specs(config, folder, shape, eos_ids=())
 
     return check_model_folder(folder, config, fits)

@@ -142,13 +142,15 @@ class ScoredGroup:
 # -------------------------------------------------------------------------------------------------- what training consumes
 @dataclass(frozen=True, slots=True)
 class TokenGroup:
-    """What training needs of a scored group: tensors only, equal on every rank."""
+    """What training needs of a prompt and its responses, sampled and scored ones or examples to imitate: tensors only, equal
+    on every rank."""
 
     prompt: Tensor  # [prompt tokens] int64
     responses: tuple[Tensor, ...]  # G x [R_j] int64
     rollout_logprobs: tuple[Tensor, ...]  # G x [R_j] float32
     advantages: Tensor  # [G] float32
     policy_version: int
+    trained: tuple[Tensor, ...] | None = None  # G x [R_j] bool: tokens with a loss; None: all
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +228,7 @@ class MicroBatch:
     tokens: Tensor  # int64
     labels: Tensor  # int64, 0 where mask is False
     positions: Tensor  # int64, position within the sequence
-    mask: Tensor  # bool, True at labels that are response tokens
+    mask: Tensor  # bool, True at labels that are response tokens with a loss
     sequence: Tensor  # int64, 0..S-1: which response of this micro-batch the label belongs to, -1 elsewhere
     rollout_logprobs: Tensor  # float32
     advantages: Tensor  # float32, the response's advantage repeated over its tokens

@@ -266,24 +266,29 @@ class Run:
             self._checkpointed = self.state.step
         return due
 
+    def evaluation_due(self, last: bool = False) -> bool:
+        """Whether the settings ask for an evaluation here: before the first step, each evaluation.every steps, after the
+        last."""
+        wanted, step = self.config.evaluation, self.state.step
+        return (
+            (wanted.before and step == 0)
+            or (wanted.after and last)
+            or bool(wanted.every and step and step % wanted.every == 0)
+        )
+
     def evaluate(self, begin: Callable[[bool], Callable[[], Evaluation]], last: bool = False) -> bool:
-        """Evaluate if that is due and not written yet: before the first step, each evaluation.every steps, after the last.
-        Rank 0 calls `begin(background)`, and what it returns to wait for the result. Returns whether an evaluation began.
+        """Evaluate if that is due and not written yet. Rank 0 calls `begin(background)`, and what it returns to wait for the
+        result. Returns whether an evaluation began.
 
         With evaluation.background one between steps is only begun here: `finish_evaluation` waits for it.
         """
         self.finish_evaluation()
         wanted, step = self.config.evaluation, self.state.step
         between = 0 < step < self.config.run.last_step and not last
-        due = (
-            (wanted.before and step == 0)
-            or (wanted.after and last)
-            or bool(wanted.every and step and step % wanted.every == 0)
-        )
         own_gpus = wants_cuda(self.config) and not self.config.cluster.share_gpus
         asked = own_gpus if wanted.background is None else wanted.background
         background = between and asked and not self.config.rollout.deterministic
-        if due and self.control.from_rank0(
+        if self.evaluation_due(last) and self.control.from_rank0(
             f"beginning the evaluation after step {step}", lambda: self._begin_evaluation(begin, background)
         ):
             self._evaluating = step

@@ -11,16 +11,17 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from alphamed.answers.thinking import Thinking
-from alphamed.cluster import placement
 from alphamed.cluster.control import DEADLINE_S, Control
 from alphamed.cluster.pulse import Pulse
 from alphamed.config.choices import AnswerKeys
 from alphamed.config.schema import Config
 from alphamed.data.controls import with_shuffled_keys
+from alphamed.data.example_supply import ExampleSupply, with_length
+from alphamed.data.example_tokens import ExampleEncoder
 from alphamed.data.prompts import PromptBuilder
 from alphamed.data.sources import load_questions
 from alphamed.data.stream import QuestionStream
@@ -32,11 +33,11 @@ from alphamed.megatron import checkpoint, checkpoint_folder, runtime
 from alphamed.megatron.policy import NoReference, Policy, Reference
 from alphamed.model.shape import ModelShape, read_shape, resolve
 from alphamed.model.weight_files import weight_bytes
-from alphamed.reward import process
 from alphamed.rollout.coordinator import Coordinator
 from alphamed.rollout.pace import Pace
 from alphamed.rollout.pipeline import LiveRollouts, ReplayedRollouts
 from alphamed.rollout.pool import EnginePool
+from alphamed.rollout.start import EngineStart
 from alphamed.run import Hooks, Run
 from alphamed.rundir.profiling import StepProfiler
 from alphamed.weights.hf_io import load_hf
@@ -56,7 +57,7 @@ class Engines:
 
 
 class NoSync:
-    """Takes the place of the weight sync where rollouts are replayed: versions count on, nothing is sent."""
+    """Takes the place of the weight sync where there are no engines: versions count on, nothing is sent."""
 
     def __init__(self, version: int) -> None:
         self.version, self.seconds = version, 0.0
@@ -68,14 +69,15 @@ class NoSync:
 
 @dataclass(frozen=True)
 class Session:
-    """Everything the loop in train.py works with, on one rank."""
+    """Everything the loops in train.py and sft.py work with, on one rank."""
 
     config: Config
     control: Control
     run: Run
     policy: Policy
     reference: Reference | NoReference
-    rollouts: LiveRollouts | ReplayedRollouts
+    rollouts: LiveRollouts | ReplayedRollouts | ExampleSupply
+    """Where each step's groups come from."""
     sync: WeightSync | NoSync
     folder: Path
     """The Hugging Face folder that training started from."""
@@ -138,8 +140,9 @@ class Session:
 
 
 @contextlib.contextmanager
-def open_session(config: Config, hooks: Hooks = Hooks()) -> Iterator[Session]:
-    """Build this rank's parts, from the last checkpoint where there is one; end all of them on the way out."""
+def open_session(config: Config, hooks: Hooks = Hooks(), engine_start: EngineStart | None = None) -> Iterator[Session]:
+    """Build this rank's parts, from the last checkpoint where there is one; end all of them on the way out. `engine_start`:
+    where it has begun."""
     with contextlib.ExitStack() as stack:
         here = runtime.start(config)
         stack.callback(runtime.stop, here)
@@ -147,22 +150,23 @@ def open_session(config: Config, hooks: Hooks = Hooks()) -> Iterator[Session]:
         control = stack.enter_context(
             Control.open(here.cpu_group, config.run_dir, config.cluster.heartbeat_timeout_s, longest_s=config.longest_wait_s)
         )
+        folder = control.from_rank0(
+            "finding the model", lambda: resolve(config.model.path, config.model.revision, config.model.cache)
+        )
+        config = control.from_rank0("the length of the run", partial(with_length, config, folder))
         run = Run.open(config, control, hooks)
         stack.callback(run.close)
         pulse = Pulse(run.dir, control.heard_s, lambda: run.activity)
         if control.rank == 0:
             stack.enter_context(pulse)
-        folder = control.from_rank0(
-            "finding the model", lambda: resolve(config.model.path, config.model.revision, config.model.cache)
-        )
         shape, tokenizer = read_shape(folder), load_tokenizer(folder)
         policy, saved = _policy(config, shape, here, folder, control, run)
         reference = _reference(config, shape, here, folder, control)
         run.begin(saved, folder)
         prompts = PromptBuilder(tokenizer, config.prompt)
-        if config.rollout.replay is None:
+        if config.generates:
             run.note("starting the engines ...")
-        engines = _engines(config, folder, shape, tokenizer, prompts, control, stack)
+        engines = _engines(config, folder, engine_start or EngineStart(config), control, stack)
         if engines:
             pulse.watch(
                 [
@@ -171,7 +175,7 @@ def open_session(config: Config, hooks: Hooks = Hooks()) -> Iterator[Session]:
                 ]
             )
         pace = Pace(config, run.deadline, run.note) if config.sizes_steps and control.rank == 0 else None
-        rollouts = _rollouts(config, prompts, engines, control, run, pace)
+        rollouts = _rollouts(config, tokenizer, prompts, engines, control, run, pace)
         if run.state.cursor:
             control.from_rank0("the place in the questions", lambda: rollouts.load_state(run.state.cursor))
         yield Session(
@@ -198,45 +202,40 @@ def _policy(
     last = control.from_rank0("finding the last checkpoint", lambda: checkpoint_folder.latest(run.checkpoints))
     if last is not None:
         return policy, checkpoint.load(last, policy)
-    control.everywhere(
-        "loading the model",
-        lambda: load_hf(folder, policy.model_chunks(), shape, policy.layout),
-        DEADLINE_S + config.storage_deadline_s(weight_bytes(folder)),
-    )
-    policy.weights_changed()
+    _load(policy, "loading the model", config, folder, control)
     return policy, None
 
 
 def _reference(
     config: Config, shape: ModelShape, here: runtime.Runtime, folder: Path, control: Control
 ) -> Reference | NoReference:
-    if config.algorithm.kl_coefficient == 0:
+    if config.algorithm.kl_coefficient == 0 or config.sft is not None:
         return NoReference()
     reference = Reference.build(config, shape, here)
-    control.everywhere("loading the reference", lambda: load_hf(folder, reference.model_chunks(), shape, here.layout))
-    reference.weights_changed()
+    _load(reference, "loading the reference", config, folder, control)
     return reference
 
 
+def _load(model: Policy | Reference, work: str, config: Config, folder: Path, control: Control) -> None:
+    """Fill a model with the weights of a Hugging Face folder."""
+    control.everywhere(
+        work,
+        lambda: load_hf(folder, model.model_chunks(), model.shape, model.runtime.layout),
+        DEADLINE_S + config.storage_deadline_s(weight_bytes(folder)),
+    )
+    model.weights_changed()
+
+
 def _engines(
-    config: Config,
-    folder: Path,
-    shape: ModelShape,
-    tokenizer: Tokenizer,
-    prompts: PromptBuilder,
-    control: Control,
-    stack: contextlib.ExitStack,
+    config: Config, folder: Path, starting: EngineStart, control: Control, stack: contextlib.ExitStack
 ) -> Engines | None:
     """On rank 0 of a run that generates: Ray, the engines, the reward process and the coordinator; None elsewhere."""
-    if config.rollout.replay is not None:
+    if not config.generates:
         return None
 
     def start() -> Engines:
-        placement.start_ray(config)
-        stack.callback(placement.stop_ray)
-        grader = process.start(config, Thinking.of(config.reward.answer_after, tokenizer, prompts))
-        pool = EnginePool.start(config, folder, shape, tokenizer.stop_ids(config.rollout.stop))
-        stack.callback(pool.stop)
+        stack.callback(starting.stop)
+        pool, grader = starting.finish()
         return Engines(pool, Coordinator.start(config, pool, grader), grader)
 
     # the other ranks wait longer, so that rank 0 names what was late
@@ -244,23 +243,32 @@ def _engines(
 
 
 def _rollouts(
-    config: Config, prompts: PromptBuilder, engines: Engines | None, control: Control, run: Run, pace: Pace | None
-) -> LiveRollouts | ReplayedRollouts:
+    config: Config,
+    tokenizer: Tokenizer,
+    prompts: PromptBuilder,
+    engines: Engines | None,
+    control: Control,
+    run: Run,
+    pace: Pace | None,
+) -> LiveRollouts | ReplayedRollouts | ExampleSupply:
+    if config.sft is not None:
+        return ExampleSupply(config, ExampleEncoder(tokenizer, prompts, config), control)
     if config.rollout.replay is not None:
         return ReplayedRollouts(config, control)
     questions = load_questions(config.data.train, config.data.bad_rows).questions
     if config.data.answer_keys == AnswerKeys.SHUFFLED:
         questions = with_shuffled_keys(questions, config.run.seed)
-    stream = QuestionStream(questions, config.run.seed, config.data.shuffle_options)
+    stream = QuestionStream(questions, config.run.seed, config.data.shuffle_options, config.data.spread)
     return LiveRollouts(config, stream, prompts, engines and engines.coordinator, control, run.show_generation, pace)
 
 
 def _sync(
     config: Config, policy: Policy, tokenizer: Tokenizer, engines: Engines | None, control: Control, run: Run
 ) -> WeightSync | NoSync:
-    # The first push after a resume brings the weights of the last step: it gets that step's version again.
-    version = max(0, run.state.policy_version - 1)
-    if config.rollout.replay is not None:
+    # The first push after a resume brings the weights of the last step: it gets that step's version again. Supervised
+    # training pushes for evaluations only, so that its next push brings others.
+    version = max(0, run.state.policy_version - (config.sft is None))
+    if not config.generates:
         return NoSync(version)
     probe = Probe(tuple(tokenizer.encode(TEXT)), policy.score)
     return WeightSync(config, PolicySource(policy, policy.shape), engines and engines.pool, control, probe, version)

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from alphamed.batching import pack
 from alphamed.config.schema import Config
+from alphamed.rollout.start import EngineStart
 from alphamed.run import Hooks
 from alphamed.rundir.timing import Timer
 from alphamed.session import Session, open_session
 
 
-def main(config: Config, hooks: Hooks = Hooks()) -> None:
+def main(config: Config, hooks: Hooks = Hooks(), engine_start: EngineStart | None = None) -> None:
     """Train from the last step of the run directory to the last step of the configuration, then export, evaluate and report.
-    `hooks`: optional work of others (forecast, report, model card), by default none.
+    `hooks`: optional work of others (forecast, report, model card), by default none. `engine_start`: where it has begun.
 
     Raises RunFailed on every rank, naming the failed component.
     """
-    with open_session(config, hooks) as session:
+    with open_session(config, hooks, engine_start) as session:
         train(session)
 
 
@@ -37,6 +38,7 @@ def train(session: Session) -> None:
             token_budget=config.parallel.micro_batch_tokens,
             mini_batches=config.algorithm.mini_batches,
             share_prompts=config.parallel.share_prompts,
+            skip_no_signal=config.algorithm.skip_no_signal,
         )
         with timer("time/logprobs_s"):
             batch = policy.logprobs(batch) if config.resolved.recompute_old_logprobs else batch

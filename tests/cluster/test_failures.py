@@ -50,9 +50,10 @@ def asked(run_dir) -> list[str]:
 
 
 def test_a_dead_host_is_named_and_the_requeued_job_continues_when_it_is_back(hosts, here):
-    job = start(hosts, here, *LONG)
+    job = start(hosts, here, *LONG, "cluster.heartbeat_timeout_s=15")
     hosts.kill("node2")
-    said(hosts, here, job, "run failed: host node2: ")
+    said(hosts, here, job, "host node2: ")
+    said(hosts, here, job, "run failed: host node2: ", 2 * END_S)  # when all that ran is ended
     # by the batch script, or by Slurm itself where it has missed the host first
     hosts.wait_until(lambda: hosts.state(job) in ("PENDING", "REQUEUED"), f"requeued: {here.log(job)}", END_S)
     require_nothing_left(hosts, but=("node2",))

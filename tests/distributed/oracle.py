@@ -5,7 +5,7 @@ Nothing of the code under test is used, except for the records that describe a b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -78,12 +78,40 @@ def make_data(folder: Path, seed: int = 5, vocab: int = 509) -> Data:
     return Data(groups, old, reference)
 
 
-def scores(model, shapes) -> dict[Sample, tuple[Tensor, Tensor]]:
+def supervised(data: Data) -> Data:
+    """The same prompts and responses as examples to imitate; of every second group some tokens have no loss."""
+    marks = [
+        tuple((torch.arange(len(r)) + j) % 3 != g % 2 for j, r in enumerate(group.responses))
+        if g % 2
+        else tuple(torch.ones(len(r), dtype=torch.bool) for r in group.responses)
+        for g, group in enumerate(data.groups)
+    ]
+    return replace(data, groups=[replace(group, trained=own) for group, own in zip(data.groups, marks)])
+
+
+def cross_entropy(model, data: Data) -> Tensor:
+    """transformers' own loss of causal models (loss/loss_utils.py, ForCausalLMLoss) over one padded batch, each response with
+    its own copy of the prompt: the mean over all tokens that have a loss."""
+    rows, labels = [], []
+    for group in data.groups:
+        for response, trained in zip(group.responses, group.trained):
+            rows.append(torch.cat([group.prompt, response]))
+            labels.append(torch.cat([torch.full_like(group.prompt, -100), torch.where(trained, response, -100)]))
+    pad = lambda lists, value: torch.nn.utils.rnn.pad_sequence(lists, batch_first=True, padding_value=value)
+    return model(
+        input_ids=pad(rows, 0),
+        attention_mask=pad([torch.ones_like(row) for row in rows], 0),
+        labels=pad(labels, -100),
+        num_items_in_batch=sum(int((row != -100).sum()) for row in labels),
+    ).loss
+
+
+def scores(model, shapes, temperature: float = TEMPERATURE) -> dict[Sample, tuple[Tensor, Tensor]]:
     """Log-probs and entropies of every response, each in a right-padded row with its own copy of the prompt."""
     rows = {(g, j): torch.cat([p, r]) for g, (p, rs) in enumerate(shapes) for j, r in enumerate(rs)}
     padded = torch.nn.utils.rnn.pad_sequence(list(rows.values()), batch_first=True)
     filled = torch.nn.utils.rnn.pad_sequence([torch.ones_like(r) for r in rows.values()], batch_first=True)
-    logits = model(input_ids=padded, attention_mask=filled).logits.float() / TEMPERATURE
+    logits = model(input_ids=padded, attention_mask=filled).logits.float() / temperature
     found = {}
     for i, ((g, j), row) in enumerate(rows.items()):
         start = len(shapes[g][0])
@@ -134,9 +162,12 @@ def train(
     lr: float = LR,
     clip: tuple[float, float] = (CLIP_LOW, CLIP_HIGH),
     dtype: torch.dtype = torch.float32,
+    imitate: bool = False,
 ) -> Trace:
     """AdamW on all groups at once, or on each of `mini_batches` (indices of groups) in turn, `updates` times. The model
-    computes in `dtype`; the optimizer's parameters are FP32 in any case, the model's are taken from them."""
+    computes in `dtype`; the optimizer's parameters are FP32 in any case, the model's are taken from them. `imitate`: cross
+    entropy with the responses (`supervised`) in place of the policy loss."""
+    data, temperature = (supervised(data), 1.0) if imitate else (data, TEMPERATURE)
     model = load(folder, dtype)
     shapes = [(g.prompt, list(g.responses)) for g in data.groups]
     own = list(model.parameters())
@@ -155,8 +186,11 @@ def train(
     for update in range(updates):
         for members in mini_batches or [None]:
             model.zero_grad()
-            found = scores(model, shapes)
+            found = scores(model, shapes, temperature)
             loss, entropy, kl = objective(found, data, aggregation, correction, members, clip)
+            if imitate:
+                found, entropy = of_trained(found, data)
+                loss = cross_entropy(model, data)
             loss.backward()
             if not trace.loss:
                 trace.before = {s: x.detach() for s, (x, _) in found.items()}
@@ -171,5 +205,12 @@ def train(
                 for master, p in zip(masters, own):
                     p.copy_(master)
     with torch.no_grad():
-        trace.after = {s: x for s, (x, _) in scores(model, shapes).items()}
+        found = scores(model, shapes, temperature)
+        trace.after = {s: x for s, (x, _) in (of_trained(found, data)[0] if imitate else found).items()}
     return trace
+
+
+def of_trained(found: dict[Sample, tuple[Tensor, Tensor]], data: Data) -> tuple[dict[Sample, tuple[Tensor, Tensor]], float]:
+    """`found` at the tokens that have a loss, and the mean entropy there."""
+    left = {(g, j): tuple(x[data.groups[g].trained[j]] for x in pair) for (g, j), pair in found.items()}
+    return left, torch.cat([entropy for _, entropy in left.values()]).mean().item()

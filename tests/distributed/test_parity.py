@@ -37,6 +37,8 @@ TRACES = {
     "two": {"mini_batches": [[0, 1], [2, 3]]},
     "four": {"mini_batches": [[0], [1], [2], [3]]},
     "bf16": {"dtype": torch.bfloat16, "lr": oracle.SMOOTH_LR, "clip": oracle.SMOOTH_CLIP},
+    "supervised": {"imitate": True},
+    "supervised-bf16": {"imitate": True, "dtype": torch.bfloat16, "lr": oracle.SMOOTH_LR},
 }
 SMOOTH = {"algorithm": dict(zip(("clip_low", "clip_high"), oracle.SMOOTH_CLIP)), "optimizer": {"lr": oracle.SMOOTH_LR}}
 TP2, PP2, DP2 = {"tensor": 2}, {"pipeline": 2}, {"data": 2}
@@ -52,6 +54,15 @@ def cases(world: int) -> list[Case]:
     fp32 = fp32_cases(world)
     one_model = [c for c in fp32 if c.expect == "plain" and not c.name.endswith(("-llama", "-qwen2"))]
     return [*fp32, *(replace(c, name=f"{c.name}-bf16", dtype="bf16", expect="bf16", **SMOOTH) for c in one_model)]
+
+
+def supervised_cases(world: int) -> list[Case]:
+    """The same layouts with cross entropy, in FP32 and, where a layout has nothing but its axes, in bf16."""
+    layouts = [c for c in fp32_cases(world) if c.expect == "plain" and not c.name.endswith(("-llama", "-qwen2"))]
+    fp32 = [replace(c, name=f"{c.name}-supervised", expect="supervised", supervised=True) for c in layouts]
+    axes = [c for c in fp32 if not {"recompute", "logprob_chunk_tokens", "share_prompts"} & c.parallel.keys()]
+    smooth = {"dtype": "bf16", "expect": "supervised-bf16", "optimizer": SMOOTH["optimizer"]}
+    return [*fp32, *(replace(c, name=f"{c.name}-bf16", **smooth) for c in axes)]
 
 
 def fp32_cases(world: int) -> list[Case]:
@@ -125,31 +136,62 @@ def job(tmp_path_factory) -> dict:
     return make_job(tmp_path_factory.mktemp("parity"), MODELS)
 
 
-@pytest.fixture(scope="session")
-def traces(job) -> dict[tuple[str, str], oracle.Trace]:
-    wanted = {(c.model, c.expect) for world in (1, 2, 4) for c in cases(world)}
-    return {(m, e): oracle.train(Path(job["folders"][m]), job["data"][m], **TRACES[e]) for m, e in sorted(wanted)}
+class Traces(dict[tuple[str, str], oracle.Trace]):
+    """(model, what is expected) -> the oracle's trace, made when it is asked for."""
 
+    def __init__(self, job: dict):
+        super().__init__()
+        self._job = job
 
-def launch(job: dict, world: int) -> Path:
-    return run_cases(
-        job, f"world{world}", world, cases(world), BEHAVIOURS.get(world, ()), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""
-    )
-
-
-@pytest.fixture(scope="session")
-def world1(job) -> Path:
-    return launch(job, 1)
+    def __missing__(self, key: tuple[str, str]) -> oracle.Trace:
+        model, expect = key
+        self[key] = oracle.train(Path(self._job["folders"][model]), self._job["data"][model], **TRACES[expect])
+        return self[key]
 
 
 @pytest.fixture(scope="session")
-def world2(job) -> Path:
-    return launch(job, 2)
+def traces(job) -> Traces:
+    return Traces(job)
+
+
+def launch(job: dict, world: int, request: pytest.FixtureRequest) -> Path:
+    """Run the cases that the selected tests are parametrised with. A test of no case looks at a behaviour, or at many cases."""
+    tests = [item for item in request.session.items if f"world{world}" in getattr(item, "fixturenames", ())]
+    parameters = [item.callspec.params if hasattr(item, "callspec") else {} for item in tests]
+    names = {given["case"].name for given in parameters if "case" in given}
+    every = any("case" not in given for given in parameters)
+    chosen = [case for case in cases(world) if every or case.name in names]
+    behaviours = BEHAVIOURS.get(world, ()) if every else ()
+    return run_cases(job, f"world{world}", world, chosen, behaviours, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.fixture(scope="session")
-def world4(job) -> Path:
-    return launch(job, 4)
+def world1(job, request) -> Path:
+    return launch(job, 1, request)
+
+
+@pytest.fixture(scope="session")
+def world2(job, request) -> Path:
+    return launch(job, 2, request)
+
+
+@pytest.fixture(scope="session")
+def world4(job, request) -> Path:
+    return launch(job, 4, request)
+
+
+@pytest.fixture(scope="session")
+def supervised_worlds(job) -> Callable[[int], Path]:
+    """World size -> the folder of its supervised cases, one torchrun for each."""
+    once: dict[int, Path] = {}
+
+    def of(world: int) -> Path:
+        if world not in once:
+            quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+            once[world] = run_cases(job, f"supervised{world}", world, supervised_cases(world), (), **quiet)
+        return once[world]
+
+    return of
 
 
 # -------------------------------------------------------------------------------------------------------------- comparisons
@@ -188,7 +230,8 @@ def compare(case: Case, found: list[dict], trace: oracle.Trace) -> None:
         assert stat["policy/grad_norm"] == pytest.approx(norm, rel=limit.grad_norm), f"update {i}: gradient norm"
     if per_update == 1:
         assert stats[0]["policy/entropy"] == pytest.approx(trace.entropy, abs=limit.token_means)
-        assert stats[0]["policy/kl"] == pytest.approx(trace.kl, abs=limit.token_means)
+        if not case.supervised:
+            assert stats[0]["policy/kl"] == pytest.approx(trace.kl, abs=limit.token_means)
     for moment in ("before", "after"):
         expected, seen = getattr(trace, moment), {}
         for rank in found:
@@ -218,10 +261,26 @@ def test_four_ranks(case, world4, traces):
     compare(case, ranks(world4, case), traces[case.model, case.expect])
 
 
+@pytest.mark.parametrize(
+    "world, case", [(w, c) for w in (1, 2, 4) for c in supervised_cases(w)], ids=lambda x: getattr(x, "name", None)
+)
+def test_supervised_training_equals_transformers(world, case, supervised_worlds, traces):
+    """Cross entropy as transformers computes it: losses, gradient norms and log-probs of three updates, and in one process
+    every parameter's gradient."""
+    found, trace = ranks(supervised_worlds(world), case), traces[case.model, case.expect]
+    compare(case, found, trace)
+    assert trace.loss[0] > trace.loss[2] > 1
+    if world == 1 and case.dtype == "fp32":
+        assert_same_gradients(found[0]["gradient"], trace.gradient)
+
+
 @pytest.mark.parametrize("case", [c for c in fp32_cases(1) if c.expect == "plain"], ids=ids)
 def test_gradients_equal_the_padded_unshared_model(case, world1, traces):
     """Every parameter's gradient, within 1e-5 of the largest one of that parameter."""
-    found, expected = ranks(world1, case)[0]["gradient"], traces[case.model, "plain"].gradient
+    assert_same_gradients(ranks(world1, case)[0]["gradient"], traces[case.model, "plain"].gradient)
+
+
+def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
         worst = (gradient - expected[name]).abs().max() / expected[name].abs().max()

@@ -40,6 +40,7 @@ class Case:
     device: str = "cpu"
     dtype: str = "fp32"
     fp8: bool = False
+    supervised: bool = False
 
 
 def config_of(case: Case, folder: Path):
@@ -72,6 +73,7 @@ def config_of(case: Case, folder: Path):
                 **case.optimizer,
             },
             "cluster": {"device": case.device, "trainer_threads": 1, "rank_timeout_s": 900.0},
+            "sft": {"prompts_per_step": 8} if case.supervised else None,
         }
     )
 
@@ -128,9 +130,12 @@ def packed(case: Case, policy, groups):
 
 
 def run(case: Case, folder: Path, data: oracle.Data) -> dict:
+    data = oracle.supervised(data) if case.supervised else data
     with policy_of(case, folder) as policy:
         bare = packed(case, policy, data.groups)
-        batch = fill(fill(bare, "old_logprobs", data.old), "reference_logprobs", data.reference)
+        batch = bare
+        if not case.supervised:
+            batch = fill(fill(bare, "old_logprobs", data.old), "reference_logprobs", data.reference)
         found = {
             "before": by_sample(policy.logprobs(bare), "old_logprobs"),
             "case": asdict(case),

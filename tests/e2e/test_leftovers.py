@@ -28,7 +28,7 @@ class Watched:
         self.segments: set[str] = set()
         self.before = set(os.listdir(processes.SHARED_MEMORY))
         self.process = subprocess.Popen(
-            place.command("runs", *overrides),
+            place.command("train", "runs", *overrides),
             cwd=place.folder,
             env=environment,
             text=True,

@@ -76,7 +76,7 @@ def test_the_tap_sees_every_kind_of_attempt(tmp_path):
 @pytest.mark.slow
 def test_a_run_sends_nothing_out(place, tmp_path):
     """Megatron, Ray, vLLM, transformers and wandb (offline), two steps, export and report."""
-    in_namespace(tmp_path / "report", place.command("watched"), cwd=place.folder)
+    in_namespace(tmp_path / "report", place.command("train", "watched"), cwd=place.folder)
     assert [line for line in (tmp_path / "report").read_text().splitlines() if not is_of_this_host(line)] == []
     run_dir = place.run_dir("watched")
     assert sorted(metrics(run_dir)) == [1, 2] and (run_dir / "hf" / "model.safetensors").exists()
@@ -88,5 +88,5 @@ def test_a_run_sends_nothing_out(place, tmp_path):
 @pytest.mark.slow
 @pytest.mark.matrix
 def test_a_run_needs_no_route(place):
-    in_namespace(sealed.CLOSED, place.command("closed"), cwd=place.folder)
+    in_namespace(sealed.CLOSED, place.command("train", "closed"), cwd=place.folder)
     assert sorted(metrics(place.run_dir("closed"))) == [1, 2]

@@ -68,14 +68,17 @@ class Workplace:
     def run_dir(self, root: str) -> Path:
         return self.folder / root / self.settings["run"]["name"]
 
-    def command(self, root: str, *overrides: str) -> list[str]:
-        return [sys.executable, "-m", "alphamed.cli", "train", "--config", "run.yaml", f"run.root={root}", *overrides]
+    def command(self, verb: str, root: str, *overrides: str) -> list[str]:
+        return [sys.executable, "-m", "alphamed.cli", verb, "--config", "run.yaml", f"run.root={root}", *overrides]
 
     def train(self, root: str, *overrides: str) -> Path:
+        return self.run("train", root, *overrides)
+
+    def run(self, verb: str, root: str, *overrides: str) -> Path:
         """Start or continue the run below `root` and wait for its good end; returns its directory."""
         with clean_temporary() as environment:
             done = subprocess.run(
-                self.command(root, *overrides),
+                self.command(verb, root, *overrides),
                 cwd=self.folder,
                 capture_output=True,
                 text=True,

@@ -229,6 +229,11 @@ CONFIGS = [
         ("algorithm.kl_estimator: k1", "gradient of 0", "k2 or k3"),
     ),
     Mistake(
+        "responses left out that have a gradient",
+        lambda run: run.set("algorithm", {"kl_coefficient": 0.01, "skip_no_signal": True}),
+        ("algorithm.skip_no_signal", "0.01", "leave it out, or set kl_coefficient to 0"),
+    ),
+    Mistake(
         "a reward of another trainer",
         lambda run: own_reward(run, "def f(data_source, solution_str, ground_truth, extra_info=None): return 1.0"),
         ("reward.name", "data_source", "question (", "set reward.signature=verl"),

@@ -1,10 +1,12 @@
 """Packing: every response exactly once, prompts shared, budgets kept, ranks equal; rows worked out by hand."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
+from alphamed.algorithms.loss import normalizer, policy_loss, token_weights
 from alphamed.batching import attach, pack
 from alphamed.records import Layout, Segment, TokenGroup
 
@@ -39,6 +41,22 @@ def test_one_group_by_hand():
     assert (batch.mini_batches[0].response_tokens, batch.mini_batches[0].sequences) == (3, 2)
     # unshared the prompt of 3 is read twice: (3 + 2 - 1) + (3 + 1 - 1) = 7 tokens against 5
     assert batch.metrics["batch/shared_fraction"] == pytest.approx(1 - 5 / 7)
+
+
+def test_response_tokens_without_a_loss_are_read_like_a_prompt():
+    """A turn of the user inside a response: 5 of (4 5 6) has no loss."""
+    plain = group([1, 2, 3], [[4, 5, 6], [7]], [0.25, -0.5])
+    marked = replace(plain, trained=(torch.tensor([True, False, True]), torch.tensor([True])))
+    batch = pack([marked], Layout(), token_budget=64)
+    (row,) = rows(batch)
+    assert row.tokens.tolist() == [1, 2, 3, 4, 5, 3]
+    assert row.labels.tolist() == [0, 0, 4, 0, 6, 7]
+    assert row.mask.tolist() == [False, False, True, False, True, True]
+    assert row.sequence.tolist() == [-1, -1, 0, -1, 0, 1]
+    assert row.advantages.tolist() == [0, 0, 0.25, 0, 0.25, -0.5]
+    assert row.rollout_logprobs.tolist() == [0, 0, 0.5, 0, 2.5, 0.5]
+    assert (batch.mini_batches[0].response_tokens, batch.mini_batches[0].sequences) == (3, 2)
+    assert row.segments == rows(pack([plain], Layout(), token_budget=64))[0].segments
 
 
 def test_without_sharing_a_sample_is_one_plain_segment():
@@ -146,6 +164,59 @@ def test_invariants(seed):
     assert sorted(seen) == [(g, j) for g, x in enumerate(groups) for j in range(len(x.responses))]
     again = pack(groups, layouts[0], token_budget=budget, mini_batches=minis, share_prompts=share)
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(rows(again), rows(batches[0])))
+
+
+# ---------------------------------------------------------------------------------------------------------- without a signal
+def test_responses_without_advantage_are_left_out_and_still_counted():
+    groups = [group([1, 2, 3], [[4, 5], [6], [7, 7, 7]], [0.5, 0.0, -0.5]), group([1, 2], [[8], [9, 9]], [0.0, 0.0])]
+    batch = pack(groups, Layout(), token_budget=64, skip_no_signal=True)
+    (row,) = rows(batch)
+    assert row.samples == ((0, 0), (0, 2))
+    assert row.tokens.tolist() == [1, 2, 3, 4, 3, 7, 7] and row.labels.tolist() == [0, 0, 4, 5, 7, 7, 7]
+    assert row.segments == (Segment(2, (2, 3)),)
+    assert (batch.mini_batches[0].response_tokens, batch.mini_batches[0].sequences) == (2 + 1 + 3 + 1 + 2, 5)
+    assert batch.metrics["batch/skipped_fraction"] == pytest.approx(3 / 5)
+    assert batch.metrics["batch/shared_fraction"] == pytest.approx(1 - 7 / ((2 + 2) + (2 + 3)))  # of what is packed
+    assert pack(groups, Layout(), token_budget=64).metrics["batch/skipped_fraction"] == 0
+
+
+def test_a_mini_batch_without_any_advantage_is_kept():
+    groups = [group([1, 2], [[3], [4]], [1.0, -1.0]), group([1, 2], [[5], [6]], [0.0, 0.0])]
+    first, second = pack(groups, Layout(), token_budget=64, mini_batches=2, skip_no_signal=True).mini_batches
+    assert [m.samples for m in first.micro_batches + second.micro_batches] == [((0, 0), (0, 1)), ((1, 0), (1, 1))]
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
+@pytest.mark.parametrize("share", [True, False])
+def test_the_gradient_is_that_of_all_responses(aggregation, share):
+    """Of the policy loss in a toy policy whose log-prob of a token is a number of its own, summed over rows and data ranks."""
+    r = random.Random(4)
+    groups = [
+        group(
+            [1, *(r.randrange(9) for _ in range(r.randint(1, 9)))],
+            [[r.randrange(9) for _ in range(r.randint(1, 9))] for _ in range(4)],
+            r.choice([[0.0] * 4, [1.5, -0.5, -0.5, -0.5], [1.0, 0.0, -1.0, 0.0]]),
+        )
+        for _ in range(9)
+    ]
+    assert any(not g.advantages.any() for g in groups)
+
+    def gradient(skip):
+        table = torch.zeros(9, requires_grad=True)
+        for rank in range(2):
+            packed = dict(token_budget=48, mini_batches=2, share_prompts=share, skip_no_signal=skip)
+            for mini in pack(groups, Layout(data=2, data_rank=rank), **packed).mini_batches:
+                for row in mini.micro_batches:
+                    logprobs, sequence = table[row.labels[row.mask]], row.sequence[row.mask]
+                    weights = token_weights(sequence, aggregation, 8)
+                    terms = policy_loss(
+                        logprobs, logprobs.detach(), row.advantages[row.mask], weights, sequence, "clip", 0.2, 0.28
+                    )
+                    (terms.loss_sum / normalizer(aggregation, mini.response_tokens, mini.sequences)).backward()
+        return table.grad
+
+    assert gradient(False).abs().max() > 0.01
+    torch.testing.assert_close(gradient(True), gradient(False), rtol=1e-5, atol=1e-7)
 
 
 def test_data_ranks_share_the_cost():

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 import alphamed
+from alphamed.config.loading import _section as section_of
 from alphamed.config.schema import Config
 
 PACKAGE = Path(alphamed.__file__).parent
-SECTIONS = {name: field.annotation for name, field in Config.model_fields.items()}
+SECTIONS = {name: section_of(field.annotation) for name, field in Config.model_fields.items()}
 KINDS = {model.__name__: section for section, model in SECTIONS.items()}
 CHECKS = "_problems"
 

@@ -58,9 +58,15 @@ def test_sbatch_of_a_launcher_is_refused_with_the_right_command():
     single_host.refuse_sbatch(Path("slurm_script"), {})
 
 
-@pytest.mark.parametrize("name", ["train_smollm2_cpu", "train_alphamed_8b", "train_alphamed_70b"])
+@pytest.mark.parametrize("name", ["sft_smollm2_cpu", "train_smollm2_cpu", "train_alphamed_8b", "train_alphamed_70b"])
 def test_shipped_configurations_are_valid(name):
     load_config(ROOT / "examples" / f"{name}.yaml")
+
+
+def test_the_lesson_of_the_quickstart_asks_as_its_training_does():
+    lesson, training = (load_config(ROOT / "examples" / f"{name}_smollm2_cpu.yaml") for name in ("sft", "train"))
+    assert lesson.prompt == training.prompt and training.model.path == str(lesson.run_dir / "hf")
+    assert lesson.rollout.max_response_tokens == training.rollout.max_response_tokens
 
 
 @pytest.mark.parametrize("name", ["train_alphamed_8b", "train_alphamed_70b"])
@@ -330,6 +336,57 @@ def test_a_run_that_ends_by_itself_leaves_nothing(supervised, tmp_path, then, st
     assert run.communicate(timeout=600)[0].strip() == f"[{status}, null, 1]"
     assert processes.describe(child) is None and not segment.exists()
     assert {path.name for path in tmp_path.iterdir()} == {"left", "go"}
+
+
+CPU_SECONDS = """
+import os, sys
+from pathlib import Path
+from alphamed.cluster import processes
+from alphamed.cluster.ledger import run_id
+from alphamed.launch.supervisor import supervise
+spin = "import os, time\\nwhile time.process_time() < 1: pass\\n"
+marked = spin + "open('orphan ended', 'w').close()"
+orphan = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {marked!r}])"  # its parent does not wait for it
+both = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {orphan!r}]); {spin}"
+both += "while not os.path.exists('orphan ended'): time.sleep(0.05)"
+run_dir = Path(sys.argv[1])
+print(supervise([sys.executable, "-c", both], os.environ | {processes.TAG: run_id(run_dir)}, run_dir).cpu_s)
+"""
+
+
+def test_cpu_seconds_are_those_of_all_processes(tmp_path):
+    """One second of the command's own and one of an orphan's; interpreters besides."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, "-c", CPU_SECONDS, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert 2.0 < float(done.stdout) < 12, done.stdout + done.stderr
+
+
+CHILDREN_OF_ANOTHER = """
+import subprocess, sys
+from alphamed.cluster.processes import CpuMeter
+spin = "import sys, time\\nwhile time.process_time() < 1: pass\\nprint(flush=True)\\nsys.stdin.read()"
+careless = "import signal, subprocess, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); "
+careless += f"subprocess.Popen([sys.executable, '-c', {spin!r}]).wait()"
+meter = CpuMeter()
+child = subprocess.Popen([sys.executable, "-c", careless], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+child.stdout.readline()
+meter.look()
+child.communicate()
+print(meter.total_s())
+"""
+
+
+def test_cpu_seconds_are_also_those_of_processes_that_nobody_waits_for():
+    """As Ray's: the kernel adds them up for no parent that ignores their end."""
+    done = subprocess.run([sys.executable, "-c", CHILDREN_OF_ANOTHER], capture_output=True, text=True, timeout=600)
+    assert 1.0 < float(done.stdout) < 12, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from alphamed.algorithms.loss import LOSSES, kl_penalty, normalizer, policy_loss, token_weights, weighted_sum
+from alphamed.algorithms.loss import (
+    LOSSES,
+    kl_penalty,
+    normalizer,
+    policy_loss,
+    supervised_loss,
+    token_weights,
+    weighted_sum,
+)
 from alphamed.config.choices import Aggregation, KlEstimator, Loss
 
 NAN, INF = math.nan, math.inf
@@ -35,6 +43,22 @@ def loss_and_gradient(kind, ratios, advantages, sequence, weights=None, low=0.2,
 
 def close(actual, expected, **tolerance):
     torch.testing.assert_close(actual, torch.tensor(expected, dtype=actual.dtype), **tolerance)
+
+
+# ------------------------------------------------------------------------------------------------------------ supervised
+def test_supervised_loss_is_the_mean_over_all_tokens_of_the_step():
+    """Two micro-batches of three tokens and of one: -(ln 1/2 + ln 1/4 + ln 1/8 + ln 1/2) / 4 = 7/4 ln 2. The mean of the
+    micro-batches' means would be (2 + 1) / 2 ln 2."""
+    parts = []
+    for probabilities, sequence in (([0.5, 0.25, 0.9, 0.125], [0, 0, -1, 1]), ([0.5], [0])):
+        logprobs = logs(*probabilities).requires_grad_()
+        weights = token_weights(torch.tensor(sequence), "token_mean", dtype=F64)
+        loss = supervised_loss(logprobs, weights) / normalizer("token_mean", response_tokens=4, sequences=3)
+        loss.backward()
+        parts.append((loss, logprobs.grad))
+    close(parts[0][0] + parts[1][0], 1.75 * math.log(2))
+    close(parts[0][1], [-0.25, -0.25, 0.0, -0.25])
+    close(parts[1][1], [-0.25])
 
 
 # ----------------------------------------------------------------------------------------------------------------- clip

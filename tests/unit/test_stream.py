@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from alphamed.config.choices import Spread
 from alphamed.data.stream import QuestionStream, refers_to_options, shuffle_options
 from alphamed.errors import DataError
 from alphamed.records import Question
@@ -72,6 +73,43 @@ def test_nothing_can_not_be_streamed():
         QuestionStream([], seed=3)
     with pytest.raises(ValueError, match="ask for at least one"):
         QuestionStream(QUESTIONS, seed=3).take(0)
+
+
+def kinds():
+    """8 questions of each of three answers; a source has the questions of an answer and a half."""
+    return [replace(question(i, "B", A="x", B=f"answer {i % 3}"), source="first" if i < 12 else "second") for i in range(24)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_answers_can_be_spread_evenly(seed):
+    stream = QuestionStream(kinds(), seed, spread=Spread.ANSWER)
+    epochs = [stream.take(24) for _ in range(2)]
+    for epoch in epochs:
+        assert len({q.id for q in epoch}) == 24
+        for start in range(0, 24, 3):
+            assert sorted(q.options[q.answer] for q in epoch[start : start + 3]) == ["answer 0", "answer 1", "answer 2"]
+    answers = [[q.options[q.answer] for q in epoch] for epoch in epochs]
+    assert answers[0] != answers[1] and answers[0] != answers[0][:3] * 8  # no order but that
+
+
+def test_sources_can_be_spread_evenly_whatever_their_sizes():
+    questions = [replace(question(i), source="large" if i < 15 else "small") for i in range(20)]
+    order = QuestionStream(questions, seed=1, spread=Spread.SOURCE).take(20)
+    for part in range(5):  # the part's own 3 + 1, give or take one at each border
+        assert [q.source for q in order[4 * part : 4 * part + 4]].count("small") in (0, 1, 2)
+    assert [sum(q.source == "small" for q in order[: 4 * n]) - n for n in range(1, 6)] == pytest.approx([0] * 5, abs=1)
+
+
+def test_spreading_leaves_questions_without_equals_in_any_order_and_continues_exactly():
+    lone = [replace(question(i), options={"A": "x", "B": f"answer {i}"}) for i in range(7)]
+    orders = {tuple(q.id for q in QuestionStream(lone, seed, spread=Spread.ANSWER).take(7)) for seed in range(20)}
+    assert len(orders) > 15
+    reference = QuestionStream(kinds(), 3, spread=Spread.ANSWER).take(60)
+    stream = QuestionStream(kinds(), 3, spread=Spread.ANSWER)
+    stream.take(31)
+    resumed = QuestionStream(kinds()[::-1], 3, spread=Spread.ANSWER)
+    resumed.load_state(json.loads(json.dumps(stream.state())))
+    assert resumed.take(29) == reference[31:]
 
 
 # ------------------------------------------------------------------------------------------------------------- options

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -664,19 +665,75 @@ def test_nodes(write, tensor, engines, nodes):
     assert slurm.nodes_of(config, 8) == nodes
 
 
+# -------------------------------------------------------------------------------------------------------------- supervised
+STAGES = [
+    {"name": "a", "label": "taught", "train": ["{study}/examples.jsonl"], "axes": {"seeds": [1, 2]}, "settings": {"sft": {"epochs": 2}}},
+    {"name": "b", "label": "then", "axes": {"seeds": [1]}, "settings": {"model.path": "{study}/runs/taught-s2/hf"}},
+    {"name": "c", "axes": {"seeds": [1]}},
+]  # fmt: skip
+
+
+def test_arms_of_supervised_training(write, monkeypatch, capsys):
+    """Supervised runs train on their own files and are started by their own verb, also where sets are built for the others."""
+    path = write(grids=STAGES)
+    planned = runs(path)
+    assert [run.name for run in planned] == ["taught-s1", "taught-s2", "then-s1", "s1"]
+    assert [str(file) for file in planned[1].config.data.train] == ["studies/s/examples.jsonl"]
+    assert planned[1].config.sft.epochs == 2 and planned[2].config.sft is None
+    assert planned[2].config.model.path == "studies/s/runs/taught-s2/hf"
+    asked = []
+    monkeypatch.setattr(
+        child, "run_child", lambda command, *_: asked.append(command[3:]) or child.ChildExit(1, 0.0, "tried")
+    )
+    assert main(["study", str(path)]) == 1
+    assert [command[0] for command in asked] == ["sft", "sft", "train", "train"]
+    assert "taught-s1  2 epochs of 32 prompts, supervised: new" in capsys.readouterr().out
+    data = {"sources": [{"name": "mine", "path": "questions.jsonl", "licence": "CC0"}]}
+    built = [*STAGES[:1], STAGES[2] | {"axes": {"seeds": [1], "sources": ["mine"]}}]
+    planned = runs(write(grids=built, data=data))
+    assert [(run.name, run.training_set is None) for run in planned] == [
+        ("taught-s1", True),
+        ("taught-s2", True),
+        ("mine-s1", False),
+    ]
+
+
+def test_files_and_sets_are_not_both_what_a_grid_trains_on(write, capsys):
+    grid = STAGES[0] | {"axes": {"sources": ["mine"]}}
+    data = {"sources": [{"name": "mine", "path": "questions.jsonl", "licence": "CC0"}]}
+    assert main(["study", str(write(grids=[grid], data=data)), "--dry-run"]) == 2
+    assert "grids.a.train: and axes.sources both say what its runs train on" in capsys.readouterr().err
+
+
+def test_a_run_waits_for_the_one_whose_export_it_starts_from(write, tmp_path):
+    path = write(grids=STAGES)
+    planned = runs(path)
+    found = slurm.scripts(load_study(path), path, planned, {run.name: Path(f"{run.name}.yaml") for run in planned})
+    (tmp_path / "submit.sh").write_text(found[Path("studies/s/slurm/submit.sh")])
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sbatch").write_text('#!/bin/bash\necho "$@" >> submitted\necho "$(wc -l < submitted);cluster"\n')
+    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    subprocess.run(["bash", "submit.sh"], check=True, env={"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"})
+    lines = Path("submitted").read_text().splitlines()
+    assert lines[1] == "--parsable studies/s/slurm/taught-s2.sbatch"
+    assert lines[2] == "--parsable --dependency=afterok:2 --kill-on-invalid-dep=yes studies/s/slurm/then-s1.sbatch"
+    assert lines[4].startswith("--dependency=afterany:1:2:3:4 ")
+
+
 # ----------------------------------------------------------------------------------------------------------------- shipped
-@pytest.mark.parametrize("name, count", [("cpu", 6), ("paper", 3 + 10 + 9 + 9 + 27 - 6 + 66)])
+@pytest.mark.parametrize("name, count", [("cpu", 3 + 12), ("paper", 1 + 3 + 3 + 3 + 10 + 9 + 9 + 27 - 6 + 66)])
 def test_shipped_studies_are_valid(name, count, monkeypatch):
-    """paper: 3 seeds of the mixture and 10 controls; 9 subsets and 9 controls; 27 of quantity; 66 of difficulty."""
+    """cpu: 3 seeds of the questions and of each control. paper: the base asked directly, 3 supervised runs, 3 of RL from one of
+    them; 3 seeds of the mixture and 10 controls; 9 subsets and 9 controls; 27 of quantity; 66 of difficulty."""
     monkeypatch.chdir(ROOT)
     planned = runs(ROOT / "examples" / "studies" / f"{name}.yaml")
     assert len({run.name for run in planned}) == len(planned)
-    assert all(run.training_set is not None for run in planned)
+    assert all((run.training_set is None) == (run.config.sft is not None) for run in planned)
     assert {run.control for run in planned} == {None, *ControlKind}
 
 
 def test_the_shipped_small_study_finds_its_questions(tmp_path, monkeypatch):
-    """Its sets are built from the shipped facts, and share no question with its exam."""
+    """Its sets are built from the shipped facts, twelve of them twenty times each, and share no question with its exam."""
     monkeypatch.chdir(tmp_path)
     study = load_study(ROOT / "examples" / "studies" / "cpu.yaml")
     planned = plan_runs(study)
@@ -684,6 +741,6 @@ def test_the_shipped_small_study_finds_its_questions(tmp_path, monkeypatch):
     exam = {json.loads(line)["question"] for line in planned[0].config.evaluation.files[0].read_text().splitlines()}
     for run in planned:
         rows = [json.loads(line) for line in run.config.data.train[0].read_text().splitlines()]
-        assert len(rows) == 96 and {row["level"] for row in rows} == set(run.axes["levels"])
+        assert set(Counter(row["options"][row["answer"]] for row in rows).values()) == {20} and len(rows) == 240
         assert not exam & {row["question"] for row in rows}
-    assert len(planned[0].config.evaluation.files[0].read_text().splitlines()) >= 100
+    assert len(planned[0].config.evaluation.files[0].read_text().splitlines()) >= 200

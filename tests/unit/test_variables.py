@@ -96,6 +96,12 @@ def test_torch_does_not_warn_of_addresses_without_names_unless_it_is_asked_to():
         assert run_environment(config(), Path("t"), start, {"TORCH_CPP_LOG_LEVEL": "INFO"})["TORCH_CPP_LOG_LEVEL"] == "INFO"
 
 
+def test_idle_threads_sleep_unless_they_are_told_otherwise():
+    for start in Start:
+        assert run_environment(config(), Path("t"), start, {})["OMP_WAIT_POLICY"] == "passive"
+        assert run_environment(config(), Path("t"), start, {"OMP_WAIT_POLICY": "active"})["OMP_WAIT_POLICY"] == "active"
+
+
 def test_the_token_of_a_job_is_not_spoken_of():
     own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "hunter2"}
     assert examine(own, Start.NODES) == [] and honoured_only(own, Start.NODES) == own

@@ -74,6 +74,16 @@ def policy_loss(
     return LossTerms(loss_sum=weighted_sum(terms, weights), **_statistics(log_ratio, ratio, clipped, mask))
 
 
+def supervised_loss(logprobs: Float[Tensor, " T"], weights: Float[Tensor, " T"]) -> Float[Tensor, ""]:
+    """Cross entropy with given responses: the sum of -log pi(token | tokens before it), each times its weight.
+
+    With `token_mean` weights and their `normalizer` it is the mean over all response tokens of all ranks and micro-batches
+    of an optimizer step: what transformers computes with `num_items_in_batch` (loss/loss_utils.py, ForCausalLMLoss), and
+    Megatron with calculate_per_token_loss. A mean of the micro-batches' means would weigh tokens of short rows more.
+    """
+    return -weighted_sum(logprobs, weights)
+
+
 # ----------------------------------------------------------------------------------------------------------- the losses
 # Each takes (logprobs, log_ratio, advantages, sequence, clip_low, clip_high) and gives the terms [T], the ratios [T]
 # and whether clipping changed the token's term [T].

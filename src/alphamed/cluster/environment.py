@@ -45,6 +45,8 @@ def run_environment(config: Config, temporary: Path, start: Start, base: Mapping
         "TMPDIR": str(temporary),
         "WANDB_MODE": WANDB[config.logging.wandb],
         "TOKENIZERS_PARALLELISM": "false",  # its threads fight the engine's for the cores
+        # idle threads sleep: spinning, the trainer's and the engine's took three times the CPU time on two shared cores
+        "OMP_WAIT_POLICY": env.get("OMP_WAIT_POLICY", "passive"),
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron overlaps communication only in this order
         "SPT_NOENV": "1",  # process titles must not overwrite the tag
         # c10d warns of every connection from an address without a name, on a host without DNS of its own ones, too

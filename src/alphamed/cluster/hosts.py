@@ -49,7 +49,7 @@ def plan_nodes(config: Config, nodes: Sequence[str], gpus_per_node: int) -> Node
     Raises ConfigError where the nodes do not suffice, naming needed and present.
     """
     world, ranks = config.parallel.world, config.cluster.ranks_per_host
-    engines = 0 if config.rollout.replay else config.rollout.engines
+    engines = config.rollout.engines if config.generates else 0
     if gpus_per_node == 0:
         if len(nodes) == 1:  # all on it: they share the cores, and nothing says how many are too many
             return _named(nodes, [(world, engines * config.rollout.tensor_parallel)])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 import time
 from collections.abc import Iterable
@@ -165,6 +166,40 @@ def reap(keep: int | None = None) -> None:
                 os.waitpid(process, os.WNOHANG)
             except ChildProcessError:
                 pass  # not ours after all: it was reaped in between
+
+
+class CpuMeter:
+    """CPU seconds of this process and all below it. Two ways find most of them each, and the larger sum counts: what the kernel
+    has added up for children that were waited for (Ray waits for none of its own), and the last look at each descendant."""
+
+    def __init__(self) -> None:
+        self._before_s = _waited_for_s()
+        self._seen: dict[tuple[int, int], float] = {}  # pid and start time -> CPU seconds
+
+    def look(self) -> None:
+        for process in descendants([os.getpid()], everything()).values():
+            if (spent_s := _spent_s(process)) is not None:
+                self._seen[process.pid, process.start] = spent_s
+
+    def total_s(self) -> float:
+        own = resource.getrusage(resource.RUSAGE_SELF)
+        return max(_waited_for_s() - self._before_s, sum(self._seen.values()) + own.ru_utime + own.ru_stime)
+
+
+def _waited_for_s() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def _spent_s(process: Process) -> float | None:
+    """CPU seconds of this very process; None when it is gone."""
+    try:
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return None
+    if int(fields[19]) != process.start:
+        return None
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _child_pids() -> list[int]:

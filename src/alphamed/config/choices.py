@@ -26,6 +26,12 @@ class SyncMode(StrEnum):
     DIRECT = "direct"
 
 
+class Spread(StrEnum):
+    NOTHING = "nothing"
+    ANSWER = "answer"
+    SOURCE = "source"
+
+
 class Advantage(StrEnum):
     GRPO = "grpo"
     DR_GRPO = "dr_grpo"
@@ -36,6 +42,11 @@ class Loss(StrEnum):
     CLIP = "clip"
     GSPO = "gspo"
     CISPO = "cispo"
+
+
+class LossOn(StrEnum):
+    RESPONSES = "responses"
+    ASSISTANT_TURNS = "assistant_turns"
 
 
 class KlEstimator(StrEnum):

@@ -26,6 +26,25 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     return build_config(load_tree(path, overrides))
 
 
+def load_reinforced(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """`load_config` for `alphamed train`: without the section of the other verb. Raises ConfigError."""
+    config = load_config(path, overrides)
+    if config.sft is not None:
+        raise ConfigError("sft: a configuration with this section is for `alphamed sft`; use that, or remove the section")
+    return config
+
+
+def load_supervised(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """`load_config` for `alphamed sft`: the section `sft` may be left out, and the length is given once. Raises ConfigError."""
+    tree = load_tree(path, overrides)
+    config = build_config(tree if tree.get("sft") is not None else tree | {"sft": {}})
+    if config.sft and config.sft.epochs is not None and (tree.get("run") or {}).get("steps") is not None:
+        raise ConfigError(
+            f"sft.epochs: {config.sft.epochs:g} and run.steps: {config.run.steps} both say how long; remove one"
+        )
+    return config
+
+
 def load_tree(path: str | Path, overrides: list[str] | tuple[str, ...] = (), kind: str = "config") -> dict[str, Any]:
     """The mapping in one YAML file (messages call it a `kind`) with overrides in it, not validated. Raises ConfigError."""
     path = Path(path)

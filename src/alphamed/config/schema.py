@@ -16,6 +16,7 @@ from pydantic import model_validator
 from alphamed.answers.extraction import extract_answer
 from alphamed.answers.thinking import AUTO, THINK_END, Thinking
 from alphamed.config.choices import (
+    AnswerKeys,
     Correction,
     Device,
     KlEstimator,
@@ -43,6 +44,7 @@ from alphamed.config.sections import (
     Section,
     SyncConfig,
 )
+from alphamed.config.supervised import SftConfig
 
 START_S = 600.0
 """For engines to start, without reading the model: processes, compilation, CUDA graphs."""
@@ -65,11 +67,27 @@ class Config(Section):
     logging: LoggingConfig = LoggingConfig()
     profile: ProfileConfig = ProfileConfig()
     cluster: ClusterConfig = ClusterConfig()
+    sft: SftConfig | None = None
+    """Supervised training in place of reinforcement learning (`alphamed sft`)."""
 
     # ------------------------------------------------------------------------------------------------ derived values
     @property
     def run_dir(self) -> Path:
         return self.run.root / self.run.name
+
+    @property
+    def evaluates(self) -> bool:
+        return self.evaluation.before or self.evaluation.after or self.evaluation.every > 0
+
+    @property
+    def generates(self) -> bool:
+        """Whether the run has engines: for its rollouts, or for the evaluations of supervised training."""
+        return self.rollout.replay is None and (self.sft is None or self.evaluates)
+
+    @property
+    def training_temperature(self) -> float:
+        """What logits are divided by in the loss."""
+        return self.rollout.temperature if self.sft is None else 1.0
 
     @property
     def resolved(self) -> Resolved:
@@ -102,7 +120,8 @@ class Config(Section):
     @property
     def sizes_steps(self) -> bool:
         """Whether the time that steps take decides how many questions the next one asks."""
-        return self.run.min_steps is not None and self.run.time_limit_s is not None and self.rollout.replay is None
+        sized = self.run.min_steps is not None and self.run.time_limit_s is not None
+        return sized and self.rollout.replay is None and self.sft is None
 
     @property
     def longest_wait_s(self) -> float:
@@ -150,7 +169,8 @@ class Config(Section):
         yield from self._rollout_problems()
         if o.min_lr > o.lr:
             yield f"optimizer.min_lr: {o.min_lr} is above optimizer.lr ({o.lr}); lower it"
-        if o.warmup_steps >= self.run.steps and o.warmup_steps:
+        length_known = self.sft is None or self.sft.epochs is None
+        if o.warmup_steps >= self.run.steps and o.warmup_steps and length_known:
             yield f"optimizer.warmup_steps: {o.warmup_steps} leaves no step of {self.run.steps}; lower it below run.steps"
         # a row is rounded up to what context ranks and, with sequence parallelism, tensor ranks can split, and FP8 can take
         room = self.prompt.max_tokens + r.max_response_tokens + self.token_multiple - 1
@@ -176,6 +196,7 @@ class Config(Section):
                 )
         yield from self._reward_problems()
         yield from self._profile_problems()
+        yield from self._supervised_problems()
         yield from self._level_problems()
         yield from self._evaluation_problems()
 
@@ -187,12 +208,13 @@ class Config(Section):
                 f"rollout.{name}: {value} would sample from another distribution than the one the loss uses; "
                 f"set it to {full}"
             )
-        if a.mini_batches > r.questions_per_step or r.questions_per_step % a.mini_batches:
+        sampled = self.sft is None
+        if sampled and (a.mini_batches > r.questions_per_step or r.questions_per_step % a.mini_batches):
             yield (
                 f"algorithm.mini_batches: {a.mini_batches} does not divide rollout.questions_per_step "
                 f"({r.questions_per_step}); choose a divisor"
             )
-        if r.questions_per_step // a.mini_batches < p.data:
+        if sampled and r.questions_per_step // a.mini_batches < p.data:
             yield (
                 f"rollout.questions_per_step: {r.questions_per_step} gives {p.data} data ranks less than one question "
                 f"per update; raise it to at least {p.data * a.mini_batches} or lower parallel.data"
@@ -232,6 +254,11 @@ class Config(Section):
 
     def _reward_problems(self):
         a, reward = self.algorithm, self.reward
+        if a.kl_coefficient and a.skip_no_signal:
+            yield (
+                f"algorithm.skip_no_signal: with a KL term (algorithm.kl_coefficient: {a.kl_coefficient}) every response has a "
+                f"gradient; leave it out, or set kl_coefficient to 0"
+            )
         if a.kl_coefficient and a.kl_estimator == KlEstimator.K1:
             yield (
                 f"algorithm.kl_estimator: k1 has a gradient of 0 in expectation, so that algorithm.kl_coefficient "
@@ -253,7 +280,7 @@ class Config(Section):
     def _evaluation_problems(self):
         if self.run.last_step == 0 and not (self.evaluation.before or self.evaluation.after):
             yield "run.stop_after: 0 evaluates and ends, but no evaluation is asked for; set evaluation.before=true"
-        if (self.evaluation.before or self.evaluation.after or self.evaluation.every) and not self.evaluation.all_files:
+        if self.evaluates and not self.evaluation.all_files:
             yield "evaluation.files: [] but evaluation is asked for; name at least one file"
         e, every = self.evaluation, self.checkpoint.every
         if e.development and (not e.every or not every or e.every % every):
@@ -266,8 +293,26 @@ class Config(Section):
                 f"evaluation.development: {e.development} is one of evaluation.files; who chooses by a set cannot be "
                 f"measured with it"
             )
-        if self.rollout.replay and (self.evaluation.before or self.evaluation.after or self.evaluation.every):
+        if self.rollout.replay and self.evaluates:
             yield "evaluation: needs engines, which rollout.replay does without; set before and after to false, every to 0"
+
+    def _supervised_problems(self):
+        if self.sft is None:
+            return
+        prompts, data = self.sft.prompts_per_step, self.parallel.data
+        if not any(part in self.sft.response_format for part in ("{response}", "{letter}")):
+            yield f"sft.response_format: {self.sft.response_format!r} leaves the response out; put {{response}} into it"
+        if prompts < data:
+            yield (
+                f"sft.prompts_per_step: {prompts} gives {data} data ranks less than one prompt each; raise it to at least "
+                f"{data} or lower parallel.data"
+            )
+        if self.rollout.replay:
+            yield "rollout.replay: supervised training (sft) takes its responses from data.train; remove one of the two"
+        if self.data.levels.schedule:
+            yield "data.levels.schedule: supervised training (sft) has no curriculum; remove it"
+        if self.data.answer_keys != AnswerKeys.GIVEN:
+            yield f"data.answer_keys: {self.data.answer_keys} has no effect on given responses (sft); remove it"
 
     def _level_problems(self):
         schedule = self.data.levels.schedule

@@ -28,6 +28,7 @@ from alphamed.config.choices import (
     ReferencePlace,
     RewardSignature,
     Schedule,
+    Spread,
     Stragglers,
     SyncMode,
     Transport,
@@ -48,8 +49,7 @@ Count = Annotated[int, Field(gt=0, le=MAX_GPUS)]  # of processes, GPUs or nodes
 MAX_LOGITS_BYTES = 1 << 30
 """Of FP32 logits on one tensor rank, above which log-probs are computed in chunks automatically. Below, logits and
 their BF16 gradient are within 2% of an 80 GB GPU. Above, computing them twice costs a third of the output layer's time,
-which has 7% of a step's arithmetic at 8B and 1.5% at 70B, and saves gigabytes: 11 GB at 16,384 tokens of Llama 3's
-vocabulary on one rank."""
+which is 7% of a step's arithmetic at 8B, 1.5% at 70B, and saves gigabytes: 11 GB at 16,384 tokens of Llama 3's vocabulary."""
 AUTO_CHUNK_TOKENS = 2048
 """A chunk's weight gradient is added to the FP32 buffer, 12 bytes of traffic for each element of the output layer. On an
 H100 that takes as long as the product itself at 1,000 tokens, half as long at 2,048."""
@@ -70,8 +70,7 @@ class RunConfig(Section):
     steps: Positive = 100
     """Length of the whole run; learning-rate schedules end here."""
     stop_after: NonNegative | None = None
-    """End after this step although `steps` is larger: a run in parts, with the schedule of the whole. 0: evaluate the
-    unchanged model and end, a control."""
+    """End after this step; schedules stay those of all `steps`. 0: evaluate the unchanged model and end, a control."""
     time_limit_s: PositiveFloat | None = None
     """No step begins later than this many seconds after the run (or its resume) started."""
     min_steps: Positive | None = None
@@ -122,6 +121,8 @@ class DataConfig(Section):
     control; evaluation keys are never touched)."""
     shuffle_options: bool = True
     """Give the options new letters every epoch, so that a letter cannot be learnt in place of an answer."""
+    spread: Spread = Spread.NOTHING
+    """Have questions with the same right `answer`, or of a `source`, evenly spread over an epoch, not by accident in one step."""
 
 
 class Shot(Section):
@@ -209,16 +210,14 @@ class RewardConfig(Section):
     name: str = "correct"
     """A built-in reward (`correct`, `correct_and_format`; as controls `format_only`, `random`) or `module:function`."""
     signature: RewardSignature = RewardSignature.ALPHAMED
-    """Whose arguments a user's function takes, by name: this project's, or those of a reward function of verl or TRL
-    (docs/rewards.md)."""
+    """Whose arguments a user's function takes, by name: this project's, or those of verl or TRL (docs/rewards.md)."""
     answer_after: str | None = "auto"
     """The answer is what follows the last occurrence of this text, for models that think before they answer. `auto`:
     `</think>` where the tokenizer or the chat template knows it, else off. Empty or null: the whole response."""
     truncated: TruncatedReward = TruncatedReward.NOTHING
     """What a response that hit the token limit may earn."""
     overlong_buffer_tokens: NonNegative = 0
-    """Tokens below rollout.max_response_tokens over which a penalty falls from 0 to -1 (DAPO's soft overlong punishment); 0:
-    none."""
+    """Tokens below rollout.max_response_tokens over which a penalty falls from 0 to -1 (DAPO's overlong penalty); 0: none."""
     timeout_s: PositiveFloat = 10.0
     workers: Positive = 2
     """Processes that run a user's reward function."""
@@ -234,6 +233,8 @@ class AlgorithmConfig(Section):
     kl_coefficient: NonNegativeFloat = 0.0
     """0 builds no reference model."""
     kl_estimator: KlEstimator = KlEstimator.K3
+    skip_no_signal: bool = False
+    """Leave responses with an advantage of 0 out of the update: the same gradient for less; policy/... is of the others."""
     aggregation: Aggregation = Aggregation.TOKEN_MEAN
     constant_tokens: Positive | None = None
     """What `aggregation: constant` divides each response's sum by; None: rollout.max_response_tokens."""
@@ -271,8 +272,7 @@ class ParallelConfig(Section):
     """Compute log-probs in chunks of this many tokens, never holding all logits; 0: all at once. None: in chunks where the
     logits of a full micro-batch would take more than a gibibyte (`logprob_chunk`)."""
     reference: ReferencePlace = ReferencePlace.RESIDENT
-    """Where the reference's weights lie: on the device all the time, or in host memory and on the device only during its
-    forward passes (`offloaded`)."""
+    """Where the reference's weights are: always on the device, or in host memory but for its forward passes (`offloaded`)."""
     context: Count = 1
     """Ranks that share a packed row: each holds a part of its tokens, and in attention a part of the heads."""
 

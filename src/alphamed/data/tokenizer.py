@@ -170,6 +170,11 @@ class Tokenizer:
         token = self._backend.control[match[0]] if match else None
         return token if token in self._control_ids else None
 
+    def hidden_in(self, text: str) -> str | None:
+        """The first control token in `text` that steers and is no text of the model's own (`<|im_end|>`, not `<think>`)."""
+        tokens = (match[0] for match in self._control_text.finditer(text))
+        return next((token for token in tokens if not self.decode([self._backend.control[token]])), None)
+
     def without_control(self, text: str) -> str:
         """`text` without control tokens."""
         return self._control_text.sub("", text)

@@ -11,9 +11,12 @@ import os
 import sys
 from pathlib import Path
 
-from torch.distributed import run
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from alphamed.imports import quick_imports
+
+with quick_imports():
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from alphamed.cluster import narrow_store
 from alphamed.cluster.cluster_job import HOST_VARIABLE

@@ -336,7 +336,10 @@ class _Player:
         return supervise(part.command, environment, self.own, self._grace)  # which ends what runs beside, too
 
     def _stop(self, failed: RunFailed) -> None:
-        """A host is lost, or has failed: what runs here ends now. Where it was the first one, nobody prints this."""
+        """A host is lost, or has failed: what runs here ends now. That takes a while, so the first host names the lost one at
+        once; the last line of the run does it again."""
+        if self.first and not self._ended.is_set():
+            print(f"{failed}; ending the run on all hosts", file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):
             failure.record(self.config.run_dir, failed)
         self._end_supervision()

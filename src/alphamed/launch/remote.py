@@ -74,7 +74,7 @@ def fewest(config: Config) -> int:
     """The fewest hosts that a run needs. Raises ConfigError."""
     if not _on_cuda(config):
         ranks = config.cluster.ranks_per_host
-        return 1 if ranks is None else -(-config.parallel.world // ranks) + (config.rollout.replay is None)
+        return 1 if ranks is None else -(-config.parallel.world // ranks) + config.generates
     count = 1
     while True:
         try:

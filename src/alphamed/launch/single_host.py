@@ -139,6 +139,7 @@ def report(run_dir: Path, ended: SupervisedExit) -> int:
         return 128 + ended.stopped_by
     if ended.status == 0:
         failure.record_end(run_dir, "ended")
+        print(f"CPU time of all processes: {ended.cpu_s:,.0f} s", file=sys.stderr)
         return 0
     verdict = failure.verdict(run_dir, ended.status)
     failure.record_end(run_dir, f"failed: {verdict}")

@@ -85,6 +85,8 @@ class Policy:
             self.progress.skipped_in_a_row = 0 if norms[-1] is not None else self.progress.skipped_in_a_row + 1
         self.progress.steps += 1
         statistics = _statistics(sums, norms, lr, self._largest(time.perf_counter() - start))
+        if self.config.sft is None:
+            statistics |= _policy_statistics(sums)
         return statistics | {name: self._largest(value) for name, value in memory_metrics(self.runtime).items()}
 
     def require_finite(self) -> None:
@@ -144,7 +146,7 @@ class Reference:
     offloaded` its weights are on the device only while `logprobs` runs."""
 
     def __init__(self, config: Config, shape: ModelShape, runtime: Runtime) -> None:
-        self.runtime = runtime
+        self.shape, self.runtime = shape, runtime
         self._offloaded = config.parallel.reference == ReferencePlace.OFFLOADED
         self._weights: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         self._chunks = provider.build_model(config, shape, runtime)
@@ -202,28 +204,34 @@ def _plain_row(tokens: Sequence[int], multiple: int) -> MicroBatch:
     )
 
 
+def _token_mean(sums: Sequence[Sums], name: str) -> float:
+    return sum(getattr(s, name) for s in sums) / sum(s.tokens for s in sums)
+
+
 def _statistics(sums: Sequence[Sums], norms: Sequence[float | None], lr: float, seconds: float) -> UpdateStats:
-    """Metrics of a step from those of its updates: token means over all of them, the mean loss and gradient norm."""
-    tokens = sum(s.tokens for s in sums)
+    """Metrics of a step from those of its updates, whatever the loss: token means over all of them, the mean loss and
+    gradient norm."""
     taken = [n for n in norms if n is not None]
-
-    def token_mean(name: str) -> float:
-        return sum(getattr(s, name) for s in sums) / tokens
-
     return {
         "policy/loss": sum(s.loss for s in sums) / len(sums),
-        "policy/kl": token_mean("kl"),
-        "policy/entropy": token_mean("entropy"),
-        "policy/clip_fraction": token_mean("clipped"),
-        "policy/corrected_fraction": token_mean("corrected"),
-        "policy/ratio_mean": token_mean("ratio"),
-        "policy/ratio_max": max(s.ratio_max for s in sums),
-        "policy/approx_kl": token_mean("drift"),
+        "policy/entropy": _token_mean(sums, "entropy"),
         "policy/grad_norm": sum(taken) / len(taken) if taken else math.nan,
         "policy/lr": lr,
         "policy/skipped_updates": float(len(norms) - len(taken)),
-        "policy/logprob_diff_mean": token_mean("logprob_diff"),
-        "policy/logprob_diff_max": max(s.logprob_diff_max for s in sums),
         "time/update_s": seconds,
-        "throughput/trained_tokens_per_s": tokens / seconds,
+        "throughput/trained_tokens_per_s": sum(s.tokens for s in sums) / seconds,
+    }
+
+
+def _policy_statistics(sums: Sequence[Sums]) -> UpdateStats:
+    """Metrics of policy losses: the policy against the weights that sampled, those before the update, and the reference."""
+    return {
+        "policy/kl": _token_mean(sums, "kl"),
+        "policy/clip_fraction": _token_mean(sums, "clipped"),
+        "policy/corrected_fraction": _token_mean(sums, "corrected"),
+        "policy/ratio_mean": _token_mean(sums, "ratio"),
+        "policy/ratio_max": max(s.ratio_max for s in sums),
+        "policy/approx_kl": _token_mean(sums, "drift"),
+        "policy/logprob_diff_mean": _token_mean(sums, "logprob_diff"),
+        "policy/logprob_diff_max": max(s.logprob_diff_max for s in sums),
     }

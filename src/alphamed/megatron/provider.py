@@ -112,7 +112,7 @@ def build_model(config: Config, shape: ModelShape, runtime: Runtime) -> list[Pol
     layout = runtime.layout
     megatron = transformer_config(config, shape, layout)
     fused, fused_attention = transformer_engine_active(config), fused_attention_active(config, layout)
-    head = HeadOptions(config.rollout.temperature, config.parallel.logprob_chunk(shape.vocab), shape.vocab, fused_attention)
+    head = HeadOptions(config.training_temperature, config.parallel.logprob_chunk(shape.vocab), shape.vocab, fused_attention)
     chunks = []
     for stage in range(layout.virtual_pipeline or 1):
         virtual = stage if layout.virtual_pipeline else None

@@ -21,8 +21,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from alphamed.algorithms.correction import importance_weights
-from alphamed.algorithms.loss import kl_penalty, normalizer, policy_loss, token_weights, weighted_sum
-from alphamed.config.choices import Correction, Schedule
+from alphamed.algorithms.loss import kl_penalty, normalizer, policy_loss, supervised_loss, token_weights, weighted_sum
+from alphamed.config.choices import Aggregation, Correction, Schedule
 from alphamed.config.schema import Config
 from alphamed.megatron.runtime import own_group
 from alphamed.megatron.transfer import response_rows, to_device
@@ -103,6 +103,15 @@ def micro_loss(
     return loss, torch.stack([x.detach().double() for x in sums])
 
 
+def supervised_micro_loss(micro: MicroBatch, logprobs: Tensor, entropy: Tensor, divisor: float) -> tuple[Tensor, Tensor]:
+    """`micro_loss` of given responses. divisor: response tokens of the mini-batch, over all data ranks."""
+    weights = token_weights(micro.sequence[micro.mask], Aggregation.TOKEN_MEAN)
+    loss = supervised_loss(logprobs, weights) / divisor
+    row = dict.fromkeys(SUM_NAMES, loss.new_zeros((), dtype=torch.float64))
+    row |= {"loss": loss.detach().double(), "tokens": weights.sum().double(), "entropy": entropy.detach().sum().double()}
+    return loss, torch.stack(list(row.values()))
+
+
 # ----------------------------------------------------------------------------------------------------------------- passes
 @torch.no_grad()
 def forward_logprobs(
@@ -130,11 +139,16 @@ def forward_backward(
     chunks: Sequence[DistributedDataParallel], mini: MiniBatch, layout: Layout, device: torch.device, config: Config
 ) -> Sums:
     """Gradients of the mini-batch's loss, complete and reduced in the gradient buffers, and its sums on every rank."""
-    divisor = normalizer(config.algorithm.aggregation, mini.response_tokens, mini.sequences)
+    supervised = config.sft is not None
+    aggregation = Aggregation.TOKEN_MEAN if supervised else config.algorithm.aggregation
+    divisor = normalizer(aggregation, mini.response_tokens, mini.sequences)
 
     def loss(micro, output):
         logprobs, entropy = output
-        value, sums = micro_loss(micro, logprobs, entropy, divisor, config)
+        if supervised:
+            value, sums = supervised_micro_loss(micro, logprobs, entropy, divisor)
+        else:
+            value, sums = micro_loss(micro, logprobs, entropy, divisor, config)
         return value, torch.tensor(0, dtype=torch.int), sums  # Megatron's own token count is not used
 
     for chunk in chunks:

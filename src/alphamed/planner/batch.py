@@ -45,11 +45,11 @@ class BatchPlan:
 
 def batch_of(job: PlannedJob) -> BatchPlan:
     """The batch of a step with the job's expected lengths."""
-    prompt, response, samples = job.mean_prompt, job.mean_response, job.rollout.samples_per_question
-    questions, p = job.rollout.questions_per_step, job.parallel
+    prompt, response, samples = job.mean_prompt, job.mean_response, job.group_size
+    questions, p = job.prompts, job.parallel
     separate = samples * (prompt - 1 + response)
     together = prompt - 1 + samples * response if p.share_prompts else separate
-    updates = job.algorithm.mini_batches
+    updates = job.updates
     trained = questions * together
     per_rank = trained / updates / p.data
     rows = max(1, math.ceil(per_rank / (p.micro_batch_tokens * PACKED_SHARE)))
@@ -64,7 +64,7 @@ def batch_of(job: PlannedJob) -> BatchPlan:
         prompt,
         response,
         trained,
-        job.samples * response,
+        0.0 if job.supervised else job.samples * response,
         rows,
         micro,
         bubble / (rows + bubble),

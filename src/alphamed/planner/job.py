@@ -32,6 +32,7 @@ class PlannedJob:
     colocated: bool = False
     overlapped: bool = False
     evaluation_questions: tuple[int, ...] | None = None  # of each evaluation set; None: not known
+    responses_per_prompt: float | None = None  # of supervised training, expected mean; None: one
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -46,7 +47,9 @@ class PlannedJob:
     def overlaps(self) -> bool:
         """Whether the next steps are generated while the trainer updates. On shared GPUs and cores each slows the other
         down by as much, so that nothing is gained."""
-        return self.overlapped or (self.rollout.max_staleness > 0 and not self.shared and not self.gpu.is_cpu)
+        return self.overlapped or (
+            not self.supervised and self.rollout.max_staleness > 0 and not self.shared and not self.gpu.is_cpu
+        )
 
     @property
     def sync_over_gloo(self) -> bool:
@@ -76,7 +79,7 @@ class PlannedJob:
 
     @property
     def engines(self) -> int:
-        return 0 if self.rollout.replay else self.rollout.engines
+        return self.rollout.engines if self.config.generates else 0
 
     @property
     def gpus(self) -> int:
@@ -85,8 +88,29 @@ class PlannedJob:
         return max(self.parallel.world, engines) if self.shared else self.parallel.world + engines
 
     @property
+    def supervised(self) -> bool:
+        """Whether responses are given: nothing is sampled for a step, and engines serve evaluations alone."""
+        return self.config.sft is not None
+
+    @property
+    def prompts(self) -> int:
+        """Prompts of a step."""
+        return self.config.sft.prompts_per_step if self.config.sft else self.rollout.questions_per_step
+
+    @property
+    def group_size(self) -> float:
+        """Responses that share a prompt."""
+        return (self.responses_per_prompt or 1.0) if self.supervised else float(self.rollout.samples_per_question)
+
+    @property
     def samples(self) -> int:
-        return self.rollout.questions_per_step * self.rollout.samples_per_question
+        """Responses of a step."""
+        return round(self.prompts * self.group_size)
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of a step."""
+        return 1 if self.supervised else self.algorithm.mini_batches
 
     @cached_property
     def mean_prompt(self) -> float:
@@ -98,7 +122,7 @@ class PlannedJob:
 
     @property
     def reference(self) -> bool:
-        return self.algorithm.kl_coefficient > 0
+        return self.algorithm.kl_coefficient > 0 and not self.supervised
 
     @property
     def offloaded_reference(self) -> bool:
@@ -107,4 +131,4 @@ class PlannedJob:
     @property
     def logprob_passes(self) -> int:
         """Forward passes over the batch besides the update: old log-probs, the reference's."""
-        return int(self.config.resolved.recompute_old_logprobs) + int(self.reference)
+        return 0 if self.supervised else int(self.config.resolved.recompute_old_logprobs) + int(self.reference)

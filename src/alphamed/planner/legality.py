@@ -149,7 +149,7 @@ def nccl_on_shared_gpus(config: Config) -> str | None:
     if (
         not config.cluster.share_gpus
         or config.sync.transport != Transport.NCCL
-        or config.rollout.replay
+        or not config.generates
         or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
     ):
         return None

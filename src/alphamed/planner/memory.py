@@ -90,7 +90,7 @@ def stage_use(job: PlannedJob, stage: int, row: PlannedRow | None = None, rows: 
         largest = (
             parameters.stage_size(job.shape, p.tensor, p.pipeline, job.virtual, stage).largest * p.tensor * job.trainer_bytes
         )
-        causes["sync buckets"] = _sending_bytes(job, largest)
+        causes["sync buckets"] = _sending_bytes(job, largest) if job.engines or not job.supervised else 0
         causes["NCCL and CUDA"] = CONTEXT_BYTES + COMMUNICATOR_BYTES * _communicators(job)
     share = 1.0 if job.gpu.is_cpu else 1 - ALLOCATOR_SHARE
     first, ranks = stage * p.tensor * p.replicas, p.tensor * p.replicas

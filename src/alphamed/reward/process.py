@@ -31,6 +31,7 @@ from alphamed.cluster.placement import beside_rank0
 from alphamed.config.schema import Config
 from alphamed.config.sections import PromptConfig, RewardConfig
 from alphamed.errors import RunFailed
+from alphamed.imports import quick_imports
 from alphamed.records import Outcome, Question, Rollout, RolloutGroup, ScoredGroup
 from alphamed.reward.grader import GraderPool
 from alphamed.reward.rules import Graded, Rule, correct, grade_rollout, resolve_rule
@@ -143,7 +144,8 @@ class RewardProcess:
         return self._pool.pids if self._pool else []
 
     def _open(self) -> None:
-        import torch
+        with quick_imports():
+            import torch
 
         torch.set_num_threads(1)  # its tensors hold one number per sample
         self._rule = resolve_rule(

@@ -20,10 +20,12 @@ from alphamed.cluster.processes import Process
 from alphamed.cluster.variables import LAUNCHER
 from alphamed.data.tokenizer import load_tokenizer
 from alphamed.errors import RunFailed
+from alphamed.imports import quick_imports
 from alphamed.model.weight_files import SMALL_BYTES, require_finite, weight_bytes
 from alphamed.records import FinishReason, GenerationTask, Rollout, RolloutGroup, Sampling
+from alphamed.rollout import fork_server
 from alphamed.rollout.failures import EngineDied, StaleEngine
-from alphamed.rollout.spec import CUDA_BATCH_TOKENS, EngineSpec
+from alphamed.rollout.spec import CUDA_BATCH_TOKENS, UNUSED_BY_VLLM, EngineSpec
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -53,6 +55,8 @@ class RolloutEngine:
         _leave_torchrun()
         if self._spec.cores:
             os.sched_setaffinity(0, {core for ids in self._spec.cores for core in ids})
+        if not self._spec.cuda:
+            fork_server.start()
         self._tokenizer = load_tokenizer(self._spec.folder)
         end = end_of_thinking(self._spec.answer_after, self._tokenizer)
         self._tokenizer.keep(end + begin_of(end))
@@ -244,8 +248,16 @@ def _engine_processes() -> dict[str, Process]:
 
 # ------------------------------------------------------------------------------------------ vLLM 0.32 (CPU and CUDA builds)
 def _start_vllm(spec: EngineSpec) -> Any:
-    from vllm.v1.engine.async_llm import AsyncLLM
+    with quick_imports(*(() if spec.cuda else UNUSED_BY_VLLM)):
+        from vllm.model_executor.models import registry
+        from vllm.v1.engine import utils
+        from vllm.v1.engine.async_llm import AsyncLLM
 
+    if not spec.cuda:
+        utils.get_mp_context = fork_server.Context  # pyright: ignore[reportPrivateImportUsage]  # replaced where it is used
+        # vLLM looks at a model's class in a process of its own the first time, which imports vLLM once more, lest CUDA be
+        # initialized in this one
+        registry._run_in_subprocess = lambda look: look()
     return AsyncLLM.from_engine_args(_engine_args(spec))
 
 

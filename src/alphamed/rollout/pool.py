@@ -56,30 +56,16 @@ class EnginePool:
         `eos_ids` end a response. Raises RunFailed naming the engine that did not start, or not within its deadline
         (`Config.start_deadline_s`).
         """
-        deadline_s = config.start_deadline_s(weight_bytes(folder))
-        return cls.of_specs(engine_specs(config, folder, shape, eos_ids), deadline_s)
+        return cls.begin_start(config, folder, shape, eos_ids).finish()
+
+    @classmethod
+    def begin_start(cls, config: Config, folder: Path, shape: ModelShape, eos_ids: tuple[int, ...]) -> StartingPool:
+        """The first half of `start`, which does not wait."""
+        return StartingPool(engine_specs(config, folder, shape, eos_ids), config.start_deadline_s(weight_bytes(folder)))
 
     @classmethod
     def of_specs(cls, specs: Sequence[EngineSpec], deadline_s: float) -> EnginePool:
-        import ray
-
-        actors = [_place(spec) for spec in specs]
-        try:
-            started = gather(
-                [actor.start.remote() for actor in actors],
-                [ActorProcess(spec.name) for spec in specs],
-                "starting vLLM (rollout.start_deadline_s)",
-                deadline_s,
-            )
-        except RunFailed:
-            for actor in actors:
-                ray.kill(actor)
-            raise
-        engines = [
-            Engine(spec.index, actor, spec.tensor_parallel, *answer)
-            for spec, actor, answer in zip(specs, actors, started, strict=True)
-        ]
-        return cls(engines, ray.util.get_node_ip_address())
+        return StartingPool(specs, deadline_s).finish()
 
     @property
     def tensor_parallel(self) -> tuple[int, ...]:
@@ -112,6 +98,41 @@ class EnginePool:
         ray.wait(calls, num_returns=len(calls), timeout=STOP_DEADLINE_S)
         for engine in self.engines:
             ray.kill(engine.actor)
+
+
+class StartingPool:
+    """Engines that load the model."""
+
+    def __init__(self, specs: Sequence[EngineSpec], deadline_s: float):
+        self._specs, self._deadline_s = tuple(specs), deadline_s
+        self._actors = [_place(spec) for spec in specs]
+        self._calls = [actor.start.remote() for actor in self._actors]
+
+    def finish(self) -> EnginePool:
+        """Wait for them. Raises RunFailed naming the engine that did not start, or not within the deadline from here on."""
+        import ray
+
+        try:
+            started = gather(
+                self._calls,
+                [ActorProcess(spec.name) for spec in self._specs],
+                "starting vLLM (rollout.start_deadline_s)",
+                self._deadline_s,
+            )
+        except RunFailed:
+            self.kill()
+            raise
+        engines = [
+            Engine(spec.index, actor, spec.tensor_parallel, *answer)
+            for spec, actor, answer in zip(self._specs, self._actors, started, strict=True)
+        ]
+        return EnginePool(engines, ray.util.get_node_ip_address())
+
+    def kill(self) -> None:
+        import ray
+
+        for actor in self._actors:
+            ray.kill(actor)
 
 
 def _place(spec: EngineSpec) -> ActorHandle:

@@ -17,6 +17,8 @@ from alphamed.model.shape import ModelShape, check_context
 RECEIVER = "alphamed.weights.receiver.WeightReceiver"
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """vLLM 0.32 fails with others only when the first request comes."""
+UNUSED_BY_VLLM = ("torch._inductor.lowering",)
+"""Modules of the compiler, which engines on CPU never call: vLLM does without them where they are absent, 1 s sooner."""
 MAX_CPU_CACHE_SHARE = 0.25
 """Of the machine's memory, for the KV caches of all engines, where the configuration gives no size."""
 

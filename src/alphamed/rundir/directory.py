@@ -29,6 +29,7 @@ CHANGEABLE = (
     "run.stop_after",
     "run.time_limit_s",
     "run.min_steps",
+    "sft.epochs",
     "logging",
     "profile",
     "evaluation",
@@ -129,6 +130,8 @@ def finished_step(run_dir: Path) -> int | None:
 def is_finished(config: Config) -> bool:
     """Whether the run directory holds all that `config` asks for: it ended well after the last step, or its time was up."""
     step = finished_step(config.run_dir)
+    if step is not None and config.sft is not None and config.sft.epochs is not None:
+        return step >= config_of_run(config.run_dir).run.last_step  # the length follows from data, which the run has read
     return step is not None and (step >= config.run.last_step or config.run.time_limit_s is not None)
 
 

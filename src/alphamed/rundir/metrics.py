@@ -65,8 +65,13 @@ METRICS: Mapping[str, Metric] = _table(
     ("staleness/dropped_tokens_mean", "tokens", "mean length of the dropped responses (compare response/tokens_mean)"),
     ("response/tokens_mean", "tokens", "mean length of a response"),
     ("response/tokens_max", "tokens", "longest response"),
+    ("data/epochs", "", "passes over data.train so far (supervised training)"),
     # ------------------------------------------------------------------------------------------------- the update
-    ("policy/loss", "", "policy loss plus KL term, as the optimizer sees it"),
+    (
+        "policy/loss",
+        "",
+        "policy loss plus KL term, as the optimizer sees it; in supervised training cross entropy in nats per response token",
+    ),
     ("policy/kl", "nats", "KL divergence to the reference per response token (the estimator of the config)"),
     ("policy/entropy", "nats", "entropy of the policy per response token"),
     ("policy/clip_fraction", "share", "response tokens whose ratio was clipped"),
@@ -83,6 +88,11 @@ METRICS: Mapping[str, Metric] = _table(
     ("batch/micro_batches", "", "packed rows of a data rank"),
     ("batch/padding_fraction", "share", "packed tokens that are padding"),
     ("batch/shared_fraction", "share", "prompt tokens saved because samples share their prompt"),
+    (
+        "batch/skipped_fraction",
+        "share",
+        "responses left out of the update: no advantage, no gradient (algorithm.skip_no_signal)",
+    ),
     ("batch/dp_imbalance", "", "largest over mean load of the data ranks, less 1"),
     ("batch/row_imbalance", "", "most expensive over mean row of a data rank, less 1: what pipeline stages wait for"),
     # ------------------------------------------------------------------------------------------- times

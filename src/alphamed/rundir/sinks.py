@@ -90,6 +90,8 @@ class Console:
         return left
 
     def _line(self, metrics: Metrics) -> str:
+        if "reward/mean" not in metrics:
+            return self._supervised_line(metrics)
         step, reward = int(metrics["step"]), metrics["reward/mean"]
         filled = round(self.BAR * min(max(reward, 0.0), 1.0))
         bar = f" \x1b[36m{'━' * filled}\x1b[90m{'━' * (self.BAR - filled)}\x1b[0m" if self.live else ""
@@ -106,6 +108,19 @@ class Console:
         if metrics.get("staleness/dropped"):
             parts.append(f"{metrics['staleness/dropped']:.0f} groups too old")
         return "  ".join(parts)
+
+    def _supervised_line(self, metrics: Metrics) -> str:
+        tokens = metrics.get("throughput/trained_tokens_per_s")
+        return "  ".join(
+            [
+                f"step {int(metrics['step']):>4}/{self.steps}",
+                f"loss {metrics['policy/loss']:.4f}",
+                f"gradient {metrics['policy/grad_norm']:.3g}",
+                f"{tokens:6.0f} tokens/s" if tokens else "  - tokens/s",
+                f"{metrics['time/step_s']:6.1f} s/step",
+                f"{spoken_time(self.left_s(int(metrics['step'])))} left",
+            ]
+        )
 
     def _put(self, text: str) -> None:
         self._spoke = self._clock()

@@ -20,19 +20,20 @@ def deadline_problems(job: PlannedJob) -> list[Problem]:
     if not job.engines:
         return []
     r, slack = job.rollout, CPU_SLACK if job.gpu.is_cpu else 1.0
-    waits = [
-        (
+    waits = []
+    if not job.supervised:
+        generating = (
             wait_seconds(job),
             f"generating a step ({r.questions_per_step:,} questions x {r.samples_per_question}, responses "
             f"of {job.mean_response:,.0f} tokens on average and {r.max_response_tokens:,} at most)",
             "more engines or a lower rollout.max_response_tokens, questions_per_step or samples_per_question help too",
         )
-    ]
+        waits.append(generating)
     waits += [
         (seconds, f"evaluating {questions:,} questions", "more engines or evaluation.questions help too")
         for seconds, questions in zip(set_seconds(job), job.evaluation_questions or ())
     ]
-    longest = max(seconds for seconds, _, _ in waits)
+    longest = max((seconds for seconds, _, _ in waits), default=0.0)
     enough = math.ceil(MARGIN * longest / 600) * 600
     return [
         Problem(

@@ -27,6 +27,7 @@ class PlanForecast:
             self._job,
             prompt_tokens=sum(len(group.prompt) for group in groups) / len(groups),
             response_tokens=sum(responses) / len(responses),
+            responses_per_prompt=len(responses) / len(groups),
         )
         time = step_time(job)
         return {

@@ -34,6 +34,8 @@ def main(options: Namespace) -> int:
     status = int(not plan.fits)
     if options.build and plan.assessment:
         status = max(status, _build(plan))
+    if options.simulate and config.sft is not None:
+        raise ConfigError("--simulate: runs reinforcement learning in small; for a configuration with sft leave it out")
     if options.simulate and plan.assessment:
         from alphamed.lab.planner import simulate
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from alphamed.config.choices import Device
+from alphamed.config.choices import BadRows, Device
+from alphamed.config.loading import changed_config
 from alphamed.config.schema import Config
+from alphamed.data.examples import load_examples
+from alphamed.errors import DataError
 from alphamed.lab.planner.deadline import deadline_problems
 from alphamed.lab.planner.evaluations import Evaluations, count_questions, evaluations
 from alphamed.lab.planner.search import fixed
@@ -86,9 +90,27 @@ def job_of(
         device = hardware.gpu(config.cluster.gpu) if gpu is None else hardware.gpu(gpu, "--gpu")
         per_node = config.cluster.gpus_per_node
     nodes = config.cluster.nodes if nodes is None else nodes
-    return PlannedJob(
-        config, shape, device, per_node, nodes, prompt_tokens, response_tokens, evaluation_questions=count_questions(config)
-    ), source
+    config, responses = _with_examples(config)
+    lengths = prompt_tokens, response_tokens
+    questions = count_questions(config)
+    job = PlannedJob(
+        config, shape, device, per_node, nodes, *lengths, evaluation_questions=questions, responses_per_prompt=responses
+    )
+    return job, source
+
+
+def _with_examples(config: Config) -> tuple[Config, float | None]:
+    """What the examples of supervised training say, where they are here: steps in place of epochs, responses per prompt."""
+    if config.sft is None:
+        return config, None
+    try:
+        examples = load_examples(config.data.train, BadRows.SKIP).examples
+    except DataError:
+        return config, None
+    if config.sft.epochs is not None:
+        steps = math.ceil(config.sft.epochs * len(examples) / config.sft.prompts_per_step)
+        config = changed_config(config, [f"run.steps={steps}", "sft.epochs=null"])
+    return config, sum(len(example.responses) for example in examples) / len(examples)
 
 
 def job_here(config: Config, shape: ModelShape) -> PlannedJob:
@@ -106,7 +128,7 @@ def job_here(config: Config, shape: ModelShape) -> PlannedJob:
 def _this_machine(config: Config) -> tuple[hardware.Gpu, int]:
     from alphamed.cluster.hardware import cores, memory_bytes
 
-    engines = 0 if config.rollout.replay else config.rollout.engines * config.rollout.tensor_parallel
+    engines = config.rollout.engines * config.rollout.tensor_parallel if config.generates else 0
     processes = config.parallel.world + engines
     return hardware.cpu(cores(), memory_bytes()[0], processes), processes
 

@@ -20,7 +20,7 @@ def layouts(job: PlannedJob, gpus: int) -> Iterator[dict[str, int]]:
     """Every layout of a trainer on at most so many GPUs, of powers of two and the present sizes, or with data ranks that fill
     nodes. Tensor and context ranks, which communicate in every layer, stay within a node."""
     powers = {2**power for power in range(max(gpus, 1).bit_length())}
-    most = job.rollout.questions_per_step // job.algorithm.mini_batches  # a question for each data rank
+    most = job.prompts // job.updates  # a question for each data rank
     now, s = axes(job), job.shape
     neighbours = gpus if job.gpu.is_cpu else job.gpus_per_node
     for tensor in sorted((powers | {now["tensor"]}) & set(tensor_sizes(s))):

@@ -34,7 +34,7 @@ def _lines(plan: Plan, advice: Sequence[Advice]) -> Iterator[str]:
     if plan.assessment:
         yield from _cluster(plan, plan.assessment)
         yield from _memory(plan.assessment)
-        yield from _batch(plan.assessment)
+        yield from _batch(plan, plan.assessment)
         yield from _time(plan, plan.assessment)
     for problem in plan.problems:
         yield f"PROBLEM  {problem}"
@@ -73,7 +73,8 @@ def _cluster(plan: Plan, assessment: Assessment) -> Iterator[str]:
     device = "this machine's CPU" if job.gpu.is_cpu else f"{topology.nodes} x {job.gpus_per_node} {job.gpu.name}"
     virtual = f" x VPP {p.virtual_pipeline}" if p.virtual_pipeline else ""
     context = f" x CP {p.context}" if p.context > 1 else ""
-    engines = f"; {job.engines} engines of TP {job.rollout.tensor_parallel}" if job.engines else "; no engines (replay)"
+    without = "no engines" if job.supervised else "no engines (replay)"
+    engines = f"; {job.engines} engines of TP {job.rollout.tensor_parallel}" if job.engines else f"; {without}"
     yield f"\nTOPOLOGY   {device}: trainer TP {p.tensor}{context} x PP {p.pipeline}{virtual} x DP {p.data}{engines}"
     for node in range(min(topology.nodes, MAX_NODES)):
         on_gpu: dict[int, list[str]] = {}
@@ -83,7 +84,8 @@ def _cluster(plan: Plan, assessment: Assessment) -> Iterator[str]:
     if topology.nodes > MAX_NODES:
         yield f"  ... {topology.nodes - MAX_NODES} more nodes (--html or --json lists them)"
     for group in topology.groups:
-        where = "within a node" if group.within_node else f"{size(group.leaving)} leave a node each step"
+        when = "evaluation" if job.supervised and group.kind == "weight sync" else "step"
+        where = "within a node" if group.within_node else f"{size(group.leaving)} leave a node each {when}"
         yield f"  {group.kind:<12} {group.number} x {group.size}, {where}"
 
 
@@ -113,12 +115,14 @@ def _bars(use: Use) -> Iterator[str]:
             yield f"  {cause:<16} {amount / GIB:7.2f} GiB  {bar}"
 
 
-def _batch(assessment: Assessment) -> Iterator[str]:
+def _batch(plan: Plan, assessment: Assessment) -> Iterator[str]:
     b = assessment.batch
-    yield (
-        f"\nBATCH      {b.questions} questions x {b.samples // b.questions} = {b.samples:,} samples; expected "
-        f"{b.prompt_tokens:.0f} prompt + {b.response_tokens:.0f} response tokens"
+    what = (
+        f"{b.questions} prompts with {b.samples:,} responses"
+        if plan.job.supervised
+        else f"{b.questions} questions x {b.samples // b.questions} = {b.samples:,} samples"
     )
+    yield (f"\nBATCH      {what}; expected {b.prompt_tokens:.0f} prompt + {b.response_tokens:.0f} response tokens")
     yield (
         f"  {b.trained_tokens:,.0f} tokens trained (shared prompts save {100 * b.shared_fraction:.0f}%), {b.updates} "
         f"updates of {b.rows} micro-batches a data rank of {b.micro.tokens:,.0f} tokens; bubble {100 * b.bubble:.1f}%"

@@ -75,11 +75,12 @@ def step_time(job: PlannedJob, efficiency: Efficiency | None = None) -> StepTime
     e = efficiency or efficiency_of(job)
     batch = batch_of(job)
     passes = job.logprob_passes * batch.updates
+    sampled = job.engines and not job.supervised
     return StepTime(
-        generate=generate_seconds(job, e) if job.engines else 0.0,
+        generate=generate_seconds(job, e) if sampled else 0.0,
         logprobs=passes * _pass_seconds(job, batch, e, backward=False) + _swap_seconds(job, e),
         update=batch.updates * (_pass_seconds(job, batch, e, backward=True) + _optimizer_seconds(job, batch, e)),
-        sync=sync_seconds(job, e) if job.engines else 0.0,
+        sync=sync_seconds(job, e) if sampled else 0.0,
         other=e.other_s,
         handover=handover_seconds(job, e) if job.colocated else 0.0,
         overlapped=job.overlaps,

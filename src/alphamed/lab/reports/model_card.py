@@ -60,24 +60,21 @@ def card(
     warnings: Sequence[str],
 ) -> str:
     """The card as Markdown. `scores` maps each step to the scores by evaluation set."""
-    rollout, algorithm = config.rollout, config.algorithm
+    method = "sft" if config.sft else "grpo"
     lines = [
         "---",
         f"base_model: {_quoted(base)}",
         "library_name: transformers",
         "pipeline_tag: text-generation",
-        "tags: [alphamed, grpo, medical-question-answering, not-for-clinical-use]",
+        f"tags: [alphamed, {method}, medical-question-answering, not-for-clinical-use]",
         "---",
         "",
         f"# {name}",
         "",
         NOT_CLINICAL,
         "",
-        f"{base}, trained with rule-based reinforcement learning on multiple-choice questions: {steps} steps of "
-        f"{rollout.questions_per_step} questions x {rollout.samples_per_question} responses, reward "
-        f"`{config.reward.name}`, advantage `{algorithm.advantage}`, loss `{algorithm.loss}`, KL coefficient "
-        f"{algorithm.kl_coefficient:g}, learning rate {config.optimizer.lr:g}. The licence of the base model applies; "
-        f"the licences of the questions are in the cards of their data sets.",
+        f"{base}, {_training(config, steps)}, learning rate {config.optimizer.lr:g}. The licence of the base model applies; "
+        f"the licences of the {'examples' if config.sft else 'questions'} are in the cards of their data sets.",
         "",
         "## Training data",
         "",
@@ -101,11 +98,24 @@ def card(
         "```",
         "",
         f"Template: {config.prompt.template}{_shots(config)}{_variables(config)}; "
-        f"at most {rollout.max_response_tokens} tokens per response.",
+        f"at most {config.rollout.max_response_tokens} tokens per response.",
         "",
         *_provenance(record),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _training(config: Config, steps: int) -> str:
+    """How the model was trained, in a phrase."""
+    if config.sft is not None:
+        return f"fine-tuned on given responses (cross entropy): {steps} steps of {config.sft.prompts_per_step} prompts"
+    rollout, algorithm = config.rollout, config.algorithm
+    return (
+        f"trained with rule-based reinforcement learning on multiple-choice questions: {steps} steps of "
+        f"{rollout.questions_per_step} questions x {rollout.samples_per_question} responses, reward "
+        f"`{config.reward.name}`, advantage `{algorithm.advantage}`, loss `{algorithm.loss}`, KL coefficient "
+        f"{algorithm.kl_coefficient:g}"
+    )
 
 
 def _data(record: Mapping[str, Any]) -> list[str]:
@@ -127,7 +137,7 @@ def _data(record: Mapping[str, Any]) -> list[str]:
             ),
         ]
     else:
-        lines += ["Number and sources of the questions were not recorded.", ""]
+        lines += ["Number and sources of the training rows were not recorded.", ""]
     if not files:
         return [*lines, "No training file is recorded."]
     return [

