@@ -264,6 +264,10 @@ def test_profiles_that_would_stay_empty_are_refused(profile, message):
         build_config(SMALLEST | {"cluster": {"device": "cpu"}, "profile": profile})
 
 
+def test_a_run_by_epochs_may_be_longer_than_the_default():
+    assert build_config(SMALLEST | {"sft": {"epochs": 3}, "profile": {"steps": [150]}}).profile.steps == (150,)
+
+
 def test_rounds_and_evaluation_sets_each_have_a_deadline():
     assert build_config(SMALLEST | {"dynamic_sampling": {"refills": 9}}).longest_wait_s == 10 * 1800
     sets = {"files": ["a.jsonl", "b.jsonl", "c.jsonl"], "after": True}

@@ -131,6 +131,11 @@ class Config(Section):
         rounds = max(1 + self.dynamic_sampling.refills, len(evaluation.all_files))
         return max(r.start_deadline_s or 0.0, rounds * r.step_deadline_s)
 
+    @property
+    def _length_known(self) -> bool:
+        """Whether run.steps is the run's length, which with sft.epochs follows from the data."""
+        return self.sft is None or self.sft.epochs is None
+
     def storage_deadline_s(self, size: int) -> float:
         """Deadline of a collective while `size` bytes are read or written."""
         return self.cluster.rank_timeout_s + size / self.checkpoint.storage_bytes_per_s
@@ -169,8 +174,7 @@ class Config(Section):
         yield from self._rollout_problems()
         if o.min_lr > o.lr:
             yield f"optimizer.min_lr: {o.min_lr} is above optimizer.lr ({o.lr}); lower it"
-        length_known = self.sft is None or self.sft.epochs is None
-        if o.warmup_steps >= self.run.steps and o.warmup_steps and length_known:
+        if o.warmup_steps >= self.run.steps and o.warmup_steps and self._length_known:
             yield f"optimizer.warmup_steps: {o.warmup_steps} leaves no step of {self.run.steps}; lower it below run.steps"
         # a row is rounded up to what context ranks and, with sequence parallelism, tensor ranks can split, and FP8 can take
         room = self.prompt.max_tokens + r.max_response_tokens + self.token_multiple - 1
@@ -244,7 +248,7 @@ class Config(Section):
     def _profile_problems(self):
         profile, world = self.profile, self.parallel.world
         for step in profile.steps:
-            if step > self.run.steps:
+            if step > self.run.steps and self._length_known:
                 yield f"profile.steps: step {step} is never reached, run.steps is {self.run.steps}; lower it"
         for rank in profile.ranks:
             if rank >= world:
