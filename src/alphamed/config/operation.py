@@ -21,7 +21,7 @@ class LoggingConfig(Section):
     rollout_files: bool = True
     report: bool = True
     export_hf: bool = True
-    """Write the trained model as a Hugging Face folder when the run ends."""
+    """Export the trained model as a Hugging Face folder when the run ends."""
 
 
 class ProfileConfig(Section):
@@ -40,28 +40,28 @@ class ClusterConfig(Section):
     device: Device = Device.AUTO
     gpus_per_node: Count = 8
     ranks_per_host: Count | None = None
-    """Trainer ranks on a host of several; None: as many as it has GPUs. With GPUs left over, engines take those. Hosts without
-    GPUs need it: how much a CPU can hold is known from nowhere else."""
+    """Trainer ranks per host, with several hosts. None: as many as a host has GPUs. Engines use the remaining GPUs. Required
+    for hosts without GPUs, whose capacity is not known."""
     gpu: str = "h100-80g"
-    """What `alphamed plan` assumes: a100-80g, h100-80g, h200-141g, b200-180g."""
+    """GPU that `alphamed plan` assumes: a100-80g, h100-80g, h200-141g, b200-180g."""
     nodes: Count | None = None
-    """How many the run may take, for `alphamed plan`; None: as many as it needs."""
+    """Maximum number of nodes for `alphamed plan`. None: as many as the run needs."""
     skip_memory_check: bool = False
-    """Start although memory does not suffice by the plan."""
+    """Start even if the plan says that memory does not suffice."""
     share_gpus: bool = False
-    """Engines compute on the GPUs of the trainer's ranks, and both keep their memory all the time: for small models on few
-    GPUs. An engine takes `rollout.gpu_memory_utilization` of a GPU. No effect on CPU, where all share the cores."""
+    """Run engines on the GPUs of the trainer's ranks. Both keep their memory all the time: for small models on few GPUs. An
+    engine uses `rollout.gpu_memory_utilization` of a GPU. No effect on CPU, where all processes share the cores."""
     trainer_threads: Positive | None = None
-    """CPU threads of a trainer rank; None: usable cores / local ranks, on CUDA at most 8."""
+    """CPU threads of a trainer rank. None: usable cores / local ranks, on CUDA at most 8."""
     engine_cores: str | None = None
-    """CPU backend: cores an engine binds its threads to (`0-1`; one list per tensor rank, `0|1`); None: all cores,
-    and no more threads than a control group's limit on CPU time allows."""
+    """CPU backend: cores to which an engine pins its threads (`0-1`; one list per tensor rank, `0|1`). None: all cores, with
+    no more threads than the CPU limit of the control group allows."""
     rank_timeout_s: PositiveFloat = 600.0
     """Deadline of a collective between trainer ranks; longer while a checkpoint or the model is read or written
     (checkpoint.storage_bytes_per_s)."""
     heartbeat_timeout_s: PositiveFloat = 30.0
-    """A rank or host whose heartbeat has been missing for this long is declared dead."""
+    """A rank or host without a heartbeat for this long is declared dead."""
     join_deadline_s: PositiveFloat = 180.0
-    """Until all hosts of a job have started, and again until all have joined Ray."""
+    """Deadline for all hosts of a job to start, and again for all to join Ray."""
     stop_grace_s: PositiveFloat = 100.0
-    """Time that a run of several hosts has, after Slurm's warning, to end or abandon its step and to write a checkpoint."""
+    """Time after Slurm's warning in which a multi-node run ends or abandons its step and writes a checkpoint."""
