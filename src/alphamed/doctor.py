@@ -12,7 +12,7 @@ from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
 
-from alphamed.cluster import variables
+from alphamed.cluster import transformer_engine, variables
 from alphamed.cluster.hardware import cores, gpus_present, memory_bytes
 
 GIB = 1 << 30
@@ -189,19 +189,13 @@ def _transformer_engine() -> ComponentCheck:
         return ComponentCheck(
             "Transformer Engine", ComponentState.ABSENT, "Megatron's local layers are used", need, optional=True
         )
-    if _version("transformer-engine-torch", "transformer_engine_torch") is None:
-        return ComponentCheck(
-            "Transformer Engine",
-            ComponentState.WRONG,
-            f"{version} without its PyTorch part fails on import; uninstall it or install transformer-engine[pytorch]",
-            need,
-            optional=True,
-        )
+    if failure := transformer_engine.problem():
+        return ComponentCheck("Transformer Engine", ComponentState.WRONG, f"{version}: {failure}", need, optional=True)
     return ComponentCheck("Transformer Engine", ComponentState.ACTIVE, version, need)
 
 
 def _apex() -> ComponentCheck:
-    need = "fused gradient accumulation without Transformer Engine"
+    need = "fused gradient accumulation where layers are not Transformer Engine's"
     apex = importlib.util.find_spec("apex")
     if apex is None:
         return ComponentCheck("apex", ComponentState.ABSENT, "not installed", need, optional=True)

@@ -33,6 +33,7 @@ from alphamed.reward.shaping import Overlong
 from alphamed.rundir import evaluation_log, metrics as names, provenance, question_log
 from alphamed.rundir.directory import RunDirectory
 from alphamed.rundir.dumps import SpikeWatch, dump_batch
+from alphamed.rundir.profiling import stage
 from alphamed.rundir.rollout_files import rollout_path, write_rollouts
 from alphamed.rundir.sinks import Console, JsonLines, Sink, Wandb
 
@@ -198,6 +199,7 @@ class Run:
         return up
 
     # --------------------------------------------------------------------------------------------------------- records
+    @stage("record")
     def record(
         self,
         rollouts: StepRollouts,
@@ -315,6 +317,7 @@ class Run:
         self._evaluation = begin(background)
         return True
 
+    @stage("evaluate")
     def finish_evaluation(self) -> None:
         """Wait on rank 0 for the evaluation that is under way, if one is, and write its result; the other ranks wait too."""
         step, self._evaluating = self._evaluating, None

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from alphamed.cluster.control import Control
+from alphamed.cluster.control import DEADLINE_S, Control
 from alphamed.cluster.pulse import Pulse
 from alphamed.config.choices import AnswerKeys
 from alphamed.config.schema import Config
@@ -32,12 +32,14 @@ from alphamed.evaluation.runner import Evaluation, load_sets
 from alphamed.megatron import checkpoint, checkpoint_folder, runtime
 from alphamed.megatron.policy import NoReference, Policy, Reference
 from alphamed.model.shape import ModelShape, read_shape, resolve
+from alphamed.model.weight_files import weight_bytes
 from alphamed.rollout.coordinator import Coordinator
 from alphamed.rollout.pace import Pace
 from alphamed.rollout.pipeline import LiveRollouts, ReplayedRollouts
 from alphamed.rollout.pool import EnginePool
 from alphamed.rollout.start import EngineStart
 from alphamed.run import Hooks, Run
+from alphamed.rundir.profiling import StepProfiler
 from alphamed.weights.hf_io import load_hf
 from alphamed.weights.hf_save import save_hf
 from alphamed.weights.probe import TEXT, Probe
@@ -82,6 +84,7 @@ class Session:
     evaluator: Evaluator | None
     """On rank 0 of a run that evaluates."""
     hooks: Hooks
+    profiler: StepProfiler
 
     def save_checkpoint(self, state: dict) -> None:
         checkpoint.save(self.run.checkpoints, self.policy, state, self.config.checkpoint.keep)
@@ -116,19 +119,21 @@ class Session:
 
     def export(self) -> None:
         """Write the policy as a Hugging Face folder, all ranks together, and its card."""
-        policy = self.policy
-        self.control.everywhere(
-            "exporting the model",
-            lambda: save_hf(
-                self.run.hf,
-                self.folder,
-                policy.model_chunks(),
-                policy.shape,
-                policy.layout,
-                policy.tensor_group,
-                policy.pipeline_group,
-            ),
-        )
+        policy, size = self.policy, weight_bytes(self.folder)
+        with checkpoint.storage_deadline(policy, size):
+            self.control.everywhere(
+                "exporting the model",
+                lambda: save_hf(
+                    self.run.hf,
+                    self.folder,
+                    policy.model_chunks(),
+                    policy.shape,
+                    policy.layout,
+                    policy.tensor_group,
+                    policy.pipeline_group,
+                ),
+                DEADLINE_S + self.config.storage_deadline_s(size),
+            )
         if self.hooks.model_card is not None:
             write_card = self.hooks.model_card
             self.control.from_rank0("the model card", lambda: write_card(self.run.dir, self.config, self.run.hf))
@@ -163,7 +168,7 @@ def open_session(config: Config, hooks: Hooks = Hooks(), engine_start: EngineSta
         prompts = PromptBuilder(tokenizer, config.prompt)
         if config.generates:
             run.note("starting the engines ...")
-        engines = _engines(config, engine_start or EngineStart(config), control, stack)
+        engines = _engines(config, folder, engine_start or EngineStart(config), control, stack)
         if engines:
             pulse.watch(
                 [
@@ -186,6 +191,7 @@ def open_session(config: Config, hooks: Hooks = Hooks(), engine_start: EngineSta
             folder,
             _evaluator(config, prompts, engines, control, run, pace),
             hooks,
+            StepProfiler(config, control.rank),
         )
 
 
@@ -200,8 +206,7 @@ def _policy(
     saved, damaged = checkpoint.load_newest(candidates, policy)
     if saved is not None:
         return policy, saved, damaged
-    control.everywhere("loading the model", lambda: load_hf(folder, policy.model_chunks(), shape, policy.layout))
-    policy.weights_changed()
+    _load(policy, "loading the model", config, folder, control)
     return policy, None, []
 
 
@@ -211,12 +216,23 @@ def _reference(
     if config.algorithm.kl_coefficient == 0 or config.sft is not None:
         return NoReference()
     reference = Reference(config, shape, here)
-    control.everywhere("loading the reference", lambda: load_hf(folder, reference.model_chunks(), shape, here.layout))
-    reference.weights_changed()
+    _load(reference, "loading the reference", config, folder, control)
     return reference
 
 
-def _engines(config: Config, starting: EngineStart, control: Control, stack: contextlib.ExitStack) -> Engines | None:
+def _load(model: Policy | Reference, work: str, config: Config, folder: Path, control: Control) -> None:
+    """Fill a model with the weights of a Hugging Face folder."""
+    control.everywhere(
+        work,
+        lambda: load_hf(folder, model.model_chunks(), model.shape, model.runtime.layout),
+        DEADLINE_S + config.storage_deadline_s(weight_bytes(folder)),
+    )
+    model.weights_changed()
+
+
+def _engines(
+    config: Config, folder: Path, starting: EngineStart, control: Control, stack: contextlib.ExitStack
+) -> Engines | None:
     """On rank 0 of a run that generates: Ray, the engines, the reward process and the coordinator; None elsewhere."""
     if not config.generates:
         return None
@@ -226,7 +242,8 @@ def _engines(config: Config, starting: EngineStart, control: Control, stack: con
         pool, grader = starting.finish()
         return Engines(pool, Coordinator.start(config, pool, grader), grader)
 
-    return control.on_rank0("starting the engines", start)
+    # the other ranks wait longer, so that rank 0 names what was late
+    return control.on_rank0("starting the engines", start, DEADLINE_S + config.start_deadline_s(weight_bytes(folder)))
 
 
 def _rollouts(

@@ -28,7 +28,7 @@ def train(session: Session) -> None:
     """The steps that are left of an open session."""
     config, run, policy = session.config, session.run, session.policy
     evaluate(session)
-    for step in run.steps():
+    for step in session.profiler.steps(run.steps()):
         timer = Timer()
         examples = session.rollouts.next(step)
         assert examples is not None, "examples are read, nothing stops that"

@@ -28,7 +28,7 @@ def train(session: Session) -> None:
     config, run, policy, rollouts, sync = session.config, session.run, session.policy, session.rollouts, session.sync
     sync.push()  # engines start from the policy, also after a resume
     run.evaluate(session.evaluate)
-    for step in run.steps():
+    for step in session.profiler.steps(run.steps()):
         timer = Timer()
         if (step_rollouts := rollouts.next(step)) is None:
             break  # asked to stop

@@ -196,7 +196,9 @@ def check_names() -> None:
     def wrapping(config, chunks):
         layer = chunks[0].decoder.layers[0]
         seen.update({type(layer.self_attention.linear_qkv).__name__, type(layer.mlp.linear_fc1).__name__})
-        return wrap(config, chunks)
+        wrapped = wrap(config, chunks)
+        assert layer.self_attention.linear_qkv.fuse_wgrad_accumulation and layer.mlp.linear_fc2.fuse_wgrad_accumulation
+        return wrapped
 
     def optimizing(config, wrapped):
         optimizer = make_optimizer(config, wrapped)
@@ -242,7 +244,7 @@ def check_engines() -> None:
     from alphamed.config.loading import load_config
     from alphamed.lab.planner.shapes import TABLE, published
     from alphamed.rollout.engine import _engine_args
-    from alphamed.rollout.spec import engine_specs
+    from alphamed.rollout.spec import CUDA_BATCH_TOKENS, engine_specs
 
     fields = yaml.safe_load(TABLE.read_text())
     for recipe in ("llama31_8b_1node.yaml", "llama31_70b_8nodes.yaml", "qwen3_32b_4nodes.yaml"):
@@ -261,6 +263,9 @@ def check_engines() -> None:
             assert made.parallel_config.worker_extension_cls == spec.worker_extension
             assert made.cache_config.enable_prefix_caching is (deterministic == "false")
             assert made.device_config.device_type == "cuda"
+            assert made.use_v2_model_runner and not made.model_config.enforce_eager
+            assert made.compilation_config.cudagraph_mode.name == "FULL_AND_PIECEWISE"
+            assert made.scheduler_config.max_num_batched_tokens == CUDA_BATCH_TOKENS
             print(
                 recipe,
                 "deterministic" if spec.deterministic else "",

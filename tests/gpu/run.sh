@@ -10,7 +10,7 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 tier=${1:-1} parts=${2:-} out=${OUT:-$(mktemp -d)}
 python=${PYTHON:-python3}
-export PYTHONPATH="$PWD/src:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 NVIDIA_TF32_OVERRIDE=0
+export PYTHONPATH="$PWD/src:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 case $tier in 1 | 2 | 3) ;; *) echo "error: tier $tier: give 1, 2 or 3" >&2; exit 2 ;; esac
 if [ -n "$parts" ]; then
     site=$out/site

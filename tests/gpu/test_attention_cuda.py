@@ -56,5 +56,4 @@ def test_flash_kernel_on_a_long_row():
 def test_fp32_is_exact(segments):
     tensors = inputs(segments, 4, 2, 64, torch.float32)
     assert kernel_for(tensors[0]) is PLAIN
-    torch.backends.cuda.matmul.allow_tf32 = False
     compare(segments, 4, 2, 64, PLAIN, torch.float32, 1e-5)

@@ -22,6 +22,9 @@ from jobs import make_job, run_cases
 from test_parity import CHUNKED, CP2, DP2, FULL, MODELS, OVERLAP, PP2, SELECTIVE, SMOOTH, SP, TP2, TRACES, VPP2
 from worker import Case
 
+from alphamed.cluster.environment import exact_fp32
+from alphamed.config.choices import Dtype
+
 MULTI_RANK_NCCL = 23000
 DEADLINE_S = 500
 
@@ -103,7 +106,7 @@ def results(job):
 def launch(job: dict, world: int) -> Path:
     if ranks_possible() < world:
         pytest.skip(f"{world} ranks need {world} GPUs")
-    environment = {"NVIDIA_TF32_OVERRIDE": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    environment = exact_fp32(Dtype.FP32) | {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     if torch.cuda.device_count() < world:
         environment["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"
     return run_cases(job, f"world{world}", world, CASES[world], timeout_s=DEADLINE_S, **environment)

@@ -19,6 +19,9 @@ import oracle
 from jobs import make_job, run_cases
 from worker import Case
 
+from alphamed.cluster.environment import exact_fp32
+from alphamed.config.choices import Dtype
+
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 MODELS = {
@@ -36,8 +39,8 @@ def job(tmp_path_factory) -> dict:
 
 @pytest.fixture(scope="module")
 def results(job) -> Path:
-    """One process runs all cases on the first device, without TF32."""
-    return run_cases(job, "results", 1, CASES, timeout_s=400, NVIDIA_TF32_OVERRIDE="0")
+    """One process runs all cases on the first device, in the environment that a run would give it."""
+    return run_cases(job, "results", 1, CASES, timeout_s=400, **exact_fp32(Dtype.FP32))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -11,7 +11,9 @@ from tiny import tiny_hf
 
 from alphamed import doctor
 from alphamed.cli import main
+from alphamed.cluster import transformer_engine
 from alphamed.cluster.failure import recorded
+from alphamed.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 VERBS = (
@@ -124,6 +126,60 @@ def test_doctor_tells_pypis_apex_from_nvidias(tmp_path, monkeypatch):
     assert "without its CUDA extensions" in doctor._apex().detail
     (tmp_path / "fused_weight_gradient_mlp_cuda.py").touch()
     assert doctor._apex().state == doctor.ComponentState.ACTIVE
+
+
+def fake_transformer_engine(folder, monkeypatch, text):
+    """A package of this name whose PyTorch part is `text`, as `pip` would install it."""
+    package = folder / "transformer_engine"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "pytorch.py").write_text(text)
+    information = folder / "transformer_engine-2.20.2.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: transformer-engine\nVersion: 2.20.2\n")
+    for name in ("transformer_engine", "transformer_engine.pytorch"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(folder)
+    transformer_engine.usable.cache_clear()
+
+
+def test_a_transformer_engine_that_does_not_import_is_named_with_its_error(tmp_path, monkeypatch):
+    fake_transformer_engine(tmp_path, monkeypatch, "raise OSError('libcublas.so.13: cannot open shared object file')")
+    check = doctor._transformer_engine()
+    assert check.state == doctor.ComponentState.WRONG
+    assert "transformer-engine 2.20.2: it does not import (OSError: libcublas.so.13: cannot open" in check.detail
+    with pytest.raises(ConfigError, match=r"^Transformer Engine: it does not import \(OSError: libcublas.so.13"):
+        transformer_engine.usable()
+
+
+def test_a_cudnn_that_torch_refuses_after_transformer_engine_is_named_with_its_fix(tmp_path, monkeypatch):
+    import torch
+
+    def version():
+        raise RuntimeError("cuDNN version incompatibility: PyTorch was compiled against (9, 20, 0)")
+
+    fake_transformer_engine(tmp_path, monkeypatch, "")
+    assert transformer_engine.usable()
+    monkeypatch.setattr(torch.backends.cudnn, "version", version)
+    detail = doctor._transformer_engine().detail
+    site = Path(torch.__file__).parents[1]
+    assert "cuDNN version incompatibility" in detail and f"set LD_LIBRARY_PATH={site}/nvidia/cudnn/lib" in detail
+
+
+def test_two_cudnns_of_a_process_are_told_from_one_that_is_mapped_several_times(tmp_path):
+    def mapped(path, permissions="r-xp"):
+        return f"7f00-7f01 {permissions} 00000000 08:01 42                 {path}"
+
+    wheel, system = tmp_path / "with space" / "libcudnn.so.9", tmp_path / "libcudnn.so.9.13.0"
+    (tmp_path / "with space").mkdir()
+    wheel.touch()
+    system.touch()
+    link = tmp_path / "libcudnn.so.9"
+    link.symlink_to(system)
+    parts = [mapped(wheel), mapped(wheel, "rw-p"), mapped(tmp_path / "libcudnn_ops.so.9"), "7f02-7f03 rw-p 00000000 00:00 0"]
+    assert transformer_engine.cudnn_libraries("\n".join(parts)) == [str(wheel)]
+    parts += [mapped(system), mapped(link)]
+    assert transformer_engine.cudnn_libraries("\n".join(parts)) == [str(system), str(wheel)]
 
 
 def test_doctor_says_what_is_missing_for_what():

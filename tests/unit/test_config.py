@@ -1,5 +1,6 @@
 """Configuration: files and overrides in, one object out, mistakes as one line. (The table of mistakes: test_bad_input.py.)"""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -234,6 +235,37 @@ def test_what_is_wanted_is_said_in_plain_words(override, told):
 )
 def test_other_ranks_wait_longer_than_rank_0_may_take(settings, seconds):
     assert build_config(SMALLEST | {"rollout": settings}).longest_wait_s == seconds
+
+
+def test_storage_has_deadlines_of_its_own_from_bytes_and_a_speed():
+    settings = build_config(SMALLEST | {"rollout": {"engines": 4}})
+    # 70B: 980 GB of weights and optimizer state at 200 MB/s, 4 engines that read 140 GB each
+    assert settings.storage_deadline_s(980 * 10**9) == 600 + 4900
+    assert settings.start_deadline_s(140 * 10**9) == 600 + 2800
+    faster = build_config(
+        SMALLEST | {"checkpoint": {"storage_bytes_per_s": 1e9}, "cluster": {"rank_timeout_s": 60}, "rollout": {"engines": 4}}
+    )
+    assert faster.storage_deadline_s(980 * 10**9) == 60 + 980
+    assert faster.start_deadline_s(140 * 10**9) == 600 + 560
+    assert build_config(SMALLEST | {"rollout": {"start_deadline_s": 50}}).start_deadline_s(140 * 10**9) == 50
+
+
+@pytest.mark.parametrize(
+    ("profile", "message"),
+    [
+        ({"steps": [101]}, "profile.steps: step 101 is never reached, run.steps is 100"),
+        ({"steps": [1], "ranks": [0, 1]}, "profile.ranks: 1 is no trainer rank, the layout has 1; give 0 to 0"),
+        ({"steps": [1], "kind": "nsys"}, "profile.kind: nsys records what GPUs do"),
+        ({"steps": [0]}, "profile.steps.0"),
+    ],
+)
+def test_profiles_that_would_stay_empty_are_refused(profile, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        build_config(SMALLEST | {"cluster": {"device": "cpu"}, "profile": profile})
+
+
+def test_a_run_by_epochs_may_be_longer_than_the_default():
+    assert build_config(SMALLEST | {"sft": {"epochs": 3}, "profile": {"steps": [150]}}).profile.steps == (150,)
 
 
 def test_rounds_and_evaluation_sets_each_have_a_deadline():

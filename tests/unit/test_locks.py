@@ -47,6 +47,7 @@ def test_a_cuda_lock_holds_what_is_asked_for(name):
 def test_a_cuda_lock_is_of_one_toolkit(name):
     versions = locked(name)
     assert versions["cuda-python"] == versions["cuda-bindings"]  # they share files: others overwrite each other
+    assert versions["setuptools"] == "78.1.1"  # which builds Transformer Engine's extension and apex
     toolkit = {
         package: ".".join(versions[package].split(".")[:2])
         for package in (

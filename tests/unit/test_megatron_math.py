@@ -18,6 +18,7 @@ from alphamed.megatron.layers import SwiGlu, rms_norm
 from alphamed.megatron.logprobs import VocabShard, label_logprobs
 from alphamed.megatron.prefix_attention import CPU, PLAIN, Varlen, kernel_for, prefix_attention, rounds
 from alphamed.megatron.step import SUM_NAMES, learning_rate, micro_loss
+from alphamed.megatron.transfer import to_device
 from alphamed.model.shape import ModelShape, RopeScaling
 from alphamed.records import MicroBatch, Segment
 
@@ -365,6 +366,38 @@ def test_importance_weights_reach_the_loss_and_its_counts(kind, weights, changed
     by_name = dict(zip(SUM_NAMES, sums.tolist(), strict=True))
     assert (by_name["corrected"], by_name["tokens"]) == (changed, 3)
     assert by_name["logprob_diff_max"] == pytest.approx(2 * 0.6931472)
+
+
+@pytest.mark.parametrize("loss", ["clip", "gspo", "cispo"])
+@pytest.mark.parametrize("correction", ["none", "tis", "mis", "mis_sequence"])
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
+def test_the_loss_of_a_row_does_not_wait_for_the_device(loss, correction, aggregation):
+    """On the meta device values do not exist, so that whatever would have to fetch one fails: `x[mask]`, `.item()`."""
+    config = build_config(
+        {
+            "model": {"path": "m"},
+            "data": {"train": ["d"]},
+            "algorithm": {"loss": loss, "correction": correction, "aggregation": aggregation, "kl_coefficient": 0.1},
+        }
+    )
+    sequence = torch.tensor([-1, 0, 0, 1])
+    row = MicroBatch(
+        tokens=sequence,
+        labels=sequence,
+        positions=sequence,
+        mask=sequence >= 0,
+        sequence=sequence,
+        rollout_logprobs=torch.zeros(4),
+        advantages=torch.zeros(4),
+        segments=(),
+        samples=((0, 0), (0, 1)),
+        old_logprobs=torch.zeros(4),
+        reference_logprobs=torch.zeros(4),
+    )
+    micro = to_device(row, torch.device("meta"))
+    assert (micro.mask.device.type, micro.advantages.device.type) == ("cpu", "meta")
+    value, sums = micro_loss(micro, torch.zeros(3, device="meta"), torch.zeros(3, device="meta"), 4.0, config)
+    assert value.device.type == "meta" and sums.shape == (len(SUM_NAMES),)
 
 
 # ---------------------------------------------------------------------------------------------------------------- schedules

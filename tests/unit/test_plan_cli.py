@@ -207,3 +207,15 @@ def test_what_nothing_mends_is_said_on_paper_too(tmp_path, capsys):
     assert main(["plan", "--config", RECIPE, "--html", str(written), "model.path=meta-llama/Llama-3.1-70B-Instruct"]) == 1
     verdict = "It does not fit, and no settings that do were found within these nodes."
     assert capsys.readouterr().out.rstrip().endswith(verdict) and verdict in written.read_text()
+
+
+def test_a_plan_names_the_deadlines_of_storage_and_refuses_a_speed_that_they_do_not_allow(tmp_path, capsys):
+    recipe = str(ROOT / "examples" / "recipes" / "llama31_70b_8nodes.yaml")
+    written = tmp_path / "plan.json"
+    assert main(["plan", "--config", recipe, "--json", str(written)]) == 0
+    saved = json.loads(written.read_text())["checkpoint"]
+    # 70,553,706,496 parameters of 14 bytes: 987.8 GB at 200 MB/s, and the deadline of a collective
+    assert saved["deadline_s"] == pytest.approx(600 + 70_553_706_496 * 14 / 200e6)
+    assert "deadlines: a checkpoint 5,539 s, the engines' start" in capsys.readouterr().out
+    assert main(["plan", "--config", recipe, "--storage", "0.1"]) != 0
+    assert "checkpoint.storage_bytes_per_s: 2e+08 lets a checkpoint take 5,539 s" in capsys.readouterr().out

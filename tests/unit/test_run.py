@@ -44,6 +44,7 @@ from alphamed.rollout.coordinator import Progress
 from alphamed.run import Run
 from alphamed.rundir.directory import check_resume, check_same_model, finished_step, is_finished
 from alphamed.rundir.metrics import undeclared
+from alphamed.rundir.profiling import StepProfiler
 from alphamed.rundir.provenance import record_start
 from alphamed.rundir.rollout_files import read_rollouts, recorded_steps
 from alphamed.rundir.sinks import Console, JsonLines, Wandb, spoken_time
@@ -184,6 +185,7 @@ def train(config, stop_after=99, saved=None, begin=None):
             Path(config.model.path),
             None,
             HOOKS,
+            StepProfiler(config, 0),
             begin and partial(begin, run),
         )
         with contextlib.suppress(Killed):

@@ -1,11 +1,14 @@
 """The loop on real parts: a tiny policy trained on recorded rollouts in this process. What goes wrong in a step is on the disk
 before the run ends, and no checkpoint holds it."""
 
+import gzip
+import json
 import math
 import os
 from dataclasses import replace
 
 import pytest
+import torch
 from tiny import tiny_hf
 
 from alphamed import train
@@ -19,6 +22,7 @@ from alphamed.megatron.policy import UpdateError
 from alphamed.records import FinishReason, Outcome, Question, Rollout, RolloutGroup, ScoredGroup
 from alphamed.rollout.pipeline import ReplayedRollouts
 from alphamed.rundir.directory import finished_step
+from alphamed.rundir.profiling import StepProfiler
 from alphamed.rundir.rollout_files import rollout_path, write_rollouts
 from alphamed.session import open_session
 
@@ -222,3 +226,49 @@ def test_log_probs_that_differ_stop_the_run(start, difference, component, words)
             session.require_agreement(3, {"policy/logprob_diff_mean": difference})
         assert stopped.value.component == component
         session.require_agreement(3, {"policy/logprob_diff_mean": 0.15})
+
+
+def test_a_profiled_step_leaves_a_trace_of_its_stages(start):
+    config = start(profile={"steps": [2]})
+    train.main(config)
+    files = sorted(path.name for path in (config.run_dir / "profile").iterdir())
+    assert files == ["step_000002_rank_0.json.gz"]
+    events = json.loads(gzip.decompress((config.run_dir / "profile" / files[0]).read_bytes()))["traceEvents"]
+    spans = {event["name"]: (event["ts"], event["ts"] + event["dur"]) for event in events if event.get("ph") == "X"}
+    stages = ["step 2", "update", "forward_backward", "optimizer", "record", "checkpoint"]
+    assert spans.keys() >= {*stages, "aten::mm"} and "step 1" not in spans
+    begin, end = spans["step 2"]
+    assert all(begin <= spans[name][0] and spans[name][1] <= end for name in stages)
+    update = spans["update"]
+    assert update[0] <= spans["forward_backward"][0] < spans["optimizer"][0] and spans["optimizer"][1] <= update[1]
+    assert list(recorded(config)) == [1, 2, 3]
+
+
+def test_a_rank_that_is_not_named_and_a_step_that_is_not_reached_leave_no_trace(start):
+    profiler = StepProfiler(start(profile={"steps": [2, 3]}), rank=1)
+    assert list(profiler.steps(iter([1, 2, 3]))) == [1, 2, 3]
+    for step in StepProfiler(start(profile={"steps": [3]}), rank=0).steps(iter([2, 3])):
+        break
+    assert not (start().run_dir / "profile").exists()
+
+
+def test_a_trace_that_cannot_be_written_does_not_end_the_run(start, capsys):
+    config = start(profile={"steps": [1]})
+    config.run_dir.mkdir(parents=True)
+    (config.run_dir / "profile").touch()
+    assert list(StepProfiler(config, rank=0).steps(iter([1]))) == [1]
+    assert "step_000001_rank_0.json.gz: the trace is not written" in capsys.readouterr().err
+
+
+def test_nsight_records_from_the_first_to_the_last_stage_of_a_step(start, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("wait"))
+    monkeypatch.setattr(torch.cuda.profiler, "start", lambda: calls.append("start"))
+    monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: calls.append("stop"))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", calls.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: calls.append("pop"))
+    live = start(profile={"steps": [2], "kind": "nsys"}, cluster={"device": "auto"})
+    for step in StepProfiler(live, rank=0).steps(iter([1, 2])):
+        calls.append(f"body {step}")
+    assert calls == ["body 1", "wait", "start", "step 2", "body 2", "pop", "wait", "stop"]

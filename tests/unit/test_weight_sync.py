@@ -4,7 +4,9 @@ dictionary."""
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -93,10 +95,14 @@ class Source:
 class Worker(WeightReceiver):
     def __init__(self, rank):
         self.rank, self.device = rank, torch.device("cpu")
-        self.model_runner = SimpleNamespace(model=self)
-        self.loaded, self.order, self.refuses = {}, [], None
+        self.model: Any = self
+        self.loaded, self.order, self.refuses, self.in_context = {}, [], None, False
+
+    def get_model(self):  # vLLM's: what the runner holds may be a wrapper
+        return self.model
 
     def load_weights(self, named):
+        assert self.in_context
         for name, tensor in named:
             if name == self.refuses:
                 raise KeyError(name)
@@ -178,6 +184,13 @@ def control(ranks):
 
 @pytest.fixture(autouse=True)
 def no_vllm(monkeypatch):
+    @contextmanager
+    def loading_context(worker):
+        worker.in_context = True
+        yield
+        worker.in_context = False
+
+    monkeypatch.setattr(receiver, "loading_context", loading_context)
     monkeypatch.setattr(receiver, "begin_reload", lambda worker: None)
     monkeypatch.setattr(receiver, "end_reload", lambda worker: None)
     monkeypatch.setattr(receiver, "finalize_load", lambda worker: None)
@@ -302,7 +315,7 @@ def test_tensor_ranks_send_their_own_shards_to_the_parameters_that_they_belong_t
     pool, controls = Pool(*engines), ranks(trainer)
     for engine in pool.workers:
         for worker in engine:
-            worker.model_runner.model = engine_like(model, len(engine), worker.rank)
+            worker.model = engine_like(model, len(engine), worker.rank)
     syncs = [
         WeightSync(
             config(bucket_bytes=4096, mode="direct"),
@@ -316,7 +329,7 @@ def test_tensor_ranks_send_their_own_shards_to_the_parameters_that_they_belong_t
     assert sorted(pool.committed) == [(engine, 1) for engine in range(len(engines))]
     for engine in pool.workers:
         for worker in engine:
-            for name, parameter in worker.model_runner.model.named_parameters():
+            for name, parameter in worker.model.named_parameters():
                 module, _, leaf = name.rpartition(".")
                 assert torch.equal(parameter, vllm_parameter(model, truth, len(engine), worker.rank, module, leaf)), name
 

@@ -10,10 +10,11 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from alphamed.cluster.hardware import wants_cuda
 from alphamed.cluster.ledger import run_id
 from alphamed.cluster.processes import TAG
 from alphamed.cluster.variables import LAUNCHER, Start, honoured_only
-from alphamed.config.choices import WandbMode
+from alphamed.config.choices import Dtype, WandbMode
 from alphamed.config.schema import Config
 
 SILENT = {
@@ -27,6 +28,11 @@ SILENT = {
     "WANDB_ERROR_REPORTING": "false",
 }
 """Nothing leaves the machine unless the configuration allows it."""
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Settings of torch's allocator on GPUs, by its older and its newer name; others than torch read the older one."""
+TRAINER_ONLY = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS", *ALLOCATOR)
+"""Settings of a trainer rank that its actors must not inherit. Engines keep their memory in pools of their own, which vLLM
+registers for transfers and puts to sleep: segments that expand are not for them."""
 WANDB = {WandbMode.ONLINE: "online", WandbMode.OFFLINE: "offline", WandbMode.OFF: "disabled"}
 
 
@@ -51,7 +57,24 @@ def run_environment(config: Config, temporary: Path, start: Start, base: Mapping
         # user code (`reward.name: module:function`) is found from where the run was started
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(part for part in (env.get("PYTHONPATH", ""), os.getcwd()) if part)),
     }
+    if wants_cuda(config):
+        env = exact_fp32(config.model.dtype) | env
+        if not any(name in env for name in ALLOCATOR):
+            env[ALLOCATOR[0]] = "expandable_segments:True"  # packed rows differ in length: fewer holes between blocks
     return env
+
+
+def exact_fp32(dtype: Dtype) -> dict[str, str]:
+    """What has CUDA compute in FP32 where that is configured: products of FP32 matrices are TF32, with 10 bits of mantissa,
+    by default in Transformer Engine (always) and in Triton's kernels, in which vLLM's attention is written. The first variable
+    overrules every call of cuBLAS and cuDNN of a process."""
+    return {"NVIDIA_TF32_OVERRIDE": "0", "TRITON_F32_DEFAULT": "ieee"} if dtype == Dtype.FP32 else {}
+
+
+def environment_of_actors(before: Mapping[str, str]) -> dict[str, str]:
+    """What Ray's processes and actors get of a trainer rank's environment, on every host, whoever starts them: nothing of
+    torchrun's, and none of the settings that are for the trainer alone."""
+    return {name: value for name, value in without_torchrun(before).items() if name not in TRAINER_ONLY} | SILENT
 
 
 def enter(environment: Mapping[str, str]) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 from alphamed.cluster import quiet_ray
 from alphamed.cluster.addresses import LOOPBACK
 from alphamed.cluster.cluster_job import ClusterHost, ClusterJob
-from alphamed.cluster.environment import SILENT, without_torchrun
+from alphamed.cluster.environment import environment_of_actors
 from alphamed.cluster.hardware import cores, gpus_present, wants_cuda
 from alphamed.cluster.ledger import MAX_TEMPORARY_CHARS, run_id
 from alphamed.config.schema import Config
@@ -38,8 +38,6 @@ START_ATTEMPTS = 2
 ADDRESS_DEADLINE_S = 5.0
 """For the first answer of a Ray to join: it may have been started a moment ago."""
 STOP_DEADLINE_S = 20.0
-NOT_FOR_ACTORS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS")
-"""Settings of a trainer rank that its actors must not inherit."""
 
 RAY_SETTINGS = {
     "RAY_worker_niceness": "0",  # Ray's default of 15 starves an engine wherever anything else runs
@@ -204,8 +202,7 @@ def engine_gpus(config: Config, local_ranks: int) -> list[int]:
 
 def environment_of_ray(config: Config, before: Mapping[str, str], gpus: Sequence[int]) -> dict[str, str]:
     """What Ray's processes and actors get, on every host: nothing of torchrun's or the trainer's, `gpus` alone."""
-    env = {name: value for name, value in without_torchrun(before).items() if name not in NOT_FOR_ACTORS} | SILENT
-    env |= RAY_SETTINGS
+    env = environment_of_actors(before) | RAY_SETTINGS
     env.setdefault("RAY_AUTH_MODE", "token")
     env.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     if wants_cuda(config):

@@ -94,15 +94,16 @@ RULES = (
     VariableRule("OMP_NUM_THREADS MKL_NUM_THREADS", NEVER, "cluster.trainer_threads and cluster.engine_cores decide"),
     VariableRule("OMP_* MKL_* KMP_* GOMP_*", ALWAYS, "threads of all processes"),
     VariableRule("CUDA_DEVICE_MAX_CONNECTIONS", NEVER, "the trainer needs 1"),
-    VariableRule("CUDA_* NVIDIA_TF32_OVERRIDE", ALWAYS, "which GPUs, and how they compute"),
+    VariableRule("CUDA_* NVIDIA_TF32_OVERRIDE TRITON_F32_DEFAULT", ALWAYS, "which GPUs, and how they compute"),
     VariableRule("GLOO_SOCKET_IFNAME", ALWAYS - {Start.ONE_HOST}, "processes of one host talk over its loopback interface"),
     VariableRule("NCCL_* GLOO_* UCX_*", ALWAYS, "links between processes"),
+    VariableRule("PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF", ALWAYS, "memory of trainer ranks on GPUs"),
     VariableRule(
         "PYTORCH_* TORCH_* TORCHINDUCTOR_* TORCHDYNAMO_* NVTE_*", ALWAYS, "settings of PyTorch and Transformer Engine"
     ),
     VariableRule(
         "VLLM_HOST_IP VLLM_WORKER_MULTIPROC_METHOD VLLM_LOGGING_LEVEL VLLM_CPU_OMP_THREADS_BIND VLLM_NO_USAGE_STATS "
-        "VLLM_DO_NOT_TRACK",
+        "VLLM_DO_NOT_TRACK VLLM_USE_FLASHINFER_SAMPLER",
         NEVER,
         "the run sets it",
     ),

@@ -137,3 +137,8 @@ class WandbMode(StrEnum):
     OFFLINE = "offline"
     ONLINE = "online"
     OFF = "off"
+
+
+class ProfileKind(StrEnum):
+    TORCH = "torch"
+    NSYS = "nsys"

@@ -20,21 +20,20 @@ from alphamed.config.choices import (
     Correction,
     Device,
     KlEstimator,
+    ProfileKind,
     ReferencePlace,
     RewardSignature,
     SyncMode,
     Transport,
 )
+from alphamed.config.operation import CheckpointConfig, ClusterConfig, LoggingConfig, ProfileConfig
 from alphamed.config.resolved import Resolved
 from alphamed.config.sections import (
     MAX_GPUS,
     AlgorithmConfig,
-    CheckpointConfig,
-    ClusterConfig,
     DataConfig,
     DynamicSamplingConfig,
     EvaluationConfig,
-    LoggingConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -46,6 +45,9 @@ from alphamed.config.sections import (
     SyncConfig,
 )
 from alphamed.config.supervised import SftConfig
+
+START_S = 600.0
+"""For engines to start, without reading the model: processes, compilation, CUDA graphs."""
 
 
 class Config(Section):
@@ -63,6 +65,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
+    profile: ProfileConfig = ProfileConfig()
     cluster: ClusterConfig = ClusterConfig()
     sft: SftConfig | None = None
     """Supervised training in place of reinforcement learning (`alphamed sft`)."""
@@ -123,10 +126,24 @@ class Config(Section):
     @property
     def longest_wait_s(self) -> float:
         """What rank 0 may take for work whose deadlines are settings: starting the engines, a step's rounds of rollouts, the
-        evaluation of all sets one after another."""
+        evaluation of all sets one after another. (Where the start's deadline follows from the model, it is given there.)"""
         r, evaluation = self.rollout, self.evaluation
         rounds = max(1 + self.dynamic_sampling.refills, len(evaluation.all_files))
-        return max(r.start_deadline_s, rounds * r.step_deadline_s)
+        return max(r.start_deadline_s or 0.0, rounds * r.step_deadline_s)
+
+    @property
+    def _length_known(self) -> bool:
+        """Whether run.steps is the run's length, which with sft.epochs follows from the data."""
+        return self.sft is None or self.sft.epochs is None
+
+    def storage_deadline_s(self, size: int) -> float:
+        """Deadline of a collective while `size` bytes are read or written."""
+        return self.cluster.rank_timeout_s + size / self.checkpoint.storage_bytes_per_s
+
+    def start_deadline_s(self, model_bytes: int) -> float:
+        """rollout.start_deadline_s, for a model whose files have `model_bytes`."""
+        reading = self.rollout.engines * model_bytes / self.checkpoint.storage_bytes_per_s
+        return self.rollout.start_deadline_s or START_S + reading
 
     # -------------------------------------------------------------------------------------------- checks across fields
     @model_validator(mode="after")
@@ -157,8 +174,7 @@ class Config(Section):
         yield from self._rollout_problems()
         if o.min_lr > o.lr:
             yield f"optimizer.min_lr: {o.min_lr} is above optimizer.lr ({o.lr}); lower it"
-        length_known = self.sft is None or self.sft.epochs is None
-        if o.warmup_steps >= self.run.steps and o.warmup_steps and length_known:
+        if o.warmup_steps >= self.run.steps and o.warmup_steps and self._length_known:
             yield f"optimizer.warmup_steps: {o.warmup_steps} leaves no step of {self.run.steps}; lower it below run.steps"
         # a row is rounded up to what context ranks and, with sequence parallelism, tensor ranks can split, and FP8 can take
         room = self.prompt.max_tokens + r.max_response_tokens + self.token_multiple - 1
@@ -183,6 +199,7 @@ class Config(Section):
                     f"prompt.shots.{i}.response: boxes none of its letters ({', '.join(shot.options)}); end with a boxed one"
                 )
         yield from self._reward_problems()
+        yield from self._profile_problems()
         yield from self._supervised_problems()
         yield from self._level_problems()
         yield from self._evaluation_problems()
@@ -227,6 +244,17 @@ class Config(Section):
                 f"algorithm.correction_floor: {a.correction_floor} is not below algorithm.correction_cap "
                 f"({a.correction_cap}); lower it"
             )
+
+    def _profile_problems(self):
+        profile, world = self.profile, self.parallel.world
+        for step in profile.steps:
+            if step > self.run.steps and self._length_known:
+                yield f"profile.steps: step {step} is never reached, run.steps is {self.run.steps}; lower it"
+        for rank in profile.ranks:
+            if rank >= world:
+                yield f"profile.ranks: {rank} is no trainer rank, the layout has {world}; give 0 to {world - 1}"
+        if profile.steps and profile.kind == ProfileKind.NSYS and self.cluster.device == Device.CPU:
+            yield "profile.kind: nsys records what GPUs do; set it to torch or cluster.device to cuda"
 
     def _reward_problems(self):
         a, reward = self.algorithm, self.reward

@@ -1,6 +1,7 @@
 """The sections of a run's configuration: every knob with its type, limits, default and meaning.
 
-Defaults live on the fields and nowhere else. Checks across sections, and what follows from several of them, are in `schema`.
+Defaults live on the fields and nowhere else. The sections on what a run leaves behind and runs on are in `operation`; checks
+across sections, and what follows from several of them, in `schema`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from alphamed.config.choices import (
     AnswerKeys,
     BadRows,
     Correction,
-    Device,
     Dtype,
     KlEstimator,
     LevelsFrom,
@@ -33,7 +33,6 @@ from alphamed.config.choices import (
     SyncMode,
     Transport,
     TruncatedReward,
-    WandbMode,
 )
 from alphamed.config.option_format import OptionFormat
 
@@ -164,7 +163,7 @@ class RolloutConfig(Section):
     max_concurrent_requests: Positive = 256
     """Requests that an engine processes at the same time. The coordinator holds the others."""
     deterministic: bool = False
-    """Seed every sample with hash(run, question, sample, step), and disable prefix caching and chunked prefill."""
+    """Seed every sample with hash(run, question, sample, step), switch the prefix cache off, on a CPU chunked prefill too."""
     replay: Path | None = None
     """A run directory whose recorded rollouts are trained on. No engines are started."""
     max_staleness: NonNegative = 0
@@ -175,7 +174,9 @@ class RolloutConfig(Section):
     stragglers: Stragglers = Stragglers.WAIT
     """Groups that take longer than max_staleness steps, those with the longest answers: a step waits for them (`wait`), or
     they are dropped and counted (`drop`)."""
-    start_deadline_s: PositiveFloat = 600.0
+    start_deadline_s: PositiveFloat | None = None
+    """Until all engines have started. None: 600 s and what reading the model's files once for each engine takes, at
+    checkpoint.storage_bytes_per_s."""
     step_deadline_s: PositiveFloat = 1800.0
     """The generation of a step must finish within this time. Otherwise the run ends and names what is missing."""
 
@@ -323,12 +324,6 @@ class SyncConfig(Section):
     FP8, 1e-3 in FP32, and 1 if samples may be stale, because the policy's own change is then included."""
 
 
-class CheckpointConfig(Section):
-    every: NonNegative = 10
-    """Steps between checkpoints; 0: only at the end."""
-    keep: Positive = 2
-
-
 class EvaluationConfig(Section):
     files: tuple[Path, ...] = ()
     development: Path | None = None
@@ -356,42 +351,3 @@ class EvaluationConfig(Section):
     def all_files(self) -> tuple[Path, ...]:
         """The files that are asked in training, the development set last."""
         return (*self.files, self.development) if self.development else self.files
-
-
-class LoggingConfig(Section):
-    wandb: WandbMode = WandbMode.OFFLINE
-    wandb_project: str = "alphamed"
-    rollout_files: bool = True
-    report: bool = True
-    export_hf: bool = True
-    """Export the trained model as a Hugging Face folder when the run ends."""
-
-
-class ClusterConfig(Section):
-    device: Device = Device.AUTO
-    gpus_per_node: Count = 8
-    ranks_per_host: Count | None = None
-    """Trainer ranks per host, with several hosts. None: as many as a host has GPUs. Engines use the remaining GPUs. Required
-    for hosts without GPUs, whose capacity is not known."""
-    gpu: str = "h100-80g"
-    """GPU that `alphamed plan` assumes: a100-80g, h100-80g, h200-141g, b200-180g."""
-    nodes: Count | None = None
-    """Maximum number of nodes for `alphamed plan`. None: as many as the run needs."""
-    skip_memory_check: bool = False
-    """Start even if the plan says that memory does not suffice."""
-    share_gpus: bool = False
-    """Run engines on the GPUs of the trainer's ranks. Both keep their memory all the time: for small models on few GPUs. An
-    engine uses `rollout.gpu_memory_utilization` of a GPU. No effect on CPU, where all processes share the cores."""
-    trainer_threads: Positive | None = None
-    """CPU threads of a trainer rank. None: usable cores / local ranks, on CUDA at most 8."""
-    engine_cores: str | None = None
-    """CPU backend: cores to which an engine pins its threads (`0-1`; one list per tensor rank, `0|1`). None: all cores, with
-    no more threads than the CPU limit of the control group allows."""
-    rank_timeout_s: PositiveFloat = 600.0
-    """Deadline of a collective between trainer ranks."""
-    heartbeat_timeout_s: PositiveFloat = 30.0
-    """A rank or host without a heartbeat for this long is declared dead."""
-    join_deadline_s: PositiveFloat = 180.0
-    """Deadline for all hosts of a job to start, and again for all to join Ray."""
-    stop_grace_s: PositiveFloat = 100.0
-    """Time after Slurm's warning in which a multi-node run ends or abandons its step and writes a checkpoint."""

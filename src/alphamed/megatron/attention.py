@@ -16,6 +16,7 @@ from torch import Tensor
 
 from alphamed.megatron.context import heads_for_rows, rows_for_heads
 from alphamed.megatron.prefix_attention import prefix_attention
+from alphamed.megatron.transfer import send
 from alphamed.model.shape import ModelShape
 from alphamed.records import MicroBatch, Segment
 
@@ -42,7 +43,7 @@ def packed_sequences(micro: MicroBatch) -> PackedSeqParams:
     """The same for Transformer Engine's fused attention. Prompts must not be shared: every segment is one sequence."""
     lengths = [s.prefix for s in micro.segments]
     assert not any(s.continuations for s in micro.segments), "Transformer Engine's attention cannot share prompts"
-    ends = torch.tensor([0, *lengths], device=micro.tokens.device).cumsum(0).to(torch.int32)
+    ends = send(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), micro.tokens.device)
     return PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths)
     )

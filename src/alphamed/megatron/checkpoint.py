@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,9 +31,10 @@ from alphamed.megatron.checkpoint_folder import CheckpointError
 from alphamed.megatron.checkpoint_writer import InProcessSave
 from alphamed.megatron.gpt import PolicyModel
 from alphamed.megatron.policy import Policy, TrainingProgress
-from alphamed.megatron.runtime import Runtime
+from alphamed.megatron.runtime import Runtime, collective_deadline
 from alphamed.model.shape import ModelShape
 from alphamed.records import Layout
+from alphamed.rundir.profiling import stage
 
 T = TypeVar("T")
 ADAM_BYTES = 12  # of a parameter: FP32 copy and two FP32 moments
@@ -41,6 +42,7 @@ READ_ERRORS = (CheckpointException, CheckpointingException, Exception)  # torch'
 
 
 # -------------------------------------------------------------------------------------------------------- save and load
+@stage("checkpoint")
 def save(directory: Path, policy: Policy, state: dict[str, Any], keep: int = 2) -> Path:
     """Write checkpoint `directory/step_<state["step"]>` and make it the latest; all but the newest `keep` are deleted
     after.
@@ -61,16 +63,17 @@ def save(directory: Path, policy: Policy, state: dict[str, Any], keep: int = 2) 
     try:
         work = f"making room for checkpoint {step}"
         _on_rank0(runtime, work, lambda: within_deadline(directory, work, lambda: folders.begin(directory, step, needed)))
-        _write(written, policy)
-        deadline_s = transfer_deadline_s(needed)
-        digests, work = _digests(written, runtime, deadline_s), f"completing checkpoint {step}"
-        _on_rank0(
-            runtime,
-            work,
-            lambda: within_deadline(
-                directory, work, lambda: folders.publish(written, step, contents, keep, digests), deadline_s
-            ),
-        )
+        with storage_deadline(policy, needed):
+            _write(written, policy)
+            deadline_s = transfer_deadline_s(needed)
+            digests, work = _digests(written, runtime, deadline_s), f"completing checkpoint {step}"
+            _on_rank0(
+                runtime,
+                work,
+                lambda: within_deadline(
+                    directory, work, lambda: folders.publish(written, step, contents, keep, digests), deadline_s
+                ),
+            )
     except CheckpointError:
         if runtime.rank == 0:
             with contextlib.suppress(TimeoutError):  # a full disk must not stay full
@@ -118,7 +121,8 @@ def load(folder: Path, policy: Policy) -> dict[str, Any]:
     manifest = _agree(runtime, f"loading {folder}", lambda: _manifest(folder, runtime, policy.shape, _settings(policy)))
     same_layout = manifest["layout"] == _sizes(policy.layout)
     _allocate_adam(policy)
-    loaded = _read(folder, runtime, _contents(policy, loading=True, random_state=same_layout))
+    with storage_deadline(policy, _stored_bytes(policy)):
+        loaded = _read(folder, runtime, _contents(policy, loading=True, random_state=same_layout))
     for name, chunk in _named(policy.model_chunks()):
         chunk.load_state_dict(loaded[name])
     settings = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in policy.optimizer.param_groups]
@@ -140,6 +144,12 @@ def load_weights(folder: Path, chunks: Sequence[PolicyModel], shape: ModelShape,
     for name, chunk in _named(chunks):
         chunk.load_state_dict(loaded[name])
     return manifest["state"]
+
+
+def storage_deadline(policy: Policy, size: int) -> AbstractContextManager[None]:
+    """Collectives may take what reading or writing `size` bytes may (checkpoint.storage_bytes_per_s)."""
+    config = policy.config
+    return collective_deadline(config.storage_deadline_s(size), config.cluster.rank_timeout_s)
 
 
 def _manifest(folder: Path, runtime: Runtime, shape: ModelShape, settings: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from alphamed.megatron.attention import PackedRow, packed_sequences, rotary_frequencies
 from alphamed.megatron.context import gather_tokens, own_part
 from alphamed.megatron.logprobs import VocabShard, label_logprobs
+from alphamed.megatron.transfer import response_rows
 from alphamed.model.shape import ModelShape
 from alphamed.records import MicroBatch
 
@@ -95,7 +96,7 @@ class PolicyModel(GPTModel):
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False, group=group
             )
-        rows = loss_mask.nonzero()[:, 0]
+        rows = response_rows(loss_mask, hidden_states.device)
         weight = (
             self.shared_embedding_or_output_weight()
             if self.share_embeddings_and_output_weights
@@ -111,15 +112,3 @@ class PolicyModel(GPTModel):
             self.head.temperature,
             self.head.chunk_tokens,
         )
-
-
-def to_device(micro: MicroBatch, device: torch.device) -> MicroBatch:
-    """The micro-batch with its tensors on `device` (itself where they are already)."""
-    if micro.tokens.device == device:
-        return micro
-    moved = {
-        name: value.to(device, non_blocking=True)
-        for name in MicroBatch.__slots__
-        if isinstance(value := getattr(micro, name), Tensor)
-    }
-    return replace(micro, **moved)

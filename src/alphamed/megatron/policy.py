@@ -22,6 +22,7 @@ from alphamed.megatron.runtime import Runtime, memory_metrics, own_group
 from alphamed.megatron.step import Sums, apply_gradients, forward_backward, forward_logprobs, learning_rate
 from alphamed.model.shape import ModelShape
 from alphamed.records import Batch, Layout, MicroBatch, Segment
+from alphamed.rundir.profiling import stage
 
 UpdateStats = dict[str, float]
 
@@ -51,11 +52,13 @@ class Policy:
         self.progress = TrainingProgress()
 
     # ---------------------------------------------------------------------------------------------------------- training
+    @stage("logprobs")
     def logprobs(self, batch: Batch) -> Batch:
         """The batch with `old_logprobs` ([T] float32 on the CPU, 0 outside the responses) on the last stage, None on the
         others."""
         return attach(batch, "old_logprobs", _logprobs(self._wrapped, batch, self.runtime))
 
+    @stage("update")
     def update(self, batch: Batch) -> UpdateStats:
         """One optimizer step per mini-batch. Returns metrics, the same on all ranks.
 
@@ -132,7 +135,7 @@ class Reference:
     Its weights are random at first. After writing others into `model_chunks()` call `weights_changed()`."""
 
     def __init__(self, config: Config, shape: ModelShape, runtime: Runtime) -> None:
-        self.runtime = runtime
+        self.shape, self.runtime = shape, runtime
         self._offloaded = config.parallel.reference == ReferencePlace.OFFLOADED
         self._weights: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         self._chunks = provider.build_model(config, shape, runtime)
@@ -148,6 +151,7 @@ class Reference:
         if self._offloaded:
             self._weights = OffloadedWeights(self._chunks)
 
+    @stage("reference")
     def logprobs(self, batch: Batch) -> Batch:
         """The batch with `reference_logprobs` as Policy.logprobs gives old ones."""
         with self._weights:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from alphamed.megatron.transfer import send
 from alphamed.records import Segment
 
 Where = slice | Tensor
@@ -248,7 +249,7 @@ def _launch(step: Round, device: torch.device) -> _Launch:
     for blocks in ([part.queries for part in step.parts], [part.keys for part in step.parts]):
         lengths = [length for block in blocks for length in block.lengths]
         where.append(_tokens_of(blocks, device))
-        ends.append(torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32).to(device, non_blocking=True))
+        ends.append(send(torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32), device))
         # with a longest of 1 and grouped queries torch swaps axes, and gives log-sum-exps in another shape
         longest.append(max(2, *lengths))
     return _Launch((where[0], where[1], where[1]), (ends[0], ends[1]), (longest[0], longest[1]))
@@ -258,7 +259,7 @@ def _tokens_of(blocks: list[Block], device: torch.device) -> Where:
     """A slice, and so no copy, where the blocks follow one another."""
     if all(block.end == following.start for block, following in pairwise(blocks)):
         return slice(blocks[0].start, blocks[-1].end)
-    return torch.cat([torch.arange(block.start, block.end) for block in blocks]).to(device, non_blocking=True)
+    return send(torch.cat([torch.arange(block.start, block.end) for block in blocks]), device)
 
 
 # --------------------------------------------------------------------------------------------------- plain matrix products

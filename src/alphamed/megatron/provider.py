@@ -6,6 +6,7 @@ Megatron's own configuration objects are built here and nowhere else.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megat
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
+from alphamed.cluster import transformer_engine
 from alphamed.config.choices import Dtype, Recompute
 from alphamed.config.schema import Config
 from alphamed.megatron.gpt import HeadOptions, PolicyModel
@@ -28,11 +30,20 @@ RECOMPUTE = {
     Recompute.SELECTIVE: {"recompute_granularity": "selective"},
     Recompute.FULL: {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
+FUSES = "fuse_wgrad_accumulation"
+"""The field of Transformer Engine's modules, which they read in every pass."""
 
 
 def transformer_engine_active(config: Config) -> bool:
-    """Whether layers are Transformer Engine's: it must be installed and CUDA in use."""
-    return pick_device(config) == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+    """Whether layers are Transformer Engine's: it must be installed and CUDA in use. Raises ConfigError where it is installed
+    and does not work."""
+    return pick_device(config) == "cuda" and transformer_engine.usable()
+
+
+def fused_attention_active(config: Config, layout: Layout) -> bool:
+    """Whether attention and rotary positions are Transformer Engine's, over whole sequences. Its own context parallelism needs
+    another split of the rows than ours."""
+    return transformer_engine_active(config) and not config.parallel.share_prompts and layout.context == 1
 
 
 def padded_vocab(vocab: int, tensor: int) -> int:
@@ -83,7 +94,7 @@ def transformer_config(config: Config, shape: ModelShape, layout: Layout) -> Tra
         gradient_accumulation_fusion=_adds_weight_gradients(config),
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        apply_rope_fusion=False,
+        apply_rope_fusion=fused_attention_active(config, layout),  # elsewhere SegmentAttention rotates
         bias_dropout_fusion=fused,
         bias_activation_fusion=fused,
         use_te_activation_func=not fused,  # has nothing to do with TE: MLPs take the activation named in layers.py
@@ -100,9 +111,7 @@ def build_model(config: Config, shape: ModelShape, runtime: Runtime) -> list[Pol
     device. Data ranks get equal weights; other layouts get others."""
     layout = runtime.layout
     megatron = transformer_config(config, shape, layout)
-    fused = transformer_engine_active(config)
-    # Transformer Engine's own context parallelism needs another split of the rows than ours
-    fused_attention = fused and not config.parallel.share_prompts and layout.context == 1
+    fused, fused_attention = transformer_engine_active(config), fused_attention_active(config, layout)
     head = HeadOptions(config.training_temperature, config.parallel.logprob_chunk(shape.vocab), shape.vocab, fused_attention)
     chunks = []
     for stage in range(layout.virtual_pipeline or 1):
@@ -146,6 +155,7 @@ def wrap_gradients(config: Config, chunks: list[PolicyModel]) -> list[Distribute
         DistributedDataParallel(chunks[0].config, settings, chunk, disable_bucketing=i > 0)
         for i, chunk in enumerate(wrap_precision(chunks))
     ]
+    add_weight_gradients(wrapped)
     megatron = chunks[0].config
     if p.overlap_grad_reduce:
         functions = [w.no_sync for w in wrapped]
@@ -185,8 +195,20 @@ def build_optimizer(config: Config, wrapped: list[DistributedDataParallel]) -> C
     return optimizer
 
 
+def add_weight_gradients(chunks: Sequence[torch.nn.Module]) -> None:
+    """Have Transformer Engine's linear layers add weight gradients to Megatron's buffers in the matrix product itself.
+
+    Megatron's setting for it (`_adds_weight_gradients`) cannot be on for them alone: the output layer of GPTModel, whose
+    backward pass is ours (logprobs.py), refuses it without apex."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            if hasattr(module, FUSES):
+                setattr(module, FUSES, True)
+
+
 def _adds_weight_gradients(config: Config) -> bool:
-    """Whether linear layers can add weight gradients to the buffer: apex's extension on CUDA, our patch on the CPU."""
+    """Whether Megatron's own linear layers can add weight gradients to the buffer: apex's extension on CUDA, our patch on the
+    CPU."""
     return pick_device(config) == "cpu" or importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 

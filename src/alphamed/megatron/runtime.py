@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from alphamed.cluster.hardware import trainer_threads
 from alphamed.cluster.narrow_store import HashStore
-from alphamed.config.choices import Device
+from alphamed.config.choices import Device, Dtype
 from alphamed.config.schema import Config
 from alphamed.errors import ConfigError
 from alphamed.records import Layout
@@ -46,6 +49,9 @@ def start(config: Config) -> Runtime:
             f"parallel: {p.axes()} needs {p.world} ranks, {world} are present; change the layout or the number of ranks"
         )
     torch.set_num_threads(trainer_threads(config, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), device.type == "cuda"))
+    if config.model.dtype == Dtype.FP32:
+        torch.set_float32_matmul_precision("highest")  # as the environment has it for other libraries (exact_fp32)
+        torch.backends.cudnn.allow_tf32 = False
     if device.type == "cpu":
         from megatron_patches.apply import apply
 
@@ -63,6 +69,20 @@ def stop(runtime: Runtime) -> None:
 
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def collective_deadline(seconds: float, afterwards_s: float) -> Iterator[None]:
+    """Collectives of this process that begin inside, in any group, have `seconds` to end: their peers may be waiting for
+    storage, in Megatron's barriers too. Those that begin after it have `afterwards_s`. Every rank calls it."""
+    groups = list(distributed_c10d._world.pg_map)
+    try:
+        for group in groups:
+            distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+        yield
+    finally:
+        for group in groups:
+            distributed_c10d._set_pg_timeout(timedelta(seconds=afterwards_s), group)
 
 
 def own_group(group: object) -> dist.ProcessGroup:

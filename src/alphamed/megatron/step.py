@@ -24,9 +24,10 @@ from alphamed.algorithms.correction import importance_weights
 from alphamed.algorithms.loss import kl_penalty, normalizer, policy_loss, supervised_loss, token_weights, weighted_sum
 from alphamed.config.choices import Aggregation, Correction, Schedule
 from alphamed.config.schema import Config
-from alphamed.megatron.gpt import to_device
 from alphamed.megatron.runtime import own_group
+from alphamed.megatron.transfer import response_rows, to_device
 from alphamed.records import Layout, MicroBatch, MiniBatch, Segment
+from alphamed.rundir.profiling import stage
 
 
 @dataclass(slots=True)
@@ -65,10 +66,10 @@ def micro_loss(
 
     logprobs, entropy: [n] float32 at the response tokens, in row order. divisor: the mini-batch's global normaliser.
     """
-    a, mask = config.algorithm, micro.mask
-    rollout, sequence = micro.rollout_logprobs[mask], micro.sequence[mask]
+    a, rows = config.algorithm, response_rows(micro.mask, logprobs.device)
+    rollout, sequence = micro.rollout_logprobs[rows], micro.sequence[rows]
     # Without recomputed ones this is the first update of the step: the old policy is the current one, the ratio 1.
-    old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs[mask]
+    old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs[rows]
     weights = token_weights(sequence, a.aggregation, config.resolved.constant_tokens)
     correction, cut = None, logprobs.new_zeros(())
     if config.resolved.correction != Correction.NONE:
@@ -76,11 +77,11 @@ def micro_loss(
             old, rollout, sequence, config.resolved.correction, a.correction_floor, a.correction_cap
         )
     terms = policy_loss(
-        logprobs, old, micro.advantages[mask], weights, sequence, a.loss, a.clip_low, a.clip_high, correction
+        logprobs, old, micro.advantages[rows], weights, sequence, a.loss, a.clip_low, a.clip_high, correction
     )
     total, kl_sum = terms.loss_sum, logprobs.new_zeros(())
     if micro.reference_logprobs is not None:
-        kl = kl_penalty(logprobs, micro.reference_logprobs[mask], a.kl_estimator)
+        kl = kl_penalty(logprobs, micro.reference_logprobs[rows], a.kl_estimator)
         total = total + a.kl_coefficient * weighted_sum(kl, weights)
         kl_sum = kl.detach().sum()
     loss = total / divisor
@@ -123,14 +124,21 @@ def forward_logprobs(
     """[T] float32 CPU log-probs of every micro-batch, 0 outside the responses; None on all but the last stage."""
 
     def collect(micro, output, non_loss_data=True):
+        return output[0]
+
+    def over_row(micro: MicroBatch, values: Tensor) -> Tensor:
         full = torch.zeros(len(micro.tokens))
-        full[micro.mask.cpu()] = output[0].cpu()
+        full[micro.mask] = values.cpu()
         return full
 
     logprobs = _run(chunks, micro_batches, layout, device, collect, forward_only=True)
-    return logprobs[: len(micro_batches)] if logprobs else [None] * len(micro_batches)
+    if not logprobs:
+        return [None] * len(micro_batches)
+    # once all rows are under way: fetching a row's values waits for the device
+    return [over_row(micro, values) for micro, values in zip(micro_batches, logprobs)]
 
 
+@stage("forward_backward")
 def forward_backward(
     chunks: Sequence[DistributedDataParallel], mini: MiniBatch, layout: Layout, device: torch.device, config: Config
 ) -> Sums:
@@ -210,6 +218,7 @@ def _reduce(sums: list[Tensor], device: torch.device) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------------------------------- optimizer
+@stage("optimizer")
 def apply_gradients(optimizer: ChainedOptimizer, lr: float) -> float | None:
     """One optimizer step at learning rate `lr`, gradients clipped to the configured norm. Returns the norm before
     clipping, or None where it is not finite: then parameters and optimizer state are left as they were. The norm is the

@@ -21,6 +21,7 @@ from alphamed.planner import parameters
 from alphamed.planner.batch import PlannedRow, fullest_row, in_flight
 from alphamed.planner.hardware import GIB
 from alphamed.planner.job import PlannedJob
+from alphamed.rollout.spec import CUDA_BATCH_TOKENS
 
 CONTEXT_BYTES = 3 * GIB // 4
 """A CUDA context with cuBLAS, cuDNN and the kernels' code: 0.5 to 0.8 GiB on Hopper."""
@@ -30,8 +31,6 @@ ALLOCATOR_SHARE = 0.05
 """Of a trainer's GPU, lost to rounding and fragmentation in PyTorch's caching allocator: rows differ in length."""
 CUDA_GRAPH_BYTES = GIB
 """Of an engine: captured graphs and vLLM's own buffers."""
-ENGINE_BATCH_TOKENS = 8192
-"""vLLM's max_num_batched_tokens on GPUs of 70 GB and more, which its profiling run fills."""
 CPU_CACHE_SHARE = 0.25
 """Of the machine's memory, for the caches of all engines on a CPU (rollout/spec.py, MAX_CPU_CACHE_SHARE)."""
 BLOCK_TOKENS = 16
@@ -253,10 +252,11 @@ def engine_causes(job: PlannedJob) -> dict[str, int]:
     weights = (matrices + vocab * s.hidden * (1 if s.tied else 2)) * width // r.tensor_parallel
     if job.gpu.is_cpu:
         return {"weights": weights}
+    sequences = max(r.max_concurrent_requests, r.samples_per_question)
     # the profiling run: residual, normalised input, gate and up and their product of one layer, then FP32 logits with a
     # copy of a sequence each
-    working = ENGINE_BATCH_TOKENS * (3 * s.hidden + 3 * s.ffn // r.tensor_parallel) * width
-    sampling = 2 * max(r.max_concurrent_requests, r.samples_per_question) * s.vocab * 4
+    working = max(CUDA_BATCH_TOKENS, sequences) * (3 * s.hidden + 3 * s.ffn // r.tensor_parallel) * width
+    sampling = 2 * sequences * s.vocab * 4
     # a push comes while no request runs, in the room of the activations
     return {
         "weights": weights,

@@ -56,6 +56,7 @@ def replay_config(run_dir: Path, step: int, overrides: Sequence[str] = ()) -> Co
     tree["run"] |= {"root": str(run_dir / "replays"), "name": f"step_{step:06d}", "stop_after": step, "time_limit_s": None}
     tree["rollout"] |= {"replay": str(run_dir)}
     tree["evaluation"] |= {"before": False, "after": False, "every": 0}
+    tree["profile"] = {}
     tree["logging"] |= {"wandb": "off", "rollout_files": False, "report": False, "export_hf": False}
     replayed = build_config(tree)
     require_recorded(replayed, run_dir)  # before anything is written

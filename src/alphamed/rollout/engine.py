@@ -25,7 +25,7 @@ from alphamed.model.weight_files import SMALL_BYTES, require_finite, weight_byte
 from alphamed.records import FinishReason, GenerationTask, Rollout, RolloutGroup, Sampling
 from alphamed.rollout import fork_server
 from alphamed.rollout.failures import EngineDied, StaleEngine
-from alphamed.rollout.spec import UNUSED_BY_VLLM, EngineSpec
+from alphamed.rollout.spec import CUDA_BATCH_TOKENS, UNUSED_BY_VLLM, EngineSpec
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -286,16 +286,18 @@ def _engine_args(spec: EngineSpec) -> AsyncEngineArgs:
         disable_log_stats=True,
         enable_log_requests=False,
     )
-    if spec.deterministic:
+    if spec.cuda:
+        arguments |= dict(max_num_batched_tokens=max(CUDA_BATCH_TOKENS, spec.max_sequences))
+    else:
+        # eager: compiling costs 4 minutes; blocks of 32 (default 128): siblings share more of their prompt
+        arguments |= dict(enforce_eager=True, block_size=32)
+    if spec.deterministic and not spec.cuda:
         # vLLM's CPU runner rewinds the generator of a seeded request whose prompt comes in chunks, and dies of it:
         # a step must hold all prompts that can be admitted together
         arguments |= dict(
             enable_chunked_prefill=False,
             max_num_batched_tokens=max(spec.max_model_tokens, spec.max_prompt_tokens * spec.max_sequences),
         )
-    if not spec.cuda:
-        # eager: compiling costs 4 minutes; blocks of 32 (default 128): siblings share more of their prompt
-        arguments |= dict(enforce_eager=True, block_size=32)
     return AsyncEngineArgs(**arguments)
 
 

@@ -14,6 +14,7 @@ from alphamed.reward.rules import earns_of
 from alphamed.reward.shaping import Overlong, with_advantages
 from alphamed.rollout.choice import QuestionSampler
 from alphamed.rollout.supply import AsyncRollouts, Gathered, SyncRollouts
+from alphamed.rundir.profiling import stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,6 +57,7 @@ class LiveRollouts:
         else:
             self._supply = SyncRollouts(config, sampler, prompts, coordinator, on_progress, pace)
 
+    @stage("rollouts")
     def next(self, step: int) -> StepRollouts | None:
         """The graded rollouts of the next questions; None where the run was asked to stop meanwhile. No rank waits in a
         collective while they are generated."""
@@ -95,6 +97,7 @@ class ReplayedRollouts:
         self._run_dir, self._control = config.rollout.replay, control
         self._advantage, self._overlong = str(config.algorithm.advantage), Overlong.of(config)
 
+    @stage("rollouts")
     def next(self, step: int) -> StepRollouts:
         """The rollouts recorded for this step. Raises RunFailed (a user's error) where there are none."""
         recorded = self._control.on_rank0(f"the recorded rollouts of step {step}", lambda: self._read(step)) or ()

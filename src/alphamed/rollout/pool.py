@@ -12,6 +12,7 @@ from alphamed.cluster.placement import ENGINE_SLOT
 from alphamed.config.schema import Config
 from alphamed.errors import RunFailed
 from alphamed.model.shape import ModelShape
+from alphamed.model.weight_files import weight_bytes
 from alphamed.rollout.engine import RolloutEngine
 from alphamed.rollout.failures import ActorProcess, gather
 from alphamed.rollout.spec import EngineSpec, engine_environment, engine_specs
@@ -52,15 +53,15 @@ class EnginePool:
     def start(cls, config: Config, folder: Path, shape: ModelShape, eos_ids: tuple[int, ...]) -> EnginePool:
         """Start the engines on the model in `folder`; Ray must be up. They then hold its weights, as version 0.
 
-        `eos_ids` end a response. Raises RunFailed naming the engine that did not start, or not within
-        `rollout.start_deadline_s`.
+        `eos_ids` end a response. Raises RunFailed naming the engine that did not start, or not within its deadline
+        (`Config.start_deadline_s`).
         """
         return cls.begin_start(config, folder, shape, eos_ids).finish()
 
     @classmethod
     def begin_start(cls, config: Config, folder: Path, shape: ModelShape, eos_ids: tuple[int, ...]) -> StartingPool:
         """The first half of `start`, which does not wait."""
-        return StartingPool(engine_specs(config, folder, shape, eos_ids), config.rollout.start_deadline_s)
+        return StartingPool(engine_specs(config, folder, shape, eos_ids), config.start_deadline_s(weight_bytes(folder)))
 
     @classmethod
     def of_specs(cls, specs: Sequence[EngineSpec], deadline_s: float) -> EnginePool:
@@ -113,7 +114,10 @@ class StartingPool:
 
         try:
             started = gather(
-                self._calls, [ActorProcess(spec.name) for spec in self._specs], "starting vLLM", self._deadline_s
+                self._calls,
+                [ActorProcess(spec.name) for spec in self._specs],
+                "starting vLLM (rollout.start_deadline_s)",
+                self._deadline_s,
             )
         except RunFailed:
             self.kill()

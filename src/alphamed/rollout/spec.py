@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from alphamed.cluster.environment import SILENT
+from alphamed.cluster.environment import SILENT, exact_fp32
 from alphamed.cluster.hardware import cores, memory_bytes, wants_cuda
 from alphamed.config.choices import Dtype, OnPush
 from alphamed.config.schema import Config
@@ -21,6 +21,10 @@ UNUSED_BY_VLLM = ("torch._inductor.lowering",)
 """Modules of the compiler, which engines on CPU never call: vLLM does without them where they are absent, 1 s sooner."""
 MAX_CPU_CACHE_SHARE = 0.25
 """Of the machine's memory, for the KV caches of all engines, where the configuration gives no size."""
+
+CUDA_BATCH_TOKENS = 8192
+"""Tokens that an engine on CUDA computes at once, at most: prompts in chunks of that many, which also bounds its activations
+(planner/memory.py). vLLM's own value depends on the GPU and on who asks, 2,048 to 16,384."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +155,13 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
         "VLLM_HOST_IP": "127.0.0.1",  # an engine's processes share a node; other addresses may need a route
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
-    if not spec.cuda:
+    if spec.cuda:
+        variables |= exact_fp32(Dtype.FP32 if spec.dtype == "float32" else Dtype.BF16) | {
+            # it is compiled when it is first used, by nvcc, from sources that are looked for in the network; and it has no
+            # part in sampling from the whole distribution, the only one that is trained on
+            "VLLM_USE_FLASHINFER_SAMPLER": "0"
+        }
+    else:
         variables |= {
             "OMP_NUM_THREADS": str(spec.threads),
             # vLLM starts a thread on each core it is given. Fewer threads move freely: fixed ones would meet those of every

@@ -31,6 +31,7 @@ CHANGEABLE = (
     "run.min_steps",
     "sft.epochs",
     "logging",
+    "profile",
     "evaluation",
     "checkpoint",
     "parallel",

@@ -5,8 +5,6 @@ the other.
 
 from __future__ import annotations
 
-import ipaddress
-import socket
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -14,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from alphamed.cluster import narrow_store
+from alphamed.cluster import addresses, narrow_store
 from alphamed.cluster.narrow_store import PrefixStore, Store, TCPStore
 from alphamed.weights.shared_memory import SharedMemoryReceiver, SharedMemorySource
 from alphamed.weights.sync_plan import Link
@@ -66,7 +64,7 @@ def open_channel(link: Link, member: int, store: Store, address: str, device: to
     assert link.transport == "gloo", f"unknown transport {link.transport!r}"
     gloo = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue] - the stubs leave it out
     gloo._timeout = timeout
-    gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=own_address(address))]
+    gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=addresses.toward(address))]
     return GroupChannel(dist.ProcessGroupGloo(prefixed, member, link.size, gloo))
 
 
@@ -80,12 +78,3 @@ class GroupChannel:
         options = dist.BroadcastOptions()
         options.rootRank = options.rootTensor = 0
         return self._group.broadcast([flat], options)
-
-
-def own_address(peer: str) -> str:
-    """The address of this machine that `peer` sees."""
-    if peer == "localhost" or ipaddress.ip_address(socket.gethostbyname(peer)).is_loopback:
-        return "127.0.0.1"
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connecting UDP sends nothing
-        probe.connect((peer, 9))
-        return probe.getsockname()[0]

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -37,9 +38,10 @@ class Membership:
 class WeightReceiver:
     """Methods that every worker gets. `self` is vLLM's worker; names are prefixed so that they meet none of its own."""
 
-    rank: int  # these three are vLLM's
+    rank: int  # these three and get_model are vLLM's
     device: torch.device
-    model_runner: Any
+    vllm_config: Any
+    get_model: Callable[[], Any]  # the model itself, where the runner holds a wrapper of CUDA graphs
     alphamed_membership: Membership | None  # set by `alphamed_join`
 
     def alphamed_join(self, address: str, port: int, first_member: int, deadline_s: float) -> None:
@@ -63,19 +65,20 @@ class WeightReceiver:
         membership, failure = self.alphamed_membership, None
         assert membership is not None, "weights are to be received before any link was joined"
         digests: dict[str, list[Tensor]] = {link.name: [] for link in membership.links}
-        loader = WholeLoader(self) if membership.mode == "gather" else ShardLoader(self, membership.links)
-        for bucket, flat in arrivals(membership, self.device, deadline_s):
-            flat = arrived(bucket, flat)
-            digests[bucket.link].append(digest(flat))
+        with loading_context(self):
+            loader = WholeLoader(self) if membership.mode == "gather" else ShardLoader(self, membership.links)
+            for bucket, flat in arrivals(membership, self.device, deadline_s):
+                flat = arrived(bucket, flat)
+                digests[bucket.link].append(digest(flat))
+                if failure:
+                    continue
+                try:
+                    loader.load(bucket, flat)
+                except Exception as error:  # noqa: BLE001 - re-raised below, when the link is empty
+                    failure = RuntimeError(f"loading {bucket} of version {version}: {type(error).__name__}: {error}")
             if failure:
-                continue
-            try:
-                loader.load(bucket, flat)
-            except Exception as error:  # noqa: BLE001 - re-raised below, when the link is empty
-                failure = RuntimeError(f"loading {bucket} of version {version}: {type(error).__name__}: {error}")
-        if failure:
-            raise failure
-        loader.finish()
+                raise failure
+            loader.finish()
         return {name: [pair.tolist() for pair in pairs] for name, pairs in digests.items()}
 
     def alphamed_not_finite(self) -> list[str]:
@@ -83,7 +86,7 @@ class WeightReceiver:
         hold none any more."""
         return [
             name
-            for name, parameter in self.model_runner.model.named_parameters()
+            for name, parameter in self.get_model().named_parameters()
             if parameter.is_floating_point() and not all_finite(parameter)
         ]
 
@@ -96,7 +99,7 @@ class WholeLoader:
         begin_reload(worker)
 
     def load(self, bucket: Bucket, flat: Tensor) -> None:
-        self._worker.model_runner.model.load_weights(self._complete(bucket, flat))
+        self._worker.get_model().load_weights(self._complete(bucket, flat))
 
     def _complete(self, bucket: Bucket, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         for piece, part in unpack(bucket, flat):
@@ -113,7 +116,7 @@ class ShardLoader:
 
     def __init__(self, worker: Any, own: tuple[Link, ...]):
         self._worker = worker
-        self._writer = ParameterWriter(worker.model_runner.model, [piece for link in own for piece in link.slices], repack)
+        self._writer = ParameterWriter(worker.get_model(), [piece for link in own for piece in link.slices], repack)
 
     @torch.no_grad()
     def load(self, bucket: Bucket, flat: Tensor) -> None:
@@ -157,16 +160,23 @@ def arrived(bucket: Bucket, flat: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------ vLLM 0.32 (CPU and CUDA builds)
+def loading_context(worker: Any) -> AbstractContextManager[None]:
+    """What vLLM loads a model in: layers ask for its configuration when their weights are repacked."""
+    from vllm.config import set_current_vllm_config
+
+    return set_current_vllm_config(worker.vllm_config)
+
+
 def begin_reload(worker: Any) -> None:
     from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
-    initialize_layerwise_reload(worker.model_runner.model)
+    initialize_layerwise_reload(worker.get_model())
 
 
 def end_reload(worker: Any) -> None:
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
-    finalize_layerwise_reload(worker.model_runner.model, worker.model_config)
+    finalize_layerwise_reload(worker.get_model(), worker.model_config)
     finalize_load(worker)
 
 
@@ -179,7 +189,7 @@ def repack(module: torch.nn.Module) -> None:
 
 def finalize_load(worker: Any) -> None:
     """What is left to do when all layers are loaded."""
-    refresh_tied_head(worker.model_runner.model)
+    refresh_tied_head(worker.get_model())
     if worker.device.type != "cpu":
         torch.accelerator.synchronize()
 

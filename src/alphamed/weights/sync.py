@@ -18,6 +18,7 @@ from alphamed.cluster.hardware import wants_cuda
 from alphamed.config.choices import Dtype, Transport
 from alphamed.config.schema import Config
 from alphamed.errors import ConfigError, RunFailed
+from alphamed.rundir.profiling import stage
 from alphamed.weights import links
 from alphamed.weights.probe import Probe, ProbeDifference
 from alphamed.weights.routes import WIRE_DTYPE
@@ -94,6 +95,7 @@ class WeightSync:
     def version(self) -> int:
         return self._version
 
+    @stage("push")
     def push(self) -> int:
         """Bring the policy's weights to every engine. Returns their version, which the engines hold from now on.
 

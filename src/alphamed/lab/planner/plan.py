@@ -31,10 +31,13 @@ STORAGE_BYTES_PER_S = 5e9
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """`grace_s`: needed between a warning and the kill, so that the current step ends and is saved. `at_risk_s`: the most
-    work that is lost without it."""
+    work that is lost without it. A save that takes longer than `deadline_s` ends the run, as does a start of the engines that
+    takes longer than `start_deadline_s`."""
 
     bytes: int
     save_s: float
+    deadline_s: float
+    start_deadline_s: float
     grace_s: float
     at_risk_s: float
 
@@ -136,9 +139,18 @@ def make_plan(job: PlannedJob, source: str = "", storage: float = STORAGE_BYTES_
     if problems:
         return Plan(job, source, tuple(fixed(problems, job)), None, None)
     assessment = assess(job)
+    saved = _checkpoint(job, assessment.time, storage)
     problems = memory_problems(job, assessment.uses, assessment.cache) + deadline_problems(job)
     problems = [replace(problem, fix=()) for problem in problems]  # advice.py searches one for all of them
-    return Plan(job, source, tuple(problems), assessment, _checkpoint(job, assessment.time, storage))
+    if saved.save_s > saved.deadline_s:
+        expected = job.config.checkpoint.storage_bytes_per_s
+        problems.append(
+            Problem(
+                f"checkpoint.storage_bytes_per_s: {expected:g} lets a checkpoint take {saved.deadline_s:,.0f} s, at "
+                f"{storage:g} bytes/s it takes {saved.save_s:,.0f} s and would end the run; lower it to {storage:g}"
+            )
+        )
+    return Plan(job, source, tuple(problems), assessment, saved)
 
 
 def assess(job: PlannedJob) -> Assessment:
@@ -160,7 +172,14 @@ def _checkpoint(job: PlannedJob, time: StepTime, storage: float) -> Checkpoint:
     size = job.shape.parameters * (job.trainer_bytes + (8 if job.trainer_bytes == 4 else 12))
     save = size / storage
     last = job.config.run.last_step
-    return Checkpoint(size, save, time.total + save, min(job.config.checkpoint.every or last, last) * time.total)
+    return Checkpoint(
+        size,
+        save,
+        job.config.storage_deadline_s(size),
+        job.config.start_deadline_s(job.shape.parameters * 2),  # model folders hold 16-bit weights, nearly all
+        time.total + save,
+        min(job.config.checkpoint.every or last, last) * time.total,
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------- JSON

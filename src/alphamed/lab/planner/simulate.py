@@ -137,6 +137,7 @@ def small_config(config: Config, shape: ModelShape, folder: Path) -> Config:
     tree["sync"] |= {"transport": "auto", "bucket_bytes": 64 << 10}
     tree["checkpoint"] |= {"every": 1, "keep": STEPS}
     tree["evaluation"] |= {"files": [], "decisions": [], "before": False, "after": False, "every": 0}
+    tree["profile"] = {}
     tree["logging"] |= {"wandb": "off", "report": False, "export_hf": True, "rollout_files": True}
     tree["cluster"] |= {
         "device": "cpu",

@@ -156,7 +156,12 @@ def _time(plan: Plan, assessment: Assessment) -> Iterator[str]:
         yield "  evaluations are not counted: their files are not here; set evaluation.questions, or plan where the files are"
     yield (
         f"  checkpoint {size(saved.bytes)}, {saved.save_s:.0f} s to save; preemption grace {saved.grace_s:.0f} s to end "
-        f"the step and save, else up to {saved.at_risk_s:.0f} s of work are lost\n"
+        f"the step and save, else up to {saved.at_risk_s:.0f} s of work are lost"
+    )
+    start = f", the engines' start {saved.start_deadline_s:,.0f} s" if plan.job.engines else ""
+    yield (
+        f"  deadlines: a checkpoint {saved.deadline_s:,.0f} s{start} (checkpoint.storage_bytes_per_s: "
+        f"{plan.job.config.checkpoint.storage_bytes_per_s / 1e6:g} MB/s)\n"
     )
 
 
