@@ -27,6 +27,8 @@ from alphamed.records import Question
 PROMPT_FIELDS = ("question", "prompt", "messages")
 RESPONSE_FIELDS = ("response", "responses", "completion")
 ROLES = ("system", "user", "assistant")
+UNREAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+"""Parts of a turn that would change its text: refused, for without them another text would be trained on."""
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 Prompt = Question | str | tuple[Message, ...]
 
@@ -103,14 +105,14 @@ def _parse(row: RawRow, response_format: str, known: Container[str]) -> Example:
     responses, last = _responses(value)
     prompt = _prompt(value, row.where, last)
     if "reasoning" in value or "{letter}" in response_format:
-        responses = _formatted(value, responses, response_format)
+        responses = _formatted(value, prompt, responses, response_format)
     name = value.get("id")
     if name is not None and not isinstance(name, str | int):
         raise ValueError(f"id {short(name)} is neither text nor a whole number")
     return Example(str(name) if name else _made_id(prompt, responses, known), prompt, tuple(responses), (row.file, row.line))
 
 
-def _formatted(value: Mapping[str, Any], responses: Sequence[str], response_format: str) -> list[str]:
+def _formatted(value: Mapping[str, Any], prompt: Prompt, responses: Sequence[str], response_format: str) -> list[str]:
     """Reasoning, response and the letter of the answer, where the format asks for it, as one text each."""
     reasoning = _texts(value, "reasoning") if "reasoning" in value else [""] * len(responses)
     if len(reasoning) != len(responses):
@@ -118,6 +120,8 @@ def _formatted(value: Mapping[str, Any], responses: Sequence[str], response_form
     letter = value.get("answer", "")
     if "{letter}" in response_format and letter not in tuple(string.ascii_uppercase):
         raise ValueError("no answer as a letter, which sft.response_format puts into the response")
+    if "{letter}" in response_format and isinstance(prompt, Question) and prompt.options and letter not in prompt.options:
+        raise ValueError(f"answer {short(letter)} is none of the options {', '.join(prompt.options)}")
     pattern = re.compile(r"\{(reasoning|response|letter)\}")
     texts = []
     for thought, said in zip(reasoning, responses):
@@ -196,6 +200,8 @@ def _messages(value: object, field: str, first: tuple[str, ...] = ("system", "us
         expected = first if not turns else ("assistant",) if turns[-1]["role"] == "user" else ("user",)
         if role not in expected:
             raise ValueError(f"{field}: turn {len(turns) + 1} is the {role}'s, not the {expected[-1]}'s")
+        if unread := next((name for name in UNREAD if turn.get(name)), None):
+            raise ValueError(f"{field}: turn {len(turns) + 1} has {unread}, which is not read; write it into the content")
         content = turn.get("content")
         turns.append(Message(role=role, content=_text(content, f"{field}: turn {len(turns) + 1}")))
     return tuple(turns)
