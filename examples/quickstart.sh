@@ -3,17 +3,20 @@
 #   bash examples/quickstart.sh [--control] [key=value ...]      for instance run.name=second optimizer.lr=5e-5
 # --control trains on shuffled keys: on the true ones it must stay at chance.
 set -euo pipefail
+settings=()
+for argument in "$@"; do
+    case $argument in
+        --control) settings=(run.name=quickstart-control data.answer_keys=shuffled ${settings[@]+"${settings[@]}"}) ;;
+        [a-z]*=*) settings+=("$argument") ;;
+        *) echo "quickstart: $argument: it takes --control and settings as key=value" >&2; exit 2 ;;
+    esac
+done
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 bin=${ALPHAMED_BIN:-} configs=$here
 if [ -z "$bin" ]; then                  # else a container image: installed and read-only, files go to the current folder
     bash "$here/setup_env.sh"
     cd "$here/.."
     bin=.venv/bin configs=examples
-fi
-control=()
-if [ "${1:-}" = --control ]; then
-    control=(run.name=quickstart-control data.answer_keys=shuffled)
-    shift
 fi
 # The project's own questions on 12 facts in many wordings. Wrong options are right answers of the other facts, so that who
 # does not read the question scores 25%. Short answers make short steps: these categories and seed have them.
@@ -22,11 +25,13 @@ questions=.cache/medfacts
     --categories vectors cell_products viruses >/dev/null
 # A lesson in form, kept for later runs: answer with an option, whichever, and its letter. It teaches no fact.
 lesson=runs/quickstart-lesson
-if [ ! -f $lesson/finished.json ]; then
-    "$bin/python" -m alphamed.lab.datasets.form $questions/lesson.jsonl --questions $questions/train.jsonl \
-        --response ' {text} \boxed{{letter}}' >/dev/null
-    "$bin/alphamed" sft --config "$configs/sft_smollm2_cpu.yaml"
+"$bin/python" -m alphamed.lab.datasets.form $questions/lesson.jsonl --questions $questions/train.jsonl \
+    --response ' {text} \boxed{{letter}}' >/dev/null
+if [ -f $lesson/config.yaml ] && ! "$bin/alphamed" sft --config "$configs/sft_smollm2_cpu.yaml" --check >/dev/null; then
+    echo "quickstart: where $lesson is of other questions or settings, remove it and give this run another run.name" >&2
+    exit 2
 fi
+[ -f $lesson/finished.json ] || "$bin/alphamed" sft --config "$configs/sft_smollm2_cpu.yaml"
 # No step begins after minute 14 of this command; a slow installation still leaves 5 minutes of training.
 limit_s=$((825 - SECONDS))
 limit_s=$((limit_s > 300 ? limit_s : 300))
@@ -34,4 +39,4 @@ limit_s=$((limit_s > 300 ? limit_s : 300))
 # run prints how many are left out.
 echo "quickstart: the last step begins within $((limit_s / 60)) min; the run lies in runs/quickstart unless run.name says otherwise"
 exec "$bin/alphamed" train --config "$configs/train_smollm2_cpu.yaml" run.time_limit_s=$limit_s run.min_steps=12 \
-    evaluation.time_limit_s=$((limit_s / 8)) ${control[@]+"${control[@]}"} "$@"
+    evaluation.time_limit_s=$((limit_s / 8)) ${settings[@]+"${settings[@]}"}
