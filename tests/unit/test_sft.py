@@ -103,6 +103,12 @@ def test_mistakes_are_one_line(start, sections, words):
     assert code == 2 and words in error and error.count("\n") == 1, error
 
 
+@pytest.mark.parametrize("verb", ["launch", "plan"])
+def test_the_length_is_given_once_whatever_starts_it(start, verb):
+    code, _, error = start(verb=verb, sft={"epochs": 2}, run={"steps": 5})
+    assert code == 2 and "sft.epochs: 2 and run.steps: 5 both say how long; remove one" in error
+
+
 def test_train_refuses_what_is_for_sft(start):
     code, _, error = start("--check", verb="train")
     assert code == 2 and "sft: a configuration with this section is for `alphamed sft`" in error

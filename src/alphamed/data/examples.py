@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,12 +68,13 @@ def load_examples(
     Raises DataError where a file cannot be read, holds no example, or, with BadRows.REFUSE, has any bad row.
     """
     examples: dict[str, Example] = {}
+    alike: Counter[str] = Counter()
     problems: list[RowProblem] = []
     for row in (row for path in paths for row in rows(Path(path))):
         try:
             if row.problem is not None:
                 raise ValueError(row.problem)
-            example = _parse(row, response_format, examples)
+            example = _parse(row, response_format, alike)
             if example.id in examples:
                 first = examples[example.id].place
                 raise ValueError(f"duplicate id {short(example.id)}, first at {first[0]}:{first[1]}")
@@ -97,8 +99,8 @@ def usable(examples: Iterable[Example], problems: Sequence[RowProblem], bad_rows
 
 
 # ------------------------------------------------------------------------------------------------------------- one row
-def _parse(row: RawRow, response_format: str, known: Container[str]) -> Example:
-    """Raises ValueError with the first problem, as a short phrase."""
+def _parse(row: RawRow, response_format: str, alike: Counter[str]) -> Example:
+    """`alike`: how many rows there were of each content. Raises ValueError with the first problem, as a short phrase."""
     if not isinstance(row.value, Mapping):
         raise ValueError("not an object of keys and values")
     value = adapt(row.value)
@@ -109,7 +111,7 @@ def _parse(row: RawRow, response_format: str, known: Container[str]) -> Example:
     name = value.get("id")
     if name is not None and not isinstance(name, str | int):
         raise ValueError(f"id {short(name)} is neither text nor a whole number")
-    return Example(str(name) if name else _made_id(prompt, responses, known), prompt, tuple(responses), (row.file, row.line))
+    return Example(str(name) if name else _made_id(prompt, responses, alike), prompt, tuple(responses), (row.file, row.line))
 
 
 def _formatted(value: Mapping[str, Any], prompt: Prompt, responses: Sequence[str], response_format: str) -> list[str]:
@@ -225,7 +227,8 @@ def _text(text: object, field: str) -> str:
     return text
 
 
-def _made_id(prompt: Prompt, responses: Sequence[str], known: Container[str]) -> str:
+def _made_id(prompt: Prompt, responses: Sequence[str], alike: Counter[str]) -> str:
     """An id from the content; rows of the same content get numbers."""
     base = draw(prompt, *responses)[:16]
-    return next(name for n in range(1, 1_000_000) if (name := base if n == 1 else f"{base}-{n}") not in known)
+    alike[base] += 1
+    return base if alike[base] == 1 else f"{base}-{alike[base]}"
