@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Medical facts by reward alone, on a laptop: environment, model, a lesson in form, GRPO, evaluation before and after, report.
-#   bash examples/quickstart.sh [--control] [key=value ...]      for instance run.name=second optimizer.lr=5e-5
-# --control trains on shuffled keys: on the true ones it must stay at chance.
+# Teaches medical facts by reward alone, on a laptop: environment, model, supervised training on the answer format, GRPO,
+# evaluation before and after, report.
+#   bash examples/quickstart.sh [--control] [key=value ...]      for example run.name=second optimizer.lr=5e-5
+# --control trains on shuffled keys. Accuracy on the true keys must then stay at chance.
 set -euo pipefail
 settings=()
 for argument in "$@"; do
@@ -13,17 +14,17 @@ for argument in "$@"; do
 done
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 bin=${ALPHAMED_BIN:-} configs=$here
-if [ -z "$bin" ]; then                  # else a container image: installed and read-only, files go to the current folder
+if [ -z "$bin" ]; then                  # otherwise in a container image: read-only, so files go to the current folder
     bash "$here/setup_env.sh"
     cd "$here/.."
     bin=.venv/bin configs=examples
 fi
-# The project's own questions on 12 facts in many wordings. Wrong options are right answers of the other facts, so that who
-# does not read the question scores 25%. Short answers make short steps: these categories and seed have them.
+# Questions about 12 facts in many wordings. Wrong options are right answers of the other facts, so that a policy that does not
+# read the question scores 25%. These categories and this seed have short answers, which make short steps.
 questions=.cache/medfacts
 "$bin/python" -m alphamed.lab.datasets.medfacts $questions --levels 1 --facts 12 --copies 20 --seed 3 \
     --categories vectors cell_products viruses >/dev/null
-# A lesson in form, kept for later runs: answer with an option, whichever, and its letter. It teaches no fact.
+# Supervised training on the answer format: name any one of the options and its letter. It teaches no fact. Later runs reuse it.
 lesson=runs/quickstart-lesson
 "$bin/python" -m alphamed.lab.datasets.form $questions/lesson.jsonl --questions $questions/train.jsonl \
     --response ' {text} \boxed{{letter}}' >/dev/null
@@ -32,11 +33,11 @@ if [ -f $lesson/config.yaml ] && ! "$bin/alphamed" sft --config "$configs/sft_sm
     exit 2
 fi
 [ -f $lesson/finished.json ] || "$bin/alphamed" sft --config "$configs/sft_smollm2_cpu.yaml"
-# No step begins after minute 14 of this command; a slow installation still leaves 5 minutes of training.
+# No step begins after minute 14 of this command. A slow installation still leaves 5 minutes of training.
 limit_s=$((825 - SECONDS))
 limit_s=$((limit_s > 300 ? limit_s : 300))
-# On a slow or busy machine each evaluation takes an eighth of that, and steps shrink until twelve fit: fewer questions, and the
-# run prints how many are left out.
-echo "quickstart: the last step begins within $((limit_s / 60)) min; the run lies in runs/quickstart unless run.name says otherwise"
+# On a slow or busy machine, each evaluation takes at most an eighth of that, and steps shrink until twelve fit. Both then ask
+# fewer questions, and the run prints how many are left out.
+echo "quickstart: the last step begins within $((limit_s / 60)) min; the run directory is runs/quickstart unless run.name is set"
 exec "$bin/alphamed" train --config "$configs/train_smollm2_cpu.yaml" run.time_limit_s=$limit_s run.min_steps=12 \
     evaluation.time_limit_s=$((limit_s / 8)) ${settings[@]+"${settings[@]}"}

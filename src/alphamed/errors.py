@@ -1,6 +1,6 @@
-"""The three errors of the program. Whatever else is raised is a bug or a library's own.
+"""The three error classes of the program. Any other exception is a bug or comes from a library.
 
-A user's mistake is one line that names field or place, value and fix, and exit code 2; a failed run is exit code 1.
+An error in the input is one line that names field or location, value and fix, and exit code 2. A failed run is exit code 1.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 
 class ConfigError(ValueError):
-    """A mistake in a configuration: one line naming field, value and fix."""
+    """An error in the configuration: one line that names field, value and fix."""
 
 
 class DataError(ValueError):
-    """A mistake in data: one line naming the place, the problem and the fix. `problems` lists every bad row."""
+    """An error in the data: one line that names location, problem and fix. `problems` lists every bad row."""
 
     def __init__(self, message: str, problems: Sequence[object] = ()):
         super().__init__(message)
@@ -21,8 +21,8 @@ class DataError(ValueError):
 
 
 class RunFailed(RuntimeError):
-    """The run cannot go on. `component` is what failed ("rank 1 (pid 123)", "engine 0", "reward process"), `message`
-    one line that says what happened. `user_error` marks a mistake in the input (exit code 2)."""
+    """The run cannot continue. `component` is what failed ("rank 1 (pid 123)", "engine 0", "reward process"). `message` is one
+    line that describes the failure. `user_error` marks an error in the input (exit code 2)."""
 
     def __init__(self, component: str, message: str, user_error: bool = False):
         super().__init__(component, message, user_error)

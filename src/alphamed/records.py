@@ -1,15 +1,21 @@
 """The typed values that flow through a training step, and the shape legend of the whole project.
 
-Shape suffixes (used in names and docstrings everywhere):
-  P  questions in a step          G  samples (responses) of one question      S  responses in a batch
-  T  packed tokens of a micro-batch     R  tokens of one response             V  local vocabulary shard     H  hidden size
+Names and docstrings use these shape suffixes everywhere:
 
-Alignment, stated once: position t of a packed row predicts `labels[t]`, the next token of its sequence. Masks, log-probs,
-advantages and every other per-token tensor are aligned to `labels`, never to `tokens`.
+- `P`: questions in a step
+- `G`: samples (responses) of one question
+- `S`: responses in a batch
+- `T`: packed tokens of a micro-batch
+- `R`: tokens of one response
+- `V`: local vocabulary shard
+- `H`: hidden size
 
-A log-prob is always that of the sampling distribution: log softmax(logits / temperature), in FP32, natural logarithm.
+**Alignment.** Position t of a packed row predicts `labels[t]`, the next token of its sequence. Masks, log-probs, advantages and
+every other per-token tensor are aligned to `labels`, never to `tokens`.
 
-This module imports neither torch nor numpy at run time: the command line and the data side stay light.
+**Log-probs** are always those of the sampling distribution: log softmax(logits / temperature), in FP32, natural logarithm.
+
+This module imports neither torch nor numpy at run time, so that the command line and the data tools start quickly.
 """
 
 from __future__ import annotations
@@ -26,8 +32,8 @@ if TYPE_CHECKING:
 # ------------------------------------------------------------------------------------------------ questions and rollouts
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One multiple-choice question. `options` is ordered: letter -> text. `level` is the difficulty 1 (easy) .. 6,
-    `informativeness` a bin from 1 (little)."""
+    """One multiple-choice question. `options` maps letters to texts, in order. `level` is the difficulty from 1 (easy) to 6.
+    `informativeness` is a bin from 1 (little)."""
 
     id: str
     question: str
@@ -40,13 +46,18 @@ class Question:
 
 
 class FinishReason(StrEnum):
-    STOP = "stop"  # the model ended its answer
-    LENGTH = "length"  # the token limit cut it
-    ABORT = "abort"  # the engine was asked to stop
+    """Why a response ended."""
+
+    STOP = "stop"
+    """The model ended its answer."""
+    LENGTH = "length"
+    """The token limit cut it."""
+    ABORT = "abort"
+    """The engine was asked to stop."""
 
     @property
     def truncated(self) -> bool:
-        """Whether the response was cut, however it is graded then."""
+        """Whether the response was cut, however it is graded."""
         return self != FinishReason.STOP
 
 
@@ -54,11 +65,17 @@ class Outcome(StrEnum):
     """The result of grading a response. A grader's own failure is TIMEOUT or CRASH, never WRONG."""
 
     CORRECT = "correct"
+    """The box states the right letter."""
     WRONG = "wrong"
+    """The box states another letter."""
     UNPARSEABLE = "unparseable"
+    """There is no readable box."""
     TRUNCATED = "truncated"
+    """The token limit cut the response, which was not graded."""
     TIMEOUT = "timeout"
+    """The reward function took too long."""
     CRASH = "crash"
+    """The reward function failed."""
 
     @property
     def boxed(self) -> bool:
@@ -73,8 +90,8 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How an engine samples one request. `seed=None` leaves the engine's own generator in charge; sample j of a request
-    uses seed + j. temperature 0 is greedy."""
+    """How an engine samples one request. Sample j of a request uses `seed` + j; `None` uses the engine's own generator.
+    Temperature 0 is greedy."""
 
     n: int
     temperature: float
@@ -86,14 +103,14 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class GenerationTask:
-    """One question to be answered `sampling.n` times: what the coordinator sends to an engine."""
+    """One question to be answered `sampling.n` times. The coordinator sends it to an engine."""
 
     group_id: str
     question: Question
     prompt_token_ids: tuple[int, ...]
     sampling: Sampling
     evaluation: bool = False
-    """Graded by whether the answer is right, whatever reward training uses."""
+    """Grade by whether the answer is right, whatever reward training uses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +139,9 @@ class RolloutGroup:
 
 @dataclass(frozen=True, slots=True)
 class ScoredGroup:
-    """A graded group: `outcomes`, `rewards`, `advantages` and `letters` (the extracted answer, None where unparseable)
-    run parallel to `group.rollouts`. Rewards are what the reward function returned; a penalty on lengths is part of the
-    advantages alone."""
+    """A graded group. `outcomes`, `rewards`, `advantages` and `letters` (the extracted answer, None if unparseable) have one
+    element for each of `group.rollouts`. Rewards are those of the reward function; the length penalty is part of the
+    advantages only."""
 
     group: RolloutGroup
     outcomes: tuple[Outcome, ...]
@@ -135,15 +152,14 @@ class ScoredGroup:
 
     @property
     def has_signal(self) -> bool:
-        """Whether some response has an advantage, so that the group moves the policy."""
+        """Whether any advantage differs from 0, so that the group changes the policy."""
         return any(advantage != 0 for advantage in self.advantages)
 
 
 # -------------------------------------------------------------------------------------------------- what training consumes
 @dataclass(frozen=True, slots=True)
 class TokenGroup:
-    """What training needs of a prompt and its responses, sampled and scored ones or examples to imitate: tensors only, equal
-    on every rank."""
+    """The tensors of a prompt and its responses, which are sampled and scored or examples to imitate. Equal on every rank."""
 
     prompt: Tensor  # [prompt tokens] int64
     responses: tuple[Tensor, ...]  # G x [R_j] int64
@@ -155,8 +171,8 @@ class TokenGroup:
 
 @dataclass(frozen=True, slots=True)
 class StepRollouts:
-    """The groups of one step. `groups` is the same on all ranks; `scored` (texts, outcomes) and `metrics` exist on rank 0
-    only and are empty elsewhere."""
+    """The groups of one step. `groups` is the same on all ranks. `scored` (texts, outcomes) and `metrics` exist only on rank 0
+    and are empty elsewhere."""
 
     step: int
     groups: tuple[TokenGroup, ...]
@@ -166,8 +182,8 @@ class StepRollouts:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Sizes of the trainer's parallel dimensions and this rank's position in them. Ranks order as Megatron's default
-    `tp-cp-ep-dp-pp`: tensor ranks are neighbours, pipeline stages are farthest apart."""
+    """Sizes of the trainer's parallel dimensions and this rank's position in them. Ranks are in Megatron's default order
+    `tp-cp-ep-dp-pp`: tensor ranks are adjacent, and pipeline stages are farthest apart."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -180,7 +196,7 @@ class Layout:
     context: int = 1
     context_rank: int = 0
     part_multiple: int = 1
-    """The part of a row that a rank computes on holds a multiple of this many tokens."""
+    """The part of a row that one rank computes has a multiple of this many tokens."""
 
     @property
     def world(self) -> int:
@@ -188,26 +204,26 @@ class Layout:
 
     @property
     def replica(self) -> int:
-        """The number of this rank among those that hold the same parameters."""
+        """Index of this rank among the ranks with the same parameters."""
         return self.data_rank * self.context + self.context_rank
 
     @property
     def first_replica(self) -> bool:
-        """Whether this rank is the first of those that hold the same parameters."""
+        """Whether this rank is the first of the ranks with the same parameters."""
         return self.replica == 0
 
     @property
     def token_multiple(self) -> int:
-        """Packed rows must hold a multiple of this many tokens: context ranks split them, and with sequence parallelism the
+        """Packed rows must have a multiple of this many tokens, because context ranks split them and, with sequence parallelism,
         tensor ranks split each part again."""
         return self.context * (self.tensor if self.sequence_parallel else 1) * self.part_multiple
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of packed tokens: a prefix of `prefix` tokens, then continuations, each of which attends to the prefix and to
-    itself. A plain sequence is a segment without continuations. With `attends_shared_prefix` all its tokens attend to the row's
-    first segment as well: what all prompts of the row begin with (system prompt, worked examples)."""
+    """Consecutive packed tokens: a prefix of `prefix` tokens, then continuations. Each continuation attends to the prefix and to
+    itself. A plain sequence is a segment without continuations. With `attends_shared_prefix`, all tokens also attend to the
+    first segment of the row, which all prompts of the row share (system prompt, worked examples)."""
 
     prefix: int
     continuations: tuple[int, ...] = ()
@@ -220,10 +236,10 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """One packed row. All tensors are [T]; entries with `mask` False are 0 (prompts, padding).
+    """One packed row. All tensors are [T]. Entries whose `mask` is False (prompts, padding) are 0.
 
-    Shared prompts: the prefix is the prompt without its last token, continuation j is that last token followed by response
-    j without its last, so every response token has a label slot of its own."""
+    With shared prompts, the prefix is the prompt without its last token. Continuation j is that token followed by response j
+    without its last token. Every response token therefore has its own label position."""
 
     tokens: Tensor  # int64
     labels: Tensor  # int64, 0 where mask is False
@@ -244,8 +260,8 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class MiniBatch:
-    """What one optimizer step sees. `micro_batches` are this data rank's (the same number on every rank); the counts are
-    global, over all data ranks, and are what the summed loss is divided by."""
+    """The data of one optimizer step. `micro_batches` are those of this data rank (the same number on every rank). The counts
+    are global, over all data ranks; the summed loss is divided by one of them."""
 
     micro_batches: tuple[MicroBatch, ...]
     response_tokens: int
@@ -254,7 +270,7 @@ class MiniBatch:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A step's data on this rank, cut into one mini-batch per optimizer step."""
+    """The data of a training step on this rank, split into one mini-batch per optimizer step."""
 
     mini_batches: tuple[MiniBatch, ...]
     metrics: Mapping[str, float] = field(default_factory=dict)  # batch/... of rundir/metrics.py

@@ -1,4 +1,4 @@
-"""The training loop, one line a stage. Every rank runs it; what differs between ranks, backends and modes is inside the parts.
+"""The training loop, one line per stage. Every rank runs it. Differences between ranks, backends and modes are inside the stages.
 
 questions -> rollouts -> packed micro-batches -> old and reference log-probs -> update -> weights to the engines
 """
@@ -15,16 +15,16 @@ from alphamed.session import Session, open_session
 
 def main(config: Config, hooks: Hooks = Hooks(), engine_start: EngineStart | None = None) -> None:
     """Train from the last step of the run directory to the last step of the configuration, then export, evaluate and report.
-    `hooks`: optional work of others (forecast, report, model card), by default none. `engine_start`: where it has begun.
 
-    Raises RunFailed on every rank, naming the failed component.
+    `hooks` are optional callbacks (forecast, report, model card), by default none. `engine_start` is given where engines have
+    been started already. Raises RunFailed on every rank, naming the failed component.
     """
     with open_session(config, hooks, engine_start) as session:
         train(session)
 
 
 def train(session: Session) -> None:
-    """The steps that are left of an open session."""
+    """Run the remaining steps of an open session."""
     config, run, policy, rollouts, sync = session.config, session.run, session.policy, session.rollouts, session.sync
     sync.push()  # engines start from the policy, also after a resume
     run.evaluate(session.evaluate)

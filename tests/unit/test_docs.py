@@ -2,12 +2,14 @@
 
 import re
 import shlex
+from enum import StrEnum
 from pathlib import Path
 
 import pytest
 import yaml
 
 from alphamed.cli import _parse
+from alphamed.config import choices
 from alphamed.config.loading import _known_keys
 from alphamed.config.schema import Config
 from alphamed.errors import ConfigError
@@ -70,6 +72,14 @@ def test_commands_are_ones_that_the_program_takes(page, line):
         _parse(shlex.split(re.sub(r"\bN\b", "1", line))[1:])
     except ConfigError as error:
         pytest.fail(f"{page}: {line}: {error}")
+
+
+def test_the_page_of_settings_has_every_section_and_every_named_value():
+    page = (ROOT / "docs" / "settings.md").read_text()
+    assert [name for name in Config.model_fields if f"\n## {name}\n\n::: alphamed.config." not in page] == []
+    enums = [kind for kind in vars(choices).values() if isinstance(kind, type) and issubclass(kind, StrEnum)]
+    rows = [f"| `{kind.__name__}` | {', '.join(f'`{value.value}`' for value in kind)} |" for kind in enums if len(kind)]
+    assert len(rows) > 10 and [row for row in rows if row not in page] == []
 
 
 def yaml_blocks() -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Advantages from rewards: each response is compared with the other responses to the same question."""
+"""Advantages from rewards: compares each response with the other responses to the same question."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 STD_EPSILON = 1e-6
-"""Added to the standard deviation, so that rewards that differ by rounding alone are not blown up to +-1."""
+"""Added to the standard deviation, so that differences that are only rounding are not scaled up to +-1."""
 
 
 def group_advantages(
@@ -17,16 +17,16 @@ def group_advantages(
 ) -> Float[Tensor, " S"]:
     """Advantage of every response within its group, float32 [S] on the device of `rewards`.
 
-    `group_ids[s]` names the group of response s: integers in a tensor or any hashables. Groups may have any size and
-    lie in any order. A group whose rewards are all equal, so also one of a single response, gets exactly 0. With n
-    responses, r one reward, mean and std those of the group:
+    `group_ids[s]` is the group of response s: integers in a tensor, or any hashables. Groups may have any size and order. A
+    group whose rewards are all equal, or with a single response, gets exactly 0. For a reward r in a group of n responses
+    with `mean` and `std`:
 
-      grpo     (r - mean) / (std + 1e-6), std with n - 1 in the denominator. The paper (2402.03300, section 4.1.2)
-               leaves the denominator open; n - 1 is what public trainers use (TRL with 1e-4 added, verl with 1e-6).
-      dr_grpo  r - mean                                              (2503.20783)
-      rloo     r - mean of the others = n / (n - 1) * (r - mean)     (2402.14740)
+    - `grpo`: (r - mean) / (std + 1e-6), with n - 1 in the denominator of std. The paper (2402.03300, section 4.1.2) does not
+      specify the denominator. Public trainers use n - 1 (TRL adds 1e-4, verl 1e-6).
+    - `dr_grpo`: r - mean (2503.20783).
+    - `rloo`: r - mean of the others = n / (n - 1) * (r - mean) (2402.14740).
 
-    Raises ValueError for an unknown kind, for shapes that differ and for rewards that are not finite.
+    Raises ValueError for an unknown kind, for different shapes, and for non-finite rewards.
     """
     if kind not in ADVANTAGES:
         raise ValueError(f"advantage: unknown kind {kind!r}; choose one of {', '.join(ADVANTAGES)}")

@@ -1,16 +1,16 @@
 """Policy losses, KL estimators and token weights: pure functions of packed [T] tensors.
 
-Conventions. T are the label positions of one packed row. `sequence` holds the response that a label belongs to, -1 where it
-belongs to none (prompt, padding); what the other tensors hold there is ignored, NaN included. Log-probs are natural
-logarithms of the sampling distribution. A loss comes back as an unnormalised sum over tokens, each times its weight:
+**Conventions.** T are the label positions of one packed row. `sequence` is the response that a label belongs to, or -1 for none
+(prompt, padding). Other tensors are ignored there, including NaN. Log-probs are natural logarithms of the sampling
+distribution. A loss is an unnormalised sum over tokens, each times its weight:
 
     loss = sum over micro-batches and ranks of (loss_sum + kl_coefficient * weighted_sum(kl, weights)) / normalizer
 
-so the result does not depend on how the batch is cut. `token_weights` and `normalizer` belong together.
+The result therefore does not depend on how the batch is split. Use `token_weights` and `normalizer` together.
 
-Numbers. Differences of log-probs enter exp() cut to +-20: e^20 = 4.9e8 is far outside every clipping range, and beyond
-it exp() soon overflows and its gradient turns into NaN. A cut token has no gradient. Log-probs that are not finite are
-not cut: they make the loss NaN, which the caller's check for a finite loss must find.
+**Overflow.** Differences of log-probs are limited to +-20 before exp(). e^20 = 4.9e8 is far outside every clipping range, and
+beyond it exp() soon overflows and its gradient becomes NaN. A limited token has no gradient. Non-finite log-probs are not
+limited: they make the loss NaN, which the caller's check for a finite loss must detect.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ MAX_LOG_RATIO = 20.0
 
 @dataclass(frozen=True, slots=True)
 class LossTerms:
-    """Sums over the response tokens of one micro-batch, to be added up over micro-batches and ranks (of `ratio_max`
-    take the maximum). All are scalars; only `loss_sum` carries a gradient. The ratio is pi / pi_old, per token (`clip`,
-    `cispo`) or per sequence and repeated over its tokens (`gspo`)."""
+    """Sums over the response tokens of one micro-batch. Add them up over micro-batches and ranks, but take the maximum of
+    `ratio_max`. All are scalars, and only `loss_sum` has a gradient. The ratio is pi / pi_old, per token (`clip`, `cispo`) or
+    per sequence and repeated over its tokens (`gspo`)."""
 
     loss_sum: Float[Tensor, ""]
     clipped_tokens: Float[Tensor, ""]  # tokens whose ratio the clipping changed
@@ -50,17 +50,19 @@ def policy_loss(
     clip_high: float,
     correction: Float[Tensor, " T"] | None = None,
 ) -> LossTerms:
-    """The policy-gradient loss of one packed row. With r = pi / pi_old, [r] = r cut to [1 - clip_low, 1 + clip_high]:
+    """The policy-gradient loss of one packed row, with r = pi / pi_old and [r] = r clipped to [1 - clip_low, 1 + clip_high]:
 
-      clip   -min(r A, [r] A), r of the token. PPO's, with the separate bounds of DAPO (2503.14476).
-      gspo   the same with r = (pi(response) / pi_old(response))^(1 / length), the same for all tokens of a response
-             (2507.18071). With `sequence_mean` weights each response counts once, as in the paper.
-      cispo  -stop_gradient([r]) A log pi, r of the token: no token loses its gradient (2506.13585). The paper leaves
-             the lower bound away: clip_low >= 1.
+    - `clip`: -min(r A, [r] A), with r of the token. This is PPO's loss with the separate bounds of DAPO (2503.14476).
+    - `gspo`: the same with r = (pi(response) / pi_old(response))^(1 / length), equal for all tokens of a response
+      (2507.18071). With `sequence_mean` weights each response counts once, as in the paper.
+    - `cispo`: -stop_gradient([r]) A log pi, with r of the token. No token loses its gradient (2506.13585). The paper has no
+      lower bound, which is clip_low >= 1.
 
-    `advantages` repeat a response's advantage over its tokens; `weights` are those of `token_weights`; `correction`
-    (see correction.py) multiplies each token's term. `old_logprobs` are constants: for the first update of a batch pass
-    `logprobs.detach()`, which makes the ratio 1. Raises ValueError for an unknown kind.
+    `advantages` repeat a response's advantage over its tokens. `weights` come from `token_weights`. `correction` (see
+    correction.py) multiplies the term of each token. `old_logprobs` are constants; for the first update of a batch pass
+    `logprobs.detach()`, which makes the ratio 1.
+
+    Raises ValueError for an unknown kind.
     """
     if kind not in LOSSES:
         raise ValueError(f"loss: unknown kind {kind!r}; choose one of {', '.join(LOSSES)}")
@@ -77,9 +79,9 @@ def policy_loss(
 def supervised_loss(logprobs: Float[Tensor, " T"], weights: Float[Tensor, " T"]) -> Float[Tensor, ""]:
     """Cross entropy with given responses: the sum of -log pi(token | tokens before it), each times its weight.
 
-    With `token_mean` weights and their `normalizer` it is the mean over all response tokens of all ranks and micro-batches
-    of an optimizer step: what transformers computes with `num_items_in_batch` (loss/loss_utils.py, ForCausalLMLoss), and
-    Megatron with calculate_per_token_loss. A mean of the micro-batches' means would weigh tokens of short rows more.
+    With `token_mean` weights and their `normalizer`, it is the mean over all response tokens of all ranks and micro-batches
+    of an optimizer step. transformers computes the same with `num_items_in_batch` (loss/loss_utils.py, ForCausalLMLoss), and
+    Megatron with calculate_per_token_loss. A mean of micro-batch means would give tokens of short rows more weight.
     """
     return -weighted_sum(logprobs, weights)
 
@@ -117,14 +119,14 @@ def _clipped_surrogate(
 def kl_penalty(logprobs: Float[Tensor, " T"], reference_logprobs: Float[Tensor, " T"], kind: str) -> Float[Tensor, " T"]:
     """Estimates of KL(pi || reference) from the sampled tokens (Schulman, "Approximating KL divergence", 2020), [T].
 
-    With d = log reference - log pi (a constant reference; the gradient goes through log pi):
+    With d = log reference - log pi, where the reference is constant and the gradient flows through log pi:
 
-      k1  -d                  unbiased; its own gradient is 0 in expectation, so as a loss term it only adds noise
-      k2  d^2 / 2             biased; its gradient is that of the KL for samples of pi
-      k3  exp(d) - d - 1      unbiased, never negative; GRPO's choice (2402.03300, eq. 4). Its gradient is that of
-                              KL(reference || pi)
+    - `k1`: -d. Unbiased. Its own gradient is 0 in expectation, so as a loss term it only adds noise.
+    - `k2`: d^2 / 2. Biased. Its gradient is that of the KL for samples of pi.
+    - `k3`: exp(d) - d - 1. Unbiased and never negative; used by GRPO (2402.03300, eq. 4). Its gradient is that of
+      KL(reference || pi). d is limited to +-20.
 
-    d is cut to +-20 in k3. Positions outside the responses are not read: sum with `weighted_sum`.
+    Positions outside the responses are undefined: sum with `weighted_sum`, which ignores them.
     """
     difference = reference_logprobs.detach() - logprobs
     if kind == "k1":
@@ -145,13 +147,13 @@ def _k3(difference: Tensor) -> Tensor:
 def token_weights(
     sequence: Int[Tensor, " T"], aggregation: str, constant: int | None = None, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, " T"]:
-    """Weight of every label position in the sum that `normalizer` divides, 0 outside the responses.
+    """Weight of every label position in the sum that `normalizer` divides. It is 0 outside the responses.
 
-      token_mean     1             every token of the mini-batch counts alike (DAPO)
-      sequence_mean  1 / length    every response counts alike (GRPO)
-      constant       1 / constant  a response counts by its length, against a fixed one (Dr.GRPO)
+    - `token_mean`: 1. Every token of the mini-batch counts the same (DAPO).
+    - `sequence_mean`: 1 / length. Every response counts the same (GRPO).
+    - `constant`: 1 / constant. A response counts in proportion to its length (Dr.GRPO).
 
-    A response must lie in one row as a whole, since `sequence_mean` takes its length from there.
+    A whole response must be in one row, because `sequence_mean` takes its length from the row.
     """
     mask = sequence >= 0
     if aggregation == "token_mean":
@@ -166,7 +168,7 @@ def token_weights(
 
 
 def normalizer(aggregation: str, response_tokens: int, sequences: int) -> int:
-    """What the global sum of weighted terms is divided by, given the global counts of the mini-batch."""
+    """The divisor of the global sum of weighted terms, from the global counts of the mini-batch."""
     if aggregation == "token_mean":
         return response_tokens
     if aggregation in ("sequence_mean", "constant"):
@@ -175,7 +177,7 @@ def normalizer(aggregation: str, response_tokens: int, sequences: int) -> int:
 
 
 def weighted_sum(values: Float[Tensor, " T"], weights: Float[Tensor, " T"]) -> Float[Tensor, ""]:
-    """Sum of values x weights; where the weight is 0 the value is not read and gets a gradient of exactly 0."""
+    """Sum of values x weights. Where the weight is 0, the value is ignored and its gradient is exactly 0."""
     return (torch.where(weights != 0, values, 0.0) * weights).sum()
 
 

@@ -1,4 +1,4 @@
-"""The named alternatives of a run: what a setting can be where it is neither number, text nor path."""
+"""Named values of settings that are neither numbers, texts nor paths."""
 
 from enum import StrEnum
 

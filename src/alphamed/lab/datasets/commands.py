@@ -27,9 +27,9 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
         sub.set_defaults(run=run)
         return sub
 
-    sub = verb("build", _build, "Make a training set and its card from public sets, files and a recipe.")
+    sub = verb("build", _build, "Build a training set and its card from public sets, files and a recipe.")
     sub.add_argument("--out", type=Path, required=True, metavar="FILE", help=".parquet or .jsonl")
-    sub.add_argument("--preset", metavar="NAME", help="a named mixture (`alphamed data sources` lists them)")
+    sub.add_argument("--preset", metavar="NAME", help="named mixture (listed by `alphamed data sources`)")
     sub.add_argument("--config", type=Path, metavar="FILE", help="YAML file with a recipe")
     sub.add_argument(
         "--from",
@@ -37,48 +37,49 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME[=PATH]|FILE",
-        help="a public set from the hub or a local copy, or a file of the schema; PATH:index1 declares how its "
-        "keys are given (letter, index, index1, text); may be repeated",
+        help="public set from the hub, its local copy, or a file of questions. PATH:index1 declares how keys are given "
+        "(letter, index, index1, text). May be repeated",
     )
     sub.add_argument(
         "--against",
         action="append",
         default=[],
         metavar="BENCHMARK",
-        help="NAME, NAME=PATH or FILE that must not share questions with the set; may be repeated",
+        help="benchmark that must not share questions with the set: NAME, NAME=PATH or FILE. May be repeated",
     )
-    sub.add_argument("--decisions", action="append", default=[], metavar="FILE", help="decisions on suspects")
+    sub.add_argument("--decisions", action="append", default=[], metavar="FILE", help="decisions on suspect questions")
     _overwrite(sub)
     sub.add_argument(
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="last: settings over the recipe, for instance filter.levels=[2,3] size=1200 shuffle_options=true bad_rows=skip",
+        help="settings that override the recipe; must come last. For example filter.levels=[2,3] size=1200 "
+        "shuffle_options=true bad_rows=skip",
     )
     _add_checks(verb)
-    verb("sources", _sources, "List the public sets, the presets and the benchmarks that are known by name.")
+    verb("sources", _sources, "List the public sets, presets and benchmarks known by name.")
 
 
 def _add_checks(verb: Callable[..., argparse.ArgumentParser]) -> None:
     """Verbs that check, annotate and show a set."""
     from alphamed.lab.datasets.difficulty import add_arguments as add_difficulty
 
-    sub = verb("decontaminate", _decontaminate, "Find training questions that benchmarks hold too; drop or flag them.")
+    sub = verb("decontaminate", _decontaminate, "Remove or flag training questions that benchmarks contain.")
     sub.add_argument("--train", type=Path, required=True, metavar="FILE")
     sub.add_argument(
-        "--against", action="append", required=True, metavar="BENCHMARK", help="NAME, NAME=PATH or FILE; may be repeated"
+        "--against", action="append", required=True, metavar="BENCHMARK", help="NAME, NAME=PATH or FILE. May be repeated"
     )
     sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="the cleaned set, .parquet or .jsonl")
-    sub.add_argument("--report", type=Path, required=True, metavar="FILE.json", help="every hit with its evidence")
-    sub.add_argument("--flag", action="store_true", help="keep the hits and mark them in a column `overlaps`")
-    sub.add_argument("--similarity", type=float, default=0.6, metavar="S", help="of stems, 0..1 (default 0.6)")
+    sub.add_argument("--report", type=Path, required=True, metavar="FILE.json", help="all matches with their evidence")
+    sub.add_argument("--flag", action="store_true", help="keep the matches and mark them in a column `overlaps`")
+    sub.add_argument("--similarity", type=float, default=0.6, metavar="S", help="minimum, of stems (default: %(default)s)")
     _bad_rows(sub)
     _overwrite(sub)
-    sub = verb("difficulty", _difficulty, "Sample a model's answers to every question: pass rate, level, informativeness.")
+    sub = verb("difficulty", _difficulty, "Annotate questions with a model's pass rate, a level and informativeness.")
     add_difficulty(sub)
     _bad_rows(sub)
     _overwrite(sub)
-    sub = verb("suspects", _suspects, "Find questions whose key may be wrong; write a file of decisions.")
+    sub = verb("suspects", _suspects, "Find questions whose key may be wrong and write a file of decisions.")
     sub.add_argument("--questions", type=Path, action="append", required=True, metavar="FILE")
     sub.add_argument(
         "--items",
@@ -86,29 +87,29 @@ def _add_checks(verb: Callable[..., argparse.ArgumentParser]) -> None:
         action="append",
         default=[],
         metavar="items.jsonl",
-        help="graded answers of an evaluation, one file a model; may be repeated",
+        help="graded answers of an evaluation, one file per model. May be repeated",
     )
-    sub.add_argument("--models", type=int, default=2, metavar="N", help="models that must agree (default 2)")
-    sub.add_argument("--share", type=float, default=0.6, metavar="S", help="of all answers that are the other letter")
-    sub.add_argument("--out", type=Path, required=True, metavar="FILE.yaml", help="made, or continued where it exists")
+    sub.add_argument("--models", type=int, default=2, metavar="N", help="number of models that must agree (default: 2)")
+    sub.add_argument("--share", type=float, default=0.6, metavar="S", help="minimum share of answers that disagree")
+    sub.add_argument("--out", type=Path, required=True, metavar="FILE.yaml", help="new or existing file of decisions")
     _bad_rows(sub)
-    sub = verb("inspect", _inspect, "Show a set as one HTML page: lengths, answers, sources, levels, examples, problems.")
+    sub = verb("inspect", _inspect, "Write an HTML page about a set: lengths, answers, levels, examples, problems.")
     sub.add_argument("file", type=Path, metavar="FILE")
-    sub.add_argument("--out", type=Path, metavar="FILE.html", help="default: FILE with .html; numbers beside as .json")
+    sub.add_argument("--out", type=Path, metavar="FILE.html", help="default: FILE with .html; also writes .json")
     sub.add_argument(
         "--train",
         type=Path,
         action="append",
         default=[],
         metavar="FILE",
-        help="training questions: what a policy that never reads a question would learn from them is scored on FILE "
-        "(default: from the other questions of FILE); may be repeated",
+        help="training questions. Policies that do not read the question are fitted on them and scored on FILE "
+        "(default: fitted on the other questions of FILE). May be repeated",
     )
     _overwrite(sub)
 
 
 def _overwrite(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--overwrite", action="store_true", help="replace existing files (default: refuse)")
+    sub.add_argument("--overwrite", action="store_true", help="replace existing files")
 
 
 def _bad_rows(sub: argparse.ArgumentParser) -> None:
@@ -116,7 +117,7 @@ def _bad_rows(sub: argparse.ArgumentParser) -> None:
         "--bad-rows",
         choices=[str(choice) for choice in BadRows],
         default=str(BadRows.REFUSE),
-        help="what to do with rows that are no questions (default: refuse)",
+        help="invalid rows (default: refuse)",
     )
 
 

@@ -168,13 +168,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from alphamed.evaluation.command import add_model_arguments
 
     add = parser.add_argument
-    add("--questions", type=Path, action="append", required=True, metavar="FILE", help="may be repeated")
-    add("--out", type=Path, required=True, metavar="FILE", help=".parquet or .jsonl; answers are kept in FILE.work")
-    add("--samples", type=int, default=5, metavar="K", help="answers a question (default 5, as in the paper)")
-    add("--temperature", type=float, default=1.0, metavar="T", help="default 1")
-    add("--top-p", type=float, default=1.0, metavar="P", help="default 1")
-    add("--shard", default="1/1", metavar="I/N", help="only this part of the questions, for several machines at once")
-    add("--informativeness", choices=list(INFORMATIVENESS), default="length", help="how questions are binned")
+    add(
+        "--questions",
+        type=Path,
+        action="append",
+        required=True,
+        metavar="FILE",
+        help="questions to annotate. May be repeated",
+    )
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="annotated set, .parquet or .jsonl; answers are stored in FILE.work",
+    )
+    add("--samples", type=int, default=5, metavar="K", help="answers per question (default: 5, as in the paper)")
+    add("--temperature", type=float, default=1.0, metavar="T", help="sampling temperature (default: 1)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling (default: 1)")
+    add("--shard", default="1/1", metavar="I/N", help="process only part I of N, to use several machines")
+    add(
+        "--informativeness",
+        choices=list(INFORMATIVENESS),
+        default="length",
+        help="measure of informativeness (default: length of the stem)",
+    )
     add_model_arguments(parser)
 
 

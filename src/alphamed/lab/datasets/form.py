@@ -76,15 +76,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m alphamed.lab.datasets.form", description="Write a lesson in form for `alphamed sft`."
     )
-    parser.add_argument("out", type=Path, metavar="OUT", help=".jsonl")
-    parser.add_argument("--questions", type=Path, action="append", required=True, metavar="FILE", help="may be repeated")
-    parser.add_argument("--rows", type=int, metavar="N", help="default: one for each question")
+    parser.add_argument("out", type=Path, metavar="OUT", help="output file, .jsonl")
+    parser.add_argument(
+        "--questions", type=Path, action="append", required=True, metavar="FILE", help="questions. May be repeated"
+    )
+    parser.add_argument("--rows", type=int, metavar="N", help="number of rows (default: one per question)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--response",
         default=RESPONSE,
         metavar="TEXT",
-        help="with {text} and {letter} (default: '%(default)s'; for chats without the blank)",
+        help="response format with {text} and {letter} (default: '%(default)s'; for chat templates without the leading space)",
     )
     options = parser.parse_args(arguments)
     try:

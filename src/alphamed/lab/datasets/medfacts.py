@@ -330,8 +330,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--levels", type=int, nargs="+", metavar="N", choices=LEVELS)
     parser.add_argument("--categories", nargs="+", metavar="NAME", choices=table())
-    parser.add_argument("--facts", type=int, metavar="N", help="train on N facts (default: all)")
-    parser.add_argument("--copies", type=int, metavar="N", help="questions of a fact in each level")
+    parser.add_argument("--facts", type=int, metavar="N", help="number of facts to train on (default: all)")
+    parser.add_argument("--copies", type=int, metavar="N", help="minimum number of questions per fact in each level")
     filters = vars(parser.parse_args(arguments))
     try:
         paths = write(filters.pop("folder"), filters.pop("seed"), **filters)
