@@ -270,7 +270,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _launch(options: argparse.Namespace) -> int:
-    from alphamed.config.loading import load_config
+    from alphamed.config.loading import load_run
     from alphamed.errors import ConfigError
     from alphamed.launch import single_host
 
@@ -285,12 +285,12 @@ def _launch(options: argparse.Namespace) -> int:
 
         return remote.main(options)
     if options.nodes is None:
-        return _start(load_config(options.config, options.overrides), options)
+        return _start(load_run(options.config, options.overrides), options)
     from alphamed.lab.hooks import check
     from alphamed.launch import nodes
 
     named = nodes.named(options.nodes, options.node_rank)
-    return nodes.run(lambda: load_config(options.config, options.overrides), named, options.node_rank, options.port, check)
+    return nodes.run(lambda: load_run(options.config, options.overrides), named, options.node_rank, options.port, check)
 
 
 def _worker(options: argparse.Namespace) -> int:

@@ -89,6 +89,26 @@ def test_the_letter_of_the_answer_can_be_boxed(tmp_path):
         only(tmp_path, {"prompt": "?", "response": "!"}, boxed)
 
 
+def test_the_letter_is_that_of_an_option(tmp_path):
+    row = {"question": "Which?", "options": ["this", "that"], "answer": "E", "response": "That."}
+    with pytest.raises(DataError, match="answer 'E' is none of the options A, B"):
+        only(tmp_path, row, "{response} {letter}")
+    row |= {"prompt": "Which?", "question": None, "options": None}  # its options are not known
+    assert only(tmp_path, row, "{response} {letter}").responses == ("That. E",)
+
+
+def test_a_table_of_texts_holds_lists_of_responses_and_messages(tmp_path):
+    """Else the list would be trained on as it is written."""
+    path = tmp_path / "train.csv"
+    path.write_text('prompt,responses\n1?,"[""2."", ""two""]"\n', encoding="utf-8-sig")
+    (example,) = load_examples([path]).examples
+    assert (example.prompt, example.responses) == ("1?", ("2.", "two"))
+    turns = json.dumps([{"role": "user", "content": "1?"}, {"role": "assistant", "content": "2."}]).replace('"', '""')
+    path.write_text(f'messages\n"{turns}"\n')
+    (example,) = load_examples([path]).examples
+    assert example.responses == ("2.",)
+
+
 def test_parquet_holds_the_same(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -142,6 +162,15 @@ def test_medreason(tmp_path):
     assert dict(only(tmp_path, row | {"options": ""}).prompt.options) == {}
 
 
+def test_an_option_begins_an_answer_as_whole_words(tmp_path):
+    row = {"dataset_name": "x", "question": "When?", "options": "A. No\nB. Vitamin B1\nC. +", "reasoning": "so"}
+    for answer, letter in (("No, never.", "A"), ("Vitamin B1: beri-beri", "B"), ("+1 so", "C")):
+        assert only(tmp_path, row | {"answer": answer}, "{letter}").responses == (letter,)
+    for answer in ("Nocturnal", "Vitamin B12"):
+        with pytest.raises(DataError, match="no answer as a letter"):
+            only(tmp_path, row | {"answer": answer}, "{letter}")
+
+
 def test_sharegpt(tmp_path):
     turns = [{"from": "human", "value": "1?"}, {"from": "gpt", "value": "2."}]
     found = only(tmp_path, {"id": "s", "system": "Be brief.", "conversations": turns})
@@ -181,6 +210,10 @@ USER, ASSISTANT = {"role": "user", "content": "?"}, {"role": "assistant", "conte
         ({"question": "?", "options": {"B": "x", "C": "y"}, "response": "!"}, "option letters are B, C, not A, B, C ... in order"),
         ({"Question": "?", "Complex_CoT": None, "Response": "!"}, "Complex_CoT is empty"),
         ({"conversations": [{"from": "human"}]}, "not in the layout of sharegpt (KeyError: 'value')"),
+        ({"messages": [USER, ASSISTANT | {"reasoning_content": "so"}]}, "messages: turn 2 has reasoning_content, which is not read; "
+         "write it into the content"),
+        ({"messages": [USER, ASSISTANT | {"tool_calls": [{"id": "1"}]}]}, "messages: turn 2 has tool_calls, which is not read; "
+         "write it into the content"),
         ([1], "not an object of keys and values"),
     ],
 )  # fmt: skip
@@ -279,16 +312,49 @@ def test_control_tokens_in_texts(tmp_path):
         encoded(tmp_path, {"prompt": "?", "response": f"No.{END}"})
 
 
+def test_control_tokens_in_earlier_turns(tmp_path):
+    """They would end the turn there, whatever has a loss."""
+    said = {"messages": [USER, {"role": "assistant", "content": f"No.{END}"}, USER, ASSISTANT]}
+    for loss_on in ("responses", "assistant_turns"):
+        with pytest.raises(DataError, match=r"a response holds the control token '<\|im_end\|>'; remove it"):
+            encoded(tmp_path, said, sft={"loss_on": loss_on})
+
+
+OPENS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n<think>\n"
+
+
+def test_thinking_that_the_prompt_has_begun_is_ended_and_not_begun_again(tmp_path):
+    def responses(response):
+        config, _, _ = setting(tmp_path, {"prompt": "1?", "response": response})
+        (tmp_path / "chat_template.jinja").write_text(OPENS + "{# </think> #}")
+        tokenizer = load_tokenizer(tmp_path)
+        encoder = ExampleEncoder(tokenizer, PromptBuilder(tokenizer, config.prompt), config)
+        found = encoder.encode(load_usable(config, encoder).examples[0])
+        return [tokenizer.decode(ids, skip_special=False) for ids in (found.prompt, found.responses[0])]
+
+    prompt, response = responses("One.\n</think>\n\n1")
+    assert prompt.endswith("assistant\n<think>\n") and response == f"One.\n</think>\n\n1{END}"
+    with pytest.raises(DataError, match="a response holds <think>, with which its prompt ends already"):
+        responses("<think>\nOne.\n</think>\n\n1")
+    with pytest.raises(DataError, match="its prompt ends with <think>, but a response holds no </think>"):
+        responses("1")
+
+
 @pytest.mark.parametrize(
     "row, sections, problem",
     [
+        (
+            {"prompt": "?", "response": "!"},
+            {"prompt": {"template": "raw"}},
+            "its prompt takes 1 token, at least 2 are needed",
+        ),
         ({"prompt": "x" * 300, "response": "!"}, {}, "its prompt takes [0-9]+ tokens, prompt.max_tokens is 200; raise it"),
         ({"prompt": "?", "response": "y" * 100}, {}, "its response takes 101 tokens, rollout.max_response_tokens is 100"),
         (DIALOGUE, {"prompt": {"template": "raw"}}, "messages need prompt.template=chat"),
     ],
 )
 def test_what_does_not_fit_is_refused_or_skipped(tmp_path, row, sections, problem):
-    good = {"id": "good", "prompt": "?", "response": "!"}
+    good = {"id": "good", "prompt": "why?", "response": "!"}
     config, encoder, _ = setting(tmp_path, good, row, **sections)
     with pytest.raises(DataError, match=f"train.jsonl:2: {problem}"):
         load_usable(config, encoder)

@@ -69,6 +69,57 @@ def test_the_lesson_of_the_quickstart_asks_as_its_training_does():
     assert lesson.rollout.max_response_tokens == training.rollout.max_response_tokens
 
 
+@pytest.fixture
+def quickstart(tmp_path):
+    """Runs examples/quickstart.sh in a folder with a blank in its name, where `python` and `alphamed` only note how they
+    are called, and `sft` ends as well as it is told: (exit code, standard error, calls)."""
+    folder = tmp_path / "my work"
+    (folder / "bin").mkdir(parents=True)
+    for name in ("python", "alphamed"):
+        stub = folder / "bin" / name
+        stub.write_text('#!/bin/sh\necho "$(basename "$0") $*" >>calls\n[ "$1" != sft ] || exit "$SFT_EXIT"\n')
+        stub.chmod(0o755)
+
+    def run(*arguments: str, sft_exit: int = 0) -> tuple[int, str, list[str]]:
+        (folder / "calls").write_text("")
+        ended = subprocess.run(
+            ["bash", str(ROOT / "examples" / "quickstart.sh"), *arguments],
+            cwd=folder,
+            env={"PATH": os.environ["PATH"], "ALPHAMED_BIN": str(folder / "bin"), "SFT_EXIT": str(sft_exit)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        return ended.returncode, ended.stderr, (folder / "calls").read_text().splitlines()
+
+    return folder, run
+
+
+def test_the_quickstart_trains_after_a_lesson_of_the_same_settings_only(quickstart):
+    folder, run = quickstart
+    verbs = lambda calls: [call.split()[1] + " --check" * call.endswith("--check") for call in calls if call[0] == "a"]
+    assert verbs(run()[2]) == ["sft", "train"]
+    lesson = folder / "runs" / "quickstart-lesson"
+    lesson.mkdir(parents=True)
+    (lesson / "config.yaml").write_text("")  # ended in the middle of it
+    assert verbs(run()[2]) == ["sft --check", "sft", "train"]
+    (lesson / "finished.json").write_text("{}")
+    assert verbs(run()[2]) == ["sft --check", "train"]
+    code, error, calls = run(sft_exit=2)  # other questions, model or settings than the lesson was made with
+    assert (code, verbs(calls)) == (2, ["sft --check"])
+    assert "where runs/quickstart-lesson is of other questions or settings, remove it" in error
+
+
+def test_the_quickstart_takes_settings_and_control_in_any_order(quickstart):
+    _, run = quickstart
+    for arguments in (["--control", "run.name=mine"], ["run.name=mine", "--control"]):
+        code, _, calls = run(*arguments)
+        assert code == 0 and calls[-1].endswith("run.name=quickstart-control data.answer_keys=shuffled run.name=mine")
+    for wrong in ("--contrl", "mine", "", "=3"):
+        code, error, calls = run("run.name=mine", wrong)
+        assert (code, calls) == (2, []) and error == f"quickstart: {wrong}: it takes --control and settings as key=value\n"
+
+
 @pytest.mark.parametrize("name", ["train_alphamed_8b", "train_alphamed_70b"])
 def test_launchers_are_bash_and_python(name):
     path = ROOT / "examples" / f"{name}.sh"

@@ -326,9 +326,27 @@ def test_facts_are_dealt_to_categories_and_wrong_options_come_from_them_alone():
     assert len({q.source for q in two.train}) == 2  # 11 facts are groups of four in two categories
 
 
+@pytest.mark.parametrize("seed", [0, 3])
+def test_facts_held_out_beside_few_trained_ones_share_no_answer_with_them(seed):
+    """Who has learnt that Aedes carries dengue fever answers a held-out question about Zika by what the two have in common."""
+    names = ("vectors", "cell_products", "viruses")
+    few = medfacts.build(seed, levels=(1, 5), categories=names, facts=12, copies=4)
+    trained = set().union(*map(stated_subjects, few.train))
+    answers = {truth(category)[subject][0] for category, subject in trained}
+    asked = set().union(*map(stated_subjects, few.heldout_fact))
+    assert len(asked) >= 3 * 8 and not asked & trained
+    assert not {truth(category)[subject][0] for category, subject in asked} & answers
+    said = {part for q in few.heldout_fact for text in q.options.values() for part in text.split(" - ")}
+    assert not said & answers  # nor is one offered as a wrong option, or in a false pair
+
+
 @pytest.mark.parametrize(
     ("facts", "message"),
-    [(3, "facts: 3 make no question with 4 options"), (24, "facts: 24 are 24 of acid_base, which has 23")],
+    [
+        (20, "facts: 20 leave none to hold out whose answer is not one of theirs; ask for fewer"),
+        (3, "facts: 3 make no question with 4 options"),
+        (24, "facts: 24 are 24 of acid_base, which has 23"),
+    ],
 )
 def test_facts_that_are_not_there_are_refused(facts, message):
     with pytest.raises(ValueError, match=message):

@@ -157,6 +157,7 @@ def test_thinking_is_told_from_the_responses_where_the_model_is_elsewhere(tmp_pa
         ),
         ("dynamic_sampling.refills=9", "dynamic_sampling.refills: 9, .* sampled with 0"),
         ("data.shuffle_options=false", "data.shuffle_options: False, .* sampled with True"),
+        ("data.spread=answer", "data.spread: 'answer', .* sampled with 'nothing'"),
     ],
 )
 def test_a_replay_refuses_what_would_have_no_effect(tmp_path, setting, message):

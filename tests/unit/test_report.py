@@ -44,17 +44,17 @@ def row(step, **more):
     } | more
 
 
-def graded(name, outcomes, text="because \\boxed{A}"):
-    question = Question(name, f"<i>{name}</i> & more?", {"A": "<b>a</b>", "B": "b"}, "A")
+def graded(name, outcomes, text="because \\boxed{A}", key="A"):
+    question = Question(name, f"<i>{name}</i> & more?", {"A": "<b>a</b>", "B": "b"}, key)
     rollouts = tuple(Rollout(name, name, j, (1, 2), (-0.5, -0.5), text, FinishReason.STOP, 0) for j in range(len(outcomes)))
     rewards = tuple(float(outcome == C) for outcome in outcomes)
     return ScoredGroup(
-        RolloutGroup(name, question, (1,), rollouts), tuple(outcomes), rewards, rewards, ("A",) * len(outcomes)
+        RolloutGroup(name, question, (1,), rollouts), tuple(outcomes), rewards, rewards, (key,) * len(outcomes)
     )
 
 
-def evaluate(run_dir, step, outcomes, text="because \\boxed{A}"):
-    groups = tuple(graded(f"q{i}", [outcome], text) for i, outcome in enumerate(outcomes))
+def evaluate(run_dir, step, outcomes, text="because \\boxed{A}", keys="A"):
+    groups = tuple(graded(f"q{i}", [outcome], text, keys[i % len(keys)]) for i, outcome in enumerate(outcomes))
     questions = QuestionSet("wording", Path("wording.jsonl"), tuple(g.group.question for g in groups), len(groups))
     write_evaluation(
         run_dir / "evaluations", f"step_{step:06d}", step, Evaluation(0, (SetResult(questions, groups, score(groups)),), 1.0)
@@ -79,8 +79,8 @@ def run_dir(tmp_path):
 def fill(run_dir):
     for step in range(1, 41):
         append_json(run_dir / "metrics.jsonl", row(step))
-    evaluate(run_dir, 0, [W] * 60 + [C] * 10 + [U] * 130, EVIL)
-    evaluate(run_dir, 40, [C] * 150 + [W] * 40 + [U] * 10, EVIL)
+    evaluate(run_dir, 0, [W] * 60 + [C] * 10 + [U] * 130, EVIL, "AB")  # one key for all would be had without reading
+    evaluate(run_dir, 40, [C] * 150 + [W] * 40 + [U] * 10, EVIL, "AB")
     for step in (1, 40):
         write_rollouts(rollout_path(run_dir, step), step, [graded(f"r{step}", [C, W, U], EVIL)])
     provenance.record_start(run_dir, ["alphamed", "train", "<u>"], [], None, {"continued_after_step": 0, "changed": {}})

@@ -80,6 +80,7 @@ def test_a_gain_above_all_blind_policies(run_dir):
         "outside its interval."
     )
     assert f"  {report.sentences[-1]}" in run_summary(run_dir)
+    assert any(text.startswith("Knowledge: ") for text in report.sentences)
     assert "Without reading the question" in write_report(run_dir).read_text()
     numbers = json.loads((run_dir / "report.json").read_text())["choices"]["set"]
     assert numbers["blind_policies"]["was ever a key"]["accuracy"] == 0.25
@@ -100,6 +101,8 @@ def test_a_gain_that_needs_no_question(run_dir):
         "The share of correct answers (62.5% [55.6%, 68.9%]) is not shown to be above the best of them, so that it shows no "
         "knowledge."
     )
+    for text in (" ".join(report.sentences), "\n".join(run_summary(run_dir))):
+        assert "Knowledge:" not in text and "not more than without reading the question (100.0%)" in text
 
 
 def test_without_the_training_files_the_set_itself_is_fitted_on(run_dir):

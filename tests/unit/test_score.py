@@ -149,6 +149,15 @@ def test_boxing_the_easy_questions_only_is_not_knowledge():
     assert "the questions that are still boxed may be the easy ones" in text
 
 
+def test_what_is_had_without_reading_is_not_knowledge():
+    """From a letter that is never right to chance, and to the best of the policies that read nothing."""
+    for before, after, blind in ((0, 50, 0.0), (50, 110, 0.6)):  # 25% [19.5%, 31.4%]; 55% [48.1%, 61.7%]
+        text = " ".join(verdict(numbers(200, before, chance=0.25), numbers(200, after, chance=0.25), blind))
+        assert "Knowledge:" not in text and "No gain in knowledge is shown: among boxed answers more are right" in text
+        assert f"not more than without reading the question ({max(blind, 0.25):.1%})" in text
+    assert "Knowledge:" in " ".join(verdict(numbers(200, 50), numbers(200, 110), 0.45))
+
+
 def test_nothing_moved():
     text = " ".join(verdict(numbers(100, 30), numbers(104, 33)))
     assert text.count("did not move outside its interval") == 2 and "No gain in knowledge is shown" in text

@@ -86,6 +86,7 @@ def test_an_evaluation_needs_engines(start, tmp_path):
         ({"sft": {"prompts_per_step": 7}}, "sft.prompts_per_step: 7 is more than the 6 examples of data.train"),
         ({"sft": {"prompts_per_step": 1}, "parallel": {"data": 2}}, "sft.prompts_per_step: 1 gives 2 data ranks less than one"),
         ({"sft": {"epochs": 2}, "run": {"steps": 5}}, "sft.epochs: 2 and run.steps: 5 both say how long; remove one"),
+        ({"sft": {"response_format": "{reasonning} {response}"}}, "{reasonning} is none of {reasoning}, {response}, {letter}"),
         ({"sft": {"response_format": "{reasoning}"}}, "sft.response_format: '{reasoning}' leaves the response out"),
         ({"sft": {"loss_on": "everything"}}, "sft.loss_on: 'everything' is not valid; it takes 'responses' or"),
         ({"sft": {"prompt_per_step": 1}}, "sft.prompt_per_step: unknown key; did you mean 'prompts_per_step'?"),
@@ -100,6 +101,12 @@ def test_an_evaluation_needs_engines(start, tmp_path):
 def test_mistakes_are_one_line(start, sections, words):
     code, _, error = start("--check", **sections)
     assert code == 2 and words in error and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize("verb", ["launch", "plan"])
+def test_the_length_is_given_once_whatever_starts_it(start, verb):
+    code, _, error = start(verb=verb, sft={"epochs": 2}, run={"steps": 5})
+    assert code == 2 and "sft.epochs: 2 and run.steps: 5 both say how long; remove one" in error
 
 
 def test_train_refuses_what_is_for_sft(start):

@@ -45,6 +45,12 @@ def load_supervised(path: str | Path, overrides: list[str] | tuple[str, ...] = (
     return config
 
 
+def load_run(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """`load_config` for what takes runs of either kind: the section `sft` says which. Raises ConfigError."""
+    supervised = load_tree(path, overrides).get("sft") is not None
+    return load_supervised(path, overrides) if supervised else load_config(path, overrides)
+
+
 def load_tree(path: str | Path, overrides: list[str] | tuple[str, ...] = (), kind: str = "config") -> dict[str, Any]:
     """The mapping in one YAML file (messages call it a `kind`) with overrides in it, not validated. Raises ConfigError."""
     path = Path(path)

@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator
+
 from alphamed.config.choices import LossOn
 from alphamed.config.sections import Positive, PositiveFloat, Section
+
+FIELDS = ("reasoning", "response", "letter")
+_BRACED = re.compile(r"(\\[A-Za-z]+)?\{([A-Za-z_]+)\}")
+
+
+def checked(pattern: str) -> str:
+    """`pattern`, where each {name} is one of FIELDS; behind a command, as in \\text{name}, it is a text. ValueError says so."""
+    for command, name in _BRACED.findall(pattern):
+        if not command and name not in FIELDS:
+            raise ValueError(f"{{{name}}} is none of {', '.join(f'{{{field}}}' for field in FIELDS)}")
+    return pattern
 
 
 class SftConfig(Section):
@@ -15,6 +31,6 @@ class SftConfig(Section):
     """Passes over data.train, instead of run.steps."""
     loss_on: LossOn = LossOn.RESPONSES
     """In conversations, train on the last assistant turn (`responses`) or on each one (`assistant_turns`)."""
-    response_format: str = "{reasoning}\n\n{response}"
+    response_format: Annotated[str, AfterValidator(checked)] = "{reasoning}\n\n{response}"
     """How a row's `reasoning`, `response` and, as `{letter}`, `answer` are joined. Applies to rows with reasoning, or to all
     rows if it contains the letter (`{reasoning} The answer is \\boxed{{letter}}`)."""

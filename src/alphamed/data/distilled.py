@@ -46,7 +46,7 @@ def medreason(row: Upstream) -> dict[str, Any]:
     lines = str(row.get("options") or "").splitlines()
     options = {match[1]: match[2] for line in lines if (match := _OPTION_LINE.match(line))}
     said = row["answer"].strip().casefold()
-    right = max((len(text), letter) for letter, text in [("", ""), *options.items()] if said.startswith(text.casefold()))
+    right = max((len(text), letter) for letter, text in [("", ""), *options.items()] if _begins_with(said, text.casefold()))
     return {
         "question": row["question"],
         "options": options or None,
@@ -54,6 +54,11 @@ def medreason(row: Upstream) -> dict[str, Any]:
         "reasoning": row["reasoning"],
         "response": row["answer"],
     }
+
+
+def _begins_with(text: str, words: str) -> bool:
+    """Whether `text` begins with `words` as whole words: "no" does not begin "nocturnal"."""
+    return text.startswith(words) and not (words[-1:].isalnum() and text[len(words) : len(words) + 1].isalnum())
 
 
 def sharegpt(row: Upstream) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from alphamed.records import Question
 PROMPT_FIELDS = ("question", "prompt", "messages")
 RESPONSE_FIELDS = ("response", "responses", "completion")
 ROLES = ("system", "user", "assistant")
+UNREAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+"""Parts of a turn that would change its text: refused, for without them another text would be trained on."""
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 Prompt = Question | str | tuple[Message, ...]
 
@@ -65,12 +68,13 @@ def load_examples(
     Raises DataError where a file cannot be read, holds no example, or, with BadRows.REFUSE, has any bad row.
     """
     examples: dict[str, Example] = {}
+    alike: Counter[str] = Counter()
     problems: list[RowProblem] = []
     for row in (row for path in paths for row in rows(Path(path))):
         try:
             if row.problem is not None:
                 raise ValueError(row.problem)
-            example = _parse(row, response_format, examples)
+            example = _parse(row, response_format, alike)
             if example.id in examples:
                 first = examples[example.id].place
                 raise ValueError(f"duplicate id {short(example.id)}, first at {first[0]}:{first[1]}")
@@ -95,22 +99,22 @@ def usable(examples: Iterable[Example], problems: Sequence[RowProblem], bad_rows
 
 
 # ------------------------------------------------------------------------------------------------------------- one row
-def _parse(row: RawRow, response_format: str, known: Container[str]) -> Example:
-    """Raises ValueError with the first problem, as a short phrase."""
+def _parse(row: RawRow, response_format: str, alike: Counter[str]) -> Example:
+    """`alike`: how many rows there were of each content. Raises ValueError with the first problem, as a short phrase."""
     if not isinstance(row.value, Mapping):
         raise ValueError("not an object of keys and values")
     value = adapt(row.value)
     responses, last = _responses(value)
     prompt = _prompt(value, row.where, last)
     if "reasoning" in value or "{letter}" in response_format:
-        responses = _formatted(value, responses, response_format)
+        responses = _formatted(value, prompt, responses, response_format)
     name = value.get("id")
     if name is not None and not isinstance(name, str | int):
         raise ValueError(f"id {short(name)} is neither text nor a whole number")
-    return Example(str(name) if name else _made_id(prompt, responses, known), prompt, tuple(responses), (row.file, row.line))
+    return Example(str(name) if name else _made_id(prompt, responses, alike), prompt, tuple(responses), (row.file, row.line))
 
 
-def _formatted(value: Mapping[str, Any], responses: Sequence[str], response_format: str) -> list[str]:
+def _formatted(value: Mapping[str, Any], prompt: Prompt, responses: Sequence[str], response_format: str) -> list[str]:
     """Reasoning, response and the letter of the answer, where the format asks for it, as one text each."""
     reasoning = _texts(value, "reasoning") if "reasoning" in value else [""] * len(responses)
     if len(reasoning) != len(responses):
@@ -118,6 +122,8 @@ def _formatted(value: Mapping[str, Any], responses: Sequence[str], response_form
     letter = value.get("answer", "")
     if "{letter}" in response_format and letter not in tuple(string.ascii_uppercase):
         raise ValueError("no answer as a letter, which sft.response_format puts into the response")
+    if "{letter}" in response_format and isinstance(prompt, Question) and prompt.options and letter not in prompt.options:
+        raise ValueError(f"answer {short(letter)} is none of the options {', '.join(prompt.options)}")
     pattern = re.compile(r"\{(reasoning|response|letter)\}")
     texts = []
     for thought, said in zip(reasoning, responses):
@@ -196,6 +202,8 @@ def _messages(value: object, field: str, first: tuple[str, ...] = ("system", "us
         expected = first if not turns else ("assistant",) if turns[-1]["role"] == "user" else ("user",)
         if role not in expected:
             raise ValueError(f"{field}: turn {len(turns) + 1} is the {role}'s, not the {expected[-1]}'s")
+        if unread := next((name for name in UNREAD if turn.get(name)), None):
+            raise ValueError(f"{field}: turn {len(turns) + 1} has {unread}, which is not read; write it into the content")
         content = turn.get("content")
         turns.append(Message(role=role, content=_text(content, f"{field}: turn {len(turns) + 1}")))
     return tuple(turns)
@@ -219,7 +227,8 @@ def _text(text: object, field: str) -> str:
     return text
 
 
-def _made_id(prompt: Prompt, responses: Sequence[str], known: Container[str]) -> str:
+def _made_id(prompt: Prompt, responses: Sequence[str], alike: Counter[str]) -> str:
     """An id from the content; rows of the same content get numbers."""
     base = draw(prompt, *responses)[:16]
-    return next(name for n in range(1, 1_000_000) if (name := base if n == 1 else f"{base}-{n}") not in known)
+    alike[base] += 1
+    return base if alike[base] == 1 else f"{base}-{alike[base]}"

@@ -25,7 +25,7 @@ from alphamed.data.mcq import RawRow, short
 from alphamed.errors import DataError
 
 KINDS = ".jsonl, .json, .csv, .tsv (each also with .gz) or .parquet"
-NESTED = ("options", "choices", "answers", "data", "context")
+NESTED = ("options", "choices", "answers", "data", "context", "responses", "messages", "conversations")
 """Columns whose cells may hold a list or an object, as JSON or as Python writes it (what pandas makes of a dict)."""
 WHOLE = ("level", "informativeness", "cop", "ra", "answer_index")
 """Columns of whole numbers in the schema and in public sets."""

@@ -106,11 +106,13 @@ def change(before: Share, after: Share) -> Change:
     return Change.OPEN
 
 
-def verdict(before: Score, after: Score) -> list[str]:
-    """The conclusions that two evaluations of the same questions allow, in sentences.
+def verdict(before: Score, after: Score, blind: float = 0.0) -> list[str]:
+    """The conclusions that two evaluations of the same questions allow, in sentences. `blind`: the best accuracy that is known
+    to be had without reading the questions, where it is above chance.
 
     A risen boxed rate is called format. Knowledge is spoken of only where accuracy among boxed answers rose outside its
-    interval, and not by leaving the harder questions unboxed; a rise that the boxed rate alone explains is called that.
+    interval, and not by leaving the harder questions unboxed, and more are right of all than without reading; a rise that the
+    boxed rate alone explains is called that.
     """
     sentences = [_format(before.boxed, after.boxed)]
     accuracy = change(before.accuracy, after.accuracy)
@@ -123,7 +125,7 @@ def verdict(before: Score, after: Score) -> list[str]:
             f"{_moved(before.accuracy, after.accuracy)}.",
         }[accuracy]
     )
-    sentences.append(_knowledge(before, after, accuracy, among))
+    sentences.append(_knowledge(before, after, accuracy, among, max(blind, after.chance)))
     if change(before.truncated, after.truncated) == Change.ROSE:
         sentences.append(f"More responses run into the token limit: {_moved(before.truncated, after.truncated)}.")
     return sentences
@@ -138,7 +140,7 @@ def _format(before: Share, after: Share) -> str:
     }[trend]
 
 
-def _knowledge(before: Score, after: Score, accuracy: Change, among: Change) -> str:
+def _knowledge(before: Score, after: Score, accuracy: Change, among: Change, blind: float) -> str:
     old, new = before.accuracy_among_boxed, after.accuracy_among_boxed
     if not old.total or not new.total:
         return f"Accuracy among boxed answers cannot be compared: {old.total} boxed answers before, {new.total} after."
@@ -147,6 +149,11 @@ def _knowledge(before: Score, after: Score, accuracy: Change, among: Change) -> 
         return (
             f"No gain in knowledge is shown: among boxed answers more are right, {moved}, but fewer are boxed and no "
             f"more are right of all; the questions that are still boxed may be the easy ones."
+        )
+    if among == Change.ROSE and after.accuracy.interval[0] <= blind:
+        return (
+            f"No gain in knowledge is shown: among boxed answers more are right, {moved}, but of all answers "
+            f"({after.accuracy}) not more than without reading the question ({percent(blind)})."
         )
     if among == Change.ROSE:
         return f"Knowledge: among boxed answers more are right than before, outside the intervals, {moved}."

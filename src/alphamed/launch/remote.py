@@ -29,7 +29,7 @@ from alphamed.cluster.hardware import wants_cuda
 from alphamed.cluster.hosts import NodePlan, plan_nodes
 from alphamed.cluster.variables import Start, rule_of
 from alphamed.config.choices import Device
-from alphamed.config.loading import load_config
+from alphamed.config.loading import load_run
 from alphamed.config.schema import Config
 from alphamed.errors import ConfigError
 from alphamed.launch import nodes
@@ -56,7 +56,7 @@ class LaunchOrder:
 
 
 def main(options: argparse.Namespace) -> int:
-    config = load_config(options.config, options.overrides)
+    config = load_run(options.config, options.overrides)
     if options.slurm and not options.dry_run:
         raise ConfigError(
             "--slurm: only shows what a job would do; add --dry-run, or submit it with `sbatch -N HOSTS "
@@ -224,6 +224,6 @@ def serve(order: dict, validate: Callable[[Config], object]) -> int:
     threading.Thread(target=watch, name="lifeline", daemon=True).start()
     file, *overrides = order["arguments"]
     try:
-        return nodes.run(lambda: load_config(Path(file), overrides), order["names"], order["rank"], order["port"], validate)
+        return nodes.run(lambda: load_run(Path(file), overrides), order["names"], order["rank"], order["port"], validate)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -20,6 +20,7 @@ SAMPLED_BY = (
     "dynamic_sampling",
     "data.levels",
     "data.shuffle_options",
+    "data.spread",
 )
 """Settings and sections that recorded rewards and rollouts come from: a replay cannot change what is recorded. Temperature
 and staleness also determine the distribution of the log-probs, and whether they need correction."""

@@ -26,7 +26,7 @@ from typing import TypeVar
 
 from alphamed.files import replace_json_lines
 from alphamed.hashing import draw as draw_key
-from alphamed.lab.datasets.medfacts_groups import Groups, Reach, choose, shuffled, split_facts
+from alphamed.lab.datasets.medfacts_groups import Groups, Reach, choose, other_answers, shuffled, split_facts
 from alphamed.lab.datasets.medfacts_table import FEWEST_OPTIONS, Category, Fact, Form, table
 from alphamed.records import Question
 
@@ -94,9 +94,10 @@ def build(
 
     `levels` and `categories` choose among the questions of the full sets and change none of them. `facts` is the number
     of facts to train on, dealt evenly to the categories, at least 4 each (`heldout_wording` asks about the same ones):
-    wrong options come from these alone. `copies` is the number of questions of a fact in each level, instead of that in
+    wrong options come from these alone, and no fact is held out that shares its answer with one of them, which would be known
+    by what it has in common with it. `copies` is the number of questions of a fact in each level, instead of that in
     LEVELS; some facts may be asked more often, to complete a group, and fewer are made once none is new. Raises
-    ValueError where a level or category does not exist, or where there are not so many facts.
+    ValueError where a level or category does not exist, or where there are not so many facts, or none are left to hold out.
     """
     check(levels, categories, facts)
     parts = {
@@ -107,19 +108,27 @@ def build(
     trained = {name: trained for name, (_, trained) in parts.items()}
     if facts is not None:
         trained = choose(trained, facts, f"{seed}/facts")
+    answers = {fact.answer for chosen in trained.values() for fact in chosen}
     splits: dict[str, list[Question]] = {field.name: [] for field in fields(Splits)}
     for name, (held_out, _) in parts.items():
-        asked = trained.get(name, ())
+        asked, offered = trained.get(name, ()), table()[name].facts
+        if facts is not None:
+            held_out = offered = other_answers(offered, held_out, asked, answers, f"{seed}/other answers/{name}")
         for material in (
             _Material("train", asked, asked),
             _Material("heldout_wording", asked, asked),
-            _Material("heldout_fact", held_out, table()[name].facts),
+            _Material("heldout_fact", held_out, offered),
         ):
             made = _Made(seed, table()[name], material)
             for number in range(1, 1 + max(levels or LEVELS)):  # what one level asks depends on those before it
                 splits[material.split] += [
                     question for question in made.level(number, copies) if levels is None or number in levels
                 ]
+    if facts is not None and not splits["heldout_fact"]:
+        raise ValueError(
+            f"medfacts: facts: {facts} leave none to hold out whose answer is not one of theirs; ask for fewer facts or more "
+            f"categories"
+        )
     return Splits(
         **{
             split: tuple(sorted(questions, key=lambda question: _digest(f"{seed}/{question.id}")))

@@ -7,7 +7,7 @@ options. Facts can stand in one group where no answer of one is true or arguable
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import StrEnum
 from random import Random
 from typing import TypeVar
@@ -109,6 +109,21 @@ def choose(facts: Mapping[str, Sequence[Fact]], count: int, key: str) -> dict[st
                 f"facts or more categories"
             )
     return chosen
+
+
+def other_answers(
+    facts: Sequence[Fact], held_out: Sequence[Fact], trained: Collection[Fact], answers: Collection[str], key: str
+) -> tuple[Fact, ...]:
+    """Facts of a category to be held out beside few trained ones: as many as `held_out`, those first, whose answer is none of
+    `answers`. Fewer where there are not so many in groups, down to none."""
+    possible = [fact for fact in facts if fact not in trained and fact.answer not in answers]
+    for count in range(len(held_out), 0, -FEWEST_OPTIONS):
+        for attempt in range(TRIES if len(possible) >= count else 0):
+            order = sorted(shuffled(possible, f"{key}/{attempt}"), key=lambda fact: fact not in held_out)
+            picked = _picked(order, count)
+            if len(picked) == count:
+                return picked
+    return ()
 
 
 def _gives_itself_away(fact: Fact) -> bool:

@@ -6,7 +6,7 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
-from alphamed.config.loading import load_config
+from alphamed.config.loading import load_run
 from alphamed.data.output import check_places
 from alphamed.errors import ConfigError
 from alphamed.lab.planner import advice, text_report
@@ -18,7 +18,7 @@ def main(options: Namespace) -> int:
     """Returns 0 where it fits, 1 where it does not. Raises ConfigError for bad input."""
     outputs = {"--json": options.json, "--html": options.html}
     check_places(outputs, {"--config": [options.config]}, overwrite=True)
-    config = load_config(options.config, options.overrides)
+    config = load_run(options.config, options.overrides)
     check_places(outputs, {"data.train": config.data.train, "evaluation.files": config.evaluation.all_files}, overwrite=True)
     check_options(options, config)
     job, source = job_of(config, options.gpu, options.nodes, options.prompt_tokens, options.response_tokens)

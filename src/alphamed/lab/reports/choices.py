@@ -56,7 +56,7 @@ def with_choices(run_dir: Path, report: SetReport, after: Score) -> SetReport:
 def blind_sentences(run_dir: Path, name: str, step: int, after: Score) -> list[str]:
     """What policies that do not read the question score on an evaluation set as it was asked after `step`, and whether the
     model, which then had the score `after`, is above them all."""
-    scores = blind_scores(_questions(_answers(run_dir, step, name)), trained_on(run_dir))
+    scores = _blind_scores(run_dir, name, step)
     if not scores:
         return []
     best = max(scores, key=lambda score: score.value)
@@ -69,6 +69,16 @@ def blind_sentences(run_dir: Path, name: str, step: int, after: Score) -> list[s
     )
     listed = ", ".join(f"{score.policy}{_detail(score)} {_score(score)}" for score in scores)
     return [f"Without reading the question: {listed}; chance {percent(best.chance)}. {verdict}"]
+
+
+def best_blind(run_dir: Path, name: str, step: int) -> float:
+    """The best score of a policy that does not read the question on an evaluation set as it was asked after `step`; 0 where
+    there is none."""
+    return max((score.value for score in _blind_scores(run_dir, name, step)), default=0.0)
+
+
+def _blind_scores(run_dir: Path, name: str, step: int) -> list[BlindScore]:
+    return blind_scores(_questions(_answers(run_dir, step, name)), trained_on(run_dir))
 
 
 def numbers(run_dir: Path, steps: Mapping[str, int]) -> dict[str, Any]:

@@ -314,7 +314,7 @@ def _set_report(run_dir: Path, name: str, scores: Mapping[int, Score]) -> SetRep
         name,
         after.n,
         tuple(steps),
-        tuple(verdict(before, after)) if several else (),
+        tuple(verdict(before, after, choices.best_blind(run_dir, name, last))) if several else (),
         tuple(table),
         interval_rows(intervals, before.chance),
         percent(before.chance),

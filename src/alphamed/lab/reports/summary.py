@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
-from alphamed.evaluation.score import Score, verdict
-from alphamed.lab.reports.choices import blind_sentences
+from alphamed.evaluation.score import verdict
+from alphamed.lab.reports.choices import best_blind, blind_sentences
 from alphamed.lab.reports.report import SHARES, evaluations, training_sentences
 from alphamed.rundir.metrics import read_rows
 
@@ -33,16 +32,9 @@ def summary(run_dir: Path) -> list[str]:
     ]
     scores_by_step = list(evaluations(run_dir).values())
     for set_name in scores_by_step[-1] if scores_by_step else ():
-        lines += _set_lines(set_name, [scores[set_name] for scores in scores_by_step if set_name in scores])
-        lines += [f"  {text}" for text in _blind_lines(run_dir, set_name)]
+        lines += _set_lines(run_dir, set_name)
     lines += ["", f"Output files: {run_dir}"]
     return lines + [f"  {name:<14} {text}" for name, text in OUTPUT_FILES.items() if (run_dir / name).exists()]
-
-
-def _blind_lines(run_dir: Path, name: str) -> list[str]:
-    """What the set's questions give without being read, where there is a before and an after."""
-    scores = {step: sets[name] for step, sets in evaluations(run_dir).items() if name in sets}
-    return blind_sentences(run_dir, name, max(scores), scores[max(scores)]) if len(scores) > 1 else []
 
 
 def _warnings(run_dir: Path) -> list[str]:
@@ -51,10 +43,15 @@ def _warnings(run_dir: Path) -> list[str]:
     return json.loads(file.read_text(encoding="utf-8"))["warnings"] if file.exists() else []
 
 
-def _set_lines(name: str, scores: Sequence[Score]) -> list[str]:
+def _set_lines(run_dir: Path, name: str) -> list[str]:
+    by_step = {step: sets[name] for step, sets in evaluations(run_dir).items() if name in sets}
+    last, scores = max(by_step), list(by_step.values())
     before, after, several = scores[0], scores[-1], len(scores) > 1
     lines = ["", f"{name}: {after.n} questions, {'before -> after' if several else 'evaluated once'} (95% intervals)"]
     for label, key in SHARES.items():
         values = [str(getattr(score, key)) for score in ((before, after) if several else (after,))]
         lines.append(f"  {label:<22} {' -> '.join(values)}")
-    return lines + [f"  {text}" for text in (verdict(before, after) if several else ())]
+    if not several:
+        return lines
+    sentences = verdict(before, after, best_blind(run_dir, name, last)) + blind_sentences(run_dir, name, last, after)
+    return lines + [f"  {text}" for text in sentences]
