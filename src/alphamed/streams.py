@@ -39,9 +39,13 @@ def _as_bytes(error: UnicodeError) -> tuple[bytes | str, int]:
 
 
 def report(line: str) -> None:
-    """Print a line on stderr where that is possible; where it is full or closed, the exit code alone reports the failure."""
-    with contextlib.suppress(OSError):
+    """Print a line on stderr, if it takes one. If it is full or closed, the exit code says the same. The interpreter may try to
+    write the line again when it ends, and exit with 120."""
+    try:
         print(line, file=sys.stderr, flush=True)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def drop_unwritten() -> None:
