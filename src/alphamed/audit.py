@@ -56,7 +56,7 @@ class History:
 
 
 @dataclass(frozen=True, slots=True)
-class Evidence:
+class AuditRecords:
     """What the run directory and the training files hold."""
 
     config: Config
@@ -100,7 +100,7 @@ def main(run_dir: Path) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------- what is read
-def _gather(run_dir: Path, config: Config, ids: frozenset[str] | None) -> Evidence:
+def _gather(run_dir: Path, config: Config, ids: frozenset[str] | None) -> AuditRecords:
     checkpoints = {}
     for folder in checkpoint_folder.complete(run_dir / "checkpoints"):
         try:
@@ -112,7 +112,7 @@ def _gather(run_dir: Path, config: Config, ids: frozenset[str] | None) -> Eviden
     record = provenance.read(run_dir) or {"starts": []}
     metric_steps = [step_of(row) for row in read_rows(run_dir / "metrics.jsonl")]
     rollout_steps = rollout_files.recorded_steps(run_dir)
-    return Evidence(
+    return AuditRecords(
         config,
         checkpoints,
         metric_steps,
@@ -140,7 +140,7 @@ def _training_files(run_dir: Path, config: Config) -> tuple[list[str], list[str]
 
 
 # ---------------------------------------------------------------------------------------------------------------- the log
-def replay_log(evidence: Evidence, wanted_steps: Iterable[int] = ()) -> History:
+def replay_log(evidence: AuditRecords, wanted_steps: Iterable[int] = ()) -> History:
     """Follow the questions through the log; what was under way after each of `wanted_steps` is kept."""
     history, wanted, drawn = History(), set(wanted_steps), Counter[int]()
     groups: dict[str, Draw] = {}
@@ -211,7 +211,7 @@ def _expected_draws(line: LoggedStep, questions: int | None, drawn: Counter[int]
     yield from ((epoch, 0) for epoch in sorted(drawn) if epoch > line.epoch)
 
 
-def _check_steps(evidence: Evidence) -> Iterator[str]:
+def _check_steps(evidence: AuditRecords) -> Iterator[str]:
     """Steps 1, 2, 3, ... are in the log once each, and so are those of the metrics."""
     expected = 1
     for line in evidence.log:
@@ -226,7 +226,7 @@ def _check_steps(evidence: Evidence) -> Iterator[str]:
         yield f"the log holds {_steps(sorted(ahead))}, metrics.jsonl ends at step {max(evidence.metric_steps)}"
 
 
-def _check_starts(evidence: Evidence) -> Iterator[str]:
+def _check_starts(evidence: AuditRecords) -> Iterator[str]:
     """The steps of each start begin where provenance.json says that it continued."""
     before = 0
     for line in evidence.log:
@@ -242,7 +242,7 @@ def _check_starts(evidence: Evidence) -> Iterator[str]:
         before = max(before, line.attempt)
 
 
-def _check_ids(evidence: Evidence, history: History) -> Iterator[str]:
+def _check_ids(evidence: AuditRecords, history: History) -> Iterator[str]:
     """Each finished epoch had every question of the training files, the current one none but these."""
     if evidence.ids is None:
         return
@@ -258,7 +258,7 @@ def _check_ids(evidence: Evidence, history: History) -> Iterator[str]:
 
 
 # ---------------------------------------------------------------------------------------------- rollout files, checkpoints
-def _check_rollouts(run_dir: Path, evidence: Evidence) -> tuple[list[str], list[str]]:
+def _check_rollouts(run_dir: Path, evidence: AuditRecords) -> tuple[list[str], list[str]]:
     """Whether each step's rollout file holds the groups that the log says were trained on. Notes and violations."""
     violations, agreed, present = [], 0, set(evidence.rollout_steps)
     wanted = evidence.config.logging.rollout_files and not any(
@@ -292,7 +292,7 @@ def _check_rollouts(run_dir: Path, evidence: Evidence) -> tuple[list[str], list[
     return notes, violations
 
 
-def _check_checkpoints(evidence: Evidence, history: History) -> tuple[list[str], list[str]]:
+def _check_checkpoints(evidence: AuditRecords, history: History) -> tuple[list[str], list[str]]:
     """Whether each checkpoint goes on where the log stands after its step. Notes and violations."""
     violations, agreed, lines = [], [], {line.step: line for line in evidence.log}
     for name, state in evidence.checkpoints.items():
@@ -325,7 +325,7 @@ def _differs(state: Mapping[str, Any], line: LoggedStep | None, history: History
 
 
 # --------------------------------------------------------------------------------------------------------------- printing
-def _headline(run_dir: Path, evidence: Evidence) -> str:
+def _headline(run_dir: Path, evidence: AuditRecords) -> str:
     runs = is_running(run_dir, read_pulse(run_dir), time.time())
     state = "running" if runs else "finished" if finished_step(run_dir) is not None else "not running"
     by_attempt: dict[int, list[int]] = {}
@@ -335,7 +335,7 @@ def _headline(run_dir: Path, evidence: Evidence) -> str:
     return f"{run_dir}: {state}; {recorded}"
 
 
-def _table(evidence: Evidence, history: History) -> Iterator[str]:
+def _table(evidence: AuditRecords, history: History) -> Iterator[str]:
     last = evidence.log[-1]
     whole = evidence.questions if evidence.questions is not None else len(evidence.ids) if evidence.ids else None
     by_epoch: dict[int, Counter[str]] = {epoch: Counter() for epoch in range(last.epoch)}
@@ -353,7 +353,7 @@ def _table(evidence: Evidence, history: History) -> Iterator[str]:
         )
 
 
-def _verdict(evidence: Evidence, violations: Sequence[str]) -> Iterator[str]:
+def _verdict(evidence: AuditRecords, violations: Sequence[str]) -> Iterator[str]:
     if violations:
         yield from (f"violation: {violation}" for violation in violations)
         yield f"{len(violations)} violation{'s' * (len(violations) > 1)}"

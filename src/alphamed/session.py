@@ -120,7 +120,7 @@ class Session:
     def export(self) -> None:
         """Write the policy as a Hugging Face folder, all ranks together, and its card."""
         policy, size = self.policy, weight_bytes(self.folder)
-        with checkpoint.storage_deadline(policy, size):
+        with runtime.storage_deadline(self.config, size):
             self.control.everywhere(
                 "exporting the model",
                 lambda: save_hf(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,7 +30,7 @@ from alphamed.megatron.checkpoint_folder import CheckpointError
 from alphamed.megatron.checkpoint_writer import InProcessSave
 from alphamed.megatron.gpt import PolicyModel
 from alphamed.megatron.policy import Policy, TrainingProgress
-from alphamed.megatron.runtime import Runtime, collective_deadline
+from alphamed.megatron.runtime import Runtime, storage_deadline
 from alphamed.model.shape import ModelShape
 from alphamed.records import Layout
 from alphamed.rundir.profiling import stage
@@ -63,7 +62,7 @@ def save(directory: Path, policy: Policy, state: dict[str, Any], keep: int = 2) 
     try:
         work = f"making room for checkpoint {step}"
         _on_rank0(runtime, work, lambda: within_deadline(directory, work, lambda: folders.begin(directory, step, needed)))
-        with storage_deadline(policy, needed):
+        with storage_deadline(policy.config, needed):
             _write(written, policy)
             deadline_s = transfer_deadline_s(needed)
             digests, work = _digests(written, runtime, deadline_s), f"completing checkpoint {step}"
@@ -121,7 +120,7 @@ def load(folder: Path, policy: Policy) -> dict[str, Any]:
     manifest = _agree(runtime, f"loading {folder}", lambda: _manifest(folder, runtime, policy.shape, _settings(policy)))
     same_layout = manifest["layout"] == _sizes(policy.layout)
     _allocate_adam(policy)
-    with storage_deadline(policy, _stored_bytes(policy)):
+    with storage_deadline(policy.config, _stored_bytes(policy)):
         loaded = _read(folder, runtime, _contents(policy, loading=True, random_state=same_layout))
     for name, chunk in _named(policy.model_chunks()):
         chunk.load_state_dict(loaded[name])
@@ -144,12 +143,6 @@ def load_weights(folder: Path, chunks: Sequence[PolicyModel], shape: ModelShape,
     for name, chunk in _named(chunks):
         chunk.load_state_dict(loaded[name])
     return manifest["state"]
-
-
-def storage_deadline(policy: Policy, size: int) -> AbstractContextManager[None]:
-    """Collectives may take what reading or writing `size` bytes may (checkpoint.storage_bytes_per_s)."""
-    config = policy.config
-    return collective_deadline(config.storage_deadline_s(size), config.cluster.rank_timeout_s)
 
 
 def _manifest(folder: Path, runtime: Runtime, shape: ModelShape, settings: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -257,7 +250,7 @@ def _named(chunks: Sequence[PolicyModel]) -> list[tuple[str, PolicyModel]]:
     return [("model", chunks[0])] if len(chunks) == 1 else [(f"model{i}", chunk) for i, chunk in enumerate(chunks)]
 
 
-@contextmanager
+@contextlib.contextmanager
 def _gathered_positions(policy: Policy) -> Iterator[None]:
     """Make the distributed optimizer store the right numbers where its buffer has more than one bucket.
 

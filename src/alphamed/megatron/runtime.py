@@ -85,6 +85,11 @@ def collective_deadline(seconds: float, afterwards_s: float) -> Iterator[None]:
             distributed_c10d._set_pg_timeout(timedelta(seconds=afterwards_s), group)
 
 
+def storage_deadline(config: Config, size: int) -> contextlib.AbstractContextManager[None]:
+    """Collectives may take what reading or writing `size` bytes may (checkpoint.storage_bytes_per_s)."""
+    return collective_deadline(config.storage_deadline_s(size), config.cluster.rank_timeout_s)
+
+
 def own_group(group: object) -> dist.ProcessGroup:
     """A process group that this rank belongs to, as its type: torch and Megatron hand out a number or None to others."""
     assert isinstance(group, dist.ProcessGroup), f"this rank is in no such group ({group!r})"
