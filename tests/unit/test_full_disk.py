@@ -1,4 +1,4 @@
-"""A disk that fills while a run lives: the failure is still recorded on it, told to all ranks, and everything is cleaned up."""
+"""A disk that fills while a run lives: the failure is still recorded on it, reported to all ranks, and everything is cleaned up."""
 
 import errno
 import subprocess

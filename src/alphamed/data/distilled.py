@@ -1,6 +1,6 @@
 """Rows of public sets of distilled reasoning -> rows that examples.py reads: one small function per layout.
 
-A layout is told by its columns. Each adapter returns `question`, `prompt` or `messages`, `reasoning` where it stands apart
+A layout is recognised by its columns. Each adapter returns `question`, `prompt` or `messages`, `reasoning` where it is separate
 from the answer, `response`, and the letter of the right option as `answer` where it is known; how they are joined is a setting
 (sft.response_format). Values are not checked here.
 """
